@@ -1,0 +1,61 @@
+# Python 3.11 or newer and make are all that a fresh machine needs. Plain POSIX make.
+#   PYTHON  what makes the virtual environment
+#   VENV    where the virtual environment lies
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)  ## the virtual environment with everything, at the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+quickstart: install  ## the whole way on a CPU: data, shards, training, evaluation, report
+	$(BIN)/python -m pipelines.quickstart
+
+test: lint  ## lint, then all tests that need minutes at most and no GPU
+	$(BIN)/python -m pytest
+
+test-faults: install  ## tests that kill processes, cut files or take long
+	$(BIN)/python -m pytest -m faults
+
+gpu-test: install  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install  ## ruff, pyright, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: install  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+public-names: install  ## accept the public names as they are now
+	$(BIN)/python -m tests.contracts.public_names
+
+constraints:  ## renew constraints.txt: newest versions that pyproject.toml allows, tests not run
+	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(PYTHON) -m venv "$$fresh"; \
+	"$$fresh/bin/python" -m pip install -e ".[dev]" $$(grep -E '^(torch|triton)==' constraints.txt); \
+	grep '^#' constraints.txt > "$$fresh/constraints.txt"; \
+	"$$fresh/bin/python" -m pip freeze --all --exclude-editable \
+	    | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(pip==|nvidia-|cuda-)' >> "$$fresh/constraints.txt"; \
+	cp "$$fresh/constraints.txt" constraints.txt
+
+wheel: install  ## dist/lapilli-*.whl
+	$(BIN)/python -m hatchling build -t wheel -d dist
+
+clean:  ## remove caches and built wheels; the virtual environment and outputs stay
+	rm -rf dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help install quickstart test test-faults gpu-test lint format public-names constraints wheel clean

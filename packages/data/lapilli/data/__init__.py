@@ -1,0 +1,51 @@
+"""lapilli.data: LLaVA mixtures to Arrow shards, shards to batches. Imports neither torch nor ray."""
+
+from lapilli.data.build import BuildReport, build
+from lapilli.data.collate import Batch, BatchShape, collate, length_buckets
+from lapilli.data.config import BuildConfig, SourceConfig
+from lapilli.data.dataset import Dataset, Sample, open_dataset
+from lapilli.data.errors import DataError
+from lapilli.data.images import ImageSpec, prepare
+from lapilli.data.manifest import Manifest, read_manifest
+from lapilli.data.plan import BuildPlan, plan_build
+from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, Verdict
+from lapilli.data.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.templates import TEMPLATES, Template, get_template
+from lapilli.data.tokenize import encode, load_tokenizer
+
+__all__ = [
+    "TEMPLATES",
+    "Batch",
+    "BatchShape",
+    "BuildConfig",
+    "BuildPlan",
+    "BuildReport",
+    "DataError",
+    "Dataset",
+    "Entry",
+    "EpochPlan",
+    "ImagePart",
+    "ImageSpec",
+    "Manifest",
+    "Part",
+    "Reason",
+    "Record",
+    "Sample",
+    "SourceConfig",
+    "Template",
+    "TextPart",
+    "Turn",
+    "Verdict",
+    "assign",
+    "build",
+    "collate",
+    "encode",
+    "get_template",
+    "length_buckets",
+    "load_tokenizer",
+    "open_dataset",
+    "plan_build",
+    "plan_epoch",
+    "prepare",
+    "read_manifest",
+]

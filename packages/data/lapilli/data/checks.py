@@ -1,0 +1,82 @@
+"""From an element of an annotation file to an entry with its verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lapilli.data.config import SourceConfig
+from lapilli.data.record import Entry, ImagePart, Reason, Record, Verdict
+from lapilli.data.sources import Source, get_source
+
+__all__ = ["check_record", "read_entries"]
+
+
+def check_record(record: Record) -> Verdict:
+    """The verdict on a record by itself, its images unseen.
+
+    Turns: an optional system turn, an optional leading answer (templates leave it out, as LLaVA
+    does), then user and assistant in turns, ending on an answer. Each image is marked just once.
+    """
+    turns = list(record.turns)
+    if turns and turns[0].role == "system":
+        turns = turns[1:]
+    if turns and turns[0].role == "assistant":
+        turns = turns[1:]
+    if not turns:
+        return Verdict(Reason.NO_TURNS, "no question with an answer")
+    for place, turn in enumerate(turns):
+        expected = "user" if place % 2 == 0 else "assistant"
+        if turn.role != expected:
+            return Verdict(Reason.TURN_ORDER, f"turn {place}: {turn.role}; expected {expected}")
+    if turns[-1].role != "assistant":
+        return Verdict(Reason.TURN_ORDER, "ends on a question; expected an answer")
+    for place, turn in enumerate(turns):
+        if turn.role == "assistant" and not turn.text.strip():
+            return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
+    return _check_markers(record)
+
+
+def _check_markers(record: Record) -> Verdict:
+    marked = sum(isinstance(part, ImagePart) for turn in record.turns for part in turn.parts)
+    if marked != len(record.images):
+        detail = f"{marked} markers for {len(record.images)} images"
+        return Verdict(Reason.IMAGE_MARKER_COUNT, detail)
+    return Verdict()
+
+
+def read_entries(config: SourceConfig, root: Path) -> Iterator[Entry]:
+    """Every element of a source as an entry, in file order, none left out."""
+    source = get_source(config.format)
+    seen: Counter[str] = Counter()
+    for place, element in enumerate(source.read(root / config.annotations)):
+        yield _entry(config.name, source, element, place, seen)
+
+
+def _entry(name: str, source: Source, element: Any, place: int, seen: Counter[str]) -> Entry:
+    record_id = _record_id(element, place)
+    sample_id = f"{name}/{_unique(record_id, seen)}"
+    normalised = source.normalise(element)
+    if isinstance(normalised, Verdict):
+        return Entry(name, record_id, sample_id, element, None, normalised)
+    turns, images = normalised
+    record = Record(record_id, sample_id, name, turns, images)
+    return Entry(name, record_id, sample_id, element, record, check_record(record))
+
+
+def _unique(record_id: str, seen: Counter[str]) -> str:
+    """A repeated id gets `#2`, `#3`, ...; one that the file itself spells so is stepped over."""
+    candidate = record_id
+    while candidate in seen:
+        seen[record_id] += 1
+        candidate = f"{record_id}#{seen[record_id]}"
+    seen[candidate] = 1
+    return candidate
+
+
+def _record_id(element: Any, place: int) -> str:
+    """The file's own id as text; an element without one is called by its place."""
+    found = element.get("id") if isinstance(element, dict) else None
+    return str(found) if isinstance(found, (str, int)) and found != "" else f"@{place}"

@@ -1,0 +1,79 @@
+"""Which decoder and resizer this process has: named, resolved once, recorded in the manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import PIL
+
+from lapilli.data.errors import DataError
+from lapilli.data.images import Resizer
+
+__all__ = ["Codecs", "resolve_codecs", "resolve_resizer"]
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """Decoder and resizer with their versions; equal on every worker of a build."""
+
+    decoder: str
+    resizer: Resizer
+    resizer_version: str
+
+    def require(self) -> None:
+        """Stop a worker whose libraries differ from the driver's.
+
+        Raises:
+            DataError: Names both sides and the remedy.
+        """
+        here = resolve_codecs(self.resizer)
+        if here != self:
+            raise DataError(
+                f"image codecs differ: this worker has {asdict(here)}, the build was planned with "
+                f"{asdict(self)}; install the same versions on every node"
+            )
+
+
+def is_simd() -> bool:
+    """Whether the Pillow that is loaded is pillow-simd (its versions end in `.postN`)."""
+    return ".post" in PIL.__version__
+
+
+def resolve_resizer(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Resizer:
+    """The resizer a setting stands for here; `auto` takes pillow-simd, else torch.
+
+    Raises:
+        DataError: The one asked for is not installed.
+    """
+    if wanted == "auto":
+        wanted = "simd" if is_simd() else "torch"
+    if wanted == "simd" and not is_simd():
+        raise DataError(
+            f"resizer: simd asked for, Pillow {PIL.__version__} is loaded; install pillow-simd "
+            "last with --force-reinstall --no-deps, or set resizer: torch (same pixels)"
+        )
+    if wanted == "pillow" and is_simd():
+        raise DataError(
+            f"resizer: pillow asked for, pillow-simd {PIL.__version__} is loaded; reinstall pillow "
+            "or set resizer: simd (differs by at most 1 in 255)"
+        )
+    if wanted == "torch" and importlib.util.find_spec("torch") is None:
+        raise DataError("resizer: torch asked for, not installed; install it or set another one")
+    return wanted
+
+
+def resolve_codecs(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Codecs:
+    """Decoder and resizer of this process for one view's setting.
+
+    Raises:
+        DataError: The resizer asked for is not installed.
+    """
+    resizer = resolve_resizer(wanted)
+    pillow = f"pillow {PIL.__version__}"
+    if resizer == "torch":
+        # the local part (+cpu, +cu130) is one set of kernels for this operation
+        return Codecs(pillow, resizer, importlib.metadata.version("torch").partition("+")[0])
+    return Codecs(pillow, resizer, PIL.__version__)

@@ -1,0 +1,217 @@
+"""Samples to one Batch of numpy arrays in a shape from a small fixed set.
+
+The collator knows every count, so that the device is never asked for one: no data-dependent shape
+and no host synchronisation between here and the end of backward.
+
+Shape suffix legend: B rows, S tokens, N images, F feature rows in all (N x tokens an image),
+P trained positions, padded to a multiple of the head's chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lapilli.data.dataset import Sample
+from lapilli.data.errors import DataError
+from lapilli.data.tokenize import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Batch", "BatchShape", "collate", "length_buckets"]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shapes a batch may have.
+
+    Attributes:
+        rows: Rows B of a micro-batch; what is not filled is padding.
+        buckets: Sequence lengths S, ascending; a batch takes the first that holds it.
+        image_tokens: Tokens an image takes.
+        predict_chunk: P is padded to a multiple of this.
+    """
+
+    rows: int
+    buckets: tuple[int, ...]
+    image_tokens: int
+    predict_chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-step needs, on the host.
+
+    Attributes:
+        input_ids: int64 [B, S]; 0, a safe id, at image slots and padding.
+        position_ids: int64 [B, S], 0 to S - 1 in every row: padding is on the right.
+        segment_ids: int32 [B, S]; 1 for a row's own tokens, 0 for padding.
+        row_lengths: int64 [B], tokens of each row.
+        merge_index: int32 [B, S]; the feature row that stands there, -1 for text.
+        pixels: uint8 [N, H, W, 3].
+        image_tokens: int64 [N], feature rows of each image; 0 for one that pads N.
+        predict_positions: int64 [P], flattened positions in B x S whose next token is trained.
+        targets: int64 [P], that next token; -100 where P is padded.
+        sample_ids: The rows' samples.
+        num_images: Images that are no padding.
+        num_targets: Targets that are no padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    segment_ids: NDArray[np.int32]
+    row_lengths: NDArray[np.int64]
+    merge_index: NDArray[np.int32]
+    pixels: NDArray[np.uint8]
+    image_tokens: NDArray[np.int64]
+    predict_positions: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    sample_ids: tuple[str, ...]
+    num_images: int
+    num_targets: int
+
+
+def length_buckets(longest: int, *, count: int = 8, multiple: int = 8) -> tuple[int, ...]:
+    """At most `count` sequence lengths, evenly spaced up to the longest sample.
+
+    Args:
+        longest: The longest sample, in tokens.
+        count: How many shapes there may be.
+        multiple: Every bucket is a multiple of this (tensor cores like 8).
+    """
+    step = -(-longest // (count * multiple)) * multiple
+    return tuple(range(step, longest + step, step))
+
+
+def collate(
+    samples: Sequence[Sample], shape: BatchShape, image_size: int, *, with_images: bool = False
+) -> Batch:
+    """Put samples into one batch; missing rows are padding.
+
+    Args:
+        samples: At most `shape.rows` samples.
+        shape: The shapes allowed.
+        image_size: Side of the images, for a batch without any.
+        with_images: Carry blank images if there are none of its own: set where another rank has
+            some in the same micro-step. All ranks run the tower or none does; ZeRO-3 gathers a
+            module's weights on every rank at once and would wait for ever.
+
+    Raises:
+        DataError: A sample longer than the longest bucket, or whose placeholders and images
+            differ in number; names it.
+    """
+    if len(samples) > shape.rows:
+        raise DataError(f"batch: {len(samples)} samples for {shape.rows} rows")
+    expanded = [_expand(sample, shape.image_tokens) for sample in samples]
+    length = _bucket(samples, expanded, shape.buckets)
+    ids_BS = np.zeros((shape.rows, length), np.int64)
+    merge_BS = np.full((shape.rows, length), -1, np.int32)
+    segment_BS = np.zeros((shape.rows, length), np.int32)
+    row_lengths = np.zeros(shape.rows, np.int64)
+    positions: list[NDArray[np.int64]] = []
+    targets: list[NDArray[np.int64]] = []
+    features = 0
+    for row, (sample, (ids, feature_rank, trained)) in enumerate(
+        zip(samples, expanded, strict=True)
+    ):
+        size = len(ids)
+        is_image = feature_rank >= 0
+        ids_BS[row, :size] = np.where(is_image, 0, ids)
+        merge_BS[row, :size] = np.where(is_image, feature_rank + features, -1)
+        segment_BS[row, :size] = 1
+        row_lengths[row] = size
+        features += len(sample.pixels) * shape.image_tokens
+        positions.append(trained - 1 + row * length)
+        targets.append(ids[trained])
+    positions_P, targets_P, num_targets = _pad_targets(positions, targets, shape.predict_chunk)
+    pixels, image_tokens = _images(samples, shape, image_size, with_images)
+    return Batch(
+        input_ids=ids_BS,
+        position_ids=np.broadcast_to(np.arange(length, dtype=np.int64), ids_BS.shape).copy(),
+        segment_ids=segment_BS,
+        row_lengths=row_lengths,
+        merge_index=merge_BS,
+        pixels=pixels,
+        image_tokens=image_tokens,
+        predict_positions=positions_P,
+        targets=targets_P,
+        sample_ids=tuple(sample.sample_id for sample in samples),
+        num_images=int((image_tokens > 0).sum()),
+        num_targets=num_targets,
+    )
+
+
+def _expand(
+    sample: Sample, image_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Give every placeholder its image's tokens.
+
+    Returns:
+        ids int64 [n]; feature_rank int64 [n], the feature row within the sample or -1;
+        trained int64 [t], the places of the trained ids. The first id has nothing before it that
+        could predict it, so it is never among them.
+    """
+    is_image = sample.input_ids == IMAGE_TOKEN_INDEX
+    if int(is_image.sum()) != len(sample.pixels):
+        raise DataError(
+            f"{sample.sample_id}: {int(is_image.sum())} image places for {len(sample.pixels)} images; "
+            "expected one each; preprocess again"
+        )
+    repeats = np.where(is_image, image_tokens, 1)
+    ids = np.repeat(sample.input_ids.astype(np.int64), repeats)
+    slots = np.repeat(is_image, repeats)
+    feature_rank = np.where(slots, np.cumsum(slots) - 1, -1)
+    is_trained = np.zeros(len(sample.input_ids), np.bool_)
+    for start, end in sample.label_spans:
+        is_trained[start:end] = True
+    trained = np.flatnonzero(np.repeat(is_trained, repeats) & ~slots)
+    return ids, feature_rank, trained[trained > 0]
+
+
+def _bucket(
+    samples: Sequence[Sample],
+    expanded: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
+    buckets: tuple[int, ...],
+) -> int:
+    lengths = [len(ids) for ids, _, _ in expanded] or [0]
+    longest = max(lengths)
+    for bucket in buckets:
+        if longest <= bucket:
+            return bucket
+    name = samples[lengths.index(longest)].sample_id
+    raise DataError(
+        f"{name}: {longest} tokens; the longest bucket has {buckets[-1]}; lower max_length"
+    )
+
+
+def _pad_targets(
+    positions: list[NDArray[np.int64]], targets: list[NDArray[np.int64]], chunk: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Join and pad to a multiple of `chunk`, at least one: the head always has work to do."""
+    count = sum(map(len, targets))
+    padded = max(chunk, -(-count // chunk) * chunk)
+    positions_P = np.zeros(padded, np.int64)
+    targets_P = np.full(padded, IGNORE_INDEX, np.int64)
+    if count:
+        positions_P[:count] = np.concatenate(positions)
+        targets_P[:count] = np.concatenate(targets)
+    return positions_P, targets_P, count
+
+
+def _images(
+    samples: Sequence[Sample], shape: BatchShape, size: int, with_images: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """All images; N is padded with blank ones to a multiple of the rows, or is 0."""
+    stacked = [sample.pixels for sample in samples if len(sample.pixels)]
+    count = sum(map(len, stacked))
+    padded = max(shape.rows * with_images, -(-count // shape.rows) * shape.rows)
+    pixels = np.zeros((padded, size, size, 3), np.uint8)
+    if count:
+        np.concatenate(stacked, out=pixels[:count])
+    image_tokens = np.zeros(padded, np.int64)
+    image_tokens[:count] = shape.image_tokens
+    return pixels, image_tokens

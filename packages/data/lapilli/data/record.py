@@ -1,0 +1,139 @@
+"""Record, Turn, Part and Verdict: what every source is normalised to, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, TypeAlias
+
+__all__ = [
+    "Entry",
+    "ImagePart",
+    "Part",
+    "Reason",
+    "Record",
+    "Role",
+    "TextPart",
+    "Turn",
+    "Verdict",
+    "excerpt",
+    "is_unicode",
+]
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A stretch of text. `<image>` inside it is text: the source has decided that already."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """The place of image number `index` of the record."""
+
+    index: int
+
+
+Part: TypeAlias = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says: text and images in their order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts joined, images left out."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation with its images.
+
+    `record_id` is the file's own id as text; `sample_id` is unique in a dataset
+    (`source/record_id`, a repeated id gets `#2`, `#3`, ...). `images` are keys as the file has
+    them; `mounts` resolves them.
+    """
+
+    record_id: str
+    sample_id: str
+    source: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+
+
+class Reason(StrEnum):
+    """Why a record is quarantined. The list is closed: a report can count on it."""
+
+    SCHEMA = "schema"
+    NO_TURNS = "no_turns"
+    TURN_ORDER = "turn_order"
+    UNKNOWN_ROLE = "unknown_role"
+    EMPTY_ANSWER = "empty_answer"
+    IMAGE_MARKER_COUNT = "image_marker_count"
+    IMAGE_MISSING = "image_missing"
+    IMAGE_OUTSIDE_ROOT = "image_outside_root"
+    IMAGE_UNDECODABLE = "image_undecodable"
+    IMAGE_TOO_LARGE = "image_too_large"
+    NO_TRAINED_TOKEN = "no_trained_token"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Kept (`reason` is None) or quarantined for one reason, with a detail for the reader."""
+
+    reason: Reason | None = None
+    detail: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the record is in the dataset."""
+        return self.reason is None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One element of an annotation file: the record, where it could be made, and its verdict.
+
+    `raw` is the element as the file had it, for the quarantine. `record_id` and `sample_id` are
+    always valid Unicode: a lone surrogate in the file's id is spelt out as `\\ud800`.
+    """
+
+    source: str
+    record_id: str
+    sample_id: str
+    raw: Any
+    record: Record | None
+    verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def raw_json(self) -> str:
+        """`raw` as JSON text in ASCII."""
+        try:
+            return json.dumps(self.raw)
+        except RecursionError:
+            return json.dumps("an element nested too deeply to be written")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8. JSON escapes can spell one that cannot be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def excerpt(value: object, most: int = 120) -> str:
+    """A value from a file as one line of valid Unicode, cut to `most` characters."""
+    text = " ".join((value if isinstance(value, str) else repr(value))[: 4 * most].split())
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= most else f"{text[:most]}..."

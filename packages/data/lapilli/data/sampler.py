@@ -1,0 +1,476 @@
+"""The order of an epoch, and who computes which part of it. Pure: no files, no devices.
+
+`plan_epoch` turns lengths and modalities into global batches and knows neither the number of
+workers nor the micro-batch, so a run resumes on another cluster with the same batches (resuming at
+step k is starting at `global_batch(k)`). `assign` then shares one global batch among the ranks.
+
+An empty slot is -1. It fills what is left of a batch and weighs nothing in the loss.
+
+Shape legend: n samples, G slots of a global batch, W ranks x accumulation (the micro-batches of a
+global batch), b slots of a micro-batch (G = W x b).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lapilli.data.errors import DataError
+
+__all__ = ["EpochPlan", "Policy", "assign", "llava_order", "plan_epoch"]
+
+Policy = Literal["grouped", "random", "llava"]
+
+Ids = NDArray[np.int64]
+IntArray = NDArray[np.integer[Any]]
+
+EMPTY = -1
+
+# In a large window ranks wait less for each other; a window of the whole dataset gives nearly the
+# same batches every epoch. On 665K made-up lengths like LLaVA-1.5's, 8 ranks x 16, padded tokens
+# and the time a rank waits were 7.8 % and 42 % with a window of 1, 0.7 % and 5.5 % with 16, 0.17 %
+# and 1.4 % with 64, 0.05 % and 0.4 % with 256. 64 leaves little to gain and mixes 80 windows.
+DEFAULT_WINDOW = 64
+
+# A small dataset is sorted in smaller windows: its batches must differ from epoch to epoch.
+LEAST_WINDOWS = 8
+
+# torch.randperm on the CPU draws 32 bits a swap below this size and something else from there on
+# (seen by experiment on torch 2.13: 2**32 // 20 - 1 agrees, 2**32 // 20 does not).
+TORCH_RANDPERM_LIMIT = 2**32 // 20
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """The global batches of one epoch.
+
+    Attributes:
+        order: int64 [slots], sample indices in the order they are trained on, -1 = empty slot.
+        offsets: int64 [steps + 1]; global batch k is `order[offsets[k]:offsets[k + 1]]`.
+        fixed_micro_batch: None where `assign` may arrange a batch as it likes; otherwise the slots
+            lie micro-batch by micro-batch of this size and stay so (policy `llava`, in which the
+            micro-batches are part of the order).
+    """
+
+    order: Ids
+    offsets: Ids
+    fixed_micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        # A plan is shared by everything that resumes from it; a stray write would be silent.
+        self.order.flags.writeable = False
+        self.offsets.flags.writeable = False
+
+    @property
+    def num_steps(self) -> int:
+        """Number of global batches, which is the number of optimizer steps."""
+        return self.offsets.size - 1
+
+    def global_batch(self, step: int) -> Ids:
+        """Slots of one global batch, int64 [G], a read-only view.
+
+        Raises:
+            IndexError: `step` is not in [0, num_steps).
+        """
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of an epoch plan with {self.num_steps} steps")
+        return self.order[self.offsets[step] : self.offsets[step + 1]]
+
+
+def plan_epoch(
+    lengths: ArrayLike,
+    modalities: ArrayLike,
+    *,
+    global_batch: int,
+    seed: int,
+    epoch: int,
+    policy: Policy,
+    window: int | None = None,
+    llava_micro_batch: int | None = None,
+) -> EpochPlan:
+    """Order every sample exactly once into global batches of exactly `global_batch` slots.
+
+    The same arguments give the same plan on any platform and any version of numpy.
+
+    Args:
+        lengths: int [n], > 0; all tokens of a sample, image tokens included. For `llava` its word
+            counts (`llava_length`).
+        modalities: bool or int [n]; `grouped` keeps different values apart; for `llava` true (or
+            non-zero) means that the sample has an image; `random` does not look at it.
+        global_batch: slots of a global batch, over all ranks and accumulation steps.
+        seed: >= 0; with `epoch` it decides every draw. For `llava` their sum seeds the generator.
+        epoch: >= 0.
+        policy: `grouped`, one modality a global batch (the tails included), similar lengths in it,
+            the batch with the longest sample first so that what does not fit in memory fails at
+            once; `random`, a permutation; `llava`, the order of LLaVA's own sampler (`llava_order`
+            without a second generator, as its trainer calls it).
+        window: `grouped` sorts by length within this many randomly drawn global batches. None
+            takes `DEFAULT_WINDOW`, or less where an epoch would have under `LEAST_WINDOWS`.
+        llava_micro_batch: samples of one rank's micro-batch; `llava` needs it, no other takes it.
+
+    Raises:
+        DataError: an argument that no plan can be made of.
+    """
+    token_counts, kinds = _checked_samples(
+        np.asarray(lengths), np.asarray(modalities), global_batch
+    )
+    _check_at_least("seed", seed, 0)
+    _check_at_least("epoch", epoch, 0)
+    if window is None:
+        window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch * LEAST_WINDOWS)))
+    _check_policy(policy, window, llava_micro_batch, global_batch)
+    if llava_micro_batch is not None:
+        signed = np.where(kinds != 0, token_counts, -token_counts)
+        batches = _llava(signed, global_batch, llava_micro_batch, seed + epoch)
+    elif policy == "grouped":
+        batches = _grouped(token_counts, kinds, global_batch, window, _bits(seed, epoch))
+    else:
+        batches = _filled_batches(_permutation(kinds.size, _bits(seed, epoch)), global_batch)
+    _assert_each_sample_once(batches, kinds.size)
+    offsets = np.arange(len(batches) + 1, dtype=np.int64) * global_batch
+    return EpochPlan(batches.reshape(-1), offsets, llava_micro_batch)
+
+
+def assign(
+    plan: EpochPlan, step: int, lengths: ArrayLike, *, world_size: int, micro_batch: int
+) -> list[list[Ids]]:
+    """Share one global batch among the ranks.
+
+    The samples are sorted by length and cut into micro-batches, so that a micro-batch needs little
+    padding. Micro-step k of all ranks holds neighbours of that order, because the ranks wait for
+    each other at its end; the ranks take turns in having the longer ones (a snake: 0 1 2 2 1 0),
+    which balances their totals. Empty slots are spread evenly, so that a micro-batch is empty only
+    where there are fewer samples than micro-batches. A plan whose micro-batches are fixed keeps
+    them: chunk c of the batch is micro-step c // world_size of rank c % world_size.
+
+    Args:
+        plan: of the epoch.
+        step: global batch to share, in [0, plan.num_steps).
+        lengths: int [n], the lengths the plan was made of.
+        world_size: ranks.
+        micro_batch: slots of one rank's micro-batch.
+
+    Returns:
+        [rank][micro-step] -> int64 [micro_batch] sample indices, -1 = empty slot.
+
+    Raises:
+        DataError: the global batch cannot be cut that way; names numbers that fit.
+    """
+    batch = plan.global_batch(step)
+    _check_geometry(batch.size, world_size, micro_batch, plan.fixed_micro_batch)
+    if plan.fixed_micro_batch is None:
+        chunks = _balanced_chunks(batch, np.asarray(lengths), world_size, micro_batch)
+    else:
+        chunks = batch.reshape(-1, world_size, micro_batch)
+    return [list(chunks[:, rank]) for rank in range(world_size)]
+
+
+def llava_order(
+    lengths: ArrayLike,
+    *,
+    batch_size: int,
+    world_size: int,
+    global_seed: int,
+    generator_seed: int | None = None,
+) -> Ids:
+    """The order LLaVA-1.5's sampler gives, index for index (`llava_trainer.py`, c121f043).
+
+    Its algorithm: permute; cut into stretches of world_size x batch_size; sort each by length and
+    deal it into world_size chunks of equal count and similar sum. With two modalities each is
+    treated so by itself; all stretches but each modality's last are shuffled; the two last ones,
+    sorted by index, end the epoch as one mixed stretch.
+
+    LLaVA's trainer passes no generator, so all draws come from torch's global one, in whatever
+    state the run has left it: equal seeds give its order only for a generator just seeded.
+
+    Args:
+        lengths: int [n], not 0; a sample without an image has its length negated.
+        batch_size: samples of one micro-batch, b.
+        world_size: micro-batches of an optimizer step, W (ranks x accumulation).
+        global_seed: torch.manual_seed's value before the call.
+        generator_seed: manual_seed of the generator passed to the call; None = none was passed.
+
+    Returns:
+        int64 [n], a permutation.
+
+    Raises:
+        DataError: a length of 0, or more samples than the generators are known to agree for.
+    """
+    signed = np.asarray(lengths, dtype=np.int64)
+    if signed.size and not signed.all():
+        first = int(np.flatnonzero(signed == 0)[0])
+        raise DataError(
+            f"sample {first} has length 0 and LLaVA's sampler needs one that is not; "
+            "quarantine the empty conversation or use policy 'grouped'"
+        )
+    global_stream = _torch_stream(global_seed)
+    own = global_stream if generator_seed is None else _torch_stream(generator_seed)
+    positive = signed > 0
+    if positive.all() or not positive.any():
+        return _llava_grouped(signed, batch_size, world_size, own)
+    stretch = batch_size * world_size
+    leading: list[Ids] = []
+    last: list[Ids] = []
+    for ids in (np.flatnonzero(positive), np.flatnonzero(~positive)):
+        # The passed generator is not used here, only for the shuffle below; kept as it is there.
+        grouped = ids[_llava_grouped(np.abs(signed[ids]), batch_size, world_size, global_stream)]
+        # The last stretch is set aside even when it is full.
+        cut = (ids.size - 1) // stretch * stretch
+        leading.append(grouped[:cut].reshape(-1, stretch))
+        last.append(grouped[cut:])
+    stretches = np.concatenate(leading)
+    shuffled = stretches[_torch_randperm(len(stretches), own)]
+    return np.concatenate([shuffled.reshape(-1), np.sort(np.concatenate(last))])
+
+
+# ---- grouped and random ------------------------------------------------------------------------
+
+
+def _bits(seed: int, epoch: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+
+
+def _permutation(count: int, bits: np.random.PCG64) -> Ids:
+    """A permutation of [0, count): the ranks of random 64-bit keys, ties in order.
+
+    Not `Generator.permutation`: numpy promises the raw stream of PCG64 and the hashing of
+    SeedSequence across versions, but not what Generator's methods make of them, and a run must
+    resume after an upgrade.
+    """
+    return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64, copy=False)
+
+
+def _filled_batches(ids: Ids, global_batch: int) -> Ids:
+    """Cut [m] ids into [ceil(m / G), G], the rest of the last batch empty."""
+    batches = np.full((-(-ids.size // global_batch), global_batch), EMPTY, dtype=np.int64)
+    batches.reshape(-1)[: ids.size] = ids
+    return batches
+
+
+def _grouped(
+    lengths: Ids, kinds: IntArray, global_batch: int, window: int, bits: np.random.PCG64
+) -> Ids:
+    """Global batches [steps, G] of one modality and similar lengths, the longest sample first."""
+    of_each_kind: list[Ids] = []
+    for kind in np.unique(kinds):
+        ids = np.flatnonzero(kinds == kind)
+        ids = ids[_permutation(ids.size, bits)]
+        ids = ids[_sorted_in_windows(lengths[ids], global_batch, window)]
+        of_each_kind.append(_filled_batches(ids, global_batch))
+    batches = np.concatenate(of_each_kind)
+    batches = batches[_permutation(len(batches), bits)]
+    return _longest_first(batches, lengths)
+
+
+def _sorted_in_windows(lengths: Ids, global_batch: int, window: int) -> Ids:
+    """Positions [m] that sort [m] lengths, longest first, within windows of global batches.
+
+    The windows are made equally large (65 batches are 33 + 32 and not 64 + 1, where the last would
+    hardly be sorted). Descending, so that an incomplete batch holds short samples.
+    """
+    batches = -(-lengths.size // global_batch)
+    windows = -(-batches // window)
+    window_of = np.arange(lengths.size) // global_batch * windows // batches
+    # One stable sort by (window, -length) packed into one key, twice as fast as lexsort.
+    longest = int(lengths.max())
+    return np.argsort(window_of * (longest + 1) + (longest - lengths), kind="stable")
+
+
+def _longest_first(batches: Ids, lengths: Ids) -> Ids:
+    """Swap the batch [G] of the longest sample to the front; the one with most tokens on a tie.
+
+    A micro-batch is padded to its longest sample, so that sample decides how much memory is needed.
+    """
+    tokens = np.where(batches == EMPTY, 0, lengths[batches])
+    first = int(np.lexsort((tokens.sum(axis=1), tokens.max(axis=1)))[-1])
+    batches[[0, first]] = batches[[first, 0]]
+    return batches
+
+
+def _assert_each_sample_once(batches: Ids, count: int) -> None:
+    times = np.bincount(batches[batches != EMPTY], minlength=count)
+    assert times.size == count, "a plan names a sample that does not exist"
+    assert (times == 1).all(), "a plan must hold every sample exactly once"
+
+
+# ---- sharing a batch ---------------------------------------------------------------------------
+
+
+def _balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch: int) -> Ids:
+    """Micro-batches [micro-steps, ranks, b] of similar lengths, see `assign`."""
+    samples = batch[batch != EMPTY]
+    samples = samples[np.argsort(-lengths[samples].astype(np.int64), kind="stable")]
+    chunks = np.full((batch.size // micro_batch, micro_batch), EMPTY, dtype=np.int64)
+    for chunk, ids in zip(chunks, np.array_split(samples, len(chunks)), strict=True):
+        chunk[: ids.size] = ids
+    by_step = chunks.reshape(-1, world_size, micro_batch)
+    by_step[1::2] = by_step[1::2, ::-1].copy()
+    return by_step
+
+
+def _check_geometry(
+    global_batch: int, world_size: int, micro_batch: int, fixed_micro_batch: int | None
+) -> None:
+    _check_at_least("world_size", world_size, 1)
+    _check_at_least("micro_batch", micro_batch, 1)
+    if fixed_micro_batch not in (None, micro_batch):
+        raise DataError(
+            f"micro_batch is {micro_batch}, but the plan's policy 'llava' has micro-batches of "
+            f"{fixed_micro_batch} in its order; use {fixed_micro_batch} or make the plan anew"
+        )
+    share = world_size * micro_batch
+    if global_batch % share == 0:
+        return
+    below, above = global_batch // share * share, -(-global_batch // share) * share
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    per_rank, left = divmod(global_batch, world_size)
+    fitting = [size for size in range(1, per_rank + 1) if left == 0 and per_rank % size == 0]
+    remedy = f", or a micro_batch of {', '.join(map(str, fitting))}" if fitting else ""
+    raise DataError(
+        f"global_batch {global_batch} is not a multiple of world_size {world_size} x micro_batch "
+        f"{micro_batch} = {share}; use a global_batch of {sizes}{remedy}"
+    )
+
+
+# ---- LLaVA's generators ------------------------------------------------------------------------
+
+
+def _torch_stream(seed: int) -> np.random.RandomState:
+    """The 32-bit stream of torch's CPU generator: MT19937 seeded with the low 32 bits.
+
+    RandomState is frozen for good by numpy's policy, so this stays equal.
+    """
+    return np.random.RandomState(seed & 0xFFFFFFFF)
+
+
+def _torch_randperm(count: int, stream: np.random.RandomState) -> Ids:
+    """torch.randperm(count): Fisher-Yates from the front, one draw modulo what is left a swap."""
+    if count >= TORCH_RANDPERM_LIMIT:
+        raise DataError(
+            f"{count} samples under policy 'llava'; torch's permutation is known below "
+            f"{TORCH_RANDPERM_LIMIT}: use policy 'grouped'"
+        )
+    swaps = max(count - 1, 0)
+    draws = stream.randint(0, 2**32, size=swaps, dtype=np.uint32).astype(np.int64)
+    at = np.arange(swaps, dtype=np.int64)
+    permutation = list(range(count))
+    for here, there in enumerate((at + draws % (count - at)).tolist()):
+        permutation[here], permutation[there] = permutation[there], permutation[here]
+    return np.asarray(permutation, dtype=np.int64)
+
+
+def _llava(signed: Ids, global_batch: int, micro_batch: int, seed: int) -> Ids:
+    """LLaVA's order as global batches [steps, G]."""
+    order = llava_order(
+        signed,
+        batch_size=micro_batch,
+        world_size=global_batch // micro_batch,
+        global_seed=seed,
+    )
+    return _filled_batches(order, global_batch)
+
+
+def _llava_grouped(
+    lengths: Ids, batch_size: int, world_size: int, stream: np.random.RandomState
+) -> Ids:
+    """LLaVA's order [m] of samples [m] of one modality."""
+    shuffled = _torch_randperm(lengths.size, stream)
+    stretch = batch_size * world_size
+    full = shuffled.size // stretch * stretch
+    parts = [shuffled[:full].reshape(-1, stretch), shuffled[full:].reshape(1, -1)]
+    return np.concatenate([_dealt(part, lengths, world_size).reshape(-1) for part in parts])
+
+
+def _dealt(stretches: Ids, lengths: Ids, chunks: int) -> Ids:
+    """Sort each row of [k, L] ids by length and deal it into equal chunks [k, L], laid in a row.
+
+    A sample goes, longest first, to the chunk of the smallest sum so far that has room, the first
+    on a tie. Rows that cannot be cut evenly are dealt round robin. All rows at once, since there
+    are thousands of them and few columns.
+    """
+    longest_first = np.argsort(-lengths[stretches], axis=1, kind="stable")
+    stretches = np.take_along_axis(stretches, longest_first, axis=1)
+    count, width = stretches.shape
+    if width % chunks:
+        return np.concatenate([stretches[:, first::chunks] for first in range(chunks)], axis=1)
+    room = width // chunks
+    row = np.arange(count, dtype=np.int64)
+    dealt = np.empty((count, chunks, room), dtype=np.int64)
+    filled = np.zeros((count, chunks), dtype=np.int64)
+    sums = np.zeros((count, chunks))
+    for ids in stretches.T:
+        chunk = sums.argmin(axis=1)
+        dealt[row, chunk, filled[row, chunk]] = ids
+        filled[row, chunk] += 1
+        sums[row, chunk] += lengths[ids]
+        sums[filled == room] = np.inf
+    return dealt.reshape(count, width)
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise DataError(f"{name} is {value}; it must be at least {least}")
+
+
+def _checked_samples(
+    lengths: NDArray[Any], modalities: NDArray[Any], global_batch: int
+) -> tuple[Ids, IntArray]:
+    """Both columns [n] as int64 and integers, or what is wrong with them."""
+    _check_at_least("global_batch", global_batch, 1)
+    for name, column, kinds in (("lengths", lengths, "iu"), ("modalities", modalities, "biu")):
+        if column.ndim != 1 or column.dtype.kind not in kinds:
+            raise DataError(
+                f"{name} is a {column.dtype} array of shape {column.shape}; "
+                "pass one integer per sample"
+            )
+    if lengths.size != modalities.size:
+        raise DataError(
+            f"{lengths.size} lengths and {modalities.size} modalities; "
+            "pass one of each per sample, both from the same dataset"
+        )
+    if lengths.size < global_batch:
+        raise DataError(
+            f"{lengths.size} samples are fewer than one global batch of {global_batch}; "
+            f"use a global_batch of at most {lengths.size} or more data"
+        )
+    if lengths.min() < 1:
+        first = int(np.flatnonzero(lengths < 1)[0])
+        raise DataError(
+            f"sample {first} has length {lengths[first]}; every length must be at least 1: "
+            "quarantine the empty sample"
+        )
+    return lengths.astype(np.int64), modalities.astype(np.int64)
+
+
+def _check_policy(
+    policy: Policy, window: int, llava_micro_batch: int | None, global_batch: int
+) -> None:
+    """Afterwards `llava_micro_batch` is set under policy `llava` and under no other."""
+    if policy not in get_args(Policy):
+        raise DataError(f"policy is {policy!r}; choose one of {', '.join(get_args(Policy))}")
+    _check_at_least("window", window, 1)
+    if policy == "llava" and llava_micro_batch is None:
+        raise DataError(
+            "policy 'llava' has no llava_micro_batch; its order depends on it: pass the samples "
+            "of one rank's micro-batch"
+        )
+    if llava_micro_batch is None:
+        return
+    if policy != "llava":
+        raise DataError(
+            f"llava_micro_batch is {llava_micro_batch} under policy {policy!r}; only 'llava' has "
+            "micro-batches in its order: leave it out or choose policy 'llava'"
+        )
+    _check_at_least("llava_micro_batch", llava_micro_batch, 1)
+    if global_batch % llava_micro_batch:
+        above = -(-global_batch // llava_micro_batch) * llava_micro_batch
+        raise DataError(
+            f"global_batch {global_batch} is not a multiple of llava_micro_batch "
+            f"{llava_micro_batch}; use a global_batch of {above} or a micro-batch that divides it"
+        )

@@ -1,0 +1,96 @@
+"""Vision towers: pixels to patch features.
+
+Shape suffix legend: N images, H height, W width, T tokens an image, C tower's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.model.config import VisionConfig
+from lapilli.model.errors import ModelError
+from lapilli.model.extension import load_builder
+
+__all__ = ["TOWERS", "ClipTower", "Tower", "build_tower"]
+
+
+class Tower(nn.Module):
+    """What a tower of one's own must be: these three numbers and a forward.
+
+    Attributes:
+        image_size: Side of the images, in pixels.
+        num_tokens: Feature rows an image gives, T.
+        hidden_size: Size of a feature row, C.
+    """
+
+    image_size: int
+    num_tokens: int
+    hidden_size: int
+
+    def forward(self, pixels_NHW3: Tensor) -> Tensor:
+        """uint8 pixels [N, H, W, 3] to features [N, T, C]."""
+        raise NotImplementedError
+
+
+class ClipTower(Tower):
+    """transformers' CLIP vision model, one hidden state of it, without the class token.
+
+    Only the layers up to that state are kept, and no norm after it: what does not reach the
+    output would never get a gradient.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        clip: Any = _load_clip(config)
+        layers: int = clip.config.num_hidden_layers
+        kept = config.layer if config.layer >= 0 else layers + 1 + config.layer
+        if not 1 <= kept <= layers:
+            raise ModelError(f"vision.layer: {config.layer}; the tower has {layers} layers")
+        clip.encoder.layers = clip.encoder.layers[:kept]
+        clip.post_layernorm = nn.Identity()
+        self.clip = clip
+        self.image_size = int(clip.config.image_size)
+        self.num_tokens = (self.image_size // int(clip.config.patch_size)) ** 2
+        self.hidden_size = int(clip.config.hidden_size)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", 255 * torch.tensor(config.mean), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(config.std), persistent=False)
+
+    def forward(self, pixels_NHW3: Tensor) -> Tensor:
+        """Normalise on the device, then encode."""
+        dtype = self.clip.pre_layrnorm.weight.dtype
+        normal_NHW3 = (pixels_NHW3.float() - self.mean.float()) / self.std.float()
+        normal_N3HW = normal_NHW3.permute(0, 3, 1, 2).to(dtype)
+        return self.clip(pixel_values=normal_N3HW).last_hidden_state[:, 1:]
+
+
+def _load_clip(config: VisionConfig) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if not config.pretrained:
+        return CLIPVisionModel(CLIPVisionConfig(**config.settings))
+    try:
+        return CLIPVisionModel.from_pretrained(config.pretrained)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"vision.pretrained: {config.pretrained!r} cannot be loaded ({reason}); "
+            "expected a hub name or a folder with a CLIP vision model"
+        ) from None
+
+
+TOWERS: dict[str, Callable[[VisionConfig], Tower]] = {"clip": ClipTower}
+
+
+def build_tower(config: VisionConfig) -> Tower:
+    """The tower a config names.
+
+    Raises:
+        ModelError: Unknown name, or weights that are not there.
+    """
+    return load_builder(config.tower, TOWERS, what="vision.tower")(config)

@@ -1,0 +1,115 @@
+"""The whole model: tower, projector, merge, language model, loss.
+
+Shape suffix legend: B rows, S tokens, N images, H height, W width, T tokens an image,
+F = N x T feature rows, C tower's hidden size, D language model's hidden size, V vocabulary,
+P trained positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.model.config import ModelConfig
+from lapilli.model.language import build_language
+from lapilli.model.loss import trained_loss
+from lapilli.model.merge import merge
+from lapilli.model.projector import build_projector
+from lapilli.model.trainable import freeze
+from lapilli.model.vision import build_tower
+
+__all__ = ["VisionLanguageModel", "build_model"]
+
+
+class VisionLanguageModel(nn.Module):
+    """A LLaVA-style model. `forward` gives the summed loss of a batch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = build_tower(config.vision)
+        self.language: Any = build_language(config.language)
+        size = self.language.get_input_embeddings().weight.shape[1]
+        self.projector = build_projector(config.projector, self.vision.hidden_size, size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: ids the model knows."""
+        return int(self.language.config.vocab_size)
+
+    def image_features(self, pixels_NHW3: Tensor) -> Tensor:
+        """Feature rows of all images, one after another: [F, D]."""
+        with torch.set_grad_enabled("vision" in self.config.trainable and torch.is_grad_enabled()):
+            features_NTC = self.vision(pixels_NHW3)
+        return self.projector(features_NTC).flatten(0, 1)
+
+    def _without_images(self, like: Tensor) -> Tensor:
+        """[1, D]: what a text-only batch runs, to be weighted with zero.
+
+        Every trainable module runs in every micro-step on every rank. DeepSpeed's stage 3
+        otherwise applies the gradient of the step before, and ranks wait for each other for ever.
+        """
+        if "vision" in self.config.trainable:
+            side = self.vision.image_size
+            blank_NHW3 = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=like.device)
+            return self.image_features(blank_NHW3)
+        return self.projector(like.new_zeros(1, self.vision.hidden_size))
+
+    def embed(self, input_ids_BS: Tensor, merge_index_BS: Tensor, pixels_NHW3: Tensor) -> Tensor:
+        """Text embeddings with the images' features in their slots: [B, S, D]."""
+        embedding_VD = self.language.get_input_embeddings().weight
+        if pixels_NHW3.shape[0]:
+            features_FD = self.image_features(pixels_NHW3)
+            return self._merge(input_ids_BS, merge_index_BS, embedding_VD, features_FD)
+        none_FD = embedding_VD.new_empty(0, embedding_VD.shape[1])
+        merged_BSD = self._merge(input_ids_BS, merge_index_BS, embedding_VD, none_FD)
+        return merged_BSD + 0.0 * self._without_images(embedding_VD).sum()
+
+    def _merge(
+        self, input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor
+    ) -> Tensor:
+        features = features.to(embedding.dtype)
+        return merge(input_ids, merge_index, embedding, features, implementation=self.config.merge)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        merge_index: Tensor,
+        pixels: Tensor,
+        predict_positions: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """Summed cross-entropy of a batch's trained positions (`lapilli.data.collate.Batch`).
+
+        Padding stands on the right and attention is causal, so no mask is needed.
+
+        Returns:
+            fp32 scalar.
+        """
+        embedded_BSD = self.embed(input_ids, merge_index, pixels)
+        decoder = self.language.get_decoder()
+        output = decoder(inputs_embeds=embedded_BSD, position_ids=position_ids, use_cache=False)
+        head_VD = self.language.get_output_embeddings().weight
+        return trained_loss(
+            output.last_hidden_state,
+            predict_positions,
+            targets,
+            head_VD,
+            chunk=self.config.head_chunk,
+        )
+
+
+def build_model(config: ModelConfig) -> VisionLanguageModel:
+    """Build a model with `config.seed`'s random weights where there are no others, and freeze.
+
+    Raises:
+        ModelError: A part that cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = VisionLanguageModel(config)
+    freeze(model, config.trainable)
+    return model

@@ -1,0 +1,215 @@
+"""Checkpoints in a layout that knows neither world size nor ZeRO stage.
+
+`checkpoints/step-00000100/` holds `weights.safetensors` (fp32, what learns), `moments.safetensors`
+(fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json`, written last, with the sizes and
+checksums of the other two. A folder is filled under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lapilli.data.shards import sha256_file
+from lapilli.model.trainable import trainable_parameters
+from lapilli.train import engine as deepspeed_engine
+from lapilli.train.errors import TrainError
+
+__all__ = [
+    "Checkpoint",
+    "check_disk",
+    "find_checkpoints",
+    "frozen_fingerprint",
+    "latest_checkpoint",
+    "load_into",
+    "load_weights",
+    "save",
+]
+
+FOLDER = "checkpoints"
+FILES = ("weights.safetensors", "moments.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, verified checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps taken.
+        state: Everything else: dataset and frozen fingerprints, versions.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+def save(
+    engine: Any, run: Path, step: int, state: dict[str, Any], *, keep: int, is_writer: bool
+) -> Path:
+    """Gather what learns and its moments on every rank; one of them writes.
+
+    Args:
+        engine: DeepSpeed's engine.
+        run: The run's folder.
+        step: Optimizer steps taken.
+        state: JSON values kept with it.
+        keep: Newest checkpoints to keep, this one included.
+        is_writer: Whether this rank writes.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in trainable_parameters(engine.module).items():
+        weight = deepspeed_engine.read_weight(parameter)
+        found = deepspeed_engine.read_moments(engine, parameter)
+        if is_writer:
+            weights[name] = weight.cpu().clone()
+            moments.update({f"{name}/{key}": value.cpu().clone() for key, value in found.items()})
+    path = run / FOLDER / f"step-{step:08d}"
+    if is_writer:
+        _write(path, (weights, moments), {"step": step, **state})
+        _forget_old(run, keep)
+    return path
+
+
+def _write(path: Path, tensors: tuple[dict[str, Tensor], ...], state: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, values in zip(FILES, tensors, strict=True):
+            save_file(values, temporary / name)
+        files = {
+            name: {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": sha256_file(temporary / name),
+            }
+            for name in FILES
+        }
+        text = json.dumps({**state, "files": files}, indent=1)
+        (temporary / "state.json").write_text(text, encoding="utf-8")
+        for file in temporary.iterdir():
+            _flush(file)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        raise TrainError(f"{path}: cannot be written ({error}); free space and resume") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _forget_old(run: Path, keep: int) -> None:
+    for path in sorted((run / FOLDER).glob("step-*"))[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def find_checkpoints(run: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first; one cut short or changed is left out."""
+    found = [_read(path) for path in sorted((run / FOLDER).glob("step-*"))]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None."""
+    for path in sorted((run / FOLDER).glob("step-*"), reverse=True):
+        if checkpoint := _read(path):
+            return checkpoint
+    return None
+
+
+def _read(path: Path) -> Checkpoint | None:
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for name, facts in state["files"].items():
+            if (path / name).stat().st_size != facts["bytes"]:
+                return None
+            if sha256_file(path / name) != facts["sha256"]:
+                return None
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a plain model.
+
+    Raises:
+        TrainError: Other parameters than the model's trainable ones, or other shapes.
+    """
+    weights = load_file(checkpoint.path / FILES[0])
+    _check_names(checkpoint, model, weights)
+    model.load_state_dict(weights, strict=False)
+
+
+def load_into(engine: Any, checkpoint: Checkpoint) -> None:
+    """Set an engine's weights, moments and step count to a checkpoint's. All ranks call it."""
+    weights = load_file(checkpoint.path / FILES[0])
+    flat = load_file(checkpoint.path / FILES[1])
+    _check_names(checkpoint, engine.module, weights)
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
+    for key, value in flat.items():
+        name, _, moment = key.rpartition("/")
+        moments[name][moment] = value
+    deepspeed_engine.restore(engine, weights, moments, checkpoint.step)
+
+
+def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = trainable_parameters(model)
+    if expected.keys() != weights.keys():
+        different = sorted(expected.keys() ^ weights.keys())
+        raise TrainError(
+            f"{checkpoint.path}: parameters differ from the model's ({different[0]} and "
+            f"{len(different) - 1} more); expected the same model config and trainable parts"
+        )
+    for name, parameter in expected.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if shape != tuple(weights[name].shape):
+            raise TrainError(
+                f"{checkpoint.path}: {name} has shape {tuple(weights[name].shape)}, the model's "
+                f"has {shape}; expected the same model config"
+            )
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the frozen weights, which a checkpoint does not hold."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(
+                parameter.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes()
+            )
+    return digest.hexdigest()
+
+
+def check_disk(run: Path, model: nn.Module, keep: int) -> None:
+    """Stop before step 0 if the checkpoints to come do not fit on the disk.
+
+    Raises:
+        TrainError: Names the bytes needed and free.
+    """
+    one = 12 * sum(p.numel() for p in trainable_parameters(model).values())  # fp32, two moments
+    needed = one * (keep + 1)
+    free = shutil.disk_usage(run).free
+    if needed > free:
+        raise TrainError(
+            f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints need "
+            f"{needed / 1e9:.1f} GB; free space or lower keep"
+        )

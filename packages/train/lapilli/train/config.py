@@ -1,0 +1,109 @@
+"""What a run is told. Composes the model's config. Read from a recipe's YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lapilli.model.config import ModelConfig
+from lapilli.train.errors import TrainError
+
+__all__ = ["OptimConfig", "RunConfig"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: Peak learning rate.
+        schedule: What follows the warm-up: `cosine` or `linear` to 0, or `constant`.
+        warmup_ratio: Share of the steps over which the rate rises from 0.
+        weight_decay: On matrices; biases and norms get none.
+        betas: AdamW's decay rates of the moments.
+        grad_clip: Largest norm of the whole gradient; 0 leaves it.
+    """
+
+    lr: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.lr <= 0:
+            raise TrainError(f"optim.lr: {self.lr}; expected more than 0")
+        if not 0.0 <= self.warmup_ratio < 1.0:
+            raise TrainError(f"optim.warmup_ratio: {self.warmup_ratio}; expected 0 to below 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    What decides the loss (model, data, order, optimizer, batch) is fixed when the run starts; the
+    rest may differ when it is resumed.
+
+    Attributes:
+        dataset: Folder of a dataset.
+        output: Folder of the run.
+        view: The dataset's view that the tower reads.
+        model: The model.
+        optim: The optimizer.
+        global_batch: Samples in one optimizer step, over all workers.
+        micro_batch: Samples on one worker at once; accumulation follows.
+        epochs: Passes over the dataset.
+        max_steps: End earlier, after so many steps; 0 for the whole epochs.
+        max_length: Longest sequence with its image tokens; longer samples are left out, counted.
+        policy: Order of an epoch (`lapilli.data.sampler`).
+        seed: Seed of the order and of whatever is random in the model.
+        zero_stage: DeepSpeed's ZeRO stage.
+        precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
+        workers: Processes, one a device; on a CPU, one a core or fewer.
+        device: `auto` takes GPUs when there are any.
+        save_every: Steps between checkpoints.
+        keep: Newest checkpoints that are kept.
+        max_failures: How often lost workers are replaced before the run gives up.
+        buckets: Number of sequence lengths a batch may have.
+    """
+
+    dataset: str
+    output: str
+    view: str
+    model: ModelConfig
+    global_batch: int
+    micro_batch: int
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: int = 1
+    max_steps: int = 0
+    max_length: int = 2048
+    policy: Literal["grouped", "random"] = "grouped"
+    seed: int = 42
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    save_every: int = 500
+    keep: int = 2
+    max_failures: int = 3
+    buckets: int = 8
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for name in ("global_batch", "micro_batch", "epochs", "workers", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
+        rows = self.workers * self.micro_batch
+        if self.global_batch % rows:
+            below = max(rows, self.global_batch // rows * rows)
+            raise TrainError(
+                f"global_batch: {self.global_batch} is no multiple of workers x micro_batch = "
+                f"{self.workers} x {self.micro_batch} = {rows}; {below} would fit"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a worker works through in one optimizer step."""
+        return self.global_batch // (self.workers * self.micro_batch)

@@ -1,0 +1,144 @@
+"""DeepSpeed, only here: its settings, and reading and setting what it has partitioned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.model.trainable import trainable_parameters
+from lapilli.train.config import RunConfig
+
+__all__ = [
+    "MOMENTS",
+    "deepspeed_settings",
+    "initialize",
+    "read_gradient",
+    "read_moments",
+    "read_weight",
+    "restore",
+    "set_learning_rate",
+]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """A run's settings as DeepSpeed spells them."""
+    return {
+        "train_batch_size": config.global_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine over the process group that is there. Compiles nothing."""
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU DeepSpeed would compile its shared-memory operator first (42 s seen); gloo is there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel("ERROR")
+    # torch's new names for two collectives; DeepSpeed calls the old ones at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set every group's learning rate for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def read_weight(parameter: nn.Parameter) -> Tensor:
+    """The whole fp32 weight, on every rank. Collective: all ranks call it in the same order."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = safe_get_full_fp32_param(parameter)
+    return (parameter.detach() if found is None else found).float()
+
+
+def read_gradient(parameter: nn.Parameter) -> Tensor:
+    """The whole gradient after the last backward of a step and before the update. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = safe_get_full_grad(parameter)
+    if found is None:
+        raise RuntimeError("no gradient: read it between backward and step")
+    return found
+
+
+def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The whole fp32 moments of a parameter by name. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if _is_partitioned(parameter):
+        read: Any = safe_get_full_optimizer_state
+        return {name: read(parameter, name) for name in MOMENTS}
+    state = engine.optimizer.state[parameter]
+    return {name: state[name] for name in MOMENTS}
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO keeps this parameter's fp32 weight and moments (stages 1 to 3)."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def restore(
+    engine: Any, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], step: int
+) -> None:
+    """Set fp32 weights, moments and the step count, whatever the ZeRO stage and world size.
+
+    The model must have been given the same weights before `initialize`: that is where its working
+    copies (bf16, or partitioned) come from. Collective.
+
+    Args:
+        engine: The engine.
+        weights: fp32 weight by parameter name.
+        moments: Moments by parameter name and moment.
+        step: Optimizer steps taken so far.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    _create_moments(engine, step)
+    for name, parameter in trainable_parameters(engine.module).items():
+        if not _is_partitioned(parameter):
+            parameter.data.copy_(weights[name])
+            for moment, value in moments[name].items():
+                engine.optimizer.state[parameter][moment].copy_(value)
+            continue
+        safe_set_full_fp32_param(parameter, weights[name])
+        for moment, value in moments[name].items():
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _create_moments(engine: Any, step: int) -> None:
+    """Make the inner optimizer's state, which DeepSpeed and torch only make at the first step."""
+    zero = engine.optimizer
+    inner: torch.optim.Optimizer = getattr(zero, "optimizer", zero)
+    for tensor in _optimized_tensors(engine):
+        inner.state[tensor] = {"step": torch.tensor(float(step))}
+        inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _optimized_tensors(engine: Any) -> Iterable[Tensor]:
+    """What the inner optimizer updates: flat partitions under ZeRO, else the parameters."""
+    zero = engine.optimizer
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        if hasattr(zero, name):
+            return getattr(zero, name)
+    return trainable_parameters(engine.module).values()

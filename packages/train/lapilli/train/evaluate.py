@@ -1,0 +1,171 @@
+"""Greedy answers of a trained model to a dataset's questions, and how many are right."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.tokenize import load_tokenizer
+from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
+from lapilli.model.generate import generate_greedy
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train import checkpoint
+from lapilli.train.errors import TrainError
+from lapilli.train.launch import CONFIG
+from lapilli.train.loop import check_model
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Answer", "Scores", "answer_dataset", "load_trained", "open_test", "score"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question of the test data.
+
+    Attributes:
+        sample_id: Its record.
+        index: Its place in the dataset.
+        image_index: The sample whose images were shown; `index` unless images are shuffled.
+        source: The record's source: the kind of the question.
+        question: The prompt, decoded, images and special tokens left out.
+        expected: The record's own answer.
+        given: The model's.
+    """
+
+    sample_id: str
+    index: int
+    image_index: int
+    source: str
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        """Exact match; spaces around an answer and special tokens do not count."""
+        return self.given == self.expected
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Share of right answers, over all and by source."""
+
+    accuracy: float
+    by_source: dict[str, float]
+    questions: int
+
+
+def load_trained(run: Path, device: str = "cpu") -> VisionLanguageModel:
+    """The model of a run with its newest checkpoint's weights.
+
+    Raises:
+        TrainError: No run here, or none of its checkpoints is whole.
+    """
+    try:
+        fields: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))["model"]
+    except FileNotFoundError:
+        raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
+    found = checkpoint.latest_checkpoint(run)
+    if found is None:
+        raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
+    parts: dict[str, Any] = {
+        "vision": VisionConfig(**fields["vision"]),
+        "language": LanguageConfig(**fields["language"]),
+        "trainable": tuple(fields["trainable"]),
+    }
+    model = build_model(ModelConfig(**{**fields, **parts}))
+    checkpoint.load_weights(found, model)
+    return model.eval().to(device)
+
+
+def open_test(path: Path, view: str, model: VisionLanguageModel) -> Dataset:
+    """Open a dataset of questions for a model.
+
+    Raises:
+        DataError, TrainError: It cannot be opened or does not fit the model.
+    """
+    dataset = open_dataset(path, view=view, image_tokens=model.vision.num_tokens)
+    check_model(model, dataset)
+    return dataset
+
+
+def answer_dataset(
+    model: VisionLanguageModel,
+    dataset: Dataset,
+    *,
+    shuffle_images: int | None = None,
+    batch: int = 256,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """Ask every record's first question and decode greedily.
+
+    Args:
+        model: The model.
+        dataset: The questions; each record's first answer is the expected one.
+        shuffle_images: A seed: show each question the images of another record. None: its own.
+        batch: Questions at once.
+        on_progress: Called with questions answered and all.
+
+    Returns:
+        One answer a record, in the dataset's order.
+    """
+    tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
+    end_id = int(dataset.manifest.tokenizer["eos_id"])
+    shown = _image_order(dataset.num_images, shuffle_images)
+    answers: list[Answer | None] = [None] * len(dataset)
+    done = 0
+    for indices in _batches(dataset.lengths, batch):
+        samples = [dataset.sample(int(i)) for i in indices]
+        prompts = [s.input_ids[: s.label_spans[0, 0]].astype(np.int64) for s in samples]
+        pixels = [dataset.sample(int(shown[i])).pixels for i in indices]
+        longest = max(int(s.label_spans[0, 1] - s.label_spans[0, 0]) for s in samples)
+        produced = generate_greedy(model, prompts, pixels, end_id=end_id, max_new_tokens=longest)
+        for index, sample, ids in zip(indices, samples, produced, strict=True):
+            start, end = sample.label_spans[0]
+            question, expected, given = (
+                tokenizer.decode([int(i) for i in part if i >= 0], skip_special_tokens=True).strip()
+                for part in (sample.input_ids[:start], sample.input_ids[start:end], ids)
+            )
+            source = sample.sample_id.partition("/")[0]
+            answers[index] = Answer(
+                sample.sample_id, int(index), int(shown[index]), source, question, expected, given
+            )
+        done += len(indices)
+        on_progress(done, len(dataset))
+    return [answer for answer in answers if answer is not None]
+
+
+def _image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
+    """Whose images each record is shown: random cycles among records with as many images."""
+    order = np.arange(len(num_images))
+    if seed is not None:
+        generator = np.random.default_rng(seed)
+        for count in np.unique(num_images):
+            cycle = generator.permutation(np.flatnonzero(num_images == count))
+            order[cycle] = np.roll(cycle, 1)
+    return order
+
+
+def _batches(lengths: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """Indices by length, longest first: little padding, and the most memory at once."""
+    order = np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def score(answers: list[Answer]) -> Scores:
+    """Count what is right."""
+    by_source: dict[str, list[bool]] = defaultdict(list)
+    for answer in answers:
+        by_source[answer.source].append(answer.right)
+    shares = {name: float(np.mean(right)) for name, right in sorted(by_source.items())}
+    return Scores(float(np.mean([a.right for a in answers])), shares, len(answers))

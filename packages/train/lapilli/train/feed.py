@@ -1,0 +1,137 @@
+"""From dataset and plan to this worker's batches, made ahead by a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapilli.data.collate import Batch, BatchShape, collate, length_buckets
+from lapilli.data.dataset import Dataset
+from lapilli.data.sampler import EpochPlan, assign, plan_epoch
+from lapilli.train.config import RunConfig
+
+__all__ = ["Feed", "StepBatches", "batch_shape"]
+
+AHEAD = 4  # steps kept ready
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One optimizer step of one worker.
+
+    Attributes:
+        step: Number of the step in the run, from 0.
+        batches: The worker's micro-batches.
+        global_tokens: Trained tokens of the whole global batch.
+        global_samples: Samples of the whole global batch, empty slots left out.
+        sample_indices: The global batch's samples, -1 for empty slots.
+    """
+
+    step: int
+    batches: list[Batch]
+    global_tokens: int
+    global_samples: int
+    sample_indices: NDArray[np.int64]
+
+
+def batch_shape(dataset: Dataset, config: RunConfig) -> BatchShape:
+    """The few shapes a run's batches have."""
+    longest = int(dataset.lengths.max())
+    buckets = length_buckets(longest, count=config.buckets)
+    chunk = config.model.head_chunk
+    return BatchShape(config.micro_batch, buckets, dataset.image_tokens, chunk)
+
+
+class Feed:
+    """A worker's steps from `start` to `total`, the same global batches whatever the world size."""
+
+    def __init__(self, dataset: Dataset, config: RunConfig, *, rank: int, world_size: int) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.shape = batch_shape(dataset, config)
+        self._plan: tuple[int, EpochPlan] = 0, self._plan_epoch(0)
+        steps = self._plan[1].num_steps * config.epochs
+        self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
+
+    def _plan_epoch(self, epoch: int) -> EpochPlan:
+        return plan_epoch(
+            self.dataset.lengths,
+            self.dataset.has_images,
+            global_batch=self.config.global_batch,
+            seed=self.config.seed,
+            epoch=epoch,
+            policy=self.config.policy,
+        )
+
+    def _locate(self, step: int) -> tuple[EpochPlan, int]:
+        epoch, inside = divmod(step, self._plan[1].num_steps)
+        if epoch != self._plan[0]:
+            self._plan = epoch, self._plan_epoch(epoch)
+        return self._plan[1], inside
+
+    def make(self, step: int) -> StepBatches:
+        """This worker's micro-batches of one step."""
+        plan, inside = self._locate(step)
+        ranks = assign(
+            plan, inside, self.dataset.lengths,
+            world_size=self.world_size, micro_batch=self.config.micro_batch,
+        )  # fmt: skip
+        batches = [
+            collate(
+                [self.dataset.sample(int(i)) for i in ids if i >= 0],
+                self.shape,
+                self.dataset.image_size,
+                with_images=self._has_images([rank[micro] for rank in ranks]),
+            )
+            for micro, ids in enumerate(ranks[self.rank])
+        ]
+        indices = plan.global_batch(inside)
+        filled = indices[indices >= 0]
+        tokens = int(self.dataset.num_trained[filled].sum())
+        return StepBatches(step, batches, tokens, len(filled), indices)
+
+    def _has_images(self, ranks: list[NDArray[np.int64]]) -> bool:
+        """Whether any rank has an image in a micro-step."""
+        ids = np.concatenate(ranks)
+        return bool(self.dataset.num_images[ids[ids >= 0]].any())
+
+    def steps(self, start: int) -> Iterator[StepBatches]:
+        """Steps from `start` on, made ahead by a thread; an error of the thread is raised here."""
+        ready: queue.Queue[StepBatches | BaseException | None] = queue.Queue(AHEAD)
+        stop = threading.Event()
+
+        def put(item: StepBatches | BaseException | None) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def produce() -> None:
+            try:
+                for step in range(start, self.total_steps):
+                    if not put(self.make(step)):
+                        return
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=produce, name="feed", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()

@@ -1,0 +1,182 @@
+"""What a worker does: set up, then step after step to the end, saving on the way."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train import checkpoint, engine
+from lapilli.train.config import RunConfig
+from lapilli.train.device import Device, prepare_process
+from lapilli.train.errors import TrainError
+from lapilli.train.feed import Feed, StepBatches
+from lapilli.train.metrics import MetricsFile
+from lapilli.train.optim import build_optimizer, learning_rate
+from lapilli.train.step import seed_step, to_device, train_step
+
+__all__ = ["Setup", "check_model", "fit", "open_for", "setup"]
+
+
+@dataclass
+class Setup:
+    """What a worker has before its first step."""
+
+    config: RunConfig
+    device: torch.device
+    feed: Feed
+    engine: Any
+    start: int
+    state: dict[str, Any]
+    rank: int
+    world_size: int
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this worker writes metrics and checkpoints."""
+        return self.rank == 0
+
+
+def open_for(model: VisionLanguageModel, config: RunConfig) -> Dataset:
+    """Open a run's dataset as its model sees it, and check that they fit.
+
+    Raises:
+        DataError: The dataset cannot be opened.
+        TrainError: Another image size, or token ids the model does not know.
+    """
+    dataset = open_dataset(
+        config.dataset,
+        view=config.view,
+        image_tokens=model.vision.num_tokens,
+        max_length=config.max_length,
+    )
+    check_model(model, dataset)
+    return dataset
+
+
+def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
+    """Compare the manifest's facts with the model's.
+
+    Raises:
+        TrainError: Names both values and the remedy.
+    """
+    if dataset.image_size != model.vision.image_size:
+        raise TrainError(
+            f"view: {dataset.view} has images of {dataset.image_size} px, the tower takes "
+            f"{model.vision.image_size}; choose another view or preprocess one with that size"
+        )
+    tokenizer = dataset.manifest.tokenizer
+    if tokenizer["vocab_size"] > model.vocab_size:
+        raise TrainError(
+            f"tokenizer: {dataset.path} was made with {tokenizer['name']} "
+            f"({tokenizer['vocab_size']} ids), the language model knows {model.vocab_size}; "
+            "preprocess with the language model's own tokenizer"
+        )
+
+
+def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
+    """Build model, feed and engine, and load the newest checkpoint there is."""
+    torch_device = prepare_process(device)
+    model = build_model(config.model)
+    dataset = open_for(model, config)
+    state = _facts(model, dataset, world_size)
+    found = _find_checkpoint(Path(config.output), state)
+    if found:
+        checkpoint.load_weights(found, model)
+    model.to(torch_device)
+    feed = Feed(dataset, config, rank=rank, world_size=world_size)
+    optimizer = build_optimizer(model, config.optim)
+    built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
+    if found:
+        checkpoint.load_into(built, found)
+    start = found.step if found else 0
+    return Setup(config, torch_device, feed, built, start, state, rank, world_size)
+
+
+def _facts(model: VisionLanguageModel, dataset: Dataset, world_size: int) -> dict[str, Any]:
+    """What a checkpoint says of the run it is from."""
+    return {
+        "dataset": dataset.manifest.fingerprint,
+        "frozen": checkpoint.frozen_fingerprint(model),
+        "world_size": world_size,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("lapilli", "torch", "deepspeed", "transformers")
+        },
+    }
+
+
+def _find_checkpoint(run: Path, state: dict[str, Any]) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, checked to be of this dataset and these frozen weights."""
+    found = checkpoint.latest_checkpoint(run)
+    for name in ("dataset", "frozen"):
+        if found and found.state[name] != state[name]:
+            raise TrainError(
+                f"{found.path}: was saved with another {name} (fingerprint "
+                f"{found.state[name][:12]}, now {state[name][:12]}); choose another --output"
+            )
+    return found
+
+
+def fit(ready: Setup) -> None:
+    """Step from where the run is to its end."""
+    config, run = ready.config, Path(ready.config.output)
+    metrics = MetricsFile(run, ready.start) if ready.is_writer else None
+    clock = time.monotonic()
+    for batches in ready.feed.steps(ready.start):
+        waited = time.monotonic() - clock
+        row = _one_step(ready, batches)
+        seconds = time.monotonic() - clock
+        if metrics:
+            metrics.write({**row, "seconds": seconds, "wait_seconds": waited})
+        done = batches.step + 1
+        if done % config.save_every == 0 or done == ready.feed.total_steps:
+            checkpoint.save(
+                ready.engine, run, done, ready.state, keep=config.keep, is_writer=ready.is_writer
+            )
+        clock = time.monotonic()
+    if metrics:
+        metrics.close()
+
+
+def _one_step(ready: Setup, batches: StepBatches) -> dict[str, Any]:
+    """Take one optimizer step; returns what is worth writing down."""
+    rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
+    engine.set_learning_rate(ready.engine, rate)
+    seed_step(ready.config.seed, batches.step, ready.rank)
+    on_device = [to_device(batch, ready.device) for batch in batches.batches]
+    total = train_step(
+        ready.engine,
+        on_device,
+        global_tokens=batches.global_tokens,
+        world_size=ready.world_size,
+    )
+    if ready.world_size > 1:
+        dist.all_reduce(total)
+    loss = float(total) / max(1, batches.global_tokens)
+    if loss != loss:
+        ids = [batch.sample_ids[0] for batch in batches.batches if batch.sample_ids]
+        raise TrainError(
+            f"step {batches.step}: the loss is not a number; lower optim.lr or look at the samples "
+            f"of this step (rank {ready.rank}: {', '.join(ids)}, ...)"
+        )
+    return {
+        "step": batches.step,
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": _norm(ready.engine),
+        "samples": batches.global_samples,
+        "trained_tokens": batches.global_tokens,
+    }
+
+
+def _norm(built: Any) -> float | None:
+    norm = built.get_global_grad_norm()
+    return None if norm is None else float(norm)

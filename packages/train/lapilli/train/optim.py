@@ -1,0 +1,40 @@
+"""AdamW and the learning rate as a pure function of the step: nothing of it needs saving."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from lapilli.model.trainable import decay_groups
+from lapilli.train.config import OptimConfig
+
+__all__ = ["build_optimizer", "learning_rate"]
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """The rate of optimizer step `step` of `total`, counted from 0.
+
+    Warm-up ends at its share of the steps, rounded up; the decay reaches 0 after the last step.
+    """
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "linear":
+        return config.lr * (1 - done)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start."""
+    decayed, plain = decay_groups(model)
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if params
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

@@ -1,0 +1,70 @@
+"""One optimizer step: needs an engine and device batches, and neither Ray nor a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapilli.data.collate import Batch
+
+__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step"]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """The tensors the model's forward takes, by its argument names."""
+
+    inputs: dict[str, Tensor]
+
+
+def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
+    """Copy what the model needs to the device; pixels stay uint8 until they are there."""
+    arrays = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "merge_index": batch.merge_index,
+        "pixels": batch.pixels,
+        "predict_positions": batch.predict_positions,
+        "targets": batch.targets,
+    }
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    return DeviceBatch({name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what is random in the model (dropout) from the step itself.
+
+    A resumed run draws what the uninterrupted one would have; no random state needs saving.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def train_step(
+    engine: Any, batches: Sequence[DeviceBatch], *, global_tokens: int, world_size: int
+) -> Tensor:
+    """Forward and backward over a worker's micro-batches, then one optimizer step.
+
+    The gradient is that of the mean over all trained tokens of the global batch: DeepSpeed divides
+    by the accumulation and by the number of workers, so both are multiplied in before.
+
+    Args:
+        engine: DeepSpeed's engine.
+        batches: This worker's micro-batches; as many as the accumulation.
+        global_tokens: Trained tokens of the global batch, known from the plan.
+        world_size: Number of workers.
+
+    Returns:
+        This worker's summed loss, fp32 scalar, detached.
+    """
+    scale = world_size * len(batches) / max(1, global_tokens)
+    total = torch.zeros((), dtype=torch.float32, device=engine.device)
+    for batch in batches:
+        loss = engine(**batch.inputs)
+        engine.backward(loss * scale)
+        engine.step()
+        total += loss.detach()
+    return total

@@ -1,0 +1,74 @@
+"""What every pipeline shares: settings from recipes and flags, and errors as one line."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lapilli.data.errors import DataError
+from lapilli.model.errors import ModelError
+from lapilli.train.errors import TrainError
+
+__all__ = ["console", "parse", "progress_bar", "run", "say"]
+
+Config = TypeVar("Config")
+USERS_MISTAKE = 2
+
+console = Console(highlight=False)
+
+
+class UsageError(Exception):
+    """A flag or a recipe's key that is wrong."""
+
+
+def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+    """Read a config dataclass from `--config RECIPE.yaml` (several are layered) and flags.
+
+    Raises:
+        UsageError: An unknown key, a wrong type or something missing; names the field.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe; several are layered")
+    parser.add_class_arguments(kind)
+    try:
+        namespace = parser.instantiate_classes(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a pipeline's main; a user's mistake becomes one line and exit code 2."""
+    try:
+        code = main()
+    except (DataError, ModelError, TrainError, UsageError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = USERS_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def say(text: str) -> None:
+    """One line of narration."""
+    console.print(text)
+
+
+def progress_bar(*columns: Any) -> Progress:
+    """A progress bar with counts and time to go; prints nothing but its last state to a file."""
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+    )

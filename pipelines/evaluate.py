@@ -1,0 +1,72 @@
+"""A trained model's greedy answers to a dataset of questions.
+
+python -m pipelines.evaluate --run DIR --dataset DIR [--shuffle_images true]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
+from pipelines.command import parse, progress_bar, run, say
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is asked of which model.
+
+    Attributes:
+        run: Folder of a run.
+        dataset: Folder of a dataset of questions; each record's first answer is expected.
+        view: The dataset's view; empty for its only one.
+        shuffle_images: Show each question the images of another record: what is left is what the
+            model knows without looking.
+        output: File for the answers, one JSON object a line; empty for none.
+    """
+
+    run: str
+    dataset: str
+    view: str = ""
+    shuffle_images: bool = False
+    output: str = ""
+
+
+def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
+    """Answer every question and count."""
+    from lapilli.data.manifest import read_manifest
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    view = config.view or next(iter(read_manifest(Path(config.dataset)).views))
+    model = load_trained(Path(config.run), device)
+    dataset = open_test(Path(config.dataset), view, model)
+    with progress_bar() as bar:
+        task = bar.add_task("questions", total=len(dataset))
+        answers = answer_dataset(
+            model,
+            dataset,
+            shuffle_images=0 if config.shuffle_images else None,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if config.output:
+        lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+        Path(config.output).write_text(lines, encoding="utf-8")
+    return score(answers), answers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    config = parse(EvaluateConfig, argv, "Ask a trained model a dataset's questions.")
+    scores, _ = evaluate(config)
+    for source, share in scores.by_source.items():
+        say(f"  {source:<20} {share:.4f}")
+    say(f"accuracy {scores.accuracy:.4f} over {scores.questions} questions")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

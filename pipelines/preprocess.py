@@ -1,0 +1,64 @@
+"""Annotations and images to a dataset of Arrow shards.
+
+python -m pipelines.preprocess --config pipelines/recipes/llava15/finetune_data.yaml \
+    --root playground/data --output datasets/llava15 --tokenizer lmsys/vicuna-7b-v1.5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lapilli.data.build import BuildReport, build
+from lapilli.data.cluster import ray_session
+from lapilli.data.config import BuildConfig
+from lapilli.data.plan import BuildPlan, plan_build
+from pipelines.command import parse, progress_bar, run, say
+
+
+def preprocess(config: BuildConfig) -> BuildReport:
+    """Plan, build and tell what came of it."""
+    say(f"reading {', '.join(source.annotations for source in config.sources)}")
+    plan = plan_build(config)
+    tell_plan(plan)
+    with ray_session(), progress_bar() as bar:
+        task = bar.add_task("shards", total=None)
+        report = build(plan, lambda done, total: bar.update(task, completed=done, total=total))
+    tell_report(report)
+    return report
+
+
+def tell_plan(plan: BuildPlan) -> None:
+    """What is about to be done."""
+    bad = sum(not entry.verdict.kept for entry in plan.entries)
+    codecs = ", ".join(
+        f"{view}: {value.decoder}, {value.resizer}" for view, value in plan.codecs.items()
+    )
+    say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
+    say(f"{plan.pixel_bytes() / 1e9:.2f} GB of pixels ({codecs})")
+
+
+def tell_report(report: BuildReport) -> None:
+    """What has been done."""
+    counts = report.manifest.counts
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts["reasons"].items())
+    repairs = ", ".join(f"{kind} {count}" for kind, count in counts["repairs"].items())
+    say(
+        f"read {counts['read']} = kept {counts['kept']} + quarantined {counts['quarantined']}"
+        + (f" ({reasons})" if reasons else "")
+        + (f"; repaired: {repairs}" if repairs else "")
+    )
+    say(
+        f"{report.shards_built} shards built, {report.shards_reused} reused, {report.seconds:.1f} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    config = parse(BuildConfig, argv, "Turn a mixture into a dataset of Arrow shards.")
+    preprocess(config)
+    say(f"dataset: {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

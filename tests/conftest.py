@@ -1,0 +1,32 @@
+"""What several tests share. Nothing here hides a failure: no retries, no silenced warnings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports huggingface_hub, and inherited by every process a test starts: a test
+# that would download something fails at once, on every machine alike.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray for the whole test run; never somebody else's."""
+    import ray
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """Other people's photos, captions and tokenizers, kept beside the project and not in it."""
+    folder = Path(__file__).parents[2] / "shared" / "fixtures"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: other people's photos, captions and tokenizers")
+    return folder

@@ -1,0 +1,75 @@
+"""One distribution from three folders: the namespace, the wheel and its package data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("data", "model", "train")
+
+# Imports the packages and says where they came from; reads package data the way the code does.
+PROBE = """
+import importlib, json
+from importlib.resources import files
+found = {}
+for package in ("data", "model", "train"):
+    found[package] = importlib.import_module(f"lapilli.{package}").__file__
+found["page"] = str(files("lapilli.data") / "page.html.j2")
+files("lapilli.data").joinpath("page.html.j2").read_text()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("lapilli-*-py3-none-any.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_namespace_has_no_init() -> None:
+    """One such file hides the other two packages from Python."""
+    stray = [str(path.relative_to(ROOT)) for path in ROOT.glob("packages/*/lapilli/__init__.py")]
+    assert stray == []
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    sources = {
+        str(path.relative_to(ROOT / "packages" / package))
+        for package in PACKAGES
+        for path in (ROOT / "packages" / package / "lapilli").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == sources
+    assert "lapilli/data/page.html.j2" in held
+
+
+def test_wheel_carries_its_licence_and_dependencies(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+    assert b"Requires-Dist: torch>=2.11" in wheel.read(metadata)
+
+
+def test_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Unpacked, it comes before an editable install, so every path must lie in it."""
+    wheel.extractall(tmp_path / "unpacked")
+    output = subprocess.check_output(
+        [sys.executable, "-c", PROBE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
+        text=True,
+    )
+    found: dict[str, str] = json.loads(output.splitlines()[-1])
+    outside = {k: path for k, path in found.items() if not Path(path).is_relative_to(tmp_path)}
+    assert outside == {}

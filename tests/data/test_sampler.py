@@ -1,0 +1,364 @@
+"""The epoch plan: LLaVA's order bit for bit, and what every plan and assignment must keep."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from lapilli.data.errors import DataError
+from lapilli.data.sampler import EpochPlan, assign, llava_order, plan_epoch
+
+GOLDENS: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "goldens" / "llava_sampler.json").read_text()
+)
+Ints = NDArray[np.int64]
+
+
+def filled(ids: Ints) -> Ints:
+    return ids[ids >= 0]
+
+
+def mixture(count: int, seed: int = 0) -> tuple[Ints, NDArray[np.bool_]]:
+    """Lengths like LLaVA-1.5's 665K: 576 image tokens plus text, or long text; cut at 2048."""
+    draw = np.random.default_rng(seed)
+    has_image = draw.random(count) >= 0.06
+    with_image = 576 + draw.lognormal(5.4, 0.65, count)
+    text_only = draw.lognormal(6.9, 0.7, count)
+    lengths = np.clip(np.where(has_image, with_image, text_only), 20, 2048)
+    return lengths.astype(np.int64), has_image
+
+
+@st.composite
+def datasets(draw: st.DrawFn) -> tuple[Ints, Ints, int]:
+    """Lengths, modalities (up to three), and a global batch that the samples can fill."""
+    count = draw(st.integers(1, 150))
+    lengths = draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
+    kinds = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    return np.array(lengths), np.array(kinds), draw(st.integers(1, min(count, 24)))
+
+
+# ---- LLaVA's order -----------------------------------------------------------------------------
+
+
+def test_goldens_hold_both_kinds_and_both_modalities() -> None:
+    assert len(GOLDENS) == 12
+    assert {case["kind"] for case in GOLDENS} == {"modality", "length"}
+    assert any(min(case["lengths"]) < 0 < max(case["lengths"]) for case in GOLDENS)
+
+
+@pytest.mark.parametrize("case", GOLDENS, ids=lambda case: f"{case['kind']}-{case['global_seed']}")
+def test_llava_order_equals_llava(case: dict[str, Any]) -> None:
+    order = llava_order(
+        case["lengths"],
+        batch_size=case["batch_size"],
+        world_size=case["world_size"],
+        global_seed=case["global_seed"],
+        generator_seed=case["generator_seed"],
+    )
+    assert order.tolist() == case["indices"]
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"),
+    [(1, 0), (2, 1), (624, 7), (625, 2**31), (999, 2**32 - 1), (999, 2**40 + 3), (10**6, 42)],
+)
+def test_permutation_is_torchs(count: int, seed: int) -> None:
+    # With stretches of one sample nothing is left of LLaVA's order but its permutation.
+    order = llava_order(np.ones(count), batch_size=1, world_size=1, global_seed=seed)
+    torch.manual_seed(seed)
+    assert np.array_equal(order, torch.randperm(count).numpy())
+
+
+def test_without_generator_the_shuffle_continues_the_global_stream() -> None:
+    lengths = np.array([5, -5] * 40)
+    order = llava_order(lengths, batch_size=1, world_size=1, global_seed=3)
+    torch.manual_seed(3)
+    images, texts = torch.randperm(40).numpy() * 2, torch.randperm(40).numpy() * 2 + 1
+    shuffled = np.concatenate([images[:-1], texts[:-1]])[torch.randperm(78).numpy()]
+    assert order.tolist() == [*shuffled, *sorted([images[-1], texts[-1]])]
+
+
+def test_llava_refuses_an_empty_conversation() -> None:
+    with pytest.raises(DataError, match="sample 1 has length 0"):
+        llava_order([4, 0, -2], batch_size=1, world_size=1, global_seed=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_llava_plan_keeps_order_and_micro_batches(ranks: int) -> None:
+    lengths, has_image = mixture(205)
+    plan = plan_epoch(
+        lengths, has_image, global_batch=24, seed=5, epoch=2, policy="llava", llava_micro_batch=3
+    )
+    signed = np.where(has_image, lengths, -lengths)
+    order = llava_order(signed, batch_size=3, world_size=8, global_seed=7)
+    assert plan.order.tolist() == [*order, *[-1] * (9 * 24 - 205)]
+    for step in range(plan.num_steps):
+        shares = assign(plan, step, lengths, world_size=ranks, micro_batch=3)
+        in_turn = [shares[k % ranks][k // ranks] for k in range(8)]
+        assert np.array_equal(np.concatenate(in_turn), plan.global_batch(step))
+
+
+# ---- plans -------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=datasets(), policy=st.sampled_from(["grouped", "random", "llava"]), seed=st.integers(0))
+def test_every_sample_once_in_batches_of_one_size(data: Any, policy: Any, seed: int) -> None:
+    lengths, kinds, size = data
+    micro = 1 if policy == "llava" else None
+    plan = plan_epoch(
+        lengths,
+        kinds,
+        global_batch=size,
+        seed=seed,
+        epoch=1,
+        policy=policy,
+        llava_micro_batch=micro,
+    )
+    assert sorted(filled(plan.order)) == list(range(lengths.size))
+    assert (np.diff(plan.offsets) == size).all()
+    assert plan.offsets[0] == 0
+    assert plan.offsets[-1] == plan.order.size
+    groups = np.unique(kinds).size if policy == "grouped" else 1
+    assert plan.num_steps <= -(-lengths.size // size) + groups - 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=datasets(), window=st.integers(1, 5), epoch=st.integers(0, 3))
+def test_grouped_has_one_modality_a_batch_and_the_longest_first(
+    data: Any, window: int, epoch: int
+) -> None:
+    lengths, kinds, size = data
+    plan = plan_epoch(
+        lengths, kinds, global_batch=size, seed=0, epoch=epoch, policy="grouped", window=window
+    )
+    batches = [filled(plan.global_batch(step)) for step in range(plan.num_steps)]
+    assert all(np.unique(kinds[batch]).size == 1 for batch in batches)
+    assert lengths[batches[0]].max() == lengths.max()
+    most = max(lengths[batch].sum() for batch in batches if lengths[batch].max() == lengths.max())
+    assert lengths[batches[0]].sum() == most
+    # Only a modality's last batch has empty slots.
+    for kind in np.unique(kinds):
+        sizes = sorted(batch.size for batch in batches if kinds[batch[0]] == kind)
+        assert sizes[1:] == [size] * (len(sizes) - 1)
+
+
+def test_a_window_holds_neighbours_of_the_length_order() -> None:
+    lengths = np.random.default_rng(0).permutation(640) + 1
+    one_window = plan_epoch(
+        lengths, lengths * 0, global_batch=10, seed=0, epoch=0, policy="grouped", window=64
+    )
+    spans = [np.ptp(lengths[one_window.global_batch(k)]) for k in range(64)]
+    assert spans == [9] * 64
+    assert one_window.global_batch(0)[0] == lengths.argmax()
+    # The batches themselves are shuffled, only the first is chosen.
+    means = [lengths[one_window.global_batch(k)].mean() for k in range(64)]
+    assert abs(np.corrcoef(means[1:], range(63))[0, 1]) < 0.5
+
+
+def test_windows_are_equally_large() -> None:
+    # 65 batches in windows of at most 64: 33 + 32, so even the last is sorted over 320 samples.
+    lengths = np.random.default_rng(1).permutation(650) + 1
+    plan = plan_epoch(
+        lengths, lengths * 0, global_batch=10, seed=0, epoch=0, policy="grouped", window=64
+    )
+    assert max(np.ptp(lengths[plan.global_batch(k)]) for k in range(65)) < 100
+
+
+def test_random_is_not_sorted_and_fills_only_the_tail() -> None:
+    lengths, has_image = mixture(1000)
+    plan = plan_epoch(lengths, has_image, global_batch=64, seed=0, epoch=0, policy="random")
+    assert (plan.order[:1000] >= 0).all()
+    assert (plan.order[1000:] == -1).all()
+    assert abs(np.corrcoef(lengths[plan.order[:1000]], range(1000))[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("policy", ["grouped", "random", "llava"])
+def test_seed_and_epoch_decide_the_plan(policy: Any) -> None:
+    lengths, has_image = mixture(300)
+    micro = 4 if policy == "llava" else None
+
+    def order(seed: int, epoch: int) -> list[int]:
+        plan = plan_epoch(
+            lengths,
+            has_image,
+            global_batch=16,
+            seed=seed,
+            epoch=epoch,
+            policy=policy,
+            llava_micro_batch=micro,
+        )
+        return plan.order.tolist()
+
+    assert order(3, 1) == order(3, 1)
+    assert order(3, 1) != order(3, 2)
+    assert order(3, 1) != order(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "digest"),
+    [("grouped", "fa1f437478f5613e"), ("random", "aec07bdda03f82d2")],
+)
+def test_plans_do_not_change_between_versions(policy: Any, digest: str) -> None:
+    # A checkpoint keeps seed and policy, not the order: another order here would make every run
+    # under way repeat and skip samples when it resumes.
+    count = np.arange(1000)
+    plan = plan_epoch(
+        count * 7919 % 503 + 1, count % 5 == 0, global_batch=48, seed=11, epoch=3, policy=policy
+    )
+    assert hashlib.sha256(plan.order.astype("<i8").tobytes()).hexdigest()[:16] == digest
+
+
+def test_plan_is_read_only_and_sliced_by_step() -> None:
+    lengths, has_image = mixture(100)
+    plan = plan_epoch(lengths, has_image, global_batch=8, seed=0, epoch=0, policy="grouped")
+    batches = [plan.global_batch(step) for step in range(plan.num_steps)]
+    assert np.array_equal(np.concatenate(batches[5:]), plan.order[plan.offsets[5] :])
+    with pytest.raises(ValueError, match="read-only"):
+        plan.order[0] = 1
+    for step in (-1, plan.num_steps):
+        with pytest.raises(IndexError, match=f"step {step}"):
+            plan.global_batch(step)
+
+
+# ---- sharing a batch ---------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    data=datasets(),
+    policy=st.sampled_from(["grouped", "random"]),
+    geometry=st.sampled_from([(1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]),
+)
+def test_batches_do_not_depend_on_the_number_of_ranks(
+    data: Any, policy: Any, geometry: tuple[int, int]
+) -> None:
+    lengths, kinds, _ = data
+    lengths, kinds = np.tile(lengths, 12), np.tile(kinds, 12)
+    world, micro = geometry
+    plan = plan_epoch(lengths, kinds, global_batch=12, seed=0, epoch=0, policy=policy)
+    for step in range(plan.num_steps):
+        shares = assign(plan, step, lengths, world_size=world, micro_batch=micro)
+        assert len(shares) == world
+        assert {len(rank) for rank in shares} == {12 // (world * micro)}
+        assert {ids.shape for rank in shares for ids in rank} == {(micro,)}
+        together = np.concatenate([ids for rank in shares for ids in rank])
+        assert sorted(together) == sorted(plan.global_batch(step))
+
+
+def whole_batch(lengths: Ints, size: int) -> EpochPlan:
+    return EpochPlan(np.resize(np.arange(lengths.size), size), np.array([0, size]))
+
+
+def test_micro_steps_are_alike_and_ranks_take_turns() -> None:
+    lengths = np.array([30, 10, 80, 60, 20, 70, 40, 50])
+    shares = assign(whole_batch(lengths, 8), 0, lengths, world_size=2, micro_batch=2)
+    assert [[lengths[ids].tolist() for ids in rank] for rank in shares] == [
+        [[80, 70], [20, 10]],
+        [[60, 50], [40, 30]],
+    ]
+
+
+def test_rank_totals_are_balanced() -> None:
+    # Evenly spaced lengths balance exactly over an even number of micro-steps.
+    lengths = np.random.default_rng(0).permutation(128) + 500
+    shares = assign(whole_batch(lengths, 128), 0, lengths, world_size=8, micro_batch=2)
+    assert len({int(lengths[np.concatenate(rank)].sum()) for rank in shares}) == 1
+
+
+def test_empty_slots_are_spread() -> None:
+    lengths = np.array([9, 8, 7, 6, 5])
+    plan = EpochPlan(np.array([0, 1, 2, 3, 4, *[-1] * 11]), np.array([0, 16]))
+    shares = assign(plan, 0, lengths, world_size=2, micro_batch=4)
+    assert [[ids.tolist() for ids in rank] for rank in shares] == [
+        [[0, 1, -1, -1], [4, -1, -1, -1]],
+        [[2, -1, -1, -1], [3, -1, -1, -1]],
+    ]
+
+
+def test_665k_is_planned_at_once_and_hardly_padded() -> None:
+    lengths, has_image = mixture(665_298)
+    started = time.process_time()  # not wall time: other processes must not fail this
+    plan = plan_epoch(lengths, has_image, global_batch=128, seed=0, epoch=0, policy="grouped")
+    assert time.process_time() - started < 0.5  # 0.2 s seen
+    tokens = padded = 0
+    for step in range(0, plan.num_steps, 10):
+        shares = np.array(assign(plan, step, lengths, world_size=8, micro_batch=16))
+        in_slots = np.where(shares < 0, 0, lengths[shares])
+        tokens += int(in_slots.sum())
+        padded += int(in_slots.max(axis=2).sum()) * 16
+    assert 0 < 1 - tokens / padded < 0.01
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+GOOD: dict[str, Any] = {
+    "lengths": [3, 4, 5, 6],
+    "modalities": [True, False, True, True],
+    "global_batch": 4,
+    "seed": 0,
+    "epoch": 0,
+    "policy": "grouped",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"global_batch": 5}, "4 samples are fewer than one global batch of 5.*at most 4"),
+        ({"global_batch": 0}, "global_batch is 0"),
+        ({"lengths": [3, 4, 5]}, "3 lengths and 4 modalities"),
+        ({"lengths": [3, 0, 5, 6]}, "sample 1 has length 0"),
+        ({"lengths": [3, 4, 5, -6]}, "sample 3 has length -6"),
+        ({"lengths": [3.0, 4.0, 5.0, 6.0]}, "lengths is a float64 array"),
+        ({"lengths": [[3, 4, 5, 6]]}, r"lengths is a int64 array of shape \(1, 4\)"),
+        ({"modalities": list("abab")}, "modalities is a <U1 array"),
+        ({"seed": -1}, "seed is -1"),
+        ({"epoch": -2}, "epoch is -2"),
+        ({"window": 0}, "window is 0"),
+        ({"policy": "sorted"}, "'sorted'; choose one of grouped, random, llava"),
+        ({"policy": "llava"}, "no llava_micro_batch"),
+        ({"policy": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
+        ({"policy": "llava", "llava_micro_batch": 3}, "not a multiple of llava_micro_batch 3.* 6 "),
+        ({"llava_micro_batch": 2}, "only 'llava' has micro-batches"),
+    ],
+)
+def test_plan_errors_name_value_and_remedy(changed: dict[str, Any], message: str) -> None:
+    plan_epoch(**GOOD)
+    with pytest.raises(DataError, match=message) as caught:
+        plan_epoch(**(GOOD | changed))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "message"),
+    [
+        (8, 5, "128 .* 8 x micro_batch 5 = 40; use a global_batch of 120 or 160, or a micro_batch"),
+        (8, 5, "micro_batch of 1, 2, 4, 8, 16$"),
+        (6, 4, "= 24; use a global_batch of 120 or 144$"),
+        (64, 4, "= 256; use a global_batch of 256, or a micro_batch of 1, 2$"),
+        (0, 4, "world_size is 0"),
+        (4, 0, "micro_batch is 0"),
+    ],
+)
+def test_assign_errors_name_numbers_that_fit(
+    world_size: int, micro_batch: int, message: str
+) -> None:
+    lengths, _ = mixture(128)
+    plan = whole_batch(lengths, 128)
+    with pytest.raises(DataError, match=message):
+        assign(plan, 0, lengths, world_size=world_size, micro_batch=micro_batch)
+
+
+def test_llava_plan_refuses_another_micro_batch() -> None:
+    plan = plan_epoch(**(GOOD | {"policy": "llava", "llava_micro_batch": 2}))
+    with pytest.raises(DataError, match=r"micro_batch is 1.*use 2 "):
+        assign(plan, 0, GOOD["lengths"], world_size=2, micro_batch=1)
