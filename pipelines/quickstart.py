@@ -31,6 +31,7 @@ from pipelines.train import train
 
 RECIPES = Path(__file__).parent / "recipes" / "tiny"
 VOCABULARY = 512
+VIEW = "square64"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         summary = _summary(scores, shuffled, phases.seconds)
         _write_summary(output, summary)
         test_data = output / "datasets" / "test"
-        write_report(output / "report.html", summary, metrics, answers, builds, test_data)
+        page = output / "report.html"
+        write_report(page, summary, metrics, answers, builds, test_data, view=VIEW)
     return summary
 
 

@@ -60,8 +60,10 @@ def write_report(
     answers: Sequence[Answer],
     builds: Mapping[str, BuildReport],
     test_data: Path,
+    *,
+    view: str,
 ) -> None:
-    """Write the self-contained page."""
+    """Write the self-contained page; `view` of the test data is shown with the answers."""
     page = Page("lapilli quickstart", "easy-vqa: from images and questions to a model that looks")
     seconds = summary["seconds"]
     page.figures(
@@ -82,7 +84,7 @@ def write_report(
     page.section("Loss")
     steps = [row["step"] for row in metrics]
     page.line_chart({"loss": (steps, [row["loss"] for row in metrics])}, "step", "cross-entropy")
-    page.section("Answers").gallery(_examples(answers, test_data))
+    page.section("Answers").gallery(_examples(answers, test_data, view))
     page.section("Data").table(
         ["split", "records", "kept", "quarantined", "images"],
         [[split, *_counts(build)] for split, build in builds.items()],
@@ -97,9 +99,9 @@ def _counts(build: BuildReport) -> list[int]:
     return [counts["read"], counts["kept"], counts["quarantined"], counts["images"]]
 
 
-def _examples(answers: Sequence[Answer], test_data: Path) -> list[GalleryItem]:
+def _examples(answers: Sequence[Answer], test_data: Path, view: str) -> list[GalleryItem]:
     """Some right and some wrong answers, spread over the test data."""
-    dataset = open_dataset(test_data, view="square64", image_tokens=1)
+    dataset = open_dataset(test_data, view=view, image_tokens=1)
     items: list[GalleryItem] = []
     for right in (False, True):
         chosen = [answer for answer in answers if answer.right is right]

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
-# Set before anything imports huggingface_hub, and inherited by every process a test starts: a test
-# that would download something fails at once, on every machine alike.
+ROOT = Path(__file__).parents[1]
+
+# Both are inherited by every process a test starts, Ray's workers too.
+# A test that would download something fails at once, on every machine alike; set before anything
+# imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# This checkout runs, even where another one or none is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [*(str(ROOT / "packages" / package) for package in ("data", "model", "train")), str(ROOT)]
+)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +33,7 @@ def ray_local() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
     """Other people's photos, captions and tokenizers, kept beside the project and not in it."""
-    folder = Path(__file__).parents[2] / "shared" / "fixtures"
+    folder = ROOT.parent / "shared" / "fixtures"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: other people's photos, captions and tokenizers")
     return folder

@@ -129,7 +129,8 @@ def _png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to no pixels."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        check = struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + check
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
@@ -189,13 +190,11 @@ def make_mixture(
         seed: Draws pictures, sizes, words and the order.
     """
     rng = random.Random(seed)
-    records = [
-        (_with_image(root, number, rng), None) for number in range(images)
-    ] + [
-        (conversation(f"text-{n}", turns=rng.randint(1, 3), seed=seed), None)
-        for n in range(text_only)
-    ]  # fmt: skip
-    rng.shuffle(records)
+    good = [_with_image(root, number, rng) for number in range(images)] + [
+        conversation(f"text-{n}", turns=rng.randint(1, 3), seed=seed) for n in range(text_only)
+    ]
+    rng.shuffle(good)
+    records: list[tuple[Any, Reason | None]] = [(record, None) for record in good]
     if defects:
         records += list(_defects(root))
     (root / "images").mkdir(parents=True, exist_ok=True)
@@ -338,7 +337,7 @@ def build_config(mixture: Mixture, output: Path, tokenizer: Path, **changes: Any
         template="v1",
         views={
             "pad32": ImageSpec(32, CLIP_MEAN, max_pixels=10_000_000),
-            "crop24": ImageSpec(24, CLIP_MEAN, aspect="crop", resizer="pillow", max_pixels=10_000),
+            "crop24": ImageSpec(24, CLIP_MEAN, aspect="crop", resizer="pillow", max_pixels=99_999),
         },
         max_quarantined=1.0,
         records_per_shard=8,

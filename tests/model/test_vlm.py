@@ -23,11 +23,11 @@ from lapilli.model.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 IMAGE_ID = 60  # transformers marks image slots in the ids
-CLIP = {
+CLIP: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
     "image_size": 24, "patch_size": 8,
 }  # fmt: skip
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 64, "initializer_range": 0.2,
 }  # fmt: skip
@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
 
 def transformers_twin(model: VisionLanguageModel) -> Any:
     """transformers' LLaVA with this model's weights; its tower keeps the layer ours leaves out."""
-    config = LlavaConfig(
+    config: Any = LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP),
         text_config=LlamaConfig(**LLAMA),
         image_token_index=IMAGE_ID,
@@ -51,9 +51,10 @@ def transformers_twin(model: VisionLanguageModel) -> Any:
     )
     config._attn_implementation = "eager"
     twin: Any = LlavaForConditionalGeneration(config).eval()
-    twin.model.vision_tower.load_state_dict(model.vision.clip.state_dict(), strict=False)
-    twin.model.multi_modal_projector.linear_1.load_state_dict(model.projector[0].state_dict())
-    twin.model.multi_modal_projector.linear_2.load_state_dict(model.projector[2].state_dict())
+    ours: Any = model
+    twin.model.vision_tower.load_state_dict(ours.vision.clip.state_dict(), strict=False)
+    twin.model.multi_modal_projector.linear_1.load_state_dict(ours.projector[0].state_dict())
+    twin.model.multi_modal_projector.linear_2.load_state_dict(ours.projector[2].state_dict())
     twin.model.language_model.load_state_dict(model.language.model.state_dict())
     twin.lm_head.load_state_dict(model.language.lm_head.state_dict())
     return twin
@@ -81,7 +82,10 @@ def transformers_loss(twin: Any, model: VisionLanguageModel, batch: Batch) -> to
     ids = torch.from_numpy(np.where(batch.merge_index >= 0, IMAGE_ID, batch.input_ids))
     pixels = torch.from_numpy(batch.pixels).float() / 255
     mean, std = torch.tensor(CONFIG.vision.mean), torch.tensor(CONFIG.vision.std)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.from_numpy(batch.segment_ids)}
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.from_numpy(batch.segment_ids),
+    }
     if batch.num_images:
         normal = ((pixels - mean) / std).permute(0, 3, 1, 2)[: batch.num_images]
         inputs["pixel_values"] = normal
@@ -188,7 +192,9 @@ def test_a_wrong_part_is_one_line_that_names_it(change: dict[str, Any], words: s
 
 
 def test_a_part_of_ones_own_is_named_by_its_path() -> None:
-    config = ModelConfig(CONFIG.vision, CONFIG.language, projector="tests.model.parts:double_linear")
+    config = ModelConfig(
+        CONFIG.vision, CONFIG.language, projector="tests.model.parts:double_linear"
+    )
     model = build_model(config)
     assert isinstance(model.projector, torch.nn.Sequential)
     assert len(model.projector) == 2

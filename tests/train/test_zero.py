@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
@@ -111,7 +111,7 @@ def save_and_load(engine: Any, config: RunConfig, folder: Path, rank: int) -> No
 @pytest.fixture(scope="module")
 def zero_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    mp.start_processes(worker, (str(folder),), nprocs=2, start_method="spawn")
+    spawn(worker, (str(folder),), nprocs=2)
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.config import SourceConfig
-from lapilli.data.record import Entry, ImagePart, Reason, Record, Verdict
+from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
 from lapilli.data.sources import Source, get_source
 
 __all__ = ["check_record", "read_entries"]
@@ -18,8 +18,11 @@ def check_record(record: Record) -> Verdict:
     """The verdict on a record by itself, its images unseen.
 
     Turns: an optional system turn, an optional leading answer (templates leave it out, as LLaVA
-    does), then user and assistant in turns, ending on an answer. Each image is marked just once.
+    does), then user and assistant in turns, ending on an answer. Each image is marked just once,
+    in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
+    if not all(is_unicode(text) for text in _texts(record)):
+        return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
     turns = list(record.turns)
     if turns and turns[0].role == "system":
         turns = turns[1:]
@@ -36,13 +39,21 @@ def check_record(record: Record) -> Verdict:
     for place, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.text.strip():
             return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
-    return _check_markers(record)
+    return _check_markers(turns, len(record.images))
 
 
-def _check_markers(record: Record) -> Verdict:
-    marked = sum(isinstance(part, ImagePart) for turn in record.turns for part in turn.parts)
-    if marked != len(record.images):
-        detail = f"{marked} markers for {len(record.images)} images"
+def _texts(record: Record) -> Iterator[str]:
+    yield from record.images
+    for turn in record.turns:
+        yield turn.text
+
+
+def _check_markers(turns: list[Turn], images: int) -> Verdict:
+    marked = [part.index for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+    if len(marked) != images:
+        return Verdict(Reason.IMAGE_MARKER_COUNT, f"{len(marked)} markers for {images} images")
+    if marked != list(range(images)):
+        detail = f"markers stand for images {marked}; expected each once, in order"
         return Verdict(Reason.IMAGE_MARKER_COUNT, detail)
     return Verdict()
 
@@ -79,4 +90,6 @@ def _unique(record_id: str, seen: Counter[str]) -> str:
 def _record_id(element: Any, place: int) -> str:
     """The file's own id as text; an element without one is called by its place."""
     found = element.get("id") if isinstance(element, dict) else None
-    return str(found) if isinstance(found, (str, int)) and found != "" else f"@{place}"
+    if not isinstance(found, (str, int, float)) or found == "":
+        return f"@{place}"
+    return str(found).encode("utf-8", "backslashreplace").decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import PIL
@@ -23,6 +23,10 @@ class Codecs:
     resizer: Resizer
     resizer_version: str
 
+    def describe(self) -> str:
+        """Both with their versions, for a reader."""
+        return f"decoder {self.decoder}, resizer {self.resizer} {self.resizer_version}"
+
     def require(self) -> None:
         """Stop a worker whose libraries differ from the driver's.
 
@@ -32,8 +36,8 @@ class Codecs:
         here = resolve_codecs(self.resizer)
         if here != self:
             raise DataError(
-                f"image codecs differ: this worker has {asdict(here)}, the build was planned with "
-                f"{asdict(self)}; install the same versions on every node"
+                f"image codecs differ: this worker has {here.describe()}, the build was planned "
+                f"with {self.describe()}; install the same versions on every node"
             )
 
 
@@ -58,7 +62,7 @@ def resolve_resizer(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Resiz
     if wanted == "pillow" and is_simd():
         raise DataError(
             f"resizer: pillow asked for, pillow-simd {PIL.__version__} is loaded; reinstall pillow "
-            "or set resizer: simd (differs by at most 1 in 255)"
+            "or set resizer: simd (differs by 1 of 255 here and there)"
         )
     if wanted == "torch" and importlib.util.find_spec("torch") is None:
         raise DataError("resizer: torch asked for, not installed; install it or set another one")

@@ -76,13 +76,19 @@ class Batch:
 
 
 def length_buckets(longest: int, *, count: int = 8, multiple: int = 8) -> tuple[int, ...]:
-    """At most `count` sequence lengths, evenly spaced up to the longest sample.
+    """At most `count` sequence lengths, evenly spaced; the last holds the longest sample.
 
     Args:
         longest: The longest sample, in tokens.
         count: How many shapes there may be.
         multiple: Every bucket is a multiple of this (tensor cores like 8).
+
+    Raises:
+        DataError: A number below 1.
     """
+    for name, value in (("longest", longest), ("count", count), ("multiple", multiple)):
+        if value < 1:
+            raise DataError(f"length_buckets: {name} is {value}; expected at least 1")
     step = -(-longest // (count * multiple)) * multiple
     return tuple(range(step, longest + step, step))
 
@@ -101,11 +107,14 @@ def collate(
             module's weights on every rank at once and would wait for ever.
 
     Raises:
-        DataError: A sample longer than the longest bucket, or whose placeholders and images
-            differ in number; names it.
+        DataError: Too many samples; a sample longer than the longest bucket, whose placeholders
+            and images differ in number, or whose images are of another size; names it.
     """
     if len(samples) > shape.rows:
-        raise DataError(f"batch: {len(samples)} samples for {shape.rows} rows")
+        raise DataError(
+            f"batch: {len(samples)} samples from {samples[0].sample_id} on for {shape.rows} rows; "
+            "expected no more than rows"
+        )
     expanded = [_expand(sample, shape.image_tokens) for sample in samples]
     length = _bucket(samples, expanded, shape.buckets)
     ids_BS = np.zeros((shape.rows, length), np.int64)
@@ -158,8 +167,8 @@ def _expand(
     is_image = sample.input_ids == IMAGE_TOKEN_INDEX
     if int(is_image.sum()) != len(sample.pixels):
         raise DataError(
-            f"{sample.sample_id}: {int(is_image.sum())} image places for {len(sample.pixels)} images; "
-            "expected one each; preprocess again"
+            f"{sample.sample_id}: {int(is_image.sum())} image places for {len(sample.pixels)} "
+            "images; expected one each; preprocess again"
         )
     repeats = np.where(is_image, image_tokens, 1)
     ids = np.repeat(sample.input_ids.astype(np.int64), repeats)
@@ -206,7 +215,16 @@ def _images(
     samples: Sequence[Sample], shape: BatchShape, size: int, with_images: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """All images; N is padded with blank ones to a multiple of the rows, or is 0."""
-    stacked = [sample.pixels for sample in samples if len(sample.pixels)]
+    stacked: list[NDArray[np.uint8]] = []
+    for sample in samples:
+        if not len(sample.pixels):
+            continue
+        if sample.pixels.shape[1:] != (size, size, 3):
+            raise DataError(
+                f"{sample.sample_id}: images of {sample.pixels.shape[1:]}; expected "
+                f"{(size, size, 3)}; open the dataset with the tower's view"
+            )
+        stacked.append(sample.pixels)
     count = sum(map(len, stacked))
     padded = max(shape.rows * with_images, -(-count // shape.rows) * shape.rows)
     pixels = np.zeros((padded, size, size, 3), np.uint8)

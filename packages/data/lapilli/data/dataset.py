@@ -28,7 +28,8 @@ class Sample:
         sample_id: Unique name.
         input_ids: int32 [n], -200 at an image's place.
         label_spans: int32 [m, 2], start and end of the trained ids.
-        pixels: uint8 [images, height, width, 3].
+        pixels: uint8 [images, size, size, 3], read-only; where there is one image it lies in the
+            memory map itself.
     """
 
     sample_id: str
@@ -90,6 +91,10 @@ class Dataset:
     def _tables(self) -> dict[str, pa.Table]:
         return {}
 
+    @cached_property
+    def _binaries(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        return {}
+
     def _table(self, shard: ShardFacts) -> pa.Table:
         if shard.path not in self._tables:
             self._tables[shard.path] = open_table(self.path, shard)
@@ -101,11 +106,11 @@ class Dataset:
         return table.slice(row, 1).to_pylist()[0]
 
     def _locate(self, index: int) -> tuple[pa.Table, int]:
+        """The token table of a sample and its row there."""
         selected = int(self.rows[index])
         shard = self._selection["token_shard"][selected].as_py()
-        return self._table(self.manifest.tokens[shard]), self._selection["token_row"][
-            selected
-        ].as_py()
+        row = self._selection["token_row"][selected].as_py()
+        return self._table(self.manifest.tokens[shard]), row
 
     def sample(self, index: int) -> Sample:
         """Read one sample; pages come from the disk as they are touched."""
@@ -117,15 +122,33 @@ class Dataset:
             table["sample_id"][row].as_py(),
             _numbers(table["input_ids"], row),
             _numbers(table["label_spans"], row).reshape(-1, 2),
-            np.stack(images) if images else np.empty((0, side, side, 3), np.uint8),
+            _stack(images, side),
         )
 
     def _pixels(self, slot: int) -> NDArray[np.uint8]:
         """One image as a view into the memory map: uint8 [size, size, 3]."""
         number, row = divmod(slot, self.facts.images_per_shard)
-        table = self._table(self.facts.shards[number])
-        buffer = table["pixels"][row].as_buffer()
-        return np.frombuffer(buffer, np.uint8).reshape(self.image_size, self.image_size, 3)
+        offsets, values = self._binary(self.facts.shards[number])
+        pixels = values[offsets[row] : offsets[row + 1]]
+        return pixels.reshape(self.image_size, self.image_size, 3)
+
+    def _binary(self, shard: ShardFacts) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Offsets and bytes of a shard's pixels. Through a pyarrow scalar they would be copied."""
+        if shard.path not in self._binaries:
+            (column,) = self._table(shard)["pixels"].chunks
+            _, offsets, values = column.buffers()
+            self._binaries[shard.path] = (
+                np.frombuffer(offsets, np.int64),
+                np.frombuffer(values, np.uint8),
+            )
+        return self._binaries[shard.path]
+
+
+def _stack(images: list[NDArray[np.uint8]], side: int) -> NDArray[np.uint8]:
+    """uint8 [images, side, side, 3]; one image alone is not copied."""
+    if len(images) == 1:
+        return images[0][np.newaxis]
+    return np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
 
 
 def _numbers(column: pa.ChunkedArray, row: int) -> NDArray[np.int32]:
@@ -149,17 +172,22 @@ def open_dataset(
     path = Path(path)
     manifest = read_manifest(path)
     if view not in manifest.views:
-        raise DataError(f"view: {view!r} is not in {path}; it has {', '.join(manifest.views)}")
+        raise DataError(
+            f"view: {view!r} is not in {path}; expected one of {', '.join(manifest.views)}, or "
+            "preprocess with that view"
+        )
+    if image_tokens < 1:
+        raise DataError(f"image_tokens: {image_tokens}; expected at least 1 token an image")
     _check_sizes(path, manifest, view)
     table = open_table(path, manifest.selection)
     slots = table["image_slots"].combine_chunks()
     images = np.diff(slots.offsets.to_numpy())
     lengths = _column(table, "text_length") + images * image_tokens
-    fits = lengths <= (max_length or np.iinfo(np.int64).max)
+    fits = lengths <= (np.iinfo(np.int64).max if max_length is None else max_length)
     if not fits.any():
         raise DataError(
             f"max_length: {max_length} tokens; the shortest of {len(lengths)} samples in {path} "
-            f"has {lengths.min(initial=0)}; raise it"
+            f"has {lengths.min()}; raise it"
         )
     return Dataset(
         path, manifest, view, image_tokens,
@@ -180,4 +208,6 @@ def _check_sizes(path: Path, manifest: Manifest, view: str) -> None:
     for shard in [*manifest.tokens, *manifest.views[view].shards]:
         file = path / shard.path
         if not file.exists() or file.stat().st_size != shard.bytes:
-            raise DataError(f"{file}: missing or cut short; run preprocess again, it rebuilds it")
+            raise DataError(
+                f"{file}: missing or cut short; run the same preprocess again, it rebuilds it"
+            )

@@ -46,7 +46,8 @@ class ImageSpec:
             side (its 558K stage), or `stretch`.
         mode: `exact` decodes every pixel; `fast` lets the JPEG decoder scale down first.
         resizer: `pillow` gives LLaVA's pixels bit for bit; `simd` and `torch` equal each other and
-            differ from Pillow's by at most 1 in 255; `auto` takes the faster one installed.
+            differ from Pillow's by 1 of 255 in 0.2 to 0.6 % of a photo's values, by 2 in one of
+            300,000; `auto` takes the faster one installed.
         orient: `ignore` the EXIF orientation as LLaVA does, or follow it (`exif`).
         max_pixels: An image that would need more pixels in memory at any step, the padded square
             and the resized strip before the crop included, is `image_too_large`.
@@ -196,7 +197,10 @@ def _resize(image: Image.Image, width: int, height: int, resizer: Resizer) -> ND
         return np.asarray(image)
     if resizer == "torch":
         return _resize_torch(np.asarray(image), width, height)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    # Two calls fix the order of the passes: Pillow 9.5 to 12.1 and torch go horizontally first,
+    # Pillow 13 takes some tall images vertically first, up to 18 off at hard edges.
+    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return np.asarray(across.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _resize_torch(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:

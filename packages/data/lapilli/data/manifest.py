@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.errors import DataError
-from lapilli.data.shards import ShardFacts, write_atomic
+from lapilli.data.record import excerpt
+from lapilli.data.shards import ShardFacts, write_json
 
-__all__ = ["FORMAT", "Manifest", "ViewFacts", "digest", "read_manifest", "write_manifest"]
+__all__ = [
+    "FORMAT",
+    "PLAN",
+    "Manifest",
+    "ViewFacts",
+    "digest",
+    "read_manifest",
+    "write_manifest",
+]
 
 FORMAT = 1
 NAME = "manifest.json"
+PLAN = "plan.json"  # written first: whose build a folder is, finished or not
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,12 @@ class Manifest:
     Attributes:
         format: Version of this layout.
         fingerprint: Digest of every shard's checksum and the selection's: the data's identity.
-        plan: Digest of inputs and settings by name, for noticing what changed.
+        plan: Inputs and settings by name, as short text or a digest, for naming what changed.
         tokenizer: name, fingerprint, vocab_size and special ids.
         template: Name of the template.
         image_token: The placeholder in `input_ids`.
-        counts: read, kept, quarantined, images, repairs and reasons.
+        counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
+            distinct `images`; keys mended, by kind (`repairs`).
         tokens: The token shards.
         views: The views by name.
         selection: Facts of `selection.arrow`.
@@ -70,12 +81,7 @@ def digest(value: Any) -> str:
 
 def write_manifest(output: Path, manifest: Manifest) -> None:
     """Write `manifest.json` atomically."""
-    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
-    write_atomic(output / NAME, lambda path: _write_text(path, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_json(output / NAME, asdict(manifest))
 
 
 def read_manifest(output: Path) -> Manifest:
@@ -87,17 +93,27 @@ def read_manifest(output: Path) -> Manifest:
     path = output / NAME
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if fields["format"] != FORMAT:
+            raise DataError(
+                f"{path}: format {fields['format']!r}, this version reads {FORMAT}; run preprocess "
+                "into another --output"
+            )
+        return _parse(fields)
     except FileNotFoundError:
-        unfinished = (output / "plan.json").exists()
-        what = "an unfinished build: run the same preprocess again" if unfinished else "no dataset"
-        raise DataError(f"{output}: {what} (no {NAME})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: no valid JSON ({error}); run preprocess again") from None
-    if fields.get("format") != FORMAT:
-        raise DataError(
-            f"{path}: format {fields.get('format')!r}, this version reads {FORMAT}; preprocess again"
+        unfinished = (output / PLAN).exists()
+        what = (
+            "an unfinished build: run the same preprocess again"
+            if unfinished
+            else "no dataset; give the --output of a preprocess that has finished"
         )
-    return _parse(fields)
+        raise DataError(f"{output}: {what} (no {NAME})") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: no manifest ({type(error).__name__}: {excerpt(str(error))}); "
+            "run the same preprocess again, it writes it anew"
+        ) from None
 
 
 def _parse(fields: Mapping[str, Any]) -> Manifest:
@@ -105,7 +121,12 @@ def _parse(fields: Mapping[str, Any]) -> Manifest:
     values["tokens"] = [ShardFacts(**shard) for shard in fields["tokens"]]
     values["selection"] = ShardFacts(**fields["selection"])
     values["views"] = {
-        name: ViewFacts(**{**view, "shards": [ShardFacts(**shard) for shard in view["shards"]]})
+        name: ViewFacts(
+            view["spec"],
+            view["codecs"],
+            view["images_per_shard"],
+            [ShardFacts(**shard) for shard in view["shards"]],
+        )
         for name, view in fields["views"].items()
     }
     return Manifest(**values)

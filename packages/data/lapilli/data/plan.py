@@ -5,31 +5,55 @@ The plan alone decides every shard's bytes: which records, which images, in whic
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 from lapilli.data.checks import read_entries
 from lapilli.data.codecs import Codecs, resolve_codecs
-from lapilli.data.config import BuildConfig
+from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mounts import FolderMount, Located
-from lapilli.data.record import Entry, Record, Verdict
+from lapilli.data.record import Entry, Record, Verdict, excerpt
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import TokenizerFacts, load_tokenizer, tokenizer_facts
 
-__all__ = ["BuildPlan", "ImageTask", "TokenTask", "plan_build", "quarantine_error"]
+__all__ = [
+    "BuildPlan",
+    "ImageTask",
+    "Task",
+    "TokenTask",
+    "check_quarantined",
+    "plan_build",
+    "quarantine_error",
+    "writer_version",
+]
+
+Item = TypeVar("Item")
+
+WRITERS = ("pyarrow", "tokenizers")
+
+
+def writer_version() -> str:
+    """The libraries that, beside codecs and tokenizer, decide a shard's bytes."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in WRITERS)
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """One image shard: decode these files below `root`, in this order."""
+    """One image shard: decode these files below `root`, in this order.
+
+    `writer` is the driver's `writer_version`; a worker with another one stops.
+    """
 
     name: str
+    writer: str
     root: str
     image_ids: tuple[str, ...]
     spec: ImageSpec
@@ -45,6 +69,7 @@ class TokenTask:
     """
 
     name: str
+    writer: str
     records: tuple[Record, ...]
     image_ids: tuple[tuple[str, ...], ...]
     tokenizer: str
@@ -52,11 +77,15 @@ class TokenTask:
     template: Template
 
 
+Task: TypeAlias = ImageTask | TokenTask
+
+
 @dataclass(frozen=True)
 class BuildPlan:
     """Everything known before the first pixel is decoded.
 
     Attributes:
+        config: The settings. `root` and a tokenizer's folder are absolute: workers stand elsewhere.
         entries: Every element of every source with its verdict so far, in order.
         image_ids: The distinct images of the records still kept; their place is their slot.
         slots: Slot by image id.
@@ -65,7 +94,7 @@ class BuildPlan:
         tokenizer: Facts of the tokenizer.
         template: The template.
         codecs: Codecs by view.
-        digests: Digest of each input and setting, for noticing what changed.
+        digests: Each input and setting, as short text or a digest, for naming what changed.
     """
 
     config: BuildConfig
@@ -91,7 +120,12 @@ class BuildPlan:
         """The image shards of every view."""
         return [
             ImageTask(
-                f"images/{view}/{number:05d}.arrow", self.config.root, ids, spec, self.codecs[view]
+                f"images/{view}/{number:05d}.arrow",
+                self.digests["writer"],
+                self.config.root,
+                ids,
+                spec,
+                self.codecs[view],
             )
             for view, spec in self.config.views.items()
             for number, ids in enumerate(_cut(self.image_ids, self.images_per_shard(view)))
@@ -108,6 +142,7 @@ class BuildPlan:
         return [
             TokenTask(
                 f"{folder}/{number:05d}.arrow",
+                self.digests["writer"],
                 tuple(record for record, _ in rows),
                 tuple(images for _, images in rows),
                 self.config.tokenizer,
@@ -122,7 +157,7 @@ def _pixel_bytes(spec: ImageSpec) -> int:
     return spec.size * spec.size * 3
 
 
-def _cut(items: list[Any], size: int) -> list[tuple[Any, ...]]:
+def _cut(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
 
 
@@ -136,6 +171,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     root = Path(config.root)
     if not root.is_dir():
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
+    config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
     template = get_template(config.template)
     tokenizer = tokenizer_facts(load_tokenizer(config.tokenizer))
     codecs = {view: resolve_codecs(spec.resizer) for view, spec in config.views.items()}
@@ -145,9 +181,10 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     repairs: Counter[str] = Counter()
     for source in config.sources:
         mount = FolderMount(root, source.images, source.aliases)
-        for entry in read_entries(source, root):
-            entry_images.append(_locate_all(entry, mount, located))
-            entries.append(entry)
+        for entry in _entries_of(source, root):
+            checked, images = _locate_all(entry, mount, located)
+            entries.append(checked)
+            entry_images.append(images)
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
     digests = _digests(config, entries, located, tokenizer, template, codecs)
@@ -157,69 +194,91 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     )  # fmt: skip
 
 
-def _locate_all(entry: Entry, mount: FolderMount, located: dict[str, Located]) -> tuple[str, ...]:
-    """Resolve an entry's images; one that cannot be found is the entry's verdict."""
+def _absolute(tokenizer: str) -> str:
+    """A tokenizer's folder as an absolute path; a name on the hub as it is."""
+    return str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
+
+
+def _entries_of(source: SourceConfig, root: Path) -> Iterable[Entry]:
+    """The entries of a source, at least one."""
+    empty = True
+    for entry in read_entries(source, root):
+        empty = False
+        yield entry
+    if empty:
+        raise DataError(
+            f"annotations: {root / source.annotations} holds no record, expected at least one; "
+            f"check the file or take source {source.name} out of the recipe"
+        )
+
+
+def _locate_all(
+    entry: Entry, mount: FolderMount, located: dict[str, Located]
+) -> tuple[Entry, tuple[str, ...]]:
+    """Resolve an entry's images, adding to `located`; one that is not found is its verdict."""
     if entry.record is None or not entry.verdict.kept:
-        return ()
+        return entry, ()
     found: list[Located] = []
     for key in entry.record.images:
         place = mount.locate(key)
         if isinstance(place, Verdict):
-            entry.verdict = place
-            return ()
+            return replace(entry, verdict=place), ()
         found.append(place)
     for place in found:
         located.setdefault(place.image_id, place)
-    return tuple(place.image_id for place in found)
+    return entry, tuple(place.image_id for place in found)
 
 
-def check_quarantined(entries: Iterable[Entry], most: float) -> None:
+def check_quarantined(entries: Sequence[Entry], most: float) -> None:
     """Stop a build that goes wrong.
 
     Raises:
         DataError: Nothing is kept, or more than the share `most` is quarantined; names the first.
     """
-    listed = list(entries)
-    bad = [entry for entry in listed if not entry.verdict.kept]
-    if not listed:
-        raise DataError("sources: no record at all; expected at least one in the annotation files")
-    if len(bad) == len(listed):
-        raise quarantine_error(bad, len(listed), "nothing is kept")
-    if len(bad) > most * len(listed):
-        raise quarantine_error(bad, len(listed), f"over max_quarantined {most:g}")
+    bad = [entry for entry in entries if not entry.verdict.kept]
+    if len(bad) == len(entries):
+        raise quarantine_error(bad, len(entries), "nothing is kept")
+    if len(bad) > most * len(entries):
+        raise quarantine_error(bad, len(entries), f"over max_quarantined {most:g}")
 
 
-def quarantine_error(bad: list[Entry], total: int, why: str) -> DataError:
+def quarantine_error(bad: Sequence[Entry], total: int, why: str) -> DataError:
     """One line with the counts by reason and the first record of the commonest."""
     reasons = Counter(str(entry.verdict.reason) for entry in bad).most_common()
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons)
     first = next(entry for entry in bad if str(entry.verdict.reason) == reasons[0][0])
+    remedy = "mend the input" if len(bad) == total else "mend the input or raise --max_quarantined"
     return DataError(
-        f"{len(bad)} of {total} records quarantined, {why}: {counts}; first {first.sample_id}: "
-        f"{first.verdict.detail}; mend the input or raise --max_quarantined"
+        f"{len(bad)} of {total} records quarantined, {why}: {counts}; first "
+        f"{excerpt(first.sample_id)}: {first.verdict.detail}; {remedy}"
     )
 
 
 def _digests(
     config: BuildConfig,
-    entries: list[Entry],
+    entries: Iterable[Entry],
     located: dict[str, Located],
     tokenizer: TokenizerFacts,
     template: Template,
     codecs: dict[str, Codecs],
 ) -> dict[str, str]:
-    """One digest a thing that decides bytes, so that a change can be named."""
+    """All that decides bytes, by name, so that a change can be named: short text or a digest."""
     digests = {
         "format": str(FORMAT),
+        "writer": writer_version(),
         "tokenizer": digest(tokenizer.fingerprint),
         "template": digest(asdict(template)),
         "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
-        "codecs": digest({name: asdict(value) for name, value in codecs.items()}),
+        "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
         "images": digest([[i.image_id, i.size, i.mtime_ns] for i in located.values()]),
     }
-    for source in config.sources:
-        rows = [[e.sample_id, e.verdict.reason, e.raw] for e in entries if e.source == source.name]
-        digests[f"source {source.name}"] = digest([asdict(source), rows])
-    return digests
+    # Record by record: the text of a whole source would take a gigabyte twice.
+    hashes = {
+        source.name: hashlib.sha256(digest(asdict(source)).encode()) for source in config.sources
+    }
+    for entry in entries:
+        line = f"{entry.sample_id}\t{entry.verdict.reason}\t{entry.raw_json}\n"
+        hashes[entry.source].update(line.encode())
+    return digests | {f"source {name}": found.hexdigest() for name, found in hashes.items()}

@@ -101,7 +101,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One element of an annotation file: the record, where it could be made, and its verdict.
+    r"""One element of an annotation file: the record, where it could be made, and its verdict.
 
     `raw` is the element as the file had it, for the quarantine. `record_id` and `sample_id` are
     always valid Unicode: a lone surrogate in the file's id is spelt out as `\\ud800`.
@@ -132,8 +132,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def excerpt(value: object, most: int = 120) -> str:
-    """A value from a file as one line of valid Unicode, cut to `most` characters."""
-    text = " ".join((value if isinstance(value, str) else repr(value))[: 4 * most].split())
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= most else f"{text[:most]}..."
+def excerpt(text: str, most: int = 120) -> str:
+    """The beginning of a text from a file, for a message: one line, nothing unprintable in it."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return shown if len(text) <= most else f"{shown}..."

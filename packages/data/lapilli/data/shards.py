@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,21 @@ from lapilli.data.errors import DataError
 
 __all__ = [
     "IMAGE_SCHEMA",
+    "OK",
     "SELECTION_SCHEMA",
+    "TEMPORARY",
     "TOKEN_SCHEMA",
     "ShardFacts",
     "finished_facts",
     "open_table",
     "sha256_file",
     "write_atomic",
+    "write_json",
     "write_shard",
 ]
+
+TEMPORARY = ".tmp"
+OK = "ok"  # status of an image that a view has pixels of
 
 # Images are large_binary: 32-bit offsets overflow at 2 GiB.
 IMAGE_SCHEMA = pa.schema(
@@ -89,7 +96,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         DataError: The disk is full or the folder cannot be written; nothing stands under `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two nodes may share a disk and a process id, and Ray may start a task twice.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -104,8 +112,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; see `write_atomic`."""
+    text = json.dumps(value, indent=1)
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def write_shard(
-    output: Path, name: str, columns: dict[str, Iterable[Any]], schema: pa.Schema
+    output: Path, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
 ) -> ShardFacts:
     """Write one record batch as an Arrow IPC file and its facts beside it.
 
@@ -122,13 +140,8 @@ def write_shard(
 
     write_atomic(path, write)
     facts = ShardFacts(name, batch.num_rows, path.stat().st_size, sha256_file(path))
-    text = json.dumps(asdict(facts))
-    write_atomic(_facts_path(path), lambda temporary: _write_text(temporary, text))
+    write_json(_facts_path(path), asdict(facts))
     return facts
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _facts_path(path: Path) -> Path:
@@ -150,7 +163,7 @@ def open_table(output: Path, facts: ShardFacts) -> pa.Table:
     """Memory-map a shard after checking its size; nothing is read yet.
 
     Raises:
-        DataError: The file is missing or of another size than the manifest says.
+        DataError: The file is missing, of another size than the manifest says, or no Arrow file.
     """
     path = output / facts.path
     try:
@@ -164,4 +177,9 @@ def open_table(output: Path, facts: ShardFacts) -> pa.Table:
             f"{path}: {size} bytes, the manifest says {facts.bytes}; "
             "run preprocess again, it rebuilds what is damaged"
         )
-    return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: damaged ({type(error).__name__}); run preprocess again, it rebuilds it"
+        ) from None

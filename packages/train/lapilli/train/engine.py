@@ -53,6 +53,9 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
+    # Stages 1 and 2 look for the moments after the first parameter group's first step and then
+    # never again: without this, a second group's moments could not be read.
+    _create_moments(engine)
     return engine
 
 
@@ -112,7 +115,8 @@ def restore(
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    _create_moments(engine, step)
+    for tensor in _optimized_tensors(engine):
+        _inner_optimizer(engine).state[tensor]["step"].fill_(step)
     for name, parameter in trainable_parameters(engine.module).items():
         if not _is_partitioned(parameter):
             parameter.data.copy_(weights[name])
@@ -124,15 +128,19 @@ def restore(
             safe_set_full_optimizer_state(parameter, value, moment)
 
 
-def _create_moments(engine: Any, step: int) -> None:
+def _create_moments(engine: Any) -> None:
     """Make the inner optimizer's state, which DeepSpeed and torch only make at the first step."""
-    zero = engine.optimizer
-    inner: torch.optim.Optimizer = getattr(zero, "optimizer", zero)
+    inner = _inner_optimizer(engine)
     for tensor in _optimized_tensors(engine):
-        inner.state[tensor] = {"step": torch.tensor(float(step))}
+        inner.state[tensor] = {"step": torch.tensor(0.0)}
         inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
-        zero._lazy_init_hp_params_optimizer_state()
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """torch's own optimizer, which ZeRO wraps."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _optimized_tensors(engine: Any) -> Iterable[Tensor]:

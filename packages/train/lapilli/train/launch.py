@@ -19,7 +19,7 @@ from lapilli.train.device import Device, choose_device
 from lapilli.train.errors import TrainError
 from lapilli.train.feed import Feed
 from lapilli.train.loop import fit, open_for, setup
-from lapilli.train.metrics import read_metrics
+from lapilli.train.metrics import read_metrics, read_new
 
 __all__ = ["Preflight", "launch", "preflight"]
 
@@ -145,11 +145,11 @@ def launch(
 
 def _follow(run: Path, ready: Preflight, on_step: Progress, stop: threading.Event) -> None:
     """Pass new metrics on to the person who waits; workers only write the file."""
-    seen = ready.start - 1
-    ended = False
+    seen, position, ended = ready.start - 1, 0, False
     while not ended:
         ended = stop.wait(0.5)
-        for row in read_metrics(run):
+        rows, position = read_new(run, position)
+        for row in rows:
             if row["step"] > seen:
                 seen = row["step"]
                 on_step(row, ready.total_steps)

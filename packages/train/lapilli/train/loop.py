@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.errors import DataError
+from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
 from lapilli.train.config import RunConfig
@@ -58,7 +60,25 @@ def open_for(model: VisionLanguageModel, config: RunConfig) -> Dataset:
         max_length=config.max_length,
     )
     check_model(model, dataset)
+    _check_tokenizer(config.model.language.pretrained, dataset)
     return dataset
+
+
+def _check_tokenizer(pretrained: str, dataset: Dataset) -> None:
+    """The shards' ids are the language model's own, if that comes with a tokenizer."""
+    if not pretrained:
+        return
+    try:
+        own = tokenizer_facts(load_tokenizer(pretrained))
+    except DataError:
+        return  # weights alone; the number of ids has been compared
+    there = dataset.manifest.tokenizer
+    if own.fingerprint != there["fingerprint"]:
+        raise TrainError(
+            f"tokenizer: {dataset.path} was made with {there['name']} (fingerprint "
+            f"{there['fingerprint'][:12]}), {pretrained} has another ({own.fingerprint[:12]}); "
+            f"preprocess with --tokenizer {pretrained}"
+        )
 
 
 def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:

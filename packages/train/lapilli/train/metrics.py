@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METRICS", "MetricsFile", "read_metrics"]
+__all__ = ["METRICS", "MetricsFile", "read_metrics", "read_new"]
 
 METRICS = "metrics.jsonl"
 
@@ -35,8 +35,21 @@ class MetricsFile:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All whole lines so far; a last line cut short by a kill is left out."""
+    return read_new(run, 0)[0]
+
+
+def read_new(run: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from a byte position on, and the position behind them.
+
+    A file that has become shorter (a resumed run forgets steps) is read from its beginning.
+    """
     try:
-        lines = (run / METRICS).read_text(encoding="utf-8").split("\n")
+        with (run / METRICS).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(position if position <= size else 0)
+            start = file.tell()
+            data = file.read()
     except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines[:-1] if line]
+        return [], 0
+    whole = data[: data.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], start + len(whole)

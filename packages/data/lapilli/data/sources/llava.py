@@ -7,18 +7,21 @@ image; in an answer or a system turn it is text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
-
-import ijson
+from typing import Any, TextIO, cast
 
 from lapilli.data.errors import DataError
-from lapilli.data.record import ImagePart, Part, Reason, Role, TextPart, Turn, Verdict
+from lapilli.data.record import ImagePart, Part, Reason, Role, TextPart, Turn, Verdict, excerpt
 
 __all__ = ["IMAGE_MARKER", "normalise", "read"]
 
 IMAGE_MARKER = "<image>"
+ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
+WINDOW = 1 << 20  # characters read at once
+LONGEST = 1 << 28  # characters of one value: a broken first record must not draw in a whole file
+SPACE = re.compile(r"[ \t\n\r]*")
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -28,35 +31,129 @@ def read(path: Path) -> Iterator[Any]:
     Raises:
         DataError: The file is missing, or no JSON of either kind; says where.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096).lstrip()
-    except OSError as error:
-        raise DataError(f"annotations: {path}: {error.strerror}; check --root") from None
-    if head.startswith(b"["):
+    start = _first_character(path)
+    if start == "[":
         yield from _read_array(path)
-    elif head.startswith(b"{"):
+    elif start == "{":
         yield from _read_lines(path)
+    elif not start:
+        raise DataError(f"annotations: {path} is empty; download or write it again")
     else:
+        web_page = "; this is a web page: download the raw file" if start == "<" else ""
         raise DataError(
-            f"annotations: {path} starts with {head[:20]!r}; expected a JSON array or JSON lines"
-            + ("; this is a web page: download the raw file" if head.startswith(b"<") else "")
+            f"annotations: {path} starts with {start!r}; expected a JSON array or JSON lines"
+            + (web_page or "; check the file and the recipe's `annotations`")
         )
+
+
+def _first_character(path: Path) -> str:
+    """The first character that is no white space, or "" in a file without one."""
+    try:
+        with path.open(encoding=ENCODING, errors="replace") as file:
+            while text := file.read(4096):
+                if stripped := text.lstrip():
+                    return stripped[0]
+    except OSError as error:
+        raise DataError(
+            f"annotations: {path}: {error.strerror}; check --root and the recipe's `annotations`"
+        ) from None
+    return ""
 
 
 def _read_array(path: Path) -> Iterator[Any]:
     count = 0
     try:
-        with path.open("rb") as file:
-            for element in ijson.items(file, "item", use_float=True):
-                count += 1
+        with path.open(encoding=ENCODING) as file:
+            for element in _array_elements(file):
                 yield element
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
+                count += 1
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"annotations: {path} is no valid JSON after {count} records ({reason}); "
+            f"annotations: {path} is no valid JSON after {count} records ({_reason(error)}); "
             "download or write it again"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong; not the place, which is one in the window or the line."""
+    return excerpt(error.msg if isinstance(error, json.JSONDecodeError) else str(error))
+
+
+def _array_elements(file: TextIO) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time, as `json` itself would read them.
+
+    Not ijson: yajl puts "?" in the place of a lone surrogate, so a text would change unseen, and
+    100 KB of "[" take all memory.
+
+    Raises:
+        ValueError: No valid JSON, or none in UTF-8.
+        RecursionError: Nested too deeply.
+    """
+    scanner = _Scanner(file)
+    scanner.expect("[")
+    if scanner.peek() == "]":
+        scanner.expect("]")
+    else:
+        separator = ","
+        while separator == ",":
+            yield scanner.value()
+            separator = scanner.expect(",]")
+    if scanner.peek():
+        raise ValueError("more text after the end of the array")
+
+
+class _Scanner:
+    """Reads JSON values from a file through a window that grows to the largest of them."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text = ""
+        self._at = 0
+        self._decoder = json.JSONDecoder()
+
+    def _grow(self) -> bool:
+        """Drop what has been read and read on; twice as much for a value that did not fit."""
+        more = self._file.read(max(WINDOW, len(self._text) - self._at))
+        if not more:
+            return False
+        self._text = self._text[self._at :] + more
+        self._at = 0
+        return True
+
+    def peek(self) -> str:
+        """The next character that is no white space, or "" at the end of the file."""
+        while True:
+            self._at = _skip_space(self._text, self._at)
+            if self._at < len(self._text) or not self._grow():
+                return self._text[self._at : self._at + 1]
+
+    def expect(self, characters: str) -> str:
+        """Step over the next character, which must be one of `characters`."""
+        found = self.peek()
+        if not found or found not in characters:
+            wanted = " or ".join(characters)
+            raise ValueError(f"expected {wanted}, found {found or 'the end of the file'}")
+        self._at += 1
+        return found
+
+    def value(self) -> Any:
+        """The next value. One near the window's end may go on behind it: `1` of `1e+9`."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError:
+                if len(self._text) - self._at > LONGEST or not self._grow():
+                    raise
+                continue
+            if len(self._text) - end > 2 or not self._grow():
+                self._at = end
+                return value
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _read_lines(path: Path) -> Iterator[Any]:
@@ -65,12 +162,13 @@ def _read_lines(path: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                element = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"annotations: {path} line {number} is no valid JSON ({error}); "
-                    "mend or remove the line"
+                    f"annotations: {path} line {number} is no valid JSON ({_reason(error)}); "
+                    "expected a JSON array or one record a line; mend or remove the line"
                 ) from None
+            yield element
 
 
 def normalise(element: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]] | Verdict:
@@ -100,7 +198,8 @@ def _image_keys(value: Any) -> tuple[str, ...] | Verdict:
         "list[Any]", value if isinstance(value, list) else [] if value is None else [value]
     )
     if not all(isinstance(key, str) for key in values):
-        return Verdict(Reason.SCHEMA, f"`image` is {value!r}; expected a key or a list of keys")
+        found = type(next(key for key in values if not isinstance(key, str))).__name__
+        return Verdict(Reason.SCHEMA, f"`image` holds a {found}; expected a key or a list of keys")
     return tuple(values)
 
 
@@ -114,7 +213,8 @@ def _turn(item: Any, place: int, images: int) -> Turn | Verdict:
         return Verdict(Reason.SCHEMA, f"turn {place}: `from` and `value` must be text")
     role = ROLES.get(speaker)
     if role is None:
-        return Verdict(Reason.UNKNOWN_ROLE, f"turn {place}: {speaker!r}; known: {', '.join(ROLES)}")
+        known = ", ".join(ROLES)
+        return Verdict(Reason.UNKNOWN_ROLE, f"turn {place}: '{excerpt(speaker)}'; known: {known}")
     if role != "user":
         return Turn(role, (TextPart(value),))
     return Turn(role, split_markers(value, images))

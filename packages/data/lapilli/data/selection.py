@@ -1,0 +1,121 @@
+"""The last pass of a build: verdicts and statuses to what is kept. Pure but for the two readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lapilli.data.plan import BuildPlan
+from lapilli.data.record import Entry, Reason, Verdict
+from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
+
+__all__ = ["Selection", "read_bad_images", "read_token_rows", "select", "write_quarantine"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What became of every element.
+
+    Attributes:
+        entries: All of them with their final verdicts, in the plan's order.
+        columns: The columns of `selection.arrow`, one row a kept entry.
+    """
+
+    entries: list[Entry]
+    columns: dict[str, list[Any]]
+
+    def counts(self) -> dict[str, Any]:
+        """Records read, kept and quarantined; by reason and by source."""
+        reasons = Counter(str(e.verdict.reason) for e in self.entries if not e.verdict.kept)
+        return {
+            "read": len(self.entries),
+            "kept": len(self.columns["sample_id"]),
+            "quarantined": reasons.total(),
+            "reasons": dict(sorted(reasons.items())),
+            "sources": dict(Counter(entry.source for entry in self.entries)),
+        }
+
+
+def select(
+    plan: BuildPlan, token_rows: Iterable[Mapping[str, Any]], bad_images: Mapping[str, Verdict]
+) -> Selection:
+    """Join the plan's verdicts with what decoding and tokenising found.
+
+    Args:
+        plan: The plan; it is not changed.
+        token_rows: The rows of the token shards in order: one for each entry the plan keeps.
+        bad_images: Verdict by image id, for the images that some view could not use.
+    """
+    entries: list[Entry] = []
+    columns: dict[str, list[Any]] = {field.name: [] for field in SELECTION_SCHEMA}
+    rows = iter(token_rows)
+    for entry, images in zip(plan.entries, plan.entry_images, strict=True):
+        if not entry.verdict.kept:
+            entries.append(entry)
+            continue
+        row = next(rows)
+        if row["sample_id"] != entry.sample_id:
+            raise RuntimeError(f"token row {row['sample_id']} where {entry.sample_id} was planned")
+        verdict = _late_verdict(row, images, bad_images)
+        entries.append(entry if verdict.kept else replace(entry, verdict=verdict))
+        if verdict.kept:
+            selected = {**row, "image_slots": [plan.slots[image_id] for image_id in images]}
+            for name, column in columns.items():
+                column.append(selected[name])
+    return Selection(entries, columns)
+
+
+def _late_verdict(
+    row: Mapping[str, Any], images: Iterable[str], bad_images: Mapping[str, Verdict]
+) -> Verdict:
+    """The verdict that needed pixels or tokens."""
+    for image_id in images:
+        if image_id in bad_images:
+            return bad_images[image_id]
+    if row["num_trained"] == 0:
+        return Verdict(Reason.NO_TRAINED_TOKEN, "no token of this record can be predicted")
+    return Verdict()
+
+
+def read_bad_images(output: Path, shards: Iterable[ShardFacts]) -> dict[str, Verdict]:
+    """The images that some view could not use, with the first view's verdict. Reads no pixels."""
+    bad: dict[str, Verdict] = {}
+    for shard in shards:
+        table = open_table(output, shard).select(["image_id", "status", "detail"])
+        status = table["status"].to_numpy()
+        for row in np.flatnonzero(status != OK):
+            image_id = table["image_id"][int(row)].as_py()
+            detail = f"{image_id}: {table['detail'][int(row)].as_py()}"
+            bad.setdefault(image_id, Verdict(Reason(status[row]), detail))
+    return bad
+
+
+def read_token_rows(output: Path, shards: Iterable[ShardFacts]) -> Iterator[dict[str, Any]]:
+    """What `select` needs of each token row, with the row's place."""
+    names = ["sample_id", "text_length", "num_trained", "llava_length"]
+    for number, shard in enumerate(shards):
+        table = open_table(output, shard).select(names)
+        for place, row in enumerate(table.to_pylist()):
+            yield {**row, "token_shard": number, "token_row": place}
+
+
+def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
+    """Write every entry that is not kept, with its reason and the record as JSON, as Parquet."""
+    bad = [entry for entry in entries if not entry.verdict.kept]
+    columns = {
+        "source": [entry.source for entry in bad],
+        "record_id": [entry.record_id for entry in bad],
+        "sample_id": [entry.sample_id for entry in bad],
+        "reason": [str(entry.verdict.reason) for entry in bad],
+        "detail": [entry.verdict.detail for entry in bad],
+        "record": [entry.raw_json for entry in bad],
+    }
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary))

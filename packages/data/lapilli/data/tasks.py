@@ -1,0 +1,137 @@
+"""One task makes one shard: decode these files, or tokenise these records. Bytes follow the task.
+
+Pixels never pass through Ray's object store: a task reads files, writes its shard and returns
+the shard's facts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lapilli.data.codecs import Codecs
+from lapilli.data.errors import DataError
+from lapilli.data.images import BadImage, ImageSpec, decode, square
+from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
+from lapilli.data.record import Reason
+from lapilli.data.shards import (
+    IMAGE_SCHEMA,
+    OK,
+    TOKEN_SCHEMA,
+    ShardFacts,
+    finished_facts,
+    open_table,
+    write_shard,
+)
+from lapilli.data.tokenize import (
+    Encoded,
+    encode_batch,
+    llava_length,
+    load_tokenizer,
+    tokenizer_facts,
+)
+
+__all__ = ["finished_task", "run_task"]
+
+
+def finished_task(task: Task, output: Path) -> ShardFacts | None:
+    """The facts of a task's shard if an earlier run finished it, or None if it is to be made.
+
+    The plan saw every file, so a file that was gone when it was read leaves a shard that does not
+    follow from the plan: it is made again.
+    """
+    facts = finished_facts(output, task.name)
+    if facts is not None and isinstance(task, ImageTask):
+        statuses: set[Any] = set(open_table(output, facts)["status"].to_pylist())
+        if str(Reason.IMAGE_MISSING) in statuses:
+            return None
+    return facts
+
+
+def run_task(task: Task, output: Path) -> ShardFacts:
+    """Make one shard, in this process.
+
+    Raises:
+        DataError: This process has other libraries or another tokenizer than the driver, or the
+            shard cannot be written.
+    """
+    if task.writer != writer_version():
+        raise DataError(
+            f"libraries differ: this worker has {writer_version()}, the build was planned with "
+            f"{task.writer}; install the same versions on every node"
+        )
+    if isinstance(task, TokenTask):
+        return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
+    with warnings.catch_warnings():
+        # Pillow warns of large images, odd palettes and EXIF: a line for each of 600,000 files.
+        warnings.simplefilter("ignore")
+        return write_shard(output, task.name, _image_columns(task), IMAGE_SCHEMA)
+
+
+def _image_columns(task: ImageTask) -> dict[str, list[Any]]:
+    task.codecs.require()
+    root = Path(task.root)
+    columns: dict[str, list[Any]] = {field.name: [] for field in IMAGE_SCHEMA}
+    for image_id in task.image_ids:
+        row = _image_row(root / image_id, task.spec, task.codecs)
+        for name, value in {"image_id": image_id, "encoding": "raw", **row}.items():
+            columns[name].append(value)
+    return columns
+
+
+def _image_row(path: Path, spec: ImageSpec, codecs: Codecs) -> dict[str, Any]:
+    """Decode one file; what is wrong with it ends here, as a status."""
+    try:
+        decoded = decode(_read(path), spec)
+        pixels = square(decoded.image, spec, codecs.resizer)
+    except BadImage as bad:
+        return {
+            "status": str(bad.reason), "detail": bad.detail,
+            "source_width": None, "source_height": None, "pixels": None,
+        }  # fmt: skip
+    return {
+        "status": OK, "detail": "", "source_width": decoded.source_width,
+        "source_height": decoded.source_height, "pixels": pixels.tobytes(),
+    }  # fmt: skip
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        detail = f"was there when the build was planned, now: {error.strerror}"
+        raise BadImage(Reason.IMAGE_MISSING, detail) from None
+
+
+def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
+    tokenizer = load_tokenizer(task.tokenizer)
+    if tokenizer_facts(tokenizer).fingerprint != task.fingerprint:
+        raise DataError(
+            f"tokenizer: {task.tokenizer} on this worker differs from the driver's; "
+            "give every node the same files and library versions"
+        )
+    encoded = encode_batch(task.records, tokenizer, task.template)
+    spans = [_predictable(row) for row in encoded]
+    return {
+        "sample_id": [record.sample_id for record in task.records],
+        "source": [record.source for record in task.records],
+        "input_ids": [row.input_ids for row in encoded],
+        "label_spans": spans,
+        "text_length": [row.text_length for row in encoded],
+        "num_trained": [sum(row[1::2]) - sum(row[::2]) for row in spans],
+        "image_ids": [list(ids) for ids in task.image_ids],
+        "llava_length": [llava_length(record) for record in task.records],
+    }
+
+
+def _predictable(row: Encoded) -> list[int]:
+    """The spans without the record's first id: nothing stands before it that could predict it.
+
+    So `num_trained` is the number of targets the collator makes of the row, and the loss of a
+    global batch is divided by what it sums, for templates that train everything too.
+    """
+    spans = list(row.label_spans)
+    if spans[:1] == [0]:
+        spans[0] = 1
+    return spans[2:] if spans[:2] == [1, 1] else spans

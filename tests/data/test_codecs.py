@@ -1,0 +1,72 @@
+"""Which resizer a setting stands for, and that a worker with another one stops."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import PIL
+import pytest
+
+from lapilli.data.codecs import resolve_codecs, resolve_resizer
+from lapilli.data.errors import DataError
+
+
+@pytest.fixture
+def simd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL, "__version__", "12.1.1.post0")
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL, "__version__", "13.0.0")
+
+
+@pytest.mark.usefixtures("stock")
+def test_with_stock_pillow_auto_is_torch() -> None:
+    assert resolve_resizer("auto") == "torch"
+    assert resolve_resizer("pillow") == "pillow"
+    with pytest.raises(DataError, match=r"Pillow 13\.0\.0 is loaded; install pillow-simd"):
+        resolve_resizer("simd")
+
+
+@pytest.mark.usefixtures("simd")
+def test_with_pillow_simd_auto_is_simd() -> None:
+    assert resolve_resizer("auto") == "simd"
+    assert resolve_resizer("torch") == "torch"
+    with pytest.raises(DataError, match=r"pillow-simd 12\.1\.1\.post0 is loaded; reinstall pillow"):
+        resolve_resizer("pillow")
+
+
+@pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("wanted", ["auto", "torch"])
+def test_without_torch_the_torch_resizer_is_refused(
+    monkeypatch: pytest.MonkeyPatch, wanted: Any
+) -> None:
+    def find_nothing(name: str) -> None:
+        del name
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_nothing)
+    with pytest.raises(DataError, match="torch asked for, not installed"):
+        resolve_resizer(wanted)
+
+
+@pytest.mark.usefixtures("stock")
+def test_codecs_name_versions_without_the_local_part() -> None:
+    codecs = resolve_codecs("torch")
+    assert codecs.decoder == "pillow 13.0.0"
+    assert codecs.resizer_version == importlib.metadata.version("torch").split("+")[0]
+    assert resolve_codecs("pillow").resizer_version == "13.0.0"
+
+
+@pytest.mark.parametrize(
+    "change", [{"decoder": "pillow 9.5.0"}, {"resizer_version": "2.11.0"}], ids=str
+)
+def test_a_worker_with_other_versions_stops(change: dict[str, str]) -> None:
+    codecs = resolve_codecs("torch")
+    codecs.require()
+    with pytest.raises(DataError, match=r"this worker has .*; install the same versions") as caught:
+        replace(codecs, **change).require()
+    assert next(iter(change.values())) in str(caught.value)

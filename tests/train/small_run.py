@@ -1,0 +1,31 @@
+"""A small real dataset and the settings of a run on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lapilli.train.config import OptimConfig, RunConfig
+from tests.factories import build_dataset, make_mixture, make_tokenizer
+from tests.train.tiny import model_config
+
+VIEW = "pad32"
+
+
+def small_dataset(folder: Path, *, images: int = 30, text_only: int = 20) -> Path:
+    """Records with and without images, built in this process."""
+    mixture = make_mixture(folder / "raw", images=images, text_only=text_only)
+    build_dataset(mixture, folder / "dataset", make_tokenizer(folder / "tokenizer"))
+    return folder / "dataset"
+
+
+def small_run(dataset: Path, output: Path, **values: Any) -> RunConfig:
+    """Two workers with two micro-batches each on images of 32 px."""
+    model = model_config("projector", "language")
+    model.vision.settings.update(image_size=32, patch_size=16)
+    model.language.settings.update(vocab_size=512)
+    settings: dict[str, Any] = {
+        "global_batch": 8, "micro_batch": 2, "workers": 2, "epochs": 2, "save_every": 4,
+        "optim": OptimConfig(lr=0.01), "device": "cpu", **values,
+    }  # fmt: skip
+    return RunConfig(dataset=str(dataset), output=str(output), view=VIEW, model=model, **settings)

@@ -1,0 +1,94 @@
+"""A worker's batches: the same global batches for every world size, and nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.errors import DataError
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.feed import Feed
+from tests.train.small_run import VIEW, small_dataset, small_run
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    path = small_dataset(tmp_path_factory.mktemp("feed"))
+    return open_dataset(path, view=VIEW, image_tokens=4)
+
+
+def config_for(workers: int, **values: int) -> RunConfig:
+    return small_run(Path("unused"), Path("unused"), workers=workers, **values)
+
+
+def sample_ids(feed: Feed) -> list[list[str]]:
+    return [[i for b in s.batches for i in b.sample_ids] for s in feed.steps(0)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
+    dataset: Dataset, workers: int
+) -> None:
+    config = config_for(workers)
+    feeds = [Feed(dataset, config, rank=r, world_size=workers) for r in range(workers)]
+    alone = Feed(dataset, config_for(1), rank=0, world_size=1)
+    by_rank = [sample_ids(feed) for feed in feeds]
+    expected = [sorted(ids) for ids in sample_ids(alone)]
+    found = [sorted(i for ids in ranks for i in ids) for ranks in zip(*by_rank, strict=True)]
+    assert found == expected
+    epoch = [i for ids in found[: len(found) // config.epochs] for i in ids]
+    assert len(epoch) == len(set(epoch)) == len(dataset)
+
+
+def test_global_tokens_are_what_the_ranks_train(dataset: Dataset) -> None:
+    feeds = [Feed(dataset, config_for(2), rank=r, world_size=2) for r in range(2)]
+    for steps in zip(*(feed.steps(0) for feed in feeds), strict=True):
+        trained = sum(batch.num_targets for step in steps for batch in step.batches)
+        assert {step.global_tokens for step in steps} == {trained}
+
+
+def test_all_ranks_have_images_in_a_micro_step_or_none_has(dataset: Dataset) -> None:
+    feeds = [Feed(dataset, config_for(4, micro_batch=1), rank=r, world_size=4) for r in range(4)]
+    both = set()
+    for steps in zip(*(feed.steps(0) for feed in feeds), strict=True):
+        for micros in zip(*(step.batches for step in steps), strict=True):
+            kinds = {len(batch.pixels) > 0 for batch in micros}
+            assert len(kinds) == 1
+            both |= kinds
+    assert both == {True, False}
+
+
+def test_resuming_is_slicing(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(2), rank=1, world_size=2)
+    whole = [step.sample_indices.tolist() for step in feed.steps(0)]
+    assert [step.sample_indices.tolist() for step in feed.steps(9)] == whole[9:]
+
+
+def test_few_shapes(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(2, buckets=3), rank=0, world_size=2)
+    lengths = {batch.input_ids.shape for step in feed.steps(0) for batch in step.batches}
+    assert 1 <= len(lengths) <= 3
+
+
+def test_an_error_of_the_thread_is_raised_where_the_batches_are_used(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+
+    def broken(step: int) -> None:
+        raise DataError(f"step {step} cannot be read")
+
+    feed.make = broken  # type: ignore[assignment,method-assign]
+    with pytest.raises(DataError, match="step 3 cannot be read"):
+        list(feed.steps(3))
+
+
+def test_fewer_samples_than_a_global_batch_is_one_line(dataset: Dataset) -> None:
+    with pytest.raises(DataError, match="global_batch"):
+        Feed(dataset, config_for(1, global_batch=64), rank=0, world_size=1)
+
+
+def test_a_global_batch_that_does_not_divide_names_one_that_does() -> None:
+    with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 would fit"):
+        config_for(2, global_batch=7)

@@ -1,0 +1,54 @@
+"""The learning rate against transformers' schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from lapilli.model.vlm import build_model
+from lapilli.train.config import OptimConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.optim import build_optimizer, learning_rate
+from tests.train.tiny import model_config
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+def test_equals_transformers_schedule(name: Any, schedule: Callable[..., Any]) -> None:
+    total, warmup = 50, 5
+    config = OptimConfig(lr=0.3, schedule=name, warmup_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = schedule(optimizer, warmup, total)
+    theirs = []
+    for _ in range(total):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    ours = [learning_rate(config, step, total) for step in range(total)]
+    # transformers spends its first step at rate 0; ours already moves
+    assert ours[: warmup - 1] == pytest.approx(theirs[1:warmup])
+    assert ours[warmup:] == pytest.approx(theirs[warmup:])
+
+
+def test_constant_and_no_warmup() -> None:
+    config = OptimConfig(lr=0.1, schedule="constant", warmup_ratio=0.0)
+    assert {learning_rate(config, step, 9) for step in range(9)} == {0.1}
+
+
+def test_only_matrices_decay() -> None:
+    model = build_model(model_config("projector", "language"))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))
+    by_decay = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in optimizer.param_groups}
+    assert by_decay == {0.1: {2}, 0.0: {1}}
+
+
+@pytest.mark.parametrize("values", [{"lr": 0.0}, {"warmup_ratio": 1.0}])
+def test_a_wrong_setting_names_its_field(values: dict[str, float]) -> None:
+    with pytest.raises(TrainError, match=f"optim.{next(iter(values))}"):
+        OptimConfig(**values)  # type: ignore[arg-type]

@@ -1,0 +1,171 @@
+"""Runs on real Ray Train and DeepSpeed: to the end, again, and with workers killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lapilli.train.checkpoint import find_checkpoints, latest_checkpoint
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.launch import launch, preflight
+from lapilli.train.metrics import MetricsFile, read_metrics
+from tests.train.small_run import small_dataset, small_run
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """An uninterrupted run."""
+    config = small_run(dataset, tmp_path_factory.mktemp("finished") / "run")
+    launch(config, preflight(config))
+    return config
+
+
+def losses(config: RunConfig) -> list[float]:
+    rows = read_metrics(Path(config.output))
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]
+
+
+def test_a_run_ends_with_metrics_and_a_checkpoint_and_the_loss_has_fallen(
+    finished: RunConfig,
+) -> None:
+    found = losses(finished)
+    assert len(found) == 14  # 4 global batches with images and 3 without, twice
+    assert sum(found[-4:]) < 0.8 * sum(found[:4])
+    steps = [checkpoint.step for checkpoint in find_checkpoints(Path(finished.output))]
+    assert steps == [12, 14]
+    resolved = json.loads((Path(finished.output) / "config.json").read_text())
+    assert resolved["global_batch"] == 8
+
+
+def test_a_finished_run_does_no_work_again(finished: RunConfig) -> None:
+    path = Path(finished.output) / "metrics.jsonl"
+    before = path.stat().st_mtime_ns
+    ready = preflight(finished)
+    assert ready.start == ready.total_steps == 14
+    launch(finished, ready)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_another_setting_in_the_same_folder_is_named(finished: RunConfig) -> None:
+    with pytest.raises(TrainError, match=r"seed: .* was started with 42, now 7"):
+        preflight(replace(finished, seed=7))
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(
+    finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run")
+    step = random.Random().randint(1, 11)
+    killer = threading.Thread(target=kill_a_worker_at, args=(Path(config.output), step))
+    killer.start()
+    launch(config, preflight(config))
+    killer.join()
+    assert losses(config) == losses(finished), f"killed at step {step}"
+
+
+def kill_a_worker_at(run: Path, step: int) -> None:
+    """kill -9 one of the two training processes once a step is done."""
+    while len(read_metrics(run)) <= step:
+        time.sleep(0.01)
+    os.kill(random.choice(train_workers()), signal.SIGKILL)
+
+
+def train_workers() -> list[int]:
+    """Processes of Ray Train's workers that descend from this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"RayTrainWorker" in name and is_ours(int(path.name)):
+            found.append(int(path.name))
+    assert found, "no training worker is running"
+    return found
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process was started, over however many others, by this one."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        pid = int(status.partition("PPid:")[2].split()[0])
+    return False
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("changes", [{"workers": 1}, {"zero_stage": 3}, {"zero_stage": 0}])
+def test_a_run_goes_on_with_other_workers_and_another_stage(
+    changes: dict[str, int], finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run")
+    cut_short(finished, Path(config.output), to_step=12)
+    again = replace(config, **changes)  # type: ignore[arg-type]
+    ready = preflight(again)
+    assert ready.start == 12
+    launch(again, ready)
+    assert losses(again) == pytest.approx(losses(finished), abs=1e-4)
+
+
+def cut_short(finished: RunConfig, run: Path, *, to_step: int) -> None:
+    """A copy of a run as it was after a step."""
+    shutil.copytree(finished.output, run, ignore=shutil.ignore_patterns("ray"))
+    for checkpoint in find_checkpoints(run):
+        if checkpoint.step > to_step:
+            shutil.rmtree(checkpoint.path)
+    MetricsFile(run, to_step).close()
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "moments.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+    file: str, damage: str, finished: RunConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.output, run, ignore=shutil.ignore_patterns("ray"))
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    path = newest.path / file
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 0x80  # in JSON: no UTF-8 any more
+        path.write_bytes(data)
+    before = latest_checkpoint(run)
+    assert before is not None
+    assert (newest.step, before.step) == (14, 12)
+
+
+def test_metrics_forget_the_steps_a_restart_takes_again(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    for step in range(5):
+        metrics.write({"step": step, "loss": 1.0})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    MetricsFile(tmp_path, 3).close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
