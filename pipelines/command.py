@@ -16,7 +16,7 @@ from lapilli.data.errors import DataError
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
 
-__all__ = ["console", "parse", "progress_bar", "run", "say"]
+__all__ = ["parse", "progress_bar", "run", "say", "say_title"]
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
@@ -58,8 +58,13 @@ def run(main: Callable[[], int]) -> None:
 
 
 def say(text: str) -> None:
-    """One line of narration."""
-    console.print(text)
+    """One line of narration; brackets in it are text."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def say_title(text: str) -> None:
+    """The line a phase begins with."""
+    console.print(f"\n{text}", style="bold", markup=False)
 
 
 def progress_bar(*columns: Any) -> Progress:

@@ -30,11 +30,9 @@ def preprocess(config: BuildConfig) -> BuildReport:
 def tell_plan(plan: BuildPlan) -> None:
     """What is about to be done."""
     bad = sum(not entry.verdict.kept for entry in plan.entries)
-    codecs = ", ".join(
-        f"{view}: {value.decoder}, {value.resizer}" for view, value in plan.codecs.items()
-    )
+    codecs = ", ".join(f"{view}: {value.describe()}" for view, value in plan.codecs.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
-    say(f"{plan.pixel_bytes() / 1e9:.2f} GB of pixels ({codecs})")
+    say(f"{plan.pixel_bytes() / 1e9:.3f} GB of pixels to write ({codecs})")
 
 
 def tell_report(report: BuildReport) -> None:

@@ -22,7 +22,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.tokenize import train_tokenizer
 from lapilli.train.config import RunConfig
 from lapilli.train.evaluate import Answer, Scores
-from pipelines.command import parse, run, say
+from pipelines.command import parse, run, say, say_title
 from pipelines.easy_vqa_data import write_easy_vqa
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.preprocess import preprocess
@@ -62,7 +62,7 @@ class Phases:
     @contextmanager
     def phase(self, name: str, title: str) -> Generator[None]:
         """Announce a phase and time it."""
-        say(f"\n[bold]{title}[/bold]")
+        say_title(title)
         started = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - started, 1)
@@ -151,7 +151,7 @@ def judge(summary: dict[str, Any], config: QuickstartConfig) -> int:
     """Say whether the model learned to look; the exit code."""
     accuracy, shuffled = summary["accuracy"], summary["accuracy_shuffled_images"]
     say(
-        f"\naccuracy [bold]{accuracy:.4f}[/bold] with the right images, {shuffled:.4f} with other "
+        f"\naccuracy {accuracy:.4f} with the right images, {shuffled:.4f} with other "
         f"images; {summary['seconds']['total']:.0f} s in all"
     )
     say(f"report: {config.output}/report.html   summary: {config.output}/summary.json")

@@ -105,8 +105,8 @@ def test_what_is_too_long_is_left_out_and_counted(folder: Path, dataset: Dataset
     ],
 )
 def test_a_wrong_setting_is_named(folder: Path, settings: dict[str, Any], message: str) -> None:
+    defaults: dict[str, Any] = {"view": VIEW, "image_tokens": 4}
     with pytest.raises(DataError, match=message):
-        defaults: dict[str, Any] = {"view": VIEW, "image_tokens": 4}
         open_dataset(folder / "out", **(defaults | settings))
 
 

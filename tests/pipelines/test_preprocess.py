@@ -85,7 +85,7 @@ def test_one_worker_and_two_write_the_same_bytes_as_this_process(
         output = command.folder / f"out{workers}"
         assert main(command.flags(output=output, workers=workers)) == 0
         found[f"{workers} workers"] = hashes(output)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # as wide as the terminal
     build_dataset(command.mixture, command.folder / "out0", command.folder / "tokenizer")
     found["this process"] = hashes(command.folder / "out0")
     assert len(found["this process"]) > 15
@@ -131,7 +131,7 @@ def recipe_with(old: str, new: str) -> Callable[[Command], dict[str, object]]:
     return change
 
 
-def annotations(content: str) -> Callable[[Command], dict[str, object]]:
+def annotation_file(content: str) -> Callable[[Command], dict[str, object]]:
     """A root whose annotation file is this."""
 
     def change(command: Command) -> dict[str, object]:
@@ -155,16 +155,16 @@ MISTAKES: dict[str, tuple[Callable[[Command], dict[str, object]], list[str]]] = 
         ["lost.json: No such file", "check --root"],
     ),
     "web page for JSON": (
-        annotations("<!DOCTYPE html>"),
+        annotation_file("<!DOCTYPE html>"),
         ["mixture.json", "web page: download the raw file"],
     ),
     "truncated JSON": (
-        annotations('[{"id": "a", "conversations": []}, {"id'),
+        annotation_file('[{"id": "a", "conversations": []}, {"id'),
         ["mixture.json is no valid JSON after 1 records", "download or write it again"],
     ),
-    "empty array": (annotations("[]"), ["mixture.json holds no record", "check the file"]),
+    "empty array": (annotation_file("[]"), ["mixture.json holds no record", "check the file"]),
     "nothing kept": (
-        annotations(json.dumps([{"id": "only"}])),
+        annotation_file(json.dumps([{"id": "only"}])),
         ["1 of 1 records quarantined, nothing is kept", "first made_up/only", "mend the input"],
     ),
     "over max_quarantined": (

@@ -1,4 +1,4 @@
-"""lapilli.data: LLaVA mixtures to Arrow shards, shards to batches. Imports neither torch nor ray."""
+"""lapilli.data: LLaVA mixtures to shards, shards to batches. Imports neither torch nor ray."""
 
 from lapilli.data.build import BuildReport, build
 from lapilli.data.collate import Batch, BatchShape, collate, length_buckets

@@ -65,6 +65,7 @@ class FolderMount:
     prefix: str = "."
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     repairs: Counter[str] = field(default_factory=Counter[str])
+    _places: dict[str, Located | Verdict] = field(default_factory=dict[str, "Located | Verdict"])
     _listings: dict[Path, _Listing] = field(default_factory=dict[Path, _Listing])
     _real_folders: dict[Path, Path] = field(default_factory=dict[Path, Path])
 
@@ -79,15 +80,23 @@ class FolderMount:
 
     def locate(self, key: str) -> Located | Verdict:
         """Find the file a key names, or say why it cannot be used."""
+        if key not in self._places:  # LLaVA's 665K records name 350K images
+            self._places[key] = self._look_up(key)
+        place = self._places[key]
+        if isinstance(place, Located) and place.repair:
+            self.repairs[place.repair] += 1
+        return place
+
+    def _look_up(self, key: str) -> Located | Verdict:
         if "\0" in key or PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
             return Verdict(Reason.IMAGE_OUTSIDE_ROOT, f"'{excerpt(key)}' leads outside the root")
         try:
-            return self._locate(key)
+            return self._inspect(key)
         except (OSError, ValueError) as error:  # ValueError: a name the system cannot spell
             why = error.strerror if isinstance(error, OSError) else "no file can have this name"
             return Verdict(Reason.IMAGE_MISSING, f"'{excerpt(key)}': {why}")
 
-    def _locate(self, key: str) -> Located | Verdict:
+    def _inspect(self, key: str) -> Located | Verdict:
         found = self._find(PurePosixPath(self.prefix) / key)
         if found is None:
             return Verdict(Reason.IMAGE_MISSING, f"no file '{excerpt(key)}' below '{self.prefix}'")
@@ -100,8 +109,6 @@ class FolderMount:
             return Verdict(Reason.IMAGE_MISSING, f"the file name of '{excerpt(key)}' is no UTF-8")
         if not os.access(real, os.R_OK):
             return Verdict(Reason.IMAGE_MISSING, f"'{excerpt(key)}': no permission to read it")
-        if repair:
-            self.repairs[repair] += 1
         stat = real.stat()
         return Located(image_id, stat.st_size, stat.st_mtime_ns, repair)
 

@@ -139,7 +139,7 @@ def _create_moments(engine: Any) -> None:
 
 
 def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """torch's own optimizer, which ZeRO wraps."""
+    """Torch's own optimizer, which ZeRO wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
