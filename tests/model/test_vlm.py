@@ -159,6 +159,18 @@ def test_greedy_answers_equal_transformers_token_for_token() -> None:
         assert ids == [i for i in produced if i != 63], sample.sample_id
 
 
+def test_pixels_are_normalised_in_fp32_whatever_the_weights_are() -> None:
+    """Rounding CLIP's mean to bf16 before the subtraction would move every pixel by 0.2 of 255."""
+    seen: list[torch.Tensor] = []
+    tower: Any = build_model(CONFIG).to(torch.bfloat16).vision
+    tower.clip.embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels = torch.randint(0, 256, (1, 24, 24, 3), dtype=torch.uint8)
+    tower(pixels)
+    mean, std = torch.tensor(CONFIG.vision.mean), torch.tensor(CONFIG.vision.std)
+    exact = ((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(seen[0].double(), exact, rtol=2**-8, atol=1e-6)
+
+
 def test_only_the_named_parts_learn() -> None:
     model = build_model(ModelConfig(CONFIG.vision, CONFIG.language, trainable=("projector",)))
     assert {name.partition(".")[0] for name in trainable_parameters(model)} == {"projector"}

@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lapilli.train.checkpoint import find_checkpoints, latest_checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import MetricsFile, read_metrics
@@ -125,6 +127,29 @@ def test_a_run_goes_on_with_other_workers_and_another_stage(
     assert ready.start == 12
     launch(again, ready)
     assert losses(again) == pytest.approx(losses(finished), abs=1e-4)
+
+
+@pytest.mark.faults
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    config = small_run(
+        dataset, tmp_path / "run", max_failures=1, optim=OptimConfig(lr=1e30, grad_clip=0.0)
+    )
+    with pytest.raises(TrainError, match=r"step \d+: the loss is not a number; lower optim.lr"):
+        launch(config, preflight(config))
+    assert len(losses(config)) < 14
+
+
+@pytest.mark.faults  # for its length
+def test_bf16_trains_and_keeps_fp32_weights(dataset: Path, tmp_path: Path) -> None:
+    config = small_run(dataset, tmp_path / "run", precision="bf16")
+    launch(config, preflight(config))
+    found = losses(config)
+    assert sum(found[-4:]) < 0.8 * sum(found[:4])
+    newest = latest_checkpoint(Path(config.output))
+    assert newest is not None
+    for name, value in load_file(newest.path / "weights.safetensors").items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float()), name
 
 
 def cut_short(finished: RunConfig, run: Path, *, to_step: int) -> None:

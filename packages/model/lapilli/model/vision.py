@@ -56,16 +56,16 @@ class ClipTower(Tower):
         self.image_size = int(clip.config.image_size)
         self.num_tokens = (self.image_size // int(clip.config.patch_size)) ** 2
         self.hidden_size = int(clip.config.hidden_size)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", 255 * torch.tensor(config.mean), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(config.std), persistent=False)
+        # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
+        self._scale = 255 * torch.tensor([config.mean, config.std])
 
     def forward(self, pixels_NHW3: Tensor) -> Tensor:
-        """Normalise on the device, then encode."""
-        dtype = self.clip.pre_layrnorm.weight.dtype
-        normal_NHW3 = (pixels_NHW3.float() - self.mean.float()) / self.std.float()
-        normal_N3HW = normal_NHW3.permute(0, 3, 1, 2).to(dtype)
+        """Normalise on the device in fp32, then encode in the weights' dtype."""
+        if self._scale.device != pixels_NHW3.device:
+            self._scale = self._scale.to(pixels_NHW3.device)
+        mean, std = self._scale
+        normal_N3HW = ((pixels_NHW3.float() - mean) / std).permute(0, 3, 1, 2)
+        normal_N3HW = normal_N3HW.to(self.clip.pre_layrnorm.weight.dtype)
         return self.clip(pixel_values=normal_N3HW).last_hidden_state[:, 1:]
 
 

@@ -24,6 +24,7 @@ from lapilli.train.metrics import read_metrics, read_new
 __all__ = ["Preflight", "launch", "preflight"]
 
 CONFIG = "config.json"
+MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
@@ -176,31 +177,34 @@ def _fit_on_ray(config: RunConfig, device: Device, run: Path) -> None:
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
+    mistake = run / MISTAKE
+    mistake.unlink(missing_ok=True)
     try:
         trainer.fit()
     except Exception as error:
-        raise _expected(error) or TrainError(
+        if mistake.exists():
+            raise TrainError(mistake.read_text(encoding="utf-8")) from None
+        raise TrainError(
             f"the workers failed more than max_failures = {config.max_failures} times; the run can "
             f"be resumed from its last checkpoint; Ray says: {error}"
         ) from error
 
 
-def _expected(error: BaseException) -> Exception | None:
-    """The user's mistake that made the workers stop, if it was one."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, (DataError, ModelError, TrainError)):
-                return type(cause)(str(cause))
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    return None
-
-
 def _worker(settings: dict[str, Any]) -> None:
-    """One Ray Train worker: its process group is there already."""
+    """One Ray Train worker: its process group is there already.
+
+    Ray restarts workers whatever they stopped for. A user's mistake is written down, so that the
+    next start ends at once instead of coming to it again.
+    """
     import ray.train
 
+    mistake = Path(settings["output"]) / MISTAKE
+    if mistake.exists():
+        raise TrainError(mistake.read_text(encoding="utf-8"))
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    fit(setup(settings["config"], settings["device"], rank=rank, world_size=world_size))
+    try:
+        fit(setup(settings["config"], settings["device"], rank=rank, world_size=world_size))
+    except (DataError, ModelError, TrainError) as error:
+        mistake.write_text(str(error), encoding="utf-8")
+        raise
