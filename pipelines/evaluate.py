@@ -9,9 +9,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from lapilli.data.manifest import read_manifest
+from lapilli.train.device import choose_device
+from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
 from pipelines.command import parse, progress_bar, run, say
 
@@ -24,6 +28,7 @@ class EvaluateConfig:
         run: Folder of a run.
         dataset: Folder of a dataset of questions; each record's first answer is expected.
         view: The dataset's view; empty for its only one.
+        device: `auto` takes a GPU when there is one.
         shuffle_images: Show each question the images of another record: what is left is what the
             model knows without looking.
         output: File for the answers, one JSON object a line; empty for none.
@@ -32,22 +37,23 @@ class EvaluateConfig:
     run: str
     dataset: str
     view: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     shuffle_images: bool = False
     output: str = ""
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     """Answer every question and count."""
-    from lapilli.data.manifest import read_manifest
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    view = config.view or next(iter(read_manifest(Path(config.dataset)).views))
-    model = load_trained(Path(config.run), device)
-    dataset = open_test(Path(config.dataset), view, model)
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        raise TrainError(f"output: {config.output} is in no folder; make the folder first")
+    device = choose_device(config.device, torch.cuda.device_count())
+    trained = load_trained(Path(config.run), device)
+    view = config.view or _only_view(Path(config.dataset))
+    dataset = open_test(Path(config.dataset), view, trained)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=len(dataset))
         answers = answer_dataset(
-            model,
+            trained.model,
             dataset,
             shuffle_images=0 if config.shuffle_images else None,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -56,6 +62,13 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
         Path(config.output).write_text(lines, encoding="utf-8")
     return score(answers), answers
+
+
+def _only_view(dataset: Path) -> str:
+    views = list(read_manifest(dataset).views)
+    if len(views) != 1:
+        raise TrainError(f"view: {dataset} has {', '.join(views)}; choose one with --view")
+    return views[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

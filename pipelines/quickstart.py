@@ -15,7 +15,9 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from lapilli.data.cluster import ray_session
 from lapilli.data.config import BuildConfig
@@ -50,7 +52,7 @@ class QuickstartConfig:
     epochs: int = 0
     min_accuracy: float = 0.75
     min_gain: float = 0.08
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass
@@ -88,8 +90,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         with phases.phase("train", "3/5  Ray Train and DeepSpeed: all parts of a small model"):
             metrics = train(_run_config(config, output))
     with phases.phase("evaluate", "4/5  questions it has not seen"):
-        scores, answers = _ask(output, shuffle_images=False)
-        shuffled, _ = _ask(output, shuffle_images=True)
+        scores, answers = _ask(config, output, shuffle_images=False)
+        shuffled, _ = _ask(config, output, shuffle_images=True)
     with phases.phase("report", "5/5  report"):
         summary = _summary(scores, shuffled, phases.seconds)
         _write_summary(output, summary)
@@ -114,17 +116,27 @@ def _run_config(config: QuickstartConfig, output: Path) -> RunConfig:
         f"--output={output / 'run'}",
         f"--device={config.device}",
     ]
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if gpus:
+        arguments.append(f"--workers={min(2, gpus)}")
     if config.epochs:
         arguments.append(f"--epochs={config.epochs}")
     return parse(RunConfig, arguments, "")
 
 
-def _ask(output: Path, *, shuffle_images: bool) -> tuple[Scores, list[Answer]]:
+def _ask(
+    config: QuickstartConfig, output: Path, *, shuffle_images: bool
+) -> tuple[Scores, list[Answer]]:
     what = "images shuffled among the questions" if shuffle_images else "right images"
     say(f"greedy answers, {what}")
     test = str(output / "datasets" / "test")
     scores, answers = evaluate(
-        EvaluateConfig(run=str(output / "run"), dataset=test, shuffle_images=shuffle_images)
+        EvaluateConfig(
+            run=str(output / "run"),
+            dataset=test,
+            device=config.device,
+            shuffle_images=shuffle_images,
+        )
     )
     say(f"accuracy {scores.accuracy:.4f} over {scores.questions} questions")
     return scores, answers

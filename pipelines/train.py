@@ -22,13 +22,13 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
     with ray_session(num_cpus=None):
         ready = preflight(config)
         tell_preflight(config, ready)
-        metrics = follow(config, ready)
+        metrics = follow(ready)
     last = metrics[-1]
     say(f"loss {metrics[0]['loss']:.4f} at step 0, {last['loss']:.4f} at step {last['step']}")
     return metrics
 
 
-def follow(config: RunConfig, ready: Preflight) -> list[dict[str, Any]]:
+def follow(ready: Preflight) -> list[dict[str, Any]]:
     """Run with one live line: step, loss, samples a second, time to go."""
     started, done = time.monotonic(), 0
     with progress_bar(TextColumn("{task.fields[line]}")) as bar:
@@ -43,7 +43,7 @@ def follow(config: RunConfig, ready: Preflight) -> list[dict[str, Any]]:
             line = f"loss {row['loss']:.4f}  {rate:.0f} samples/s"
             bar.update(task, completed=row["step"] + 1, total=total, line=line)
 
-        metrics = launch(config, ready, show)
+        metrics = launch(ready, show)
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")

@@ -25,7 +25,7 @@ def ray_local() -> Iterator[None]:
     """One local Ray for the whole test run; never somebody else's."""
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -126,6 +126,27 @@ def test_loss_and_gradients_equal_transformers(images: tuple[int, ...]) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-5, msg=name)
 
 
+def test_a_head_with_a_bias_is_part_of_the_loss() -> None:
+    settings = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 64}  # fmt: skip
+    language = LanguageConfig("phi", settings=settings, attention="eager")
+    model = build_model(ModelConfig(CONFIG.vision, language, head_chunk=4))
+    head: Any = model.language.lm_head
+    torch.nn.init.normal_(head.bias)
+    batch = collate(samples(5, (0, 0)), BatchShape(2, (16,), TOKENS, 4), 24)
+    logits = model.language(torch.from_numpy(batch.input_ids)).logits.flatten(0, 1)
+    keep = batch.targets >= 0
+    expected = torch.nn.functional.cross_entropy(
+        logits[torch.from_numpy(batch.predict_positions[keep])],
+        torch.from_numpy(batch.targets[keep]),
+        reduction="sum",
+    )
+    found = forward(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.backward()
+    assert head.bias.grad.abs().max() > 0
+
+
 def test_every_trainable_parameter_gets_a_gradient_from_text_alone() -> None:
     model = build_model(CONFIG)
     forward(model, collate(samples(3, (0, 0)), BatchShape(2, (16,), TOKENS, 4), 24)).backward()
@@ -171,6 +192,14 @@ def test_pixels_are_normalised_in_fp32_whatever_the_weights_are() -> None:
     torch.testing.assert_close(seen[0].double(), exact, rtol=2**-8, atol=1e-6)
 
 
+def test_a_model_in_which_nothing_learns_is_named() -> None:
+    vision = VisionConfig(settings={**CLIP, "hidden_size": 24})
+    with pytest.raises(ModelError, match="has no parameter"):
+        build_model(
+            ModelConfig(vision, CONFIG.language, projector="identity", trainable=("projector",))
+        )
+
+
 def test_only_the_named_parts_learn() -> None:
     model = build_model(ModelConfig(CONFIG.vision, CONFIG.language, trainable=("projector",)))
     assert {name.partition(".")[0] for name in trainable_parameters(model)} == {"projector"}
@@ -193,8 +222,17 @@ def test_the_seed_decides_random_weights_and_leaves_the_global_generator() -> No
         ({"vision": VisionConfig(tower="vit")}, "vision.tower: 'vit' is unknown; expected clip"),
         ({"vision": VisionConfig(settings=CLIP, layer=9)}, "vision.layer: 9; the tower has 3"),
         ({"vision": VisionConfig(pretrained="/no/such/folder")}, "vision.pretrained.*cannot be"),
-        ({"language": LanguageConfig(model_type="no_model")}, "language: 'no_model' cannot be"),
-        ({"language": LanguageConfig(pretrained="/no/folder")}, "language: '/no/folder' cannot"),
+        ({"language": LanguageConfig(model_type="no_model")}, "'no_model' is no architecture"),
+        ({"language": LanguageConfig(pretrained="/no/folder")}, "'/no/folder' cannot be loaded"),
+        (
+            {"language": LanguageConfig(settings={"hiden_size": 3})},
+            "language.settings: 'hiden_size' is unknown",
+        ),
+        ({"vision": VisionConfig(settings={**CLIP, "num_attention_heads": 3})}, "vision.settings"),
+        (
+            {"language": LanguageConfig("cohere", settings={**LLAMA, "logit_scale": 0.5})},
+            "has logit_scale",
+        ),
     ],
 )
 def test_a_wrong_part_is_one_line_that_names_it(change: dict[str, Any], words: str) -> None:

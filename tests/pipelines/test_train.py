@@ -62,13 +62,16 @@ def one_line(
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_train_then_evaluate(dataset: Path, recipe: Path, tmp_path: Path) -> None:
-    run_folder = tmp_path / "run"
-    arguments = [f"--config={recipe}", f"--dataset={dataset}", f"--output={run_folder}"]
+def test_train_then_evaluate_with_relative_paths(
+    dataset: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").symlink_to(dataset)
+    monkeypatch.chdir(tmp_path)  # workers are started in folders of their own
+    arguments = [f"--config={recipe}", "--dataset=data", "--output=runs/first"]
     assert pipelines.train.main([*arguments, "--max_steps=3"]) == 0
     answers = tmp_path / "answers.jsonl"
-    arguments = [f"--run={run_folder}", f"--dataset={dataset}", f"--view={VIEW}"]
-    assert pipelines.evaluate.main([*arguments, f"--output={answers}"]) == 0
+    arguments = ["--run=runs/first", "--dataset=data", f"--view={VIEW}"]
+    assert pipelines.evaluate.main([*arguments, "--output=answers.jsonl"]) == 0
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 20
     first = next(row for row in rows if row["sample_id"] == "made_up/text-0")
@@ -96,6 +99,12 @@ def test_train_then_evaluate(dataset: Path, recipe: Path, tmp_path: Path) -> Non
         (["--model.projector=thin"], "'thin' is unknown"),
         (["--workers=64", "--global_batch=256"], "workers: 64"),
         (["--device=cuda"], "no GPU is visible"),
+        (["--precision=bf16", "--zero_stage=0"], "zero_stage: 0 with precision bf16"),
+        (["--max_steps=-1"], "max_steps: -1"),
+        (["--optim.betas=[0.9,1.0]"], "optim.betas"),
+        (["--model.vision.settings.hiden_size=9"], "vision.settings: 'hiden_size' is unknown"),
+        (["--model.language.settings.vocabsize=9"], "language.settings: 'vocabsize' is unknown"),
+        (["--model.vision.settings.num_attention_heads=3"], "vision.settings"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -138,6 +147,7 @@ def test_a_tokenizer_that_is_not_the_language_models_own_is_named(
     [
         (["--run=nowhere"], "nowhere: no run (no config.json)"),
         (["--batch_of=3"], "batch_of"),
+        (["--output=no/such/folder/answers.jsonl"], "is in no folder"),
     ],
 )
 def test_evaluate_names_a_mistake(

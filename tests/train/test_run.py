@@ -7,8 +7,8 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint import find_checkpoints, latest_checkpoint
+from lapilli.train.checkpoint import find_checkpoints, forget_old, latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.launch import launch, preflight
@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """An uninterrupted run."""
     config = small_run(dataset, tmp_path_factory.mktemp("finished") / "run")
-    launch(config, preflight(config))
+    launch(preflight(config))
     return config
 
 
@@ -62,7 +62,7 @@ def test_a_finished_run_does_no_work_again(finished: RunConfig) -> None:
     before = path.stat().st_mtime_ns
     ready = preflight(finished)
     assert ready.start == ready.total_steps == 14
-    launch(finished, ready)
+    launch(ready)
     assert path.stat().st_mtime_ns == before
 
 
@@ -77,16 +77,18 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(
 ) -> None:
     config = small_run(dataset, tmp_path / "run")
     step = random.Random().randint(1, 11)
-    killer = threading.Thread(target=kill_a_worker_at, args=(Path(config.output), step))
-    killer.start()
-    launch(config, preflight(config))
-    killer.join()
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_a_worker_at, Path(config.output), step)
+        launch(preflight(config))
+        killed.result()
     assert losses(config) == losses(finished), f"killed at step {step}"
 
 
 def kill_a_worker_at(run: Path, step: int) -> None:
     """kill -9 one of the two training processes once a step is done."""
+    give_up = time.monotonic() + 200
     while len(read_metrics(run)) <= step:
+        assert time.monotonic() < give_up, "the run never came to the step"
         time.sleep(0.01)
     os.kill(random.choice(train_workers()), signal.SIGKILL)
 
@@ -125,7 +127,7 @@ def test_a_run_goes_on_with_other_workers_and_another_stage(
     again = replace(config, **changes)  # type: ignore[arg-type]
     ready = preflight(again)
     assert ready.start == 12
-    launch(again, ready)
+    launch(ready)
     assert losses(again) == pytest.approx(losses(finished), abs=1e-4)
 
 
@@ -134,15 +136,16 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(dataset: Path, tmp_pa
     config = small_run(
         dataset, tmp_path / "run", max_failures=1, optim=OptimConfig(lr=1e30, grad_clip=0.0)
     )
-    with pytest.raises(TrainError, match=r"step \d+: the loss is not a number; lower optim.lr"):
-        launch(config, preflight(config))
+    with pytest.raises(TrainError, match=r"step \d+: loss .*, gradient norm .*; lower optim.lr"):
+        launch(preflight(config))
     assert len(losses(config)) < 14
 
 
 @pytest.mark.faults  # for its length
-def test_bf16_trains_and_keeps_fp32_weights(dataset: Path, tmp_path: Path) -> None:
-    config = small_run(dataset, tmp_path / "run", precision="bf16")
-    launch(config, preflight(config))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_trains_and_keeps_fp32_weights(stage: int, dataset: Path, tmp_path: Path) -> None:
+    config = small_run(dataset, tmp_path / "run", precision="bf16", zero_stage=stage)
+    launch(preflight(config))
     found = losses(config)
     assert sum(found[-4:]) < 0.8 * sum(found[:4])
     newest = latest_checkpoint(Path(config.output))
@@ -182,6 +185,24 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
     before = latest_checkpoint(run)
     assert before is not None
     assert (newest.step, before.step) == (14, 12)
+
+
+def test_a_damaged_later_checkpoint_makes_no_room_for_itself(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.output, run, ignore=shutil.ignore_patterns("ray"))
+    (run / "checkpoints" / "step-00000014" / "state.json").unlink()
+    forget_old(run, 12, keep=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+def test_a_run_needs_a_folder_of_its_own(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(TrainError, match="is not empty and no run"):
+        preflight(small_run(dataset, tmp_path))
+    with pytest.raises(TrainError, match="is a file"):
+        preflight(small_run(dataset, tmp_path / "notes.txt"))
 
 
 def test_metrics_forget_the_steps_a_restart_takes_again(tmp_path: Path) -> None:

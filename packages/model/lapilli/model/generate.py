@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lapilli.model.errors import ModelError
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -36,7 +37,17 @@ def generate_greedy(
 
     Returns:
         The new ids of each prompt, without `end_id`.
+
+    Raises:
+        ModelError: A prompt has more or fewer places than images; names it by its number.
     """
+    for number, (ids, images) in enumerate(zip(prompts, pixels, strict=True)):
+        if int((ids < 0).sum()) != len(images):
+            raise ModelError(
+                f"prompt {number}: {int((ids < 0).sum())} image places for {len(images)} images"
+            )
+    from transformers import GenerationConfig
+
     device = model.language.device
     input_ids, merge_index, mask = _left_pad(prompts, model.vision.num_tokens)
     stacked = torch.from_numpy(np.concatenate(pixels)).to(device)
@@ -44,10 +55,13 @@ def generate_greedy(
     produced = model.language.generate(
         inputs_embeds=embedded,
         attention_mask=mask.to(device),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_id,
-        pad_token_id=end_id,
+        # the model's own settings may sample or penalise repetition
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end_id,
+            pad_token_id=end_id,
+        ),
     )
     return [_until(row, end_id) for row in produced.tolist()]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.pretrained import check_settings, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,19 +23,30 @@ def build_language(config: LanguageConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        if config.pretrained:
-            return AutoModelForCausalLM.from_pretrained(
-                config.pretrained, attn_implementation=config.attention, dtype=torch.float32
+    kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
+    if config.pretrained:
+        with one_line(
+            f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
+            "a folder with a causal language model in safetensors"
+        ):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                config.pretrained, use_safetensors=True, **kind
             )
+        return _check_head(loaded)
+    with one_line(f"language.model_type: {config.model_type!r} is no architecture of transformers"):
+        defaults = AutoConfig.for_model(config.model_type)
+    check_settings("language.settings", config.settings, defaults)
+    with one_line(f"language.settings: no {config.model_type} can be built of them"):
         settings = AutoConfig.for_model(config.model_type, **config.settings)
-        return AutoModelForCausalLM.from_config(
-            settings, attn_implementation=config.attention, dtype=torch.float32
-        )
-    except (OSError, ValueError, TypeError) as error:
-        name = config.pretrained or config.model_type
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"language: {name!r} cannot be built ({reason}); expected a hub name, a folder with a "
-            "causal language model, or a model_type of transformers with its settings"
-        ) from None
+        return _check_head(AutoModelForCausalLM.from_config(settings, **kind))
+
+
+def _check_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Refuse a model that does more to its logits than a linear layer: the loss would not."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"language: {type(model).__name__} has {name}, which the loss does not apply yet; "
+                "choose another language model"
+            )
+    return model

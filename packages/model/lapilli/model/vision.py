@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.extension import load_builder
+from lapilli.model.pretrained import check_settings, one_line
 
 __all__ = ["TOWERS", "ClipTower", "Tower", "build_tower"]
 
@@ -73,15 +74,16 @@ def _load_clip(config: VisionConfig) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     if not config.pretrained:
-        return CLIPVisionModel(CLIPVisionConfig(**config.settings))
-    try:
-        return CLIPVisionModel.from_pretrained(config.pretrained)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"vision.pretrained: {config.pretrained!r} cannot be loaded ({reason}); "
-            "expected a hub name or a folder with a CLIP vision model"
-        ) from None
+        check_settings("vision.settings", config.settings, CLIPVisionConfig())
+        with one_line("vision.settings: no CLIP tower can be built of them"):
+            return CLIPVisionModel(CLIPVisionConfig(**config.settings))
+    with one_line(
+        f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
+        "folder with a CLIP vision model in safetensors"
+    ):
+        return CLIPVisionModel.from_pretrained(
+            config.pretrained, dtype=torch.float32, use_safetensors=True
+        )
 
 
 TOWERS: dict[str, Callable[[VisionConfig], Tower]] = {"clip": ClipTower}

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.model.config import ModelConfig
+from lapilli.model.errors import ModelError
 from lapilli.model.language import build_language
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
 from lapilli.model.projector import build_projector
-from lapilli.model.trainable import freeze
+from lapilli.model.trainable import freeze, trainable_parameters
 from lapilli.model.vision import build_tower
 
 __all__ = ["VisionLanguageModel", "build_model"]
@@ -92,12 +93,13 @@ class VisionLanguageModel(nn.Module):
         embedded_BSD = self.embed(input_ids, merge_index, pixels)
         decoder = self.language.get_decoder()
         output = decoder(inputs_embeds=embedded_BSD, position_ids=position_ids, use_cache=False)
-        head_VD = self.language.get_output_embeddings().weight
+        head = self.language.get_output_embeddings()
         return trained_loss(
             output.last_hidden_state,
             predict_positions,
             targets,
-            head_VD,
+            head.weight,
+            getattr(head, "bias", None),
             chunk=self.config.head_chunk,
         )
 
@@ -112,4 +114,9 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
         torch.manual_seed(config.seed)
         model = VisionLanguageModel(config)
     freeze(model, config.trainable)
+    if not trainable_parameters(model):
+        raise ModelError(
+            f"trainable: {', '.join(config.trainable)} with projector {config.projector} has no "
+            "parameter; expected a part that learns"
+        )
     return model

@@ -2,7 +2,7 @@
 
 from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import answer_dataset, load_trained, open_test, score
+from lapilli.train.evaluate import Trained, answer_dataset, load_trained, open_test, score
 from lapilli.train.launch import Preflight, launch, preflight
 from lapilli.train.loop import fit, setup
 from lapilli.train.step import train_step
@@ -12,6 +12,7 @@ __all__ = [
     "Preflight",
     "RunConfig",
     "TrainError",
+    "Trained",
     "answer_dataset",
     "fit",
     "launch",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ from lapilli.train.errors import TrainError
 
 __all__ = [
     "Checkpoint",
+    "at_step",
     "check_disk",
     "find_checkpoints",
+    "forget_old",
     "frozen_fingerprint",
     "latest_checkpoint",
     "load_into",
@@ -80,7 +83,7 @@ def save(
     path = run / FOLDER / f"step-{step:08d}"
     if is_writer:
         _write(path, (weights, moments), {"step": step, **state})
-        _forget_old(run, keep)
+        forget_old(run, step, keep)
     return path
 
 
@@ -115,8 +118,11 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _forget_old(run: Path, keep: int) -> None:
-    for path in sorted((run / FOLDER).glob("step-*"))[:-keep]:
+def forget_old(run: Path, step: int, keep: int) -> None:
+    """Keep the newest up to `step`; a later one is damaged, or the run had not gone back."""
+    paths = sorted((run / FOLDER).glob("step-*"))
+    current = [path for path in paths if path.name <= f"step-{step:08d}"]
+    for path in {*paths} - {*current[-keep:]}:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -132,6 +138,23 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
         if checkpoint := _read(path):
             return checkpoint
     return None
+
+
+def at_step(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, which another rank has found whole.
+
+    Raises:
+        TrainError: It is not here: the run's folder is not shared by all nodes.
+    """
+    path = run / FOLDER / f"step-{step:08d}"
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise TrainError(
+            f"output: {path} is not visible on {platform.node()}; expected a folder on a file "
+            "system that all nodes share"
+        ) from None
+    return Checkpoint(path, step, state)
 
 
 def _read(path: Path) -> Checkpoint | None:

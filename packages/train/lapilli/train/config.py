@@ -37,6 +37,11 @@ class OptimConfig:
             raise TrainError(f"optim.lr: {self.lr}; expected more than 0")
         if not 0.0 <= self.warmup_ratio < 1.0:
             raise TrainError(f"optim.warmup_ratio: {self.warmup_ratio}; expected 0 to below 1")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise TrainError(f"optim.betas: {self.betas}; expected 0 to below 1 each")
+        for name in ("weight_decay", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise TrainError(f"optim.{name}: {getattr(self, name)}; expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        for name in ("global_batch", "micro_batch", "epochs", "workers", "save_every", "keep"):
+        for name in ("global_batch", "micro_batch", "epochs", "workers", "save_every", "keep",
+            "max_length", "buckets",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
+        for name in ("max_steps", "max_failures", "seed"):
+            if getattr(self, name) < 0:
+                raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise TrainError(
+                "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
+            )
         rows = self.workers * self.micro_batch
         if self.global_batch % rows:
             below = max(rows, self.global_batch // rows * rows)

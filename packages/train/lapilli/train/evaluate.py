@@ -19,12 +19,21 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
 from lapilli.train.errors import TrainError
 from lapilli.train.launch import CONFIG
-from lapilli.train.loop import check_model
+from lapilli.train.loop import check_model, data_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Answer", "Scores", "answer_dataset", "load_trained", "open_test", "score"]
+__all__ = [
+    "Answer",
+    "Scores",
+    "Trained",
+    "answer_dataset",
+    "image_order",
+    "load_trained",
+    "open_test",
+    "score",
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,15 @@ class Scores:
     questions: int
 
 
-def load_trained(run: Path, device: str = "cpu") -> VisionLanguageModel:
+@dataclass(frozen=True)
+class Trained:
+    """A run's model and what its data were like (`lapilli.train.loop.data_facts`)."""
+
+    model: VisionLanguageModel
+    data: dict[str, Any]
+
+
+def load_trained(run: Path, device: str = "cpu") -> Trained:
     """The model of a run with its newest checkpoint's weights.
 
     Raises:
@@ -72,7 +89,7 @@ def load_trained(run: Path, device: str = "cpu") -> VisionLanguageModel:
     """
     try:
         fields: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))["model"]
-    except FileNotFoundError:
+    except (OSError, ValueError):
         raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
     found = checkpoint.latest_checkpoint(run)
     if found is None:
@@ -84,17 +101,24 @@ def load_trained(run: Path, device: str = "cpu") -> VisionLanguageModel:
     }
     model = build_model(ModelConfig(**{**fields, **parts}))
     checkpoint.load_weights(found, model)
-    return model.eval().to(device)
+    return Trained(model.eval().to(device), found.state["data"])
 
 
-def open_test(path: Path, view: str, model: VisionLanguageModel) -> Dataset:
+def open_test(path: Path, view: str, trained: Trained) -> Dataset:
     """Open a dataset of questions for a model.
 
     Raises:
-        DataError, TrainError: It cannot be opened or does not fit the model.
+        DataError, TrainError: It cannot be opened or was made otherwise than the training data.
     """
-    dataset = open_dataset(path, view=view, image_tokens=model.vision.num_tokens)
-    check_model(model, dataset)
+    dataset = open_dataset(path, view=view, image_tokens=trained.model.vision.num_tokens)
+    check_model(trained.model, dataset)
+    here = data_facts(dataset)
+    for name, value in trained.data.items():
+        if here[name] != value:
+            raise TrainError(
+                f"{name}: {path} was made with {here[name]}, the training data with {value}; "
+                "preprocess the questions with the training data's settings"
+            )
     return dataset
 
 
@@ -119,14 +143,18 @@ def answer_dataset(
         One answer a record, in the dataset's order.
     """
     tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
-    end_id = int(dataset.manifest.tokenizer["eos_id"])
-    shown = _image_order(dataset.num_images, shuffle_images)
+    end_id = _end_id(dataset)
+    shown = image_order(dataset.num_images, shuffle_images)
     answers: list[Answer | None] = [None] * len(dataset)
     done = 0
     for indices in _batches(dataset.lengths, batch):
         samples = [dataset.sample(int(i)) for i in indices]
         prompts = [s.input_ids[: s.label_spans[0, 0]].astype(np.int64) for s in samples]
-        pixels = [dataset.sample(int(shown[i])).pixels for i in indices]
+        places = [int((ids < 0).sum()) for ids in prompts]  # later turns may have images too
+        pixels = [
+            dataset.sample(int(shown[i])).pixels[:count]
+            for i, count in zip(indices, places, strict=True)
+        ]
         longest = max(int(s.label_spans[0, 1] - s.label_spans[0, 0]) for s in samples)
         produced = generate_greedy(model, prompts, pixels, end_id=end_id, max_new_tokens=longest)
         for index, sample, ids in zip(indices, samples, produced, strict=True):
@@ -144,7 +172,25 @@ def answer_dataset(
     return [answer for answer in answers if answer is not None]
 
 
-def _image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
+def _end_id(dataset: Dataset) -> int:
+    """The id that every first answer ends with: what the template trained the model to stop at.
+
+    Raises:
+        TrainError: Answers end differently.
+    """
+    ends: set[int] = set()
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        ends.add(int(sample.input_ids[sample.label_spans[0, 1] - 1]))
+    if len(ends) != 1:
+        raise TrainError(
+            f"{dataset.path}: answers end with {len(ends)} different tokens; expected one that the "
+            f"template {dataset.manifest.template!r} ends every answer with"
+        )
+    return ends.pop()
+
+
+def image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
     """Whose images each record is shown: random cycles among records with as many images."""
     order = np.arange(len(num_images))
     if seed is not None:

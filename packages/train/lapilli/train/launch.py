@@ -6,11 +6,12 @@ import json
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lapilli.data.errors import DataError
+from lapilli.data.shards import write_json
 from lapilli.model.errors import ModelError
 from lapilli.model.vlm import build_model
 from lapilli.train import checkpoint
@@ -28,7 +29,7 @@ MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mista
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
-    "max_failures", "max_steps",
+    "max_failures",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -38,6 +39,7 @@ class Preflight:
     """What is known before anything starts.
 
     Attributes:
+        config: The run's settings, its local paths absolute: workers have folders of their own.
         total_steps: Optimizer steps of the run.
         start: Step it goes on with.
         samples: Samples of the dataset that are used.
@@ -46,6 +48,7 @@ class Preflight:
         device: What the workers compute on.
     """
 
+    config: RunConfig
     total_steps: int
     start: int
     samples: int
@@ -62,6 +65,7 @@ def preflight(config: RunConfig) -> Preflight:
     """
     import ray
 
+    config = _absolute(config)
     available = ray.cluster_resources()
     device = choose_device(config.device, int(available.get("GPU", 0)))
     slots = int(available.get("GPU" if device == "cuda" else "CPU", 0))
@@ -86,12 +90,35 @@ def preflight(config: RunConfig) -> Preflight:
         for name, part in model.named_children()
     }
     start = found.step if found else 0
-    return Preflight(feed.total_steps, start, len(dataset), dataset.too_long, parameters, device)
+    return Preflight(
+        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, device
+    )
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Make every path of this machine absolute; a name that is no folder here may be a hub's."""
+
+    def local(name: str) -> str:
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    model = config.model
+    return replace(
+        config,
+        dataset=str(Path(config.dataset).resolve()),
+        output=str(Path(config.output).resolve()),
+        model=replace(
+            model,
+            vision=replace(model.vision, pretrained=local(model.vision.pretrained)),
+            language=replace(model.language, pretrained=local(model.language.pretrained)),
+        ),
+    )
 
 
 def _check_config(run: Path, config: RunConfig) -> None:
     """A run folder belongs to one config; what decides the loss may not change."""
     path = run / CONFIG
+    if run.exists() and not run.is_dir():
+        raise TrainError(f"output: {run} is a file; expected a folder; choose another --output")
     if not path.exists():
         if run.exists() and any(run.iterdir()):
             raise TrainError(f"output: {run} is not empty and no run; choose another --output")
@@ -107,16 +134,13 @@ def _check_config(run: Path, config: RunConfig) -> None:
         )
 
 
-def launch(
-    config: RunConfig, ready: Preflight, on_step: Progress = lambda row, total: None
-) -> list[dict[str, Any]]:
+def launch(ready: Preflight, on_step: Progress = lambda row, total: None) -> list[dict[str, Any]]:
     """Run to the end on Ray Train; needs a running Ray.
 
     A worker that is lost is replaced and the run goes on from its last checkpoint, up to
     `max_failures` times.
 
     Args:
-        config: The run.
         ready: What `preflight` found.
         on_step: Called with each step's metrics and the number of steps.
 
@@ -124,12 +148,10 @@ def launch(
         The metrics of every step.
 
     Raises:
-        DataError, ModelError, TrainError: What a worker said; any other failure of the workers is
-            a TrainError with Ray's account of it.
+        TrainError: A user's mistake that a worker came to, or too many workers lost.
     """
-    run = Path(config.output).resolve()
-    path = run / CONFIG
-    path.write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    run = Path(ready.config.output)
+    write_json(run / CONFIG, asdict(ready.config))
     if ready.start < ready.total_steps:
         stop = threading.Event()
         follower = threading.Thread(
@@ -137,7 +159,7 @@ def launch(
         )
         follower.start()
         try:
-            _fit_on_ray(config, ready.device, run)
+            _fit_on_ray(ready.config, ready.device)
         finally:
             stop.set()
             follower.join()
@@ -156,7 +178,7 @@ def _follow(run: Path, ready: Preflight, on_step: Progress, stop: threading.Even
                 on_step(row, ready.total_steps)
 
 
-def _fit_on_ray(config: RunConfig, device: Device, run: Path) -> None:
+def _fit_on_ray(config: RunConfig, device: Device) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -164,7 +186,7 @@ def _fit_on_ray(config: RunConfig, device: Device, run: Path) -> None:
     resources = {"CPU": 1, **({"GPU": 1} if device == "cuda" else {})}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "device": device, "output": str(run)},
+        train_loop_config={"config": config, "device": device},
         torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
@@ -173,21 +195,30 @@ def _fit_on_ray(config: RunConfig, device: Device, run: Path) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=str(run),
+            storage_path=config.output,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    mistake = run / MISTAKE
+    mistake = Path(config.output) / MISTAKE
     mistake.unlink(missing_ok=True)
     try:
         trainer.fit()
     except Exception as error:
         if mistake.exists():
             raise TrainError(mistake.read_text(encoding="utf-8")) from None
+        if _is_bug(error):
+            raise
         raise TrainError(
-            f"the workers failed more than max_failures = {config.max_failures} times; the run can "
-            f"be resumed from its last checkpoint; Ray says: {error}"
+            f"workers were lost more than max_failures = {config.max_failures} times; the same "
+            f"command goes on from the last checkpoint; Ray says: {error}"
         ) from error
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether code of ours raised in every worker; when one is killed, Ray reports that loss."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [type(failure).__name__.startswith("UserException") for failure in failures.values()]
+    return not raised or all(raised)
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -198,13 +229,14 @@ def _worker(settings: dict[str, Any]) -> None:
     """
     import ray.train
 
-    mistake = Path(settings["output"]) / MISTAKE
+    config: RunConfig = settings["config"]
+    mistake = Path(config.output) / MISTAKE
     if mistake.exists():
         raise TrainError(mistake.read_text(encoding="utf-8"))
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     try:
-        fit(setup(settings["config"], settings["device"], rank=rank, world_size=world_size))
+        fit(setup(config, settings["device"], rank=rank, world_size=world_size))
     except (DataError, ModelError, TrainError) as error:
         mistake.write_text(str(error), encoding="utf-8")
         raise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lapilli.train.metrics import MetricsFile
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step
 
-__all__ = ["Setup", "check_model", "fit", "open_for", "setup"]
+__all__ = ["Setup", "check_model", "data_facts", "fit", "open_for", "set_modes", "setup"]
 
 
 @dataclass
@@ -105,9 +106,10 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
     model = build_model(config.model)
+    set_modes(model)
     dataset = open_for(model, config)
-    state = _facts(model, dataset, world_size)
-    found = _find_checkpoint(Path(config.output), state)
+    state = _facts(model, dataset, config)
+    found = _find_checkpoint(Path(config.output), state, rank)
     if found:
         checkpoint.load_weights(found, model)
     model.to(torch_device)
@@ -120,12 +122,19 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     return Setup(config, torch_device, feed, built, start, state, rank, world_size)
 
 
-def _facts(model: VisionLanguageModel, dataset: Dataset, world_size: int) -> dict[str, Any]:
+def set_modes(model: VisionLanguageModel) -> None:
+    """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
+    for name, part in model.named_children():
+        part.train(name in model.config.trainable)
+
+
+def _facts(model: VisionLanguageModel, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
     """What a checkpoint says of the run it is from."""
     return {
         "dataset": dataset.manifest.fingerprint,
+        "data": data_facts(dataset),
         "frozen": checkpoint.frozen_fingerprint(model),
-        "world_size": world_size,
+        "config": asdict(config),
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("lapilli", "torch", "deepspeed", "transformers")
@@ -133,9 +142,25 @@ def _facts(model: VisionLanguageModel, dataset: Dataset, world_size: int) -> dic
     }
 
 
-def _find_checkpoint(run: Path, state: dict[str, Any]) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, checked to be of this dataset and these frozen weights."""
-    found = checkpoint.latest_checkpoint(run)
+def data_facts(dataset: Dataset) -> dict[str, Any]:
+    """What other data for the same model must agree in."""
+    return {
+        "tokenizer": dataset.manifest.tokenizer["fingerprint"],
+        "template": dataset.manifest.template,
+        "view": dataset.facts.spec,
+    }
+
+
+def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, checked to be of this dataset and these frozen weights.
+
+    Rank 0 decides for all: ranks that went on from different steps would wait for each other.
+    """
+    newest = checkpoint.latest_checkpoint(run) if rank == 0 else None
+    steps = [newest.step if newest else -1]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps, src=0)
+    found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
     for name in ("dataset", "frozen"):
         if found and found.state[name] != state[name]:
             raise TrainError(
@@ -181,17 +206,18 @@ def _one_step(ready: Setup, batches: StepBatches) -> dict[str, Any]:
     if ready.world_size > 1:
         dist.all_reduce(total)
     loss = float(total) / max(1, batches.global_tokens)
-    if loss != loss:
+    norm = _norm(ready.engine)
+    if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         ids = [batch.sample_ids[0] for batch in batches.batches if batch.sample_ids]
         raise TrainError(
-            f"step {batches.step}: the loss is not a number; lower optim.lr or look at the samples "
-            f"of this step (rank {ready.rank}: {', '.join(ids)}, ...)"
+            f"step {batches.step}: loss {loss}, gradient norm {norm}; expected numbers; lower "
+            f"optim.lr or look at this step's samples (rank {ready.rank}: {', '.join(ids)}, ...)"
         )
     return {
         "step": batches.step,
         "loss": loss,
         "lr": rate,
-        "grad_norm": _norm(ready.engine),
+        "grad_norm": norm,
         "samples": batches.global_samples,
         "trained_tokens": batches.global_tokens,
     }

@@ -52,4 +52,9 @@ def read_new(run: Path, position: int) -> tuple[list[dict[str, Any]], int]:
     except FileNotFoundError:
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    try:
+        return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    except ValueError:
+        if not position:
+            raise
+        return read_new(run, 0)  # rewritten meanwhile: the position is inside a line

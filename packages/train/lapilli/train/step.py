@@ -40,7 +40,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
     A resumed run draws what the uninterrupted one would have; no random state needs saving.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 def train_step(
