@@ -19,7 +19,7 @@ from pipelines.command import parse, progress_bar, run, say
 
 def train(config: RunConfig) -> list[dict[str, Any]]:
     """Check everything, then run to the end; returns every step's metrics."""
-    with ray_session(num_cpus=None):
+    with ray_session():
         ready = preflight(config)
         tell_preflight(config, ready)
         metrics = follow(ready)

@@ -12,7 +12,7 @@ __all__ = ["ray_session"]
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None) -> Generator[None]:
+def ray_session() -> Generator[None]:
     """Use the Ray that is already here (a job's, a test's), or start one and stop it after.
 
     `RAY_ADDRESS` names a cluster (`ray job submit` sets it). Without it a local Ray is started on
@@ -27,7 +27,7 @@ def ray_session(num_cpus: int | None = None) -> Generator[None]:
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
     else:
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        ray.init("local", include_dashboard=False, **quiet)
     try:
         yield
     finally:

@@ -1,0 +1,66 @@
+"""What every pipeline shares: help, layered recipes, one-line mistakes, bugs that stay visible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pipelines.train
+from lapilli.data.errors import DataError
+from lapilli.train.config import RunConfig
+from pipelines.command import parse, run, say
+
+RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "train.yaml"
+
+
+def test_help_tells_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        pipelines.train.main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--global_batch", "Samples in one optimizer step", "--optim.lr", "Peak learning"):
+        assert words in text
+
+
+def test_later_recipes_and_flags_win(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("epochs: 3\noptim: {lr: 0.5}\n", encoding="utf-8")
+    paths = ["--dataset=d", "--output=o"]
+    config = parse(RunConfig, [f"--config={RECIPE}", f"--config={layer}", *paths], "")
+    assert (config.epochs, config.optim.lr, config.global_batch) == (3, 0.5, 16)
+    flags = ["--epochs=4", "--optim.lr=0.25", *paths]
+    config = parse(RunConfig, [f"--config={RECIPE}", f"--config={layer}", *flags], "")
+    assert (config.epochs, config.optim.lr) == (4, 0.25)
+    assert config.optim.betas == (0.9, 0.98)
+
+
+def test_the_resolved_config_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pipelines.train.main([f"--config={RECIPE}", "--dataset=d", "--output=o", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["vision"]["settings"]["image_size"] == 64
+
+
+def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise DataError("root: no such\nfolder")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: root: no such folder\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main)
+
+
+def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    say("dataset: /data/[bold]x")
+    assert capsys.readouterr().out == "dataset: /data/[bold]x\n"
