@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.progress import TextColumn
@@ -14,6 +15,7 @@ from rich.progress import TextColumn
 from lapilli.data.cluster import ray_session
 from lapilli.train.config import RunConfig
 from lapilli.train.launch import Preflight, launch, preflight
+from lapilli.train.metrics import read_metrics
 from pipelines.command import parse, progress_bar, run, say
 
 
@@ -22,7 +24,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
     with ray_session():
         ready = preflight(config)
         tell_preflight(config, ready)
-        metrics = follow(ready)
+        metrics = read_metrics(Path(ready.config.output)) if ready.is_done else follow(ready)
     last = metrics[-1]
     say(f"loss {metrics[0]['loss']:.4f} at step 0, {last['loss']:.4f} at step {last['step']}")
     return metrics
@@ -64,7 +66,9 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
         f", {ready.too_long} longer than {config.max_length} left out" if ready.too_long else ""
     )
     say(f"{ready.samples} samples{left_out}, {ready.total_steps} steps")
-    if ready.start:
+    if ready.is_done:
+        say(f"finished already, at step {ready.start}: nothing to do")
+    elif ready.start:
         say(f"going on from step {ready.start}")
 
 

@@ -56,6 +56,11 @@ class Preflight:
     parameters: dict[str, tuple[int, int]]
     device: Device
 
+    @property
+    def is_done(self) -> bool:
+        """Whether an earlier run came to the end."""
+        return self.start >= self.total_steps
+
 
 def preflight(config: RunConfig) -> Preflight:
     """Check everything that can be checked before workers start; needs a running Ray.
@@ -152,7 +157,7 @@ def launch(ready: Preflight, on_step: Progress = lambda row, total: None) -> lis
     """
     run = Path(ready.config.output)
     write_json(run / CONFIG, asdict(ready.config))
-    if ready.start < ready.total_steps:
+    if not ready.is_done:
         stop = threading.Event()
         follower = threading.Thread(
             target=_follow, args=(run, ready, on_step, stop), name="follow", daemon=True
