@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(path, view=VIEW, image_tokens=4)
 
 
-def config_for(workers: int, **values: int) -> RunConfig:
+def config_for(workers: int, **values: Any) -> RunConfig:
     return small_run(Path("unused"), Path("unused"), workers=workers, **values)
 
 
@@ -28,13 +29,14 @@ def sample_ids(feed: Feed) -> list[list[str]]:
     return [[i for b in s.batches for i in b.sample_ids] for s in feed.steps(0)]
 
 
+@pytest.mark.parametrize("policy", ["grouped", "random"])
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
-    dataset: Dataset, workers: int
+    dataset: Dataset, workers: int, policy: str
 ) -> None:
-    config = config_for(workers)
+    config = config_for(workers, policy=policy)
     feeds = [Feed(dataset, config, rank=r, world_size=workers) for r in range(workers)]
-    alone = Feed(dataset, config_for(1), rank=0, world_size=1)
+    alone = Feed(dataset, config_for(1, policy=policy), rank=0, world_size=1)
     by_rank = [sample_ids(feed) for feed in feeds]
     expected = [sorted(ids) for ids in sample_ids(alone)]
     found = [sorted(i for ids in ranks for i in ids) for ranks in zip(*by_rank, strict=True)]

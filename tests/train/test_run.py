@@ -205,6 +205,16 @@ def test_a_run_needs_a_folder_of_its_own(dataset: Path, tmp_path: Path) -> None:
         preflight(small_run(dataset, tmp_path / "notes.txt"))
 
 
+def test_a_disk_too_small_for_the_checkpoints_stops_before_step_0(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(TrainError, match=r"3 checkpoints need 0\.0 GB; free space or lower keep"):
+        preflight(small_run(dataset, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_metrics_forget_the_steps_a_restart_takes_again(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     for step in range(5):

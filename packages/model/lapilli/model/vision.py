@@ -5,6 +5,7 @@ Shape suffix legend: N images, H height, W width, T tokens an image, C tower's h
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class Tower(nn.Module):
     num_tokens: int
     hidden_size: int
 
+    @abstractmethod
     def forward(self, pixels_NHW3: Tensor) -> Tensor:
         """uint8 pixels [N, H, W, 3] to features [N, T, C]."""
         raise NotImplementedError

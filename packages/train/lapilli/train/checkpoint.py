@@ -225,12 +225,18 @@ def frozen_fingerprint(model: nn.Module) -> str:
 def check_disk(run: Path, model: nn.Module, keep: int) -> None:
     """Stop before step 0 if the checkpoints to come do not fit on the disk.
 
+    Args:
+        run: The run's folder, absolute; it need not be there yet.
+        model: The model, for what learns.
+        keep: Checkpoints kept; one more is there while it is written.
+
     Raises:
         TrainError: Names the bytes needed and free.
     """
     one = 12 * sum(p.numel() for p in trainable_parameters(model).values())  # fp32, two moments
     needed = one * (keep + 1)
-    free = shutil.disk_usage(run).free
+    existing = next(folder for folder in (run, *run.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise TrainError(
             f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints need "

@@ -84,7 +84,6 @@ def preflight(config: RunConfig) -> Preflight:
     run = Path(config.output)
     _check_config(run, config)
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
-    run.mkdir(parents=True, exist_ok=True)
     checkpoint.check_disk(run, model, config.keep)
     found = checkpoint.latest_checkpoint(run)
     parameters = {
