@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.model.vlm import build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.feed import Feed
+from lapilli.train.loop import set_modes
+from lapilli.train.step import seed_step
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 
@@ -67,6 +71,23 @@ def test_resuming_is_slicing(dataset: Dataset) -> None:
     feed = Feed(dataset, config_for(2), rank=1, world_size=2)
     whole = [step.sample_indices.tolist() for step in feed.steps(0)]
     assert [step.sample_indices.tolist() for step in feed.steps(9)] == whole[9:]
+
+
+def test_a_steps_randomness_follows_from_seed_step_and_rank() -> None:
+    drawn: dict[tuple[int, int, int], float] = {}
+    for place in [(7, 0, 0), (7, 1, 0), (7, 0, 1), (8, 0, 0), (2**62, 3, 1)]:
+        seed_step(*place)
+        drawn[place] = torch.rand(()).item()
+        seed_step(*place)
+        assert torch.rand(()).item() == drawn[place]
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_only_what_learns_is_in_training_mode() -> None:
+    model = build_model(config_for(1).model).eval()
+    set_modes(model)
+    modes = {name: part.training for name, part in model.named_children()}
+    assert modes == {"vision": False, "projector": True, "language": True}
 
 
 def test_few_shapes(dataset: Dataset) -> None:
