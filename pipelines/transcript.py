@@ -1,0 +1,84 @@
+"""A conversation in the terminal: what is trained in colour, without colour in double brackets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from lapilli.data.dataset import Dataset
+from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.transcript import Piece, join_pieces, transcript
+from pipelines import command
+
+__all__ = ["print_transcript", "read_transcript", "transcript_text"]
+
+TRAINED = Style(color="green", bold=True)
+STYLES = {"text": Style(), "special": Style(color="cyan"), "image": Style(color="magenta")}
+TOKEN_STYLES = (Style(), Style(underline=True))  # neighbours differ, so that their ends are seen
+OPEN, CLOSE = "[[", "]]"
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def read_transcript(dataset: Dataset, index: int) -> list[Piece]:
+    """Sample `index` of an opened dataset, with the dataset's own tokenizer."""
+    sample = dataset.sample(index)
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    return transcript(
+        sample.input_ids, sample.label_spans, tokenizer, image_tokens=dataset.image_tokens
+    )
+
+
+def print_transcript(
+    pieces: Sequence[Piece], *, tokens: bool = False, console: Console | None = None
+) -> None:
+    """Print a conversation.
+
+    Args:
+        pieces: What `read_transcript` gives.
+        tokens: Show where one token ends and the next begins.
+        console: Where to; a file or a terminal without colour gets brackets.
+    """
+    console = console or command.console
+    text = transcript_text(pieces, tokens=tokens, colour=has_colour(console))
+    console.print(text, soft_wrap=not console.is_terminal, overflow="fold", highlight=False)
+
+
+def has_colour(console: Console) -> bool:
+    """Whether what is trained can be told by its colour."""
+    return console.color_system is not None and not console.no_color
+
+
+def transcript_text(pieces: Sequence[Piece], *, tokens: bool = False, colour: bool) -> Text:
+    """A conversation as rich text; with `tokens` a bar or an underline parts its tokens."""
+    text = Text()
+    for trained, run in groupby(pieces, lambda piece: piece.trained):
+        if trained and not colour:
+            text.append(OPEN)
+        _append(text, run, tokens=tokens, colour=colour)
+        if trained and not colour:
+            text.append(CLOSE)
+    return text
+
+
+def _append(text: Text, run: Iterable[Piece], *, tokens: bool, colour: bool) -> None:
+    for number, piece in enumerate(list(run) if tokens else join_pieces(list(run))):
+        style = STYLES[piece.kind] + (TRAINED if piece.trained else Style())
+        if tokens and colour:
+            style += TOKEN_STYLES[number % 2]
+        if tokens and not colour and number:
+            text.append("|")
+        text.append(visible(piece.text), style)
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer a terminal: each line's end is marked, control characters are shown.
+
+    Texts come from strangers; an escape sequence in one could hide or forge what is printed.
+    """
+    shown = _CONTROL.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+    return shown.replace("\n", "↵\n")
