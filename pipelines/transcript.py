@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.style import Style
@@ -14,6 +17,9 @@ from lapilli.data.dataset import Dataset
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.data.transcript import Piece, join_pieces, transcript
 from pipelines import command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["print_transcript", "read_transcript", "transcript_text"]
 
@@ -27,10 +33,17 @@ _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def read_transcript(dataset: Dataset, index: int) -> list[Piece]:
     """Sample `index` of an opened dataset, with the dataset's own tokenizer."""
     sample = dataset.sample(index)
-    tokenizer = load_tokenizer(dataset.path / "tokenizer")
     return transcript(
-        sample.input_ids, sample.label_spans, tokenizer, image_tokens=dataset.image_tokens
+        sample.input_ids,
+        sample.label_spans,
+        _load_tokenizer(dataset.path / "tokenizer"),
+        image_tokens=dataset.image_tokens,
     )
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
 
 
 def print_transcript(
@@ -72,7 +85,7 @@ def _append(text: Text, run: Iterable[Piece], *, tokens: bool, colour: bool) -> 
             style += TOKEN_STYLES[number % 2]
         if tokens and not colour and number:
             text.append("|")
-        text.append(visible(piece.text), style)
+        text.append(visible(piece.text), style if colour else None)
 
 
 def visible(text: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import Chromium, find_chromium
+
 ROOT = Path(__file__).parents[1]
 
 # Both are inherited by every process a test starts, Ray's workers too.
@@ -37,3 +39,15 @@ def fixtures_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: other people's photos, captions and tokenizers")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Chromium:
+    """What opens a page in headless Chromium."""
+    pytest.importorskip(
+        "playwright", reason="playwright (extra `dev`) is absent: it drives Chromium"
+    )
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    return Chromium(path)
