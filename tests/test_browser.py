@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lapilli.data.page import Figure, GalleryItem, Page
+from lapilli.data.transcript import Piece
 from tests.browser import Chromium
 
 HEAD = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -46,6 +47,8 @@ def test_a_page_of_every_block_is_well(chromium: Chromium, tmp_path: Path) -> No
     page.code("python -m pipelines.show " + "x" * 200)
     page.section("Tables").table(["name", *"abcdefgh"], [["n" * 60, *range(8)]] * 3)
     page.key_values({"path": "/a" * 120, "settings": {"betas": (0.9, 0.999)}})
+    pieces = [Piece("a word " * 60, "text", i % 2 == 0, (7,)) for i in range(3)]
+    page.transcript(pieces, "a caption").transcript(pieces, tokens=True)
     page.section("Charts").line_chart({"loss": (range(50), [1 / (i + 1) for i in range(50)])})
     page.bar_chart(["a long label of a bar"], {"share": [0.5]}, "title", ".1%")
     page.histogram(np.arange(100.0))

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lapilli.data import charts, scales
 from lapilli.data.page import Figure, GalleryItem, Page
+from lapilli.data.transcript import Piece
 
 VOID = {"meta", "link", "img", "br"}
 EVIL = "</figcaption><script>alert(1)</script>\"'&\x00\ud800"
@@ -123,6 +124,8 @@ def full_page() -> Page:
     page.line_chart({EVIL: ([0, 1], [2, 3]), "b": ([0], [1])}, EVIL, EVIL, EVIL)
     page.section("two").bar_chart([EVIL, "x"], {EVIL: [1, None], "b": [2, -3]}, EVIL)
     page.histogram([1, 2, 2.5], 5, EVIL, EVIL)
+    evil = [Piece(EVIL, "text", True, (1, 2)), Piece(EVIL, "special", False, (3,))]
+    page.transcript(evil, EVIL).transcript(evil, EVIL, tokens=True)
     page.section("three").key_values({EVIL: {EVIL: [EVIL, 1]}})
     image = np.zeros((4, 6, 3), np.uint8)
     return page.gallery([GalleryItem(image, [EVIL, (EVIL, EVIL)], "wrong")])
@@ -151,6 +154,23 @@ def test_text_of_strangers_is_only_text(tmp_path: Path) -> None:
     assert "\x00" not in html
     written = full_page().write(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "\ufffd" in written
+
+
+def test_a_transcript_marks_what_is_trained() -> None:
+    pieces = [
+        Piece("<image 9 tokens>", "image", False, (-200,)),
+        Piece("  a\n", "text", False, (5,)),
+        Piece("b <i>", "text", True, (6,)),
+        Piece(" c", "text", True, (7, 8)),
+        Piece("</s>", "special", True, (2,)),
+    ]
+    plain = read(Page("t").transcript(pieces).html())
+    told = [(tag, text) for tag, text in plain.words if tag in ("span", "mark")]
+    assert told == [
+        ("span", "<image 9 tokens>"), ("span", "  a↵\n"), ("mark", "b <i> c"), ("mark", "</s>"),
+    ]  # fmt: skip
+    tokens = read(Page("t").transcript(pieces, tokens=True).html())
+    assert [mark["title"] for mark in tokens.all("mark")] == ["6", "7 8", "2"]
 
 
 def test_links_lead_to_sections() -> None:

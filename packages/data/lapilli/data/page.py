@@ -25,6 +25,7 @@ from PIL import Image
 
 from lapilli.data import charts
 from lapilli.data.scales import Values, number
+from lapilli.data.transcript import Piece, join_pieces
 
 __all__ = ["Figure", "GalleryItem", "Page"]
 
@@ -116,7 +117,15 @@ class _Gallery:
     shape: float  # width by height of the frames
 
 
-_Block: TypeAlias = _Text | _Code | _Figures | _KeyValues | _Table | _Chart | _Gallery
+@dataclass(frozen=True, slots=True)
+class _Transcript:
+    kind: ClassVar[str] = "transcript"
+    pieces: tuple[Piece, ...]
+    caption: str
+    tokens: bool
+
+
+_Block: TypeAlias = _Text | _Code | _Figures | _KeyValues | _Table | _Chart | _Gallery | _Transcript
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +314,22 @@ class Page:
             ValueError: An image is neither a uint8 array nor a PNG, JPEG, GIF or WebP file.
         """
         return self._add(_gallery(items))
+
+    def transcript(
+        self, pieces: Sequence[Piece], caption: str = "", *, tokens: bool = False
+    ) -> Self:
+        """Add a conversation whose trained text is marked; see `transcript.transcript`.
+
+        Args:
+            pieces: The conversation.
+            caption: A line above it.
+            tokens: Show where one token ends and the next begins, and each one's id.
+
+        Returns:
+            The page.
+        """
+        shown = pieces if tokens else join_pieces(pieces)
+        return self._add(_Transcript(tuple(shown), caption, tokens))
 
     def html(self) -> str:
         """The page as HTML; the same blocks give the same text."""
