@@ -16,7 +16,7 @@ from lapilli.data.errors import DataError
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
 
-__all__ = ["parse", "progress_bar", "run", "say", "say_title"]
+__all__ = ["UsageError", "parse", "progress_bar", "read_arguments", "run", "say", "say_title"]
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
@@ -37,11 +37,20 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> C
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; several are layered")
     parser.add_class_arguments(kind)
+    namespace = read_arguments(parser, argv)
+    return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+
+
+def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
+    """What a parser (made with `exit_on_error=False`) makes of the arguments.
+
+    Raises:
+        UsageError: As `parse`.
+    """
     try:
-        namespace = parser.instantiate_classes(parser.parse_args(argv))
+        return parser.instantiate_classes(parser.parse_args(argv))
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
-    return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
 def run(main: Callable[[], int]) -> None:

@@ -30,14 +30,17 @@ OPEN, CLOSE = "[[", "]]"
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def read_transcript(dataset: Dataset, index: int) -> list[Piece]:
-    """Sample `index` of an opened dataset, with the dataset's own tokenizer."""
+def read_transcript(dataset: Dataset, index: int, *, image_text: str = "") -> list[Piece]:
+    """Sample `index` of an opened dataset, with the dataset's own tokenizer.
+
+    An image is shown as `image_text`, or as the tokens the dataset was opened for.
+    """
     sample = dataset.sample(index)
     return transcript(
         sample.input_ids,
         sample.label_spans,
         _load_tokenizer(dataset.path / "tokenizer"),
-        image_tokens=dataset.image_tokens,
+        image_text=image_text or f"<image {dataset.image_tokens} tokens>",
     )
 
 
@@ -58,7 +61,10 @@ def print_transcript(
     """
     console = console or command.console
     text = transcript_text(pieces, tokens=tokens, colour=has_colour(console))
-    console.print(text, soft_wrap=not console.is_terminal, overflow="fold", highlight=False)
+    if console.is_terminal:
+        console.print(text, overflow="fold", highlight=False)
+    else:
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def has_colour(console: Console) -> bool:

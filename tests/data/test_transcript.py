@@ -51,7 +51,9 @@ def record(*said: str) -> Record:
 
 def shown(tokenizer: Any, made: Record, template: Template | str = "v1") -> list[Piece]:
     encoded = encode_batch([made], tokenizer, template)[0]
-    pieces = transcript(encoded.input_ids, encoded.label_spans, tokenizer, image_tokens=576)
+    pieces = transcript(
+        encoded.input_ids, encoded.label_spans, tokenizer, image_text="<image 576 tokens>"
+    )
     assert [i for piece in pieces for i in piece.ids] == encoded.input_ids
     return pieces
 
@@ -97,7 +99,7 @@ def test_what_is_trained_is_the_answers_and_their_ends(
 def test_any_text_comes_back(small: Any, text: str) -> None:
     """Its tokenizer puts a space before a text and nothing tells it from one that was there."""
     ids = small.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    pieces = transcript(ids, [], small, image_tokens=1)
+    pieces = transcript(ids, [], small, image_text="")
     whole = "".join(piece.text for piece in pieces)
     assert whole in (text, " " + text)
     assert "\N{REPLACEMENT CHARACTER}" not in whole or "\N{REPLACEMENT CHARACTER}" in text
@@ -121,14 +123,14 @@ def test_a_text_that_looks_special_is_text(small: Any) -> None:
 def test_spans_may_be_flat_or_in_rows(small: Any) -> None:
     encoded = encode_batch([record("Who?", "Me.", "Why?", "So.")], small, "v1")[0]
     rows = np.array(encoded.label_spans, np.int32).reshape(-1, 2)
-    flat = transcript(encoded.input_ids, encoded.label_spans, small, image_tokens=1)
-    assert flat == transcript(np.array(encoded.input_ids, np.int32), rows, small, image_tokens=1)
+    flat = transcript(encoded.input_ids, encoded.label_spans, small, image_text="")
+    assert flat == transcript(np.array(encoded.input_ids, np.int32), rows, small, image_text="")
     assert sum(len(p.ids) for p in flat if p.trained) == encoded.num_trained
 
 
 def test_bytes_that_are_no_text_and_unknown_ids_are_shown(small: Any) -> None:
     continuation = small.backend_tokenizer.token_to_id("Ģ")  # byte 0x80 alone
-    pieces = transcript([continuation, 99_999], [0, 1], small, image_tokens=1)
+    pieces = transcript([continuation, 99_999], [0, 1], small, image_text="")
     assert [piece.text for piece in pieces] == ["\N{REPLACEMENT CHARACTER}", "<id 99999>"]
 
 
@@ -171,7 +173,7 @@ def test_llavas_own_ids_and_labels_read_as_the_conversation(tmp_path: Path) -> N
         spans = spans_of(theirs.get("labels", []))
         if not spans or len(spans) != 2 * len(answers) or len(theirs["input_ids"]) == LLAVA_CUTS:
             continue  # LLaVA stopped, masked the sample, left an answer out or cut it
-        pieces = transcript(theirs["input_ids"], spans, tokenizer, image_tokens=576)
+        pieces = transcript(theirs["input_ids"], spans, tokenizer, image_text="<image 576 tokens>")
         trained = [piece.text for piece in join_pieces(pieces) if piece.trained]
         assert trained == [part for answer in answers for part in (f" {answer}", "</s>")]
         compared += 1

@@ -37,7 +37,7 @@ class Piece:
     """One token, or several that only together make a letter, or an image's place.
 
     Attributes:
-        text: What a reader sees: `<image 576 tokens>` at an image's place, a special token's name.
+        text: What a reader sees; of a special token its name.
         kind: Text of the record or its template, a special token, or an image.
         trained: Whether the loss counts these tokens.
         ids: Its ids; -200 for an image.
@@ -54,7 +54,7 @@ def transcript(
     label_spans: Sequence[int] | NDArray[np.int32],
     tokenizer: PreTrainedTokenizerBase | Tokenizer,
     *,
-    image_tokens: int,
+    image_text: str,
 ) -> list[Piece]:
     """Turn a sample's ids back into text.
 
@@ -62,7 +62,7 @@ def transcript(
         input_ids: Ids [n], -200 (any negative one) at an image's place.
         label_spans: Start and end of the trained ids, [m, 2] or flat.
         tokenizer: The tokenizer that made the ids.
-        image_tokens: Tokens an image takes in the sequence, to be told to the reader.
+        image_text: What stands for an image, such as `<image 576 tokens>`.
 
     Returns:
         The pieces in order. Bytes that are no UTF-8 are shown as U+FFFD.
@@ -80,7 +80,7 @@ def transcript(
         if kind == "text":
             found = decoder.texts(tokens, is_prefixed=decoder.is_prefixed(ids[: places[0]]))
         elif kind == "image":
-            found = ((f"<image {image_tokens} tokens>", (i,)) for i in tokens)
+            found = ((image_text, (i,)) for i in tokens)
         else:
             found = ((decoder.name(i), (i,)) for i in tokens)
         pieces += [Piece(text, kind, is_trained, own) for text, own in found]

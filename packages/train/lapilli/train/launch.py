@@ -22,9 +22,10 @@ from lapilli.train.feed import Feed
 from lapilli.train.loop import fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
 
-__all__ = ["Preflight", "launch", "preflight"]
+__all__ = ["CONFIG", "FACTS", "MISTAKE", "Preflight", "launch", "preflight"]
 
 CONFIG = "config.json"
+FACTS = "facts.json"  # what `Preflight` found, for those who look at a run from outside
 MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
@@ -46,6 +47,7 @@ class Preflight:
         too_long: Samples left out because they exceed `max_length`.
         parameters: Parameters by part: total and trained.
         device: What the workers compute on.
+        image_tokens: Tokens an image takes in the sequence.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Preflight:
     too_long: int
     parameters: dict[str, tuple[int, int]]
     device: Device
+    image_tokens: int
 
     @property
     def is_done(self) -> bool:
@@ -95,8 +98,9 @@ def preflight(config: RunConfig) -> Preflight:
     }
     start = found.step if found else 0
     return Preflight(
-        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, device
-    )
+        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, device,
+        dataset.image_tokens,
+    )  # fmt: skip
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -155,7 +159,9 @@ def launch(ready: Preflight, on_step: Progress = lambda row, total: None) -> lis
         TrainError: A user's mistake that a worker came to, or too many workers lost.
     """
     run = Path(ready.config.output)
-    write_json(run / CONFIG, asdict(ready.config))
+    found = asdict(ready)
+    write_json(run / CONFIG, found.pop("config"))
+    write_json(run / FACTS, found)
     if not ready.is_done:
         stop = threading.Event()
         follower = threading.Thread(

@@ -1,0 +1,249 @@
+"""A dataset or a run as a table, several side by side; conversations with what is trained marked.
+
+python -m pipelines.show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.manifest import read_manifest
+from lapilli.data.page import GalleryItem, Page
+from lapilli.data.transcript import Piece
+from lapilli.train.errors import TrainError
+from pipelines import command
+from pipelines.command import UsageError, read_arguments, run, say, say_title
+from pipelines.describe import Description, describe, read_json
+from pipelines.transcript import has_colour, print_transcript, read_transcript
+
+__all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]
+
+COLUMN = 24  # characters a column needs for its lines to be read
+LONGEST_NAME = 18
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """What is shown; the meaning of each field is its flag's help."""
+
+    folders: tuple[Path, ...]
+    samples: int
+    tokens: bool
+    view: str
+    html: str
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample as a reader sees it.
+
+    Attributes:
+        title: Its name and lengths.
+        pieces: Its conversation.
+        pictures: uint8 [images, size, size, 3], what the tower sees.
+    """
+
+    title: str
+    pieces: list[Piece]
+    pictures: np.ndarray
+
+
+def read_config(argv: Sequence[str] | None) -> ShowConfig:
+    """Read the arguments.
+
+    Raises:
+        UsageError: A flag that is unknown or has a wrong value.
+    """
+    parser = ArgumentParser(
+        prog="python -m pipelines.show",
+        description="Datasets and runs as tables, conversations with trained tokens marked.",
+        exit_on_error=False,
+    )
+    parser.add_argument("folders", nargs="+", type=str, help="datasets and runs")
+    parser.add_argument("--samples", type=int, help="conversations of each, from all over it")
+    parser.add_argument(
+        "--tokens", action="store_true", help="show each token of a conversation by itself"
+    )
+    parser.add_argument("--view", type=str, default="", help="a dataset's view; else its first")
+    parser.add_argument("--html", type=str, default="", help="write all of it as one page, too")
+    found = read_arguments(parser, argv)
+    samples = int(found.tokens) if found.samples is None else found.samples
+    if samples < 0:
+        raise UsageError(f"samples: {samples}; expected 0 or more")
+    folders = tuple(Path(folder) for folder in found.folders)
+    return ShowConfig(folders, samples, found.tokens, found.view, found.html)
+
+
+def show(config: ShowConfig, console: Console) -> None:
+    """Print the tables, then the conversations; write the page if one is asked for."""
+    described = [describe(folder) for folder in config.folders]
+    for kind in ("dataset", "run"):
+        for group in _groups([d for d in described if d.kind == kind], console.width):
+            console.print(side_by_side(group))
+    for description in described:
+        if description.sources:
+            console.print(sources_table(description, titled=len(described) > 1))
+    page = Page("lapilli show", ", ".join(str(folder) for folder in config.folders))
+    for description in described:
+        samples = samples_of(description, config) if config.samples else []
+        _print_samples(description, samples, config, console)
+        if config.html:
+            add_to_page(page, description, samples, tokens=config.tokens)
+    if config.html:
+        write_page(page, config.html)
+
+
+def _groups(described: Sequence[Description], width: int) -> Iterator[Sequence[Description]]:
+    """As many columns at once as there is room for."""
+    fit = max(1, (width - LONGEST_NAME) // COLUMN)
+    for start in range(0, len(described), fit):
+        yield described[start : start + fit]
+
+
+def side_by_side(described: Sequence[Description]) -> Table:
+    """A column for each folder, a row for each fact that any of them has."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
+    table.add_column(described[0].kind, style="cyan", overflow="fold")
+    for description in described:
+        table.add_column(escape(str(description.path)), overflow="fold", min_width=COLUMN - 4)
+    names = dict.fromkeys(name for description in described for name in description.facts)
+    between = ", " if len(described) == 1 else "\n"
+    for name in names:
+        table.add_row(
+            escape(name), *(escape(between.join(d.facts.get(name, "—"))) for d in described)
+        )
+    return table
+
+
+def sources_table(description: Description, *, titled: bool) -> Table:
+    """A dataset's sources with what was quarantined and why."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
+    table.title = escape(str(description.path)) if titled else None
+    table.add_column("source", style="cyan", overflow="fold")
+    for name in ("read", "kept", "quarantined"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for row in description.sources:
+        numbers = (f"{number:,}" for number in (row.read, row.kept, row.quarantined))
+        table.add_row(escape(row.name), *numbers, ", ".join(row.reasons) or "—")
+    return table
+
+
+# ---- samples -----------------------------------------------------------------------------------
+
+
+def samples_of(description: Description, config: ShowConfig) -> list[ShownSample]:
+    """Samples from all over a dataset, or over a run's dataset as its model sees it.
+
+    Raises:
+        DataError, TrainError: The dataset cannot be opened.
+    """
+    if description.kind == "run":
+        dataset, image_text = _open_run(description.path)
+    else:
+        view = config.view or next(iter(read_manifest(description.path).views))
+        dataset = open_dataset(description.path, view=view, image_tokens=1)
+        image_text = f"<image {dataset.image_size} px>"  # how many tokens is the tower's affair
+    places = np.linspace(0, len(dataset) - 1, min(config.samples, len(dataset)))
+    return [_sample(dataset, int(place), image_text) for place in np.unique(places.astype(int))]
+
+
+def _open_run(run_folder: Path) -> tuple[Dataset, str]:
+    config, found = read_json(run_folder / "config.json"), read_json(run_folder / "facts.json")
+    if "image_tokens" not in found:
+        raise TrainError(
+            f"{run_folder}: does not say how many tokens an image takes (no facts.json); "
+            f"show its dataset instead: {config['dataset']}"
+        )
+    dataset = open_dataset(
+        config["dataset"],
+        view=config["view"],
+        image_tokens=found["image_tokens"],
+        max_length=config["max_length"],
+    )
+    return dataset, f"<image {found['image_tokens']} tokens>"
+
+
+def _sample(dataset: Dataset, index: int, image_text: str) -> ShownSample:
+    sample = dataset.sample(index)
+    pieces = read_transcript(dataset, index, image_text=image_text)
+    text = sum(piece.kind != "image" for piece in pieces for _ in piece.ids)
+    trained = int(dataset.num_trained[index])
+    title = (
+        f"{sample.sample_id}: {text} text tokens, {trained} trained ({trained / text:.0%}), "
+        f"{len(sample.pixels)} image{'' if len(sample.pixels) == 1 else 's'}"
+    )
+    return ShownSample(title, pieces, sample.pixels)
+
+
+def _print_samples(
+    description: Description,
+    samples: Sequence[ShownSample],
+    config: ShowConfig,
+    console: Console,
+) -> None:
+    if not samples:
+        return
+    how = "in green" if has_colour(console) else "in [[double brackets]]"
+    say_title(f"{description.path}: {len(samples)} conversations; what is trained is {how}")
+    for shown in samples:
+        say("")
+        console.print(escape(shown.title), style="dim", highlight=False, soft_wrap=True)
+        print_transcript(shown.pieces, tokens=config.tokens, console=console)
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def add_to_page(
+    page: Page, description: Description, samples: Sequence[ShownSample], *, tokens: bool
+) -> None:
+    """A section for a folder: its facts, its sources, its samples with their pictures."""
+    page.section(f"{description.kind} {description.path}")
+    page.key_values({name: ", ".join(lines) for name, lines in description.facts.items()})
+    if description.sources:
+        columns = ["source", "read", "kept", "quarantined", "why"]
+        rows = [
+            [s.name, s.read, s.kept, s.quarantined, ", ".join(s.reasons)]
+            for s in description.sources
+        ]
+        page.table(columns, rows)
+    if samples:
+        page.text("What the loss counts is marked in green.")
+    for shown in samples:
+        if len(shown.pictures):
+            page.gallery([GalleryItem(picture) for picture in shown.pictures])
+        page.transcript(shown.pieces, shown.title, tokens=tokens)
+
+
+def write_page(page: Page, path: str) -> None:
+    """Write the page and say so.
+
+    Raises:
+        TrainError: The file cannot be written.
+    """
+    try:
+        page.write(path)
+    except OSError as error:
+        raise TrainError(f"html: {path}: {error.strerror}; choose another file") from None
+    say(f"\npage: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    show(read_config(argv), command.console)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
