@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
@@ -60,6 +61,11 @@ def run(main: Callable[[], int]) -> None:
     except (DataError, ModelError, TrainError, UsageError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = USERS_MISTAKE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; free space and run the same command again", file=sys.stderr)
+        code = USERS_MISTAKE
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
@@ -80,9 +86,10 @@ def progress_bar(*columns: Any) -> Progress:
     """A progress bar with counts and time to go; prints nothing but its last state to a file."""
     return Progress(
         TextColumn("  {task.description}"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         *columns,
-        TimeRemainingColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
         console=console,
     )

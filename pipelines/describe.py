@@ -27,9 +27,11 @@ from lapilli.train.metrics import METRICS, read_metrics
 __all__ = [
     "Description",
     "SourceRow",
+    "bytes_text",
     "describe",
     "describe_dataset",
     "describe_run",
+    "duration_text",
     "kind_of",
     "read_json",
 ]

@@ -9,15 +9,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lapilli.data.manifest import read_manifest
+from lapilli.data.shards import write_atomic, write_json
+from lapilli.train.checkpoint import WEIGHTS, latest_checkpoint
 from lapilli.train.device import choose_device
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
 from pipelines.command import parse, progress_bar, run, say
+
+__all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,43 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         )
     if config.output:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
-        Path(config.output).write_text(lines, encoding="utf-8")
+        write_atomic(Path(config.output), lambda path: _write_text(path, lines))
     return score(answers), answers
+
+
+def evaluate_once(config: EvaluateConfig) -> list[Answer]:
+    """Answer every question, or read what the same weights answered to the same data before.
+
+    Beside `output` a file names weights and data; it is written last.
+    """
+    output, beside = Path(config.output), Path(f"{config.output}.of.json")
+    asked = _asked(config)
+    try:
+        is_same = json.loads(beside.read_text(encoding="utf-8")) == asked
+        lines = output.read_text(encoding="utf-8").splitlines() if is_same else []
+    except (OSError, ValueError):
+        lines = []
+    if lines:
+        say(f"{len(lines)} answers of the same weights to the same questions reused: {output}")
+        return [Answer(**json.loads(line)) for line in lines]
+    _, answers = evaluate(config)
+    write_json(beside, asked)
+    return answers
+
+
+def _asked(config: EvaluateConfig) -> dict[str, Any]:
+    """What decides the answers."""
+    found = latest_checkpoint(Path(config.run))
+    return {
+        "weights": found.state["files"][WEIGHTS]["sha256"] if found else "",
+        "dataset": read_manifest(Path(config.dataset)).fingerprint,
+        "view": config.view,
+        "shuffle_images": config.shuffle_images,
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _only_view(dataset: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lapilli.data.build import BuildReport, build
-from lapilli.data.cluster import ray_session
 from lapilli.data.config import BuildConfig
 from lapilli.data.plan import BuildPlan, plan_build
 from pipelines.command import parse, progress_bar, run, say
@@ -20,7 +19,7 @@ def preprocess(config: BuildConfig) -> BuildReport:
     say(f"reading {', '.join(source.annotations for source in config.sources)}")
     plan = plan_build(config)
     tell_plan(plan)
-    with ray_session(), progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("shards", total=None)
         report = build(plan, lambda done, total: bar.update(task, completed=done, total=total))
     tell_report(report)

@@ -6,18 +6,43 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lapilli.data.build import BuildReport
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.page import Figure, GalleryItem, Page
 from lapilli.train.evaluate import Answer
+from pipelines.transcript import read_transcript
 
-__all__ = ["describe_hardware", "versions", "write_report"]
+__all__ = ["Story", "describe_hardware", "versions", "write_report"]
 
-BLIND = 0.670  # looking only at the question and answering with its commonest answer
+THUMBNAILS = 12
 EXAMPLES = 6  # of right and of wrong answers each
+SMOOTHED = 20  # steps a point of the loss curve is the mean of
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the page tells.
+
+    Attributes:
+        summary: Accuracies, seconds, versions, hardware.
+        builds: The datasets by name.
+        metrics: Every step's metrics, by stage.
+        answers: The model's, to the right images.
+        recipes: The stages' settings, by file name.
+    """
+
+    summary: Mapping[str, Any]
+    builds: Mapping[str, BuildReport]
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+    answers: Sequence[Answer]
+    recipes: Mapping[str, str]
 
 
 def versions() -> dict[str, str]:
@@ -53,45 +78,86 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write_report(
-    path: Path,
-    summary: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-    answers: Sequence[Answer],
-    builds: Mapping[str, BuildReport],
-    test_data: Path,
-    *,
-    view: str,
-) -> None:
-    """Write the self-contained page; `view` of the test data is shown with the answers."""
+def write_report(path: Path, story: Story, datasets: Path, *, view: str) -> None:
+    """Write the self-contained page.
+
+    Args:
+        path: The file.
+        story: What it tells.
+        datasets: Folder of the datasets `finetune` and `test`.
+        view: Their view whose pixels are shown.
+    """
     page = Page("lapilli quickstart", "easy-vqa: from images and questions to a model that looks")
+    summary = story.summary
     seconds = summary["seconds"]
     page.figures(
         [
-            Figure("accuracy", f"{summary['accuracy']:.1%}", "right images"),
+            Figure("accuracy", f"{summary['accuracy']:.1%}", f"{summary['asked']:,} questions"),
             Figure("shuffled images", f"{summary['accuracy_shuffled_images']:.1%}", "other images"),
-            Figure("without looking", f"{BLIND:.1%}", "commonest answer to the question"),
+            Figure(
+                "without looking",
+                f"{summary['accuracy_without_looking']:.1%}",
+                "commonest answer to the question",
+            ),
             Figure("time", f"{seconds['total'] / 60:.1f} min", summary["hardware"]["processor"]),
         ]
     )
-    page.section("Accuracy by kind of question")
-    kinds = list(summary["accuracy_by_kind"])
-    bars = {
-        "right images": [summary["accuracy_by_kind"][kind] for kind in kinds],
-        "shuffled images": [summary["accuracy_by_kind_shuffled_images"][kind] for kind in kinds],
-    }
-    page.bar_chart(kinds, bars, value_format=".1%")
-    page.section("Loss")
-    steps = [row["step"] for row in metrics]
-    page.line_chart({"loss": (steps, [row["loss"] for row in metrics])}, "step", "cross-entropy")
-    page.section("Answers").gallery(_examples(answers, test_data, view))
-    page.section("Data").table(
-        ["split", "records", "kept", "quarantined", "images"],
-        [[split, *_counts(build)] for split, build in builds.items()],
+    _tell_accuracy(page, summary)
+    page.section("Twelve answers").gallery(
+        _examples(story.answers, open_dataset(datasets / "test", view=view, image_tokens=1))
     )
+    page.section("Loss")
+    for stage, rows in story.metrics.items():
+        page.line_chart({stage: _curve(rows)}, "step", "cross-entropy", title=stage)
+    _tell_data(page, story, open_dataset(datasets / "finetune", view=view, image_tokens=1))
     page.section("Time").table(["phase", "seconds"], [list(item) for item in seconds.items()])
+    page.section("Settings")
+    for name, text in story.recipes.items():
+        page.text(name).code(text)
     page.section("Versions").key_values({**summary["versions"], **summary["hardware"]})
     page.write(path)
+
+
+def _tell_accuracy(page: Page, summary: Mapping[str, Any]) -> None:
+    kinds = list(summary["accuracy_by_kind"])
+    bars = {
+        "right images": "accuracy_by_kind",
+        "shuffled images": "accuracy_by_kind_shuffled_images",
+        "without looking": "accuracy_by_kind_without_looking",
+    }
+    page.section("Accuracy by kind of question").bar_chart(
+        kinds,
+        {name: [summary[key][kind] for kind in kinds] for name, key in bars.items()},
+        value_format=".1%",
+    )
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Steps and mean losses: single steps have few questions and jump."""
+    width = min(SMOOTHED, max(1, len(rows) // 10))
+    parts = [rows[start : start + width] for start in range(0, len(rows), width)]
+    return (
+        [float(np.mean([row["step"] for row in part])) for part in parts],
+        [float(np.mean([row["loss"] for row in part])) for part in parts],
+    )
+
+
+def _tell_data(page: Page, story: Story, trained: Dataset) -> None:
+    page.section("Data").table(
+        ["dataset", "read", "kept", "quarantined", "images"],
+        [[name, *_counts(build)] for name, build in story.builds.items()],
+    )
+    page.gallery(_thumbnails(trained))
+    page.transcript(
+        read_transcript(trained, 0, image_text="<image>"), "a conversation, what is trained marked"
+    )
+    page.histogram(
+        trained.lengths, title="tokens of a conversation, an image as one", x_label="tokens"
+    )
+    kinds = story.summary["accuracy_by_kind"]
+    counts = {kind: sum(answer.source == kind for answer in story.answers) for kind in kinds}
+    asked = {"questions asked": list(counts.values())}
+    page.bar_chart(list(counts), asked, title="questions asked, by kind", value_format=",.0f")
 
 
 def _counts(build: BuildReport) -> list[int]:
@@ -99,18 +165,27 @@ def _counts(build: BuildReport) -> list[int]:
     return [counts["read"], counts["kept"], counts["quarantined"], counts["images"]]
 
 
-def _examples(answers: Sequence[Answer], test_data: Path, view: str) -> list[GalleryItem]:
-    """Some right and some wrong answers, spread over the test data."""
-    dataset = open_dataset(test_data, view=view, image_tokens=1)
-    items: list[GalleryItem] = []
-    for right in (False, True):
-        chosen = [answer for answer in answers if answer.right is right]
-        for answer in chosen[:: max(1, len(chosen) // EXAMPLES)][:EXAMPLES]:
-            lines = [
-                ("question", answer.question),
-                ("expected", answer.expected),
-                ("given", answer.given),
-            ]
-            pixels = dataset.sample(answer.index).pixels[0]
-            items.append(GalleryItem(pixels, lines, "right" if right else "wrong"))
-    return items
+def _thumbnails(dataset: Dataset) -> list[GalleryItem]:
+    """Some images from all over a dataset."""
+    step = max(1, len(dataset) // THUMBNAILS)
+    samples = [dataset.sample(index) for index in range(0, len(dataset), step)[:THUMBNAILS]]
+    return [GalleryItem(sample.pixels[0], [sample.sample_id]) for sample in samples]
+
+
+def _examples(answers: Sequence[Answer], dataset: Dataset) -> list[GalleryItem]:
+    """Some right and some wrong answers, spread over the test data; others where one kind lacks."""
+    right = [answer for answer in answers if answer.right]
+    wrong = [answer for answer in answers if not answer.right]
+    shown = _spread(wrong, EXAMPLES)
+    shown = [*_spread(right, 2 * EXAMPLES - len(shown)), *shown]
+    return [_example(answer, dataset.sample(answer.index).pixels[0]) for answer in shown]
+
+
+def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
+    places = np.linspace(0, len(answers) - 1, min(count, len(answers))).astype(int)
+    return [answers[place] for place in places]
+
+
+def _example(answer: Answer, pixels: NDArray[np.uint8]) -> GalleryItem:
+    lines = [("question", answer.question), ("expected", answer.expected), ("given", answer.given)]
+    return GalleryItem(pixels, lines, "right" if answer.right else "wrong")

@@ -6,21 +6,33 @@ python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.progress import TextColumn
+from rich.table import Table
 
 from lapilli.data.cluster import ray_session
 from lapilli.train.config import RunConfig
-from lapilli.train.launch import Preflight, launch, preflight
+from lapilli.train.launch import Preflight, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
-from pipelines.command import parse, progress_bar, run, say
+from pipelines.command import console, parse, progress_bar, run, say
+from pipelines.describe import bytes_text, duration_text
+
+__all__ = ["follow", "live_line", "tell_preflight", "train"]
+
+RECENT = 20  # steps the live line's figures are of
+QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
 def train(config: RunConfig) -> list[dict[str, Any]]:
     """Check everything, then run to the end; returns every step's metrics."""
+    if steps := finished_steps(config):
+        say(f"{config.output}: finished already, at step {steps}; nothing to do")
+        return read_metrics(Path(config.output))
     with ray_session():
         ready = preflight(config)
         tell_preflight(config, ready)
@@ -31,19 +43,24 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def follow(ready: Preflight) -> list[dict[str, Any]]:
-    """Run with one live line: step, loss, samples a second, time to go."""
-    started, done = time.monotonic(), 0
+    """Run with one live line: step, loss, samples/s, data wait, memory, time to go."""
+    started = spoken = time.monotonic()
+    done = 0
+    recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
     with progress_bar(TextColumn("{task.fields[line]}")) as bar:
         task = bar.add_task(
-            "steps", total=ready.total_steps, completed=ready.start, line="starting"
+            "steps", total=ready.total_steps, completed=ready.start, line="starting the workers"
         )
 
         def show(row: dict[str, Any], total: int) -> None:
-            nonlocal done
+            nonlocal done, spoken
             done += row["samples"]
-            rate = row["samples"] / row["seconds"]
-            line = f"loss {row['loss']:.4f}  {rate:.0f} samples/s"
+            recent.append(row)
+            line = live_line(recent)
             bar.update(task, completed=row["step"] + 1, total=total, line=line)
+            if not console.is_terminal and time.monotonic() - spoken > QUIET:
+                spoken = time.monotonic()
+                say(f"  step {row['step'] + 1} of {total}  {line}")
 
         metrics = launch(ready, show)
     if done:
@@ -52,11 +69,18 @@ def follow(ready: Preflight) -> list[dict[str, Any]]:
     return metrics
 
 
+def live_line(recent: Sequence[Mapping[str, Any]]) -> str:
+    """What the last steps were like, in figures."""
+    seconds = sum(row["seconds"] for row in recent)
+    rate = sum(row["samples"] for row in recent) / seconds
+    wait = sum(row["wait_seconds"] for row in recent) / seconds
+    memory = recent[-1]["memory_bytes"] / 1e9
+    return f"loss {recent[-1]['loss']:.4f} {rate:.0f} samples/s wait {wait:.0%} {memory:.1f} GB"
+
+
 def tell_preflight(config: RunConfig, ready: Preflight) -> None:
-    """What is about to be done."""
-    for part, (total, trained) in ready.parameters.items():
-        state = "trained" if trained == total else f"{trained} trained" if trained else "frozen"
-        say(f"  {part:<10} {total:>12,} parameters, {state}")
+    """What is about to be done: parts, memory, batch arithmetic, time."""
+    console.print(_parts_table(ready))
     say(
         f"global batch {config.global_batch} = {config.workers} workers x micro-batch "
         f"{config.micro_batch} x accumulation {config.accumulation} on {ready.device}, "
@@ -65,11 +89,38 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     left_out = (
         f", {ready.too_long} longer than {config.max_length} left out" if ready.too_long else ""
     )
-    say(f"{ready.samples} samples{left_out}, {ready.total_steps} steps")
+    samples = f"{ready.samples:,} samples{left_out}"
+    say(f"{samples} x {config.epochs} epochs: {ready.total_steps:,} steps")
+    if config.start_from:
+        say(f"starts from the weights of {config.start_from}")
     if ready.is_done:
         say(f"finished already, at step {ready.start}: nothing to do")
-    elif ready.start:
-        say(f"going on from step {ready.start}")
+        return
+    if ready.start:
+        say(f"goes on from step {ready.start}: the steps before it are reused")
+    if ready.step_seconds is not None:
+        seconds = ready.step_seconds * (ready.total_steps - ready.start)
+        say(
+            f"at least {duration_text(seconds)}: forward and backward of a step take "
+            f"{ready.step_seconds:.2f} s on one core here, and each worker has one"
+        )
+
+
+def _parts_table(ready: Preflight) -> Table:
+    """Parts of the model with what learns and what a worker holds for it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part")
+    table.add_column("state")
+    for name in ("parameters", "trained", "weights", "gradients", "optimizer"):
+        table.add_column(name, justify="right")
+    for part, (total, trained) in ready.parameters.items():
+        memory = ready.memory[part]
+        sizes = (memory.weights, memory.gradients, memory.optimizer)
+        state = "trained" if trained == total else "in part" if trained else "frozen"
+        table.add_row(part, state, f"{total:,}", f"{trained:,}", *map(bytes_text, sizes))
+    held = sum(memory.total for memory in ready.memory.values())
+    table.caption = f"{bytes_text(held)} a worker, activations not counted"
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import (
     FORMAT,
@@ -58,6 +59,8 @@ class BuildReport:
 def run_on_ray(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardFacts]:
     """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
 
+    Ray is started if none runs, and not at all where there is nothing to do.
+
     Args:
         tasks: The shards to make.
         output: The dataset's folder; every worker must see it under this path.
@@ -75,14 +78,14 @@ def run_on_ray(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardF
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     where = str(output.resolve())
-    dataset = ray.data.from_items(
-        [{"task": pickle.dumps(task), "output": where} for task in tasks],
-        override_num_blocks=len(tasks),
-    ).map(_run_row, num_cpus=1, concurrency=workers or None)
-    for row in dataset.iter_rows():
-        if row["error"]:
-            raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
-        yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
+    rows = [{"task": pickle.dumps(task), "output": where} for task in tasks]
+    with ray_session():
+        dataset = ray.data.from_items(rows, override_num_blocks=len(tasks))
+        mapped = dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
+        for row in mapped.iter_rows():
+            if row["error"]:
+                raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
+            yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
 
 
 def _run_row(row: dict[str, Any]) -> dict[str, Any]:

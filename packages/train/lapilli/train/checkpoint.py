@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lapilli.train import engine as deepspeed_engine
 from lapilli.train.errors import TrainError
 
 __all__ = [
+    "WEIGHTS",
     "Checkpoint",
     "at_step",
     "check_disk",
@@ -33,12 +35,13 @@ __all__ = [
     "frozen_fingerprint",
     "latest_checkpoint",
     "load_into",
+    "load_start",
     "load_weights",
     "save",
 ]
 
 FOLDER = "checkpoints"
-FILES = ("weights.safetensors", "moments.safetensors")
+WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
 
 
 @dataclass(frozen=True)
@@ -179,15 +182,49 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     Raises:
         TrainError: Other parameters than the model's trainable ones, or other shapes.
     """
-    weights = load_file(checkpoint.path / FILES[0])
+    weights = load_file(checkpoint.path / WEIGHTS)
     _check_names(checkpoint, model, weights)
     model.load_state_dict(weights, strict=False)
 
 
+def load_start(run: Path, model: nn.Module) -> Checkpoint:
+    """Put what an earlier run trained into a model, whichever of its parts learn now.
+
+    What that run had frozen must be what this model has there: its weights fit nothing else.
+
+    Raises:
+        TrainError: No run, none of its checkpoints is whole, another model, other frozen weights.
+    """
+    found = latest_checkpoint(run)
+    if found is None:
+        raise TrainError(
+            f"start_from: {run} has no whole checkpoint; expected the output of a training run"
+        )
+    if earlier := found.state["config"]["start_from"]:
+        load_start(Path(earlier), model)  # what learnt there and was frozen in `run` is only there
+    weights = load_file(found.path / WEIGHTS)
+    there = dict(model.named_parameters())
+    for name, value in weights.items():
+        if name not in there or there[name].shape != value.shape:
+            shape = tuple(there[name].shape) if name in there else "no such parameter"
+            raise TrainError(
+                f"start_from: {found.path} holds {name} of shape {tuple(value.shape)}, this model "
+                f"{shape}; expected the same model config"
+            )
+    frozen = frozen_fingerprint(model, trained=weights.keys())
+    if frozen != found.state["frozen"]:
+        raise TrainError(
+            f"start_from: {run} was trained beside other frozen weights (fingerprint "
+            f"{found.state['frozen'][:12]}, here {frozen[:12]}); expected the same model config"
+        )
+    model.load_state_dict(weights, strict=False)
+    return found
+
+
 def load_into(engine: Any, checkpoint: Checkpoint) -> None:
     """Set an engine's weights, moments and step count to a checkpoint's. All ranks call it."""
-    weights = load_file(checkpoint.path / FILES[0])
-    flat = load_file(checkpoint.path / FILES[1])
+    weights = load_file(checkpoint.path / WEIGHTS)
+    flat = load_file(checkpoint.path / MOMENTS)
     _check_names(checkpoint, engine.module, weights)
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     for key, value in flat.items():
@@ -213,11 +250,11 @@ def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Te
             )
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the frozen weights, which a checkpoint does not hold."""
+def frozen_fingerprint(model: nn.Module, trained: Collection[str]) -> str:
+    """SHA-256 over the weights that are not `trained`: a checkpoint does not hold them."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
+        if name not in trained:
             digest.update(name.encode())
             digest.update(
                 parameter.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes()

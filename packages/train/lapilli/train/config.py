@@ -62,6 +62,8 @@ class RunConfig:
         epochs: Passes over the dataset.
         max_steps: End earlier, after so many steps; 0 for the whole epochs.
         max_length: Longest sequence with its image tokens; longer samples are left out, counted.
+        start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
+            stage does from its first.
         policy: Order of an epoch (`lapilli.data.sampler`).
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
@@ -81,6 +83,7 @@ class RunConfig:
     global_batch: int
     micro_batch: int
     optim: OptimConfig = field(default_factory=OptimConfig)
+    start_from: str = ""
     epochs: int = 1
     max_steps: int = 0
     max_length: int = 2048

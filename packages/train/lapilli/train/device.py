@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import Literal
 
 import torch
 
 from lapilli.train.errors import TrainError
 
-__all__ = ["Device", "choose_device", "prepare_process"]
+__all__ = ["Device", "choose_device", "peak_memory", "prepare_process"]
 
 Device = Literal["cpu", "cuda"]
 
@@ -33,3 +34,10 @@ def prepare_process(device: Device) -> torch.device:
     if device == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held so far: on a GPU torch's tensors there, else the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -88,9 +88,10 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
         TrainError: No run here, or none of its checkpoints is whole.
     """
     try:
-        fields: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))["model"]
+        config: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
+    fields: dict[str, Any] = config["model"]
     found = checkpoint.latest_checkpoint(run)
     if found is None:
         raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
@@ -100,6 +101,8 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
         "trainable": tuple(fields["trainable"]),
     }
     model = build_model(ModelConfig(**{**fields, **parts}))
+    if config["start_from"]:
+        checkpoint.load_start(Path(config["start_from"]), model)
     checkpoint.load_weights(found, model)
     return Trained(model.eval().to(device), found.state["data"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -10,23 +11,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lapilli.data.errors import DataError
+from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_json
 from lapilli.model.errors import ModelError
-from lapilli.model.vlm import build_model
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, choose_device
 from lapilli.train.errors import TrainError
+from lapilli.train.estimate import StateBytes, state_bytes, time_micro_batch
 from lapilli.train.feed import Feed
-from lapilli.train.loop import fit, open_for, setup
+from lapilli.train.loop import build_start, check_start, fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
+from lapilli.train.step import to_device
 
-__all__ = ["CONFIG", "FACTS", "MISTAKE", "Preflight", "launch", "preflight"]
+__all__ = ["CONFIG", "FACTS", "MISTAKE", "Preflight", "finished_steps", "launch", "preflight"]
 
 CONFIG = "config.json"
 FACTS = "facts.json"  # what `Preflight` found, for those who look at a run from outside
 MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
+MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
@@ -46,6 +53,9 @@ class Preflight:
         samples: Samples of the dataset that are used.
         too_long: Samples left out because they exceed `max_length`.
         parameters: Parameters by part: total and trained.
+        memory: What a worker holds for each part; activations come on top.
+        step_seconds: Forward and backward of an optimizer step, measured on one core of this
+            machine; None where workers compute on something else.
         device: What the workers compute on.
         image_tokens: Tokens an image takes in the sequence.
     """
@@ -56,6 +66,8 @@ class Preflight:
     samples: int
     too_long: int
     parameters: dict[str, tuple[int, int]]
+    memory: dict[str, StateBytes]
+    step_seconds: float | None
     device: Device
     image_tokens: int
 
@@ -82,8 +94,9 @@ def preflight(config: RunConfig) -> Preflight:
             f"workers: {config.workers}; Ray has {slots} "
             f"{'GPUs' if device == 'cuda' else 'cores'}; lower workers or add nodes"
         )
-    model = build_model(config.model)
+    model, start_weights = build_start(config)
     dataset = open_for(model, config)
+    check_start(start_weights, dataset)
     run = Path(config.output)
     _check_config(run, config)
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
@@ -96,11 +109,47 @@ def preflight(config: RunConfig) -> Preflight:
         )
         for name, part in model.named_children()
     }
+    memory = {
+        name: state_bytes(
+            *counts, stage=config.zero_stage, workers=config.workers, precision=config.precision
+        )
+        for name, counts in parameters.items()
+    }
     start = found.step if found else 0
+    is_small = sum(total for total, _ in parameters.values()) < MEASURED
+    step_seconds = None
+    if device == "cpu" and is_small and start < feed.total_steps:
+        step_seconds = _time_step(model, feed)
     return Preflight(
-        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, device,
-        dataset.image_tokens,
+        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
+        step_seconds, device, dataset.image_tokens,
     )  # fmt: skip
+
+
+def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
+    """Forward and backward of the step in the middle of the run: neither longest nor shortest."""
+    middle = feed.make(feed.total_steps // 2)
+    batch = to_device(middle.batches[0], torch.device("cpu"))
+    return time_micro_batch(model, batch) * len(middle.batches)
+
+
+def finished_steps(config: RunConfig) -> int | None:
+    """Steps of the run, if an earlier one with the same settings and data came to its end.
+
+    Needs neither Ray nor the model.
+
+    Raises:
+        DataError, TrainError: The dataset cannot be read, or the folder belongs to other settings.
+    """
+    config = _absolute(config)
+    run = Path(config.output)
+    _check_config(run, config)
+    found = checkpoint.latest_checkpoint(run)
+    if found is None or not (run / FACTS).exists():
+        return None
+    total: int = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
+    is_same = found.state["dataset"] == read_manifest(Path(config.dataset)).fingerprint
+    return total if is_same and found.step >= total else None
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -114,6 +163,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         config,
         dataset=str(Path(config.dataset).resolve()),
         output=str(Path(config.output).resolve()),
+        start_from=local(config.start_from),
         model=replace(
             model,
             vision=replace(model.vision, pretrained=local(model.vision.pretrained)),
@@ -250,3 +300,9 @@ def _worker(settings: dict[str, Any]) -> None:
     except (DataError, ModelError, TrainError) as error:
         mistake.write_text(str(error), encoding="utf-8")
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = TrainError(f"{config.output}: {error.strerror}; free space and run the same again")
+        mistake.write_text(str(full), encoding="utf-8")
+        raise full from None

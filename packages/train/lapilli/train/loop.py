@@ -15,17 +15,21 @@ import torch.distributed as dist
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
+from lapilli.model.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
 from lapilli.train.config import RunConfig
-from lapilli.train.device import Device, prepare_process
+from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.feed import Feed, StepBatches
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step
 
-__all__ = ["Setup", "check_model", "data_facts", "fit", "open_for", "set_modes", "setup"]
+__all__ = [
+    "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "open_for",
+    "set_modes", "setup",
+]  # fmt: skip
 
 
 @dataclass
@@ -45,6 +49,17 @@ class Setup:
     def is_writer(self) -> bool:
         """Whether this worker writes metrics and checkpoints."""
         return self.rank == 0
+
+
+def build_start(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
+    """The model as its run begins, and the checkpoint of the earlier run it starts from.
+
+    Raises:
+        ModelError, TrainError: A part that cannot be built, or a start that does not fit.
+    """
+    model = build_model(config.model)
+    start = checkpoint.load_start(Path(config.start_from), model) if config.start_from else None
+    return model, start
 
 
 def open_for(model: VisionLanguageModel, config: RunConfig) -> Dataset:
@@ -105,10 +120,11 @@ def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
 def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
-    model = build_model(config.model)
+    model, start = build_start(config)
     set_modes(model)
     dataset = open_for(model, config)
-    state = _facts(model, dataset, config)
+    check_start(start, dataset)
+    state = _facts(model, dataset, config, start)
     found = _find_checkpoint(Path(config.output), state, rank)
     if found:
         checkpoint.load_weights(found, model)
@@ -122,18 +138,41 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     return Setup(config, torch_device, feed, built, start, state, rank, world_size)
 
 
+def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
+    """An embedding that has learnt other ids is no start.
+
+    Raises:
+        TrainError: Names both tokenizers' fingerprints.
+    """
+    if start is None:
+        return
+    here, there = dataset.manifest.tokenizer["fingerprint"], start.state["data"]["tokenizer"]
+    if here != there:
+        raise TrainError(
+            f"start_from: {start.path} was trained with another tokenizer (fingerprint "
+            f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
+            "same tokenizer"
+        )
+
+
 def set_modes(model: VisionLanguageModel) -> None:
     """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
     for name, part in model.named_children():
         part.train(name in model.config.trainable)
 
 
-def _facts(model: VisionLanguageModel, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
+def _facts(
+    model: VisionLanguageModel,
+    dataset: Dataset,
+    config: RunConfig,
+    start: checkpoint.Checkpoint | None,
+) -> dict[str, Any]:
     """What a checkpoint says of the run it is from."""
     return {
+        "start": start.state["files"][checkpoint.WEIGHTS]["sha256"] if start else "",
         "dataset": dataset.manifest.fingerprint,
         "data": data_facts(dataset),
-        "frozen": checkpoint.frozen_fingerprint(model),
+        "frozen": checkpoint.frozen_fingerprint(model, trainable_parameters(model).keys()),
         "config": asdict(config),
         "versions": {
             name: importlib.metadata.version(name)
@@ -161,7 +200,7 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
     if dist.is_initialized():
         dist.broadcast_object_list(steps, src=0)
     found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
-    for name in ("dataset", "frozen"):
+    for name in ("dataset", "frozen", "start"):
         if found and found.state[name] != state[name]:
             raise TrainError(
                 f"{found.path}: was saved with another {name} (fingerprint "
@@ -180,7 +219,9 @@ def fit(ready: Setup) -> None:
         row = _one_step(ready, batches)
         seconds = time.monotonic() - clock
         if metrics:
-            metrics.write({**row, "seconds": seconds, "wait_seconds": waited})
+            memory = peak_memory(ready.device)
+            timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
+            metrics.write({**row, **timing})
         done = batches.step + 1
         if done % config.save_every == 0 or done == ready.feed.total_steps:
             checkpoint.save(
