@@ -52,7 +52,7 @@ class QuickstartConfig:
 
     Attributes:
         output: Folder for everything the quickstart makes.
-        epochs: Passes over the questions of stage 2; 0 takes the recipe's.
+        epochs: Passes over the data in each stage; 0 takes the recipes'.
         questions: What the model is asked: the `test` questions, or, for choosing settings, those
             of training images that are then held out (`validation`).
         min_accuracy: Exit with 1 if the model answers fewer of the questions right.
@@ -149,8 +149,8 @@ def _run_config(config: QuickstartConfig, output: Path, name: str) -> RunConfig:
     if name == "finetune":
         arguments.append(f"--config={RECIPES / 'finetune.yaml'}")
         arguments.append(f"--start_from={output / 'runs' / 'pretrain'}")
-        if config.epochs:
-            arguments.append(f"--epochs={config.epochs}")
+    if config.epochs:
+        arguments.append(f"--epochs={config.epochs}")
     arguments.append(f"--dataset={output / 'datasets' / name}")
     arguments.append(f"--output={output / 'runs' / name}")
     arguments.append(f"--device={config.device}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +156,50 @@ def test_bf16_trains_and_keeps_fp32_weights(stage: int, dataset: Path, tmp_path:
     for name, value in load_file(newest.path / "weights.safetensors").items():
         assert value.dtype == torch.float32
         assert not torch.equal(value, value.bfloat16().float()), name
+
+
+@pytest.mark.faults
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
+    finished: RunConfig, dataset: Path, tiny_disk: Path
+) -> None:
+    config = small_run(dataset, tiny_disk / "run")
+    with ThreadPoolExecutor(1) as pool:
+        filled = pool.submit(fill_at, tiny_disk, Path(config.output), 5)
+        with pytest.raises(TrainError, match=r"free space and (resume|run the same again)"):
+            launch(preflight(config))
+        filled.result().unlink()
+    ready = preflight(config)
+    assert 0 < ready.start < ready.total_steps
+    launch(ready)
+    assert losses(config) == losses(finished)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 20 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of 20 MB cannot be mounted here; it takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_at(disk: Path, run: Path, step: int) -> Path:
+    """Take all space that is left once a step is done."""
+    give_up = time.monotonic() + 200
+    while len(read_metrics(run)) <= step:
+        assert time.monotonic() < give_up, "the run never came to the step"
+        time.sleep(0.01)
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(65536))
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+        while True:
+            file.write(b"0")
+    return filler
 
 
 def cut_short(finished: RunConfig, run: Path, *, to_step: int) -> None:

@@ -1,0 +1,121 @@
+"""The quickstart stopped at every turn: the same command goes on, says so, and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lapilli.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+
+
+def start(output: Path, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipelines.quickstart", f"--output={output}", "--device=cpu"]
+    flags = ["--epochs=1", "--min_accuracy=0", "--min_gain=-1"]  # stopping is tested, not learning
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*command, *flags], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def wait_until(what: str, found: Iterator[bool], process: subprocess.Popen[bytes]) -> None:
+    give_up = time.monotonic() + 300
+    while not next(found):
+        assert process.poll() is None, f"ended before {what}"
+        assert time.monotonic() < give_up, f"never came to {what}"
+        time.sleep(0.05)
+
+
+def steps_done(run: Path, count: int) -> Iterator[bool]:
+    while True:
+        yield len(read_metrics(run)) >= count
+
+
+def shards_there(folder: Path, count: int) -> Iterator[bool]:
+    while True:
+        yield len(list(folder.rglob("*.arrow"))) >= count
+
+
+def stop(process: subprocess.Popen[bytes], number: signal.Signals, *, whole_group: bool) -> int:
+    """Ctrl-C reaches every process of the terminal; kill -9 the driver alone."""
+    if whole_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def session_members(leader: int) -> list[int]:
+    """Processes of a session that are still there."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(path.name))
+    return found
+
+
+def wait_until_alone(leader: int) -> None:
+    """Ray's processes end with the driver: none may write into the folder of the next run."""
+    give_up = time.monotonic() + 30
+    while session_members(leader):
+        assert time.monotonic() < give_up, f"still there: {session_members(leader)}"
+        time.sleep(0.1)
+
+
+def test_stopped_at_every_turn_it_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "quickstart"
+    first, second = output / "runs" / "pretrain", output / "runs" / "finetune"
+    log = tmp_path / "log"
+
+    process = start(output, log)
+    wait_until("shards", shards_there(output / "datasets" / "pretrain", 2), process)
+    assert stop(process, signal.SIGINT, whole_group=True) == 130
+    last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+    assert last == "interrupted; run the same command again to go on"
+    wait_until_alone(process.pid)
+
+    process = start(output, log)
+    wait_until("stage 1", steps_done(first, 105), process)  # saved at step 100
+    stop(process, signal.SIGKILL, whole_group=False)
+    wait_until_alone(process.pid)
+
+    process = start(output, log)
+    wait_until("stage 2", steps_done(second, 105), process)
+    assert stop(process, signal.SIGINT, whole_group=True) == 130
+    text = log.read_text(encoding="utf-8")
+    assert "0 shards built" in text
+    assert "goes on from step 100" in text
+    assert "Traceback" not in text
+    wait_until_alone(process.pid)
+
+    process = start(output, log)
+    assert process.wait(timeout=400) == 0
+    text = log.read_text(encoding="utf-8")
+    assert "pretrain: finished already" in text
+    assert "goes on from step 100" in text
+    for run in (first, second):
+        steps = [row["step"] for row in read_metrics(run)]
+        assert steps == list(range(len(steps)))
+        assert len(steps) > 105
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    assert summary["asked"] == 9673
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    process = start(output, log)
+    assert process.wait(timeout=100) == 0
+    assert "9673 answers of the same weights to the same questions reused" in log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == before
