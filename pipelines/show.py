@@ -22,8 +22,8 @@ from lapilli.data.page import GalleryItem, Page
 from lapilli.data.transcript import Piece
 from lapilli.train.errors import TrainError
 from pipelines import command
-from pipelines.command import UsageError, read_arguments, run, say, say_title
-from pipelines.describe import Description, describe, read_json
+from pipelines.command import UsageError, read_arguments, run, say
+from pipelines.describe import Description, counted, describe, read_json
 from pipelines.transcript import has_colour, print_transcript, read_transcript
 
 __all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]
@@ -195,9 +195,10 @@ def _print_samples(
     if not samples:
         return
     how = "in green" if has_colour(console) else "in [[double brackets]]"
-    say_title(f"{description.path}: {len(samples)} conversations; what is trained is {how}")
+    title = f"{description.path}: {counted(len(samples), 'conversation')}, what is trained {how}"
+    console.print(escape(title), style="bold", highlight=False, soft_wrap=True)
     for shown in samples:
-        say("")
+        console.print()
         console.print(escape(shown.title), style="dim", highlight=False, soft_wrap=True)
         print_transcript(shown.pieces, tokens=config.tokens, console=console)
 
