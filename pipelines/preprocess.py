@@ -16,7 +16,7 @@ from pipelines.command import parse, progress_bar, run, say
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan, build and tell what came of it."""
-    say(f"reading {', '.join(source.annotations for source in config.sources)}")
+    say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     plan = plan_build(config)
     tell_plan(plan)
     with progress_bar() as bar:

@@ -62,7 +62,7 @@ def read_entries(config: SourceConfig, root: Path) -> Iterator[Entry]:
     """Every element of a source as an entry, in file order, none left out."""
     source = get_source(config.format)
     seen: Counter[str] = Counter()
-    for place, element in enumerate(source.read(root / config.annotations)):
+    for place, element in enumerate(source.read(config, root)):
         yield _entry(config.name, source, element, place, seen)
 
 

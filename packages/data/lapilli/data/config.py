@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
@@ -16,25 +17,44 @@ NAME = re.compile(r"\w[\w.+-]*")
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One annotation file and where its images are.
+    """Annotation files of one format and where their images are.
 
     Attributes:
         name: The source's name in every report, and the first half of its sample ids.
-        annotations: Annotation file, relative to the root.
+        annotations: Annotation file, a glob, or a list of these, relative to the root.
         images: Folder of the images, relative to the root; the keys of the file start there.
         format: Name of a reader in `lapilli.data.sources.SOURCES`, or `package.module:name`.
         aliases: Folder names spelt otherwise in the file than on disk (`{text_vqa: textvqa}`).
+        captions: Of an image's captions `all`, a record each, or `one`, drawn by `seed`.
+        prompts: Questions for captions that have none, one drawn by `seed` for each record;
+            `<image>` is the image's place, at the front where it is left out.
+        seed: Draws captions and prompts; another epoch's choice is another seed.
+        path_prefix: Where the paths in the file begin on the machine that wrote it; taken off.
     """
 
     name: str
-    annotations: str
+    annotations: str | list[str]
     images: str = "."
     format: str = "llava"
     aliases: dict[str, str] = field(default_factory=dict[str, str])
+    captions: Literal["all", "one"] = "all"
+    prompts: list[str] = field(default_factory=list[str])
+    seed: int = 0
+    path_prefix: str = ""
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         _check_name("sources.name", self.name)
+        if not self.patterns or not all(self.patterns):
+            raise DataError(
+                f"sources.annotations: {self.annotations!r} of source {self.name}; expected a "
+                "file, a glob or a list of these, relative to the root"
+            )
+
+    @property
+    def patterns(self) -> list[str]:
+        """`annotations` as a list."""
+        return [self.annotations] if isinstance(self.annotations, str) else self.annotations
 
 
 @dataclass(frozen=True)

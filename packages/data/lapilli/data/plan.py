@@ -207,8 +207,8 @@ def _entries_of(source: SourceConfig, root: Path) -> Iterable[Entry]:
         yield entry
     if empty:
         raise DataError(
-            f"annotations: {root / source.annotations} holds no record, expected at least one; "
-            f"check the file or take source {source.name} out of the recipe"
+            f"annotations: {root}: {', '.join(source.patterns)} holds no record, expected at least "
+            f"one; check the file or take source {source.name} out of the recipe"
         )
 
 
