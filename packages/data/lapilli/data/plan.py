@@ -19,6 +19,7 @@ from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
+from lapilli.data.mixture import check_sources
 from lapilli.data.mounts import FolderMount, Located
 from lapilli.data.record import Entry, Record, Verdict, excerpt
 from lapilli.data.templates import Template, get_template
@@ -187,6 +188,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
             entry_images.append(images)
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
+    check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     digests = _digests(config, entries, located, tokenizer, template, codecs)
     return BuildPlan(
         config, entries, list(located), {image_id: i for i, image_id in enumerate(located)},
@@ -272,6 +274,7 @@ def _digests(
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
+        "mixture": digest(asdict(config.mixture)),
         "images": digest([[i.image_id, i.size, i.mtime_ns] for i in located.values()]),
     }
     # Record by record: the text of a whole source would take a gigabyte twice.

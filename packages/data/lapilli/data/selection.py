@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.plan import BuildPlan
+from lapilli.data.mixture import Pool, blend
+from lapilli.data.plan import BuildPlan, check_quarantined
 from lapilli.data.record import Entry, Reason, Verdict
 from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
 
@@ -26,10 +27,12 @@ class Selection:
     Attributes:
         entries: All of them with their final verdicts, in the plan's order.
         columns: The columns of `selection.arrow`, one row a kept entry.
+        mixture: The blend's facts.
     """
 
     entries: list[Entry]
     columns: dict[str, list[Any]]
+    mixture: dict[str, Any]
 
     def counts(self) -> dict[str, Any]:
         """Records read, kept and quarantined; by reason and by source."""
@@ -52,9 +55,13 @@ def select(
         plan: The plan; it is not changed.
         token_rows: The rows of the token shards in order: one for each entry the plan keeps.
         bad_images: Verdict by image id, for the images that some view could not use.
+
+    Raises:
+        DataError: More is quarantined than the settings allow, or the mixture cannot be made.
     """
     entries: list[Entry] = []
     columns: dict[str, list[Any]] = {field.name: [] for field in SELECTION_SCHEMA}
+    kept: list[tuple[str, tuple[str, ...]]] = []
     rows = iter(token_rows)
     for entry, images in zip(plan.entries, plan.entry_images, strict=True):
         if not entry.verdict.kept:
@@ -66,10 +73,20 @@ def select(
         verdict = _late_verdict(row, images, bad_images)
         entries.append(entry if verdict.kept else replace(entry, verdict=verdict))
         if verdict.kept:
-            selected = {**row, "image_slots": [plan.slots[image_id] for image_id in images]}
-            for name, column in columns.items():
-                column.append(selected[name])
-    return Selection(entries, columns)
+            kept.append((entry.source, images))
+            columns["image_slots"].append([plan.slots[image_id] for image_id in images])
+            for name, value in row.items():
+                columns[name].append(value)
+    check_quarantined(entries, plan.config.max_quarantined)
+    pool = Pool(
+        columns["sample_id"],
+        [source for source, _ in kept],
+        [images for _, images in kept],
+        np.array(columns["text_length"], np.int64),
+    )
+    found = blend(pool, plan.config.mixture, [source.name for source in plan.config.sources])
+    columns |= {"split": found.splits, "repeats": found.repeats.tolist()}
+    return Selection(entries, columns, found.facts)
 
 
 def _late_verdict(
