@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lapilli.data.checks import check_record, read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, excerpt
+from tests.factories import conversation
 
 LETTERS = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -168,3 +169,16 @@ def test_an_excerpt_is_one_printable_line(text: str) -> None:
     shown.encode()  # raises for a lone surrogate
     if len(text) <= 20 and text.isprintable():
         assert shown == text
+
+
+def test_the_folder_of_another_machine_is_taken_off(tmp_path: Path) -> None:
+    keys = ["/home/u/data/coco/1.jpg", "/home/v/1.jpg", "coco/1.jpg"]
+    elements = [conversation(n, key) for n, key in enumerate(keys)]
+    (tmp_path / "a.json").write_text(json.dumps(elements))
+    config = SourceConfig("src", "a.json", path_prefix="/home/u/data")
+    found = [entry.record for entry in read_entries(config, tmp_path)]
+    assert [record.images for record in found if record] == [
+        ("coco/1.jpg",),
+        ("/home/v/1.jpg",),
+        ("coco/1.jpg",),
+    ]

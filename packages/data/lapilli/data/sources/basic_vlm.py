@@ -70,9 +70,8 @@ def _elements(
     elif not captions:
         yield whole | {"defect": f"no captions under ID {found}"}
     else:
-        image = path.removeprefix(config.path_prefix).lstrip("/") if config.path_prefix else path
         for caption in captions:
-            yield from _answers(found, image, caption, config)
+            yield from _answers(found, path, caption, config)
 
 
 def _answers(
