@@ -211,7 +211,7 @@ def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Mani
     views = _view_facts(plan, facts)
     images = [shard for view in views.values() for shard in view.shards]
     selection = select(plan, read_token_rows(output, tokens), read_bad_images(output, images))
-    write_quarantine(output / "quarantine.parquet", selection.entries)
+    write_quarantine(output / "quarantine.parquet", selection.entries, plan.config)
     selected = write_shard(output, "selection.arrow", selection.columns, SELECTION_SCHEMA)
     load_tokenizer(plan.config.tokenizer).save_pretrained(str(output / TOKENIZER))
     write_json(output / CONFIG, asdict(plan.config))

@@ -12,12 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lapilli.data.config import BuildConfig
 from lapilli.data.mixture import Pool, blend
 from lapilli.data.plan import BuildPlan, check_quarantined
-from lapilli.data.record import Entry, Reason, Verdict
+from lapilli.data.record import PackedEntry, Reason, Verdict, element_digest, element_json
 from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
+from lapilli.data.sources import get_source
 
 __all__ = ["Selection", "read_bad_images", "read_token_rows", "select", "write_quarantine"]
+
+CHANGED = '"the annotation file has changed since this build was planned"'
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Selection:
         mixture: The blend's facts.
     """
 
-    entries: list[Entry]
+    entries: list[PackedEntry]
     columns: dict[str, list[Any]]
     mixture: dict[str, Any]
 
@@ -59,7 +63,7 @@ def select(
     Raises:
         DataError: More is quarantined than the settings allow, or the mixture cannot be made.
     """
-    entries: list[Entry] = []
+    entries: list[PackedEntry] = []
     columns: dict[str, list[Any]] = {field.name: [] for field in SELECTION_SCHEMA}
     kept: list[tuple[str, tuple[str, ...]]] = []
     rows = iter(token_rows)
@@ -123,16 +127,43 @@ def read_token_rows(output: Path, shards: Iterable[ShardFacts]) -> Iterator[dict
             yield {**row, "token_shard": number, "token_row": place}
 
 
-def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
+def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildConfig) -> None:
     """Write every entry that is not kept, with its reason and the record as JSON, as Parquet."""
     bad = [entry for entry in entries if not entry.verdict.kept]
+    elements = _read_again(entries, config)
     columns = {
         "source": [entry.source for entry in bad],
         "record_id": [entry.record_id for entry in bad],
         "sample_id": [entry.sample_id for entry in bad],
         "reason": [str(entry.verdict.reason) for entry in bad],
         "detail": [entry.verdict.detail for entry in bad],
-        "record": [entry.raw_json for entry in bad],
+        "record": [entry.raw_json or elements[entry.sample_id] for entry in bad],
     }
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:
+    """The elements, by sample id, of the entries that were kept until pixels or tokens were seen.
+
+    A source has an entry for each of its elements, in order.
+    """
+    found: dict[str, str] = {}
+    for source in config.sources:
+        own = [entry for entry in entries if entry.source == source.name]
+        wanted = {
+            place: entry
+            for place, entry in enumerate(own)
+            if not entry.verdict.kept and entry.raw_json is None
+        }
+        if not wanted:
+            continue
+        for place, element in enumerate(get_source(source.format).read(source, Path(config.root))):
+            if place in wanted:
+                entry, text = wanted.pop(place), element_json(element)
+                changed = element_digest(text) != entry.digest
+                found[entry.sample_id] = CHANGED if changed else text
+            if not wanted:
+                break
+        found |= {entry.sample_id: CHANGED for entry in wanted.values()}
+    return found
