@@ -15,11 +15,18 @@ import pyarrow.parquet as pq
 from lapilli.data.config import BuildConfig
 from lapilli.data.mixture import Pool, blend
 from lapilli.data.plan import BuildPlan, check_quarantined
-from lapilli.data.record import PackedEntry, Reason, Verdict, element_digest, element_json
+from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
 from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
 from lapilli.data.sources import get_source
 
-__all__ = ["Selection", "read_bad_images", "read_token_rows", "select", "write_quarantine"]
+__all__ = [
+    "Selection",
+    "quarantine_table",
+    "read_bad_images",
+    "read_token_rows",
+    "select",
+    "write_quarantine",
+]
 
 CHANGED = '"the annotation file has changed since this build was planned"'
 
@@ -127,19 +134,25 @@ def read_token_rows(output: Path, shards: Iterable[ShardFacts]) -> Iterator[dict
             yield {**row, "token_shard": number, "token_row": place}
 
 
-def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildConfig) -> None:
-    """Write every entry that is not kept, with its reason and the record as JSON, as Parquet."""
+def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
+    """The entries that are not kept, with reason, detail and the record as JSON."""
     bad = [entry for entry in entries if not entry.verdict.kept]
-    elements = _read_again(entries, config)
     columns = {
         "source": [entry.source for entry in bad],
         "record_id": [entry.record_id for entry in bad],
         "sample_id": [entry.sample_id for entry in bad],
         "reason": [str(entry.verdict.reason) for entry in bad],
         "detail": [entry.verdict.detail for entry in bad],
-        "record": [entry.raw_json or elements[entry.sample_id] for entry in bad],
+        "record": [entry.raw_json for entry in bad],
     }
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildConfig) -> None:
+    """Write every entry that is not kept as Parquet, with what its file says of it."""
+    bad = [entry for entry in entries if not entry.verdict.kept]
+    texts = _read_again(entries, config)
+    table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
     write_atomic(path, lambda temporary: pq.write_table(table, temporary))
 
 
