@@ -61,18 +61,18 @@ def _columns(path: Path, leaves: list[str]) -> list[str]:
             f"annotations: {path} has the columns {excerpt(', '.join(sorted(names)))}; "
             f"expected one of {', '.join(LISTS)}"
         )
-    chosen = [leaf for leaf in leaves if leaf.partition(".")[0] in ("id", *LISTS)]
-    for name in names.intersection(IMAGES):
+    chosen = {leaf for leaf in leaves if leaf.partition(".")[0] in ("id", *LISTS)}
+    for name in IMAGES:
         parts = [leaf for leaf in leaves if leaf.partition(".")[0] == name]
         holds_bytes = any(leaf.endswith(".bytes") for leaf in parts)
         keys = [leaf for leaf in parts if leaf.endswith(".path")] if holds_bytes else parts
-        if not keys:
+        if parts and not keys:
             raise DataError(
                 f"annotations: {path}: column {name} holds images without a path; write them to "
                 "files, or to WebDataset tars, and name them"
             )
-        chosen += keys
-    return chosen
+        chosen.update(keys)
+    return [leaf for leaf in leaves if leaf in chosen]  # in the file's order: a digest sees it
 
 
 def _element(row: dict[str, Any]) -> dict[str, Any]:
