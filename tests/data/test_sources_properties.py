@@ -126,6 +126,7 @@ def test_no_element_is_lost_whatever_it_is(tmp_path: Path, form: str, elements: 
     for entry in found:
         assert entry.verdict.kept != bool(entry.verdict.reason)
         assert entry.sample_id.encode()
+        assert entry.verdict.detail.isprintable()
         assert json.loads(entry.raw_json) is not NotImplemented
 
 
@@ -144,7 +145,7 @@ def _captions(element: Any) -> int:
     image_map=st.dictionaries(
         st.text(max_size=2),
         st.fixed_dictionaries(
-            {"image_file": st.sampled_from(["a", "b", "c"]), "ID": st.integers(0, 3)}
+            {"image_file": st.sampled_from(["a", "b", "\ud800\n"]), "ID": st.integers(0, 3)}
         )
         | anything,
         max_size=5,
@@ -161,6 +162,7 @@ def test_no_answer_of_the_pair_is_lost(
 ) -> None:
     found = pair(tmp_path, json.dumps(image_map), json.dumps(captions))
     assert len(found) >= len(image_map)
+    assert all(entry.verdict.detail.isprintable() for entry in found)
     raw = " ".join(entry.raw_json for entry in found)
     for entry in captions.values():
         answers = entry.get("a") if isinstance(entry, dict) else None

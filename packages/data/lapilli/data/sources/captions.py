@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.draw import draw
-from lapilli.data.record import ImagePart, Reason, TextPart, Turn, Verdict
+from lapilli.data.record import ImagePart, Reason, TextPart, Turn, Verdict, excerpt
 from lapilli.data.sources.turns import Turns, split_markers
 
 __all__ = ["caption_turns", "choose", "draw_prompt", "normalise"]
@@ -33,11 +33,12 @@ def normalise(element: Any) -> Turns | Verdict:
     """`{id, image, question, answer}` to two turns, or what a reader found wrong with it."""
     fields = cast("dict[str, Any]", element) if isinstance(element, dict) else {}
     if isinstance(defect := fields.get("defect"), str):
-        return Verdict(Reason.SCHEMA, defect)
+        return Verdict(Reason.SCHEMA, excerpt(defect, 400))
     image, question, answer = (fields.get(name) for name in ("image", "question", "answer"))
     if isinstance(image, str) and isinstance(question, str) and isinstance(answer, str):
         return caption_turns(question, answer, 1), (image,)
-    return Verdict(Reason.SCHEMA, f"expected an image with captions, found {_shape(element)}")
+    detail = f"expected an image with captions, found {_shape(element)}"
+    return Verdict(Reason.SCHEMA, excerpt(detail, 400))
 
 
 def caption_turns(question: str, answer: str, images: int) -> tuple[Turn, ...]:
