@@ -29,6 +29,8 @@ def image_keys(fields: Mapping[str, Any]) -> tuple[str, ...] | Verdict:
 
 def split_markers(text: str, first: int) -> tuple[Part, ...]:
     """Text with `<image>` markers to parts; the images are numbered from `first`."""
+    if IMAGE_MARKER not in text:
+        return (TextPart(text),) if text else ()
     parts: list[Part] = []
     for number, piece in enumerate(text.split(IMAGE_MARKER)):
         if number:
