@@ -184,6 +184,7 @@ def test_the_folder_of_another_machine_is_taken_off(tmp_path: Path) -> None:
     ]
 
 
+@settings(deadline=None)
 @given(
     turns=st.lists(
         st.tuples(

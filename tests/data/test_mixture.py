@@ -99,6 +99,7 @@ def test_counts_are_exact_and_the_others_whole() -> None:
     assert used(mixed(counts={"big": 17, "small": 500})) == {"big": 17, "mid": 700, "small": 500}
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=3, max_size=3),
     total=st.integers(1, 20_000) | st.none(),
@@ -127,7 +128,7 @@ def _whole(weights: list[float], total: int | None) -> int:
     return total or int(min(size / (weight / sum(weights)) for size, weight in sizes))
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(
     weights=st.lists(st.floats(0.05, 20), min_size=3, max_size=3),
     image_tokens=st.sampled_from([0, 7]),
@@ -203,6 +204,7 @@ def test_a_records_lot_does_not_hang_on_its_place() -> None:
 # ---- held out ----------------------------------------------------------------------------------
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     images=st.lists(
         st.lists(st.sampled_from("abcdefghijklmnop"), max_size=3), min_size=2, max_size=40
