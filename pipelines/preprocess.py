@@ -7,6 +7,7 @@ python -m pipelines.preprocess --config pipelines/recipes/llava15/finetune_data.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lapilli.data.build import BuildReport, build
 from lapilli.data.config import BuildConfig
@@ -16,7 +17,7 @@ from pipelines.command import parse, progress_bar, run, say
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan, build and tell what came of it."""
-    say(f"reading {', '.join(source.annotations for source in config.sources)}")
+    say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     plan = plan_build(config)
     tell_plan(plan)
     with progress_bar() as bar:
@@ -44,9 +45,22 @@ def tell_report(report: BuildReport) -> None:
         + (f" ({reasons})" if reasons else "")
         + (f"; repaired: {repairs}" if repairs else "")
     )
+    if report.manifest.mixture["records"] != counts["kept"]:
+        tell_blend(report.manifest.mixture)
     say(
         f"{report.shards_built} shards built, {report.shards_reused} reused, {report.seconds:.1f} s"
     )
+
+
+def tell_blend(mixture: dict[str, Any]) -> None:
+    """What an epoch consists of, where that is not simply every record kept."""
+    held_out = f", {mixture['held_out']} held out" if mixture["held_out"] else ""
+    say(f"an epoch: {mixture['records']} records, {mixture['tokens']} tokens{held_out}")
+    for name, facts in mixture["sources"].items():
+        say(
+            f"  {name}: {facts['share']:.2%} of the {mixture['unit']}, {facts['records']} records "
+            f"({facts['epochs']:.2f} epochs of {facts['kept'] - facts['held_out']})"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

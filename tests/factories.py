@@ -327,7 +327,7 @@ def make_tokenizer(folder: Path, *, vocab_size: int = 320) -> Path:
     return folder
 
 
-def build_config(mixture: Mixture, output: Path, tokenizer: Path, **changes: Any) -> BuildConfig:
+def build_config(mixture: Mixture, output: Path, tokenizer: Path, /, **changes: Any) -> BuildConfig:
     """Settings with two small views (`pad32`, `crop24`) and shards small enough to be several."""
     config = BuildConfig(
         root=str(mixture.root),
@@ -346,6 +346,8 @@ def build_config(mixture: Mixture, output: Path, tokenizer: Path, **changes: Any
     return replace(config, **changes)
 
 
-def build_dataset(mixture: Mixture, output: Path, tokenizer: Path, **changes: Any) -> BuildReport:
+def build_dataset(
+    mixture: Mixture, output: Path, tokenizer: Path, /, **changes: Any
+) -> BuildReport:
     """Plan and build in this process, without Ray; `changes` are fields of `BuildConfig`."""
     return build(plan_build(build_config(mixture, output, tokenizer, **changes)), runner=run_here)

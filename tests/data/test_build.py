@@ -113,6 +113,22 @@ def test_the_quarantine_holds_the_records(mixture: Mixture, config: BuildConfig)
         assert row["detail"]
 
 
+def test_an_element_that_has_changed_since_is_not_taken_for_the_record(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    """What is found while decoding is read again; by then the file may be another."""
+    mixture = make_mixture(tmp_path / "root", images=2, defects=True)
+    config = build_config(mixture, tmp_path / "out", tokenizer)
+    plan = plan_build(config)
+    path = mixture.root / "mixture.json"
+    changed = path.read_text().replace('"image html"', '"another"')
+    path.write_text(changed)
+    build(plan, runner=run_here)
+    rows = {row["sample_id"]: row["record"] for row in quarantined(Path(config.output))}
+    assert "has changed since" in rows["made_up/image html"]
+    assert json.loads(rows["made_up/image bomb"])["id"] == "image bomb"
+
+
 def test_the_counts_are_those_of_the_files(
     mixture: Mixture, config: BuildConfig, report: BuildReport
 ) -> None:

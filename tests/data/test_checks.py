@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lapilli.data.checks import check_record, read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, excerpt
+from tests.factories import conversation
 
 LETTERS = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -168,3 +169,50 @@ def test_an_excerpt_is_one_printable_line(text: str) -> None:
     shown.encode()  # raises for a lone surrogate
     if len(text) <= 20 and text.isprintable():
         assert shown == text
+
+
+def test_the_folder_of_another_machine_is_taken_off(tmp_path: Path) -> None:
+    keys = ["/home/u/data/coco/1.jpg", "/home/v/1.jpg", "coco/1.jpg"]
+    elements = [conversation(n, key) for n, key in enumerate(keys)]
+    (tmp_path / "a.json").write_text(json.dumps(elements))
+    config = SourceConfig("src", "a.json", path_prefix="/home/u/data")
+    found = [entry.record for entry in read_entries(config, tmp_path)]
+    assert [record.images for record in found if record] == [
+        ("coco/1.jpg",),
+        ("/home/v/1.jpg",),
+        ("coco/1.jpg",),
+    ]
+
+
+@settings(deadline=None)
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.sampled_from(["system", "user", "assistant"]),
+            st.lists(st.text() | st.integers(0, 2**40) | st.just("\ud800"), max_size=4),
+        ),
+        max_size=5,
+    ),
+    images=st.lists(st.text(), max_size=3),
+    names=st.tuples(st.text(), st.text(), st.text()),
+)
+def test_a_packed_entry_has_its_record(
+    turns: list[tuple[Any, list[Any]]], images: list[str], names: tuple[str, str, str]
+) -> None:
+    made = tuple(
+        Turn(role, tuple(TextPart(p) if isinstance(p, str) else ImagePart(p) for p in parts))
+        for role, parts in turns
+    )
+    record = Record(*names, made, tuple(images))
+    entry = Entry("s", "r", "s/r", {"a": 1}, record)
+    packed = entry.pack()
+    assert packed.record == record
+    assert packed.raw_json is None  # it is kept: its element stays in its file
+    assert packed.digest != Entry("s", "r", "s/r", {"a": 2}, record).pack().digest
+
+
+def test_a_packed_entry_that_is_not_kept_has_its_element(tmp_path: Path) -> None:
+    (entry,) = entries(tmp_path, [{"id": "a", "conversations": []}])
+    packed = entry.pack()
+    assert packed.raw_json == entry.raw_json
+    assert packed.verdict == entry.verdict

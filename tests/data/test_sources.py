@@ -1,4 +1,4 @@
-"""LLaVA's files: every element as `json` itself reads it, or one line that says what is wrong."""
+"""JSON files: every element as `json` itself reads it, or one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Reason, TextPart, Turn, Verdict
-from lapilli.data.sources import SOURCES, Source, get_source, llava
+from lapilli.data.sources import SOURCES, Source, get_source, json_stream, llava
+from lapilli.data.sources.turns import split_markers
 
-OURS = Source(llava.read, llava.normalise)
+OURS = Source(json_stream.read, llava.normalise)
 
 
 def read(tmp_path: Path, content: bytes) -> list[Any]:
     path = tmp_path / "file.json"
     path.write_bytes(content)
-    return list(llava.read(path))
+    return list(json_stream.read_json(path))
 
 
 def refused(tmp_path: Path, content: bytes) -> str:
@@ -68,7 +69,7 @@ def test_an_array_is_read_as_json_reads_it(
     except UnicodeEncodeError:  # a lone surrogate can only be spelt as an escape
         content = json.dumps(elements, indent=indent).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llava, "WINDOW", window)
+        patch.setattr(json_stream, "WINDOW", window)
         assert read(tmp_path, content) == json.loads(content)
 
 
@@ -86,7 +87,7 @@ def test_a_truncated_array_is_refused(
     content = json.dumps(elements).encode()
     content = content[: max(1, int(cut * len(content)))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llava, "WINDOW", window)
+        patch.setattr(json_stream, "WINDOW", window)
         assert "no valid JSON after" in refused(tmp_path, content)
 
 
@@ -118,7 +119,9 @@ def test_an_empty_array_has_no_element(tmp_path: Path) -> None:
     [
         (b"", "is empty; download"),
         (b" \n\t ", "is empty; download"),
-        (b"<!DOCTYPE html><html>", "web page: download the raw file"),
+        (b"<!DOCTYPE html><html>", "web page: download the raw file (/resolve/ in its address"),
+        (b" \n<html>", "web page: download the raw file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "with `git lfs pull`"),
         (b"id,image\n1,a.jpg", "starts with 'i'; expected a JSON array or JSON lines"),
         (b"PK\x03\x04", "starts with 'P'"),
         (b'{\n "data": []\n}', "line 1 is no valid JSON"),
@@ -140,19 +143,19 @@ def test_what_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_a_broken_first_record_does_not_draw_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llava, "WINDOW", 10)
-    monkeypatch.setattr(llava, "LONGEST", 100)
+    monkeypatch.setattr(json_stream, "WINDOW", 10)
+    monkeypatch.setattr(json_stream, "LONGEST", 100)
     file = io.StringIO('["never closed' + "x" * 100_000)
     with pytest.raises(ValueError, match="Unterminated"):
-        list(llava._array_elements(file))  # pyright: ignore[reportPrivateUsage]
+        list(json_stream._array_elements(file))  # pyright: ignore[reportPrivateUsage]
     assert file.tell() < 1000
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.json: No such file .*check --root"):
-        list(llava.read(tmp_path / "nowhere.json"))
+        list(json_stream.read_json(tmp_path / "nowhere.json"))
     with pytest.raises(DataError, match=r"Is a directory; check --root"):
-        list(llava.read(tmp_path))
+        list(json_stream.read_json(tmp_path))
 
 
 # ---- one element -------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def test_markers_are_places_in_questions_and_text_in_answers() -> None:
 
 @given(st.lists(st.sampled_from(["<image>", "a", "\n", "<ima", "ge>"]), max_size=8).map("".join))
 def test_the_parts_of_a_question_are_its_text(text: str) -> None:
-    parts = llava.split_markers(text, 5)
+    parts = split_markers(text, 5)
     spelt = "".join(part.text if isinstance(part, TextPart) else "<image>" for part in parts)
     assert spelt == text
     places = [part.index for part in parts if isinstance(part, ImagePart)]
@@ -233,7 +236,7 @@ def test_readers_are_found_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lava", "format: 'lava' is unknown; expected one of llava, or package.module:name"),
+        ("lava", "format: 'lava' is unknown; expected one of ai_challenger, .*llava.*, or package"),
         ("", "is unknown"),
         ("json:", "is unknown"),
         (":loads", "is unknown"),

@@ -2,7 +2,7 @@
 
 from lapilli.data.build import BuildReport, build
 from lapilli.data.collate import Batch, BatchShape, collate, length_buckets
-from lapilli.data.config import BuildConfig, SourceConfig
+from lapilli.data.config import BuildConfig, MixtureConfig, SourceConfig
 from lapilli.data.dataset import Dataset, Sample, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec, prepare
@@ -27,6 +27,7 @@ __all__ = [
     "ImagePart",
     "ImageSpec",
     "Manifest",
+    "MixtureConfig",
     "Part",
     "Reason",
     "Record",

@@ -26,7 +26,7 @@ from lapilli.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from lapilli.data.plan import BuildPlan, ImageTask, Task, check_quarantined
+from lapilli.data.plan import BuildPlan, ImageTask, Task
 from lapilli.data.selection import read_bad_images, read_token_rows, select, write_quarantine
 from lapilli.data.shards import (
     SELECTION_SCHEMA,
@@ -211,8 +211,7 @@ def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Mani
     views = _view_facts(plan, facts)
     images = [shard for view in views.values() for shard in view.shards]
     selection = select(plan, read_token_rows(output, tokens), read_bad_images(output, images))
-    check_quarantined(selection.entries, plan.config.max_quarantined)
-    write_quarantine(output / "quarantine.parquet", selection.entries)
+    write_quarantine(output / "quarantine.parquet", selection.entries, plan.config)
     selected = write_shard(output, "selection.arrow", selection.columns, SELECTION_SCHEMA)
     load_tokenizer(plan.config.tokenizer).save_pretrained(str(output / TOKENIZER))
     write_json(output / CONFIG, asdict(plan.config))
@@ -229,6 +228,7 @@ def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Mani
         template=plan.template.name,
         image_token=IMAGE_TOKEN_INDEX,
         counts=counts,
+        mixture=selection.mixture,
         tokens=tokens,
         views=views,
         selection=selected,

@@ -62,19 +62,29 @@ def read_entries(config: SourceConfig, root: Path) -> Iterator[Entry]:
     """Every element of a source as an entry, in file order, none left out."""
     source = get_source(config.format)
     seen: Counter[str] = Counter()
-    for place, element in enumerate(source.read(root / config.annotations)):
-        yield _entry(config.name, source, element, place, seen)
+    for place, element in enumerate(source.read(config, root)):
+        yield _entry(config, source, element, place, seen)
 
 
-def _entry(name: str, source: Source, element: Any, place: int, seen: Counter[str]) -> Entry:
+def _entry(
+    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str]
+) -> Entry:
+    name = config.name
     record_id = _record_id(element, place)
     sample_id = f"{name}/{_unique(record_id, seen)}"
     normalised = source.normalise(element)
     if isinstance(normalised, Verdict):
         return Entry(name, record_id, sample_id, element, None, normalised)
     turns, images = normalised
+    if config.path_prefix:
+        images = tuple(_below(config.path_prefix, key) for key in images)
     record = Record(record_id, sample_id, name, turns, images)
     return Entry(name, record_id, sample_id, element, record, check_record(record))
+
+
+def _below(prefix: str, key: str) -> str:
+    """A key without the folder it began with where the file was written."""
+    return key.removeprefix(prefix).lstrip("/") if key.startswith(prefix) else key
 
 
 def _unique(record_id: str, seen: Counter[str]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 
-__all__ = ["BuildConfig", "SourceConfig"]
+__all__ = ["BuildConfig", "MixtureConfig", "SourceConfig"]
 
 # Names become folders, and sample ids are split at their first slash.
 NAME = re.compile(r"\w[\w.+-]*")
@@ -16,25 +17,112 @@ NAME = re.compile(r"\w[\w.+-]*")
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One annotation file and where its images are.
+    """Annotation files of one format and where their images are.
 
     Attributes:
         name: The source's name in every report, and the first half of its sample ids.
-        annotations: Annotation file, relative to the root.
+        annotations: Annotation file, a glob, or a list of these, relative to the root.
         images: Folder of the images, relative to the root; the keys of the file start there.
         format: Name of a reader in `lapilli.data.sources.SOURCES`, or `package.module:name`.
         aliases: Folder names spelt otherwise in the file than on disk (`{text_vqa: textvqa}`).
+        captions: Of an image's captions `all`, a record each, or `one`, drawn by `seed`.
+        prompts: Questions for captions that have none, one drawn by `seed` for each record;
+            `<image>` is the image's place, at the front where it is left out.
+        seed: Draws captions and prompts; another epoch's choice is another seed.
+        path_prefix: Where the paths in the file begin on the machine that wrote it; taken off.
     """
 
     name: str
-    annotations: str
+    annotations: str | list[str]
     images: str = "."
     format: str = "llava"
     aliases: dict[str, str] = field(default_factory=dict[str, str])
+    captions: Literal["all", "one"] = "all"
+    prompts: list[str] = field(default_factory=list[str])
+    seed: int = 0
+    path_prefix: str = ""
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         _check_name("sources.name", self.name)
+        if not self.patterns or not all(self.patterns):
+            raise DataError(
+                f"sources.annotations: {self.annotations!r} of source {self.name}; expected a "
+                "file, a glob or a list of these, relative to the root"
+            )
+
+    @property
+    def patterns(self) -> list[str]:
+        """`annotations` as a list."""
+        return [self.annotations] if isinstance(self.annotations, str) else self.annotations
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How the sources are blended; without any of it they stand one after the other, whole.
+
+    Attributes:
+        unit: What weights, counts and total are counted in, `records` or `tokens`.
+        image_tokens: Tokens an image counts for in `tokens`, e.g. 576 for CLIP-L/14 at 336 px.
+        weights: Proportion of the blend by source, for every source; they need not add up to 1.
+        total: Size of a blend by weights; left out, the largest that keeps to `epochs`.
+        counts: Exact size by source; a source without one stands whole, `epochs` times.
+        epochs: How often a source stands in the blend, by source, 1 where it is left out; below 1
+            is a part of it. With `weights`, the most it may.
+        held_out: Records kept apart from training, drawn by image: all records of an image are
+            on one side. A share below 1, or a number.
+        seed: Draws what is held out and what a part consists of.
+    """
+
+    unit: Literal["records", "tokens"] = "records"
+    image_tokens: int = 0
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+    total: int | None = None
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    epochs: dict[str, float] = field(default_factory=dict[str, float])
+    held_out: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for name in ("weights", "counts", "epochs"):
+            bad = {source: much for source, much in getattr(self, name).items() if not much >= 0}
+            if bad:
+                raise DataError(f"mixture.{name}: {bad}; expected 0 or more")
+        if self.weights and self.counts:
+            raise DataError("mixture: weights and counts are both given; expected one of them")
+        if self.weights and not 0 < sum(self.weights.values()) < float("inf"):
+            raise DataError(f"mixture.weights: {self.weights}; expected one above 0, none infinite")
+        if self.total is not None and (self.total < 1 or not self.weights):
+            raise DataError(
+                f"mixture.total: {self.total}; expected 1 or more, and the weights it is divided by"
+            )
+        if self.image_tokens < 0:
+            raise DataError(f"mixture.image_tokens: {self.image_tokens}; expected 0 or more")
+        if not 0 <= self.held_out < float("inf") or (self.held_out >= 1 and self.held_out % 1):
+            raise DataError(
+                f"mixture.held_out: {self.held_out}; expected a share below 1, e.g. 0.01, or a "
+                "number of records, e.g. 5000"
+            )
+
+    def check_names(self, sources: list[str]) -> None:
+        """Every name is a source's, and with weights every source has one.
+
+        Raises:
+            DataError: Names the first that is not.
+        """
+        for field_name in ("weights", "counts", "epochs"):
+            for name in getattr(self, field_name):
+                if name not in sources:
+                    raise DataError(
+                        f"mixture.{field_name}: {name!r} is no source; expected of "
+                        f"{', '.join(sources)}"
+                    )
+        missing = [name for name in sources if self.weights and name not in self.weights]
+        if missing:
+            raise DataError(
+                f"mixture.weights: source {missing[0]} has none; give it one, 0 to leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,6 +136,7 @@ class BuildConfig:
         tokenizer: Hub name or folder of a tokenizer.
         template: Name of a conversation template, or a YAML file with one.
         views: How images are made square, by name; a tower reads one of them.
+        mixture: How the sources are blended and what is held out.
         max_quarantined: Largest share of records that may be quarantined, 0 to 1. Decides no byte.
         records_per_shard: Records in a token shard.
         shard_bytes: Largest size of an image shard's pixels, in bytes.
@@ -60,6 +149,7 @@ class BuildConfig:
     tokenizer: str
     template: str
     views: dict[str, ImageSpec]
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     max_quarantined: float = 0.01
     records_per_shard: int = 8192
     shard_bytes: int = 64 * 2**20
@@ -73,6 +163,7 @@ class BuildConfig:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise DataError(f"sources: name {repeated[0]!r} is used twice; give each its own")
+        self.mixture.check_names(names)
         if not self.views:
             raise DataError("views: empty; expected at least one, e.g. clip336: {size: 336, ...}")
         for view in self.views:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
+from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.shards import ShardFacts, open_table
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Dataset:
         manifest: Its facts.
         view: Name of the view.
         image_tokens: Tokens an image takes in the sequence.
-        rows: Rows of the selection that fit; sample i is row `rows[i]`.
+        rows: Rows of the selection that fit, as often as the mixture says; sample i is row
+            `rows[i]`.
         lengths: int64 [len], tokens of a sample with its images' tokens.
         num_trained: int64 [len], tokens that the loss counts.
         num_images: int64 [len].
@@ -156,7 +158,12 @@ def _numbers(column: pa.ChunkedArray, row: int) -> NDArray[np.int32]:
 
 
 def open_dataset(
-    path: str | Path, *, view: str, image_tokens: int, max_length: int | None = None
+    path: str | Path,
+    *,
+    view: str,
+    image_tokens: int,
+    max_length: int | None = None,
+    split: str = TRAIN,
 ) -> Dataset:
     """Open a dataset for a tower.
 
@@ -165,9 +172,11 @@ def open_dataset(
         view: Name of the view the tower reads.
         image_tokens: Tokens an image takes in the sequence, e.g. 576 for CLIP-L/14 at 336 px.
         max_length: Longest sequence, in tokens; a longer sample is left out and counted.
+        split: `train` or `held_out`.
 
     Raises:
-        DataError: No dataset, no such view, nothing short enough, or a file that is missing or cut.
+        DataError: No dataset, no such view or split, nothing short enough, or a file that is
+            missing or cut.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -183,20 +192,34 @@ def open_dataset(
     slots = table["image_slots"].combine_chunks()
     images = np.diff(slots.offsets.to_numpy())
     lengths = _column(table, "text_length") + images * image_tokens
-    fits = lengths <= (np.iinfo(np.int64).max if max_length is None else max_length)
+    rows = _rows_of(table, split, path)
+    fits = lengths[rows] <= (np.iinfo(np.int64).max if max_length is None else max_length)
     if not fits.any():
         raise DataError(
-            f"max_length: {max_length} tokens; the shortest of {len(lengths)} samples in {path} "
-            f"has {lengths.min()}; raise it"
+            f"max_length: {max_length} tokens; the shortest of {len(rows)} samples in {path} "
+            f"has {lengths[rows].min()}; raise it"
         )
+    kept = rows[fits]
     return Dataset(
         path, manifest, view, image_tokens,
-        rows=np.flatnonzero(fits),
-        lengths=lengths[fits],
-        num_trained=_column(table, "num_trained")[fits],
-        num_images=images[fits].astype(np.int64),
+        rows=kept,
+        lengths=lengths[kept],
+        num_trained=_column(table, "num_trained")[kept],
+        num_images=images[kept].astype(np.int64),
         too_long=int((~fits).sum()),
     )  # fmt: skip
+
+
+def _rows_of(table: pa.Table, split: str, path: Path) -> NDArray[np.int64]:
+    """The rows of an epoch of a split, in the order of the selection."""
+    if split not in (TRAIN, HELD_OUT):
+        raise DataError(f"split: {split!r}; expected {TRAIN} or {HELD_OUT}")
+    chosen = table["split"].to_numpy() == split
+    if not chosen.any():
+        raise DataError(
+            f"split: {path} holds nothing out; set `mixture.held_out` and preprocess again"
+        )
+    return np.repeat(np.arange(len(table)), np.where(chosen, _column(table, "repeats"), 0))
 
 
 def _column(table: pa.Table, name: str) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 PLAN = "plan.json"  # written first: whose build a folder is, finished or not
 
@@ -54,6 +54,8 @@ class Manifest:
         image_token: The placeholder in `input_ids`.
         counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
             distinct `images`; keys mended, by kind (`repairs`).
+        mixture: The blend as it came out: by source `kept`, `held_out`, distinct records `used`,
+            `records` and `tokens` of an epoch, `epochs`, and its true `share`.
         tokens: The token shards.
         views: The views by name.
         selection: Facts of `selection.arrow`.
@@ -67,6 +69,7 @@ class Manifest:
     template: str
     image_token: int
     counts: dict[str, Any]
+    mixture: dict[str, Any]
     tokens: list[ShardFacts]
     views: dict[str, ViewFacts]
     selection: ShardFacts

@@ -10,6 +10,7 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -19,8 +20,9 @@ from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
+from lapilli.data.mixture import check_sources
 from lapilli.data.mounts import FolderMount, Located
-from lapilli.data.record import Entry, Record, Verdict, excerpt
+from lapilli.data.record import Entry, PackedEntry, Record, Verdict, excerpt, unpack
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import TokenizerFacts, load_tokenizer, tokenizer_facts
 
@@ -70,11 +72,16 @@ class TokenTask:
 
     name: str
     writer: str
-    records: tuple[Record, ...]
+    packed: tuple[bytes, ...]
     image_ids: tuple[tuple[str, ...], ...]
     tokenizer: str
     fingerprint: str
     template: Template
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """The records, made where they are needed."""
+        return tuple(map(unpack, self.packed))
 
 
 Task: TypeAlias = ImageTask | TokenTask
@@ -98,7 +105,7 @@ class BuildPlan:
     """
 
     config: BuildConfig
-    entries: list[Entry]
+    entries: list[PackedEntry]
     image_ids: list[str]
     slots: dict[str, int]
     entry_images: list[tuple[str, ...]]
@@ -134,16 +141,16 @@ class BuildPlan:
     def token_tasks(self) -> list[TokenTask]:
         """The token shards; an entry quarantined before decoding is in none."""
         kept = [
-            (entry.record, images)
+            (entry.packed, images)
             for entry, images in zip(self.entries, self.entry_images, strict=True)
-            if entry.verdict.kept and entry.record is not None
+            if entry.verdict.kept and entry.packed is not None
         ]
         folder = f"tokens/{digest([self.tokenizer.fingerprint, asdict(self.template)])[:12]}"
         return [
             TokenTask(
                 f"{folder}/{number:05d}.arrow",
                 self.digests["writer"],
-                tuple(record for record, _ in rows),
+                tuple(packed for packed, _ in rows),
                 tuple(images for _, images in rows),
                 self.config.tokenizer,
                 self.tokenizer.fingerprint,
@@ -175,7 +182,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     template = get_template(config.template)
     tokenizer = tokenizer_facts(load_tokenizer(config.tokenizer))
     codecs = {view: resolve_codecs(spec.resizer) for view, spec in config.views.items()}
-    entries: list[Entry] = []
+    entries: list[PackedEntry] = []
     entry_images: list[tuple[str, ...]] = []
     located: dict[str, Located] = {}
     repairs: Counter[str] = Counter()
@@ -183,10 +190,11 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         mount = FolderMount(root, source.images, source.aliases)
         for entry in _entries_of(source, root):
             checked, images = _locate_all(entry, mount, located)
-            entries.append(checked)
+            entries.append(checked.pack())
             entry_images.append(images)
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
+    check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     digests = _digests(config, entries, located, tokenizer, template, codecs)
     return BuildPlan(
         config, entries, list(located), {image_id: i for i, image_id in enumerate(located)},
@@ -207,8 +215,8 @@ def _entries_of(source: SourceConfig, root: Path) -> Iterable[Entry]:
         yield entry
     if empty:
         raise DataError(
-            f"annotations: {root / source.annotations} holds no record, expected at least one; "
-            f"check the file or take source {source.name} out of the recipe"
+            f"annotations: {root}: {', '.join(source.patterns)} holds no record, expected at least "
+            f"one; check the file or take source {source.name} out of the recipe"
         )
 
 
@@ -229,7 +237,7 @@ def _locate_all(
     return entry, tuple(place.image_id for place in found)
 
 
-def check_quarantined(entries: Sequence[Entry], most: float) -> None:
+def check_quarantined(entries: Sequence[Entry | PackedEntry], most: float) -> None:
     """Stop a build that goes wrong.
 
     Raises:
@@ -242,7 +250,7 @@ def check_quarantined(entries: Sequence[Entry], most: float) -> None:
         raise quarantine_error(bad, len(entries), f"over max_quarantined {most:g}")
 
 
-def quarantine_error(bad: Sequence[Entry], total: int, why: str) -> DataError:
+def quarantine_error(bad: Sequence[Entry | PackedEntry], total: int, why: str) -> DataError:
     """One line with the counts by reason and the first record of the commonest."""
     reasons = Counter(str(entry.verdict.reason) for entry in bad).most_common()
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons)
@@ -256,7 +264,7 @@ def quarantine_error(bad: Sequence[Entry], total: int, why: str) -> DataError:
 
 def _digests(
     config: BuildConfig,
-    entries: Iterable[Entry],
+    entries: Iterable[PackedEntry],
     located: dict[str, Located],
     tokenizer: TokenizerFacts,
     template: Template,
@@ -272,13 +280,13 @@ def _digests(
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
+        "mixture": digest(asdict(config.mixture)),
         "images": digest([[i.image_id, i.size, i.mtime_ns] for i in located.values()]),
     }
-    # Record by record: the text of a whole source would take a gigabyte twice.
     hashes = {
         source.name: hashlib.sha256(digest(asdict(source)).encode()) for source in config.sources
     }
     for entry in entries:
-        line = f"{entry.sample_id}\t{entry.verdict.reason}\t{entry.raw_json}\n"
+        line = f"{entry.sample_id}\t{entry.verdict.reason}\t{entry.digest.hex()}\n"
         hashes[entry.source].update(line.encode())
     return digests | {f"source {name}": found.hexdigest() for name, found in hashes.items()}

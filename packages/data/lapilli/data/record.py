@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import marshal
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
@@ -10,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 __all__ = [
     "Entry",
     "ImagePart",
+    "PackedEntry",
     "Part",
     "Reason",
     "Record",
@@ -17,8 +20,11 @@ __all__ = [
     "TextPart",
     "Turn",
     "Verdict",
+    "element_digest",
+    "element_json",
     "excerpt",
     "is_unicode",
+    "unpack",
 ]
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -51,6 +57,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The text parts joined, images left out."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], TextPart):
+            return self.parts[0].text  # most turns; checking 665K records asks for it often
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
@@ -117,10 +125,79 @@ class Entry:
     @property
     def raw_json(self) -> str:
         """`raw` as JSON text in ASCII."""
-        try:
-            return json.dumps(self.raw)
-        except RecursionError:
-            return json.dumps("an element nested too deeply to be written")
+        return element_json(self.raw)
+
+    def pack(self) -> PackedEntry:
+        """The entry as a plan holds it."""
+        text = self.raw_json
+        return PackedEntry(
+            self.source,
+            self.record_id,
+            self.sample_id,
+            element_digest(text),
+            None if self.record is None else _pack(self.record),
+            None if self.verdict.kept else text,
+            self.verdict,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedEntry:
+    """An entry as a plan holds it, all of a dataset's at once: 1.3 GB for 1 GB of JSON, not 4.5.
+
+    The record is packed. The element of a kept entry is left in its file (`raw_json` is None) and
+    read again if decoding finds something wrong; `digest` tells whether it is still the same.
+    """
+
+    source: str
+    record_id: str
+    sample_id: str
+    digest: bytes
+    packed: bytes | None
+    raw_json: str | None
+    verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def record(self) -> Record | None:
+        """The record, made anew at each call."""
+        return None if self.packed is None else unpack(self.packed)
+
+
+def element_json(element: Any) -> str:
+    """An element as JSON text in ASCII."""
+    try:
+        return json.dumps(element, default=str)  # Parquet has dates and bytes
+    except RecursionError:
+        return json.dumps("an element nested too deeply to be written")
+
+
+def element_digest(text: str) -> bytes:
+    """What tells one element's JSON text from another's, in 16 bytes."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _pack(record: Record) -> bytes:
+    # marshal packs and unpacks one in 3 us, json in 15; it stays inside one build's processes.
+    turns = tuple(
+        (turn.role, tuple(p.text if isinstance(p, TextPart) else p.index for p in turn.parts))
+        for turn in record.turns
+    )
+    return marshal.dumps((record.record_id, record.sample_id, record.source, turns, record.images))
+
+
+def unpack(packed: bytes) -> Record:
+    """The record that `Entry.pack` has packed."""
+    record_id, sample_id, source, turns, images = marshal.loads(packed)
+    return Record(
+        record_id,
+        sample_id,
+        source,
+        tuple(
+            Turn(role, tuple(TextPart(p) if isinstance(p, str) else ImagePart(p) for p in parts))
+            for role, parts in turns
+        ),
+        images,
+    )
 
 
 def is_unicode(text: str) -> bool:

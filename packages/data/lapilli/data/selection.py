@@ -12,11 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.plan import BuildPlan
-from lapilli.data.record import Entry, Reason, Verdict
+from lapilli.data.config import BuildConfig
+from lapilli.data.mixture import Pool, blend
+from lapilli.data.plan import BuildPlan, check_quarantined
+from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
 from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
+from lapilli.data.sources import get_source
 
-__all__ = ["Selection", "read_bad_images", "read_token_rows", "select", "write_quarantine"]
+__all__ = [
+    "Selection",
+    "quarantine_table",
+    "read_bad_images",
+    "read_token_rows",
+    "select",
+    "write_quarantine",
+]
+
+CHANGED = '"the annotation file has changed since this build was planned"'
 
 
 @dataclass(frozen=True)
@@ -26,10 +38,12 @@ class Selection:
     Attributes:
         entries: All of them with their final verdicts, in the plan's order.
         columns: The columns of `selection.arrow`, one row a kept entry.
+        mixture: The blend's facts.
     """
 
-    entries: list[Entry]
+    entries: list[PackedEntry]
     columns: dict[str, list[Any]]
+    mixture: dict[str, Any]
 
     def counts(self) -> dict[str, Any]:
         """Records read, kept and quarantined; by reason and by source."""
@@ -52,9 +66,13 @@ def select(
         plan: The plan; it is not changed.
         token_rows: The rows of the token shards in order: one for each entry the plan keeps.
         bad_images: Verdict by image id, for the images that some view could not use.
+
+    Raises:
+        DataError: More is quarantined than the settings allow, or the mixture cannot be made.
     """
-    entries: list[Entry] = []
+    entries: list[PackedEntry] = []
     columns: dict[str, list[Any]] = {field.name: [] for field in SELECTION_SCHEMA}
+    kept: list[tuple[str, tuple[str, ...]]] = []
     rows = iter(token_rows)
     for entry, images in zip(plan.entries, plan.entry_images, strict=True):
         if not entry.verdict.kept:
@@ -66,10 +84,20 @@ def select(
         verdict = _late_verdict(row, images, bad_images)
         entries.append(entry if verdict.kept else replace(entry, verdict=verdict))
         if verdict.kept:
-            selected = {**row, "image_slots": [plan.slots[image_id] for image_id in images]}
-            for name, column in columns.items():
-                column.append(selected[name])
-    return Selection(entries, columns)
+            kept.append((entry.source, images))
+            columns["image_slots"].append([plan.slots[image_id] for image_id in images])
+            for name, value in row.items():
+                columns[name].append(value)
+    check_quarantined(entries, plan.config.max_quarantined)
+    pool = Pool(
+        columns["sample_id"],
+        [source for source, _ in kept],
+        [images for _, images in kept],
+        np.array(columns["text_length"], np.int64),
+    )
+    found = blend(pool, plan.config.mixture, [source.name for source in plan.config.sources])
+    columns |= {"split": found.splits, "repeats": found.repeats.tolist()}
+    return Selection(entries, columns, found.facts)
 
 
 def _late_verdict(
@@ -106,8 +134,8 @@ def read_token_rows(output: Path, shards: Iterable[ShardFacts]) -> Iterator[dict
             yield {**row, "token_shard": number, "token_row": place}
 
 
-def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
-    """Write every entry that is not kept, with its reason and the record as JSON, as Parquet."""
+def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
+    """The entries that are not kept, with reason, detail and the record as JSON."""
     bad = [entry for entry in entries if not entry.verdict.kept]
     columns = {
         "source": [entry.source for entry in bad],
@@ -117,5 +145,38 @@ def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
         "detail": [entry.verdict.detail for entry in bad],
         "record": [entry.raw_json for entry in bad],
     }
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildConfig) -> None:
+    """Write every entry that is not kept as Parquet, with what its file says of it."""
+    bad = [entry for entry in entries if not entry.verdict.kept]
+    texts = _read_again(entries, config)
+    table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
     write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:
+    """The elements, by sample id, of the entries that were kept until pixels or tokens were seen.
+
+    A source has an entry for each of its elements, in order.
+    """
+    found: dict[str, str] = {}
+    for source in config.sources:
+        own = [entry for entry in entries if entry.source == source.name]
+        wanted = {
+            place: entry
+            for place, entry in enumerate(own)
+            if not entry.verdict.kept and entry.raw_json is None
+        }
+        if not wanted:
+            continue
+        for place, element in enumerate(get_source(source.format).read(source, Path(config.root))):
+            if place in wanted:
+                entry, text = wanted.pop(place), element_json(element)
+                changed = element_digest(text) != entry.digest
+                found[entry.sample_id] = CHANGED if changed else text
+            if not wanted:
+                break
+        found |= {entry.sample_id: CHANGED for entry in wanted.values()}
+    return found

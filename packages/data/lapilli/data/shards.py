@@ -70,6 +70,8 @@ SELECTION_SCHEMA = pa.schema(
         ("text_length", pa.int32()),
         ("num_trained", pa.int32()),
         ("llava_length", pa.int32()),
+        ("split", pa.string()),  # "train" or "held_out"
+        ("repeats", pa.int32()),  # how often the row stands in an epoch of its split
     ]
 )
 

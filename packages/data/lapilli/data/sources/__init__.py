@@ -1,7 +1,7 @@
 """Readers of annotation files, one format a module; `SOURCES` names them.
 
-A reader is `read(path) -> Iterator[element]`; `normalise(element)` makes turns of one element. A
-reader of one's own is named in a recipe as `package.module:name`.
+A `Source` reads a recipe's source to elements and makes turns of an element. A reader of one's own
+is named in a recipe as `package.module:name`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.config import SourceConfig
 from lapilli.data.extension import load_named
-from lapilli.data.record import Turn, Verdict
-from lapilli.data.sources import llava
+from lapilli.data.record import Verdict
+from lapilli.data.sources import (
+    ai_challenger,
+    basic_vlm,
+    captions,
+    json_stream,
+    llava,
+    messages,
+    parquet,
+    rows,
+    webdataset,
+)
+from lapilli.data.sources.turns import Turns
 
 __all__ = ["SOURCES", "Source", "Turns", "get_source"]
 
@@ -23,17 +35,22 @@ class Source:
     """How one annotation format is read.
 
     Attributes:
-        read: Path to the elements of the file, streamed, as parsed JSON.
+        read: A source's settings and the root to its elements, streamed, as JSON would have them.
         normalise: One element to its turns and image keys, or the verdict that it has none.
     """
 
-    read: Callable[[Path], Iterator[Any]]
-    normalise: Callable[[Any], tuple[tuple[Turn, ...], tuple[str, ...]] | Verdict]
+    read: Callable[[SourceConfig, Path], Iterator[Any]]
+    normalise: Callable[[Any], Turns | Verdict]
 
 
-Turns = tuple[tuple[Turn, ...], tuple[str, ...]]
-
-SOURCES: dict[str, Source] = {"llava": Source(llava.read, llava.normalise)}
+SOURCES: dict[str, Source] = {
+    "llava": Source(json_stream.read, llava.normalise),
+    "messages": Source(json_stream.read, messages.normalise),
+    "ai_challenger": Source(ai_challenger.read, captions.normalise),
+    "basic_vlm": Source(basic_vlm.read, captions.normalise),
+    "parquet": Source(parquet.read, rows.normalise),
+    "webdataset": Source(webdataset.read, webdataset.normalise),
+}
 
 
 def get_source(name: str) -> Source:

@@ -1,0 +1,236 @@
+"""A dataset's records and original images as WebDataset tars.
+
+A tar holds samples `KEY.json` with `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... of several images.
+The json is OpenAI's form: `{id, source, messages}`, each image in its place under the name of its
+member. A split's tars are an epoch of it, in the dataset's order; their bytes follow from the
+dataset alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
+
+from lapilli.data.checks import read_entries
+from lapilli.data.config import SourceConfig
+from lapilli.data.errors import DataError
+from lapilli.data.manifest import read_manifest
+from lapilli.data.mixture import HELD_OUT, TRAIN
+from lapilli.data.record import ImagePart, Record
+from lapilli.data.shards import open_table, write_atomic, write_json
+from lapilli.data.tokenize import llava_length
+
+__all__ = ["ExportReport", "export_webdataset"]
+
+EXPORT = "export.json"  # written first: whose export a folder is, finished or not
+# The extension by what a file is, not by its name: a GIF called .jpg is a GIF.
+EXTENSIONS = {
+    "PNG": "png",
+    "GIF": "gif",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "AVIF": "avif",
+}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: samples by split, tars made now and tars that were there."""
+
+    samples: dict[str, int]
+    built: int
+    reused: int
+
+
+@dataclass(frozen=True)
+class _Sample:
+    record: Record
+    image_ids: tuple[str, ...]
+
+
+def export_webdataset(
+    dataset: Path,
+    sources: Sequence[SourceConfig],
+    root: Path,
+    output: Path,
+    *,
+    samples_per_tar: int,
+    on_progress: Progress = lambda done, total: None,
+) -> ExportReport:
+    """Write `train-000000.tar`, ..., `held_out-000000.tar`, ...; a tar that is there is kept.
+
+    Args:
+        dataset: Folder of a dataset.
+        sources: Its sources, read again for their text.
+        root: Where annotations and images lie.
+        output: Folder for the tars, new or of the same export.
+        samples_per_tar: Samples in a tar, the last of a split has fewer.
+        on_progress: Called with samples done and in all.
+
+    Raises:
+        DataError: No dataset, another export in `output`, sources that have changed since the
+            dataset was built, an image that cannot be read, or a full disk.
+    """
+    if samples_per_tar < 1:
+        raise DataError(f"samples_per_tar: {samples_per_tar}; expected at least 1")
+    manifest = read_manifest(dataset)
+    table = open_table(dataset, manifest.selection)
+    tokens = [open_table(dataset, shard) for shard in manifest.tokens]
+    facts = {"dataset": manifest.fingerprint, "samples_per_tar": samples_per_tar}
+    _check_output(output, facts)
+    write_json(output / EXPORT, facts)
+    writers = {
+        split: _SplitWriter(output, split, samples_per_tar, root) for split in (TRAIN, HELD_OUT)
+    }
+    total = int(table["repeats"].to_numpy().sum())
+    done = 0
+    for row, record in _records(table, sources, root):
+        place = table["token_row"][row].as_py()
+        ids = tokens[table["token_shard"][row].as_py()]["image_ids"][place].as_py()
+        writer = writers[table["split"][row].as_py()]
+        for _ in range(table["repeats"][row].as_py()):
+            writer.add(_Sample(record, tuple(ids)))
+            done += 1
+        on_progress(done, total)
+    for writer in writers.values():
+        writer.flush()
+    return ExportReport(
+        {split: writer.samples for split, writer in writers.items()},
+        sum(writer.built for writer in writers.values()),
+        sum(writer.reused for writer in writers.values()),
+    )
+
+
+def _check_output(output: Path, facts: dict[str, Any]) -> None:
+    """The output is new or of the same export."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        before = json.loads((output / EXPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"output: {output} is not empty and no export; choose another") from None
+    if before != facts:
+        raise DataError(
+            f"output: {output} holds the export of another dataset or with another "
+            "samples_per_tar; choose another --output or remove this folder"
+        )
+
+
+def _records(
+    table: pa.Table, sources: Sequence[SourceConfig], root: Path
+) -> Iterator[tuple[int, Record]]:
+    """The selected records with their rows: a dataset keeps the order its sources have."""
+    names: pa.ChunkedArray = table["sample_id"]
+    lengths = table["llava_length"].to_numpy()
+    row = 0
+    for source in sources:
+        for entry in read_entries(source, root):
+            if row == len(names) or entry.sample_id != names[row].as_py():
+                continue
+            if entry.record is None or llava_length(entry.record) != int(lengths[row]):
+                raise _changed(names[row].as_py())
+            yield row, entry.record
+            row += 1
+    if row < len(names):
+        raise _changed(names[row].as_py())
+
+
+def _changed(sample_id: str) -> DataError:
+    return DataError(
+        f"record {sample_id} of the dataset is not in its sources any more, or has another text; "
+        "preprocess again, or give the --root of the data it was made of"
+    )
+
+
+class _SplitWriter:
+    """Collects samples until they fill a tar; a tar that is finished already is passed over."""
+
+    def __init__(self, output: Path, split: str, samples_per_tar: int, root: Path) -> None:
+        self._output, self._split, self._size, self._root = output, split, samples_per_tar, root
+        self._waiting: list[_Sample] = []
+        self.samples = self.built = self.reused = 0
+
+    def add(self, sample: _Sample) -> None:
+        self._waiting.append(sample)
+        if len(self._waiting) == self._size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, if anything does."""
+        if not self._waiting:
+            return
+        samples, self._waiting = self._waiting, []
+        first = self.samples
+        self.samples += len(samples)
+        path = self._output / f"{self._split}-{first // self._size:06d}.tar"
+        if path.exists():
+            self.reused += 1
+            return
+        write_atomic(path, lambda temporary: _write_tar(temporary, samples, first, self._root))
+        self.built += 1
+
+
+def _write_tar(path: Path, samples: Sequence[_Sample], first: int, root: Path) -> None:
+    from webdataset.writer import TarWriter  # imports torch
+
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for number, sample in enumerate(samples, start=first):
+            tar.write(_members(f"{number:09d}", sample, root))
+
+
+def _members(key: str, sample: _Sample, root: Path) -> dict[str, Any]:
+    """A sample as the webdataset library takes it: `__key__`, and bytes by extension."""
+    members: dict[str, Any] = {"__key__": key}
+    names: list[str] = []
+    for number, image_id in enumerate(sample.image_ids):
+        data = _read(root, image_id)
+        place = f"{number}." if len(sample.image_ids) > 1 else ""
+        extension = f"{place}{_extension(data)}"
+        members[extension] = data
+        names.append(f"{key}.{extension}")
+    members["json"] = json.dumps(_message_form(sample.record, names), ensure_ascii=False).encode()
+    return members
+
+
+def _message_form(record: Record, names: Sequence[str]) -> dict[str, Any]:
+    """A record as messages: content in parts, so that `<image>` in a text stays text."""
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image_url", "image_url": {"url": names[part.index]}}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in turn.parts
+            ],
+        }
+        for turn in record.turns
+    ]
+    return {"id": record.record_id, "source": record.source, "messages": messages}
+
+
+def _read(root: Path, image_id: str) -> bytes:
+    try:
+        return (root / image_id).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"image {image_id} below {root}: {error.strerror}; give the --root of the data the "
+            "dataset was made of"
+        ) from None
+
+
+def _extension(data: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return EXTENSIONS.get(image.format or "", "jpg")
+    except (UnidentifiedImageError, OSError, ValueError):
+        return "jpg"

@@ -1,0 +1,171 @@
+"""The data recipes of the five systems, on made-up data in the layouts these publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lapilli.data.config import BuildConfig
+from lapilli.data.plan import BuildPlan, plan_build
+from pipelines.command import parse
+from tests.factories import conversation, image_bytes, make_tokenizer
+
+RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+PNG = image_bytes("png")
+
+
+def put(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PNG)
+
+
+def put_json(root: Path, name: str, value: Any) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def mix665k(textvqa: str) -> Callable[[Path], None]:
+    """Nine records; the folder of TextVQA's images may be spelt otherwise than in them."""
+    keys = [
+        "coco/train2017/1.jpg", "gqa/images/1.jpg", "ocr_vqa/images/1.jpg",
+        "textvqa/train_images/1.jpg", "vg/VG_100K/1.jpg", "vg/VG_100K_2/1.jpg",
+    ]  # fmt: skip
+
+    def write(root: Path) -> None:
+        put(root, *(key.replace("textvqa", textvqa) for key in keys))
+        records = [conversation(n, key, turns=2) for n, key in enumerate(keys)]
+        records += [conversation(f"sharegpt {n}") for n in range(3)]
+        put_json(root, "llava_v1_5_mix665k.json", records)
+
+    return write
+
+
+def captions558k(root: Path) -> None:
+    put(root, "images/00001/1.jpg", "images/00002/2.jpg")
+    records = [conversation("1", "00001/1.jpg"), conversation("2", "00002/2.jpg")]
+    put_json(root, "blip_laion_cc_sbu_558k.json", records)
+
+
+def vlm_prepared(root: Path) -> None:
+    """Lines as pandas writes them: keys renamed, a missing image null."""
+    put(root, "coco/1.jpg", "text_vqa/1.jpg")
+    records = [conversation(0, "coco/1.jpg"), conversation(1, "textvqa/1.jpg"), conversation(2)]
+    lines = [
+        {
+            "id": record["id"],
+            "image": record.get("image"),
+            "hf_format_conversations": [
+                {"role": turn["from"], "content": turn["value"]} for turn in record["conversations"]
+            ],
+        }
+        for record in records
+    ]
+    path = root / "instruction_train_all.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+CHALLENGER = "ai_challenger_caption_train_20170902"
+
+
+def basic_vlm(root: Path) -> None:
+    """Both LLaVA files describe image 1."""
+    put(root, "train2017/1.jpg", f"{CHALLENGER}/caption_train_images_20170902/a.jpg")
+    for name in ("detail_23k", "complex_reasoning_77k"):
+        put_json(root, f"{name}.json", [conversation("1", "1.jpg"), conversation("2", "1.jpg")])
+    captions = [{"image_id": "a.jpg", "caption": ["一", "二", "三"], "url": ""}]
+    put_json(root, f"{CHALLENGER}/caption_train_annotations_20170902.json", captions)
+
+
+def basic_vlm_prepared(root: Path) -> None:
+    put(root, "coco/1.jpg", "aic/2.jpg")
+    entries = {
+        name: {"path": f"/home/user/data/{folder}/", "iamge_file": name, "ID": number}
+        for number, (folder, name) in enumerate([("coco", "1.jpg"), ("aic", "2.jpg")])
+    }
+    put_json(root, "image_map_b.json", entries)
+    captions = {str(n): {"q": "看<|extra_0|>", "a": ["一", "二"]} for n in range(2)}
+    put_json(root, "captions_b.json", captions)
+
+
+def icm(root: Path) -> None:
+    put(root, "sexy_check_all/1.jpg")
+    record = conversation("identity_1_pair0", "sexy_check_all/1.jpg")
+    record["conversations"][0]["value"] = "Is it?\n<image>"  # the marker stands last
+    put_json(root, "icm_llava_train.json", [record])
+
+
+def icm_mixed(root: Path) -> None:
+    icm(root)
+    mix665k("textvqa")(root)
+
+
+def allava(root: Path) -> None:
+    for part, name in (("laion", "LAION"), ("vflan", "VFLAN")):
+        put(root, f"allava_{part}/images/1.jpeg")
+        record = conversation("1", f"allava_{part}/images/1.jpeg")
+        put_json(root, f"allava_{part}/ALLaVA-Caption-{name}-4V.json", [record])
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path], None], int, int]] = {
+    "vlm_training/pretrain_data": (captions558k, 2, 0),
+    "vlm_training/finetune_data": (mix665k("text_vqa"), 9, 1),
+    "vlm_training/finetune_prepared_data": (vlm_prepared, 3, 1),
+    "basic_vlm/data": (basic_vlm, 5, 0),
+    "basic_vlm/prepared_data": (basic_vlm_prepared, 2, 0),
+    "icm_instruct/csft_data": (icm, 1, 0),
+    "icm_instruct/msft_data": (icm_mixed, 10, 0),
+    "visper_lm/pretrain_data": (captions558k, 2, 0),
+    "visper_lm/vpt_data": (allava, 2, 0),
+    "visper_lm/finetune_data": (mix665k("text_vqa"), 9, 1),
+    "gaudi_llava/pretrain_data": (captions558k, 2, 0),
+    "gaudi_llava/finetune_data": (mix665k("textvqa"), 9, 0),
+    "llava15/pretrain_data": (captions558k, 2, 0),
+    "llava15/finetune_data": (mix665k("textvqa"), 9, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def plan(name: str, root: Path, tokenizer: Path, *flags: str) -> BuildPlan:
+    """The recipe's plan; the systems' own tokenizers are not at hand."""
+    argv = [
+        f"--config={RECIPES / name}.yaml", f"--root={root}", f"--output={root / 'out'}",
+        f"--tokenizer={tokenizer}", "--template=v1", *flags,
+    ]  # fmt: skip
+    return plan_build(parse(BuildConfig, argv, ""))
+
+
+def test_every_data_recipe_of_the_systems_is_tried() -> None:
+    found = {
+        path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*data.yaml")
+    }
+    assert {name for name in found if not name.startswith("tiny/")} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_record_of_the_published_layout_is_kept(
+    name: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    write, records, aliased = LAYOUTS[name]
+    write(tmp_path)
+    found = plan(name, tmp_path, tokenizer)
+    bad = [(entry.sample_id, entry.verdict) for entry in found.entries if not entry.verdict.kept]
+    assert bad == []
+    assert len(found.entries) == records
+    assert found.repairs == ({"alias": aliased} if aliased else {})
+
+
+def test_a_weight_can_be_given_on_the_command_line(tmp_path: Path, tokenizer: Path) -> None:
+    """As the README of icm_instruct writes it."""
+    icm_mixed(tmp_path)
+    weights = "{icm_instruct: 0.2, llava_v1_5_mix665k: 0.8}"
+    found = plan("icm_instruct/msft_data", tmp_path, tokenizer, f"--mixture.weights={weights}")
+    assert found.config.mixture.weights == {"icm_instruct": 0.2, "llava_v1_5_mix665k": 0.8}
