@@ -16,7 +16,14 @@ from lapilli.data.plan import BuildPlan
 from lapilli.data.record import Entry, Reason, Verdict
 from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
 
-__all__ = ["Selection", "read_bad_images", "read_token_rows", "select", "write_quarantine"]
+__all__ = [
+    "Selection",
+    "quarantine_table",
+    "read_bad_images",
+    "read_token_rows",
+    "select",
+    "write_quarantine",
+]
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,8 @@ def read_token_rows(output: Path, shards: Iterable[ShardFacts]) -> Iterator[dict
             yield {**row, "token_shard": number, "token_row": place}
 
 
-def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
-    """Write every entry that is not kept, with its reason and the record as JSON, as Parquet."""
+def quarantine_table(entries: Sequence[Entry]) -> pa.Table:
+    """The entries that are not kept, with reason, detail and the record as JSON."""
     bad = [entry for entry in entries if not entry.verdict.kept]
     columns = {
         "source": [entry.source for entry in bad],
@@ -117,5 +124,10 @@ def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
         "detail": [entry.verdict.detail for entry in bad],
         "record": [entry.raw_json for entry in bad],
     }
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def write_quarantine(path: Path, entries: Sequence[Entry]) -> None:
+    """Write every entry that is not kept as Parquet."""
+    table = quarantine_table(entries)
     write_atomic(path, lambda temporary: pq.write_table(table, temporary))
