@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ PUBLISHED = ("pretrain_data.yaml", "finetune_data.yaml")
 # Folders below the root that people keep an annotation file in, as its dataset is called.
 FOLDERS = ("", "LLaVA-Pretrain", "LLaVA-Instruct-150K", "LLaVA-Tuning")
 PROBE = 48  # images whose making is timed for the estimate
+NAMED = 3  # names shown of a known hole
 ROWS = 5000  # quarantine rows written at once
 
 
@@ -139,7 +140,7 @@ def _decode(config: CheckConfig, found: Survey) -> dict[str, Verdict]:
 
 
 @contextmanager
-def _quarantine(output: str) -> Iterator[Callable[[Entry], None]]:
+def _quarantine(output: str) -> Generator[Callable[[Entry], None]]:
     """Rows to a Parquet file as they come, under its name when all are there."""
     if not output:
         yield lambda entry: None
@@ -153,6 +154,9 @@ def _quarantine(output: str) -> Iterator[Callable[[Entry], None]]:
     except OSError as error:
         raise DataError(f"output: {output}: {error.strerror}; choose another --output") from None
 
+    def move(target: Path) -> None:
+        temporary.replace(target)
+
     def write(entry: Entry) -> None:
         rows.append(entry)
         if len(rows) == ROWS:
@@ -163,7 +167,7 @@ def _quarantine(output: str) -> Iterator[Callable[[Entry], None]]:
         yield write
         writer.write_table(quarantine_table(rows))
         writer.close()
-        write_atomic(path, temporary.replace)
+        write_atomic(path, move)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -180,8 +184,8 @@ def tell(config: CheckConfig, found: Survey) -> None:
                 say(f"    {reason} {number:,}, first {example.sample_id}: {example.detail}")
     for what, number in sorted(found.lost.items(), key=lambda item: -item[1]):
         say(f"  {number:,} images: {what}")
-    for hole, number in found.holes.items():
-        say(f"  {number:,} of these: {hole.name} (known: {hole.remedy})")
+    for hole, keys in found.holes.items():
+        say(f"  known, {len(keys):,} {hole.name} ({hole.remedy}): {_some(keys)}")
     if found.repairs:
         repairs = ", ".join(f"{kind} {number:,}" for kind, number in found.repairs.items())
         say(f"  mended, and counted when built: {repairs}")
@@ -190,6 +194,12 @@ def tell(config: CheckConfig, found: Survey) -> None:
         say(f"records with a problem: {config.output}")
     if not config.decode:
         say("images were found, not decoded; --decode decodes every one")
+
+
+def _some(keys: set[str]) -> str:
+    """The first few names; all of them are in the quarantine file."""
+    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+    return ", ".join(sorted(keys)[:NAMED]) + more
 
 
 def tell_needs(config: CheckConfig, found: Survey) -> None:
@@ -201,7 +211,9 @@ def tell_needs(config: CheckConfig, found: Survey) -> None:
     for view, spec in config.views.items():
         disk = len(sizes) * spec.size**2 * 3 / 1e9
         rate = _images_per_second(list(found.images.values()), Path(config.root), spec)
-        minutes = f", about {len(sizes) / rate / cores / 60:.0f} min on {cores} cores" if rate else ""
+        minutes = (
+            f", about {len(sizes) / rate / cores / 60:.0f} min on {cores} cores" if rate else ""
+        )
         say(f"a build of {view}: {disk:.1f} GB of disk{minutes}")
 
 

@@ -26,7 +26,7 @@ __all__ = ["main", "make_mixture"]
 RECORDS = 665_298
 FILES = 200_000
 MISSING = 355
-WORDS = "a the of is in on what there man woman red car street two image shows with and".split()
+WORDS = ("a", "the", "of", "is", "what", "man", "red", "car", "street", "two", "image", "with")
 FOLDERS = {
     "coco/train2017": ("{:012d}.jpg", 0.42),
     "gqa/images": ("{}.jpg", 0.20),
@@ -74,7 +74,7 @@ def _record(number: int, key: str | None, rng: random.Random) -> dict[str, objec
         marker = "<image>\n" if turn == 0 and key else ""
         words = " ".join(rng.choices(WORDS, k=12))
         turns.append({"from": "human", "value": f"{marker}{words}?"})
-        turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=30))})
+        turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=50))})
     record: dict[str, object] = {"id": f"{number:012d}", "conversations": turns}
     return {**record, "image": key} if key else record
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.mounts import Mount, Located
+from lapilli.data.mounts import Located, Mount
 from lapilli.data.record import Reason, Verdict
 
 

@@ -51,7 +51,8 @@ def writer_version() -> str:
 class ImageTask:
     """One image shard: decode these images below `root`, in this order.
 
-    `images` says where each is and how large and old its file was; `writer` is the driver's `writer_version`; a worker with another one stops.
+    `images` says where each is, and how large and old its file was. `writer` is the driver's
+    `writer_version`; a worker with another one stops.
     """
 
     name: str
@@ -204,8 +205,9 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
     digests = _digests(config, entries, located, tokenizer, template, codecs)
+    slots = {image_id: slot for slot, image_id in enumerate(located)}
     return BuildPlan(
-        config, entries, list(located.values()), {image_id: i for i, image_id in enumerate(located)},
+        config, entries, list(located.values()), slots,
         entry_images, dict(repairs), tokenizer, template, codecs, digests,
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ class Survey:
         examples: The first record of each of these.
         repairs: Keys mended, by kind.
         lost: Folders that are not there, with what to do, by images asked for.
-        holes: Records whose image is known to be missing for everybody.
+        holes: Images that are known to be bad for everybody, and are bad here.
         images: The distinct images found, by identity.
     """
 
@@ -52,7 +52,7 @@ class Survey:
     )
     repairs: Counter[str] = field(default_factory=Counter[str])
     lost: Counter[str] = field(default_factory=Counter[str])
-    holes: Counter[Hole] = field(default_factory=Counter[Hole])
+    holes: dict[Hole, set[str]] = field(default_factory=dict[Hole, set[str]])
     images: dict[str, Located] = field(default_factory=dict[str, Located])
 
     @property
@@ -121,5 +121,6 @@ def _note(found: Survey, entry: Entry) -> None:
     found.examples.setdefault(key, Example(entry.sample_id, entry.verdict.detail))
     images = entry.record.images if entry.record is not None else ()
     for hole in HOLES:
-        if any(hole.holds(image, entry.verdict) for image in images):
-            found.holes[hole] += 1
+        keys = {image for image in images if hole.holds(image, entry.verdict)}
+        if keys:
+            found.holes.setdefault(hole, set()).update(keys)

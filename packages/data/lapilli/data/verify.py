@@ -60,7 +60,8 @@ def verify_images(
     """
     workers = workers or len(os.sched_getaffinity(0))
     distinct = list({(s.mode, s.orient, s.max_pixels, s.aspect, s.size): s for s in specs}.values())
-    batches = iter(lambda it=iter(places): tuple(islice(it, BATCH)), ())
+    remaining = iter(places)
+    batches = iter(lambda: tuple(islice(remaining, BATCH)), ())
     bad: dict[str, Verdict] = {}
     done = 0
     for count, found in _run(batches, root, distinct, workers):

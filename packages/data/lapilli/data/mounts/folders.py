@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lapilli.data.mounts.archives import BadArchive, Index, read_index
-from lapilli.data.mounts.places import ARCHIVES, EXTENSIONS, LARGEST_FILE, Located, Member
+from lapilli.data.mounts.places import (
+    ARCHIVES,
+    EXTENSIONS,
+    LARGEST_FILE,
+    Located,
+    Member,
+    is_remote,
+)
 from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.record import Reason, Verdict, excerpt, is_unicode
 
@@ -39,41 +47,48 @@ class Listing:
     def by_stem(self, name: str) -> list[str]:
         """The images whose names differ from `name` in case and extension at most."""
         if self._by_stem is None:
-            images = [n for n in self.files if os.path.splitext(n)[1].lower() in EXTENSIONS]
-            self._by_stem = _table(images, _stem)
-        return self._by_stem.get(_stem(name), [])
+            images = [name for name in self.files if _parted(name)[1] in EXTENSIONS]
+            self._by_stem = _table(images, lambda image: _parted(image)[0])
+        return self._by_stem.get(_parted(name)[0], [])
 
 
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0].lower()
+def _parted(name: str) -> tuple[str, str]:
+    """Stem and extension in lower case; without Path, since it is done for every file."""
+    dot = name.rfind(".")
+    return (name[:dot].lower(), name[dot:].lower()) if dot > 0 else (name.lower(), "")
 
 
-def _table(names: Iterable[str], fold: Any) -> dict[str, list[str]]:
+def _table(names: Iterable[str], fold: Callable[[str], str]) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {}
     for name in names:
         table.setdefault(fold(name), []).append(name)
     return table
 
 
-class Folder(Protocol):
+class Folder(ABC):
     """What a key's path is followed through."""
 
-    @property
+    @functools.cached_property
     def listing(self) -> Listing:
-        """The names in it."""
-        ...
+        """The names in it, read once."""
+        return self.read()
 
+    @abstractmethod
+    def read(self) -> Listing:
+        """Read the names in it."""
+
+    @abstractmethod
     def child(self, name: str) -> Folder:
         """A folder of the listing, or an archive of the listing opened as one."""
-        ...
 
+    @abstractmethod
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """Where a file of the listing is."""
-        ...
 
     def folder_called(self, name: str) -> Folder:
-        """In an archive: its folder of this name wherever it lies, or else its top."""
-        ...
+        """In an archive its folder of this name wherever it lies, or else its top."""
+        del name
+        return self
 
 
 @dataclass(frozen=True)
@@ -102,15 +117,14 @@ class Boundary:
 
 
 @dataclass
-class LocalFolder:
+class LocalFolder(Folder):
     """A folder on a disk. `shown` is its path below the root as the key has it."""
 
     path: Path
     shown: str
     boundary: Boundary
 
-    @functools.cached_property
-    def listing(self) -> Listing:
+    def read(self) -> Listing:
         """Names, with whether they are links; a link to nothing is left out."""
         files: dict[str, bool] = {}
         folders: list[str] = []
@@ -155,25 +169,19 @@ class LocalFolder:
         if not os.access(path, os.R_OK):
             detail = f"'{excerpt(shown)}': no permission to read it"
             return Verdict(Reason.IMAGE_MISSING, detail)
-        stat = os.stat(path)
+        stat = os.stat(path)  # noqa: PTH116 - 200,000 times, and a Path takes twice as long
         if stat.st_size > LARGEST_FILE and not name.endswith(ARCHIVES):
             return _too_large(shown, stat.st_size)
         return Located(identity, identity, stat.st_size, stat.st_mtime_ns, None, repair)
 
-    def folder_called(self, name: str) -> Folder:
-        """Itself: only an archive has an inner prefix."""
-        del name
-        return self
-
 
 @dataclass
-class RemoteFolder:
+class RemoteFolder(Folder):
     """A folder at an address, listed in pages of a thousand names."""
 
     address: str
 
-    @functools.cached_property
-    def listing(self) -> Listing:
+    def read(self) -> Listing:
         """Names, with what the store says of each."""
         scheme, path = split_address(self.address)
         files: dict[str, Any] = {}
@@ -207,22 +215,16 @@ class RemoteFolder:
             return _too_large(address, item["size"])
         return Located(address, address, int(item["size"]), mtime_ns, None, repair)
 
-    def folder_called(self, name: str) -> Folder:
-        """Itself: only an archive has an inner prefix."""
-        del name
-        return self
-
 
 @dataclass
-class ArchiveFolder:
+class ArchiveFolder(Folder):
     """A folder inside an archive; `inner` is its path there."""
 
     archive: Located
     index: Index
     inner: str = ""
 
-    @functools.cached_property
-    def listing(self) -> Listing:
+    def read(self) -> Listing:
         """Names, with their members."""
         return Listing(self.index.folders[self.inner], frozenset(self.index.children[self.inner]))
 
@@ -271,8 +273,6 @@ def _cached_index(file: Any, name: str, place: Located) -> Index:
 
 def open_folder(path: str, boundary: Boundary) -> Folder:
     """The folder that keys start at: an address, an absolute path, or `""` for the root."""
-    if "://" in path:
+    if is_remote(path):
         return RemoteFolder(path.rstrip("/"))
-    return LocalFolder(Path(path), path, boundary) if path else LocalFolder(
-        boundary.root, "", boundary
-    )
+    return LocalFolder(Path(path) if path else boundary.root, path, boundary)

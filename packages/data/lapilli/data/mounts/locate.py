@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, open_folder
 from lapilli.data.mounts.places import ARCHIVES, Located, is_remote
-from lapilli.data.mounts.published import published
+from lapilli.data.mounts.published import PublishedArchive, published
 from lapilli.data.record import Reason, Verdict, excerpt
 
 __all__ = ["Mount"]
@@ -55,9 +54,7 @@ class Mount:
     repairs: Counter[str] = field(default_factory=Counter[str])
     lost: Counter[str] = field(default_factory=Counter[str])
     _places: dict[str, Located | Verdict] = field(default_factory=dict[str, "Located | Verdict"])
-    _folders: dict[str, _Reached | Verdict] = field(
-        default_factory=dict[str, "_Reached | Verdict"]
-    )
+    _folders: dict[str, _Reached | Verdict] = field(default_factory=dict[str, "_Reached | Verdict"])
 
     def __post_init__(self) -> None:
         """Open the folder that paths start at."""
@@ -86,7 +83,7 @@ class Mount:
             why = reached.detail
         except (OSError, BadArchive) as error:
             why = excerpt(str(error))
-        place = os.path.join(self._shown_root, self._below).rstrip("/")
+        place = f"{self._shown_root}/{self._below}".rstrip("/")
         raise DataError(
             f"images: folder {place} does not exist ({why}); expected the images of this source; "
             "check --root and the recipe's `images`"
@@ -136,17 +133,21 @@ class Mount:
         """The folder at a path from the start, each found once."""
         if not path:
             return self._start
-        found = self._folders.get(path)
-        if found is None:
+        if path not in self._folders:
             above, _, name = path.rpartition("/")
-            found = self._reach(above)
-            if isinstance(found, _Reached):
-                found = self._step(found, path, name)
+            reached = self._reach(above)
+            if isinstance(reached, _Reached):
+                found = self._step(reached, name) or self._stand_in(reached.folder, path)
+            else:
+                found = self._stand_in(None, path)
+                # The folder above is what is missing, unless this one has an archive to get.
+                if isinstance(found, Verdict) and self._published(path) is None:
+                    found = reached
             self._folders[path] = found
-        return found
+        return self._folders[path]
 
-    def _step(self, above: _Reached, path: str, name: str) -> _Reached | Verdict:
-        """One part of a path further: a folder, an archive, a repair, an archive standing in."""
+    def _step(self, above: _Reached, name: str) -> _Reached | None:
+        """One part of a path further: a folder, an archive, or a folder spelt otherwise."""
         listing = above.folder.listing
         if name in listing.folders or (name in listing.files and name.endswith(ARCHIVES)):
             return _Reached(above.folder.child(name), above.repair)
@@ -154,27 +155,34 @@ class Mount:
             names = [other for other in listing.folders if same(other) == same(name)]
             if len(names) == 1:
                 return _Reached(above.folder.child(names[0]), repair)
-        archive = published(path if "/" in path else f"{self.root.name}/{path}")
-        wanted = [f"{name}.zip", f"{name}.tar"]
-        if archive is not None:
-            wanted.insert(0, archive.name)
-        for folder in (above.folder, self._start.folder):
-            for candidate in wanted:
-                if candidate in folder.listing.files and not _is_ambiguous(candidate, folder, above):
-                    return _Reached(folder.child(candidate).folder_called(name), above.repair)
+        return None
+
+    def _stand_in(self, above: Folder | None, path: str) -> _Reached | Verdict:
+        """The archive of a folder that is not there: beside it, or in the root."""
+        archive = self._published(path)
+        name = path.rpartition("/")[2]
+        names = [archive.name] if archive is not None else []
+        names += [f"{name}.zip", f"{name}.tar"]
+        places = [(above, names)] if above is not None else []
+        # In the root `images.zip` may be anybody's: three data sets call theirs so.
+        places.append((self._start.folder, [n for n in names if not n.startswith("images.")]))
+        for folder, candidates in places:
+            for candidate in candidates:
+                if candidate in folder.listing.files:
+                    return _Reached(folder.child(candidate).folder_called(name), "")
         hint = ""
         if archive is not None:
-            hint = f", nor {archive.name}; get it: {archive.command(self._shown(path))}"
+            size = f" ({archive.gigabytes:g} GB)" if archive.gigabytes else ""
+            command = archive.command(self._shown(path))
+            hint = f", nor its archive {archive.name}{size}; get it: {command}"
         return Verdict(Reason.IMAGE_MISSING, f"no folder '{excerpt(path)}'{hint}")
+
+    def _published(self, path: str) -> PublishedArchive | None:
+        return published(path if "/" in path else f"{self.root.name}/{path}")
 
     def _shown(self, path: str) -> str:
         """The folder above `path`, as a command may name it."""
-        return os.path.join(self._shown_root, path.rpartition("/")[0]).rstrip("/")
-
-
-def _is_ambiguous(name: str, folder: Folder, above: _Reached) -> bool:
-    """`images.zip` is three datasets' name: it counts only beside the folder it stands for."""
-    return name in ("images.zip", "images.tar") and folder is not above.folder
+        return f"{self._shown_root}/{path.rpartition('/')[0]}".rstrip("/")
 
 
 def _split(path: str) -> tuple[str, str]:

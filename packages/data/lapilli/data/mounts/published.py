@@ -34,7 +34,8 @@ class PublishedArchive:
     def command(self, folder: str) -> str:
         """The command that gets it to where it is found; `folder` is the data's."""
         place = f"{folder}/{self.name}" if folder else self.name
-        return f"wget -c -O {place} {self.address}"
+        folders = f"mkdir -p {folder} && " if folder else ""
+        return f"{folders}wget -c -O {place} {self.address}"
 
 
 # By the last two parts of the folder's path in LLaVA's layout, or by the last alone.

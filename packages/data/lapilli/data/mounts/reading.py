@@ -72,7 +72,10 @@ def _read_part(root: Path, place: Located, offset: int, count: int) -> bytes:
     """`count` bytes of a container from `offset`."""
     if is_remote(place.container):
         scheme, path = split_address(place.container)
-        return open_storage(scheme).cat_file(path, start=offset, end=offset + count)
+        with open_storage(scheme).open(path, "rb") as remote:
+            _check_unchanged(place, int(remote.size), None)
+            remote.seek(offset)
+            return remote.read(count)
     file = _open_archive(str(root / place.container), place.size, place.mtime_ns)
     _check_file(place, file)
     return os.pread(file.fileno(), count, offset)

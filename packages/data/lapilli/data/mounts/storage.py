@@ -8,6 +8,7 @@ AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 from lapilli.data.errors import DataError
@@ -48,4 +49,7 @@ def _by_pyarrow(scheme: str) -> Any:
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import GcsFileSystem, S3FileSystem
 
-    return ArrowFSWrapper(S3FileSystem() if scheme == "s3" else GcsFileSystem())
+    if scheme != "s3":
+        return ArrowFSWrapper(GcsFileSystem())
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return ArrowFSWrapper(S3FileSystem(endpoint_override=endpoint))
