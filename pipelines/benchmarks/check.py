@@ -80,7 +80,7 @@ def _record(number: int, key: str | None, rng: random.Random) -> dict[str, objec
 
 
 def measure(root: Path, *flags: str) -> dict[str, object]:
-    """One run of the command: seconds by the clock and of work, and the largest resident memory of its process."""
+    """One run of the command: seconds by the clock and of work, the process's largest memory."""
     command = [sys.executable, "-m", "pipelines.check", f"--root={root}", *flags]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
