@@ -78,20 +78,24 @@ def _run(
     exhausted = False
     while not exhausted:
         pending: dict[Future[Found], Places] = {}
+        unanswered: list[Places] = []  # a pool may break while a batch is handed to it
         with _pool(workers) as pool:
             try:
                 while True:
                     for batch in islice(batches, max(0, 3 * workers - len(pending))):
+                        unanswered.append(batch)
                         pending[pool.submit(_verify_batch, root, batch, specs)] = batch
                     if not pending:
                         exhausted = True
                         break
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         found = future.result()
-                        yield len(pending.pop(future)), found
+                        batch = pending.pop(future)
+                        unanswered.remove(batch)
+                        yield len(batch), found
             except BrokenProcessPool:
                 pass  # every future of the pool has failed; what they held is looked at below
-        for batch in pending.values():
+        for batch in unanswered:
             yield len(batch), [f for place in batch for f in _verify_alone(root, place, specs)]
 
 
