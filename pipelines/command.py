@@ -38,7 +38,8 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> C
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; several are layered")
     parser.add_class_arguments(kind)
-    namespace = read_arguments(parser, argv)
+    arguments = _with_switches(kind, sys.argv[1:] if argv is None else argv)
+    namespace = read_arguments(parser, arguments)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
@@ -52,6 +53,16 @@ def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
         return parser.instantiate_classes(parser.parse_args(argv))
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
+
+
+def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
+    """`--decode` without a value means true; `--decode false` stays what it is."""
+    switches = {f"--{item.name}" for item in fields(kind) if item.type in ("bool", bool)}
+    following = [*argv[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
 
 
 def run(main: Callable[[], int]) -> None:

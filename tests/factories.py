@@ -49,6 +49,7 @@ IMAGE_KINDS = (
     "jpeg", "jpeg_progressive", "jpeg_gray", "jpeg_cmyk", "jpeg_rotated",
     "png", "png_rgba", "png_gray", "png_la", "png_palette", "png_palette_clear", "png_16bit",
     "png_1bit", "gif", "gif_animated", "webp", "webp_animated", "bmp", "tiff",
+    "avif", "avif_animated",
 )  # fmt: skip
 BAD_KINDS: dict[str, Reason] = {
     "empty": Reason.IMAGE_UNDECODABLE,
@@ -78,7 +79,7 @@ def image_bytes(kind: str, width: int = 40, height: int = 30, seed: int = 0) -> 
     """A whole image file of one of `IMAGE_KINDS`."""
     image = picture(width, height, seed)
     form, _, variant = kind.partition("_")
-    options: dict[str, Any] = {"quality": 90} if form in ("jpeg", "webp") else {}
+    options: dict[str, Any] = {"quality": 90} if form in ("jpeg", "webp", "avif") else {}
     if variant == "animated":
         frames = [picture(width, height, seed + step) for step in (1, 2)]
         options |= {"save_all": True, "append_images": frames}

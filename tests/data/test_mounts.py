@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.mounts import FolderMount, Located
+from lapilli.data.mounts import Located, Mount
 from lapilli.data.record import Reason, Verdict
 
 
@@ -26,13 +26,13 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def found(mount: FolderMount, key: str) -> str:
+def found(mount: Mount, key: str) -> str:
     place = mount.locate(key)
     assert isinstance(place, Located), place
     return place.image_id
 
 
-def refused(mount: FolderMount, key: str) -> Verdict:
+def refused(mount: Mount, key: str) -> Verdict:
     verdict = mount.locate(key)
     assert isinstance(verdict, Verdict), verdict
     assert verdict.detail
@@ -42,16 +42,18 @@ def refused(mount: FolderMount, key: str) -> Verdict:
 def test_a_file_is_found_with_its_size_and_time(root: Path) -> None:
     path = root / "images" / "a.jpg"
     os.utime(path, ns=(5, 12_345))
-    assert FolderMount(root, "images").locate("a.jpg") == Located("images/a.jpg", 5, 12_345, "")
+    assert Mount(root, "images").locate("a.jpg") == Located(
+        "images/a.jpg", "images/a.jpg", 5, 12_345
+    )
 
 
 def test_two_spellings_are_one_image(root: Path) -> None:
     (root / "images" / "link.jpg").symlink_to(root / "images" / "a.jpg")
     (root / "other").symlink_to(root / "images")
     keys = ["a.jpg", "./a.jpg", "link.jpg"]
-    assert {found(FolderMount(root, "images"), key) for key in keys} == {"images/a.jpg"}
-    assert found(FolderMount(root, "other"), "a.jpg") == "images/a.jpg"
-    assert found(FolderMount(root), "images/a.jpg") == "images/a.jpg"
+    assert {found(Mount(root, "images"), key) for key in keys} == {"images/a.jpg"}
+    assert found(Mount(root, "other"), "a.jpg") == "images/a.jpg"
+    assert found(Mount(root), "images/a.jpg") == "images/a.jpg"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +69,13 @@ def test_two_spellings_are_one_image(root: Path) -> None:
     ],
 )
 def test_repairs_are_made_and_counted(root: Path, key: str, expected: str, repair: str) -> None:
-    mount = FolderMount(root, "images", {"textvqa": "text_vqa.d"})
+    mount = Mount(root, "images", {"textvqa": "text_vqa.d"})
     assert found(mount, key) == expected
     assert dict(mount.repairs) == {repair: 1}
 
 
 def test_a_file_as_it_is_called_needs_no_repair(root: Path) -> None:
-    mount = FolderMount(root, "images", {"sub": "text_vqa.d"})
+    mount = Mount(root, "images", {"sub": "text_vqa.d"})
     assert found(mount, "sub/b.png") == "images/sub/b.png"
     assert not mount.repairs
 
@@ -81,7 +83,7 @@ def test_a_file_as_it_is_called_needs_no_repair(root: Path) -> None:
 def test_two_candidates_are_no_repair(root: Path) -> None:
     for name in ("b.gif", "B.PNG", "twice.JPG", "Twice.jpg"):
         (root / "images" / "sub" / name).write_bytes(b"")
-    mount = FolderMount(root, "images")
+    mount = Mount(root, "images")
     assert refused(mount, "sub/b.jpg").reason == Reason.IMAGE_MISSING
     assert refused(mount, "sub/TWICE.jpg").reason == Reason.IMAGE_MISSING
     assert found(mount, "sub/b.png") == "images/sub/b.png"
@@ -89,28 +91,28 @@ def test_two_candidates_are_no_repair(root: Path) -> None:
 
 def test_a_caption_beside_the_image_is_not_the_image(root: Path) -> None:
     (root / "images" / "lost.txt").write_text("a caption")
-    assert refused(FolderMount(root, "images"), "lost.jpg").reason == Reason.IMAGE_MISSING
+    assert refused(Mount(root, "images"), "lost.jpg").reason == Reason.IMAGE_MISSING
 
 
 @pytest.mark.parametrize(
     "key", ["", ".", "sub", "sub/", "nowhere.jpg", "a.jpg/b.jpg", "x" * 300 + ".jpg", "\ud800.jpg"]
 )
 def test_what_is_no_file_is_missing(root: Path, key: str) -> None:
-    assert refused(FolderMount(root, "images"), key).reason == Reason.IMAGE_MISSING
+    assert refused(Mount(root, "images"), key).reason == Reason.IMAGE_MISSING
 
 
 @pytest.mark.parametrize(
     "key", ["../outside.jpg", "../../outside.jpg", "sub/../../../outside.jpg", "a\0.jpg"]
 )
 def test_a_key_never_leads_outside(root: Path, key: str) -> None:
-    assert refused(FolderMount(root, "images"), key).reason == Reason.IMAGE_OUTSIDE_ROOT
+    assert refused(Mount(root, "images"), key).reason == Reason.IMAGE_OUTSIDE_ROOT
 
 
 def test_nor_does_an_absolute_one_or_a_link(root: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.jpg"
     (root / "images" / "link.jpg").symlink_to(outside)
     (root / "images" / "folder").symlink_to(tmp_path)
-    mount = FolderMount(root, "images")
+    mount = Mount(root, "images")
     for key in (str(outside), "link.jpg", "folder/outside.jpg", "link.png"):
         assert refused(mount, key).reason == Reason.IMAGE_OUTSIDE_ROOT
 
@@ -118,7 +120,7 @@ def test_nor_does_an_absolute_one_or_a_link(root: Path, tmp_path: Path) -> None:
 def test_links_in_a_circle_are_missing(root: Path) -> None:
     (root / "images" / "one.jpg").symlink_to("two.jpg")
     (root / "images" / "two.jpg").symlink_to("one.jpg")
-    assert refused(FolderMount(root, "images"), "one.jpg").reason == Reason.IMAGE_MISSING
+    assert refused(Mount(root, "images"), "one.jpg").reason == Reason.IMAGE_MISSING
 
 
 def test_a_file_that_may_not_be_read_is_missing(
@@ -130,8 +132,8 @@ def test_a_file_that_may_not_be_read_is_missing(
         return not (mode == os.R_OK and Path(path).name == "a.jpg")
 
     monkeypatch.setattr(os, "access", access)
-    verdict = refused(FolderMount(root, "images"), "a.jpg")
-    assert verdict == Verdict(Reason.IMAGE_MISSING, "'a.jpg': no permission to read it")
+    verdict = refused(Mount(root, "images"), "a.jpg")
+    assert verdict == Verdict(Reason.IMAGE_MISSING, "'images/a.jpg': no permission to read it")
 
 
 def test_a_name_that_is_no_utf8_is_not_taken_by_a_repair(root: Path) -> None:
@@ -141,12 +143,12 @@ def test_a_name_that_is_no_utf8_is_not_taken_by_a_repair(root: Path) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     (root / "images" / "z.jpg").symlink_to(os.fsdecode(b"odd\xff/z.jpg"))
-    assert "no UTF-8" in refused(FolderMount(root, "images"), "z.jpg").detail
+    assert "no UTF-8" in refused(Mount(root, "images"), "z.jpg").detail
 
 
 def test_a_missing_folder_is_named(root: Path) -> None:
     with pytest.raises(DataError, match=r"root/imgs does not exist.*check --root"):
-        FolderMount(root, "imgs")
+        Mount(root, "imgs").require()
 
 
 @settings(
@@ -164,7 +166,7 @@ def test_whatever_the_key_what_is_found_lies_below_the_root(root: Path, key: str
     link = root / "images" / "folder"
     if not link.is_symlink():
         link.symlink_to("/")
-    place = FolderMount(root, "images").locate(key)
+    place = Mount(root, "images").locate(key)
     if isinstance(place, Located):
         assert ".." not in PurePosixPath(place.image_id).parts
         assert (root / place.image_id).resolve().is_relative_to(root.resolve())

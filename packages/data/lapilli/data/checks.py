@@ -21,13 +21,13 @@ def check_record(record: Record) -> Verdict:
     does), then user and assistant in turns, ending on an answer. Each image is marked just once,
     in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
-    if not all(is_unicode(text) for text in _texts(record)):
+    said = [turn.text for turn in record.turns]
+    if not is_unicode("".join((*record.images, *said))):
         return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
     turns = list(record.turns)
-    if turns and turns[0].role == "system":
-        turns = turns[1:]
-    if turns and turns[0].role == "assistant":
-        turns = turns[1:]
+    for leading in ("system", "assistant"):
+        if turns and turns[0].role == leading:
+            del turns[0], said[0]
     if not turns:
         return Verdict(Reason.NO_TURNS, "no question with an answer")
     for place, turn in enumerate(turns):
@@ -37,15 +37,9 @@ def check_record(record: Record) -> Verdict:
     if turns[-1].role != "assistant":
         return Verdict(Reason.TURN_ORDER, "ends on a question; expected an answer")
     for place, turn in enumerate(turns):
-        if turn.role == "assistant" and not turn.text.strip():
+        if turn.role == "assistant" and not said[place].strip():
             return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
     return _check_markers(turns, len(record.images))
-
-
-def _texts(record: Record) -> Iterator[str]:
-    yield from record.images
-    for turn in record.turns:
-        yield turn.text
 
 
 def _check_markers(turns: list[Turn], images: int) -> Verdict:

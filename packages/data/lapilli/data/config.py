@@ -22,7 +22,8 @@ class SourceConfig:
     Attributes:
         name: The source's name in every report, and the first half of its sample ids.
         annotations: Annotation file, a glob, or a list of these, relative to the root.
-        images: Folder of the images, relative to the root; the keys of the file start there.
+        images: Folder of the images, relative to the root; the keys of the file start there. For
+            images elsewhere an absolute folder or an address (`s3://bucket/images`).
         format: Name of a reader in `lapilli.data.sources.SOURCES`, or `package.module:name`.
         aliases: Folder names spelt otherwise in the file than on disk (`{text_vqa: textvqa}`).
         captions: Of an image's captions `all`, a record each, or `one`, drawn by `seed`.
@@ -140,6 +141,8 @@ class BuildConfig:
         max_quarantined: Largest share of records that may be quarantined, 0 to 1. Decides no byte.
         records_per_shard: Records in a token shard.
         shard_bytes: Largest size of an image shard's pixels, in bytes.
+        extra_roots: Folders outside of the root that links below it may lead to, as where
+            `coco/train2017` is a link to another disk. None are followed out of the root otherwise.
         workers: Shards built at the same time; 0 takes every core Ray has. Decides no byte.
     """
 
@@ -153,6 +156,7 @@ class BuildConfig:
     max_quarantined: float = 0.01
     records_per_shard: int = 8192
     shard_bytes: int = 64 * 2**20
+    extra_roots: list[str] = field(default_factory=list[str])
     workers: int = 0
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from dataclasses import dataclass
@@ -100,12 +101,13 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
         BadImage: `image_too_large` or `image_undecodable`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             width, height = image.size
             _check_size(width, height, spec)
             if spec.mode == "fast":
                 image.draft("RGB", _least_size(width, height, spec))
             rgb = image.convert("RGB")
+            _check_size(*rgb.size, spec)  # an icon may hold more than its header says
             if spec.orient == "exif":
                 rgb = _upright(rgb, image)
             return Decoded(rgb, width, height)
@@ -116,6 +118,13 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
     except Exception as error:  # Pillow's decoders raise nearly any class on damaged input
         detail = f"{len(data)} bytes: {_describe(error)}"
         raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """All formats that Pillow reads by itself: for EPS it would run Ghostscript on the file."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def _describe(error: Exception) -> str:

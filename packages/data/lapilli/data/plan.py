@@ -21,7 +21,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mixture import check_sources
-from lapilli.data.mounts import FolderMount, Located
+from lapilli.data.mounts import Located, Mount
 from lapilli.data.record import Entry, PackedEntry, Record, Verdict, excerpt, unpack
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import TokenizerFacts, load_tokenizer, tokenizer_facts
@@ -32,6 +32,8 @@ __all__ = [
     "Task",
     "TokenTask",
     "check_quarantined",
+    "locate_images",
+    "open_mount",
     "plan_build",
     "quarantine_error",
     "writer_version",
@@ -49,17 +51,23 @@ def writer_version() -> str:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """One image shard: decode these files below `root`, in this order.
+    """One image shard: decode these images below `root`, in this order.
 
-    `writer` is the driver's `writer_version`; a worker with another one stops.
+    `images` says where each is, and how large and old its file was. `writer` is the driver's
+    `writer_version`; a worker with another one stops.
     """
 
     name: str
     writer: str
     root: str
-    image_ids: tuple[str, ...]
+    images: tuple[Located, ...]
     spec: ImageSpec
     codecs: Codecs
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """The identities of the images, in order."""
+        return tuple(place.image_id for place in self.images)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class BuildPlan:
     Attributes:
         config: The settings. `root` and a tokenizer's folder are absolute: workers stand elsewhere.
         entries: Every element of every source with its verdict so far, in order.
-        image_ids: The distinct images of the records still kept; their place is their slot.
+        images: The distinct images of the records still kept; their place is their slot.
         slots: Slot by image id.
         entry_images: Image ids of each entry, () for one not kept.
         repairs: How many keys were mended, by kind.
@@ -106,7 +114,7 @@ class BuildPlan:
 
     config: BuildConfig
     entries: list[PackedEntry]
-    image_ids: list[str]
+    images: list[Located]
     slots: dict[str, int]
     entry_images: list[tuple[str, ...]]
     repairs: dict[str, int]
@@ -115,13 +123,18 @@ class BuildPlan:
     codecs: dict[str, Codecs]
     digests: dict[str, str]
 
+    @property
+    def image_ids(self) -> list[str]:
+        """The identities of the images, by slot."""
+        return [place.image_id for place in self.images]
+
     def images_per_shard(self, view: str) -> int:
         """How many images of a view fit into `shard_bytes`."""
         return max(1, self.config.shard_bytes // _pixel_bytes(self.config.views[view]))
 
     def pixel_bytes(self) -> int:
         """Bytes of all pixels of all views: the disk the build needs, text aside."""
-        return sum(_pixel_bytes(spec) for spec in self.config.views.values()) * len(self.image_ids)
+        return sum(_pixel_bytes(spec) for spec in self.config.views.values()) * len(self.images)
 
     def image_tasks(self) -> list[ImageTask]:
         """The image shards of every view."""
@@ -130,12 +143,12 @@ class BuildPlan:
                 f"images/{view}/{number:05d}.arrow",
                 self.digests["writer"],
                 self.config.root,
-                ids,
+                images,
                 spec,
                 self.codecs[view],
             )
             for view, spec in self.config.views.items()
-            for number, ids in enumerate(_cut(self.image_ids, self.images_per_shard(view)))
+            for number, images in enumerate(_cut(self.images, self.images_per_shard(view)))
         ]
 
     def token_tasks(self) -> list[TokenTask]:
@@ -187,17 +200,22 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     located: dict[str, Located] = {}
     repairs: Counter[str] = Counter()
     for source in config.sources:
-        mount = FolderMount(root, source.images, source.aliases)
+        mount = open_mount(source, config, root)
+        mount.require()
         for entry in _entries_of(source, root):
-            checked, images = _locate_all(entry, mount, located)
+            checked, places = locate_images(entry, mount)
+            for place in places:
+                located.setdefault(place.image_id, place)
+            images = tuple(place.image_id for place in places)
             entries.append(checked.pack())
             entry_images.append(images)
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     digests = _digests(config, entries, located, tokenizer, template, codecs)
+    slots = {image_id: slot for slot, image_id in enumerate(located)}
     return BuildPlan(
-        config, entries, list(located), {image_id: i for i, image_id in enumerate(located)},
+        config, entries, list(located.values()), slots,
         entry_images, dict(repairs), tokenizer, template, codecs, digests,
     )  # fmt: skip
 
@@ -220,10 +238,13 @@ def _entries_of(source: SourceConfig, root: Path) -> Iterable[Entry]:
         )
 
 
-def _locate_all(
-    entry: Entry, mount: FolderMount, located: dict[str, Located]
-) -> tuple[Entry, tuple[str, ...]]:
-    """Resolve an entry's images, adding to `located`; one that is not found is its verdict."""
+def open_mount(source: SourceConfig, config: BuildConfig, root: Path) -> Mount:
+    """Where a source's images are found."""
+    return Mount(root, source.images, source.aliases, tuple(config.extra_roots))
+
+
+def locate_images(entry: Entry, mount: Mount) -> tuple[Entry, tuple[Located, ...]]:
+    """Find an entry's images; one that is not found is its verdict."""
     if entry.record is None or not entry.verdict.kept:
         return entry, ()
     found: list[Located] = []
@@ -232,9 +253,7 @@ def _locate_all(
         if isinstance(place, Verdict):
             return replace(entry, verdict=place), ()
         found.append(place)
-    for place in found:
-        located.setdefault(place.image_id, place)
-    return entry, tuple(place.image_id for place in found)
+    return entry, tuple(found)
 
 
 def check_quarantined(entries: Sequence[Entry | PackedEntry], most: float) -> None:

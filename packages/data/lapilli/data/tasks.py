@@ -13,6 +13,7 @@ from typing import Any
 from lapilli.data.codecs import Codecs
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, decode, square
+from lapilli.data.mounts import Located, read_image
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
 from lapilli.data.shards import (
@@ -73,17 +74,17 @@ def _image_columns(task: ImageTask) -> dict[str, list[Any]]:
     task.codecs.require()
     root = Path(task.root)
     columns: dict[str, list[Any]] = {field.name: [] for field in IMAGE_SCHEMA}
-    for image_id in task.image_ids:
-        row = _image_row(root / image_id, task.spec, task.codecs)
-        for name, value in {"image_id": image_id, "encoding": "raw", **row}.items():
+    for place in task.images:
+        row = _image_row(root, place, task.spec, task.codecs)
+        for name, value in {"image_id": place.image_id, "encoding": "raw", **row}.items():
             columns[name].append(value)
     return columns
 
 
-def _image_row(path: Path, spec: ImageSpec, codecs: Codecs) -> dict[str, Any]:
-    """Decode one file; what is wrong with it ends here, as a status."""
+def _image_row(root: Path, place: Located, spec: ImageSpec, codecs: Codecs) -> dict[str, Any]:
+    """Decode one image; what is wrong with it ends here, as a status."""
     try:
-        decoded = decode(_read(path), spec)
+        decoded = decode(read_image(root, place), spec)
         pixels = square(decoded.image, spec, codecs.resizer)
     except BadImage as bad:
         return {
@@ -94,14 +95,6 @@ def _image_row(path: Path, spec: ImageSpec, codecs: Codecs) -> dict[str, Any]:
         "status": OK, "detail": "", "source_width": decoded.source_width,
         "source_height": decoded.source_height, "pixels": pixels.tobytes(),
     }  # fmt: skip
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        detail = f"was there when the build was planned, now: {error.strerror}"
-        raise BadImage(Reason.IMAGE_MISSING, detail) from None
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:

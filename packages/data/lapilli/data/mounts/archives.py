@@ -1,0 +1,104 @@
+"""What is in a zip or a tar: every member's place, read once; nothing is unpacked.
+
+A zip's central directory and a tar's headers are all that is read. Names in an archive are only
+compared with keys and never become paths, so one that leads upwards is harmless.
+"""
+
+from __future__ import annotations
+
+import struct
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from typing import IO
+
+from lapilli.data.mounts.places import Member
+from lapilli.data.record import excerpt
+
+__all__ = ["BadArchive", "Index", "read_index"]
+
+ENCRYPTED = 0x1  # bit of a zip member's flags
+
+
+class BadArchive(Exception):
+    """An archive whose members cannot be reached: one line why, and what to do."""
+
+
+class Index:
+    """The members of an archive by folder, then by name; `""` is the archive's top."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, dict[str, Member | str]] = {"": {}}
+        self.children: dict[str, set[str]] = {"": set()}
+
+    def add(self, name: str, member: Member | str) -> None:
+        """Add a member, or the reason why it cannot be read; a later one of a name replaces it."""
+        folder, _, last = name.removeprefix("./").rpartition("/")
+        self._folder(folder)[last] = member
+
+    def _folder(self, path: str) -> dict[str, Member | str]:
+        if path not in self.folders:
+            self.folders[path] = {}
+            self.children[path] = set()
+            above, _, last = path.rpartition("/")
+            self._folder(above)
+            self.children[above].add(last)
+        return self.folders[path]
+
+    def folder_called(self, name: str) -> str | None:
+        """The one folder of this name that is nearest to the top, or None."""
+        found = [path for path in self.folders if path.rpartition("/")[2] == name]
+        depth = min((path.count("/") for path in found), default=0)
+        nearest = [path for path in found if path.count("/") == depth]
+        return nearest[0] if len(nearest) == 1 else None
+
+
+def read_index(file: IO[bytes], name: str) -> Index:
+    """The members of an archive.
+
+    Raises:
+        BadArchive: No whole zip or plain tar.
+    """
+    index = Index()
+    members = _zip_members(file) if name.endswith(".zip") else _tar_members(file)
+    try:
+        for path, member in members:
+            index.add(path, member)
+    except (
+        zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError, OverflowError,
+        NotImplementedError, struct.error,
+    ) as error:  # fmt: skip
+        kind = "zip" if name.endswith(".zip") else "uncompressed tar"
+        raise BadArchive(
+            f"'{excerpt(name)}' is no whole {kind} ({excerpt(str(error))}); download it again"
+        ) from None
+    return index
+
+
+def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.flag_bits & ENCRYPTED:
+                yield info.filename, "is encrypted; pack it again without a password"
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                why = f"has compression method {info.compress_type}; pack it stored or deflated"
+                yield info.filename, why
+            else:
+                yield info.filename, Member(
+                    info.header_offset, info.compress_size, info.file_size,
+                    info.compress_type, info.CRC,
+                )  # fmt: skip
+
+
+def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
+    """A tar of WebDataset's or the like; a compressed one has no places to read at."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (info := archive.next()) is not None:
+            if info.issparse():
+                yield info.name, "is a sparse file; pack it again"
+            elif info.isreg():
+                yield info.name, Member(info.offset_data, info.size, info.size, "tar", 0)
+            # A tar of a million members must not be held as a list.
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,278 @@
+"""Folders as keys see them: on a disk, in an archive, at an address. Each is listed once.
+
+Listing a folder once and looking names up in it, instead of asking for every key, is what makes
+600,000 keys a matter of seconds on a disk and of hundreds of requests on an object store.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapilli.data.mounts.archives import BadArchive, Index, read_index
+from lapilli.data.mounts.places import (
+    ARCHIVES,
+    EXTENSIONS,
+    LARGEST_FILE,
+    Located,
+    Member,
+    is_remote,
+)
+from lapilli.data.mounts.storage import open_storage, split_address
+from lapilli.data.record import Reason, Verdict, excerpt, is_unicode
+
+__all__ = ["Boundary", "Folder", "Listing", "open_folder"]
+
+
+@dataclass
+class Listing:
+    """The names in a folder; tables for repairs are made when the first name is missed."""
+
+    files: Mapping[str, Any]
+    folders: frozenset[str]
+    _by_name: dict[str, list[str]] | None = None
+    _by_stem: dict[str, list[str]] | None = None
+
+    def by_name(self, name: str) -> list[str]:
+        """The files whose names differ from `name` in case at most."""
+        if self._by_name is None:
+            self._by_name = _table(self.files, str.lower)
+        return self._by_name.get(name.lower(), [])
+
+    def by_stem(self, name: str) -> list[str]:
+        """The images whose names differ from `name` in case and extension at most."""
+        if self._by_stem is None:
+            images = [name for name in self.files if _parted(name)[1] in EXTENSIONS]
+            self._by_stem = _table(images, lambda image: _parted(image)[0])
+        return self._by_stem.get(_parted(name)[0], [])
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Stem and extension in lower case; without Path, since it is done for every file."""
+    dot = name.rfind(".")
+    return (name[:dot].lower(), name[dot:].lower()) if dot > 0 else (name.lower(), "")
+
+
+def _table(names: Iterable[str], fold: Callable[[str], str]) -> dict[str, list[str]]:
+    table: dict[str, list[str]] = {}
+    for name in names:
+        table.setdefault(fold(name), []).append(name)
+    return table
+
+
+class Folder(ABC):
+    """What a key's path is followed through."""
+
+    @functools.cached_property
+    def listing(self) -> Listing:
+        """The names in it, read once."""
+        return self.read()
+
+    @abstractmethod
+    def read(self) -> Listing:
+        """Read the names in it."""
+
+    @abstractmethod
+    def child(self, name: str) -> Folder:
+        """A folder of the listing, or an archive of the listing opened as one."""
+
+    @abstractmethod
+    def locate(self, name: str, repair: str) -> Located | Verdict:
+        """Where a file of the listing is."""
+
+    def folder_called(self, name: str) -> Folder:
+        """In an archive its folder of this name wherever it lies, or else its top."""
+        del name
+        return self
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What links may lead to.
+
+    Attributes:
+        root: The dataset's root, resolved.
+        extra: Further folders that the user has allowed, resolved.
+    """
+
+    root: Path
+    extra: tuple[Path, ...] = ()
+
+    def identity(self, real: Path, shown: str) -> str | Verdict:
+        """The identity of a file: the path below the root, or the one shown below `extra`."""
+        if real.is_relative_to(self.root):
+            return real.relative_to(self.root).as_posix()
+        if any(real.is_relative_to(folder) for folder in self.extra):
+            return shown
+        detail = (
+            f"'{excerpt(shown)}' is a link out of the root, to {excerpt(str(real.parent))}; "
+            "to allow it name a folder above that in `extra_roots`"
+        )
+        return Verdict(Reason.IMAGE_OUTSIDE_ROOT, detail)
+
+
+@dataclass
+class LocalFolder(Folder):
+    """A folder on a disk. `shown` is its path below the root as the key has it."""
+
+    path: Path
+    shown: str
+    boundary: Boundary
+
+    def read(self) -> Listing:
+        """Names, with whether they are links; a link to nothing is left out."""
+        files: dict[str, bool] = {}
+        folders: list[str] = []
+        with os.scandir(self.path) as found:
+            for item in found:
+                if item.is_dir():
+                    folders.append(item.name)
+                elif item.is_file():
+                    files[item.name] = item.is_symlink()
+        return Listing(files, frozenset(folders))
+
+    @functools.cached_property
+    def _identity(self) -> str | Verdict:
+        return self.boundary.identity(self.path.resolve(), self.shown)
+
+    def child(self, name: str) -> Folder:
+        """The folder below, or an archive that lies here."""
+        shown = f"{self.shown}/{name}" if self.shown else name
+        if name in self.listing.folders:
+            return LocalFolder(self.path / name, shown, self.boundary)
+        place = self.locate(name, "")
+        if isinstance(place, Verdict):
+            raise BadArchive(place.detail)
+        with (self.path / name).open("rb") as file:
+            return ArchiveFolder(place, _cached_index(file, str(self.path / name), place))
+
+    def locate(self, name: str, repair: str) -> Located | Verdict:
+        """The file with its size and time."""
+        shown = f"{self.shown}/{name}" if self.shown else name
+        path = f"{self.path}/{name}"
+        if self.listing.files[name]:
+            identity = self.boundary.identity(Path(path).resolve(), shown)
+        elif isinstance(self._identity, Verdict):
+            identity = self._identity
+        else:
+            identity = name if self._identity in ("", ".") else f"{self._identity}/{name}"
+        if isinstance(identity, Verdict):
+            return identity
+        if not is_unicode(identity):
+            detail = f"the file name of '{excerpt(shown)}' is no UTF-8"
+            return Verdict(Reason.IMAGE_MISSING, detail)
+        if not os.access(path, os.R_OK):
+            detail = f"'{excerpt(shown)}': no permission to read it"
+            return Verdict(Reason.IMAGE_MISSING, detail)
+        stat = os.stat(path)  # noqa: PTH116 - 200,000 times, and a Path takes twice as long
+        if stat.st_size > LARGEST_FILE and not name.endswith(ARCHIVES):
+            return _too_large(shown, stat.st_size)
+        return Located(identity, identity, stat.st_size, stat.st_mtime_ns, None, repair)
+
+
+@dataclass
+class RemoteFolder(Folder):
+    """A folder at an address, listed in pages of a thousand names."""
+
+    address: str
+
+    def read(self) -> Listing:
+        """Names, with what the store says of each."""
+        scheme, path = split_address(self.address)
+        files: dict[str, Any] = {}
+        folders: list[str] = []
+        for item in open_storage(scheme).ls(path, detail=True):
+            name = str(item["name"]).rstrip("/").rpartition("/")[2]
+            if item["type"] == "directory":
+                folders.append(name)
+            elif item["type"] == "file":
+                files[name] = item
+        return Listing(files, frozenset(folders))
+
+    def child(self, name: str) -> Folder:
+        """The folder below, or an archive that lies here."""
+        if name in self.listing.folders:
+            return RemoteFolder(f"{self.address}/{name}")
+        place = self.locate(name, "")
+        if isinstance(place, Verdict):
+            raise BadArchive(place.detail)
+        scheme, path = split_address(place.container)
+        with open_storage(scheme).open(path, "rb") as file:
+            return ArchiveFolder(place, _cached_index(file, place.container, place))
+
+    def locate(self, name: str, repair: str) -> Located | Verdict:
+        """The object with its size and time."""
+        item = self.listing.files[name]
+        written = item.get("mtime") or item.get("LastModified")
+        mtime_ns = int(written.timestamp() * 1e9) if hasattr(written, "timestamp") else 0
+        address = f"{self.address}/{name}"
+        if item["size"] > LARGEST_FILE and not name.endswith(ARCHIVES):
+            return _too_large(address, item["size"])
+        return Located(address, address, int(item["size"]), mtime_ns, None, repair)
+
+
+@dataclass
+class ArchiveFolder(Folder):
+    """A folder inside an archive; `inner` is its path there."""
+
+    archive: Located
+    index: Index
+    inner: str = ""
+
+    def read(self) -> Listing:
+        """Names, with their members."""
+        return Listing(self.index.folders[self.inner], frozenset(self.index.children[self.inner]))
+
+    def child(self, name: str) -> Folder:
+        """The folder below; an archive in an archive is not opened."""
+        if name not in self.listing.folders:
+            raise BadArchive(f"'{excerpt(name)}' is an archive in an archive; unpack it")
+        inner = f"{self.inner}/{name}" if self.inner else name
+        return ArchiveFolder(self.archive, self.index, inner)
+
+    def locate(self, name: str, repair: str) -> Located | Verdict:
+        """The member's place; one that cannot be read says why."""
+        path = f"{self.inner}/{name}" if self.inner else name
+        image_id = f"{self.archive.image_id}/{path}"
+        member: Member | str = self.listing.files[name]
+        if isinstance(member, str):
+            return Verdict(Reason.IMAGE_UNDECODABLE, f"'{excerpt(image_id)}' {member}")
+        if not is_unicode(image_id):
+            detail = f"the name of '{excerpt(image_id)}' is no UTF-8"
+            return Verdict(Reason.IMAGE_MISSING, detail)
+        if max(member.size, member.stored) > LARGEST_FILE:
+            return _too_large(image_id, max(member.size, member.stored))
+        a = self.archive
+        return Located(image_id, a.container, a.size, a.mtime_ns, member, repair)
+
+    def folder_called(self, name: str) -> Folder:
+        """The folder of this name wherever it lies, or else the top."""
+        return ArchiveFolder(self.archive, self.index, self.index.folder_called(name) or "")
+
+
+def _too_large(shown: str, size: int) -> Verdict:
+    detail = f"'{excerpt(shown)}' has {size} bytes; {LARGEST_FILE} are the most that are read"
+    return Verdict(Reason.IMAGE_TOO_LARGE, detail)
+
+
+_indexes: dict[tuple[str, int, int], Index] = {}
+
+
+def _cached_index(file: Any, name: str, place: Located) -> Index:
+    """An archive's index, once a process for one state of the file: sources share archives."""
+    key = (name, place.size, place.mtime_ns)
+    if key not in _indexes:
+        _indexes[key] = read_index(file, name)
+    return _indexes[key]
+
+
+def open_folder(path: str, boundary: Boundary) -> Folder:
+    """The folder that keys start at: an address, an absolute path, or `""` for the root."""
+    if is_remote(path):
+        return RemoteFolder(path.rstrip("/"))
+    return LocalFolder(Path(path) if path else boundary.root, path, boundary)

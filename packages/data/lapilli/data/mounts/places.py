@@ -1,0 +1,64 @@
+"""Where an image's bytes are: a file, or a stretch of an archive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["ARCHIVES", "EXTENSIONS", "LARGEST_FILE", "Located", "Member", "is_remote"]
+
+# Another extension is a repair only if the file found claims to be an image: a caption or a
+# feature file of the same stem is not the image.
+EXTENSIONS = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+)
+ARCHIVES = (".zip", ".tar")
+
+# Bytes of a file that is still read as an image. Pillow's largest picture takes 0.5 GB as plain
+# RGB; what is larger is no picture, or a bomb.
+LARGEST_FILE = 1 << 30
+
+
+class Member(NamedTuple):
+    """A member of an archive.
+
+    Attributes:
+        offset: Where its bytes begin in a tar, its local header in a zip.
+        stored: Bytes it takes in the archive.
+        size: Bytes it unpacks to.
+        method: `tar`, or a zip's compression method (0 stored, 8 deflated).
+        crc: CRC-32 of the unpacked bytes; 0 in a tar, which has none.
+    """
+
+    offset: int
+    stored: int
+    size: int
+    method: int | str
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """An image found: its identity, and where and what to read.
+
+    Attributes:
+        image_id: Container and member as one path below the root, links followed, so that two
+            spellings of one image agree; an absolute path or an address for images elsewhere.
+        container: The file to open: a path below the root, an absolute path or an address.
+        size: Bytes of the container.
+        mtime_ns: When the container was last written; a change before the reading is noticed.
+        member: Which part of the container; None for all of it.
+        repair: What was mended to find it (`extension`, `case`, `alias`), or "".
+    """
+
+    image_id: str
+    container: str
+    size: int
+    mtime_ns: int
+    member: Member | None = None
+    repair: str = ""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address such as `s3://bucket/images`."""
+    return "://" in path

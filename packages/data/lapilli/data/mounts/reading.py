@@ -1,0 +1,120 @@
+"""An image's bytes from the place that the plan found them at."""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from lapilli.data.images import BadImage
+from lapilli.data.mounts.places import LARGEST_FILE, Located, Member, is_remote
+from lapilli.data.mounts.storage import open_storage, split_address
+from lapilli.data.record import Reason
+
+__all__ = ["read_image"]
+
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip's member; .ZIP File Format, 4.3.7
+SIGNATURE = b"PK\3\4"
+OPEN_ARCHIVES = 64  # files a process holds open
+
+
+def read_image(root: Path, place: Located) -> bytes:
+    """The bytes of an image that `Mount.locate` found below `root`.
+
+    Raises:
+        BadImage: `image_missing` where the container is gone or is not what it was when the plan
+            was made; `image_undecodable` where a member of an archive is damaged.
+    """
+    try:
+        if place.member is None:
+            return _read_whole(root, place)
+        return _unpack(place.member, place.image_id, functools.partial(_read_part, root, place))
+    except OSError as error:
+        # A library's error may name a request; two runs must write the same detail.
+        detail = f"was there when the build was planned, now: {error.strerror or 'not readable'}"
+        raise BadImage(Reason.IMAGE_MISSING, detail) from None
+
+
+def _read_whole(root: Path, place: Located) -> bytes:
+    if is_remote(place.container):
+        scheme, path = split_address(place.container)
+        data: bytes = open_storage(scheme).cat_file(path)
+        _check_unchanged(place, len(data), None)
+        return data
+    with (root / place.container).open("rb") as file:
+        _check_file(place, file)
+        data = file.read(LARGEST_FILE + 1)
+    _check_unchanged(place, len(data), None)
+    return data
+
+
+def _check_file(place: Located, file: BinaryIO) -> None:
+    stat = os.fstat(file.fileno())
+    _check_unchanged(place, stat.st_size, stat.st_mtime_ns)
+
+
+def _check_unchanged(place: Located, size: int, mtime_ns: int | None) -> None:
+    if size != place.size:
+        detail = f"{place.container} had {place.size} bytes when the build was planned, now {size}"
+    elif mtime_ns is not None and mtime_ns != place.mtime_ns:
+        detail = f"{place.container} was written again after the build was planned"
+    else:
+        return
+    raise BadImage(Reason.IMAGE_MISSING, f"{detail}; run the same command again")
+
+
+def _read_part(root: Path, place: Located, offset: int, count: int) -> bytes:
+    """`count` bytes of a container from `offset`."""
+    if is_remote(place.container):
+        scheme, path = split_address(place.container)
+        with open_storage(scheme).open(path, "rb") as remote:
+            _check_unchanged(place, int(remote.size), None)
+            remote.seek(offset)
+            return remote.read(count)
+    file = _open_archive(str(root / place.container), place.size, place.mtime_ns)
+    _check_file(place, file)
+    return os.pread(file.fileno(), count, offset)
+
+
+@functools.lru_cache(maxsize=OPEN_ARCHIVES)
+def _open_archive(path: str, size: int, mtime_ns: int) -> BinaryIO:
+    """An archive held open for the next member; one written again since is opened again."""
+    del size, mtime_ns
+    return Path(path).open("rb", buffering=0)  # type: ignore[return-value]
+
+
+def _unpack(member: Member, image_id: str, read: Callable[[int, int], bytes]) -> bytes:
+    """A member's bytes, whole and as its archive describes them."""
+    if member.method == "tar":
+        return _whole(read(member.offset, member.size), member.size, image_id)
+    header = _whole(read(member.offset, LOCAL_HEADER.size), LOCAL_HEADER.size, image_id)
+    signature, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    if signature != SIGNATURE:
+        raise BadImage(Reason.IMAGE_UNDECODABLE, f"{image_id}: no zip member at its place")
+    start = member.offset + LOCAL_HEADER.size + name_length + extra_length
+    data = _whole(read(start, member.stored), member.stored, image_id)
+    if member.method != zipfile.ZIP_STORED:
+        data = _inflate(data, member.size, image_id)
+    if zlib.crc32(data) != member.crc or len(data) != member.size:
+        raise BadImage(Reason.IMAGE_UNDECODABLE, f"{image_id}: damaged in its archive")
+    return data
+
+
+def _inflate(data: bytes, size: int, image_id: str) -> bytes:
+    """Unpack to `size` bytes; a member that would be more never takes more memory."""
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    except zlib.error as error:
+        detail = f"{image_id}: damaged in its archive ({error})"
+        raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
+
+
+def _whole(data: bytes, size: int, image_id: str) -> bytes:
+    if len(data) != size:
+        raise BadImage(Reason.IMAGE_UNDECODABLE, f"{image_id}: cut off in its archive")
+    return data

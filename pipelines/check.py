@@ -1,0 +1,245 @@
+"""Every record and image of a mixture looked at, before anything is converted.
+
+python -m pipelines.check --root playground/data
+
+Without --config it finds out which of LLaVA's published annotation files lie in the root.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from lapilli.data.codecs import resolve_codecs
+from lapilli.data.config import BuildConfig, SourceConfig
+from lapilli.data.errors import DataError
+from lapilli.data.images import BadImage, ImageSpec, decode, square
+from lapilli.data.mounts import Located, read_image
+from lapilli.data.mounts.published import ANNOTATIONS
+from lapilli.data.record import Entry, Verdict
+from lapilli.data.selection import quarantine_table
+from lapilli.data.shards import write_atomic
+from lapilli.data.survey import Survey, survey
+from lapilli.data.verify import verify_images
+from pipelines.command import parse, progress_bar, run, say, say_title
+
+__all__ = ["CheckConfig", "check", "main"]
+
+RECIPES = Path(__file__).parent / "recipes" / "llava15"
+PUBLISHED = ("pretrain_data.yaml", "finetune_data.yaml")
+# Folders below the root that people keep an annotation file in, as its dataset is called.
+FOLDERS = ("", "LLaVA-Pretrain", "LLaVA-Instruct-150K", "LLaVA-Tuning")
+PROBE = 48  # images whose making is timed for the estimate
+NAMED = 3  # names shown of a known hole
+ROWS = 5000  # quarantine rows written at once
+
+
+@dataclass(frozen=True)
+class CheckConfig(BuildConfig):
+    """A recipe for `preprocess`, of which only the sources, views and folders are looked at.
+
+    Attributes:
+        root: Folder that holds annotations and images.
+        output: Parquet file to write the records with a problem to; none if left out.
+        sources: The annotation files; without any, LLaVA's published files in the root.
+        tokenizer: Not looked at.
+        template: Not looked at.
+        views: How images are made square; decides which are too large and the disk needed.
+        decode: Decode every image, on `workers` cores, instead of only finding it.
+    """
+
+    output: str = ""
+    sources: list[SourceConfig] = field(default_factory=list[SourceConfig])
+    tokenizer: str = ""
+    template: str = ""
+    views: dict[str, ImageSpec] = field(default_factory=dict[str, ImageSpec])
+    decode: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say; no sources means the published ones."""
+        if self.sources:
+            super().__post_init__()
+
+
+def check(config: CheckConfig) -> Survey:
+    """Look, and tell what there is."""
+    root = Path(config.root)
+    if not root.is_dir():
+        raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
+    config = config if config.sources else find_published(config)
+    started = time.monotonic()
+    for source in config.sources:
+        files = ", ".join(str(root / pattern) for pattern in source.patterns)
+        say(f"reading {files}, images below {root / source.images}")
+    found = _look(config, decoded=None, last=not config.decode)
+    if config.decode:
+        found = _look(config, decoded=_decode(config, found), last=True)
+    tell(config, found)
+    say(f"\n{time.monotonic() - started:.1f} s")
+    return found
+
+
+def find_published(config: CheckConfig) -> CheckConfig:
+    """The recipes' sources and views whose annotation files lie in the root.
+
+    Raises:
+        DataError: There is none; says what was looked for, and how to get it.
+    """
+    root = Path(config.root)
+    sources: list[SourceConfig] = []
+    views = dict(config.views)
+    for name in PUBLISHED:
+        recipe = parse(CheckConfig, [f"--config={RECIPES / name}", f"--root={root}"], "")
+        for source in recipe.sources:
+            (file,) = source.patterns  # the published ones are single files
+            folder = next((f for f in FOLDERS if (root / f / file).is_file()), None)
+            if folder is None:
+                continue
+            # The captions' images lie beside their file, the others below the root.
+            images = source.images if source.images == "." else f"{folder}/{source.images}"
+            path = f"{folder}/{file}".removeprefix("/")
+            sources.append(replace(source, annotations=path, images=images.removeprefix("/")))
+            views.update(recipe.views)
+    if not sources:
+        names = ", ".join(ANNOTATIONS)
+        raise DataError(
+            f"root: {root} holds none of {names}; expected one of them there or below "
+            f"{' or '.join(FOLDERS[1:])}; give another --root, a --config for other files, or get "
+            f"one: wget -c -P {root} {ANNOTATIONS['llava_v1_5_mix665k.json']}"
+        )
+    return replace(config, sources=sources, views=views)
+
+
+def _look(config: CheckConfig, decoded: dict[str, Verdict] | None, last: bool) -> Survey:
+    """One pass over the records; the last one writes those with a problem."""
+    with progress_bar() as bar, _quarantine(config.output if last else "") as write:
+        task = bar.add_task("records", total=None)
+        return survey(
+            config,
+            decoded,
+            on_progress=lambda done: bar.update(task, completed=done),
+            on_bad=write,
+        )
+
+
+def _decode(config: CheckConfig, found: Survey) -> dict[str, Verdict]:
+    with progress_bar() as bar:
+        task = bar.add_task("images", total=len(found.images))
+        return verify_images(
+            found.images.values(),
+            Path(config.root),
+            list(config.views.values()),
+            workers=config.workers,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+
+
+@contextmanager
+def _quarantine(output: str) -> Generator[Callable[[Entry], None]]:
+    """Rows to a Parquet file as they come, under its name when all are there."""
+    if not output:
+        yield lambda entry: None
+        return
+    rows: list[Entry] = []
+    path = Path(output)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer: Any = pq.ParquetWriter(temporary, quarantine_table([]).schema)
+    except OSError as error:
+        raise DataError(f"output: {output}: {error.strerror}; choose another --output") from None
+
+    def move(target: Path) -> None:
+        temporary.replace(target)
+
+    def write(entry: Entry) -> None:
+        rows.append(entry)
+        if len(rows) == ROWS:
+            writer.write_table(quarantine_table(rows))
+            rows.clear()
+
+    try:
+        yield write
+        writer.write_table(quarantine_table(rows))
+        writer.close()
+        write_atomic(path, move)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tell(config: CheckConfig, found: Survey) -> None:
+    """The summary: records, images, what to get, what a build needs."""
+    total, bad = found.read.total(), found.bad.total()
+    say_title(f"{total:,} records: {total - bad:,} good, {bad:,} with a problem")
+    for source, count in found.read.items():
+        say(f"  {source}: {count:,} records")
+        for (name, reason), number in sorted(found.bad.items(), key=lambda item: -item[1]):
+            if name == source:
+                example = found.examples[name, reason]
+                say(f"    {reason} {number:,}, first {example.sample_id}: {example.detail}")
+    for what, number in sorted(found.lost.items(), key=lambda item: -item[1]):
+        say(f"  {number:,} images: {what}")
+    for hole, keys in found.holes.items():
+        say(f"  known, {len(keys):,} {hole.name} ({hole.remedy}): {_some(keys)}")
+    if found.repairs:
+        repairs = ", ".join(f"{kind} {number:,}" for kind, number in found.repairs.items())
+        say(f"  mended, and counted when built: {repairs}")
+    tell_needs(config, found)
+    if config.output:
+        say(f"records with a problem: {config.output}")
+    if not config.decode:
+        say("images were found, not decoded; --decode decodes every one")
+
+
+def _some(keys: set[str]) -> str:
+    """The first few names; all of them are in the quarantine file."""
+    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+    return ", ".join(sorted(keys)[:NAMED]) + more
+
+
+def tell_needs(config: CheckConfig, found: Survey) -> None:
+    """Disk and time of a build."""
+    sizes = [place.size if place.member is None else place.member.stored
+             for place in found.images.values()]  # fmt: skip
+    say(f"\n{len(sizes):,} distinct images, {sum(sizes) / 1e9:.1f} GB")
+    cores = config.workers or len(os.sched_getaffinity(0))
+    for view, spec in config.views.items():
+        disk = len(sizes) * spec.size**2 * 3 / 1e9
+        rate = _images_per_second(list(found.images.values()), Path(config.root), spec)
+        minutes = (
+            f", about {len(sizes) / rate / cores / 60:.0f} min on {cores} cores" if rate else ""
+        )
+        say(f"a build of {view}: {disk:.1f} GB of disk{minutes}")
+
+
+def _images_per_second(places: list[Located], root: Path, spec: ImageSpec) -> float:
+    """How fast this machine makes a view of these images on one core, by a sample of them."""
+    resizer = resolve_codecs(spec.resizer).resizer
+    sample = places[:: max(1, len(places) // PROBE)]
+    started, made = time.perf_counter(), 0
+    for number, place in enumerate(sample):
+        if number == 1:  # the first loads libraries
+            started, made = time.perf_counter(), 0
+        try:
+            square(decode(read_image(root, place), spec).image, spec, resizer)
+            made += 1
+        except BadImage:
+            continue
+    return made / (time.perf_counter() - started) if made > 1 else 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 1 if a record has a problem."""
+    config = parse(CheckConfig, argv, "Check a mixture's records and images, converting nothing.")
+    return 0 if check(config).clean else 1
+
+
+if __name__ == "__main__":
+    run(main)
