@@ -10,19 +10,30 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from lapilli.data.checks import read_entries
+from lapilli.data.backend import check_agreement
+from lapilli.data.checks import Rules, check_record, read_entries
 from lapilli.data.codecs import Codecs, resolve_codecs
+from lapilli.data.compat import check_as_llava, encode_as_llava
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mounts import FolderMount, Located
-from lapilli.data.record import Entry, Record, Verdict, excerpt
+from lapilli.data.record import Entry, ImagePart, Record, TextPart, Turn, Verdict, excerpt
+from lapilli.data.render import mark_images
 from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import TokenizerFacts, load_tokenizer, tokenizer_facts
+from lapilli.data.tokenize import (
+    TokenizerFacts,
+    bind_template,
+    encode_batch,
+    load_tokenizer,
+    tokenizer_facts,
+)
 
 __all__ = [
     "BuildPlan",
@@ -65,7 +76,7 @@ class TokenTask:
     """One token shard: tokenise these records, in this order.
 
     `image_ids` are those of the records' images, resolved; `fingerprint` is that of the tokenizer
-    the driver loaded from the same name.
+    the driver loaded from the same name; `compat` and `max_text_length` are the config's.
     """
 
     name: str
@@ -75,6 +86,8 @@ class TokenTask:
     tokenizer: str
     fingerprint: str
     template: Template
+    compat: str | None
+    max_text_length: int
 
 
 Task: TypeAlias = ImageTask | TokenTask
@@ -138,7 +151,9 @@ class BuildPlan:
             for entry, images in zip(self.entries, self.entry_images, strict=True)
             if entry.verdict.kept and entry.record is not None
         ]
-        folder = f"tokens/{digest([self.tokenizer.fingerprint, asdict(self.template)])[:12]}"
+        settings = [self.config.compat, self.config.max_text_length]
+        facts = [self.tokenizer.fingerprint, asdict(self.template), *settings]
+        folder = f"tokens/{digest(facts)[:12]}"
         return [
             TokenTask(
                 f"{folder}/{number:05d}.arrow",
@@ -148,6 +163,8 @@ class BuildPlan:
                 self.config.tokenizer,
                 self.tokenizer.fingerprint,
                 self.template,
+                self.config.compat,
+                self.config.max_text_length,
             )
             for number, rows in enumerate(_cut(kept, self.config.records_per_shard))
         ]
@@ -172,21 +189,27 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     if not root.is_dir():
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
-    template = get_template(config.template)
-    tokenizer = tokenizer_facts(load_tokenizer(config.tokenizer))
-    codecs = {view: resolve_codecs(spec.resizer) for view, spec in config.views.items()}
+    loaded = load_tokenizer(config.tokenizer)
+    template = bind_template(get_template(config.template), loaded)
+    _try_out(template, loaded, config.compat)
+    tokenizer = tokenizer_facts(loaded)
+    codecs = {
+        view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in config.views.items()
+    }
+    rules = partial(_rules, template=template, compat=config.compat)
     entries: list[Entry] = []
     entry_images: list[tuple[str, ...]] = []
     located: dict[str, Located] = {}
     repairs: Counter[str] = Counter()
     for source in config.sources:
         mount = FolderMount(root, source.images, source.aliases)
-        for entry in _entries_of(source, root):
+        for entry in _entries_of(source, root, rules):
             checked, images = _locate_all(entry, mount, located)
             entries.append(checked)
             entry_images.append(images)
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
+    check_agreement(loaded, _first_texts(entries))
     digests = _digests(config, entries, located, tokenizer, template, codecs)
     return BuildPlan(
         config, entries, list(located), {image_id: i for i, image_id in enumerate(located)},
@@ -199,10 +222,40 @@ def _absolute(tokenizer: str) -> str:
     return str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
 
 
-def _entries_of(source: SourceConfig, root: Path) -> Iterable[Entry]:
+def _resizer(spec: ImageSpec, compat: str | None) -> Literal["auto", "pillow", "simd", "torch"]:
+    """The resizer a view asks for; LLaVA's pixels are Pillow's."""
+    return "pillow" if compat == "llava" and spec.resizer == "auto" else spec.resizer
+
+
+def _try_out(template: Template, tokenizer: Any, compat: str | None) -> None:
+    """Encode one record: what template and tokenizer are wrong about is said before the work."""
+    turns = (Turn("user", (ImagePart(0), TextPart("Why?"))), Turn("assistant", (TextPart("So."),)))
+    trial = Record("trial", "trial", "trial", turns, ("trial.jpg",))
+    if compat == "llava":
+        encode_as_llava([trial], tokenizer, template)
+    else:
+        encode_batch([trial], tokenizer, template)
+
+
+def _rules(record: Record, template: Template, compat: str | None) -> tuple[Record, Verdict]:
+    """A record as the template and LLaVA, if it is to be followed, place its images."""
+    record = mark_images(record, template)
+    if compat == "llava":
+        return check_as_llava(record, template)
+    return record, check_record(record)
+
+
+def _first_texts(entries: Iterable[Entry], most: int = 512) -> Iterable[str]:
+    """What the first records kept say: enough to notice two tokenizers that differ."""
+    records = (entry.record for entry in entries if entry.record and entry.verdict.kept)
+    texts = (turn.text for record in records for turn in record.turns if turn.text)
+    return islice(texts, most)
+
+
+def _entries_of(source: SourceConfig, root: Path, rules: Rules) -> Iterable[Entry]:
     """The entries of a source, at least one."""
     empty = True
-    for entry in read_entries(source, root):
+    for entry in read_entries(source, root, rules):
         empty = False
         yield entry
     if empty:
@@ -270,6 +323,8 @@ def _digests(
         "template": digest(asdict(template)),
         "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
+        "compat": str(config.compat),
+        "max_text_length": str(config.max_text_length),
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
         "images": digest([[i.image_id, i.size, i.mtime_ns] for i in located.values()]),
