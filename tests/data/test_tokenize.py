@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lapilli.data.errors import DataError
-from lapilli.data.record import Record
+from lapilli.data.record import Record, TextPart, Turn
 from lapilli.data.templates import Template
 from lapilli.data.tokenize import (
     IGNORE_INDEX,

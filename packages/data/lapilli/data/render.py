@@ -57,6 +57,11 @@ Segment: TypeAlias = TextSegment | SpecialToken | ImageSlot
 Eaten: TypeAlias = Mapping[str, tuple[bool, bool]]
 """By special token: whether it swallows the white space before it, and that behind it."""
 
+# What Unicode and Rust call white space; Python counts four separators more.
+_WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
 
 def render(record: Record, template: Template, eaten: Eaten | None = None) -> list[Segment]:
     """Write the record down: text, special tokens and image slots in their order.
@@ -175,7 +180,7 @@ class Page:
     def write(self, text: str, *, trained: bool = False) -> None:
         """Add plain text."""
         if self._eats_space:
-            text = text.lstrip()
+            text = text.lstrip(_WHITE_SPACE)
         if not text:
             return
         self._eats_space = False
@@ -224,7 +229,7 @@ class Page:
         return self._segments
 
     def _strip_end(self) -> None:
-        text = "".join(self._texts).rstrip()
+        text = "".join(self._texts).rstrip(_WHITE_SPACE)
         self._texts, self._length = [text] if text else [], len(text)
         self._trained = [(a, min(b, len(text))) for a, b in self._trained if a < len(text)]
 
