@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,7 @@ def _read(path: Path) -> bytes:
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
-    tokenizer = load_tokenizer(task.tokenizer)
-    if tokenizer_facts(tokenizer).fingerprint != task.fingerprint:
-        raise DataError(
-            f"tokenizer: {task.tokenizer} on this worker differs from the driver's; "
-            "give every node the same files and library versions"
-        )
+    tokenizer = _tokenizer(task.tokenizer, task.fingerprint)
     columns: dict[str, list[Any]] = {
         "sample_id": [record.sample_id for record in task.records],
         "source": [record.source for record in task.records],
@@ -136,6 +132,18 @@ def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
         rows["text_length"].append(encoded.text_length)
         rows["num_trained"].append(sum(spans[1::2]) - sum(spans[::2]))
     return columns | rows
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(name: str, fingerprint: str) -> Any:
+    """The driver's tokenizer, loaded once a process: it takes as long as a million tokens."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer_facts(tokenizer).fingerprint != fingerprint:
+        raise DataError(
+            f"tokenizer: {name} on this worker differs from the driver's; "
+            "give every node the same files and library versions"
+        )
+    return tokenizer
 
 
 def _encode(task: TokenTask, tokenizer: Any) -> Iterator[Encoded]:
