@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
         run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: root: no such folder\n"
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        run(lambda: 0)
+    line = warnings.formatwarning("template t:\nodd", UserWarning, "plan.py", 7)
+    assert line == "warning: template t: odd\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:
