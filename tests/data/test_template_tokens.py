@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from lapilli.data.tokenize import (
     encode,
     encode_batch,
     load_tokenizer,
+    train_tokenizer,
 )
 from tests.data.text_material import FIXTURES, needs_fixtures, unpacked
 
@@ -45,11 +48,15 @@ def framed(rounds: Rounds, before: str, between: str, end: str) -> str:
 
 def chatml(system: str, rounds: Rounds, newline: str = "\n") -> str:
     start, end = IM
-    return f"{start}system\n{system}{end}{newline}" + framed(
-        rounds,
-        f"{start}user\n",
-        f"{end}{newline}{start}assistant\n",
-        f"{end}{newline}",
+    return (
+        "{bos}"
+        + f"{start}system\n{system}{end}{newline}"
+        + framed(
+            rounds,
+            f"{start}user\n",
+            f"{end}{newline}{start}assistant\n",
+            f"{end}{newline}",
+        )
     )
 
 
@@ -85,7 +92,7 @@ WHOLE: dict[str, tuple[Callable[[str, Rounds], str], str, str]] = {
     "mpt": (lambda s, r: chatml(s, r, ""), "", IM[1]),
     "chatml": (chatml, "", IM[1]),
     "qwen_vl": (
-        lambda s, r: f"{IM[0]}system\n{s}{IM[1]}" + framed(
+        lambda s, r: "{bos}" + f"{IM[0]}system\n{s}{IM[1]}" + framed(
             r, f"\n{IM[0]}user\n", f"{IM[1]}\n{IM[0]}assistant\n", "<|endoftext|>"
         ), "", "<|endoftext|>",
     ),
@@ -121,6 +128,7 @@ SYSTEMS = {
     "natural language.",
 }
 
+MADE = "made"  # a small tokenizer trained here, with every template's special tokens
 PAIRS = [
     ("llama_3", "llama3"), ("v1", "llama3"), ("v0", "llama3"),
     ("chatml", "qwen3"), ("mpt", "qwen3"), ("qwen_vl", "qwen3"), ("llava_v1", "qwen3"),
@@ -130,13 +138,12 @@ PAIRS = [
     ("v1", "gpt2"), ("phi_hf_masked", "gpt2"), ("mistral_gaudi", "gpt2"), ("chatml", "gpt2"),
     ("mistral_gaudi", "mistral-v1-32k"), ("llava_v1", "mistral-v1-32k"),
     ("llava_llama_2", "mistral-v1-32k"), ("v0", "mistral-v1-32k"), ("phi_3", "mistral-v1-32k"),
+    # phi_hf spells out as text what are special tokens of the one made here
+    *((template, MADE) for template in WHOLE if template not in ("phi_hf", "phi_hf_masked")),
 ]  # fmt: skip
 
-pytestmark = [
-    needs_fixtures,
-    # phi's and GPT-2's vocabularies have no ChatML tokens, Mistral's no Phi-3 ones: so it is.
-    pytest.mark.filterwarnings("ignore:template .*its end marker"),
-]
+# phi's and GPT-2's vocabularies have no ChatML tokens, Mistral's no Phi-3 ones: so it is.
+pytestmark = pytest.mark.filterwarnings("ignore:template .*its end marker")
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
@@ -209,23 +216,53 @@ def whole_ids(text: str, tokenizer: Any, pieces: Any) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def sentencepiece_of_mistral() -> Any:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    model = FIXTURES / "tokenizers" / "mistral-v1-32k" / "tokenizer.model"
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+def tokenizer_called(
+    real_tokenizer: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
+    """A tokenizer of the fixtures, or the one made here."""
+
+    @cache
+    def load(name: str) -> Any:
+        if name != MADE:
+            return real_tokenizer(name)
+        folder = tmp_path_factory.mktemp("made")
+        train_tokenizer([CURIOUS] * 4, folder, vocab_size=500)
+        tokenizer: Any = load_tokenizer(folder)
+        frames = " ".join(str(value) for t in TEMPLATES.values() for value in asdict(t).values())
+        specials = sorted(set(re.findall(r"{(<.*?>)}", frames)))
+        tokenizer.add_special_tokens({"additional_special_tokens": specials})
+        return tokenizer
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_of() -> Callable[[str], Any]:
+    """Mistral's original for Mistral's tokenizer, None for any other."""
+
+    @cache
+    def load(name: str) -> Any:
+        if not name.startswith("mistral"):
+            return None
+        sentencepiece = pytest.importorskip("sentencepiece")
+        model = FIXTURES / "tokenizers" / name / "tokenizer.model"
+        return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+    return load
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)
 @given(said=conversations())
-@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
 def test_ids_are_the_wholes_and_the_answers_are_trained(
-    real_tokenizer: Callable[[str], Any],
-    sentencepiece_of_mistral: Any,
+    tokenizer_called: Callable[[str], Any],
+    sentencepiece_of: Callable[[str], Any],
     template: str,
     name: str,
     said: tuple[str, list[tuple[list[str | None], str]]],
 ) -> None:
-    tokenizer = real_tokenizer(name)
+    tokenizer = tokenizer_called(name)
+    pieces = sentencepiece_of(name)
     system, rounds = said
     specials = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     names = [token.content for token in specials if token.special]
@@ -235,15 +272,14 @@ def test_ids_are_the_wholes_and_the_answers_are_trained(
     ids, labels = encode(record, tokenizer, template)
 
     write, start, end = WHOLE[template]
-    has_bos = name.startswith("mistral")
-    roles = {"{bos}": "<s>" if has_bos else "", "{eos}": tokenizer.eos_token}
+    roles = {"{bos}": "<s>" if pieces or name == MADE else "", "{eos}": tokenizer.eos_token}
     first = TEMPLATES[template].images_first
     asked = [(question(parts, first=first), answer) for parts, answer in rounds]
     text = write(system or SYSTEMS.get(template, ""), asked)
     for role, token in roles.items():
         text, end = text.replace(role, token), end.replace(role, token)
     assume(not any(role in said for role in roles for said in texts))
-    assert ids == whole_ids(text, tokenizer, sentencepiece_of_mistral if has_bos else None)
+    assert ids == whole_ids(text, tokenizer, pieces)
 
     if TEMPLATES[template].trains == "all":
         assert labels == [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in ids]
@@ -254,12 +290,12 @@ def test_ids_are_the_wholes_and_the_answers_are_trained(
     expected = [f"{start}{answer}{end}" for _, answer in rounds]
     assert len(trained) == len(expected)
     for found, wanted, (_, answer) in zip(trained, expected, rounds, strict=True):
-        assert_says(found, wanted, answer, has_bos=has_bos)
+        assert_says(found, wanted, answer, is_sentencepiece=pieces is not None)
 
 
-def assert_says(found: str, wanted: str, answer: str, *, has_bos: bool) -> None:
+def assert_says(found: str, wanted: str, answer: str, *, is_sentencepiece: bool) -> None:
     """The answer and its end, and nothing else but white space that one token joins with it."""
-    if has_bos:  # SentencePiece's decoder takes a leading space away
+    if is_sentencepiece:  # SentencePiece's decoder takes a leading space away
         found, wanted = found.replace(" </s>", "</s>"), wanted.replace(" </s>", "</s>")
         assert found.lstrip(" ") == wanted.lstrip(" ")
         return
@@ -276,7 +312,7 @@ def assert_says(found: str, wanted: str, answer: str, *, has_bos: bool) -> None:
 
 @pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("qwen3", "<|im_end|>")])
 @given(said=conversations())
-@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
 def test_a_chat_template_gives_its_own_ids(
     real_tokenizer: Callable[[str], Any],
     name: str,
@@ -310,8 +346,9 @@ def test_a_chat_template_gives_its_own_ids(
 # --- tokens that swallow white space ----------------------------------------------------------
 
 
+@needs_fixtures
 @given(said=conversations())
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
 def test_tokens_that_strip_white_space_do_so(
     tmp_path_factory: pytest.TempPathFactory,
     said: tuple[str, list[tuple[list[str | None], str]]],

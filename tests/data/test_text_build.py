@@ -148,6 +148,21 @@ def test_a_templates_marker_is_an_images_place(tmp_path: Path) -> None:
     assert reasons(tmp_path / "out") == {"not marked": "image_marker_count"}
 
 
+def test_turns_that_a_chat_template_refuses_stop_the_plan(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    Path("refusing.yaml").write_text(
+        "chat: \"{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}"
+        '{% endif %}{{ m.content + eos_token }}{% endfor %}"'
+    )
+    ruled = said("ruled", "Why?", "So.")
+    ruled["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    elements = [said("plain", "Why?", "So."), said("four", "Why?", "So.", "And?", "Yes."), ruled]
+    assert make(tmp_path, elements[:2], tokenizer, template="refusing.yaml").shards_built == 1
+    with pytest.raises(DataError, match=r"refuses the turns system, user, .* \(none\)"):
+        make(tmp_path, elements, tokenizer, template="refusing.yaml", output="none")
+    assert not Path("none").exists()
+
+
 def test_what_is_wrong_with_a_template_is_said_before_the_work(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     with pytest.warns(UserWarning, match="template phi_hf_masked: its end marker"):

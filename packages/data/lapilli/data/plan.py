@@ -210,6 +210,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
     check_agreement(loaded, _first_texts(entries))
+    if template.chat:
+        encode_batch(_one_of_each_order(entries), loaded, template)
     digests = _digests(config, entries, located, tokenizer, template, codecs)
     return BuildPlan(
         config, entries, list(located), {image_id: i for i, image_id in enumerate(located)},
@@ -243,6 +245,12 @@ def _rules(record: Record, template: Template, compat: str | None) -> tuple[Reco
     if compat == "llava":
         return check_as_llava(record, template)
     return record, check_record(record)
+
+
+def _one_of_each_order(entries: Iterable[Entry]) -> list[Record]:
+    """A record for each order of roles there is: a chat template may refuse one, say so now."""
+    records = (entry.record for entry in entries if entry.record and entry.verdict.kept)
+    return list({tuple(turn.role for turn in r.turns): r for r in records}.values())
 
 
 def _first_texts(entries: Iterable[Entry], most: int = 512) -> Iterable[str]:
