@@ -117,8 +117,8 @@ class Backend:
 
     def count(self, text: str) -> int:
         """How many ids the text adds behind a letter."""
-        lengths = (len(self.first.encode(t, add_special_tokens=False)) for t in ("x" + text, "x"))
-        return next(lengths) - next(lengths)
+        both, alone = (self.first.encode(t, add_special_tokens=False) for t in ("x" + text, "x"))
+        return len(both) - len(alone)
 
 
 def _texts(page: Iterable[Segment]) -> Iterator[tuple[TextSegment, bool]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from lapilli.data.backend import AnyTokenizer, Backend, backend_for, role_id
@@ -38,14 +38,6 @@ MARKER = "<image>"
 
 Ids: TypeAlias = list[int]
 Said: TypeAlias = list[tuple[str, str]]  # role and text, `<image>` spelt out
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    """How LLaVA cuts a prompt into rounds, and a round into question and answer."""
-
-    prompt: Callable[[Said, str], str]
-    answer_mark: str
 
 
 def encode_as_llava(
@@ -256,24 +248,29 @@ def _v0(said: Said, has_image: bool, words: _Words, template: Template) -> tuple
     return ids, labels
 
 
-def _by_rounds(rounds: _Rounds) -> _Encoder:
-    """The counting of v1 and llama_2: a round's own bos stands for the `</s>` it was cut at."""
+def _by_rounds(write: Callable[[Said, str], str], answer_mark: str) -> _Encoder:
+    """The counting of v1 and llama_2: a round's own bos stands for the `</s>` it was cut at.
+
+    Args:
+        write: Turns and system text to the prompt.
+        answer_mark: What LLaVA cuts a round at, into question and answer.
+    """
 
     def encode(said: Said, has_image: bool, words: _Words, template: Template) -> tuple[Ids, Ids]:
         turns = said if said[0][0] == "user" else said[1:]
-        prompt = rounds.prompt(turns, template.system)
+        prompt = write(turns, template.system)
         count = words.ids_with_image if has_image else words.ids
         ids = count(prompt) if has_image else words.cut(count(prompt))
         labels = list(ids)
         _mask(labels, 0, 1)
         at = 1
         for number, piece in enumerate(prompt.split("</s>")):
-            parts = piece.split(rounds.answer_mark)
+            parts = piece.split(answer_mark)
             if piece == "" or len(parts) != 2:
                 break
             # Without legacy spaces the piece gets a leading space here that the whole has not.
             extra = int(number > 0 and not words.has_legacy_spaces)
-            asked = len(count(parts[0] + rounds.answer_mark)) - 2 - extra
+            asked = len(count(parts[0] + answer_mark)) - 2 - extra
             _mask(labels, at, at + asked)
             at += len(count(piece)) - extra
         _mask(labels, at, len(labels))
@@ -310,12 +307,12 @@ def _llama_2_prompt(turns: Said, system: str) -> str:
     return prompt.lstrip("<s>")
 
 
-_V1 = _by_rounds(_Rounds(_v1_prompt, " ASSISTANT: "))
+_V1 = _by_rounds(_v1_prompt, " ASSISTANT: ")
 LLAVA_TEMPLATES: dict[str, _Encoder] = {
     "plain": _plain,
     "v0": _v0,
     "v1": _V1,
     "llava_v1": _V1,
-    "llava_llama_2": _by_rounds(_Rounds(_llama_2_prompt, "[/INST] ")),
+    "llava_llama_2": _by_rounds(_llama_2_prompt, "[/INST] "),
 }
 """The templates whose counting is known, and was compared with LLaVA's own results."""
