@@ -194,7 +194,7 @@ class Page:
 
     def frame(self, frame: str, *, trained: bool = False) -> None:
         """Add a template's string: text and special tokens."""
-        for is_special, content in frame_pieces(frame):
+        for is_special, content in frame_pieces(frame) if frame else ():
             if is_special:
                 self.special(content, trained=trained)
             else:
