@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -66,7 +67,8 @@ def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a pipeline's main; a user's mistake becomes one line and exit code 2."""
+    """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one."""
+    warnings.formatwarning = warning_line
     try:
         code = main()
     except (DataError, ModelError, TrainError, UsageError) as error:
@@ -81,6 +83,12 @@ def run(main: Callable[[], int]) -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def warning_line(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as a reader wants it: what it says, without the place in the code."""
+    del where, line
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def say(text: str) -> None:

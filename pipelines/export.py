@@ -6,7 +6,7 @@ python -m pipelines.export --to webdataset --dataset datasets/finetune --output 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lapilli.data.config import BuildConfig
@@ -48,8 +48,7 @@ def to_webdataset(config: ExportConfig) -> None:
         task = bar.add_task("samples", total=None)
         report = export_webdataset(
             dataset,
-            build.sources,
-            root,
+            replace(build, root=str(root.resolve())),
             output,
             samples_per_tar=config.samples_per_tar,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -21,29 +21,39 @@ RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 PATHS = sorted(RECIPES.rglob("*.yaml"))
 # What people and scripts call by name.
 FIXED = ["llava15/pretrain_data.yaml", "llava15/finetune_data.yaml"]
-TEMPLATE_KEYS = {field.name for field in fields(Template)}
+TEMPLATE_KEYS = {field.name for field in fields(Template)} | {"base"}
 # Settings that the foreign model behind a part defines; any key may stand there.
 FREE = {"settings", "aliases"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's kind (a config's class, or Template) and the flags a user must add."""
+    """A recipe's kind (a config's class, or Template), the flags a user must add, what it is on."""
 
     kind: type
     flags: tuple[str, ...] = ()
+    base: Path | None = None
 
     def read(self, path: Path) -> object:
         if self.kind is Template:
             return get_template(path)
-        return parse(self.kind, [f"--config={path}", *self.flags], "")
+        layers = [f"--config={layer}" for layer in (self.base, path) if layer]
+        return parse(self.kind, [*layers, *self.flags], "")
 
 
 def recipe_of(values: dict[str, Any]) -> Recipe:
     """What a YAML file is, by its keys."""
+    if "compat" in values and "sources" not in values:
+        # a layer on a build's recipe
+        base = RECIPES / "llava15" / "finetune_data.yaml"
+        return Recipe(BuildConfig, ("--root=in", "--output=out"), base)
     if "sources" in values:
         # flags win over the file: a recipe may leave the tokenizer to the user
         return Recipe(BuildConfig, ("--root=in", "--output=out", "--tokenizer=name"))
+    if "model" in values and "view" not in values:
+        # a second stage, a layer on the first's
+        base = RECIPES / "tiny" / "pretrain.yaml"
+        return Recipe(RunConfig, ("--dataset=in", "--output=out"), base)
     if "model" in values:
         return Recipe(RunConfig, ("--dataset=in", "--output=out"))
     if values.keys() <= TEMPLATE_KEYS:

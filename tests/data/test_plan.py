@@ -114,6 +114,9 @@ def changed(config: BuildConfig, other: BuildConfig) -> set[str]:
         ({"template": "plain"}, {"template"}),
         ({"records_per_shard": 9}, {"records_per_shard"}),
         ({"shard_bytes": 99_999}, {"shard_bytes"}),
+        ({"max_text_length": 99}, {"max_text_length"}),
+        # the verdicts on its records change with it
+        ({"compat": "llava"}, {"compat", "codecs", "source made_up"}),
         ({"views": {"v": ImageSpec(8, CLIP_MEAN)}}, {"views", "codecs"}),
     ],
     ids=str,

@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Part, Record, Role, TextPart, Turn
-from lapilli.data.templates import (
-    TEMPLATES,
+from lapilli.data.render import (
     ImageSlot,
     Segment,
     SpecialToken,
-    Template,
     TextSegment,
-    get_template,
+    mark_images,
     render,
 )
+from lapilli.data.templates import TEMPLATES, Template, get_template
 
 SYSTEM = TEMPLATES["v1"].system
 
@@ -206,7 +205,7 @@ def test_a_wrong_yaml_names_file_and_key(tmp_path: Path, content: str, message: 
 
 
 def test_an_unknown_name_and_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'v2' is unknown: take one of plain, v1, vicuna_v1"):
+    with pytest.raises(DataError, match=r"'v2' is unknown: take one of chatml, llama_3, .*, v1"):
         get_template("v2")
     with pytest.raises(DataError, match=r"none\.yaml: No such file"):
         get_template(tmp_path / "none.yaml")
@@ -216,3 +215,60 @@ def test_a_template_is_passed_through() -> None:
     template: Any = Template(name="mine")
     assert get_template(template) is template
     assert get_template("vicuna_v1") is get_template("v1")
+
+
+def test_a_yaml_with_a_base_changes_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "wrapped.yaml"
+    path.write_text("base: v1\nimage_start: '{<im_start>}'\nimage_end: '{<im_end>}'\n")
+    template = get_template(path)
+    assert (template.name, template.system) == ("wrapped", SYSTEM)
+    segments = render(record(turn("user", "What? ", 0, 1), turn("assistant", "A cat.")), template)
+    start, end = SpecialToken("<im_start>"), SpecialToken("<im_end>")
+    assert segments[2:9] == [
+        start, ImageSlot(0), end, TextSegment("\n"), start, ImageSlot(1), end,
+    ]  # fmt: skip
+    path.write_text("base: v7\n")
+    with pytest.raises(DataError, match="base 'v7' is unknown: take one of chatml"):
+        get_template(path)
+
+
+def test_llama_2s_system_text_stands_in_the_first_question() -> None:
+    segments = render(
+        record(
+            turn("system", "S"), turn("user", 0, "\nQ"), turn("assistant", "A"),
+            turn("user", "R"), turn("assistant", "B"),
+        ),
+        TEMPLATES["llava_llama_2"],
+    )  # fmt: skip
+    assert segments == [
+        SpecialToken("bos"),
+        TextSegment("[INST] <<SYS>>\nS\n<</SYS>>\n\n"),
+        ImageSlot(0),
+        TextSegment("\nQ [/INST] A ", ((10, 13),)),
+        SpecialToken("eos", trained=True),
+        SpecialToken("bos"),
+        TextSegment("[INST] R [/INST] B ", ((16, 19),)),
+        SpecialToken("eos", trained=True),
+    ]
+
+
+def test_a_templates_own_marker_places_images() -> None:
+    qwen_vl = TEMPLATES["qwen_vl"]
+    given_record = record(
+        turn("user", "a<|extra_0|>"),
+        turn("assistant", "b<|extra_0|>"),
+        turn("user", "<|extra_0|>c"),
+    )
+    marked = mark_images(given_record, qwen_vl)
+    assert [t.parts for t in marked.turns] == [
+        (TextPart("a"), ImagePart(0)), (TextPart("b<|extra_0|>"),), (ImagePart(1), TextPart("c")),
+    ]  # fmt: skip
+    assert mark_images(given_record, TEMPLATES["v1"]) is given_record
+    both = record(turn("user", 0, "<|extra_0|>"))
+    assert mark_images(both, qwen_vl) is both, "the source's markers come first"
+
+
+def test_every_template_names_itself() -> None:
+    assert {name: template.name for name, template in TEMPLATES.items()} == {
+        name: "v1" if name == "vicuna_v1" else name for name in TEMPLATES
+    }

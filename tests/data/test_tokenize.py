@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
-from collections.abc import Iterator
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lapilli.data.errors import DataError
-from lapilli.data.record import ImagePart, Part, Record, Role, TextPart, Turn
+from lapilli.data.record import Record, TextPart, Turn
 from lapilli.data.templates import Template
 from lapilli.data.tokenize import (
     IGNORE_INDEX,
@@ -22,170 +20,24 @@ from lapilli.data.tokenize import (
     Encoded,
     encode,
     encode_batch,
+    labels_of,
     llava_length,
     load_tokenizer,
     tokenizer_facts,
     train_tokenizer,
+    truncate,
+)
+from tests.data.text_material import (
+    FIXTURES,
+    conversation,
+    decode,
+    needs_fixtures,
+    records,
+    sentencepiece_tokenizer,
+    trained_ids,
 )
 
 HERE = Path(__file__).parent
-FIXTURES = HERE.parents[2] / "shared" / "fixtures"
-ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
-
-needs_fixtures = pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason=f"{FIXTURES} is absent: other people's tokenizers and texts"
-)
-
-
-def to_record(element: dict[str, Any]) -> Record:
-    """LLaVA's JSON as a record; the reader proper is tested elsewhere."""
-    turns: list[Turn] = []
-    images = 0
-    for said in element["conversations"]:
-        pieces = said["value"].split("<image>") if said["from"] == "human" else [said["value"]]
-        parts: list[Part] = []
-        for number, piece in enumerate(pieces):
-            if number:
-                parts.append(ImagePart(images))
-                images += 1
-            if piece:
-                parts.append(TextPart(piece))
-        turns.append(Turn(ROLES[said["from"]], tuple(parts)))
-    key = str(element["id"])
-    return Record(key, f"own/{key}", "own", tuple(turns), (element.get("image", ""),) * images)
-
-
-def conversation(*values: str) -> Record:
-    """A record of alternating turns that starts with the user."""
-    said = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-    return to_record({"id": "x", "conversations": said, "image": "x.jpg"})
-
-
-def trained_ids(record: Record, tokenizer: Any, template: Template | str) -> list[list[int]]:
-    """The ids of each trained span."""
-    encoded = encode_batch([record], tokenizer, template)[0]
-    spans = encoded.label_spans
-    return [encoded.input_ids[a:b] for a, b in zip(spans[::2], spans[1::2], strict=True)]
-
-
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False)
-
-
-# --- goldens: what LLaVA itself made of the same conversations ------------------------------
-
-
-def well_formed(element: dict[str, Any], template: str) -> bool:
-    """What `checks` lets through, and for `plain` what LLaVA's own assertion lets through.
-
-    Turns alternate from human to gpt (after at most one leading gpt turn, which both sides leave
-    out), no answer is empty, and the markers of the human turns are as many as the images.
-    """
-    said = element["conversations"]
-    if said and said[0]["from"] == "gpt":
-        said = said[1:]
-    alternates = [s["from"] for s in said] == ["human", "gpt"] * (len(said) // 2) and said
-    answered = all(s["value"].strip() for s in said if s["from"] == "gpt")
-    markers = sum(s["value"].count("<image>") for s in said if s["from"] == "human")
-    in_answers = any("<image>" in s["value"] for s in said if s["from"] == "gpt")
-    one_round = template != "plain" or (len(said) == 2 and markers == 1)
-    images = int("image" in element)
-    return bool(alternates and answered and markers == images and not in_answers and one_round)
-
-
-# Well-formed records on which LLaVA differs, and how. Asserted below, one by one.
-LLAVA_DIFFERS = {
-    "v1": {
-        "adv_answer_contains_assistant": "the answer quotes ' ASSISTANT: ': whole sample masked",
-        "adv_answer_contains_eos": "a literal </s> became the special token: whole sample masked",
-        "adv_literal_unk": "a literal <unk> became the padding id: whole sample masked",
-        "adv_long_text": "a sample without an image is cut to 2048 ids when it is tokenised",
-    },
-    "plain": {
-        "adv_literal_unk": "a literal <unk> became the padding id, a hole in the attention mask",
-    },
-}
-
-
-def golden(name: str, template: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    folder = HERE / "goldens" if name == "llava_text_mistral" else FIXTURES / "goldens"
-    for element in json.loads((folder / f"{name}.json").read_text()):
-        if well_formed(element, template):
-            yield element, element["golden"][template]
-
-
-@pytest.fixture(scope="session")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Mistral's first tokenizer, from the package that ships it, set up as LLaVA does (legacy)."""
-    found = importlib.util.find_spec("mistral_common")
-    if found is None or not found.origin:
-        pytest.skip("mistral-common (extra `dev`) is absent: it holds Mistral's tokenizer")
-    return sentencepiece_tokenizer(
-        Path(found.origin).parent / "data" / "tokenizer.model.v1",
-        tmp_path_factory.mktemp("mistral"),
-        legacy=True,
-    )
-
-
-@pytest.fixture(scope="session")
-def llama2() -> Any:
-    return load_tokenizer(FIXTURES / "tokenizers" / "llama2-32k")
-
-
-def sentencepiece_tokenizer(model: Path, folder: Path, *, legacy: bool) -> Any:
-    shutil.copy(model, folder / "tokenizer.model")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(folder)
-
-
-def compare_with_golden(name: str, template: str, tokenizer: Any) -> int:
-    """Assert ids and labels of every well-formed record; how many were equal."""
-    equal = 0
-    for element, expected in golden(name, template):
-        ids, labels = encode(to_record(element), tokenizer, template)
-        if element["id"] in LLAVA_DIFFERS[template]:
-            continue
-        assert ids == expected["input_ids"], element["id"]
-        assert labels == expected["labels"], element["id"]
-        equal += 1
-    return equal
-
-
-@pytest.mark.parametrize(("template", "count"), [("v1", 70), ("plain", 30)])
-def test_llava_goldens_with_mistral(mistral: Any, template: str, count: int) -> None:
-    assert compare_with_golden("llava_text_mistral", template, mistral) == count
-
-
-@needs_fixtures
-@pytest.mark.parametrize(("template", "count"), [("v1", 244), ("plain", 130)])
-def test_llava_goldens_with_llama2(llama2: Any, template: str, count: int) -> None:
-    assert compare_with_golden("llava_text_llama2", template, llama2) == count
-
-
-@pytest.mark.parametrize(
-    ("template", "key"), [(t, key) for t, keys in LLAVA_DIFFERS.items() for key in keys]
-)
-def test_where_llava_differs_ours_trains_the_answers(mistral: Any, template: str, key: str) -> None:
-    element, theirs = next(
-        (e, g) for e, g in golden("llava_text_mistral", template) if e["id"] == key
-    )
-    record = to_record(element)
-    ids, labels = encode(record, mistral, template)
-    answers = [said["value"] for said in element["conversations"] if said["from"] == "gpt"]
-    trained = [mistral.decode(span) for span in trained_ids(record, mistral, template)]
-    end = "</s>" if template == "v1" else "\n"
-    assert trained == [f"{answer}{end}" for answer in answers]
-    if key == "adv_long_text":
-        assert len(theirs["input_ids"]) == 2048 < len(ids)
-        assert (ids[:2048], labels[:2048]) == (theirs["input_ids"], theirs["labels"])
-    elif template == "v1":
-        assert set(theirs["labels"]) == {IGNORE_INDEX}
-        assert (ids == theirs["input_ids"]) == (key == "adv_answer_contains_assistant")
-    else:
-        assert 0 in theirs["labels"]
-        assert 0 not in ids
 
 
 # --- SentencePiece: spaces, and the leading space -------------------------------------------
@@ -205,8 +57,8 @@ spaced = st.text(st.sampled_from(list("  ▁aeht.\n\té😀€")) | st.character
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_has_sentencepieces_ids(mistral: Any, pieces: Any, text: str) -> None:
     template = Template(name="bare", opening="", answer_end="")
-    ids, _ = encode(conversation(text), mistral, template)
-    assert ids == pieces.encode(text)
+    record = Record("x", "own/x", "own", (Turn("user", (TextPart(text),)),))
+    assert encode(record, mistral, template)[0] == pieces.encode(text)
 
 
 def test_runs_of_spaces_of_any_length(mistral: Any, pieces: Any) -> None:
@@ -262,45 +114,19 @@ def small(small_folder: Path) -> Any:
     return load_tokenizer(small_folder)
 
 
-any_text = st.text(max_size=30) | st.lists(
-    st.sampled_from(
-        ["</s>", "<s>", "<image>", " ASSISTANT: ", "USER:", " ", "\n", "é", "👩‍🚀", "#"]
-    )
-).map("".join)
-
-
-@st.composite
-def records(draw: st.DrawFn) -> Record:
-    """Well-formed records: rounds of questions, with images anywhere, and answers."""
-    turns: list[Turn] = []
-    if draw(st.booleans()):
-        turns.append(Turn("system", (TextPart(draw(any_text)),)))
-    images = 0
-    for _ in range(draw(st.integers(1, 4))):
-        parts: list[Part] = []
-        for text in draw(st.lists(any_text | st.none(), max_size=3)):
-            parts.append(ImagePart(images) if text is None else TextPart(text))
-            images += text is None
-        turns.append(Turn("user", tuple(parts)))
-        turns.append(Turn("assistant", (TextPart(draw(any_text.filter(len))),)))
-    return Record("x", "own/x", "own", tuple(turns), ("i.jpg",) * images)
-
-
 FRAMED = Template(
     name="framed",
     before_user="\nQ:",
     before_answer="\nA:",
     answer_start="\n",
-    answer_end="\n%%%",
+    answer_end="\n%",
     after_answer="\nend",
 )
 
 
 @given(record=records())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@pytest.mark.parametrize(
-    ("template", "start", "end"), [("v1", " ", "</s>"), (FRAMED, "\n", "\n%%%")]
-)
+@pytest.mark.parametrize(("template", "start", "end"), [("v1", " ", "</s>"), (FRAMED, "\n", "\n%")])
 def test_the_answers_and_nothing_else_are_trained(
     small: Any, template: Template | str, start: str, end: str, record: Record
 ) -> None:
@@ -344,16 +170,35 @@ def test_training_all_leaves_out_the_images(small: Any) -> None:
     assert labels == [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in ids]
 
 
-def test_named_special_tokens_and_a_missing_one(small_folder: Path) -> None:
+def test_named_special_tokens_and_those_a_tokenizer_lacks(small_folder: Path) -> None:
     tokenizer: Any = load_tokenizer(small_folder)
     template = Template(name="chat", before_answer="{<|im_start|>}A:", answer_end="{<|im_end|>}")
     record = conversation("q <|im_end|>", "a <|im_end|>")
-    with pytest.raises(DataError, match=r"special token '<\|im_start\|>', which the tokenizer"):
-        encode(record, tokenizer, template)
+    with pytest.warns(UserWarning, match=r"chat: its end marker '<\|im_end\|>' is 10 tokens"):
+        ids, _ = encode(record, tokenizer, template)
+    spelt = Template(name="spelt", before_answer="<|im_start|>A:", answer_end="<|im_end|>")
+    with pytest.warns(UserWarning, match="spelt"):
+        assert encode(record, tokenizer, spelt)[0] == ids
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     ids, _ = encode(record, tokenizer, template)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert (ids.count(start), ids.count(end), ids[-1]) == (1, 1, end)
+
+
+@pytest.mark.parametrize(
+    ("template", "marker"), [("phi_hf", "<|im_end|>"), ("v1", ""), ("plain", ""), ("v0", "###")]
+)
+def test_an_end_marker_of_several_tokens_warns(
+    small_folder: Path, template: str, marker: str
+) -> None:
+    tokenizer = load_tokenizer(small_folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encode(conversation("q", "a"), tokenizer, template)
+        encode(conversation("r", "b"), tokenizer, template)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == bool(marker), "once, and only where there is something to say"
+    assert all(f"template {template}: its end marker '{marker}'" in line for line in said)
 
 
 def test_a_tokenizer_without_bos_or_eos(small: Any) -> None:
@@ -458,3 +303,23 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="could not be loaded"):
         load_tokenizer(tmp_path)
+
+
+# --- cutting --------------------------------------------------------------------------------
+
+
+@given(record=records(), most=st.integers(1, 60))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_cut_keeps_images_whole_and_labels_right(small: Any, record: Record, most: int) -> None:
+    [whole] = encode_batch([record], small, "v1")
+    row = truncate(whole, most)
+    _, labels = encode(record, small, "v1")
+    if IMAGE_TOKEN_INDEX in whole.input_ids[most:]:
+        assert (row.input_ids, row.label_spans, row.num_trained) == (whole.input_ids, [], 0)
+    else:
+        assert row.input_ids == whole.input_ids[:most]
+        assert labels_of(row) == labels[:most]
+    assert row.input_ids.count(IMAGE_TOKEN_INDEX) == len(record.images)
+    assert row.text_length == len(row.input_ids) - len(record.images)
+    assert row.num_trained == sum(label != IGNORE_INDEX for label in labels_of(row))
+    assert truncate(whole, 0) == whole

@@ -43,7 +43,7 @@ def test_both_stages_train_twenty_steps_and_lose_nothing(
     assert counts["read"] == read == counts["kept"] + quarantined
     pipelines.train.main(
         [
-            f"--config={ROOT}/pipelines/recipes/tiny/train.yaml",
+            f"--config={ROOT}/pipelines/recipes/tiny/pretrain.yaml",
             f"--dataset={dataset}",
             f"--output={output}",
             f"--view={view}",

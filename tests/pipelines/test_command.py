@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from pipelines.command import parse, run, say
 
-RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "train.yaml"
+RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"
 
 
 def test_help_tells_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +30,7 @@ def test_later_recipes_and_flags_win(tmp_path: Path) -> None:
     layer.write_text("epochs: 3\noptim: {lr: 0.5}\n", encoding="utf-8")
     paths = ["--dataset=d", "--output=o"]
     config = parse(RunConfig, [f"--config={RECIPE}", f"--config={layer}", *paths], "")
-    assert (config.epochs, config.optim.lr, config.global_batch) == (3, 0.5, 16)
+    assert (config.epochs, config.optim.lr, config.global_batch) == (3, 0.5, 32)
     flags = ["--epochs=4", "--optim.lr=0.25", *paths]
     config = parse(RunConfig, [f"--config={RECIPE}", f"--config={layer}", *flags], "")
     assert (config.epochs, config.optim.lr) == (4, 0.25)
@@ -51,6 +52,14 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
         run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: root: no such folder\n"
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        run(lambda: 0)
+    line = warnings.formatwarning("template t:\nodd", UserWarning, "plan.py", 7)
+    assert line == "warning: template t: odd\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

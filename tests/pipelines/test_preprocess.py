@@ -194,7 +194,7 @@ MISTAKES: dict[str, tuple[Callable[[Command], dict[str, object]], list[str]]] = 
     ),
     "unknown template": (
         lambda _: {"template": "v7"},
-        ["template 'v7' is unknown", "plain, v1"],
+        ["template 'v7' is unknown", "plain, qwen_vl"],
     ),
     "unknown recipe key": (
         recipe_with("records_per_shard:", "records_per_shart:"),

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
 from lapilli.data.sources import Source, get_source
 
-__all__ = ["check_record", "read_entries"]
+__all__ = ["Rules", "check_record", "read_entries"]
+
+Rules: TypeAlias = Callable[[Record], tuple[Record, Verdict]]
+"""The record as it is to be used, and the verdict on it, its images unseen."""
+
+
+def plain_rules(record: Record) -> tuple[Record, Verdict]:
+    """The record as its source made it; see `check_record`."""
+    return record, check_record(record)
 
 
 def check_record(record: Record) -> Verdict:
@@ -52,16 +60,16 @@ def _check_markers(turns: list[Turn], images: int) -> Verdict:
     return Verdict()
 
 
-def read_entries(config: SourceConfig, root: Path) -> Iterator[Entry]:
+def read_entries(config: SourceConfig, root: Path, rules: Rules = plain_rules) -> Iterator[Entry]:
     """Every element of a source as an entry, in file order, none left out."""
     source = get_source(config.format)
     seen: Counter[str] = Counter()
     for place, element in enumerate(source.read(config, root)):
-        yield _entry(config, source, element, place, seen)
+        yield _entry(config, source, element, place, seen, rules)
 
 
 def _entry(
-    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str]
+    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str], rules: Rules
 ) -> Entry:
     name = config.name
     record_id = _record_id(element, place)
@@ -72,8 +80,8 @@ def _entry(
     turns, images = normalised
     if config.path_prefix:
         images = tuple(_below(config.path_prefix, key) for key in images)
-    record = Record(record_id, sample_id, name, turns, images)
-    return Entry(name, record_id, sample_id, element, record, check_record(record))
+    record, verdict = rules(Record(record_id, sample_id, name, turns, images))
+    return Entry(name, record_id, sample_id, element, record, verdict)
 
 
 def _below(prefix: str, key: str) -> str:

@@ -138,6 +138,9 @@ class BuildConfig:
         template: Name of a conversation template, or a YAML file with one.
         views: How images are made square, by name; a tower reads one of them.
         mixture: How the sources are blended and what is held out.
+        compat: "llava" treats records, texts and pixels as LLaVA does, its mistakes included.
+        max_text_length: Ids kept of a record, an image counted as one; 0 keeps all. With `compat:
+            llava` 0 stands for 2048, as in LLaVA's scripts.
         max_quarantined: Largest share of records that may be quarantined, 0 to 1. Decides no byte.
         records_per_shard: Records in a token shard.
         shard_bytes: Largest size of an image shard's pixels, in bytes.
@@ -153,6 +156,8 @@ class BuildConfig:
     template: str
     views: dict[str, ImageSpec]
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    compat: Literal["llava"] | None = None
+    max_text_length: int = 0
     max_quarantined: float = 0.01
     records_per_shard: int = 8192
     shard_bytes: int = 64 * 2**20
@@ -180,6 +185,10 @@ class BuildConfig:
         for name in ("records_per_shard", "shard_bytes"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name}: {getattr(self, name)}; expected at least 1")
+        if self.max_text_length < 0:
+            raise DataError(
+                f"max_text_length: {self.max_text_length}; expected 0 (all of it) or more"
+            )
         if self.workers < 0:
             raise DataError(f"workers: {self.workers}; expected 0 (every core) or more")
 

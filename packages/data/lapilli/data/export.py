@@ -19,10 +19,13 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from lapilli.data.checks import read_entries
-from lapilli.data.config import SourceConfig
+from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
+from lapilli.data.images import BadImage
 from lapilli.data.manifest import read_manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
+from lapilli.data.mounts import Located, read_image
+from lapilli.data.plan import locate_images, open_mount
 from lapilli.data.record import ImagePart, Record
 from lapilli.data.shards import open_table, write_atomic, write_json
 from lapilli.data.tokenize import llava_length
@@ -54,13 +57,12 @@ class ExportReport:
 @dataclass(frozen=True)
 class _Sample:
     record: Record
-    image_ids: tuple[str, ...]
+    places: tuple[Located, ...]
 
 
 def export_webdataset(
     dataset: Path,
-    sources: Sequence[SourceConfig],
-    root: Path,
+    config: BuildConfig,
     output: Path,
     *,
     samples_per_tar: int,
@@ -70,8 +72,7 @@ def export_webdataset(
 
     Args:
         dataset: Folder of a dataset.
-        sources: Its sources, read again for their text.
-        root: Where annotations and images lie.
+        config: Its settings, with the `root` where annotations and images lie now.
         output: Folder for the tars, new or of the same export.
         samples_per_tar: Samples in a tar, the last of a split has fewer.
         on_progress: Called with samples done and in all.
@@ -84,21 +85,19 @@ def export_webdataset(
         raise DataError(f"samples_per_tar: {samples_per_tar}; expected at least 1")
     manifest = read_manifest(dataset)
     table = open_table(dataset, manifest.selection)
-    tokens = [open_table(dataset, shard) for shard in manifest.tokens]
     facts = {"dataset": manifest.fingerprint, "samples_per_tar": samples_per_tar}
     _check_output(output, facts)
     write_json(output / EXPORT, facts)
     writers = {
-        split: _SplitWriter(output, split, samples_per_tar, root) for split in (TRAIN, HELD_OUT)
+        split: _SplitWriter(output, split, samples_per_tar, Path(config.root))
+        for split in (TRAIN, HELD_OUT)
     }
     total = int(table["repeats"].to_numpy().sum())
     done = 0
-    for row, record in _records(table, sources, root):
-        place = table["token_row"][row].as_py()
-        ids = tokens[table["token_shard"][row].as_py()]["image_ids"][place].as_py()
+    for row, sample in _samples(table, config):
         writer = writers[table["split"][row].as_py()]
         for _ in range(table["repeats"][row].as_py()):
-            writer.add(_Sample(record, tuple(ids)))
+            writer.add(sample)
             done += 1
         on_progress(done, total)
     for writer in writers.values():
@@ -125,20 +124,23 @@ def _check_output(output: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def _records(
-    table: pa.Table, sources: Sequence[SourceConfig], root: Path
-) -> Iterator[tuple[int, Record]]:
+def _samples(table: pa.Table, config: BuildConfig) -> Iterator[tuple[int, _Sample]]:
     """The selected records with their rows: a dataset keeps the order its sources have."""
     names: pa.ChunkedArray = table["sample_id"]
     lengths = table["llava_length"].to_numpy()
+    root = Path(config.root)
     row = 0
-    for source in sources:
+    for source in config.sources:
+        mount = open_mount(source, config, root)
         for entry in read_entries(source, root):
             if row == len(names) or entry.sample_id != names[row].as_py():
                 continue
-            if entry.record is None or llava_length(entry.record) != int(lengths[row]):
+            checked, places = locate_images(entry, mount)
+            if checked.record is None or llava_length(checked.record) != int(lengths[row]):
                 raise _changed(names[row].as_py())
-            yield row, entry.record
+            if not checked.verdict.kept:
+                raise _image_gone(checked.verdict.detail, root)
+            yield row, _Sample(checked.record, places)
             row += 1
     if row < len(names):
         raise _changed(names[row].as_py())
@@ -191,10 +193,13 @@ def _members(key: str, sample: _Sample, root: Path) -> dict[str, Any]:
     """A sample as the webdataset library takes it: `__key__`, and bytes by extension."""
     members: dict[str, Any] = {"__key__": key}
     names: list[str] = []
-    for number, image_id in enumerate(sample.image_ids):
-        data = _read(root, image_id)
-        place = f"{number}." if len(sample.image_ids) > 1 else ""
-        extension = f"{place}{_extension(data)}"
+    for number, place in enumerate(sample.places):
+        try:
+            data = read_image(root, place)
+        except BadImage as bad:
+            raise _image_gone(f"{place.image_id}: {bad.detail}", root) from None
+        prefix = f"{number}." if len(sample.places) > 1 else ""
+        extension = f"{prefix}{_extension(data)}"
         members[extension] = data
         names.append(f"{key}.{extension}")
     members["json"] = json.dumps(_message_form(sample.record, names), ensure_ascii=False).encode()
@@ -218,14 +223,10 @@ def _message_form(record: Record, names: Sequence[str]) -> dict[str, Any]:
     return {"id": record.record_id, "source": record.source, "messages": messages}
 
 
-def _read(root: Path, image_id: str) -> bytes:
-    try:
-        return (root / image_id).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"image {image_id} below {root}: {error.strerror}; give the --root of the data the "
-            "dataset was made of"
-        ) from None
+def _image_gone(detail: str, root: Path) -> DataError:
+    return DataError(
+        f"image {detail}; below {root}: give the --root of the data the dataset was made of"
+    )
 
 
 def _extension(data: bytes) -> str:

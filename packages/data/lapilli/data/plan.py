@@ -8,23 +8,43 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from lapilli.data.checks import read_entries
+from lapilli.data.backend import check_agreement
+from lapilli.data.checks import Rules, check_record, read_entries
 from lapilli.data.codecs import Codecs, resolve_codecs
+from lapilli.data.compat import check_as_llava, encode_as_llava
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mixture import check_sources
 from lapilli.data.mounts import Located, Mount
-from lapilli.data.record import Entry, PackedEntry, Record, Verdict, excerpt, unpack
+from lapilli.data.record import (
+    Entry,
+    ImagePart,
+    PackedEntry,
+    Record,
+    TextPart,
+    Turn,
+    Verdict,
+    excerpt,
+    unpack,
+)
+from lapilli.data.render import mark_images
 from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import TokenizerFacts, load_tokenizer, tokenizer_facts
+from lapilli.data.tokenize import (
+    TokenizerFacts,
+    bind_template,
+    encode_batch,
+    load_tokenizer,
+    tokenizer_facts,
+)
 
 __all__ = [
     "BuildPlan",
@@ -75,7 +95,7 @@ class TokenTask:
     """One token shard: tokenise these records, in this order.
 
     `image_ids` are those of the records' images, resolved; `fingerprint` is that of the tokenizer
-    the driver loaded from the same name.
+    the driver loaded from the same name; `compat` and `max_text_length` are the config's.
     """
 
     name: str
@@ -85,6 +105,8 @@ class TokenTask:
     tokenizer: str
     fingerprint: str
     template: Template
+    compat: str | None
+    max_text_length: int
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
@@ -158,7 +180,9 @@ class BuildPlan:
             for entry, images in zip(self.entries, self.entry_images, strict=True)
             if entry.verdict.kept and entry.packed is not None
         ]
-        folder = f"tokens/{digest([self.tokenizer.fingerprint, asdict(self.template)])[:12]}"
+        settings = [self.config.compat, self.config.max_text_length]
+        facts = [self.tokenizer.fingerprint, asdict(self.template), *settings]
+        folder = f"tokens/{digest(facts)[:12]}"
         return [
             TokenTask(
                 f"{folder}/{number:05d}.arrow",
@@ -168,6 +192,8 @@ class BuildPlan:
                 self.config.tokenizer,
                 self.tokenizer.fingerprint,
                 self.template,
+                self.config.compat,
+                self.config.max_text_length,
             )
             for number, rows in enumerate(_cut(kept, self.config.records_per_shard))
         ]
@@ -192,9 +218,14 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     if not root.is_dir():
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
-    template = get_template(config.template)
-    tokenizer = tokenizer_facts(load_tokenizer(config.tokenizer))
-    codecs = {view: resolve_codecs(spec.resizer) for view, spec in config.views.items()}
+    loaded = load_tokenizer(config.tokenizer)
+    template = bind_template(get_template(config.template), loaded)
+    _try_out(template, loaded, config.compat)
+    tokenizer = tokenizer_facts(loaded)
+    codecs = {
+        view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in config.views.items()
+    }
+    rules = partial(_rules, template=template, compat=config.compat)
     entries: list[PackedEntry] = []
     entry_images: list[tuple[str, ...]] = []
     located: dict[str, Located] = {}
@@ -202,7 +233,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     for source in config.sources:
         mount = open_mount(source, config, root)
         mount.require()
-        for entry in _entries_of(source, root):
+        for entry in _entries_of(source, root, rules):
             checked, places = locate_images(entry, mount)
             for place in places:
                 located.setdefault(place.image_id, place)
@@ -212,6 +243,9 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         repairs.update(mount.repairs)
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
+    check_agreement(loaded, _first_texts(entries))
+    if template.chat:
+        encode_batch(_one_of_each_order(entries), loaded, template)
     digests = _digests(config, entries, located, tokenizer, template, codecs)
     slots = {image_id: slot for slot, image_id in enumerate(located)}
     return BuildPlan(
@@ -225,10 +259,50 @@ def _absolute(tokenizer: str) -> str:
     return str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
 
 
-def _entries_of(source: SourceConfig, root: Path) -> Iterable[Entry]:
+def _resizer(spec: ImageSpec, compat: str | None) -> Literal["auto", "pillow", "simd", "torch"]:
+    """The resizer a view asks for; LLaVA's pixels are Pillow's."""
+    return "pillow" if compat == "llava" and spec.resizer == "auto" else spec.resizer
+
+
+def _try_out(template: Template, tokenizer: Any, compat: str | None) -> None:
+    """Encode one record: what template and tokenizer are wrong about is said before the work."""
+    turns = (Turn("user", (ImagePart(0), TextPart("Why?"))), Turn("assistant", (TextPart("So."),)))
+    trial = Record("trial", "trial", "trial", turns, ("trial.jpg",))
+    if compat == "llava":
+        encode_as_llava([trial], tokenizer, template)
+    else:
+        encode_batch([trial], tokenizer, template)
+
+
+def _rules(record: Record, template: Template, compat: str | None) -> tuple[Record, Verdict]:
+    """A record as the template and LLaVA, if it is to be followed, place its images."""
+    record = mark_images(record, template)
+    if compat == "llava":
+        return check_as_llava(record, template)
+    return record, check_record(record)
+
+
+def _kept_records(entries: Iterable[PackedEntry]) -> Iterator[Record]:
+    return (unpack(e.packed) for e in entries if e.packed is not None and e.verdict.kept)
+
+
+def _one_of_each_order(entries: Iterable[PackedEntry]) -> list[Record]:
+    """A record for each order of roles there is: a chat template may refuse one, say so now."""
+    by_order = {tuple(turn.role for turn in r.turns): r for r in _kept_records(entries)}
+    return list(by_order.values())
+
+
+def _first_texts(entries: Iterable[PackedEntry], most: int = 512) -> Iterable[str]:
+    """What the first records kept say: enough to notice two tokenizers that differ."""
+    records = _kept_records(entries)
+    texts = (turn.text for record in records for turn in record.turns if turn.text)
+    return islice(texts, most)
+
+
+def _entries_of(source: SourceConfig, root: Path, rules: Rules) -> Iterable[Entry]:
     """The entries of a source, at least one."""
     empty = True
-    for entry in read_entries(source, root):
+    for entry in read_entries(source, root, rules):
         empty = False
         yield entry
     if empty:
@@ -297,6 +371,8 @@ def _digests(
         "template": digest(asdict(template)),
         "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
+        "compat": str(config.compat),
+        "max_text_length": str(config.max_text_length),
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
         "mixture": digest(asdict(config.mixture)),

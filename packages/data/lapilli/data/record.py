@@ -24,6 +24,7 @@ __all__ = [
     "element_json",
     "excerpt",
     "is_unicode",
+    "pack",
     "unpack",
 ]
 
@@ -135,7 +136,7 @@ class Entry:
             self.record_id,
             self.sample_id,
             element_digest(text),
-            None if self.record is None else _pack(self.record),
+            None if self.record is None else pack(self.record),
             None if self.verdict.kept else text,
             self.verdict,
         )
@@ -176,7 +177,8 @@ def element_digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _pack(record: Record) -> bytes:
+def pack(record: Record) -> bytes:
+    """The record in few bytes, for `unpack`."""
     # marshal packs and unpacks one in 3 us, json in 15; it stays inside one build's processes.
     turns = tuple(
         (turn.role, tuple(p.text if isinstance(p, TextPart) else p.index for p in turn.parts))

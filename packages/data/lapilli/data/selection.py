@@ -81,7 +81,7 @@ def select(
         row = next(rows)
         if row["sample_id"] != entry.sample_id:
             raise RuntimeError(f"token row {row['sample_id']} where {entry.sample_id} was planned")
-        verdict = _late_verdict(row, images, bad_images)
+        verdict = _late_verdict(row, images, bad_images, plan.config.compat)
         entries.append(entry if verdict.kept else replace(entry, verdict=verdict))
         if verdict.kept:
             kept.append((entry.source, images))
@@ -101,14 +101,18 @@ def select(
 
 
 def _late_verdict(
-    row: Mapping[str, Any], images: Iterable[str], bad_images: Mapping[str, Verdict]
+    row: Mapping[str, Any],
+    images: Iterable[str],
+    bad_images: Mapping[str, Verdict],
+    compat: str | None,
 ) -> Verdict:
-    """The verdict that needed pixels or tokens."""
+    """The verdict that needed pixels or tokens. LLaVA keeps a sample that trains nothing."""
     for image_id in images:
         if image_id in bad_images:
             return bad_images[image_id]
-    if row["num_trained"] == 0:
-        return Verdict(Reason.NO_TRAINED_TOKEN, "no token of this record can be predicted")
+    if row["num_trained"] == 0 and compat != "llava":
+        detail = "no token of this record is trained, or an image stands behind max_text_length"
+        return Verdict(Reason.NO_TRAINED_TOKEN, detail)
     return Verdict()
 
 

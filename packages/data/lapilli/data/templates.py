@@ -1,38 +1,25 @@
-"""Templates: how a conversation becomes text, special tokens and image slots, and what is trained.
-
-A `Template` is data. `render` turns a record into segments by it; no tokenizer is needed, so the
-trained characters are known from the conversation's structure alone.
+"""Templates: how a conversation is written down, and what of it is trained. As data.
 
 The strings that frame a turn (`opening`, `before_user`, `answer_end`, ...) may name special tokens
 in braces: `{bos}` and `{eos}` are the tokenizer's own, any other name is a token's literal content,
 as in `{<|im_start|>}`. Braces mean something in those strings only, never in the text of a record
-or of a system prompt.
+or of a system prompt. `render` writes a record down by a template.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import yaml
 
 from lapilli.data.errors import DataError
-from lapilli.data.record import ImagePart, Part, Record, TextPart, Turn
 
-__all__ = [
-    "TEMPLATES",
-    "ImageSlot",
-    "Segment",
-    "SpecialToken",
-    "Template",
-    "TextSegment",
-    "get_template",
-    "render",
-]
+__all__ = ["TEMPLATES", "TOKENIZERS_OWN", "Template", "get_template"]
+
+TOKENIZERS_OWN = "tokenizer"
+"""The template's name, and its `chat`, that stand for the chat template a tokenizer brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +27,8 @@ class Template:
     """How a conversation is written down.
 
     A record becomes `opening`, then `before_system` + system text + `after_system` where there is
-    a system text, then each turn in its frame. Frames may name special tokens in braces.
+    a system text, then each turn in its frame. Frames may name special tokens in braces; a token
+    that the tokenizer lacks is written as text, with a warning.
 
     Attributes:
         name: What the manifest calls it.
@@ -59,6 +47,12 @@ class Template:
         drops_user_text: Keep only the images of a user's turn, and no word of it.
         images_first: Move a turn's images to its front, each followed by a newline, and strip
             white space around the turn. A turn without images stays as it is.
+        system_in_user: The system text and its frames stand inside the first user's turn.
+        image_start: Frame before each image, such as `{<im_start>}`.
+        image_end: Frame after each image, such as `{<im_end>}`.
+        image_marker: Text that marks an image's place too, beside the source's `<image>`.
+        chat: Jinja source of a chat template, which then takes the place of all frames;
+            "tokenizer": the one that the tokenizer brings.
     """
 
     name: str
@@ -75,54 +69,155 @@ class Template:
     trains: Literal["answers", "all"] = "answers"
     drops_user_text: bool = False
     images_first: bool = False
+    system_in_user: bool = False
+    image_start: str = ""
+    image_end: str = ""
+    image_marker: str = ""
+    chat: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TextSegment:
-    """Text to be tokenised in one piece; `trained` are its trained character ranges, in order."""
-
-    text: str
-    trained: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialToken:
-    """One id that no text can produce: "bos", "eos" or a token's content."""
-
-    name: str
-    trained: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSlot:
-    """The place of image number `index` of the record."""
-
-    index: int
-
-
-Segment: TypeAlias = TextSegment | SpecialToken | ImageSlot
-
-# The wording a Vicuna model was trained with; another wording would be another template.
-_VICUNA_SYSTEM = (
+# The wordings that models were trained with; another wording would be another template.
+_CURIOUS_USER = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_CURIOUS_HUMAN = _CURIOUS_USER.replace("user", "human")
 
 _PLAIN = Template(name="plain", answer_end="\n", drops_user_text=True, images_first=True)
 
 _V1 = Template(
     name="v1",
-    system=_VICUNA_SYSTEM,
+    system=_CURIOUS_USER,
     after_system=" ",
     before_user="USER: ",
     after_user=" ",
     before_answer="ASSISTANT:",
     answer_start=" ",
-    answer_end="{eos}",
+    images_first=True,
+)
+_LLAVA_V1 = replace(_V1, name="llava_v1", system=_CURIOUS_HUMAN)
+
+# "###" ends an answer and begins the next turn at once, so the frames share it between them.
+_V0 = Template(
+    name="v0",
+    system=_CURIOUS_HUMAN,
+    after_system="\n\n### ",
+    before_user="Human: ",
+    after_user="\n### ",
+    before_answer="Assistant:",
+    answer_start=" ",
+    answer_end="\n###",
+    after_answer=" ",
     images_first=True,
 )
 
-TEMPLATES: dict[str, Template] = {"plain": _PLAIN, "v1": _V1, "vicuna_v1": _V1}
+_LLAVA_LLAMA_2 = Template(
+    name="llava_llama_2",
+    opening="",
+    system=(
+        "You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+    ),
+    before_system="<<SYS>>\n",
+    after_system="\n<</SYS>>\n\n",
+    before_user="{bos}[INST] ",
+    after_user=" [/INST]",
+    answer_start=" ",
+    answer_end=" {eos}",
+    images_first=True,
+    system_in_user=True,
+)
+
+_MPT = Template(
+    name="mpt",
+    system=(
+        "A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers."
+    ),
+    before_system="{<|im_start|>}system\n",
+    after_system="{<|im_end|>}",
+    before_user="{<|im_start|>}user\n",
+    after_user="{<|im_end|>}",
+    before_answer="{<|im_start|>}assistant\n",
+    answer_end="{<|im_end|>}",
+    images_first=True,
+)
+_CHATML = replace(
+    _MPT,
+    name="chatml",
+    system="You are a helpful assistant.",
+    after_system="{<|im_end|>}\n",
+    after_user="{<|im_end|>}\n",
+    after_answer="\n",
+)
+# Basic-Vision-Language-Model: Qwen's ChatML, but the answer ends with the tokenizer's end of text.
+_QWEN_VL = replace(
+    _MPT,
+    name="qwen_vl",
+    system="你是一位图像理解助手。",
+    before_user="\n{<|im_start|>}user\n",
+    before_answer="\n{<|im_start|>}assistant\n",
+    answer_end="{<|endoftext|>}",
+    images_first=False,
+    image_marker="<|extra_0|>",
+)
+
+_LLAMA_3 = Template(
+    name="llama_3",
+    opening="{<|begin_of_text|>}",
+    system=_CURIOUS_USER,
+    before_system="{<|start_header_id|>}system{<|end_header_id|>}\n\n",
+    after_system="{<|eot_id|>}",
+    before_user="{<|start_header_id|>}user{<|end_header_id|>}\n\n",
+    after_user="{<|eot_id|>}",
+    before_answer="{<|start_header_id|>}assistant{<|end_header_id|>}\n\n",
+    answer_end="{<|eot_id|>}",
+    images_first=True,
+)
+_PHI_3 = Template(
+    name="phi_3",
+    system="You are a helpful AI assistant.",
+    before_system="{<|system|>}\n",
+    after_system="{<|end|>}",
+    before_user="\n{<|user|>}\n",
+    after_user="{<|end|>}",
+    before_answer="\n{<|assistant|>}\n",
+    answer_end="{<|end|>}",
+    images_first=True,
+)
+
+# vlm_training on phi-1.5: ChatML spelt out as text, with LLaVA's names as roles; all is trained.
+_PHI_HF = Template(
+    name="phi_hf",
+    opening="",
+    before_system="<|im_start|>system\n",
+    after_system="<|im_end|>\n",
+    before_user="<|im_start|>human\n",
+    after_user="<|im_end|>\n",
+    before_answer="<|im_start|>gpt\n",
+    answer_end="<|im_end|>",
+    after_answer="\n",
+    trains="all",
+)
+# Its first stage: instruction, "Answer:", caption; nothing ends the caption.
+_PHI_HF_PRETRAIN = Template(
+    name="phi_hf_pretrain", opening="", before_answer="\n\nAnswer:", answer_end="", trains="all"
+)
+
+_MISTRAL_GAUDI = replace(
+    _LLAVA_V1, name="mistral_gaudi", before_user="User: ", before_answer="Assistant:"
+)
+
+_TEMPLATES = (
+    _PLAIN, _V1, _LLAVA_V1, _V0, _LLAVA_LLAMA_2, _MPT, _CHATML, _QWEN_VL, _LLAMA_3, _PHI_3,
+    _PHI_HF, replace(_PHI_HF, name="phi_hf_masked", trains="answers"), _PHI_HF_PRETRAIN,
+    _MISTRAL_GAUDI, Template(name=TOKENIZERS_OWN, chat=TOKENIZERS_OWN),
+)  # fmt: skip
+TEMPLATES: dict[str, Template] = {
+    **{template.name: template for template in _TEMPLATES},
+    "vicuna_v1": _V1,
+}
 
 
 def get_template(name_or_path: str | Path | Template) -> Template:
@@ -145,7 +240,10 @@ def get_template(name_or_path: str | Path | Template) -> Template:
 
 
 def _load_template(path: Path) -> Template:
-    """Read a template from a YAML mapping whose keys are the fields; `name` may be left out."""
+    """Read a template from a YAML mapping whose keys are the fields.
+
+    `name` may be left out; `base` names a template whose fields are taken where the file has none.
+    """
     try:
         content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -157,10 +255,20 @@ def _load_template(path: Path) -> Template:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise DataError(f"template file {path}: expected a mapping of fields, found {kind}")
-    settings: dict[str, Any] = {"name": path.stem} | cast("dict[str, Any]", content)
+    settings = cast("dict[str, Any]", content)
+    base = settings.pop("base", None)
     for key, value in settings.items():
         _check_setting(path, key, value)
-    return Template(**settings)
+    inherited: dict[str, Any] = {} if base is None else asdict(_base(path, base))
+    found: dict[str, Any] = inherited | {"name": path.stem} | settings
+    return Template(**found)
+
+
+def _base(path: Path, name: object) -> Template:
+    if not isinstance(name, str) or name not in TEMPLATES:
+        names = ", ".join(sorted(TEMPLATES))
+        raise DataError(f"template file {path}: base {name!r} is unknown: take one of {names}")
+    return TEMPLATES[name]
 
 
 def _check_setting(path: Path, key: str, value: object) -> None:
@@ -168,7 +276,7 @@ def _check_setting(path: Path, key: str, value: object) -> None:
     known: dict[str, object] = {field.name: field.default for field in fields(Template)}
     if key not in known:
         raise DataError(
-            f"template file {path}: unknown key {key!r}; the keys are {', '.join(known)}"
+            f"template file {path}: unknown key {key!r}; the keys are {', '.join(known)}, base"
         )
     if key == "trains" and value not in ("answers", "all"):
         raise DataError(f"template file {path}: trains is 'answers' or 'all', found {value!r}")
@@ -178,121 +286,3 @@ def _check_setting(path: Path, key: str, value: object) -> None:
         raise DataError(
             f"template file {path}: {key} is {expected.__name__}, found {value!r}; quote a text"
         )
-
-
-def render(record: Record, template: Template) -> list[Segment]:
-    """Write the record down: text, special tokens and image slots in their order.
-
-    A leading system turn replaces the template's system text (LLaVA knows no system turn, this is
-    our choice). An answer before the first question is left out, as LLaVA does: nothing asks for
-    it. Neighbouring text is one segment, so the text is tokenised as it would be as a whole.
-
-    Raises:
-        DataError: For a system turn that is not the first turn.
-    """
-    system, turns = template.system, record.turns
-    if turns and turns[0].role == "system":
-        system, turns = turns[0].text, turns[1:]
-    if turns and turns[0].role == "assistant":
-        turns = turns[1:]
-    page = _Page(train_all=template.trains == "all")
-    page.frame(template.opening)
-    if system:
-        page.frame(template.before_system)
-        page.write(system)
-        page.frame(template.after_system)
-    for turn in turns:
-        if turn.role == "user":
-            page.frame(template.before_user)
-            page.parts(_user_parts(turn, template))
-            page.frame(template.after_user)
-        elif turn.role == "assistant":
-            page.frame(template.before_answer)
-            page.frame(template.answer_start, trained=True)
-            page.parts(turn.parts, trained=True)
-            page.frame(template.answer_end, trained=True)
-            page.frame(template.after_answer)
-        else:
-            raise DataError(
-                f"record {record.sample_id}: a system turn may only stand first; move or remove it"
-            )
-    return page.finish()
-
-
-def _user_parts(turn: Turn, template: Template) -> tuple[Part, ...]:
-    """What a template keeps of a user's turn, in its order."""
-    images = [part for part in turn.parts if isinstance(part, ImagePart)]
-    if template.drops_user_text:
-        return tuple(images)
-    if not (template.images_first and images):
-        return turn.parts
-    text = turn.text.strip()
-    moved: list[Part] = []
-    for image in images:
-        moved += (image, TextPart("\n"))
-    # The turn as a whole is stripped, so a turn of images alone ends on its last image.
-    return (*moved, TextPart(text)) if text else tuple(moved[:-1])
-
-
-class _Page:
-    """Collects segments, joining neighbouring text and its trained ranges."""
-
-    def __init__(self, *, train_all: bool) -> None:
-        self._train_all = train_all
-        self._segments: list[Segment] = []
-        self._texts: list[str] = []
-        self._length = 0
-        self._trained: list[tuple[int, int]] = []
-
-    def write(self, text: str, *, trained: bool = False) -> None:
-        """Add plain text."""
-        if not text:
-            return
-        start, self._length = self._length, self._length + len(text)
-        self._texts.append(text)
-        if not (trained or self._train_all):
-            return
-        if self._trained and self._trained[-1][1] == start:
-            start = self._trained.pop()[0]
-        self._trained.append((start, self._length))
-
-    def frame(self, frame: str, *, trained: bool = False) -> None:
-        """Add a template's string: text and special tokens."""
-        for is_special, content in _split_frame(frame):
-            if is_special:
-                self._close_text()
-                self._segments.append(SpecialToken(content, trained or self._train_all))
-            else:
-                self.write(content, trained=trained)
-
-    def parts(self, parts: tuple[Part, ...], *, trained: bool = False) -> None:
-        """Add what a turn says."""
-        for part in parts:
-            if isinstance(part, TextPart):
-                self.write(part.text, trained=trained)
-            else:
-                self._close_text()
-                self._segments.append(ImageSlot(part.index))
-
-    def finish(self) -> list[Segment]:
-        """All segments; the page takes no more."""
-        self._close_text()
-        return self._segments
-
-    def _close_text(self) -> None:
-        if self._texts:
-            self._segments.append(TextSegment("".join(self._texts), tuple(self._trained)))
-            self._texts, self._length, self._trained = [], 0, []
-
-
-@lru_cache(maxsize=256)
-def _split_frame(frame: str) -> tuple[tuple[bool, str], ...]:
-    """`"a{eos}b"` as `((False, "a"), (True, "eos"), (False, "b"))`."""
-    return tuple(_frame_pieces(frame))
-
-
-def _frame_pieces(frame: str) -> Iterator[tuple[bool, str]]:
-    # Splitting on one group alternates: text, name, text, name, ..., text.
-    for number, content in enumerate(re.split(r"\{([^{}]+)\}", frame)):
-        if content:
-            yield number % 2 == 1, content

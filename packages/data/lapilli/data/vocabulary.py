@@ -1,0 +1,266 @@
+"""Tokenizers' files: read, converted, compared with a second implementation, trained.
+
+`tokenize` re-exports what callers need.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from lapilli.data.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["load_tokenizer", "second_opinion", "train_tokenizer"]
+
+TIKTOKEN = "qwen.tiktoken"
+# Qwen-7B's own tokenizer code, as data: how it cuts a text, and its tokens behind the ranks.
+QWEN_CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIALS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)),
+]  # fmt: skip
+
+
+def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
+    """A fast tokenizer from a folder or, by its name, from the hub; never with code of its own.
+
+    A folder with a SentencePiece `tokenizer.model` and no `tokenizer.json` gets its merges in the
+    order of the model's scores: transformers 5 converts it without the scores, which changes the
+    ids of runs of spaces. A folder with Qwen-7B's `qwen.tiktoken` is converted too, without the
+    package tiktoken.
+
+    Raises:
+        DataError: If there is no such tokenizer, or it has no Rust backend.
+    """
+    import transformers
+
+    _check_folder(name_or_dir)
+    folder = Path(name_or_dir)
+    if (folder / TIKTOKEN).is_file() and not (folder / "tokenizer.json").exists():
+        return _qwen_tokenizer(folder)
+    loader: Any = transformers.AutoTokenizer
+    try:
+        tokenizer: Any = loader.from_pretrained(str(name_or_dir), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"tokenizer {str(name_or_dir)!r} could not be loaded ({first_line}); give a folder "
+            f"with tokenizer.json, tokenizer.model or {TIKTOKEN}, or a name on the hub "
+            "(tokenizer.model needs the packages sentencepiece and protobuf)"
+        ) from error
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        raise DataError(
+            f"tokenizer {str(name_or_dir)!r} has no fast (Rust) backend; "
+            "convert it to a tokenizer.json"
+        )
+    model_file = _sentencepiece_file(tokenizer)
+    if model_file is not None and not model_file.with_name("tokenizer.json").exists():
+        converted = tokenizer.backend_tokenizer.model
+        if isinstance(converted, models.BPE):
+            tokenizer.backend_tokenizer.model = _scored_model(model_file, converted)
+    return tokenizer
+
+
+def second_opinion(tokenizer: Any) -> tuple[str, Callable[[str], Sequence[int]]] | None:
+    """The slow implementation that reads the tokenizer's original file, if there is one.
+
+    Returns:
+        Its name and a function from text to ids without special tokens: sentencepiece for a
+        `tokenizer.model`, the package tiktoken, where it is installed, for a `.tiktoken` file.
+    """
+    model_file = _sentencepiece_file(tokenizer)
+    if model_file is not None:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces: Any = SentencePieceProcessor(model_file=str(model_file))
+        return f"sentencepiece on {model_file.name}", pieces.encode
+    ranks_file = Path(str(getattr(tokenizer, "name_or_path", ""))) / TIKTOKEN
+    if not ranks_file.is_file():
+        return None
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    import unicodedata
+
+    encoding: Any = tiktoken.Encoding(
+        "qwen", pat_str=QWEN_CUTS, mergeable_ranks=_read_ranks(ranks_file), special_tokens={}
+    )
+    return (
+        f"tiktoken on {TIKTOKEN}",
+        lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)),
+    )
+
+
+def train_tokenizer(texts: Iterable[str], directory: str | Path, *, vocab_size: int) -> None:
+    """Train a small byte-level BPE tokenizer and write a folder that `load_tokenizer` reads.
+
+    Words are pre-tokenised with their leading space, so a frequent word is one token. Beginning
+    `<s>`, end `</s>`, padding and unknown `<pad>` (ids 1, 2, 0). The same texts give the same
+    files.
+
+    Raises:
+        DataError: If `vocab_size` leaves no room for the 256 bytes and 3 special tokens.
+    """
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(specials)
+    if vocab_size < smallest:
+        raise DataError(f"vocab_size {vocab_size} is too small: a byte-level one needs {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<pad>",
+        "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _check_folder(name_or_dir: str | Path) -> None:
+    """Refuse a path that is no tokenizer's folder before the hub is asked about it."""
+    path = Path(name_or_dir)
+    # A name on the hub has one slash at most.
+    starts_like_path = path.is_absolute() or str(name_or_dir).startswith((".", "~"))
+    looks_like_path = starts_like_path or len(path.parts) > 2
+    if looks_like_path and not path.is_dir():
+        raise DataError(f"tokenizer folder {path} does not exist; check --tokenizer")
+    # Its settings alone are not enough: transformers 5 would make an empty tokenizer of them.
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", TIKTOKEN)
+    if path.is_dir() and not any((path / name).exists() for name in files):
+        raise DataError(
+            f"tokenizer folder {path} holds no tokenizer (none of {', '.join(files)}); "
+            "copy the model's tokenizer files there"
+        )
+
+
+def _sentencepiece_file(tokenizer: Any) -> Path | None:
+    """The SentencePiece model a tokenizer was made from, or that lies beside its files."""
+    named = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
+    beside = Path(str(getattr(tokenizer, "name_or_path", "") or "")) / "tokenizer.model"
+    return next((f for f in (named, beside) if f.suffix == ".model" and f.is_file()), None)
+
+
+def _scored_model(model_file: Path, converted: models.BPE) -> models.BPE:
+    """The BPE model of a SentencePiece file, its merges in the order SentencePiece takes them.
+
+    SentencePiece joins the neighbours whose piece has the best score, the leftmost at a tie. Ties
+    occur among runs of spaces only, which thus grow from the left: longer left parts first.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    pieces: Any = SentencePieceProcessor(model_file=str(model_file))
+    size: int = pieces.get_piece_size()
+    vocab: dict[str, int] = {pieces.id_to_piece(i): i for i in range(size)}
+    # Control, unknown and byte pieces are never the result of a merge: `</s>` in a text is text.
+    scores: dict[str, float] = {
+        pieces.id_to_piece(i): pieces.get_score(i)
+        for i in range(size)
+        if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+    }
+    return models.BPE(
+        vocab=vocab,
+        merges=_merges({piece: -score for piece, score in scores.items()}),
+        unk_token=converted.unk_token,
+        fuse_unk=converted.fuse_unk,
+        byte_fallback=converted.byte_fallback,
+    )
+
+
+def _merges(ranks: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, the best-ranked piece first."""
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in ranks
+        for cut in range(1, len(piece))
+        if piece[:cut] in ranks and piece[cut:] in ranks
+    ]
+    merges.sort(key=lambda pair: (ranks[pair[0] + pair[1]], -len(pair[0])))
+    return merges
+
+
+def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Qwen-7B's tokenizer from its ranks: the same ids, on the Rust backend."""
+    import transformers
+
+    letters = _letters_of_bytes()
+    ranks = {
+        "".join(letters[byte] for byte in token): rank
+        for token, rank in _read_ranks(folder / TIKTOKEN).items()
+    }
+    merges = _merges({piece: float(rank) for piece, rank in ranks.items()})
+    backend = Tokenizer(models.BPE(vocab=ranks, merges=merges, ignore_merges=True))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_CUTS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in QWEN_SPECIALS])
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(
+        tokenizer_object=backend,
+        name_or_path=str(folder),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """A `.tiktoken` file: a line a token, its bytes in base64 and its rank."""
+    try:
+        lines = path.read_text(encoding="ascii").split("\n")
+        pairs = [line.split() for line in lines if line]
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError, binascii.Error) as error:
+        raise DataError(
+            f"tokenizer {path} is no list of base64 tokens and ranks ({error}); download it again"
+        ) from None
+
+
+def _letters_of_bytes() -> dict[int, str]:
+    """The printable letter that the byte-level family writes for each byte (GPT-2's table)."""
+    letters = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    rest = [byte for byte in range(256) if byte not in letters]
+    return letters | {byte: chr(256 + place) for place, byte in enumerate(rest)}

@@ -1,0 +1,1 @@
+"""Measurements, one topic a file: `python -m pipelines.benchmarks TOPIC`."""

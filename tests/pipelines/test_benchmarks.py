@@ -1,0 +1,62 @@
+"""The harness and its corpus; what a measurement finds is no matter of a test."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lapilli.data.checks import check_record
+from pipelines.benchmarks import harness, tokens
+from pipelines.benchmarks.__main__ import main
+from pipelines.benchmarks.corpus import KINDS, conversations
+from pipelines.command import UsageError
+from tests.factories import make_tokenizer
+
+
+@pytest.fixture
+def same_cores() -> Iterator[None]:
+    """Let a measurement pin this process, and undo it."""
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    yield
+    if before:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("same_cores")
+def test_tokens_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "add_row", lambda t, row: harness.add_row(t, row, tmp_path))
+    for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, "false"))
+    flags = ["--records=40", "--records_per_shard=16"]
+    assert main(["tokens", f"--tokenizer={make_tokenizer(tmp_path / 'small')}", *flags]) == 0
+    with (tmp_path / "tokens.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["tokenizer"], row["records"], row["shards"]) == ("small", "40", "3")
+    assert row["command"].startswith("python -m pipelines.benchmarks tokens --tokenizer=")
+    assert float(row["ratio"]) > 0
+    assert int(row["tokens"]) > 40 * 50
+    with pytest.raises(UsageError, match="move the file away"):
+        harness.add_row("tokens", {"other": 1}, tmp_path)
+
+
+def test_an_unknown_topic_lists_the_topics(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="topic 'speed' is unknown: take one of tokens"):
+        main(["speed"])
+    assert main([]) == 0
+    assert "topics: tokens" in capsys.readouterr().out
+
+
+def test_the_corpus_is_the_mixtures_size_well_formed_and_the_seeds() -> None:
+    assert sum(kind.records for kind in KINDS) == 665_298
+    assert sum(kind.records for kind in KINDS if not kind.has_image) == 40_688
+    some = list(conversations(300, 7))
+    assert some == list(conversations(300, 7)) != list(conversations(300, 8))
+    assert all(check_record(record).kept for record in some)
+    images = Counter(len(record.images) for record in some)
+    assert set(images) == {0, 1}
+    assert images[0] < images[1]
