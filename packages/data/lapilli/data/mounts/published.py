@@ -124,7 +124,7 @@ HOLES = (
         "vg/VG_100K_2/",
         Reason.IMAGE_UNDECODABLE,
         170,
-        "170 files of images2.zip, LLaVA issue 601; none is named by the 665K file as published",
+        "170 files of images2.zip, LLaVA issue 601; those looked up there are not in the 665K file",
         "an empty file",
     ),
 )
