@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -59,10 +60,10 @@ def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
 def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
     """`--decode` without a value means true; `--decode false` stays what it is."""
     switches = {f"--{item.name}" for item in fields(kind) if item.type in ("bool", bool)}
-    following = [*argv[1:], "--"]
+    words = [*argv, "--"]
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(argv, following, strict=True)
+        for word, after in pairwise(words)
     ]
 
 

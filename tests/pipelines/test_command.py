@@ -12,6 +12,7 @@ import pipelines.train
 from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from pipelines.command import parse, run, say
+from pipelines.quickstart import QuickstartConfig
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"
 
@@ -23,6 +24,10 @@ def test_help_tells_every_setting_with_its_meaning(capsys: pytest.CaptureFixture
     text = " ".join(capsys.readouterr().out.split())
     for words in ("--global_batch", "Samples in one optimizer step", "--optim.lr", "Peak learning"):
         assert words in text
+
+
+def test_a_command_without_arguments_takes_the_defaults() -> None:
+    assert parse(QuickstartConfig, [], "") == QuickstartConfig()
 
 
 def test_later_recipes_and_flags_win(tmp_path: Path) -> None:

@@ -1,0 +1,466 @@
+"""What this machine has for lapilli, what is missing, and the command that adds it.
+
+python -m pipelines.doctor
+
+Exit code 0 if preprocessing, training and the quickstart can run here, 1 if something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Nothing heavy and nothing of ours: this must run where any of it is broken.
+
+__all__ = [
+    "Library", "Row", "cgroup_limits", "cores_row", "diagnose", "disk_row", "exit_code",
+    "library_rows", "memory_row", "python_row", "read_requirements", "shm_row", "simd_row",
+    "socket_row",
+]  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+PIP = f"{Path(sys.executable).name} -m pip install -c constraints.txt"
+MODULES = {"pillow": "PIL", "protobuf": "google.protobuf", "pyyaml": "yaml"}  # else the name
+BY_THEMSELVES = ("torch", "deepspeed", "ray")  # a row even where all is well
+EXTRAS = {"quickstart": "easy_vqa", "cluster": "aiohttp_cors", "dev": "pytest"}  # what shows it
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+SOCKET_BYTES = 107  # sun_path of unix(7) without its final zero
+SESSION = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+State = Literal["ok", "note", "missing"]
+COLOURS = {"ok": "green", "note": "yellow", "missing": "bold red"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding: `missing` stops the main job, `note` does not; the remedy is a command."""
+
+    what: str
+    found: str
+    state: State = "ok"
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that is needed, and what was found of it.
+
+    Attributes:
+        name: As pip knows it, with its extras.
+        wanted: The range of pyproject.toml, such as `>=2.60`.
+        tested: The version of constraints.txt.
+        version: The installed one, or None.
+        error: Last line of what importing it raised, or empty.
+    """
+
+    name: str
+    wanted: str
+    tested: str
+    version: str | None
+    error: str = ""
+
+
+# ---- decisions ---------------------------------------------------------------------------------
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """1 if anything that the main job needs is missing."""
+    return int(any(row.state == "missing" for row in rows))
+
+
+def python_row(version: tuple[int, int, int]) -> Row:
+    """Whether this Python is new enough."""
+    found = ".".join(map(str, version))
+    if version < (3, 11, 0):
+        return Row("Python", f"{found}; 3.11 or newer is needed", "missing",
+                   "make PYTHON=python3.11 install")  # fmt: skip
+    return Row("Python", found)
+
+
+def cores_row(machine: int, affinity: int, quota: float | None) -> Row:
+    """Cores that may be used: what the affinity leaves, and the control group's quota of them."""
+    usable = min(affinity, quota) if quota else affinity
+    found = f"{usable:g} of {machine}" if usable < machine else f"{machine}"
+    if quota and quota < affinity:
+        return Row("cores", f"{found}; a control group's limit, which Ray may not see", "note",
+                   f"export OMP_NUM_THREADS={max(1, int(quota))}")  # fmt: skip
+    if usable < 2:
+        return Row("cores", f"{found}; the quickstart is made for two", "note")
+    return Row("cores", found)
+
+
+def memory_row(machine: int, available: int, limit: int | None) -> Row:
+    """Bytes of memory; below 4 GiB the quickstart is tight."""
+    usable = min(machine, limit) if limit else machine
+    found = f"{usable / GIB:.1f} GiB, {min(available, usable) / GIB:.1f} GiB free"
+    if usable < machine:
+        found += f" (a control group's limit; the machine has {machine / GIB:.1f})"
+    if usable < 4 * GIB:
+        return Row("memory", f"{found}; the quickstart wants 4 GiB", "note")
+    return Row("memory", found)
+
+
+def disk_row(folder: str, free: int) -> Row:
+    """Bytes free where outputs go."""
+    found = f"{free / GIB:.1f} GiB free in {folder}"
+    if free < GIB:
+        return Row("disk", f"{found}; 1 GiB is the least", "missing", f"df -h {folder}")
+    return Row("disk", found)
+
+
+def shm_row(size: int | None, memory: int) -> Row:
+    """Ray wants its object store, 30% of the memory, in /dev/shm; else it takes a slow disk."""
+    if size is None:
+        return Row("/dev/shm", "none; Ray keeps objects in a file", "note")
+    found = f"{size / GIB:.1f} GiB"
+    wanted = 0.3 * memory
+    if size < wanted:
+        return Row("/dev/shm", f"{found}; Ray uses a slow disk below {wanted / GIB:.1f} GiB",
+                   "note", f"docker run --shm-size={-int(-wanted // GIB)}g ...")  # fmt: skip
+    return Row("/dev/shm", found)
+
+
+def simd_row(flags: set[str]) -> Row:
+    """The instruction sets that matter here, out of the processor's flags."""
+    found = [name for name in SIMD if name in flags]
+    if not found:
+        return Row("SIMD", "none known; decoding and CPU training are slow", "note")
+    return Row("SIMD", ", ".join("neon" if name == "asimd" else name for name in found))
+
+
+def socket_row(environment: Mapping[str, str]) -> Row:
+    """Whether the sockets that Ray makes below its temporary folder have names short enough."""
+    name = next((n for n in ("RAY_TMPDIR", "TMPDIR") if n in environment), "")
+    folder = environment.get(name, "/tmp")
+    length = len(os.fsencode(f"{folder.rstrip('/')}/{SESSION}"))
+    found = f"up to {length} of {SOCKET_BYTES} bytes"
+    if length > SOCKET_BYTES:
+        return Row("Ray's sockets", f"{found}: {name} is too long, Ray cannot start",
+                   "missing", "export RAY_TMPDIR=/tmp")  # fmt: skip
+    return Row("Ray's sockets", f"{found}, below {folder}")
+
+
+def library_rows(libraries: Sequence[Library]) -> list[Row]:
+    """A row for each library that is not as tested, one for all the others together.
+
+    Libraries that fail with one error fail for the first one's sake: only that one has a remedy.
+    """
+    rows: list[Row] = []
+    culprits: dict[str, str] = {}
+    for library in libraries:
+        plain = _plain(library.name)
+        culprit = culprits.setdefault(library.error, plain) if library.error else plain
+        if culprit == plain:
+            rows.append(library_row(library))
+        else:
+            rows.append(Row(plain, f"{library.version} does not import, as {culprit}", "missing"))
+    shown = [row for row in rows if row.state != "ok" or row.what in BY_THEMSELVES]
+    rest = [row.what for row in rows if row not in shown]
+    if rest:
+        shown.append(Row("libraries", f"{len(rest)} as tested: {', '.join(rest)}"))
+    return shown
+
+
+def library_row(library: Library) -> Row:
+    """Missing, broken, outside the range, other than tested, or well."""
+    plain = _plain(library.name)
+    if library.version is None:
+        remedy = f"{PIP} {_quoted(library.name)}"
+        return Row(plain, f"not installed; {library.tested} is tested", "missing", remedy)
+    tested = f"{PIP} {_quoted(f'{library.name}=={library.tested}')}"
+    if library.error:
+        remedy = tested.replace("install", "install --force-reinstall --no-deps", 1)
+        found = f"{library.version} does not import: {library.error}"
+        return Row(plain, found, "missing", remedy)
+    if not _in_range(library.version, library.wanted):
+        return Row(plain, f"{library.version}; {library.wanted} is needed", "missing", tested)
+    # the local part (+cpu, +cu130) is the build's
+    if library.tested and library.version.partition("+")[0] != library.tested:
+        return Row(plain, f"{library.version}; {library.tested} is tested", "note", tested)
+    return Row(plain, library.version)
+
+
+def _plain(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"' if "[" in name else name
+
+
+def _in_range(version: str, wanted: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # then the comparison with the tested version has to do
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+# ---- findings ----------------------------------------------------------------------------------
+
+
+def read_requirements(root: Path) -> list[tuple[str, str, str]]:
+    """Name with extras, range and tested version of each dependency."""
+    import tomllib  # not in a Python that is too old, which is to be told so
+
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.partition("==") for line in lines if "==" in line and line[0] != "#"]
+    tested = {name.lower().replace("_", "-"): version for name, _, version in pins}
+    found: list[tuple[str, str, str]] = []
+    for line in project["project"]["dependencies"]:
+        name, wanted = re.fullmatch(r"([\w.-]+(?:\[[^]]*])?)([^;]*).*", line).groups()  # type: ignore[union-attr]
+        found.append((name, wanted.strip(), tested.get(_plain(name), "")))
+    return found
+
+
+def find_library(name: str, wanted: str, tested: str) -> Library:
+    """What is installed of a library, and whether it imports."""
+    plain = _plain(name)
+    version = _version(plain)
+    if plain == "pillow" and version is None:
+        version = _version("pillow-simd")
+    if version is None:
+        return Library(name, wanted, tested, None)
+    _, error = attempt(lambda: importlib.import_module(MODULES.get(plain, plain)))
+    return Library(name, wanted, tested, version, error)
+
+
+def attempt(probe: Callable[[], Any]) -> tuple[Any, str]:
+    """What a probe returns, or None and the last line of what it raised; it prints nothing."""
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            return probe(), ""
+    except (Exception, SystemExit) as error:
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[-1]}".rstrip(": ")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cgroup_limits(mounted: Path, listing: str) -> tuple[float | None, int | None]:
+    """Cores and bytes that control groups leave this process, None where they set no limit.
+
+    Args:
+        mounted: Where they are mounted, `/sys/fs/cgroup`.
+        listing: `/proc/self/cgroup`; lines of number, controllers (none in version 2) and path.
+    """
+    cores: list[float] = []
+    memory: list[int] = []
+    for line in listing.splitlines():
+        _, controllers, path = line.split(":", 2)
+        base = mounted / controllers if controllers else mounted
+        own = base / path.strip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(base):
+                break
+            quota = _words(folder / "cpu.max") or (
+                _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+            )
+            if len(quota) == 2 and quota[0] not in ("max", "-1"):
+                cores.append(int(quota[0]) / int(quota[1]))
+            limits = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+            memory += [int(limit) for limit in limits if limit != "max"]
+    return min(cores, default=None), min(memory, default=None)
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text().split()
+    except OSError:
+        return []
+
+
+def machine_rows() -> Iterator[Row]:
+    """Cores, instruction sets, memory, disks, sockets; Python last."""
+    listing = Path("/proc/self/cgroup")
+    text = listing.read_text() if listing.exists() else ""
+    quota, limit = cgroup_limits(Path("/sys/fs/cgroup"), text)
+    machine = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    yield cores_row(machine, affinity, quota)
+    words = _words(Path("/proc/cpuinfo"))
+    yield simd_row(set(words) | ({"asimd"} if platform.machine() == "arm64" else set()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = _words(Path("/proc/meminfo"))
+    is_told = "MemAvailable:" in info
+    available = int(info[info.index("MemAvailable:") + 1]) * 1024 if is_told else memory
+    yield memory_row(memory, available, limit)
+    yield disk_row(str(Path.cwd()), shutil.disk_usage(".").free)
+    shm = Path("/dev/shm")
+    size = shutil.disk_usage(shm).total if shm.exists() else None
+    yield shm_row(size, min(memory, limit or memory))
+    yield socket_row(os.environ)
+    yield python_row(sys.version_info[:3])
+
+
+def codecs_row() -> Row:
+    """Decoder and resizer that `resizer: auto` takes here."""
+
+    def probe() -> str:
+        from lapilli.data.codecs import resolve_codecs
+
+        return resolve_codecs("auto").describe()
+
+    found, error = attempt(probe)
+    remedy = f'{PIP} -e ".[dev]"'
+    return Row("images", error, "missing", remedy) if error else Row("images", found)
+
+
+def torch_rows() -> Iterator[Row]:
+    """GPUs, torch's build, and the merge implementations."""
+
+    def probe() -> tuple[str, list[str]]:
+        import torch
+
+        cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return f"{cuda}, {torch.get_num_threads()} threads", gpus
+
+    def merges() -> str:
+        from lapilli.model.merge import IMPLEMENTATIONS
+
+        return ", ".join(IMPLEMENTATIONS)
+
+    found, error = attempt(probe)
+    build, gpus = found or ("", [])
+    yield Row("torch build", error or build, "note" if error else "ok")
+    if gpus:
+        yield Row("GPUs", f"{len(gpus)}: {', '.join(dict.fromkeys(gpus))}")
+    elif Path("/dev/nvidia0").exists():
+        yield Row("GPUs", "there is one, but torch sees none", "note", "nvidia-smi")
+    else:
+        yield Row("GPUs", "none; training runs on the CPU")
+    found, error = attempt(merges)
+    yield Row("merge", error or found, "note" if error else "ok")
+
+
+def optional_rows() -> Iterator[Row]:
+    """What the main job does without."""
+    hpus = [str(device) for device in Path("/dev/accel").glob("accel*[0-9]")]
+    habana = importlib.util.find_spec("habana_frameworks") is not None
+    if hpus or habana:
+        software = "with" if habana else "without"
+        yield Row("HPUs", f"{len(hpus)} devices, {software} habana_frameworks", "note")
+    else:
+        yield Row("HPUs", "none")
+    triton = _version("triton")
+    yield Row("triton", triton) if triton else _lacking("triton", "GPU kernels", f"{PIP} triton")
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    yield (
+        Row("C compiler", compiler)
+        if compiler
+        else _lacking("C compiler", "triton and DeepSpeed's operators", "apt-get install gcc")
+    )
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    yield (
+        Row("Chromium", browser)
+        if browser
+        else _lacking("Chromium", "tests of pages", "apt-get install chromium")
+    )
+    for extra, module in EXTRAS.items():
+        if importlib.util.find_spec(module):
+            yield Row(f"[{extra}]", "installed")
+        else:
+            command = f'{PIP} -e ".[{extra}]"'
+            needed = extra == "quickstart"
+            yield Row(f"[{extra}]", "not installed", "missing" if needed else "note", command)
+
+
+def _lacking(what: str, needed_for: str, remedy: str) -> Row:
+    return Row(what, f"none; for {needed_for}", "note", remedy)
+
+
+def diagnose() -> list[Row]:
+    """Every row, the machine's first; of a Python that is too old nothing else is asked."""
+    machine = list(machine_rows())
+    if machine[-1].state == "missing":
+        return machine
+    libraries = [find_library(*needed) for needed in read_requirements(ROOT)]
+    return [
+        *machine,
+        *library_rows(libraries),
+        codecs_row(),
+        *torch_rows(),
+        *optional_rows(),
+    ]
+
+
+# ---- printing ----------------------------------------------------------------------------------
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table, or plain lines where rich does not import; then the commands, to be copied."""
+    commands = [row for row in rows if row.remedy]
+    table, error = attempt(lambda: _table(rows))
+    if error:
+        for row in rows:
+            print(f"{row.state:8}{row.what}: {row.found}")
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(table)
+    if commands:
+        print("What would mend it:")
+    for row in commands:
+        print(f"  {row.what}: {row.remedy}")
+    if exit_code(rows):
+        print("\nSomething that preprocessing, training or the quickstart needs is missing.")
+    else:
+        print("\nPreprocessing, training and the quickstart can run here.")
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
+    table.add_column("what", style="cyan", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for row in rows:
+        state = f"[{COLOURS[row.state]}]{row.state}[/]"
+        table.add_row(escape(row.what), state, escape(row.found))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.doctor",
+        description="What this machine has for lapilli, what is missing, how to add it.",
+        epilog="Exit code 0: preprocessing, training and the quickstart can run. 1: they cannot.",
+    )
+    parser.parse_args(argv)
+    rows = diagnose()
+    print_rows(rows)
+    return exit_code(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
