@@ -32,6 +32,7 @@ class EvaluateConfig:
         run: Folder of a run.
         dataset: Folder of a dataset of questions; each record's first answer is expected.
         view: The dataset's view; empty for its only one.
+        split: Of a dataset with a part held out by its mixture, that part or the rest.
         device: `auto` takes a GPU when there is one.
         shuffle_images: Show each question the images of another record: what is left is what the
             model knows without looking.
@@ -41,6 +42,7 @@ class EvaluateConfig:
     run: str
     dataset: str
     view: str = ""
+    split: Literal["train", "held_out"] = "train"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     shuffle_images: bool = False
     output: str = ""
@@ -53,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = choose_device(config.device, torch.cuda.device_count())
     trained = load_trained(Path(config.run), device)
     view = config.view or _only_view(Path(config.dataset))
-    dataset = open_test(Path(config.dataset), view, trained)
+    dataset = open_test(Path(config.dataset), view, trained, config.split)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=len(dataset))
         answers = answer_dataset(
@@ -95,6 +97,7 @@ def _asked(config: EvaluateConfig) -> dict[str, Any]:
         "weights": found.state["files"][WEIGHTS]["sha256"] if found else "",
         "dataset": read_manifest(Path(config.dataset)).fingerprint,
         "view": config.view,
+        "split": config.split,
         "shuffle_images": config.shuffle_images,
     }
 

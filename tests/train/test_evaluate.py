@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lapilli.data.config import MixtureConfig
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import generate_greedy
@@ -98,3 +99,20 @@ def test_questions_made_with_another_template_are_refused(
     build_dataset(mixture, tmp_path / "other", tokenizer, template="plain")
     with pytest.raises(TrainError, match=r"template: .* with plain, the training data with v1"):
         open_test(tmp_path / "other", VIEW, trained)
+
+
+def test_what_a_mixture_holds_out_is_asked_and_the_rest_is_not(
+    model: VisionLanguageModel, dataset: Dataset, tmp_path: Path
+) -> None:
+    mixture = make_mixture(tmp_path / "raw", images=8, text_only=0)
+    blend = MixtureConfig(held_out=2)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    build_dataset(mixture, tmp_path / "held", tokenizer, mixture=blend)
+    whole, held_out = (
+        open_test(tmp_path / "held", VIEW, Trained(model, data_facts(dataset)), split)
+        for split in ("train", "held_out")
+    )
+    names = [{one.sample(i).sample_id for i in range(len(one))} for one in (whole, held_out)]
+    assert len(names[1]) == 2
+    assert len(names[0]) == 6
+    assert not names[0] & names[1]

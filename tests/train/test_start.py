@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lapilli.model.config import Part
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import latest_checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
 from lapilli.train.launch import finished_steps, launch, preflight
@@ -155,6 +155,6 @@ def test_a_start_that_changed_meanwhile_ends_the_resumed_run_in_one_line(
     launch(preflight(started))
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000002")
     shutil.rmtree(tmp_path / "one")
-    launch(preflight(replace(first, output=str(tmp_path / "one"), seed=9)))
+    launch(preflight(replace(first, output=str(tmp_path / "one"), optim=OptimConfig(lr=0.02))))
     with pytest.raises(TrainError, match="was saved with another start"):
         launch(preflight(started))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.mixture import TRAIN
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.generate import generate_greedy
@@ -107,13 +108,15 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
     return Trained(model.eval().to(device), found.state["data"])
 
 
-def open_test(path: Path, view: str, trained: Trained) -> Dataset:
-    """Open a dataset of questions for a model.
+def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:
+    """Open a dataset of questions, or what a dataset holds out, for a model.
 
     Raises:
         DataError, TrainError: It cannot be opened or was made otherwise than the training data.
     """
-    dataset = open_dataset(path, view=view, image_tokens=trained.model.vision.num_tokens)
+    dataset = open_dataset(
+        path, view=view, image_tokens=trained.model.vision.num_tokens, split=split
+    )
     check_model(trained.model, dataset)
     here = data_facts(dataset)
     for name, value in trained.data.items():
