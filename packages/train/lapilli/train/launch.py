@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -265,13 +266,24 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
         trainer.fit()
     except Exception as error:
         if mistake.exists():
-            raise TrainError(mistake.read_text(encoding="utf-8")) from None
+            raise TrainError(_read_mistake(mistake)) from None
         if _is_bug(error):
             raise
         raise TrainError(
             f"workers were lost more than max_failures = {config.max_failures} times; the same "
             f"command goes on from the last checkpoint; Ray says: {error}"
         ) from error
+
+
+def _read_mistake(path: Path) -> str:
+    """The line a worker left; on a full disk there was no room for it and the file is empty."""
+    said = path.read_text(encoding="utf-8")
+    return said or f"output: {path.parent} is on a full disk; free space and run the same again"
+
+
+def _write_mistake(path: Path, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        path.write_text(str(error), encoding="utf-8")
 
 
 def _is_bug(error: Exception) -> bool:
@@ -292,17 +304,17 @@ def _worker(settings: dict[str, Any]) -> None:
     config: RunConfig = settings["config"]
     mistake = Path(config.output) / MISTAKE
     if mistake.exists():
-        raise TrainError(mistake.read_text(encoding="utf-8"))
+        raise TrainError(_read_mistake(mistake))
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     try:
         fit(setup(config, settings["device"], rank=rank, world_size=world_size))
     except (DataError, ModelError, TrainError) as error:
-        mistake.write_text(str(error), encoding="utf-8")
+        _write_mistake(mistake, error)
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = TrainError(f"{config.output}: {error.strerror}; free space and run the same again")
-        mistake.write_text(str(full), encoding="utf-8")
+        _write_mistake(mistake, full)
         raise full from None
