@@ -56,7 +56,7 @@ def stop(process: subprocess.Popen[bytes], number: signal.Signals, *, whole_grou
 
 
 def training(leader: int) -> list[int]:
-    """Training workers of a session that are still there; Ray's agents stay half a minute longer."""
+    """Training workers of a session that are still there; Ray's agents stay half a minute more."""
     found: list[int] = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
