@@ -6,8 +6,9 @@ import contextlib
 import errno
 import json
 import logging
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,8 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
     mistake = Path(config.output) / MISTAKE
     mistake.unlink(missing_ok=True)
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except Exception as error:
         if mistake.exists():
             raise TrainError(_read_mistake(mistake)) from None
@@ -273,6 +275,20 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
             f"workers were lost more than max_failures = {config.max_failures} times; the same "
             f"command goes on from the last checkpoint; Ray says: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[None]:
+    """Let Ctrl-C be Ctrl-C: Ray Train's own handler exits the process and stays when it is done."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _read_mistake(path: Path) -> str:

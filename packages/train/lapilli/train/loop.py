@@ -200,7 +200,7 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
     if dist.is_initialized():
         dist.broadcast_object_list(steps, src=0)
     found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
-    for name in ("dataset", "frozen", "start"):
+    for name in ("dataset", "start", "frozen"):
         if found and found.state[name] != state[name]:
             raise TrainError(
                 f"{found.path}: was saved with another {name} (fingerprint "
