@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lapilli.data.build import BuildReport, build, run_here
+from lapilli.data.build import BuildReport, build
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.images import ImageSpec
 from lapilli.data.plan import plan_build
 from lapilli.data.record import Reason
+from lapilli.data.runners import run_here
 from lapilli.data.tokenize import train_tokenizer
 
 __all__ = [

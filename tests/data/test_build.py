@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lapilli.data.build import BuildReport, build, check_disk, run_here, run_task
+from lapilli.data.build import BuildReport, build, check_disk
 from lapilli.data.codecs import Codecs
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
@@ -22,7 +22,9 @@ from lapilli.data.images import BadImage, prepare
 from lapilli.data.manifest import read_manifest
 from lapilli.data.plan import ImageTask, Task, plan_build
 from lapilli.data.record import Reason
+from lapilli.data.runners import run_here
 from lapilli.data.shards import ShardFacts
+from lapilli.data.tasks import run_task
 from lapilli.data.tokenize import encode, load_tokenizer
 from tests.factories import (
     BAD_KINDS,

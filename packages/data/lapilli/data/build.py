@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
-import pickle
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import (
     FORMAT,
@@ -27,6 +23,7 @@ from lapilli.data.manifest import (
     write_manifest,
 )
 from lapilli.data.plan import BuildPlan, ImageTask, Task
+from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.selection import read_bad_images, read_token_rows, select, write_quarantine
 from lapilli.data.shards import (
     SELECTION_SCHEMA,
@@ -35,15 +32,14 @@ from lapilli.data.shards import (
     write_json,
     write_shard,
 )
-from lapilli.data.tasks import finished_task, run_task
+from lapilli.data.tasks import finished_task
 from lapilli.data.tokenize import IMAGE_TOKEN_INDEX, load_tokenizer
 
-__all__ = ["BuildReport", "Runner", "build", "check_disk", "run_here", "run_on_ray", "run_task"]
+__all__ = ["BuildReport", "build", "check_disk"]
 
 TOKENIZER = "tokenizer"  # a copy of its files, so that a dataset can be moved
 CONFIG = "config.json"  # the resolved settings; a recipe that makes this dataset again
 Progress: TypeAlias = Callable[[int, int], None]
-Runner: TypeAlias = Callable[[list[Task], Path, int], Iterator[ShardFacts]]
 
 
 @dataclass(frozen=True)
@@ -54,57 +50,6 @@ class BuildReport:
     shards_built: int
     shards_reused: int
     seconds: float
-
-
-def run_on_ray(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardFacts]:
-    """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
-
-    Ray is started if none runs, and not at all where there is nothing to do.
-
-    Args:
-        tasks: The shards to make.
-        output: The dataset's folder; every worker must see it under this path.
-        workers: Tasks at the same time; 0 takes every core.
-
-    Raises:
-        DataError: A task met a user's mistake, such as a node with other libraries.
-    """
-    if not tasks:
-        return
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    where = str(output.resolve())
-    rows = [{"task": pickle.dumps(task), "output": where} for task in tasks]
-    with ray_session():
-        dataset = ray.data.from_items(rows, override_num_blocks=len(tasks))
-        mapped = dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
-        for row in mapped.iter_rows():
-            if row["error"]:
-                raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
-            yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
-
-
-def _run_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A task as Ray Data sees it: errors travel as values, since one exception ends a dataset."""
-    result: dict[str, Any] = {"path": "", "rows": 0, "bytes": 0, "sha256": ""}
-    try:
-        result = asdict(run_task(pickle.loads(row["task"]), Path(row["output"])))
-    except DataError as error:
-        return {**result, "error": str(error), "expected": True}
-    except Exception:
-        return {**result, "error": traceback.format_exc(), "expected": False}
-    return {**result, "error": "", "expected": False}
-
-
-def run_here(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardFacts]:
-    """Run tasks one after the other in this process: a runner without Ray, for small things."""
-    del workers
-    for task in tasks:
-        yield run_task(task, output)
 
 
 def build(

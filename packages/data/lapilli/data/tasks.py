@@ -14,16 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.data.codecs import Codecs
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, decode, square
-from lapilli.data.mounts import Located, read_image
+from lapilli.data.image_shard import image_columns
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
 from lapilli.data.shards import (
     IMAGE_SCHEMA,
-    OK,
     TOKEN_SCHEMA,
     ShardFacts,
     finished_facts,
@@ -76,34 +73,7 @@ def run_task(task: Task, output: Path) -> ShardFacts:
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
-        return write_shard(output, task.name, _image_columns(task), IMAGE_SCHEMA)
-
-
-def _image_columns(task: ImageTask) -> dict[str, list[Any]]:
-    task.codecs.require()
-    root = Path(task.root)
-    columns: dict[str, list[Any]] = {field.name: [] for field in IMAGE_SCHEMA}
-    for place in task.images:
-        row = _image_row(root, place, task.spec, task.codecs)
-        for name, value in {"image_id": place.image_id, "encoding": "raw", **row}.items():
-            columns[name].append(value)
-    return columns
-
-
-def _image_row(root: Path, place: Located, spec: ImageSpec, codecs: Codecs) -> dict[str, Any]:
-    """Decode one image; what is wrong with it ends here, as a status."""
-    try:
-        decoded = decode(read_image(root, place), spec)
-        pixels = square(decoded.image, spec, codecs.resizer)
-    except BadImage as bad:
-        return {
-            "status": str(bad.reason), "detail": bad.detail,
-            "source_width": None, "source_height": None, "pixels": None,
-        }  # fmt: skip
-    return {
-        "status": OK, "detail": "", "source_width": decoded.source_width,
-        "source_height": decoded.source_height, "pixels": pixels.tobytes(),
-    }  # fmt: skip
+        return write_shard(output, task.name, image_columns(task), IMAGE_SCHEMA)
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
