@@ -64,6 +64,7 @@ class ModelConfig:
         projector: `linear`, `mlpNx_gelu`, `identity`, or `package.module:name`.
         trainable: Parts that learn; the others are frozen.
         merge: How image features are put among the text's embeddings (`lapilli.model.merge`).
+        loss: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
         head_chunk: Trained positions the head works on at once.
         seed: Seed of random weights.
     """
@@ -72,7 +73,8 @@ class ModelConfig:
     language: LanguageConfig
     projector: str = "mlp2x_gelu"
     trainable: tuple[Part, ...] = ("projector", "language")
-    merge: Literal["torch"] = "torch"
+    merge: Literal["torch", "triton"] = "torch"
+    loss: Literal["auto", "torch", "liger"] = "auto"
     head_chunk: int = 1024
     seed: int = 0
 

@@ -1,19 +1,45 @@
 """Cross-entropy on the trained positions only, as a sum: the step divides by the global count.
 
-Shape suffix legend: B rows, S tokens, D hidden size, V vocabulary, P trained positions.
+Shape suffix legend: B rows, S tokens, D hidden size, V vocabulary, P trained positions (of a
+chunk, where one is worked on).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-__all__ = ["trained_loss"]
+from lapilli.model.errors import ModelError
+
+__all__ = ["LossImplementation", "choose_loss", "trained_loss"]
 
 IGNORE_INDEX = -100
+LossImplementation = Literal["auto", "torch", "liger"]
+
+
+def choose_loss(wanted: LossImplementation, device: str) -> Literal["torch", "liger"]:
+    """What a setting stands for on a device type.
+
+    `auto` is `torch`: Liger reads the number of targets back to the host, which the rest of a step
+    never does, and saves no further memory.
+
+    Raises:
+        ModelError: Unknown, not installed, or not for this device.
+    """
+    if wanted in ("auto", "torch"):
+        return "torch"
+    if wanted != "liger":
+        raise ModelError(f"loss: {wanted!r} is unknown; expected one of auto, torch, liger")
+    if device != "cuda":
+        raise ModelError(f"loss: liger needs a CUDA device, this is {device}; set model.loss: auto")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError(
+            "loss: liger is not installed; pip install 'lapilli[liger]', or set model.loss: auto"
+        )
+    return "liger"
 
 
 def trained_loss(
@@ -24,12 +50,16 @@ def trained_loss(
     bias: Tensor | None = None,
     *,
     chunk: int,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    implementation: LossImplementation = "auto",
 ) -> Tensor:
     """Sum of the cross-entropies of the next token at the trained positions.
 
     No logit is computed for an image slot, a question or padding. The head works on `chunk`
-    positions at a time and computes their logits again in backward, so these take chunk x V and
-    not P x V.
+    positions at a time, so logits take chunk x V and not P x V, and their gradient is taken while
+    they are there: 6 P D V operations for a trained head, 4 P D V for a frozen one, where computing
+    the logits again in backward takes 2 P D V more. A trained head's gradient is summed in fp32.
 
     Args:
         hidden: [B, S, D], the decoder's output after its last norm.
@@ -37,21 +67,116 @@ def trained_loss(
         targets: int64 [P], the token that follows; -100 weighs nothing.
         head: [V, D], the output embedding.
         bias: [V], its bias, if it has one.
-        chunk: Positions at once.
+        chunk: Positions at once (Liger chooses its own).
+        softcap: Logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118).
+        scale: Multiplies the logits, before soft-capping (Cohere's `logit_scale`, one over
+            Granite's `logits_scaling`).
+        implementation: `torch`, `liger` (a CUDA device and the extra `liger`), or `auto`
+            (`choose_loss`).
 
     Returns:
         fp32 scalar.
+
+    Raises:
+        ModelError: An implementation that this machine cannot run.
     """
     hidden_PD = hidden.flatten(0, 1).index_select(0, positions)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part_PD, part_P in zip(hidden_PD.split(chunk), targets.split(chunk), strict=True):
-        part: Any = checkpoint(_part_loss, part_PD, part_P, head, bias, use_reentrant=False)
-        total = total + part
-    return total
+    if choose_loss(implementation, hidden.device.type) == "liger":
+        return _liger(hidden_PD, targets, head, bias, softcap, scale)
+    loss = _ChunkedLoss.apply(hidden_PD, targets, head, bias, chunk, softcap, scale)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
-def _part_loss(hidden_PD: Tensor, targets_P: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    logits_PV = torch.nn.functional.linear(hidden_PD, head, bias).float()
-    return torch.nn.functional.cross_entropy(
-        logits_PV, targets_P, ignore_index=IGNORE_INDEX, reduction="sum"
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradients in one pass over the chunks; backward only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_PD: Tensor,
+        targets_P: Tensor,
+        head_VD: Tensor,
+        bias_V: Tensor | None,
+        chunk: int,
+        softcap: float | None,
+        scale: float,
+    ) -> Tensor:
+        wants_hidden, _, wants_head, wants_bias, *_ = ctx.needs_input_grad
+        total = hidden_PD.new_zeros((), dtype=torch.float32)
+        to_hidden = torch.empty_like(hidden_PD) if wants_hidden else None
+        summed = torch.promote_types(head_VD.dtype, torch.float32)
+        to_head = torch.zeros_like(head_VD, dtype=summed) if wants_head else None
+        to_bias = head_VD.new_zeros(len(head_VD), dtype=summed) if wants_bias else None
+        for start in range(0, len(targets_P), chunk):
+            here = slice(start, start + chunk)
+            logits_PV = torch.nn.functional.linear(hidden_PD[here], head_VD, bias_V)
+            loss, slope_PV = _chunk_loss(logits_PV, targets_P[here], softcap, scale)
+            total += loss
+            if to_bias is not None:
+                to_bias += slope_PV.sum(0)
+            slope_PV = slope_PV.to(head_VD.dtype)
+            if to_hidden is not None:
+                torch.mm(slope_PV, head_VD, out=to_hidden[here])
+            if to_head is not None and to_head.dtype == head_VD.dtype:
+                to_head.addmm_(slope_PV.T, hidden_PD[here])
+            elif to_head is not None:
+                to_head += slope_PV.T @ hidden_PD[here]
+        ctx.save_for_backward(to_hidden, to_head, to_bias)
+        ctx.dtypes = head_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        to_hidden, to_head, to_bias = ctx.saved_tensors
+        head_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if to_hidden is None else to_hidden * gradient.to(to_hidden.dtype),
+            None,
+            None if to_head is None else (to_head * gradient).to(head_dtype),
+            None if to_bias is None else (to_bias * gradient).to(bias_dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _chunk_loss(
+    logits_PV: Tensor, targets_P: Tensor, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk, and its slope in the head's raw output, at least fp32."""
+    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    if scale != 1.0:
+        logits_PV = logits_PV * scale
+    if softcap is not None:
+        capped_PV = torch.tanh(logits_PV / softcap)
+        logits_PV = capped_PV * softcap
+    is_trained = targets_P != IGNORE_INDEX
+    safe_P1 = targets_P.clamp(min=0).unsqueeze(1)
+    sums_P1 = logits_PV.logsumexp(1, keepdim=True)
+    losses_P1 = sums_P1 - logits_PV.gather(1, safe_P1)
+    loss = (losses_P1.squeeze(1) * is_trained).sum().float()
+    slope_PV = logits_PV.sub_(sums_P1).exp_()
+    slope_PV.scatter_add_(1, safe_P1, slope_PV.new_full((1, 1), -1.0).expand_as(safe_P1))
+    slope_PV.mul_(is_trained.unsqueeze(1))
+    if softcap is not None:
+        slope_PV.mul_(1 - capped_PV.square())  # pyright: ignore[reportPossiblyUnboundVariable]
+    return loss, slope_PV.mul_(scale) if scale != 1.0 else slope_PV
+
+
+def _liger(
+    hidden_PD: Tensor,
+    targets_P: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss: Any = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORE_INDEX, reduction="sum", softcap=softcap, accum_dtype=torch.float32
     )
+    if scale != 1.0:
+        hidden_PD = hidden_PD * scale
+        bias_V = None if bias_V is None else bias_V * scale
+    return loss(head_VD, hidden_PD, targets_P, bias_V).float()

@@ -8,6 +8,7 @@ Shape suffix legend: B rows, S tokens, V vocabulary, D hidden size, F feature ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from lapilli.model.errors import ModelError
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "merge"]
 
-Implementation = Literal["torch"]
+Implementation = Literal["torch", "triton"]
 
 
 class _TorchMerge(torch.autograd.Function):
@@ -59,7 +60,26 @@ class _TorchMerge(torch.autograd.Function):
         return None, None, embedding_VD, features_FD
 
 
-IMPLEMENTATIONS = {"torch": _TorchMerge}
+def _torch(input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor) -> Tensor:
+    merged = _TorchMerge.apply(input_ids, merge_index, embedding, features)
+    assert isinstance(merged, Tensor)
+    return merged
+
+
+def _triton(input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor) -> Tensor:
+    try:
+        from lapilli.model.kernels.merge import merge_triton
+    except ModuleNotFoundError:
+        raise ModelError(
+            "merge: triton is not installed; pip install triton, or set model.merge to torch"
+        ) from None
+    return merge_triton(input_ids, merge_index, embedding, features)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "torch": _torch,
+    "triton": _triton,
+}
 
 
 def merge(
@@ -85,19 +105,20 @@ def merge(
         [B, S, D]. Differentiable in `embedding` and `features`.
 
     Raises:
-        ModelError: Unknown implementation, or with `check` an index out of range or used twice.
+        ModelError: Unknown implementation, one that this machine cannot run, or with `check` an
+            index out of range or used twice.
     """
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ModelError(f"merge: {implementation!r} is unknown; expected one of {known}")
     if check:
         _check(input_ids, merge_index, embedding, features)
-    merged = IMPLEMENTATIONS[implementation].apply(input_ids, merge_index, embedding, features)
-    assert isinstance(merged, Tensor)
-    return merged
+    return IMPLEMENTATIONS[implementation](input_ids, merge_index, embedding, features)
 
 
 def _check(input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor) -> None:
+    if not merge_index.numel():
+        return
     used = merge_index[merge_index >= 0]
     if int(merge_index.min()) < -1 or int(merge_index.max()) >= features.shape[0]:
         raise ModelError(f"merge_index: outside -1 to {features.shape[0] - 1}; check the collator")

@@ -101,6 +101,7 @@ class VisionLanguageModel(nn.Module):
             head.weight,
             getattr(head, "bias", None),
             chunk=self.config.head_chunk,
+            implementation=self.config.loss,
         )
 
 

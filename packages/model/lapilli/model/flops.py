@@ -1,0 +1,253 @@
+"""Floating-point operations of a training step, counted from a model's sizes and a batch's lengths.
+
+A multiplication and an addition are two. Counted is what is a matrix product or a convolution;
+norms, activations, softmax, rotary positions and the optimizer are not, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+__all__ = [
+    "AttentionNumbers", "BatchNumbers", "Flops", "Matmul", "ModelNumbers", "PartNumbers",
+    "StepFlops", "part_numbers", "step_flops",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A linear layer, or a convolution whose kernel is its stride.
+
+    Attributes:
+        inputs: Numbers that go in, per token.
+        outputs: Numbers that come out, per token.
+        trained: Whether its weight learns.
+    """
+
+    inputs: int
+    outputs: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class AttentionNumbers:
+    """The two products of attention, in all layers; grouped keys and values cost as many."""
+
+    layers: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class PartNumbers:
+    """A part of the model.
+
+    Attributes:
+        matmuls: In the order data passes through.
+        attention: Its attention, if it has any.
+        recomputed: Whether backward runs its forward again (gradient checkpointing).
+    """
+
+    matmuls: tuple[Matmul, ...]
+    attention: AttentionNumbers | None = None
+    recomputed: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether any weight of it does."""
+        return any(matmul.trained for matmul in self.matmuls)
+
+
+@dataclass(frozen=True)
+class ModelNumbers:
+    """The whole model; `tower_tokens` counts class and register tokens, `image_tokens` not."""
+
+    tower: PartNumbers
+    projector: PartNumbers
+    language: PartNumbers
+    head: Matmul
+    tower_tokens: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class BatchNumbers:
+    """What a micro-batch holds, and what it is padded to.
+
+    Attributes:
+        row_lengths: Tokens of each row.
+        images: Images that are no padding.
+        targets: Trained positions.
+        padded_rows: B.
+        padded_length: S.
+        padded_images: N.
+        padded_targets: P.
+    """
+
+    row_lengths: Sequence[int]
+    images: int
+    targets: int
+    padded_rows: int
+    padded_length: int
+    padded_images: int
+    padded_targets: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by part; `attention` is the language model's, the tower's is in `tower`."""
+
+    tower: int
+    projector: int
+    language: int
+    attention: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.tower + self.projector + self.language + self.attention + self.head
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Two figures of one micro-batch.
+
+    Attributes:
+        model: What the mathematics needs: real tokens, attention to real earlier tokens only,
+            nothing twice. Over the peak rate and the time it is the model FLOPs utilisation.
+        hardware: What is executed: padding, attention as it is implemented, recomputation.
+    """
+
+    model: Flops
+    hardware: Flops
+
+
+def step_flops(
+    numbers: ModelNumbers, batch: BatchNumbers, *, attention: Literal["eager", "flash"] = "flash",
+    skips_future: bool = True,
+) -> StepFlops:  # fmt: skip
+    """Operations of forward and backward of a micro-batch.
+
+    A product of T tokens with a weight [outputs, inputs] takes 2 T inputs outputs forward, as much
+    for the gradient of its input and as much for the gradient of its weight (Kaplan et al.,
+    arXiv 2001.08361, section 2.1). A frozen weight saves the last; the first layer of all that
+    learns saves the gradient of its input. So a frozen tower is forward only and a frozen language
+    model in front of a trained projector takes two thirds. A LoRA adapter is two more products.
+
+    Attention takes 2 products of 2 heads head_dim operations for each pair of tokens forward and
+    twice that backward (Chowdhery et al., arXiv 2204.02311, appendix B, which counts all pairs;
+    here a causal row of L tokens has L (L + 1) / 2). Flash attention computes the scores again in
+    backward: 5 products, not 4 (Dao, arXiv 2307.08691). Utilisation leaves recomputation out.
+
+    Args:
+        numbers: The model.
+        batch: Lengths.
+        attention: How the hardware's figure counts backward: `eager`, or `flash` (also torch's
+            fused `sdpa`).
+        skips_future: Whether the hardware's causal attention leaves later tokens out, as flash
+            kernels do; a masked product of all pairs does not.
+
+    Returns:
+        The model's and the hardware's figures. A batch without images still runs a trained
+        projector on one row and a trained tower on one image; only the hardware's figure has that.
+    """
+    lengths = batch.row_lengths
+    real = _flops(
+        numbers, images=batch.images, projected=batch.images * numbers.image_tokens,
+        tokens=sum(lengths), pairs=sum(n * (n + 1) // 2 for n in lengths), targets=batch.targets,
+        backward=2, recompute=False,
+    )  # fmt: skip
+    images, projected = batch.padded_images, batch.padded_images * numbers.image_tokens
+    if not images:
+        images, projected = (1, numbers.image_tokens) if numbers.tower.learns else (0, 1)
+    side = batch.padded_length
+    executed = _flops(
+        numbers, images=images, projected=projected, tokens=batch.padded_rows * side,
+        pairs=batch.padded_rows * (side * (side + 1) // 2 if skips_future else side**2),
+        targets=batch.padded_targets, backward=2.5 if attention == "flash" else 2, recompute=True,
+    )  # fmt: skip
+    return StepFlops(real, executed)
+
+
+def _flops(
+    numbers: ModelNumbers, *, images: int, projected: int, tokens: int, pairs: int, targets: int,
+    backward: float, recompute: bool,
+) -> Flops:  # fmt: skip
+    tower, projector, language = numbers.tower, numbers.projector, numbers.language
+    tower_tokens = images * numbers.tower_tokens
+    seen = _attention(
+        tower, images * numbers.tower_tokens**2, backward if tower.learns else 0, recompute
+    )
+    # the first product makes tokens of patches, and class tokens are none
+    patches = images * numbers.image_tokens
+    first = _matmul(tower.matmuls[0], patches, input_gradient=False)
+    rest = _linear(
+        tower.matmuls[1:], tower_tokens, upstream=tower.learns, again=recompute and tower.recomputed
+    )
+    text = language.learns or projector.learns or tower.learns or numbers.head.trained
+    return Flops(
+        tower=first + rest + seen,
+        projector=_linear(projector.matmuls, projected, upstream=tower.learns, again=False),
+        language=_linear(
+            language.matmuls, tokens, upstream=text, again=recompute and language.recomputed
+        ),
+        attention=_attention(language, pairs, backward if text else 0, recompute),
+        head=_matmul(numbers.head, targets, input_gradient=text),
+    )
+
+
+def _linear(matmuls: Sequence[Matmul], tokens: int, *, upstream: bool, again: bool) -> int:
+    """Products one after another; `upstream`: something before the first learns."""
+    total = 0
+    for matmul in matmuls:
+        total += _matmul(matmul, tokens, input_gradient=upstream)
+        total += 2 * tokens * matmul.inputs * matmul.outputs * again
+        upstream = upstream or matmul.trained
+    return total
+
+
+def _matmul(matmul: Matmul, tokens: int, *, input_gradient: bool) -> int:
+    passes = 1 + matmul.trained + input_gradient
+    return 2 * tokens * matmul.inputs * matmul.outputs * passes
+
+
+def _attention(part: PartNumbers, pairs: int, backward: float, recompute: bool) -> int:
+    if part.attention is None:
+        return 0
+    sizes = part.attention
+    passes = 1 + backward + (recompute and part.recomputed)
+    return int(4 * sizes.layers * sizes.heads * sizes.head_dim * pairs * passes)
+
+
+def part_numbers(part: nn.Module, config: Any = None, *, recomputed: bool = False) -> PartNumbers:
+    """Sizes of a built part, read from its layers: exact for every architecture and for LoRA.
+
+    Args:
+        part: A tower, a projector, or a decoder without its head.
+        config: transformers' config of a part that has attention.
+        recomputed: Whether it is trained with gradient checkpointing.
+    """
+    matmuls = tuple(found for module in part.modules() if (found := _matmul_of(module)) is not None)
+    if config is None:
+        return PartNumbers(matmuls, None, recomputed)
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers = max((len(m) for m in part.modules() if isinstance(m, nn.ModuleList)), default=0)
+    return PartNumbers(matmuls, AttentionNumbers(layers, heads, head_dim), recomputed)
+
+
+def _matmul_of(module: nn.Module) -> Matmul | None:
+    """Sizes by attribute: under ZeRO-3 a weight's shape is [0]."""
+    if isinstance(module, nn.Linear):
+        sizes = module.in_features, module.out_features
+    elif isinstance(module, nn.Conv2d):
+        height, width = module.kernel_size
+        sizes = module.in_channels * height * width, module.out_channels
+    else:
+        return None
+    return Matmul(*sizes, trained=module.weight.requires_grad)

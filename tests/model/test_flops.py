@@ -1,0 +1,128 @@
+"""The count of operations against torch's own counter, on tiny models of each architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+
+from lapilli.model.flops import BatchNumbers, Matmul, ModelNumbers, part_numbers, step_flops
+
+ROWS, TOKENS, IMAGES, TARGETS, SIZE, VOCABULARY = 2, 12, 3, 5, 32, 40
+LANGUAGES = ["llama", "mistral", "phi", "qwen2", "qwen3", "gemma", "gemma2", "phi3"]
+BATCH = BatchNumbers([TOKENS] * ROWS, IMAGES, TARGETS, ROWS, TOKENS, IMAGES, TARGETS)
+
+
+def language(name: str) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "hidden_size": SIZE, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if name in ("phi", "phi3"):
+        del settings["head_dim"]
+    config = AutoConfig.for_model(name, **settings)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def clip() -> Any:
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        image_size=24, patch_size=8,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return CLIPVisionModel(config)
+
+
+def lora(model: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=3, target_modules="all-linear"), model)
+
+
+def counted(tower: Any, projector: nn.Module, model: Any, head: nn.Module) -> int:
+    """What torch's counter sees of a step, less rotary positions, which it takes for products."""
+    pixels = torch.randn(IMAGES, 3, 24, 24)
+    ids = torch.randint(0, VOCABULARY, (ROWS, TOKENS))
+    embedding = model.get_input_embeddings()(ids)
+    with FlopCounterMode(display=False) as counter:
+        features = projector(tower(pixel_values=pixels).last_hidden_state[:, 1:])
+        mixed = embedding + 0 * features.sum()
+        hidden = model(inputs_embeds=mixed, use_cache=False).last_hidden_state
+        head(hidden.flatten(0, 1)[:TARGETS]).square().sum().backward()
+    return counter.get_total_flops()
+
+
+def rotary(model: Any) -> int:
+    """Positions times frequencies: a product [d, 1] x [1, S] in each row or once, forward only."""
+    with FlopCounterMode(display=False) as counter:
+        model.rotary_emb(torch.zeros(1, 1), torch.arange(TOKENS).unsqueeze(0))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+@pytest.mark.parametrize(
+    "trains", ["projector", "projector language", "tower projector language", "projector lora"]
+)
+def test_equals_torchs_counter(name: str, trains: str) -> None:
+    tower, whole = clip(), language(name)
+    projector = nn.Sequential(nn.Linear(16, SIZE), nn.GELU(), nn.Linear(SIZE, SIZE))
+    model, head = whole.get_decoder(), whole.get_output_embeddings()
+    parts = {"tower": tower, "projector": projector, "language": whole}
+    for part, module in parts.items():
+        module.requires_grad_(part in trains.split())
+    # transformers' norm after the last layer has no weight that a matrix product could see
+    if "lora" in trains:
+        lora(model)
+    numbers = ModelNumbers(
+        tower=part_numbers(tower, tower.config),
+        projector=part_numbers(projector),
+        language=part_numbers(model, whole.config),
+        head=Matmul(SIZE, VOCABULARY, head.weight.requires_grad),
+        tower_tokens=10,
+        image_tokens=9,
+    )
+    found = step_flops(numbers, BATCH, attention="eager", skips_future=False)
+    assert counted(tower, projector, model, head) - rotary(model) == found.hardware.total
+
+
+def test_models_figure_leaves_padding_future_and_recomputation_out() -> None:
+    whole = language("llama")
+    decoder = whole.get_decoder()
+    tower, projector = clip().requires_grad_(False), nn.Linear(16, SIZE)
+    made = [
+        ModelNumbers(
+            part_numbers(tower, tower.config), part_numbers(projector),
+            part_numbers(decoder, whole.config, recomputed=again), Matmul(SIZE, VOCABULARY, True),
+            10, 9,
+        )
+        for again in (False, True)
+    ]  # fmt: skip
+    padded = BatchNumbers([5, 7], 1, 4, 3, 16, 2, 8)
+    plain, again = (step_flops(numbers, padded) for numbers in made)
+    assert plain.model == again.model
+    weights = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
+    assert plain.model.language == 6 * 12 * weights
+    assert plain.model.head == 6 * 4 * SIZE * VOCABULARY
+    assert plain.model.attention == 3 * 2 * 2 * 2 * 4 * 8 * sum(
+        1 for length in (5, 7) for i in range(length) for j in range(length) if j <= i
+    )
+    assert again.hardware.language == 8 * 3 * 16 * weights
+    assert again.hardware.language - plain.hardware.language == 2 * 3 * 16 * weights
+    assert plain.hardware.head == 2 * plain.model.head
+
+
+def test_without_images_only_the_hardware_runs_the_projector() -> None:
+    whole, tower = language("llama"), clip().requires_grad_(False)
+    numbers = ModelNumbers(
+        part_numbers(tower, tower.config), part_numbers(nn.Linear(16, SIZE)),
+        part_numbers(whole.get_decoder(), whole.config), Matmul(SIZE, VOCABULARY, True), 10, 9,
+    )  # fmt: skip
+    found = step_flops(numbers, BatchNumbers([5], 0, 4, 1, 8, 0, 4))
+    assert found.model.tower == found.model.projector == found.hardware.tower == 0
+    assert found.hardware.projector == 2 * 2 * 16 * SIZE
