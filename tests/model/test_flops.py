@@ -31,7 +31,7 @@ def language(name: str) -> Any:
 
 
 def clip() -> Any:
-    config = CLIPVisionConfig(
+    config: Any = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         image_size=24, patch_size=8,
     )  # fmt: skip

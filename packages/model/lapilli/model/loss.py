@@ -6,6 +6,7 @@ chunk, where one is worked on).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any, Literal
 
@@ -171,9 +172,9 @@ def _liger(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    liger: Any = importlib.import_module("liger_kernel.transformers")
 
-    loss: Any = LigerFusedLinearCrossEntropyLoss(
+    loss = liger.LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORE_INDEX, reduction="sum", softcap=softcap, accum_dtype=torch.float32
     )
     if scale != 1.0:

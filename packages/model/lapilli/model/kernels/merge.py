@@ -8,7 +8,7 @@ Shape suffix legend: N = B x S positions, V vocabulary, D hidden size, F feature
 `CHUNK` sorted positions.
 """
 # Triton's compiler reads a kernel's arguments, not their types; launching casts to constants.
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, ANN202
 # pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 # pyright: reportArgumentType=false, reportReturnType=false
 
@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from lapilli.model.errors import ModelError
 
@@ -28,7 +29,7 @@ __all__ = ["merge_triton"]
 TILE_BYTES = 8192  # of a program; 4 warps then have four 16-byte loads each in flight
 CHUNK = 64  # sorted positions whose sum is taken beforehand, if they are all of one id
 # Triton decides when a kernel is defined, so once for the process.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = knobs.runtime.interpret
 SUM_ROWS = 8  # rows a step of the segment sum
 
 
