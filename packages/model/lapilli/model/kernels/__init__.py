@@ -1,3 +1,3 @@
 """Triton kernels; imported when a config asks for one, so that a machine without Triton runs."""
 
-__all__: list[str] = []
+__all__ = []
