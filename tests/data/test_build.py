@@ -100,7 +100,8 @@ def test_every_record_is_kept_or_quarantined_for_the_right_reason(
     verdicts = dict.fromkeys(selected(output)) | reasons
     assert len(selected(output)) + len(reasons) == len(mixture.expected)
     assert verdicts == mixture.expected
-    planted = set(Reason) - {Reason.NO_TRAINED_TOKEN}  # no template of LLaVA's can give that one
+    # No template of LLaVA's can give the one, no file the other.
+    planted = set(Reason) - {Reason.NO_TRAINED_TOKEN, Reason.EXCLUDED}
     assert set(reasons.values()) == {str(reason) for reason in planted}
 
 
@@ -369,7 +370,7 @@ def test_a_small_disk_is_noticed_before_the_work(
         return type("Usage", (), {"free": plan.pixel_bytes() - 1})
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(DataError, match=r"GB free, the images need .* GB; free space"):
+    with pytest.raises(DataError, match=r"GB free, the shards need .* GB; free space"):
         build(plan, runner=run_here)
     assert not (tmp_path / "out").exists()
     check_disk(tmp_path / "out", plan.image_tasks()[1:])

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ from lapilli.data.errors import DataError
 
 __all__ = [
     "IMAGE_SCHEMA",
+    "INPUT_SCHEMA",
+    "JPEG_SCHEMA",
     "OK",
     "SELECTION_SCHEMA",
     "TEMPORARY",
     "TOKEN_SCHEMA",
+    "UNUSED",
     "ShardFacts",
+    "file_facts",
     "finished_facts",
     "open_table",
     "sha256_file",
+    "stand_for",
     "write_atomic",
     "write_json",
     "write_shard",
@@ -36,6 +42,7 @@ __all__ = [
 
 TEMPORARY = ".tmp"
 OK = "ok"  # status of an image that a view has pixels of
+UNUSED = "unused"  # status of a slot whose image no record names any more
 
 # Images are large_binary: 32-bit offsets overflow at 2 GiB.
 IMAGE_SCHEMA = pa.schema(
@@ -45,8 +52,23 @@ IMAGE_SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
-        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB
+        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB; "jpeg"; "original"
         ("pixels", pa.large_binary()),
+    ]
+)
+JPEG_SCHEMA = pa.schema(
+    [
+        *IMAGE_SCHEMA,
+        ("absolute_error", pa.int64()),  # what JPEG has changed, summed over the image's values
+        ("squared_error", pa.int64()),
+        ("worst_error", pa.int32()),
+    ]
+)
+INPUT_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # "image" by slot, then "record" by token row
+        ("name", pa.string()),
+        ("stamp", pa.binary()),  # tells the content under the name from another
     ]
 )
 TOKEN_SCHEMA = pa.schema(
@@ -141,9 +163,28 @@ def write_shard(
             writer.write_batch(batch)
 
     write_atomic(path, write)
-    facts = ShardFacts(name, batch.num_rows, path.stat().st_size, sha256_file(path))
+    facts = file_facts(output, name, batch.num_rows)
     write_json(_facts_path(path), asdict(facts))
     return facts
+
+
+def file_facts(output: Path, name: str, rows: int) -> ShardFacts:
+    """The facts of a file of `rows` rows that stands in the output."""
+    path = output / name
+    return ShardFacts(name, rows, path.stat().st_size, sha256_file(path))
+
+
+def stand_for(output: Path, facts: ShardFacts, name: str) -> None:
+    """Let a file be found under `name` too, without a second copy where the disk has links."""
+
+    def link(temporary: Path) -> None:
+        try:
+            os.link(output / facts.path, temporary)
+        except OSError:
+            shutil.copyfile(output / facts.path, temporary)
+
+    write_atomic(output / name, link)
+    write_json(_facts_path(output / name), asdict(replace(facts, path=name)))
 
 
 def _facts_path(path: Path) -> Path:

@@ -21,6 +21,7 @@ from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
 from lapilli.data.shards import (
     IMAGE_SCHEMA,
+    JPEG_SCHEMA,
     TOKEN_SCHEMA,
     ShardFacts,
     finished_facts,
@@ -73,7 +74,8 @@ def run_task(task: Task, output: Path) -> ShardFacts:
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
-        return write_shard(output, task.name, image_columns(task), IMAGE_SCHEMA)
+        schema = JPEG_SCHEMA if task.encoding.kind == "jpeg" else IMAGE_SCHEMA
+        return write_shard(output, task.name, image_columns(task), schema)
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
