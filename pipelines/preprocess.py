@@ -41,7 +41,7 @@ def tell_plan(plan: BuildPlan) -> None:
 
 def tell_disk(plan: BuildPlan) -> None:
     """The disk that the dataset takes, part by part; what an earlier run has left is in it."""
-    needed = {view: 0 for view in plan.views}
+    needed = dict.fromkeys(plan.views, 0)
     for task in plan.image_tasks():
         needed[task.name.split("/")[1]] += task_bytes(task)
     parts = ", ".join(

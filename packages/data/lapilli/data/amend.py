@@ -12,11 +12,12 @@ import marshal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mounts import Located
+from lapilli.data.output import Output
 from lapilli.data.shards import ShardFacts, finished_facts, open_table
 
 __all__ = [
@@ -69,8 +70,8 @@ class TokenGroup:
     facts: ShardFacts | None = None
 
 
-def read_previous(output: Path) -> Previous | None:
-    """The finished dataset in a folder, or None where there is none that can be read."""
+def read_previous(output: Output) -> Previous | None:
+    """The finished dataset in an output, or None where there is none that can be read."""
     try:
         manifest = read_manifest(output)
         if manifest.inputs is None:
@@ -84,7 +85,7 @@ def read_previous(output: Path) -> Previous | None:
     return Previous(manifest, pairs[:images], pairs[images:])
 
 
-def input_columns(slots: Sequence[Stamped], rows: Sequence[Stamped]) -> dict[str, list[object]]:
+def input_columns(slots: Sequence[Stamped], rows: Sequence[Stamped]) -> dict[str, list[Any]]:
     """The columns of the file that `read_previous` reads: the slots, then the token rows."""
     both = [*slots, *rows]
     return {
@@ -121,7 +122,7 @@ def arrange_slots(stamps: Mapping[str, bytes], previous: Previous | None) -> lis
 
 
 def keep_image_shards(
-    output: Path, slots: Sequence[Stamped], previous: Previous, view: ViewFacts
+    output: Output, slots: Sequence[Stamped], previous: Previous, view: ViewFacts
 ) -> dict[int, ShardFacts]:
     """The shards of a view, by number, that stay although an image of theirs is used no more.
 
@@ -141,7 +142,7 @@ def keep_image_shards(
 
 
 def arrange_tokens(
-    output: Path, records: Sequence[Stamped], size: int, folder: str, previous: Previous | None
+    output: Output, records: Sequence[Stamped], size: int, folder: str, previous: Previous | None
 ) -> list[TokenGroup]:
     """The token shards of the records: those there are, then new ones of at most `size` rows.
 

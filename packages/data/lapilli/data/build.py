@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from lapilli.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from lapilli.data.output import Output, RemotePath, open_output
 from lapilli.data.plan import BuildPlan, ImageTask, Task, source_bytes
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.selection import (
@@ -38,7 +40,6 @@ from lapilli.data.shards import (
     SELECTION_SCHEMA,
     TEMPORARY,
     ShardFacts,
-    file_facts,
     open_table,
     stand_for,
     write_json,
@@ -91,7 +92,7 @@ def build(
             differ, or too much is quarantined.
     """
     started = time.monotonic()
-    output = Path(plan.config.output)
+    output = open_output(plan.config.output)
     _check_output(output, plan)
     tasks: list[Task] = [*plan.token_tasks(), *plan.image_tasks()]
     facts = _finished(tasks, output)
@@ -110,7 +111,7 @@ def build(
     return BuildReport(manifest, len(missing), reused, time.monotonic() - started)
 
 
-def _check_output(output: Path, plan: BuildPlan) -> None:
+def _check_output(output: Output, plan: BuildPlan) -> None:
     """The output is new, of the same plan, or to be amended; nothing else is mixed in."""
     path, digests = output / PLAN, plan.digests
     if output.exists() and not output.is_dir():
@@ -148,23 +149,26 @@ def _describe_change(name: str, before: Any, now: Any) -> str:
     return f"{name} ({values[0]}, now {values[1]})" if is_text else name
 
 
-def _finished(tasks: list[Task], output: Path) -> dict[str, ShardFacts]:
+def _finished(tasks: list[Task], output: Output) -> dict[str, ShardFacts]:
     """Facts of the shards that an earlier run finished, by name; clears what it left half-done."""
     if not output.exists():
         return {}
-    for temporary in output.rglob(f".*{TEMPORARY}"):
-        temporary.unlink(missing_ok=True)
+    if isinstance(output, Path):
+        for temporary in output.rglob(f".*{TEMPORARY}"):
+            temporary.unlink(missing_ok=True)
     with ThreadPoolExecutor() as pool:  # hashing gives the interpreter free: 1.5 GB/s a core
         found = pool.map(lambda task: finished_task(task, output), tasks)
         return {facts.path: facts for facts in found if facts is not None}
 
 
-def check_disk(output: Path, missing: Iterable[Task]) -> None:
+def check_disk(output: Output, missing: Iterable[Task]) -> None:
     """Stop before the work if the shards still to be written do not fit on the disk.
 
     Raises:
         DataError: Names the bytes needed and free.
     """
+    if isinstance(output, RemotePath):
+        return  # no store says how much it has left
     needed = sum(map(task_bytes, missing))
     existing = next(
         folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists()
@@ -187,7 +191,7 @@ def task_bytes(task: Task) -> int:
     return len(task.images) * estimated_bytes(task.spec.size**2 * 3, task.encoding)
 
 
-def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Manifest:
+def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Manifest:
     """Join verdicts and statuses: selection, quarantine, then the manifest."""
     tokens = [_facts(shard, facts) for shard in plan.token_shards()]
     views = _view_facts(plan, output, facts)
@@ -196,7 +200,7 @@ def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Mani
         plan, read_token_rows(output, tokens, plan.token_groups), read_bad_images(output, images)
     )
     selected, quarantined, inputs = _write_selection(plan, output, selection)
-    load_tokenizer(plan.config.tokenizer).save_pretrained(str(output / TOKENIZER))
+    _save_tokenizer(plan, output)
     if plan.previous is None:  # of an amended dataset, when it is one
         _write_config(plan, output)
     counts = selection.counts() | {
@@ -227,8 +231,19 @@ def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Mani
     return read_manifest(output)
 
 
+def _save_tokenizer(plan: BuildPlan, output: Output) -> None:
+    tokenizer, target = load_tokenizer(plan.config.tokenizer), output / TOKENIZER
+    if isinstance(target, Path):
+        tokenizer.save_pretrained(str(target))
+        return
+    with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
+        tokenizer.save_pretrained(folder)
+        for path in Path(folder).iterdir():
+            (target / path.name).put(path)
+
+
 def _write_selection(
-    plan: BuildPlan, output: Path, selection: Selection
+    plan: BuildPlan, output: Output, selection: Selection
 ) -> tuple[ShardFacts, ShardFacts, ShardFacts]:
     """Write selection, quarantine and inputs; of an amended dataset under names of their own."""
     mark = ""
@@ -238,21 +253,20 @@ def _write_selection(
             mark = Path(plan.previous.manifest.selection.path).stem.removeprefix("selection")
     selected = write_shard(output, f"selection{mark}.arrow", selection.columns, SELECTION_SCHEMA)
     name = f"quarantine{mark}.parquet"
-    write_quarantine(output / name, selection.entries, plan.config)
-    bad = sum(not entry.verdict.kept for entry in selection.entries)
+    quarantined = write_quarantine(output / name, selection.entries, plan.config)
     rows = [row for group in plan.token_groups for row in group.rows]
     columns = input_columns(plan.stamped, rows)
     inputs = write_shard(output, f"inputs{mark}.arrow", columns, INPUT_SCHEMA)
-    return selected, file_facts(output, name, bad), inputs
+    return selected, replace(quarantined, path=name), inputs
 
 
-def _write_config(plan: BuildPlan, output: Path) -> None:
+def _write_config(plan: BuildPlan, output: Output) -> None:
     """Inputs and settings, for naming what changes, and the recipe that makes this dataset."""
     write_json(output / PLAN, plan.digests)
     write_json(output / CONFIG, asdict(replace(plan.config, amend=False)))
 
 
-def _tidy(plan: BuildPlan, output: Path, manifest: Manifest) -> None:
+def _tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
     """What follows a new manifest: fixed names stand for its files, files of no use go."""
     _write_config(plan, output)
     for facts, name in (
@@ -263,9 +277,18 @@ def _tidy(plan: BuildPlan, output: Path, manifest: Manifest) -> None:
             stand_for(output, facts, name)
     named = {"selection.arrow", "quarantine.parquet", *(f.path for f in _files(manifest))}
     for pattern in OWN_FILES:
-        for path in output.glob(pattern):
-            if path.relative_to(output).as_posix().removesuffix(".json") not in named:
+        for path in list(output.glob(pattern)):
+            if _name(path, output).removesuffix(".json") not in named:
                 path.unlink(missing_ok=True)
+    if isinstance(output, Path):
+        _remove_empty(output)
+
+
+def _name(path: Output, output: Output) -> str:
+    return str(path).removeprefix(f"{output}/")
+
+
+def _remove_empty(output: Path) -> None:
     for folder in (*output.glob("tokens/*"), *output.glob("images/*")):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -285,7 +308,7 @@ def _facts(shard: Task | ShardFacts, built: dict[str, ShardFacts]) -> ShardFacts
 
 
 def _view_facts(
-    plan: BuildPlan, output: Path, built: dict[str, ShardFacts]
+    plan: BuildPlan, output: Output, built: dict[str, ShardFacts]
 ) -> dict[str, ViewFacts]:
     views: dict[str, ViewFacts] = {}
     for view, spec in plan.views.items():
@@ -302,8 +325,8 @@ def _view_facts(
     return views
 
 
-def _errors(output: Path, shard: ShardFacts) -> list[tuple[int, int, int]]:
+def _errors(output: Output, shard: ShardFacts) -> list[tuple[int, int, int]]:
     """Absolute, squared and worst error of each image of a shard that has pixels."""
     names = ("absolute_error", "squared_error", "worst_error")
-    table = open_table(output, shard).select(names).drop_null()
+    table = open_table(output, shard, names).drop_null()
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))

@@ -85,8 +85,8 @@ def encode_pixels(pixels: NDArray[np.uint8], encoding: Encoding) -> dict[str, An
     }  # fmt: skip
 
 
-def decode_pixels(data: bytes | memoryview | NDArray[np.uint8], kind: str) -> NDArray[np.uint8]:
-    """Stored JPEG bytes to uint8 [height, width, 3].
+def decode_pixels(data: Any, kind: str) -> NDArray[np.uint8]:
+    """Stored JPEG bytes (any buffer) to uint8 [height, width, 3].
 
     Raises:
         DataError: Another encoding; raw pixels need no decoding, source bytes make no square.

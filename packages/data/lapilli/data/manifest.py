@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lapilli.data.errors import DataError
+from lapilli.data.output import Output
 from lapilli.data.record import excerpt
 from lapilli.data.shards import ShardFacts, write_json
 
@@ -89,12 +89,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def write_manifest(output: Path, manifest: Manifest) -> None:
+def write_manifest(output: Output, manifest: Manifest) -> None:
     """Write `manifest.json` atomically."""
     write_json(output / NAME, asdict(manifest))
 
 
-def read_manifest(output: Path) -> Manifest:
+def read_manifest(output: Output) -> Manifest:
     """Read a dataset's facts.
 
     Raises:

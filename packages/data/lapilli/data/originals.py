@@ -15,6 +15,7 @@ from lapilli.data.encoding import ORIGINAL
 from lapilli.data.images import BadImage, ImageSpec, decode
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.places import Member
+from lapilli.data.output import Output, RemotePath
 from lapilli.data.record import Entry, Verdict, pack
 from lapilli.data.shards import OK, ShardFacts, open_table
 
@@ -39,7 +40,7 @@ def original_row(root: Path, place: Located, spec: ImageSpec) -> dict[str, Any]:
 class Originals:
     """The source bytes that the dataset in the output folder holds, where the files are gone."""
 
-    def __init__(self, previous: Previous | None, output: Path) -> None:
+    def __init__(self, previous: Previous | None, output: Output) -> None:
         views = previous.manifest.views if previous else {}
         self._previous = previous if ORIGINAL in views else None
         self._output = output
@@ -76,7 +77,7 @@ class Originals:
         if self._previous is None:
             return {}
         shards = self._previous.manifest.tokens
-        tables = [open_table(self._output, shard)["image_ids"] for shard in shards]
+        tables = [open_table(self._output, shard, ["image_ids"])["image_ids"] for shard in shards]
         images = (tuple(ids) for table in tables for ids in table.to_pylist())
         return {
             name: (stamp, ids)
@@ -94,9 +95,12 @@ class Originals:
     def _in_shard(self, shard: ShardFacts) -> list[Located]:
         """Where each image's bytes lie in a shard's file: an Arrow column is one stretch of it."""
         path = self._output / shard.path
-        stat = path.stat()
-        with pa.memory_map(str(path), "r") as file:
-            whole = file.read_buffer()
+        if isinstance(path, RemotePath):
+            size, mtime_ns, whole = shard.bytes, 0, pa.py_buffer(path.read_bytes())
+        else:
+            size, mtime_ns = path.stat().st_size, path.stat().st_mtime_ns
+            with pa.memory_map(str(path), "r") as file:
+                whole = file.read_buffer()
         table = pa.ipc.open_file(whole).read_all()
         (column,) = table["pixels"].chunks
         _, offsets, values = column.buffers()
@@ -107,7 +111,7 @@ class Originals:
         valid = column.is_valid().to_pylist()
         return [
             Located(
-                image_id, str(path), stat.st_size, stat.st_mtime_ns,
+                image_id, str(path), size, mtime_ns,
                 Member(base + start, end - start, end - start, "tar", 0),
             )
             for image_id, start, end, there in zip(

@@ -39,6 +39,7 @@ from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mixture import check_sources
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.originals import Originals
+from lapilli.data.output import open_output
 from lapilli.data.record import (
     Entry,
     ImagePart,
@@ -211,7 +212,7 @@ class BuildPlan:
     @cached_property
     def kept_images(self) -> dict[str, dict[int, ShardFacts]]:
         """By view and number, the shards that stay though an image of theirs has no more use."""
-        output, kept = Path(self.config.output), dict[str, dict[int, ShardFacts]]()
+        output, kept = open_output(self.config.output), dict[str, dict[int, ShardFacts]]()
         for view in self.views:
             before = self.previous.manifest.views.get(view) if self.previous else None
             if self.previous is None or before is None or not self._is_same_view(view):
@@ -325,8 +326,9 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     tokenizer = tokenizer_facts(loaded)
     views = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
     codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in views.items()}
-    previous = read_previous(Path(config.output))
-    originals = Originals(previous, Path(config.output).absolute())
+    output = open_output(config.output)
+    previous = read_previous(output)
+    originals = Originals(previous, output.resolve())
     rules = partial(_rules, template=template, compat=config.compat)
     entries: list[PackedEntry] = []
     entry_images: list[tuple[str, ...]] = []
@@ -365,9 +367,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         if entry.verdict.kept and entry.packed is not None
     ]
     folder = _token_folder(config, tokenizer, template)
-    groups = arrange_tokens(
-        Path(config.output), records, config.records_per_shard, folder, previous
-    )
+    groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
     return BuildPlan(
         config, entries, located, arrange_slots(stamps, previous), entry_images, dict(repairs),
         tokenizer, template, views, codecs, folder, groups, previous, digests,

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from lapilli.data.amend import TokenGroup
 from lapilli.data.config import BuildConfig
 from lapilli.data.mixture import Pool, blend
+from lapilli.data.output import Output
 from lapilli.data.plan import BuildPlan, check_quarantined
 from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
 from lapilli.data.shards import (
@@ -125,11 +126,11 @@ def _late_verdict(
     return Verdict()
 
 
-def read_bad_images(output: Path, shards: Iterable[ShardFacts]) -> dict[str, Verdict]:
+def read_bad_images(output: Output, shards: Iterable[ShardFacts]) -> dict[str, Verdict]:
     """The images that some view could not use, with the first view's verdict. Reads no pixels."""
     bad: dict[str, Verdict] = {}
     for shard in shards:
-        table = open_table(output, shard).select(["image_id", "status", "detail"])
+        table = open_table(output, shard, ["image_id", "status", "detail"])
         status = table["status"].to_numpy()
         for row in np.flatnonzero((status != OK) & (status != UNUSED)):
             image_id = table["image_id"][int(row)].as_py()
@@ -139,14 +140,14 @@ def read_bad_images(output: Path, shards: Iterable[ShardFacts]) -> dict[str, Ver
 
 
 def read_token_rows(
-    output: Path, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
+    output: Output, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
 ) -> Iterator[dict[str, Any]]:
     """What `select` needs of each token row that is wanted, with the row's place.
 
     `groups` says which record of the plan each row is; the rows come in the order of the records.
     """
     names = ["sample_id", "text_length", "num_trained", "llava_length"]
-    tables = [open_table(output, shard).select(names) for shard in shards]
+    tables = [open_table(output, shard, names) for shard in shards]
     if not tables:
         return
     table = pa.concat_tables(tables)
@@ -175,12 +176,15 @@ def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildConfig) -> None:
-    """Write every entry that is not kept as Parquet, with what its file says of it."""
+def write_quarantine(
+    path: Output, entries: Sequence[PackedEntry], config: BuildConfig
+) -> ShardFacts:
+    """Write every entry that is not kept as Parquet, with what its file says of it; its facts."""
     bad = [entry for entry in entries if not entry.verdict.kept]
     texts = _read_again(entries, config)
     table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
-    write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+    facts = write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+    return replace(facts, rows=len(bad))
 
 
 def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:
