@@ -21,6 +21,7 @@ from lapilli.data.encoding import Encoding
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import read_manifest
+from lapilli.data.output import Output
 from lapilli.data.plan import Task, plan_build
 from lapilli.data.runners import run_here
 from tests.factories import (
@@ -271,7 +272,7 @@ def test_an_amend_that_stops_leaves_the_old_dataset(config: BuildConfig) -> None
     wanted = content(output)
     changed = everything(config)
 
-    def stopped(tasks: list[Task], output: Path, workers: int) -> Any:
+    def stopped(tasks: list[Task], output: Output, workers: int) -> Any:
         yield from run_here(tasks[:2], output, workers)
         raise Stop
 
@@ -311,7 +312,7 @@ def test_an_amend_that_is_given_up_leaves_nothing(config: BuildConfig) -> None:
         Path(config.root, "mixture.json").read_text().replace("Which colour", "What colour", 1)
     )
 
-    def stopped(tasks: list[Task], output: Path, workers: int) -> Any:
+    def stopped(tasks: list[Task], output: Output, workers: int) -> Any:
         yield from run_here(tasks[:2], output, workers)
         raise Stop
 
@@ -329,7 +330,7 @@ def test_an_amend_that_is_given_up_leaves_nothing(config: BuildConfig) -> None:
 def test_an_unfinished_build_is_amended_too(config: BuildConfig, tmp_path: Path) -> None:
     config = replace(config, output=str(tmp_path / "unfinished"))
 
-    def stopped(tasks: list[Task], output: Path, workers: int) -> Any:
+    def stopped(tasks: list[Task], output: Output, workers: int) -> Any:
         yield from run_here(tasks[:-1], output, workers)
         raise Stop
 
