@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
 def local(tmp_path_factory: pytest.TempPathFactory) -> BuildConfig:
     """A dataset in a folder, to compare with."""
     folder = tmp_path_factory.mktemp("local")
-    mixture = make_mixture(folder / "root", images=20, defects=True)
+    mixture = make_mixture(folder / "root", images=8)
     config = build_config(mixture, folder / "out", make_tokenizer(folder / "tokenizer"))
     build(plan_build(config), runner=run_here)
     return config
@@ -111,7 +111,7 @@ def test_a_store_that_fails_every_tenth_call(server: tuple[int, Path], local: Bu
         use_endpoint(proxy),
     ):
         build_at(local, "s3://made/flaky")
-    assert len(failed) > 5
+    assert len(failed) > 3
     assert data_files(bucket / "flaky") == data_files(Path(local.output))
 
 
@@ -136,7 +136,7 @@ def test_a_store_that_begins_to_fail_half_way(
     monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.01)
     port, bucket = server
     with (
-        failing_proxy(port, lambda number: number > 60) as (proxy, _),
+        failing_proxy(port, lambda number: number > 25) as (proxy, _),
         use_endpoint(proxy),
         pytest.raises(DataError, match=r"after 6 attempts .*run the same command again"),
     ):

@@ -56,4 +56,7 @@ def _by_pyarrow(scheme: str) -> Any:
         # The SDK's own checksums come in chunks without a length, which other servers refuse.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     # Delayed opening makes a small object one PUT instead of the three calls of an upload in parts.
-    return ArrowFSWrapper(S3FileSystem(endpoint_override=endpoint, allow_delayed_open=True))
+    # Writing in the background was seen to hang with it.
+    return ArrowFSWrapper(
+        S3FileSystem(endpoint_override=endpoint, allow_delayed_open=True, background_writes=False)
+    )
