@@ -33,7 +33,7 @@ def serve(folder: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--config", "/dev/null",
-               "--dir-cache-time", "0s", "--vfs-cache-mode", "writes", "--vfs-write-back", "0s", "--cache-dir", str(folder.with_name("cache")), "--auth-key", f"{KEY},{SECRET}", str(folder)]  # fmt: skip
+               "--dir-cache-time", "0s", "--auth-key", f"{KEY},{SECRET}", str(folder)]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, server)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from lapilli.data.build import build
 from lapilli.data.config import BuildConfig
@@ -23,13 +23,45 @@ from tests.data.s3_server import failing_proxy, serve, use_endpoint
 from tests.factories import CLIP_MEAN, build_config, make_mixture, make_tokenizer
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    """The port of an S3 server and the folder behind its bucket `s3://made`."""
-    folder = tmp_path_factory.mktemp("s3")
-    (folder / "made").mkdir()
-    with serve(folder) as port:
-        yield port, folder / "made"
+class Store(LocalFileSystem):
+    """A store whose call number i fails where `fails(i)`; its objects are files of this machine."""
+
+    cachable = False
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        super().__init__(auto_mkdir=True)
+        self.fails, self.calls, self.failed = fails, 0, 0
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.fails(self.calls):
+            self.failed += 1
+            raise OSError("503 Slow Down\nplease")
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        self._count()
+        return super()._open(path, mode, **options)
+
+    def info(self, path: str, **options: Any) -> Any:
+        self._count()
+        return super().info(path, **options)
+
+    def rm_file(self, path: str) -> None:
+        self._count()
+        super().rm_file(path)
+
+
+@pytest.fixture
+def use_store(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
+    """Let addresses lead to a store that fails as asked, without the waits between attempts."""
+
+    def use(fails: Callable[[int], bool] = lambda _: False) -> Store:
+        store = Store(fails)
+        monkeypatch.setattr("lapilli.data.output.open_storage", lambda scheme: store)
+        monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.001)
+        return store
+
+    return use
 
 
 @pytest.fixture(scope="module")
@@ -55,105 +87,108 @@ def build_at(config: BuildConfig, address: str, **changes: Any) -> Any:
     return build(plan_build(replace(config, output=address, **changes)), runner=run_here)
 
 
-def test_a_store_holds_what_a_folder_holds(server: tuple[int, Path], local: BuildConfig) -> None:
-    port, bucket = server
-    with use_endpoint(port):
-        report = build_at(local, "s3://made/whole")
-        assert data_files(bucket / "whole") == data_files(Path(local.output))
-        assert report.manifest == read_manifest(Path(local.output))
-        again = build_at(local, "s3://made/whole")
-        assert (again.shards_built, again.shards_reused) == (0, report.shards_built)
+def test_a_store_holds_what_a_folder_holds(
+    use_store: Callable[..., Store], local: BuildConfig, tmp_path: Path
+) -> None:
+    use_store()
+    report = build_at(local, f"file://{tmp_path}/whole")
+    assert data_files(tmp_path / "whole") == data_files(Path(local.output))
+    assert report.manifest == read_manifest(Path(local.output))
+    again = build_at(local, f"file://{tmp_path}/whole")
+    assert (again.shards_built, again.shards_reused) == (0, report.shards_built)
 
 
 def test_a_build_into_a_store_goes_on_and_mends(
-    server: tuple[int, Path], local: BuildConfig
+    use_store: Callable[..., Store], local: BuildConfig, tmp_path: Path
 ) -> None:
-    port, bucket = server
+    use_store()
 
     def stopped(tasks: list[Task], output: Output, workers: int) -> Any:
         yield from run_here(tasks[:3], output, workers)
         raise KeyboardInterrupt
 
-    with use_endpoint(port):
-        plan = plan_build(replace(local, output="s3://made/stopped"))
-        with pytest.raises(KeyboardInterrupt):
-            build(plan, runner=stopped)
-        with pytest.raises(DataError, match="an unfinished build: run the same preprocess again"):
-            read_manifest(open_output("s3://made/stopped"))
-        assert build(plan, runner=run_here).shards_reused == 3
-        victim = next((bucket / "stopped" / "images").rglob("*.arrow"))
-        victim.write_bytes(victim.read_bytes()[:-1])
-        assert build(plan, runner=run_here).shards_built == 1
-    assert data_files(bucket / "stopped") == data_files(Path(local.output))
+    plan = plan_build(replace(local, output=f"file://{tmp_path}/stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        build(plan, runner=stopped)
+    with pytest.raises(DataError, match="an unfinished build: run the same preprocess again"):
+        read_manifest(open_output(f"file://{tmp_path}/stopped"))
+    assert build(plan, runner=run_here).shards_reused == 3
+    victim = next((tmp_path / "stopped" / "images").rglob("*.arrow"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert build(plan, runner=run_here).shards_built == 1
+    assert data_files(tmp_path / "stopped") == data_files(Path(local.output))
 
 
-def test_a_dataset_in_a_store_is_amended(server: tuple[int, Path], local: BuildConfig) -> None:
+def test_a_dataset_in_a_store_is_amended(
+    use_store: Callable[..., Store], local: BuildConfig, tmp_path: Path
+) -> None:
     """From the source bytes in the store: as into a folder, file by file."""
-    port, bucket = server
+    use_store()
     views = {**local.views, "new": ImageSpec(12, CLIP_MEAN)}
     exclude = ["made_up/image-3"]
-    with use_endpoint(port):
-        build_at(local, "s3://made/amended", keep_original=True)
-        with pytest.raises(DataError, match=r"views; .*pass --amend"):
-            build_at(local, "s3://made/amended", keep_original=True, views=views, exclude=exclude)
-        changed = {"keep_original": True, "views": views, "exclude": exclude, "amend": True}
-        build_at(local, "s3://made/amended", **changed)
+    changed: dict[str, Any] = {"keep_original": True, "views": views, "exclude": exclude}
+    build_at(local, f"file://{tmp_path}/amended", keep_original=True)
+    with pytest.raises(DataError, match=r"views; .*pass --amend"):
+        build_at(
+            local, f"file://{tmp_path}/amended", keep_original=True, views=views, exclude=exclude
+        )
+    changed = {"keep_original": True, "views": views, "exclude": exclude, "amend": True}
+    build_at(local, f"file://{tmp_path}/amended", **changed)
     folder = Path(local.output).with_name("amended")
     build_at(local, str(folder), keep_original=True)
     build_at(local, str(folder), **changed)
-    assert data_files(bucket / "amended") == data_files(folder)
+    assert data_files(tmp_path / "amended") == data_files(folder)
 
 
-def test_a_store_that_fails_every_tenth_call(server: tuple[int, Path], local: BuildConfig) -> None:
-    port, bucket = server
-    with (
-        failing_proxy(port, lambda number: number % 10 == 9) as (proxy, failed),
-        use_endpoint(proxy),
-    ):
-        build_at(local, "s3://made/flaky")
-    assert len(failed) > 3
-    assert data_files(bucket / "flaky") == data_files(Path(local.output))
+@pytest.mark.parametrize("every", [10, 3])
+def test_a_store_that_fails_every_tenth_call(
+    use_store: Callable[..., Store], local: BuildConfig, tmp_path: Path, every: int
+) -> None:
+    store = use_store(lambda number: number % every == every - 1)
+    build_at(local, f"file://{tmp_path}/flaky")
+    assert store.failed > 5
+    assert data_files(tmp_path / "flaky") == data_files(Path(local.output))
 
 
 def test_a_store_that_always_fails_ends_in_one_line(
-    server: tuple[int, Path], local: BuildConfig, monkeypatch: pytest.MonkeyPatch
+    use_store: Callable[..., Store], local: BuildConfig, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.01)
-    started = time.monotonic()
-    with (
-        failing_proxy(server[0], lambda _: True) as (proxy, _),
-        use_endpoint(proxy),
-        pytest.raises(DataError, match=r"s3://made/dead.* cannot be .* after 6 attempts") as caught,
-    ):
-        build_at(local, "s3://made/dead")
+    store = use_store(lambda _: True)
+    with pytest.raises(DataError, match=r"dead.* cannot be .* after 6 attempts") as caught:
+        build_at(local, f"file://{tmp_path}/dead")
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 120
+    assert store.calls < 20
 
 
 def test_a_store_that_begins_to_fail_half_way(
-    server: tuple[int, Path], local: BuildConfig, monkeypatch: pytest.MonkeyPatch
+    use_store: Callable[..., Store], local: BuildConfig, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.01)
-    port, bucket = server
+    total = use_store()
+    build_at(local, f"file://{tmp_path}/all")
+    for share in (0.3, 0.6, 0.95):
+        store = use_store(lambda number, limit=share * total.calls: number > limit)
+        with pytest.raises(DataError, match=r"after 6 attempts .*run the same command again"):
+            build_at(local, f"file://{tmp_path}/half{share}")
+        assert store.failed
+        use_store()
+        build_at(local, f"file://{tmp_path}/half{share}")
+        assert data_files(tmp_path / f"half{share}") == data_files(Path(local.output))
+
+
+def test_objects_on_a_real_server(tmp_path: Path) -> None:
+    """rclone takes seconds for a larger object where the machine is busy; these are small."""
+    (tmp_path / "s3" / "made").mkdir(parents=True)
+    (tmp_path / "file").write_bytes(b"small")
     with (
-        failing_proxy(port, lambda number: number > 25) as (proxy, _),
+        serve(tmp_path / "s3") as port,
+        failing_proxy(port, lambda number: number % 3 == 1) as (proxy, failed),
         use_endpoint(proxy),
-        pytest.raises(DataError, match=r"after 6 attempts .*run the same command again"),
     ):
-        build_at(local, "s3://made/half")
-    assert not (bucket / "half" / "manifest.json").exists()
-    with use_endpoint(port):
-        assert build_at(local, "s3://made/half").shards_reused > 0
-    assert data_files(bucket / "half") == data_files(Path(local.output))
-
-
-def test_only_the_columns_asked_for_are_read(server: tuple[int, Path]) -> None:
-    from lapilli.data.shards import IMAGE_SCHEMA, open_table, write_shard
-
-    port, _ = server
-    rows: dict[str, list[Any]] = {field.name: [None] * 4 for field in IMAGE_SCHEMA}
-    rows |= {"status": ["ok"] * 4, "pixels": [bytes(2**20)] * 4}
-    with use_endpoint(port):
-        facts = write_shard(RemotePath("s3://made/columns"), "0.arrow", rows, IMAGE_SCHEMA)
-        table = open_table(RemotePath("s3://made/columns"), facts, ["status"])
-    assert table.to_pydict() == {"status": ["ok"] * 4}
+        path = RemotePath("s3://made/data") / "a/b.txt"
+        assert path.size is None
+        path.put(tmp_path / "file")
+        assert (path.size, path.read_text()) == (5, "small")
+        assert [str(p) for p in RemotePath("s3://made/data").files()] == [str(path)]
+        path.unlink()
+        assert path.size is None
+    assert failed

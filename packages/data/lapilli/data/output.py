@@ -84,7 +84,8 @@ class RemotePath:
 
         def find(fs: Any, path: str) -> list[str]:
             fs.invalidate_cache()
-            return list(fs.find(path))
+            # By default what cannot be listed is passed over.
+            return list(fs.find(path, on_error="raise"))
 
         try:
             found = self._call("listed", find)
