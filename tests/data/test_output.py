@@ -46,6 +46,14 @@ class Store(LocalFileSystem):
         self._count()
         return super().info(path, **options)
 
+    def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
+        self._count()
+        fails, self.fails = self.fails, lambda _: False  # it asks for each file's facts itself
+        try:
+            return super().ls(path, detail=detail, **options)
+        finally:
+            self.fails = fails
+
     def rm_file(self, path: str) -> None:
         self._count()
         super().rm_file(path)
@@ -165,7 +173,7 @@ def test_a_store_that_begins_to_fail_half_way(
 ) -> None:
     total = use_store()
     build_at(local, f"file://{tmp_path}/all")
-    for share in (0.3, 0.6, 0.95):
+    for share in (0.3, 0.6, 0.8):
         store = use_store(lambda number, limit=share * total.calls: number > limit)
         with pytest.raises(DataError, match=r"after 6 attempts .*run the same command again"):
             build_at(local, f"file://{tmp_path}/half{share}")

@@ -82,18 +82,21 @@ class RemotePath:
         """The objects below this prefix."""
         scheme, prefix = split_address(self.address)
 
-        def find(fs: Any, path: str) -> list[str]:
+        def listed(fs: Any, path: str) -> list[dict[str, Any]]:
             fs.invalidate_cache()
-            # By default what cannot be listed is passed over.
-            return list(fs.find(path, on_error="raise"))
+            return list(fs.ls(path, detail=True))
 
         try:
-            found = self._call("listed", find)
-        except FileNotFoundError:
+            found = self._call("listed", listed)
+        except (FileNotFoundError, NotADirectoryError):
             return
-        for path in found:
-            if path.startswith(f"{prefix}/"):
-                yield RemotePath(f"{scheme}://{path}")
+        # Not `find`: it passes over a folder whose listing fails.
+        for item in found:
+            path = RemotePath(f"{scheme}://{item['name']}")
+            if item["type"] == "directory":
+                yield from path.files()
+            elif item["name"].startswith(f"{prefix}/"):
+                yield path
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """The objects below whose path matches; `*` may stand for slashes too."""
@@ -158,7 +161,7 @@ class RemotePath:
         for attempt in range(ATTEMPTS):
             try:
                 return call(open_storage(scheme), path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 raise
             except OSError as error:
                 if attempt == ATTEMPTS - 1:
