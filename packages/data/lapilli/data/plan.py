@@ -6,14 +6,13 @@ The plan alone decides every shard's bytes: which records, which images, in whic
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lapilli.data.amend import (
     UNUSED_STAMP,
@@ -53,6 +52,7 @@ from lapilli.data.record import (
     unpack,
 )
 from lapilli.data.render import mark_images
+from lapilli.data.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
 from lapilli.data.shards import ShardFacts
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import (
@@ -79,65 +79,8 @@ __all__ = [
 
 Item = TypeVar("Item")
 
-WRITERS = ("pyarrow", "tokenizers")
 VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
-RAW = Encoding()
 ORIGINALS_PER_SHARD = 512
-
-
-def writer_version() -> str:
-    """The libraries that, beside codecs and tokenizer, decide a shard's bytes."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in WRITERS)
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """One image shard: decode these images below `root`, in this order, and encode the pixels.
-
-    `images` says where each is, and how large and old its file was; a slot without use has no
-    container. `writer` is the driver's
-    `writer_version`; a worker with another one stops.
-    """
-
-    name: str
-    writer: str
-    root: str
-    images: tuple[Located, ...]
-    spec: ImageSpec
-    codecs: Codecs
-    encoding: Encoding = RAW
-
-    @property
-    def image_ids(self) -> tuple[str, ...]:
-        """The identities of the images, in order."""
-        return tuple(place.image_id for place in self.images)
-
-
-@dataclass(frozen=True)
-class TokenTask:
-    """One token shard: tokenise these records, in this order.
-
-    `image_ids` are those of the records' images, resolved; `fingerprint` is that of the tokenizer
-    the driver loaded from the same name; `compat` and `max_text_length` are the config's.
-    """
-
-    name: str
-    writer: str
-    packed: tuple[bytes, ...]
-    image_ids: tuple[tuple[str, ...], ...]
-    tokenizer: str
-    fingerprint: str
-    template: Template
-    compat: str | None
-    max_text_length: int
-
-    @cached_property
-    def records(self) -> tuple[Record, ...]:
-        """The records, made where they are needed."""
-        return tuple(map(unpack, self.packed))
-
-
-Task: TypeAlias = ImageTask | TokenTask
 
 
 @dataclass(frozen=True)
