@@ -2,6 +2,9 @@
 
 python -m pipelines.preprocess --config pipelines/recipes/llava15/finetune_data.yaml \
     --root playground/data --output datasets/llava15 --tokenizer lmsys/vicuna-7b-v1.5
+
+The same command again goes on where it was stopped; with --amend it brings a dataset to inputs or
+settings that have changed and makes only what these touch.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lapilli.data.build import BuildReport, build
+from lapilli.data.build import BuildReport, build, task_bytes
 from lapilli.data.config import BuildConfig
 from lapilli.data.plan import BuildPlan, plan_build
 from pipelines.command import parse, progress_bar, run, say
@@ -32,7 +35,21 @@ def tell_plan(plan: BuildPlan) -> None:
     bad = sum(not entry.verdict.kept for entry in plan.entries)
     codecs = ", ".join(f"{view}: {value.describe()}" for view, value in plan.codecs.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
-    say(f"{plan.pixel_bytes() / 1e9:.3f} GB of pixels to write ({codecs})")
+    tell_disk(plan)
+    say(codecs)
+
+
+def tell_disk(plan: BuildPlan) -> None:
+    """The disk that the dataset takes, part by part; what an earlier run has left is in it."""
+    needed = dict.fromkeys(plan.views, 0)
+    for task in plan.image_tasks():
+        needed[task.name.split("/")[1]] += task_bytes(task)
+    parts = ", ".join(
+        f"{view} ({plan.encoding(view).kind}) {size / 1e9:.3f}" for view, size in needed.items()
+    )
+    tokens = sum(map(task_bytes, plan.token_tasks()))
+    total = sum(needed.values()) + tokens
+    say(f"{total / 1e9:.3f} GB of shards: {parts}, tokens {tokens / 1e9:.3f}")
 
 
 def tell_report(report: BuildReport) -> None:
@@ -47,9 +64,24 @@ def tell_report(report: BuildReport) -> None:
     )
     if report.manifest.mixture["records"] != counts["kept"]:
         tell_blend(report.manifest.mixture)
+    for view, facts in report.manifest.views.items():
+        tell_error(view, facts.encoding)
+    unused = counts["unused_images"]
+    if unused:
+        say(f"{unused} images of an earlier build are used no more; a fresh --output leaves them")
     say(
         f"{report.shards_built} shards built, {report.shards_reused} reused, {report.seconds:.1f} s"
     )
+
+
+def tell_error(view: str, encoding: dict[str, Any]) -> None:
+    """What JPEG has changed of a view's pixels."""
+    error = encoding.get("error")
+    if error:
+        say(
+            f"{view} as jpeg {encoding['quality']}: {error['mean']:.2f} of 255 off on average, at "
+            f"most {error['worst']}, PSNR {error['psnr']:.1f} dB"
+        )
 
 
 def tell_blend(mixture: dict[str, Any]) -> None:

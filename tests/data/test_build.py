@@ -20,6 +20,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, prepare
 from lapilli.data.manifest import read_manifest
+from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, plan_build
 from lapilli.data.record import Reason
 from lapilli.data.runners import run_here
@@ -100,7 +101,8 @@ def test_every_record_is_kept_or_quarantined_for_the_right_reason(
     verdicts = dict.fromkeys(selected(output)) | reasons
     assert len(selected(output)) + len(reasons) == len(mixture.expected)
     assert verdicts == mixture.expected
-    planted = set(Reason) - {Reason.NO_TRAINED_TOKEN}  # no template of LLaVA's can give that one
+    # No template of LLaVA's can give the one, no file the other.
+    planted = set(Reason) - {Reason.NO_TRAINED_TOKEN, Reason.EXCLUDED}
     assert set(reasons.values()) == {str(reason) for reason in planted}
 
 
@@ -229,7 +231,7 @@ def test_the_settings_lie_in_the_dataset(config: BuildConfig, report: BuildRepor
 
 @pytest.mark.usefixtures("report")
 def test_order_and_place_of_the_work_decide_no_byte(config: BuildConfig, tmp_path: Path) -> None:
-    def backwards(tasks: list[Task], output: Path, workers: int) -> Any:
+    def backwards(tasks: list[Task], output: Output, workers: int) -> Any:
         return run_here(tasks[::-1], output, workers)
 
     plan = plan_build(replace(config, output=str(tmp_path / "out"), workers=3))
@@ -238,7 +240,7 @@ def test_order_and_place_of_the_work_decide_no_byte(config: BuildConfig, tmp_pat
     assert again.manifest.fingerprint == read_manifest(Path(config.output)).fingerprint
 
 
-def refuse(tasks: list[Task], output: Path, workers: int) -> Any:
+def refuse(tasks: list[Task], output: Output, workers: int) -> Any:
     del output, workers
     assert not tasks
     return iter(())
@@ -282,7 +284,7 @@ def test_what_is_damaged_is_made_again(config: BuildConfig, tmp_path: Path, dama
 def test_a_build_that_was_stopped_goes_on(config: BuildConfig, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
-    def stopped(tasks: list[Task], output: Path, workers: int) -> Any:
+    def stopped(tasks: list[Task], output: Output, workers: int) -> Any:
         yield from run_here(tasks[:3], output, workers)
         (output / "images" / "pad32").mkdir(parents=True, exist_ok=True)
         (output / "images" / "pad32" / ".00000.arrow.0123.tmp").write_bytes(b"half")
@@ -369,7 +371,7 @@ def test_a_small_disk_is_noticed_before_the_work(
         return type("Usage", (), {"free": plan.pixel_bytes() - 1})
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(DataError, match=r"GB free, the images need .* GB; free space"):
+    with pytest.raises(DataError, match=r"GB free, the shards need .* GB; free space"):
         build(plan, runner=run_here)
     assert not (tmp_path / "out").exists()
     check_disk(tmp_path / "out", plan.image_tasks()[1:])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lapilli.data.amend import UNUSED_STAMP, input_columns
+from lapilli.data.encoding import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import (
     FORMAT,
@@ -22,22 +25,40 @@ from lapilli.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from lapilli.data.plan import BuildPlan, ImageTask, Task
+from lapilli.data.output import Output, RemotePath, open_output
+from lapilli.data.plan import BuildPlan, ImageTask, Task, source_bytes
 from lapilli.data.runners import Runner, run_on_ray
-from lapilli.data.selection import read_bad_images, read_token_rows, select, write_quarantine
+from lapilli.data.selection import (
+    Selection,
+    read_bad_images,
+    read_token_rows,
+    select,
+    write_quarantine,
+)
 from lapilli.data.shards import (
+    INPUT_SCHEMA,
     SELECTION_SCHEMA,
     TEMPORARY,
     ShardFacts,
+    open_table,
+    stand_for,
     write_json,
     write_shard,
 )
 from lapilli.data.tasks import finished_task
 from lapilli.data.tokenize import IMAGE_TOKEN_INDEX, load_tokenizer
 
-__all__ = ["BuildReport", "build", "check_disk"]
+__all__ = ["BuildReport", "build", "check_disk", "task_bytes"]
 
+# What a build writes, and may remove again when nothing names it any more.
+OWN_FILES = tuple(
+    f"{name}{facts}"
+    for name in ("tokens/*/*.arrow", "images/*/*.arrow", "selection*.arrow", "inputs*.arrow",
+                 "quarantine-*.parquet")
+    for facts in ("", ".json")
+)  # fmt: skip
 TOKENIZER = "tokenizer"  # a copy of its files, so that a dataset can be moved
+TOKEN_ROW_BYTES = 100  # names, spans and offsets of a row
 CONFIG = "config.json"  # the resolved settings; a recipe that makes this dataset again
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -60,6 +81,9 @@ def build(
 ) -> BuildReport:
     """Carry out a plan: build what is missing or damaged, select, write the manifest last.
 
+    A dataset that is amended stays what it is until its new manifest stands: nothing that the old
+    one names is touched before.
+
     `on_progress(done, total)` is called after every shard. `runner` makes the shards; the default
     needs a running Ray (`lapilli.data.cluster.ray_session`), `run_here` none.
 
@@ -68,25 +92,28 @@ def build(
             differ, or too much is quarantined.
     """
     started = time.monotonic()
-    output = Path(plan.config.output)
-    _check_output(output, plan.digests)
+    output = open_output(plan.config.output)
+    _check_output(output, plan)
     tasks: list[Task] = [*plan.token_tasks(), *plan.image_tasks()]
     facts = _finished(tasks, output)
     missing = [task for task in tasks if task.name not in facts]
     reused = len(facts)
     check_disk(output, missing)
-    write_json(output / PLAN, plan.digests)
+    if plan.previous is None:
+        write_json(output / PLAN, plan.digests)
     on_progress(reused, len(tasks))
     for built in runner(missing, output, plan.config.workers):
         facts[built.path] = built
         on_progress(len(facts), len(tasks))
     manifest = _finish(plan, output, facts)
+    _tidy(plan, output, manifest)
+    reused += len(_shards(manifest)) - len(tasks)  # those that stay as they are have no task
     return BuildReport(manifest, len(missing), reused, time.monotonic() - started)
 
 
-def _check_output(output: Path, digests: dict[str, str]) -> None:
-    """The output is new, or of the same plan; nothing else is overwritten or mixed in."""
-    path = output / PLAN
+def _check_output(output: Output, plan: BuildPlan) -> None:
+    """The output is new, of the same plan, or to be amended; nothing else is mixed in."""
+    path, digests = output / PLAN, plan.digests
     if output.exists() and not output.is_dir():
         raise DataError(f"output: {output} is a file; expected a folder; choose another --output")
     if not path.exists():
@@ -97,6 +124,7 @@ def _check_output(output: Path, digests: dict[str, str]) -> None:
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
+        before = plan.previous.manifest.plan if plan.previous else before
     except (OSError, ValueError, TypeError):
         raise DataError(
             f"output: {path} cannot be read; remove {output} or choose another --output"
@@ -106,10 +134,11 @@ def _check_output(output: Path, digests: dict[str, str]) -> None:
         for name in {**before, **digests}
         if before.get(name) != digests.get(name)
     ]
-    if changes:
+    if changes and not plan.config.amend:
         raise DataError(
             f"output: {output} was built with another {'; another '.join(changes)}; expected the "
-            "same inputs and settings; choose another --output or remove this folder"
+            "same inputs and settings; pass --amend to redo what has changed, or choose another "
+            "--output"
         )
 
 
@@ -120,54 +149,68 @@ def _describe_change(name: str, before: Any, now: Any) -> str:
     return f"{name} ({values[0]}, now {values[1]})" if is_text else name
 
 
-def _finished(tasks: list[Task], output: Path) -> dict[str, ShardFacts]:
+def _finished(tasks: list[Task], output: Output) -> dict[str, ShardFacts]:
     """Facts of the shards that an earlier run finished, by name; clears what it left half-done."""
     if not output.exists():
         return {}
-    for temporary in output.rglob(f".*{TEMPORARY}"):
-        temporary.unlink(missing_ok=True)
+    if isinstance(output, Path):
+        for temporary in output.rglob(f".*{TEMPORARY}"):
+            temporary.unlink(missing_ok=True)
     with ThreadPoolExecutor() as pool:  # hashing gives the interpreter free: 1.5 GB/s a core
         found = pool.map(lambda task: finished_task(task, output), tasks)
         return {facts.path: facts for facts in found if facts is not None}
 
 
-def check_disk(output: Path, missing: Iterable[Task]) -> None:
-    """Stop before the work if the pixels still to be written do not fit on the disk.
+def check_disk(output: Output, missing: Iterable[Task]) -> None:
+    """Stop before the work if the shards still to be written do not fit on the disk.
 
     Raises:
         DataError: Names the bytes needed and free.
     """
-    images = [task for task in missing if isinstance(task, ImageTask)]
-    needed = sum(len(task.image_ids) * task.spec.size**2 * 3 for task in images)
+    if isinstance(output, RemotePath):
+        return  # no store says how much it has left
+    needed = sum(map(task_bytes, missing))
     existing = next(
         folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists()
     )
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"output: {output} has {free / 1e9:.1f} GB free, the images need "
-            f"{needed / 1e9:.1f} GB; free space or choose another --output"
+            f"output: {output} has {free / 1e9:.3f} GB free, the shards need "
+            f"{needed / 1e9:.3f} GB; free space or choose another --output"
         )
 
 
-def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Manifest:
+def task_bytes(task: Task) -> int:
+    """Bytes that a task's shard will take: exact for raw pixels, estimated for the rest."""
+    if not isinstance(task, ImageTask):
+        # A token of four letters takes as many bytes as its letters.
+        return sum(map(len, task.packed)) + TOKEN_ROW_BYTES * len(task.packed)
+    if task.encoding.kind == ORIGINAL:
+        return sum(map(source_bytes, task.images))
+    return len(task.images) * estimated_bytes(task.spec.size**2 * 3, task.encoding)
+
+
+def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Manifest:
     """Join verdicts and statuses: selection, quarantine, then the manifest."""
-    tokens = [facts[task.name] for task in plan.token_tasks()]
-    views = _view_facts(plan, facts)
+    tokens = [_facts(shard, facts) for shard in plan.token_shards()]
+    views = _view_facts(plan, output, facts)
     images = [shard for view in views.values() for shard in view.shards]
-    selection = select(plan, read_token_rows(output, tokens), read_bad_images(output, images))
-    write_quarantine(output / "quarantine.parquet", selection.entries, plan.config)
-    selected = write_shard(output, "selection.arrow", selection.columns, SELECTION_SCHEMA)
-    load_tokenizer(plan.config.tokenizer).save_pretrained(str(output / TOKENIZER))
-    write_json(output / CONFIG, asdict(plan.config))
-    shards = [*tokens, *images, selected]
+    selection = select(
+        plan, read_token_rows(output, tokens, plan.token_groups), read_bad_images(output, images)
+    )
+    selected, quarantined, inputs = _write_selection(plan, output, selection)
+    _save_tokenizer(plan, output)
+    if plan.previous is None:  # of an amended dataset, when it is one
+        _write_config(plan, output)
     counts = selection.counts() | {
         "images": len(plan.image_ids),
+        "unused_images": sum(stamp == UNUSED_STAMP for _, stamp in plan.stamped),
         "repairs": dict(sorted(plan.repairs.items())),
     }
     manifest = Manifest(
         format=FORMAT,
-        fingerprint=digest([[shard.path, shard.sha256] for shard in shards]),
+        fingerprint=digest([shard.sha256 for shard in (*tokens, *images, selected)]),
         plan=plan.digests,
         tokenizer=asdict(plan.tokenizer),
         template=plan.template.name,
@@ -181,19 +224,109 @@ def _finish(plan: BuildPlan, output: Path, facts: dict[str, ShardFacts]) -> Mani
             name: importlib.metadata.version(name)
             for name in ("lapilli", "pyarrow", "pillow", "tokenizers", "transformers", "ray")
         },
+        quarantine=quarantined,
+        inputs=inputs,
     )
     write_manifest(output, manifest)
     return read_manifest(output)
 
 
-def _view_facts(plan: BuildPlan, facts: dict[str, ShardFacts]) -> dict[str, ViewFacts]:
-    tasks = plan.image_tasks()
-    return {
-        view: ViewFacts(
-            asdict(spec),
-            asdict(plan.codecs[view]),
-            plan.images_per_shard(view),
-            [facts[task.name] for task in tasks if task.name.startswith(f"images/{view}/")],
+def _save_tokenizer(plan: BuildPlan, output: Output) -> None:
+    tokenizer, target = load_tokenizer(plan.config.tokenizer), output / TOKENIZER
+    if isinstance(target, Path):
+        tokenizer.save_pretrained(str(target))
+        return
+    with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
+        tokenizer.save_pretrained(folder)
+        for path in Path(folder).iterdir():
+            (target / path.name).put(path)
+
+
+def _write_selection(
+    plan: BuildPlan, output: Output, selection: Selection
+) -> tuple[ShardFacts, ShardFacts, ShardFacts]:
+    """Write selection, quarantine and inputs; of an amended dataset under names of their own."""
+    mark = ""
+    if plan.previous is not None:
+        mark = f"-{digest(plan.digests)[:12]}"
+        if plan.previous.manifest.plan == plan.digests:
+            mark = Path(plan.previous.manifest.selection.path).stem.removeprefix("selection")
+    selected = write_shard(output, f"selection{mark}.arrow", selection.columns, SELECTION_SCHEMA)
+    name = f"quarantine{mark}.parquet"
+    quarantined = write_quarantine(output / name, selection.entries, plan.config)
+    rows = [row for group in plan.token_groups for row in group.rows]
+    columns = input_columns(plan.stamped, rows)
+    inputs = write_shard(output, f"inputs{mark}.arrow", columns, INPUT_SCHEMA)
+    return selected, replace(quarantined, path=name), inputs
+
+
+def _write_config(plan: BuildPlan, output: Output) -> None:
+    """Inputs and settings, for naming what changes, and the recipe that makes this dataset."""
+    write_json(output / PLAN, plan.digests)
+    write_json(output / CONFIG, asdict(replace(plan.config, amend=False)))
+
+
+def _tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
+    """What follows a new manifest: fixed names stand for its files, files of no use go."""
+    _write_config(plan, output)
+    for facts, name in (
+        (manifest.selection, "selection.arrow"),
+        (manifest.quarantine, "quarantine.parquet"),
+    ):
+        if facts is not None and facts.path != name:
+            stand_for(output, facts, name)
+    named = {"selection.arrow", "quarantine.parquet", *(f.path for f in _files(manifest))}
+    for pattern in OWN_FILES:
+        for path in list(output.glob(pattern)):
+            if _name(path, output).removesuffix(".json") not in named:
+                path.unlink(missing_ok=True)
+    if isinstance(output, Path):
+        _remove_empty(output)
+
+
+def _name(path: Output, output: Output) -> str:
+    return str(path).removeprefix(f"{output}/")
+
+
+def _remove_empty(output: Path) -> None:
+    for folder in (*output.glob("tokens/*"), *output.glob("images/*")):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _shards(manifest: Manifest) -> list[ShardFacts]:
+    return [*manifest.tokens, *(s for view in manifest.views.values() for s in view.shards)]
+
+
+def _files(manifest: Manifest) -> list[ShardFacts]:
+    others = (manifest.selection, manifest.quarantine, manifest.inputs)
+    return [*_shards(manifest), *(facts for facts in others if facts is not None)]
+
+
+def _facts(shard: Task | ShardFacts, built: dict[str, ShardFacts]) -> ShardFacts:
+    return shard if isinstance(shard, ShardFacts) else built[shard.name]
+
+
+def _view_facts(
+    plan: BuildPlan, output: Output, built: dict[str, ShardFacts]
+) -> dict[str, ViewFacts]:
+    views: dict[str, ViewFacts] = {}
+    for view, spec in plan.views.items():
+        shards = [_facts(shard, built) for shard in plan.image_shards(view)]
+        encoding = plan.encoding(view)
+        stored: dict[str, Any] = {"kind": encoding.kind, "name": encoding.describe()}
+        if encoding.kind == "jpeg":
+            rows = [row for shard in shards for row in _errors(output, shard)]
+            error = encoding_error(rows, spec.size**2 * 3)
+            stored |= {"quality": encoding.quality, "error": error}
+        views[view] = ViewFacts(
+            asdict(spec), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored
         )
-        for view, spec in plan.config.views.items()
-    }
+    return views
+
+
+def _errors(output: Output, shard: ShardFacts) -> list[tuple[int, int, int]]:
+    """Absolute, squared and worst error of each image of a shard that has pixels."""
+    names = ("absolute_error", "squared_error", "worst_error")
+    table = open_table(output, shard, names).drop_null()
+    return list(zip(*(table[name].to_pylist() for name in names), strict=True))

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 
@@ -137,6 +138,11 @@ class BuildConfig:
         tokenizer: Hub name or folder of a tokenizer.
         template: Name of a conversation template, or a YAML file with one.
         views: How images are made square, by name; a tower reads one of them.
+        encodings: How a view's pixels are stored, by view; raw where it is left out.
+        keep_original: Also store the source bytes of every image, so that a view can be added
+            later without the images' folders.
+        exclude: Sample ids (`source/record_id`) of records to leave out; they are quarantined as
+            `excluded`.
         mixture: How the sources are blended and what is held out.
         compat: "llava" treats records, texts and pixels as LLaVA does, its mistakes included.
         max_text_length: Ids kept of a record, an image counted as one; 0 keeps all. With `compat:
@@ -146,6 +152,8 @@ class BuildConfig:
         shard_bytes: Largest size of an image shard's pixels, in bytes.
         extra_roots: Folders outside of the root that links below it may lead to, as where
             `coco/train2017` is a link to another disk. None are followed out of the root otherwise.
+        amend: Bring the dataset in `output` to these inputs and settings, and make only what has
+            changed. Without it a change is an error.
         workers: Shards built at the same time; 0 takes every core Ray has. Decides no byte.
     """
 
@@ -155,6 +163,9 @@ class BuildConfig:
     tokenizer: str
     template: str
     views: dict[str, ImageSpec]
+    encodings: dict[str, Encoding] = field(default_factory=dict[str, Encoding])
+    keep_original: bool = False
+    exclude: list[str] = field(default_factory=list[str])
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     compat: Literal["llava"] | None = None
     max_text_length: int = 0
@@ -162,6 +173,7 @@ class BuildConfig:
     records_per_shard: int = 8192
     shard_bytes: int = 64 * 2**20
     extra_roots: list[str] = field(default_factory=list[str])
+    amend: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -177,6 +189,7 @@ class BuildConfig:
             raise DataError("views: empty; expected at least one, e.g. clip336: {size: 336, ...}")
         for view in self.views:
             _check_name("views", view)
+        self._check_encodings()
         if not 0.0 <= self.max_quarantined <= 1.0:
             raise DataError(
                 f"max_quarantined: {self.max_quarantined}; expected a share from 0 to 1, "
@@ -191,6 +204,21 @@ class BuildConfig:
             )
         if self.workers < 0:
             raise DataError(f"workers: {self.workers}; expected 0 (every core) or more")
+
+    def _check_encodings(self) -> None:
+        """Every encoding is a view's and one that a tower can read."""
+        if ORIGINAL in self.views:
+            raise DataError(
+                f"views: {ORIGINAL!r} is the name of the source bytes; rename the view, or set "
+                "keep_original"
+            )
+        for view, encoding in self.encodings.items():
+            if view not in self.views:
+                raise DataError(
+                    f"encodings: {view!r} is no view; expected of {', '.join(self.views)}"
+                )
+            if encoding.kind == ORIGINAL:
+                raise DataError(f"encodings.{view}: {ORIGINAL}; set keep_original for source bytes")
 
 
 def _check_name(field_name: str, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from lapilli.data.encoding import ORIGINAL, decode_pixels
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
@@ -132,6 +133,8 @@ class Dataset:
         number, row = divmod(slot, self.facts.images_per_shard)
         offsets, values = self._binary(self.facts.shards[number])
         pixels = values[offsets[row] : offsets[row + 1]]
+        if self.facts.encoding["kind"] != "raw":
+            return decode_pixels(pixels, self.facts.encoding["kind"])
         return pixels.reshape(self.image_size, self.image_size, 3)
 
     def _binary(self, shard: ShardFacts) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -184,6 +187,11 @@ def open_dataset(
         raise DataError(
             f"view: {view!r} is not in {path}; expected one of {', '.join(manifest.views)}, or "
             "preprocess with that view"
+        )
+    if manifest.views[view].encoding["kind"] == ORIGINAL:
+        raise DataError(
+            f"view: {view!r} of {path} holds the images' files and no pixels; open another view, "
+            "or add one with preprocess --amend"
         )
     if image_tokens < 1:
         raise DataError(f"image_tokens: {image_tokens}; expected at least 1 token an image")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lapilli.data.errors import DataError
+from lapilli.data.output import Output
 from lapilli.data.record import excerpt
 from lapilli.data.shards import ShardFacts, write_json
 
@@ -23,7 +23,7 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 PLAN = "plan.json"  # written first: whose build a folder is, finished or not
 
@@ -32,13 +32,15 @@ PLAN = "plan.json"  # written first: whose build a folder is, finished or not
 class ViewFacts:
     """One view: its spec, the codecs that made it, and where image slot i is.
 
-    Slot i is row `i % images_per_shard` of shard `i // images_per_shard`.
+    Slot i is row `i % images_per_shard` of shard `i // images_per_shard`. `encoding` says how the
+    pixels are stored (`kind`, `quality`) and, for `jpeg`, the `error` that this makes.
     """
 
     spec: dict[str, Any]
     codecs: dict[str, Any]
     images_per_shard: int
     shards: list[ShardFacts]
+    encoding: dict[str, Any] = field(default_factory=lambda: {"kind": "raw"})
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Manifest:
         views: The views by name.
         selection: Facts of `selection.arrow`.
         versions: Of the libraries that decide bytes.
+        quarantine: Facts of the file of quarantined records.
+        inputs: Facts of the file that says which image and record each slot and row was made of;
+            `--amend` begins there.
     """
 
     format: int
@@ -74,6 +79,8 @@ class Manifest:
     views: dict[str, ViewFacts]
     selection: ShardFacts
     versions: dict[str, str]
+    quarantine: ShardFacts | None = None
+    inputs: ShardFacts | None = None
 
 
 def digest(value: Any) -> str:
@@ -82,12 +89,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def write_manifest(output: Path, manifest: Manifest) -> None:
+def write_manifest(output: Output, manifest: Manifest) -> None:
     """Write `manifest.json` atomically."""
     write_json(output / NAME, asdict(manifest))
 
 
-def read_manifest(output: Path) -> Manifest:
+def read_manifest(output: Output) -> Manifest:
     """Read a dataset's facts.
 
     Raises:
@@ -123,12 +130,15 @@ def _parse(fields: Mapping[str, Any]) -> Manifest:
     values = dict(fields)
     values["tokens"] = [ShardFacts(**shard) for shard in fields["tokens"]]
     values["selection"] = ShardFacts(**fields["selection"])
+    for name in ("quarantine", "inputs"):
+        values[name] = ShardFacts(**fields[name]) if fields.get(name) else None
     values["views"] = {
         name: ViewFacts(
             view["spec"],
             view["codecs"],
             view["images_per_shard"],
             [ShardFacts(**shard) for shard in view["shards"]],
+            view["encoding"],
         )
         for name, view in fields["views"].items()
     }

@@ -6,29 +6,44 @@ The plan alone decides every shard's bytes: which records, which images, in whic
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
+from lapilli.data.amend import (
+    UNUSED_STAMP,
+    Previous,
+    Stamped,
+    TokenGroup,
+    arrange_slots,
+    arrange_tokens,
+    image_stamp,
+    keep_image_shards,
+    read_previous,
+    row_stamp,
+)
 from lapilli.data.backend import check_agreement
 from lapilli.data.checks import Rules, check_record, read_entries
 from lapilli.data.codecs import Codecs, resolve_codecs
 from lapilli.data.compat import check_as_llava, encode_as_llava
 from lapilli.data.config import BuildConfig, SourceConfig
+from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mixture import check_sources
 from lapilli.data.mounts import Located, Mount
+from lapilli.data.originals import Originals
+from lapilli.data.output import open_output
 from lapilli.data.record import (
     Entry,
     ImagePart,
     PackedEntry,
+    Reason,
     Record,
     TextPart,
     Turn,
@@ -37,6 +52,8 @@ from lapilli.data.record import (
     unpack,
 )
 from lapilli.data.render import mark_images
+from lapilli.data.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
+from lapilli.data.shards import ShardFacts
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import (
     TokenizerFacts,
@@ -56,65 +73,14 @@ __all__ = [
     "open_mount",
     "plan_build",
     "quarantine_error",
+    "source_bytes",
     "writer_version",
 ]
 
 Item = TypeVar("Item")
 
-WRITERS = ("pyarrow", "tokenizers")
-
-
-def writer_version() -> str:
-    """The libraries that, beside codecs and tokenizer, decide a shard's bytes."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in WRITERS)
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """One image shard: decode these images below `root`, in this order.
-
-    `images` says where each is, and how large and old its file was. `writer` is the driver's
-    `writer_version`; a worker with another one stops.
-    """
-
-    name: str
-    writer: str
-    root: str
-    images: tuple[Located, ...]
-    spec: ImageSpec
-    codecs: Codecs
-
-    @property
-    def image_ids(self) -> tuple[str, ...]:
-        """The identities of the images, in order."""
-        return tuple(place.image_id for place in self.images)
-
-
-@dataclass(frozen=True)
-class TokenTask:
-    """One token shard: tokenise these records, in this order.
-
-    `image_ids` are those of the records' images, resolved; `fingerprint` is that of the tokenizer
-    the driver loaded from the same name; `compat` and `max_text_length` are the config's.
-    """
-
-    name: str
-    writer: str
-    packed: tuple[bytes, ...]
-    image_ids: tuple[tuple[str, ...], ...]
-    tokenizer: str
-    fingerprint: str
-    template: Template
-    compat: str | None
-    max_text_length: int
-
-    @cached_property
-    def records(self) -> tuple[Record, ...]:
-        """The records, made where they are needed."""
-        return tuple(map(unpack, self.packed))
-
-
-Task: TypeAlias = ImageTask | TokenTask
+VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
+ORIGINALS_PER_SHARD = 512
 
 
 @dataclass(frozen=True)
@@ -124,79 +90,158 @@ class BuildPlan:
     Attributes:
         config: The settings. `root` and a tokenizer's folder are absolute: workers stand elsewhere.
         entries: Every element of every source with its verdict so far, in order.
-        images: The distinct images of the records still kept; their place is their slot.
-        slots: Slot by image id.
+        images: The distinct images of the records still kept, by image id.
+        stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
         entry_images: Image ids of each entry, () for one not kept.
         repairs: How many keys were mended, by kind.
         tokenizer: Facts of the tokenizer.
         template: The template.
+        views: Every view to make, `original` among them if it is.
         codecs: Codecs by view.
+        token_folder: Where the token shards lie below the output.
+        token_groups: The rows of each token shard.
+        previous: The dataset that the output holds, if there is one.
         digests: Each input and setting, as short text or a digest, for naming what changed.
     """
 
     config: BuildConfig
     entries: list[PackedEntry]
-    images: list[Located]
-    slots: dict[str, int]
+    images: dict[str, Located]
+    stamped: list[Stamped]
     entry_images: list[tuple[str, ...]]
     repairs: dict[str, int]
     tokenizer: TokenizerFacts
     template: Template
+    views: dict[str, ImageSpec]
     codecs: dict[str, Codecs]
+    token_folder: str
+    token_groups: list[TokenGroup]
+    previous: Previous | None
     digests: dict[str, str]
 
     @property
     def image_ids(self) -> list[str]:
-        """The identities of the images, by slot."""
-        return [place.image_id for place in self.images]
+        """The identities of the images in use, by slot."""
+        return [name for name, stamp in self.stamped if stamp != UNUSED_STAMP]
+
+    @cached_property
+    def slots(self) -> dict[str, int]:
+        """Slot by image id, of the images in use."""
+        return {
+            name: slot for slot, (name, stamp) in enumerate(self.stamped) if stamp != UNUSED_STAMP
+        }
+
+    def encoding(self, view: str) -> Encoding:
+        """How a view's pixels are stored."""
+        return Encoding(ORIGINAL) if view == ORIGINAL else self.config.encodings.get(view, RAW)
 
     def images_per_shard(self, view: str) -> int:
-        """How many images of a view fit into `shard_bytes`."""
-        return max(1, self.config.shard_bytes // _pixel_bytes(self.config.views[view]))
+        """How many images of a view fit into `shard_bytes`; of source bytes on average."""
+        if view != ORIGINAL:
+            return max(1, self.config.shard_bytes // _pixel_bytes(self.views[view]))
+        if self.previous is not None and view in self.previous.manifest.views:
+            return self.previous.manifest.views[view].images_per_shard  # sizes differ, slots stay
+        mean = max(1, self.original_bytes() // max(1, len(self.images)))
+        return max(1, min(ORIGINALS_PER_SHARD, self.config.shard_bytes // mean))
+
+    def original_bytes(self) -> int:
+        """Bytes of the images' files."""
+        return sum(map(source_bytes, self.images.values()))
 
     def pixel_bytes(self) -> int:
-        """Bytes of all pixels of all views: the disk the build needs, text aside."""
-        return sum(_pixel_bytes(spec) for spec in self.config.views.values()) * len(self.images)
+        """Bytes of all pixels of all views, as they are before they are encoded."""
+        return sum(map(_pixel_bytes, self.config.views.values())) * len(self.images)
 
-    def image_tasks(self) -> list[ImageTask]:
-        """The image shards of every view."""
+    @cached_property
+    def kept_images(self) -> dict[str, dict[int, ShardFacts]]:
+        """By view and number, the shards that stay though an image of theirs has no more use."""
+        output, kept = open_output(self.config.output), dict[str, dict[int, ShardFacts]]()
+        for view in self.views:
+            before = self.previous.manifest.views.get(view) if self.previous else None
+            if self.previous is None or before is None or not self._is_same_view(view):
+                kept[view] = {}
+            else:
+                kept[view] = keep_image_shards(output, self.stamped, self.previous, before)
+        return kept
+
+    def _is_same_view(self, view: str) -> bool:
+        """Whether the dataset has shards of the view that a build now would make alike."""
+        if self.previous is None:
+            return False
+        before = self.previous.manifest
+        facts = before.views[view]
+        return (
+            before.plan.get("writer") == self.digests["writer"]
+            and facts.images_per_shard == self.images_per_shard(view)
+            and digest(facts.spec) == digest(asdict(self.views[view]))
+            and digest(facts.codecs) == digest(asdict(self.codecs[view]))
+            and facts.encoding.get("name") == self.encoding(view).describe()
+        )
+
+    def image_shards(self, view: str) -> list[ImageTask | ShardFacts]:
+        """The shards of a view in order: tasks, and the facts of those that stay as they are."""
+        kept = self.kept_images[view]
+        parts = _cut(self.stamped, self.images_per_shard(view))
         return [
-            ImageTask(
-                f"images/{view}/{number:05d}.arrow",
-                self.digests["writer"],
-                self.config.root,
-                images,
-                spec,
-                self.codecs[view],
-            )
-            for view, spec in self.config.views.items()
-            for number, images in enumerate(_cut(self.images, self.images_per_shard(view)))
+            kept[number] if number in kept else self._image_task(view, number, part)
+            for number, part in enumerate(parts)
         ]
 
-    def token_tasks(self) -> list[TokenTask]:
-        """The token shards; an entry quarantined before decoding is in none."""
+    def _image_task(self, view: str, number: int, part: tuple[Stamped, ...]) -> ImageTask:
+        spec, codecs, encoding = self.views[view], self.codecs[view], self.encoding(view)
+        named = [(name, stamp.hex()) for name, stamp in part]
+        made = [self.digests["writer"], asdict(spec), asdict(codecs), encoding.describe(), named]
+        return ImageTask(
+            f"images/{view}/{number:05d}-{digest(made)[:12]}.arrow",
+            self.digests["writer"],
+            self.config.root,
+            tuple(self.images.get(name) or Located(name, "", 0, 0) for name, _ in part),
+            spec,
+            codecs,
+            encoding,
+        )
+
+    def image_tasks(self) -> list[ImageTask]:
+        """The image shards of every view that are to be there, finished or not."""
+        shards = [shard for view in self.views for shard in self.image_shards(view)]
+        return [shard for shard in shards if isinstance(shard, ImageTask)]
+
+    def token_shards(self) -> list[TokenTask | ShardFacts]:
+        """The token shards; an entry quarantined before decoding is in none that is made."""
         kept = [
             (entry.packed, images)
             for entry, images in zip(self.entries, self.entry_images, strict=True)
             if entry.verdict.kept and entry.packed is not None
         ]
-        settings = [self.config.compat, self.config.max_text_length]
-        facts = [self.tokenizer.fingerprint, asdict(self.template), *settings]
-        folder = f"tokens/{digest(facts)[:12]}"
-        return [
-            TokenTask(
-                f"{folder}/{number:05d}.arrow",
-                self.digests["writer"],
-                tuple(packed for packed, _ in rows),
-                tuple(images for _, images in rows),
-                self.config.tokenizer,
-                self.tokenizer.fingerprint,
-                self.template,
-                self.config.compat,
-                self.config.max_text_length,
-            )
-            for number, rows in enumerate(_cut(kept, self.config.records_per_shard))
-        ]
+        return [self._token_shard(group, kept) for group in self.token_groups]
+
+    def _token_shard(
+        self, group: TokenGroup, kept: Sequence[tuple[bytes, tuple[str, ...]]]
+    ) -> TokenTask | ShardFacts:
+        if group.facts is not None:
+            return group.facts
+        rows = [kept[place] for place in group.kept if place is not None]
+        name = digest([(name, stamp.hex()) for name, stamp in group.rows])[:12]
+        return TokenTask(
+            f"{self.token_folder}/{group.number:05d}-{name}.arrow",
+            self.digests["writer"],
+            tuple(packed for packed, _ in rows),
+            tuple(images for _, images in rows),
+            self.config.tokenizer,
+            self.tokenizer.fingerprint,
+            self.template,
+            self.config.compat,
+            self.config.max_text_length,
+        )
+
+    def token_tasks(self) -> list[TokenTask]:
+        """The token shards that are to be there, finished or not."""
+        return [shard for shard in self.token_shards() if isinstance(shard, TokenTask)]
+
+
+def source_bytes(place: Located) -> int:
+    """Bytes of an image's file, or of its member of an archive."""
+    return place.size if place.member is None else place.member.size
 
 
 def _pixel_bytes(spec: ImageSpec) -> int:
@@ -222,36 +267,68 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     template = bind_template(get_template(config.template), loaded)
     _try_out(template, loaded, config.compat)
     tokenizer = tokenizer_facts(loaded)
-    codecs = {
-        view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in config.views.items()
-    }
+    views = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
+    codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in views.items()}
+    output = open_output(config.output)
+    previous = read_previous(output)
+    originals = Originals(previous, output.resolve())
     rules = partial(_rules, template=template, compat=config.compat)
     entries: list[PackedEntry] = []
     entry_images: list[tuple[str, ...]] = []
     located: dict[str, Located] = {}
     repairs: Counter[str] = Counter()
+    unseen = set(config.exclude)
     for source in config.sources:
         mount = open_mount(source, config, root)
-        mount.require()
+        if not originals:
+            mount.require()
         for entry in _entries_of(source, root, rules):
-            checked, places = locate_images(entry, mount)
+            checked, places = locate_images(_without(entry, unseen), mount)
+            if checked.verdict.reason == Reason.IMAGE_MISSING:
+                checked, places = originals.locate(entry, checked)
             for place in places:
                 located.setdefault(place.image_id, place)
             images = tuple(place.image_id for place in places)
             entries.append(checked.pack())
             entry_images.append(images)
         repairs.update(mount.repairs)
+    if unseen:
+        raise DataError(
+            f"exclude: {excerpt(min(unseen))!r} is no record's sample id; expected "
+            "source/record_id as in quarantine.parquet and selection.arrow"
+        )
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     check_agreement(loaded, _first_texts(entries))
     if template.chat:
         encode_batch(_one_of_each_order(entries), loaded, template)
-    digests = _digests(config, entries, located, tokenizer, template, codecs)
-    slots = {image_id: slot for slot, image_id in enumerate(located)}
+    stamps = {name: originals.stamp(place) or image_stamp(place) for name, place in located.items()}
+    digests = _digests(config, entries, stamps, tokenizer, template, codecs)
+    records = [
+        (entry.sample_id, row_stamp(entry.packed, images))
+        for entry, images in zip(entries, entry_images, strict=True)
+        if entry.verdict.kept and entry.packed is not None
+    ]
+    folder = _token_folder(config, tokenizer, template)
+    groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
     return BuildPlan(
-        config, entries, list(located.values()), slots,
-        entry_images, dict(repairs), tokenizer, template, codecs, digests,
+        config, entries, located, arrange_slots(stamps, previous), entry_images, dict(repairs),
+        tokenizer, template, views, codecs, folder, groups, previous, digests,
     )  # fmt: skip
+
+
+def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
+    """The folder of all that decides ids alike."""
+    settings = [config.compat, config.max_text_length, writer_version()]
+    return f"tokens/{digest([tokenizer.fingerprint, asdict(template), *settings])[:12]}"
+
+
+def _without(entry: Entry, excluded: set[str]) -> Entry:
+    """An entry with its verdict if it is one of the `excluded`; takes it out of them."""
+    if entry.sample_id not in excluded:
+        return entry
+    excluded.remove(entry.sample_id)
+    return replace(entry, verdict=Verdict(Reason.EXCLUDED, "named in `exclude`"))
 
 
 def _absolute(tokenizer: str) -> str:
@@ -339,6 +416,7 @@ def check_quarantined(entries: Sequence[Entry | PackedEntry], most: float) -> No
     bad = [entry for entry in entries if not entry.verdict.kept]
     if len(bad) == len(entries):
         raise quarantine_error(bad, len(entries), "nothing is kept")
+    bad = [entry for entry in bad if entry.verdict.reason != Reason.EXCLUDED]  # that is no defect
     if len(bad) > most * len(entries):
         raise quarantine_error(bad, len(entries), f"over max_quarantined {most:g}")
 
@@ -358,12 +436,13 @@ def quarantine_error(bad: Sequence[Entry | PackedEntry], total: int, why: str) -
 def _digests(
     config: BuildConfig,
     entries: Iterable[PackedEntry],
-    located: dict[str, Located],
+    stamps: dict[str, bytes],
     tokenizer: TokenizerFacts,
     template: Template,
     codecs: dict[str, Codecs],
 ) -> dict[str, str]:
     """All that decides bytes, by name, so that a change can be named: short text or a digest."""
+    stored = {view: encoding.describe() for view, encoding in config.encodings.items()}
     digests = {
         "format": str(FORMAT),
         "writer": writer_version(),
@@ -371,12 +450,14 @@ def _digests(
         "template": digest(asdict(template)),
         "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
+        "encodings": "; ".join(f"{view}: {name}" for view, name in sorted(stored.items())) or "raw",
+        "keep_original": str(config.keep_original),
         "compat": str(config.compat),
         "max_text_length": str(config.max_text_length),
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
         "mixture": digest(asdict(config.mixture)),
-        "images": digest([[i.image_id, i.size, i.mtime_ns] for i in located.values()]),
+        "images": digest([[name, stamp.hex()] for name, stamp in stamps.items()]),
     }
     hashes = {
         source.name: hashlib.sha256(digest(asdict(source)).encode()) for source in config.sources

@@ -10,28 +10,28 @@ import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
+from lapilli.data.output import Output, open_output
 from lapilli.data.plan import Task
 from lapilli.data.shards import ShardFacts
 from lapilli.data.tasks import run_task
 
 __all__ = ["Runner", "run_here", "run_on_ray"]
 
-Runner: TypeAlias = Callable[[list[Task], Path, int], Iterator[ShardFacts]]
+Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
 
-def run_on_ray(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardFacts]:
+def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
     """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
 
     Ray is started if none runs, and not at all where there is nothing to do.
 
     Args:
         tasks: The shards to make.
-        output: The dataset's folder; every worker must see it under this path.
+        output: The dataset's folder or store; every worker must see it under this path.
         workers: Tasks at the same time; 0 takes every core.
 
     Raises:
@@ -60,7 +60,7 @@ def _run_row(row: dict[str, Any]) -> dict[str, Any]:
     """A task as Ray Data sees it: errors travel as values, since one exception ends a dataset."""
     result: dict[str, Any] = {"path": "", "rows": 0, "bytes": 0, "sha256": ""}
     try:
-        result = asdict(run_task(pickle.loads(row["task"]), Path(row["output"])))
+        result = asdict(run_task(pickle.loads(row["task"]), open_output(row["output"])))
     except DataError as error:
         return {**result, "error": str(error), "expected": True}
     except Exception:
@@ -68,7 +68,7 @@ def _run_row(row: dict[str, Any]) -> dict[str, Any]:
     return {**result, "error": "", "expected": False}
 
 
-def run_here(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardFacts]:
+def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
     """Run tasks one after the other in this process: a runner without Ray, for small things."""
     del workers
     for task in tasks:

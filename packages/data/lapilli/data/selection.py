@@ -12,11 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lapilli.data.amend import TokenGroup
 from lapilli.data.config import BuildConfig
 from lapilli.data.mixture import Pool, blend
+from lapilli.data.output import Output
 from lapilli.data.plan import BuildPlan, check_quarantined
 from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
-from lapilli.data.shards import OK, SELECTION_SCHEMA, ShardFacts, open_table, write_atomic
+from lapilli.data.shards import (
+    OK,
+    SELECTION_SCHEMA,
+    UNUSED,
+    ShardFacts,
+    open_table,
+    write_atomic,
+)
 from lapilli.data.sources import get_source
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     "write_quarantine",
 ]
 
+ROWS_AT_ONCE = 8192
 CHANGED = '"the annotation file has changed since this build was planned"'
 
 
@@ -64,7 +74,7 @@ def select(
 
     Args:
         plan: The plan; it is not changed.
-        token_rows: The rows of the token shards in order: one for each entry the plan keeps.
+        token_rows: The rows of the token shards that the plan keeps, in the order of its entries.
         bad_images: Verdict by image id, for the images that some view could not use.
 
     Raises:
@@ -116,26 +126,40 @@ def _late_verdict(
     return Verdict()
 
 
-def read_bad_images(output: Path, shards: Iterable[ShardFacts]) -> dict[str, Verdict]:
+def read_bad_images(output: Output, shards: Iterable[ShardFacts]) -> dict[str, Verdict]:
     """The images that some view could not use, with the first view's verdict. Reads no pixels."""
     bad: dict[str, Verdict] = {}
     for shard in shards:
-        table = open_table(output, shard).select(["image_id", "status", "detail"])
+        table = open_table(output, shard, ["image_id", "status", "detail"])
         status = table["status"].to_numpy()
-        for row in np.flatnonzero(status != OK):
+        for row in np.flatnonzero((status != OK) & (status != UNUSED)):
             image_id = table["image_id"][int(row)].as_py()
             detail = f"{image_id}: {table['detail'][int(row)].as_py()}"
             bad.setdefault(image_id, Verdict(Reason(status[row]), detail))
     return bad
 
 
-def read_token_rows(output: Path, shards: Iterable[ShardFacts]) -> Iterator[dict[str, Any]]:
-    """What `select` needs of each token row, with the row's place."""
+def read_token_rows(
+    output: Output, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
+) -> Iterator[dict[str, Any]]:
+    """What `select` needs of each token row that is wanted, with the row's place.
+
+    `groups` says which record of the plan each row is; the rows come in the order of the records.
+    """
     names = ["sample_id", "text_length", "num_trained", "llava_length"]
-    for number, shard in enumerate(shards):
-        table = open_table(output, shard).select(names)
-        for place, row in enumerate(table.to_pylist()):
-            yield {**row, "token_shard": number, "token_row": place}
+    tables = [open_table(output, shard, names) for shard in shards]
+    if not tables:
+        return
+    table = pa.concat_tables(tables)
+    sizes = [len(part) for part in tables]
+    shard = np.repeat(np.arange(len(sizes)), sizes)
+    row = np.concatenate([np.arange(size) for size in sizes])
+    record = np.array([-1 if k is None else k for group in groups for k in group.kept], np.int64)
+    order = np.argsort(record, kind="stable")[(record < 0).sum() :]
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        chosen = order[start : start + ROWS_AT_ONCE]
+        for place, found in zip(chosen, table.take(chosen).to_pylist(), strict=True):
+            yield {**found, "token_shard": int(shard[place]), "token_row": int(row[place])}
 
 
 def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
@@ -152,12 +176,15 @@ def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildConfig) -> None:
-    """Write every entry that is not kept as Parquet, with what its file says of it."""
+def write_quarantine(
+    path: Output, entries: Sequence[PackedEntry], config: BuildConfig
+) -> ShardFacts:
+    """Write every entry that is not kept as Parquet, with what its file says of it; its facts."""
     bad = [entry for entry in entries if not entry.verdict.kept]
     texts = _read_again(entries, config)
     table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
-    write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+    facts = write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+    return replace(facts, rows=len(bad))
 
 
 def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:

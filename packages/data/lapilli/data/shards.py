@@ -9,26 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from lapilli.data.errors import DataError
+from lapilli.data.output import Output, RemotePath
 
 __all__ = [
     "IMAGE_SCHEMA",
+    "INPUT_SCHEMA",
+    "JPEG_SCHEMA",
     "OK",
     "SELECTION_SCHEMA",
     "TEMPORARY",
     "TOKEN_SCHEMA",
+    "UNUSED",
     "ShardFacts",
     "finished_facts",
     "open_table",
     "sha256_file",
+    "stand_for",
     "write_atomic",
     "write_json",
     "write_shard",
@@ -36,6 +43,7 @@ __all__ = [
 
 TEMPORARY = ".tmp"
 OK = "ok"  # status of an image that a view has pixels of
+UNUSED = "unused"  # status of a slot whose image no record names any more
 
 # Images are large_binary: 32-bit offsets overflow at 2 GiB.
 IMAGE_SCHEMA = pa.schema(
@@ -45,8 +53,23 @@ IMAGE_SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
-        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB
+        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB; "jpeg"; "original"
         ("pixels", pa.large_binary()),
+    ]
+)
+JPEG_SCHEMA = pa.schema(
+    [
+        *IMAGE_SCHEMA,
+        ("absolute_error", pa.int64()),  # what JPEG has changed, summed over the image's values
+        ("squared_error", pa.int64()),
+        ("worst_error", pa.int32()),
+    ]
+)
+INPUT_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # "image" by slot, then "record" by token row
+        ("name", pa.string()),
+        ("stamp", pa.binary()),  # tells the content under the name from another
     ]
 )
 TOKEN_SCHEMA = pa.schema(
@@ -92,12 +115,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
     """Let `write` fill a temporary file beside `path`, flush it and rename it over `path`.
+
+    An object of a store is written to a local file first and stored whole.
+
+    Returns:
+        The file's facts, with its bare name as `path` and no rows.
 
     Raises:
         DataError: The disk is full or the folder cannot be written; nothing stands under `path`.
     """
+    if isinstance(path, RemotePath):
+        return _store(path, write)
     # Two nodes may share a disk and a process id, and Ray may start a task twice.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:
@@ -105,6 +135,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        facts = ShardFacts(path.name, 0, temporary.stat().st_size, sha256_file(temporary))
         temporary.replace(path)
     except OSError as error:
         raise DataError(
@@ -112,9 +143,24 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+    return facts
 
 
-def write_json(path: Path, value: Any) -> None:
+def _store(path: RemotePath, write: Callable[[Path], None]) -> ShardFacts:
+    try:
+        with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
+            local = Path(folder) / "file"
+            write(local)
+            path.put(local)
+            return ShardFacts(path.name, 0, local.stat().st_size, sha256_file(local))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}); free space in {tempfile.gettempdir()}, where "
+            "shards lie until they are stored, or set TMPDIR"
+        ) from None
+
+
+def write_json(path: Output, value: Any) -> None:
     """Write a JSON file atomically; see `write_atomic`."""
     text = json.dumps(value, indent=1)
     write_atomic(path, lambda temporary: _write_text(temporary, text))
@@ -125,7 +171,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_shard(
-    output: Path, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
+    output: Output, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
 ) -> ShardFacts:
     """Write one record batch as an Arrow IPC file and its facts beside it.
 
@@ -134,43 +180,69 @@ def write_shard(
     """
     arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
     batch = pa.record_batch(arrays, schema=schema)
-    path = output / name
 
     def write(temporary: Path) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
 
-    write_atomic(path, write)
-    facts = ShardFacts(name, batch.num_rows, path.stat().st_size, sha256_file(path))
-    write_json(_facts_path(path), asdict(facts))
+    written = write_atomic(output / name, write)
+    facts = replace(written, path=name, rows=batch.num_rows)
+    write_json(_facts_path(output / name), asdict(facts))
     return facts
 
 
-def _facts_path(path: Path) -> Path:
+def stand_for(output: Output, facts: ShardFacts, name: str) -> None:
+    """Let a file be found under `name` too, without a second copy where the disk has links."""
+    source, target = output / facts.path, output / name
+    if isinstance(source, RemotePath) and isinstance(target, RemotePath):
+        target.copy_from(source)
+    elif isinstance(source, Path):
+        write_atomic(target, lambda temporary: _link(source, temporary))
+    write_json(_facts_path(output / name), asdict(replace(facts, path=name)))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _facts_path(path: Output) -> Output:
     return path.with_name(f"{path.name}.json")
 
 
-def finished_facts(output: Path, name: str) -> ShardFacts | None:
-    """The facts of a shard that an earlier run finished, or None if it is missing or damaged."""
+def finished_facts(output: Output, name: str) -> ShardFacts | None:
+    """The facts of a shard that an earlier run finished, or None if it is missing or damaged.
+
+    In a store only the size is compared: the store has checksums of its own.
+    """
     path = output / name
     try:
         facts = ShardFacts(**json.loads(_facts_path(path).read_text(encoding="utf-8")))
-        whole = path.stat().st_size == facts.bytes and sha256_file(path) == facts.sha256
+        if isinstance(path, RemotePath):
+            whole = path.size == facts.bytes
+        else:
+            whole = path.stat().st_size == facts.bytes and sha256_file(path) == facts.sha256
     except (OSError, ValueError, TypeError):
         return None
     return facts if whole and facts.path == name else None
 
 
-def open_table(output: Path, facts: ShardFacts) -> pa.Table:
+def open_table(output: Output, facts: ShardFacts, columns: Sequence[str] | None = None) -> pa.Table:
     """Memory-map a shard after checking its size; nothing is read yet.
+
+    `columns` are those to open, all if it is None; from a store just these are read.
 
     Raises:
         DataError: The file is missing, of another size than the manifest says, or no Arrow file.
     """
     path = output / facts.path
     try:
-        size = path.stat().st_size
+        size = path.size if isinstance(path, RemotePath) else path.stat().st_size
     except OSError:
+        size = None
+    if size is None:
         raise DataError(
             f"{path}: missing; run preprocess again, it rebuilds what is missing"
         ) from None
@@ -180,8 +252,21 @@ def open_table(output: Path, facts: ShardFacts) -> pa.Table:
             "run preprocess again, it rebuilds what is damaged"
         )
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+        if isinstance(path, RemotePath):
+            return path.read_with(lambda file: _read_columns(file, columns))
+        table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+        return table if columns is None else table.select(list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: damaged ({type(error).__name__}); run preprocess again, it rebuilds it"
         ) from None
+
+
+def _read_columns(file: Any, columns: Sequence[str] | None) -> pa.Table:
+    """Columns of an Arrow file that is read by parts."""
+    source = pa.PythonFile(file, mode="r")
+    schema = pa.ipc.open_file(source).schema
+    fields = None if columns is None else [schema.get_field_index(name) for name in columns]
+    options = pa.ipc.IpcReadOptions(included_fields=fields)
+    table = pa.ipc.open_file(source, options=options).read_all()
+    return table if columns is None else table.select(list(columns))

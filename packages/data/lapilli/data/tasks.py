@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,12 @@ import numpy as np
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
 from lapilli.data.image_shard import image_columns
+from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
 from lapilli.data.shards import (
     IMAGE_SCHEMA,
+    JPEG_SCHEMA,
     TOKEN_SCHEMA,
     ShardFacts,
     finished_facts,
@@ -41,7 +42,7 @@ __all__ = ["finished_task", "run_task"]
 RECORDS_AT_ONCE = 256  # bounds what is held beside the shard's own columns: some 20 MB
 
 
-def finished_task(task: Task, output: Path) -> ShardFacts | None:
+def finished_task(task: Task, output: Output) -> ShardFacts | None:
     """The facts of a task's shard if an earlier run finished it, or None if it is to be made.
 
     The plan saw every file, so a file that was gone when it was read leaves a shard that does not
@@ -49,13 +50,13 @@ def finished_task(task: Task, output: Path) -> ShardFacts | None:
     """
     facts = finished_facts(output, task.name)
     if facts is not None and isinstance(task, ImageTask):
-        statuses: set[Any] = set(open_table(output, facts)["status"].to_pylist())
+        statuses: set[Any] = set(open_table(output, facts, ["status"])["status"].to_pylist())
         if str(Reason.IMAGE_MISSING) in statuses:
             return None
     return facts
 
 
-def run_task(task: Task, output: Path) -> ShardFacts:
+def run_task(task: Task, output: Output) -> ShardFacts:
     """Make one shard, in this process.
 
     Raises:
@@ -73,7 +74,8 @@ def run_task(task: Task, output: Path) -> ShardFacts:
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
-        return write_shard(output, task.name, image_columns(task), IMAGE_SCHEMA)
+        schema = JPEG_SCHEMA if task.encoding.kind == "jpeg" else IMAGE_SCHEMA
+        return write_shard(output, task.name, image_columns(task), schema)
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:

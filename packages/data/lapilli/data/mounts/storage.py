@@ -52,4 +52,11 @@ def _by_pyarrow(scheme: str) -> Any:
     if scheme != "s3":
         return ArrowFSWrapper(GcsFileSystem())
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return ArrowFSWrapper(S3FileSystem(endpoint_override=endpoint))
+    if endpoint:
+        # The SDK's own checksums come in chunks without a length, which other servers refuse.
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    # Delayed opening makes a small object one PUT instead of the three calls of an upload in parts.
+    # Writing in the background was seen to hang with it.
+    return ArrowFSWrapper(
+        S3FileSystem(endpoint_override=endpoint, allow_delayed_open=True, background_writes=False)
+    )

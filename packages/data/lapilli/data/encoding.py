@@ -1,0 +1,128 @@
+"""How a view's pixels are stored: as they are, or as JPEG with its error measured."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import PIL
+from PIL import Image, features
+
+from lapilli.data.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "ORIGINAL",
+    "Encoding",
+    "decode_pixels",
+    "encode_pixels",
+    "encoding_error",
+    "estimated_bytes",
+]
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the pixels of a view lie in its shards.
+
+    Attributes:
+        kind: `raw` is uint8 height x width x RGB, read without any work; `jpeg` takes a tenth of
+            the disk and is decoded whenever it is read; `original`, the bytes of the source, is
+            set by `keep_original`.
+        quality: Of `jpeg`, 1 to 100. Chroma is kept whole (4:4:4).
+    """
+
+    kind: Literal["raw", "jpeg", "original"] = "raw"
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if not 1 <= self.quality <= 100:
+            raise DataError(f"encodings.quality: {self.quality}; expected 1 to 100, e.g. 95")
+
+    def describe(self) -> str:
+        """The encoding with what decides its bytes."""
+        if self.kind != "jpeg":
+            return self.kind
+        return f"jpeg {self.quality} by pillow {PIL.__version__} ({_libjpeg()})"
+
+
+def _libjpeg() -> str:
+    name = "libjpeg_turbo"
+    version = features.version_feature(name) if features.check_feature(name) else None
+    return f"libjpeg-turbo {version}" if version else f"libjpeg {features.version_codec('jpg')}"
+
+
+def encode_pixels(pixels: NDArray[np.uint8], encoding: Encoding) -> dict[str, Any]:
+    """The columns of an image row that the encoding decides.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        encoding: `raw` or `jpeg`.
+
+    Returns:
+        `pixels`, the bytes to store; for `jpeg` also `absolute_error` and `squared_error`, summed
+        over the values (0 to 255), and `worst_error`, the largest.
+    """
+    if encoding.kind == "raw":
+        return {"pixels": pixels.tobytes()}
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=0)
+    data = buffer.getvalue()
+    error = np.abs(decode_pixels(data, "jpeg").astype(np.int16) - pixels)
+    flat = error.ravel().astype(np.int64)
+    return {
+        "pixels": data, "absolute_error": int(flat.sum()), "squared_error": int(flat @ flat),
+        "worst_error": int(flat.max()),
+    }  # fmt: skip
+
+
+def decode_pixels(data: Any, kind: str) -> NDArray[np.uint8]:
+    """Stored JPEG bytes (any buffer) to uint8 [height, width, 3].
+
+    Raises:
+        DataError: Another encoding; raw pixels need no decoding, source bytes make no square.
+    """
+    if kind != "jpeg":
+        raise DataError(f"encoding: {kind!r} holds no squares of pixels; open another view")
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return np.array(image.convert("RGB"))
+
+
+def estimated_bytes(values: int, encoding: Encoding) -> int:
+    """Bytes that an image of so many values will take, to say before the work what disk it needs.
+
+    Photos of 336 px took 0.13, 0.21 and 0.33 of their raw bytes at qualities 80, 90 and 95.
+    """
+    if encoding.kind != "jpeg":
+        return values
+    return int(values * (0.35 if encoding.quality > 90 else 0.25))
+
+
+def encoding_error(rows: Iterable[tuple[int, int, int]], values: int) -> dict[str, float]:
+    """The error of a view stored as JPEG, over all its images.
+
+    Args:
+        rows: Absolute, squared and worst error of each image, as `encode_pixels` has them.
+        values: Values (pixels x channels) of an image.
+
+    Returns:
+        `mean` (absolute, 0 to 255), `psnr` in dB (10 log10(255^2 / mean square)), `worst`.
+    """
+    table = np.array(list(rows), np.int64).reshape(-1, 3)
+    if not len(table):
+        return {}
+    absolute, squared = (float(column.sum()) / (len(table) * values) for column in table.T[:2])
+    psnr = 10 * math.log10(255**2 / squared) if squared else math.inf
+    return {
+        "mean": round(absolute, 4), "psnr": round(min(psnr, 999.0), 2),
+        "worst": int(table[:, 2].max()),
+    }  # fmt: skip
