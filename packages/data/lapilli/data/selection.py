@@ -157,7 +157,7 @@ def write_quarantine(path: Path, entries: Sequence[PackedEntry], config: BuildCo
     bad = [entry for entry in entries if not entry.verdict.kept]
     texts = _read_again(entries, config)
     table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
-    write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
 def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:

@@ -180,7 +180,8 @@ def open_table(output: Path, facts: ShardFacts) -> pa.Table:
             "run preprocess again, it rebuilds what is damaged"
         )
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+        with pa.memory_map(str(path), "r") as file:  # the map outlives the descriptor
+            return pa.ipc.open_file(file).read_all()
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: damaged ({type(error).__name__}); run preprocess again, it rebuilds it"
