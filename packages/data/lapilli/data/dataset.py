@@ -254,7 +254,7 @@ def _rows_of(table: pa.Table, split: str, path: Path) -> NDArray[np.int64]:
     """The rows of an epoch of a split, in the order of the selection."""
     if split not in (TRAIN, HELD_OUT):
         raise DataError(f"split: {split!r}; expected {TRAIN} or {HELD_OUT}")
-    chosen = pc.equal(table["split"], split).to_numpy()
+    chosen = pc.call_function("equal", [table["split"], pa.scalar(split)]).to_numpy()
     if not chosen.any():
         raise DataError(
             f"split: {path} holds nothing out; set `mixture.held_out` and preprocess again"

@@ -84,6 +84,22 @@ class Mirror:
             self._copy(shard, path)
             yield self.folder
 
+    def read_manifest(self) -> bytes:
+        """The manifest as it is at the address now.
+
+        Raises:
+            DataError: There is no dataset, or the address cannot be read.
+        """
+        try:
+            return self._storage.cat_file(self._remote(NAME))
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.address}: no dataset there (no {NAME}); copy the --output of a preprocess "
+                "there"
+            ) from None
+        except OSError as error:
+            raise self._unreadable(NAME, error) from None
+
     def check_sizes(self, shards: Iterable[ShardFacts]) -> None:
         """Notice a shard that is missing or cut at the address; one listing.
 
@@ -106,12 +122,13 @@ class Mirror:
         temporary = path.with_name(f".{path.name}{TEMPORARY}")
         try:
             self._reserve(shard, temporary)
+            error: OSError | None = None
             for attempt in range(TRIES):
                 try:
                     if self.download(shard, temporary) == shard.sha256:
                         temporary.replace(path)
                         return
-                    error: OSError | None = None
+                    error = None
                 except OSError as failed:
                     error = failed
                 if attempt < TRIES - 1:
@@ -197,14 +214,7 @@ def open_mirror(
     root = Path(cache or os.environ.get(CACHE) or home).absolute()
     most = limit if limit is not None else os.environ.get(CACHE_LIMIT) or None
     mirror = Mirror(address, root, root, None if most is None else parse_bytes(most))
-    try:
-        data: bytes = mirror._storage.cat_file(mirror._remote(NAME))
-    except FileNotFoundError:
-        raise DataError(
-            f"{address}: no dataset there (no {NAME}); copy the --output of a preprocess there"
-        ) from None
-    except OSError as error:
-        raise mirror._unreadable(NAME, error) from None
+    data = mirror.read_manifest()
     # Its bytes name the folder: the fingerprint alone leaves out how much of an epoch is what.
     name = f"{address.rpartition('/')[2]}-{hashlib.sha256(data).hexdigest()[:16]}"
     folder = root / name
