@@ -164,8 +164,8 @@ def _tell_lengths(page: Page, manifest: Manifest, selection: pa.Table) -> None:
         patches = (int(view.spec.get("size", 0)) // PATCH) ** 2
         if patches:
             rows.append([f"view {name}", patches, *_spread(text + images * patches)])
-    note = f"records by length, an image as a tower with patches of {PATCH} px sees it"
-    page.table(columns, rows, caption=note)
+    page.text(f"Records by length, an image as a tower with patches of {PATCH} px sees it:")
+    page.table(columns, rows)
 
 
 def _spread(lengths: NDArray[np.int64]) -> list[object]:
@@ -285,10 +285,12 @@ def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildCo
     else:
         page.table(
             ["reason", "records", "what to do"],
-            [[reason, count, REMEDIES.get(reason, "see its detail")]
-             for reason, count in sorted(reasons.items(), key=lambda item: -item[1])],
-            caption="all of them, with detail and record: quarantine.parquet",
-        )  # fmt: skip
+            [
+                [reason, count, REMEDIES.get(reason, "see its detail")]
+                for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+            ],
+        )
+        page.text("All of them, with detail and record, are in quarantine.parquet.")  # fmt: skip
         mounts = _Mounts(config)
         for reason, rows in _examples(path):
             _tell_reason(page, reason, reasons.get(reason, len(rows)), rows, mounts)
@@ -357,7 +359,7 @@ def _tell_reason(
     else:
         page.table(
             ["record", "detail", "what the file says"],
-            [[excerpt(row["sample_id"]), row["detail"], (row["record"] or "")[:160]]
+            [[excerpt(row["sample_id"]), row["detail"], (row["record"] or "")[:100]]
              for row in rows],
         )  # fmt: skip
 
@@ -379,7 +381,7 @@ def _crossed() -> bytes:
     y, x = np.mgrid[0:THUMBNAIL, 0:THUMBNAIL]
     on_cross = (abs(x - y) < 2) | (abs(x + y - THUMBNAIL + 1) < 2)
     edge = np.minimum(np.minimum(x, y), THUMBNAIL - 1 - np.maximum(x, y)) < 2
-    grey = np.where(on_cross | edge, 150, 205).astype(np.uint8)
+    grey = np.where(on_cross | edge, 90, 140).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(grey).save(buffer, "PNG")
     return buffer.getvalue()
