@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lapilli.data import integrity
-from lapilli.data.integrity import verify_dataset
+from lapilli.data.integrity import repair_dataset, verify_dataset
 from lapilli.data.runners import run_here
+from pipelines import verify
 from pipelines.command import run
 from pipelines.show import main
 from tests.factories import build_dataset, make_mixture, make_tokenizer
@@ -50,7 +51,7 @@ def test_damage_is_named_with_exit_code_1_and_mended(
     assert f"  {SHARD}: cut short\n" in out
     assert "  notes.txt: foreign" in out
     assert f"python -m pipelines.show {damaged} --repair" in out
-    monkeypatch.setitem(integrity.repair_dataset.__kwdefaults__, "runner", run_here)
+    monkeypatch.setattr(verify, "repair_dataset", partial(repair_dataset, runner=run_here))
     assert main([str(damaged), "--repair"]) == 0
     out = capsys.readouterr().out
     assert "1 shard made again" in out
