@@ -10,11 +10,14 @@ settings that have changed and makes only what these touch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lapilli.data.build import BuildReport, build, task_bytes
 from lapilli.data.config import BuildConfig
+from lapilli.data.mirror import is_address
 from lapilli.data.plan import BuildPlan, plan_build
+from lapilli.data.report import BuildTime, write_dataset_report
 from pipelines.command import parse, progress_bar, run, say
 
 
@@ -27,6 +30,9 @@ def preprocess(config: BuildConfig) -> BuildReport:
         task = bar.add_task("shards", total=None)
         report = build(plan, lambda done, total: bar.update(task, completed=done, total=total))
     tell_report(report)
+    if not is_address(config.output):
+        time = BuildTime(report.seconds, report.shards_built, report.shards_reused)
+        say(f"report: {write_dataset_report(Path(config.output), plan.config, time=time)}")
     return report
 
 

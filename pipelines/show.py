@@ -1,6 +1,7 @@
 """A dataset or a run as a table, several side by side; conversations with what is trained marked.
 
 python -m pipelines.show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
+python -m pipelines.show DATASET [...] --verify | --repair [--root DIR] | --report
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from rich.table import Table
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import read_manifest
 from lapilli.data.page import GalleryItem, Page
+from lapilli.data.report import write_dataset_report
 from lapilli.data.transcript import Piece
 from lapilli.train.errors import TrainError
 from pipelines import command
 from pipelines.command import UsageError, read_arguments, run, say
 from pipelines.describe import Description, counted, describe, read_json
 from pipelines.transcript import has_colour, print_transcript, read_transcript
+from pipelines.verify import settings_of, verify_folders
 
 __all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]
 
 COLUMN = 24  # characters a column needs for its lines to be read
 LONGEST_NAME = 18
+DAMAGED = 1  # exit code of --verify
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class ShowConfig:
     tokens: bool
     view: str
     html: str
+    verify: bool
+    repair: bool
+    root: str
+    report: bool
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,21 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
     )
     parser.add_argument("--view", type=str, default="", help="a dataset's view; else its first")
     parser.add_argument("--html", type=str, default="", help="write all of it as one page, too")
+    parser.add_argument("--verify", action="store_true", help="hash every byte of the datasets")
+    parser.add_argument(
+        "--repair", action="store_true", help="verify, and make again what is damaged"
+    )
+    parser.add_argument("--root", type=str, default="", help="where --repair reads, if it moved")
+    parser.add_argument("--report", action="store_true", help="write the datasets' report.html")
     found = read_arguments(parser, argv)
     samples = int(found.tokens) if found.samples is None else found.samples
     if samples < 0:
         raise UsageError(f"samples: {samples}; expected 0 or more")
     folders = tuple(Path(folder) for folder in found.folders)
-    return ShowConfig(folders, samples, found.tokens, found.view, found.html)
+    return ShowConfig(
+        folders, samples, found.tokens, found.view, found.html,
+        found.verify or found.repair, found.repair, found.root, found.report,
+    )  # fmt: skip
 
 
 def show(config: ShowConfig, console: Console) -> None:
@@ -242,7 +259,15 @@ def write_page(page: Page, path: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    show(read_config(argv), command.console)
+    config = read_config(argv)
+    if config.verify or config.root:
+        whole = verify_folders(config.folders, repair=config.repair, root=config.root)
+        return 0 if whole else DAMAGED
+    if config.report:
+        for folder in config.folders:
+            say(f"report: {write_dataset_report(folder, settings_of(folder))}")
+        return 0
+    show(config, command.console)
     return 0
 
 

@@ -19,8 +19,8 @@ from lapilli.data.manifest import read_manifest
 from lapilli.data.output import Output, RemotePath, open_output
 from lapilli.data.plan import Task, plan_build
 from lapilli.data.runners import run_here
-from tests.data.s3_server import failing_proxy, serve, use_endpoint
 from tests.factories import CLIP_MEAN, build_config, make_mixture, make_tokenizer
+from tests.object_store import failing_proxy, serve, use_endpoint
 
 
 class Store(LocalFileSystem):

@@ -13,9 +13,9 @@ from lapilli.data.config import SourceConfig
 from lapilli.data.images import BadImage
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.record import Reason, Verdict
-from tests.data.s3_server import serve, use_endpoint
 from tests.data.test_archives import write_tar, write_zip
 from tests.factories import Mixture, build_dataset, conversation, image_bytes, make_tokenizer
+from tests.object_store import serve_s3
 
 PHOTO = image_bytes("jpeg", 30, 20)
 
@@ -31,7 +31,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (bucket / "coco" / "empty.jpg").write_bytes(b"")
     write_zip(bucket / "gqa" / "images.zip", {f"images/{n}.jpg": PHOTO for n in range(5)})
     write_tar(bucket / "shards" / "0.tar", {"000.jpg": PHOTO, "001.jpg": b"one"})
-    with serve(folder) as port, use_endpoint(port):
+    with serve_s3(folder):
         yield bucket
 
 

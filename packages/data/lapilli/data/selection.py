@@ -183,7 +183,9 @@ def write_quarantine(
     bad = [entry for entry in entries if not entry.verdict.kept]
     texts = _read_again(entries, config)
     table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
-    facts = write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+    facts = write_atomic(
+        path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True)
+    )
     return replace(facts, rows=len(bad))
 
 

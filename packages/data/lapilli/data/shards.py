@@ -254,7 +254,8 @@ def open_table(output: Output, facts: ShardFacts, columns: Sequence[str] | None 
     try:
         if isinstance(path, RemotePath):
             return path.read_with(lambda file: _read_columns(file, columns))
-        table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+        with pa.memory_map(str(path), "r") as file:  # the map outlives the descriptor
+            table = pa.ipc.open_file(file).read_all()
         return table if columns is None else table.select(list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(

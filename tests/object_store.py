@@ -19,7 +19,7 @@ import pytest
 
 from lapilli.data.mounts.storage import open_storage
 
-__all__ = ["failing_proxy", "serve", "use_endpoint"]
+__all__ = ["failing_proxy", "serve", "serve_s3", "use_endpoint"]
 
 KEY, SECRET = "loopback-key", "loopback-secret"
 
@@ -65,6 +65,13 @@ def use_endpoint(port: int) -> Iterator[None]:
         open_storage.cache_clear()
         yield
         open_storage.cache_clear()
+
+
+@contextmanager
+def serve_s3(folder: Path) -> Iterator[None]:
+    """Serve `folder/BUCKET/...` as `s3://BUCKET/...` to this process and those it starts."""
+    with serve(folder) as port, use_endpoint(port):
+        yield
 
 
 @contextmanager
