@@ -56,7 +56,8 @@ def test_without_torch_the_torch_resizer_is_refused(
 @pytest.mark.usefixtures("stock")
 def test_codecs_name_versions_without_the_local_part() -> None:
     codecs = resolve_codecs("torch")
-    assert codecs.decoder == "pillow 13.0.0"
+    jpeg = importlib.metadata.version("simplejpeg")
+    assert codecs.decoder == f"simplejpeg {jpeg} and pillow 13.0.0"
     assert codecs.resizer_version == importlib.metadata.version("torch").split("+")[0]
     assert resolve_codecs("pillow").resizer_version == "13.0.0"
 

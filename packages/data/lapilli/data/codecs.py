@@ -76,8 +76,9 @@ def resolve_codecs(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Codecs
         DataError: The resizer asked for is not installed.
     """
     resizer = resolve_resizer(wanted)
-    pillow = f"pillow {PIL.__version__}"
+    version = importlib.metadata.version("simplejpeg")
+    decoder = f"simplejpeg {version} and pillow {PIL.__version__}"
     if resizer == "torch":
         # the local part (+cpu, +cu130) is one set of kernels for this operation
-        return Codecs(pillow, resizer, importlib.metadata.version("torch").partition("+")[0])
-    return Codecs(pillow, resizer, PIL.__version__)
+        return Codecs(decoder, resizer, importlib.metadata.version("torch").partition("+")[0])
+    return Codecs(decoder, resizer, PIL.__version__)
