@@ -279,11 +279,13 @@ def _resize_with_torch(image: NDArray[np.uint8], width: int, height: int) -> NDA
 
     if not image.flags.writeable:  # Pillow's memory; torch warns of what it might write
         image = image.copy()
-    tensor = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # channels-last: SIMD
+    # `reshape`, not `unsqueeze`: only with the strides of a whole batch does torch see
+    # channels-last, whose code is SIMD and needs no copy, neither before nor after.
+    tensor = torch.from_numpy(image.reshape(1, *image.shape)).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
         tensor, (height, width), mode="bicubic", antialias=True, align_corners=False
     )
-    return resized.squeeze(0).permute(1, 2, 0).contiguous().numpy()
+    return resized.permute(0, 2, 3, 1).contiguous().numpy()[0]
 
 
 def prepare(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
