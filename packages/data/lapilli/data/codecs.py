@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import PIL
@@ -12,7 +14,9 @@ import PIL
 from lapilli.data.errors import DataError
 from lapilli.data.images import Resizer
 
-__all__ = ["Codecs", "resolve_codecs", "resolve_resizer"]
+__all__ = ["Codecs", "note_simd", "replaced_simd", "resolve_codecs", "resolve_resizer"]
+
+SIMD_NOTE = "lapilli-pillow-simd"  # in the environment's folder: the version that was built there
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,25 @@ class Codecs:
 def is_simd() -> bool:
     """Whether the Pillow that is loaded is pillow-simd (its versions end in `.postN`)."""
     return ".post" in PIL.__version__
+
+
+def note_simd() -> None:
+    """Write down, in this environment, that pillow-simd was built for it."""
+    (Path(sys.prefix) / SIMD_NOTE).write_text(PIL.__version__, encoding="utf-8")
+
+
+def replaced_simd() -> str:
+    """One line if pillow-simd was built here and another Pillow is loaded; else ""."""
+    try:
+        built = (Path(sys.prefix) / SIMD_NOTE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+    if built == PIL.__version__:
+        return ""
+    return (
+        f"pillow-simd {built} was built here, Pillow {PIL.__version__} is loaded: an install has "
+        "replaced it; run make simd again"
+    )
 
 
 def resolve_resizer(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Resizer:
