@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lapilli.data.build import BuildReport, build
+from lapilli.data.codecs import replaced_simd
 from lapilli.data.config import BuildConfig
 from lapilli.data.plan import BuildPlan, plan_build
-from pipelines.command import parse, progress_bar, run, say
+from pipelines.command import parse, run, say
+from pipelines.live import build_line
 
 
 def preprocess(config: BuildConfig) -> BuildReport:
@@ -20,9 +22,8 @@ def preprocess(config: BuildConfig) -> BuildReport:
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     plan = plan_build(config)
     tell_plan(plan)
-    with progress_bar() as bar:
-        task = bar.add_task("shards", total=None)
-        report = build(plan, lambda done, total: bar.update(task, completed=done, total=total))
+    with build_line() as runner:
+        report = build(plan, runner=runner)
     tell_report(report)
     return report
 
@@ -33,6 +34,8 @@ def tell_plan(plan: BuildPlan) -> None:
     codecs = ", ".join(f"{view}: {value.describe()}" for view, value in plan.codecs.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
     say(f"{plan.pixel_bytes() / 1e9:.3f} GB of pixels to write ({codecs})")
+    if replaced := replaced_simd():
+        say(f"warning: {replaced}")
 
 
 def tell_report(report: BuildReport) -> None:
