@@ -321,14 +321,18 @@ def machine_rows() -> Iterator[Row]:
 def codecs_row() -> Row:
     """Decoder and resizer that `resizer: auto` takes here."""
 
-    def probe() -> str:
-        from lapilli.data.codecs import resolve_codecs
+    def probe() -> tuple[str, str]:
+        from lapilli.data.codecs import replaced_simd, resolve_codecs
 
-        return resolve_codecs("auto").describe()
+        return resolve_codecs("auto").describe(), replaced_simd()
 
-    found, error = attempt(probe)
-    remedy = f'{PIP} -e ".[dev]"'
-    return Row("images", error, "missing", remedy) if error else Row("images", found)
+    answer, error = attempt(probe)
+    if error:
+        return Row("images", error, "missing", f'{PIP} -e ".[dev]"')
+    found, replaced = answer
+    if replaced:
+        return Row("images", f"{found}; {replaced}", "note", "make simd")
+    return Row("images", found)
 
 
 def torch_rows() -> Iterator[Row]:

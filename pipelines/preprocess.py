@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.build import BuildReport, build, task_bytes
+from lapilli.data.codecs import replaced_simd
 from lapilli.data.config import BuildConfig
 from lapilli.data.mirror import is_address
 from lapilli.data.plan import BuildPlan, plan_build
 from lapilli.data.report import BuildTime, write_dataset_report
-from pipelines.command import parse, progress_bar, run, say
+from pipelines.command import parse, run, say
+from pipelines.live import build_line
 
 
 def preprocess(config: BuildConfig) -> BuildReport:
@@ -26,9 +28,8 @@ def preprocess(config: BuildConfig) -> BuildReport:
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     plan = plan_build(config)
     tell_plan(plan)
-    with progress_bar() as bar:
-        task = bar.add_task("shards", total=None)
-        report = build(plan, lambda done, total: bar.update(task, completed=done, total=total))
+    with build_line() as runner:
+        report = build(plan, runner=runner)
     tell_report(report)
     if not is_address(config.output):
         time = BuildTime(report.seconds, report.shards_built, report.shards_reused)
@@ -43,6 +44,8 @@ def tell_plan(plan: BuildPlan) -> None:
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
     tell_disk(plan)
     say(codecs)
+    if replaced := replaced_simd():
+        say(f"warning: {replaced}")
 
 
 def tell_disk(plan: BuildPlan) -> None:

@@ -284,8 +284,8 @@ def test_what_is_damaged_is_made_again(config: BuildConfig, tmp_path: Path, dama
 def test_a_build_that_was_stopped_goes_on(config: BuildConfig, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
-    def stopped(tasks: list[Task], output: Output, workers: int) -> Any:
-        yield from run_here(tasks[:3], output, workers)
+    def stopped(tasks: list[Task], where: Output, workers: int) -> Any:
+        yield from run_here(tasks[:3], where, workers)
         (output / "images" / "pad32").mkdir(parents=True, exist_ok=True)
         (output / "images" / "pad32" / ".00000.arrow.0123.tmp").write_bytes(b"half")
         raise KeyboardInterrupt

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import PIL
 import pytest
 
-from lapilli.data.codecs import resolve_codecs, resolve_resizer
+from lapilli.data.codecs import note_simd, replaced_simd, resolve_codecs, resolve_resizer
 from lapilli.data.errors import DataError
 
 
@@ -56,7 +58,8 @@ def test_without_torch_the_torch_resizer_is_refused(
 @pytest.mark.usefixtures("stock")
 def test_codecs_name_versions_without_the_local_part() -> None:
     codecs = resolve_codecs("torch")
-    assert codecs.decoder == "pillow 13.0.0"
+    jpeg = importlib.metadata.version("simplejpeg")
+    assert codecs.decoder == f"simplejpeg {jpeg} and pillow 13.0.0"
     assert codecs.resizer_version == importlib.metadata.version("torch").split("+")[0]
     assert resolve_codecs("pillow").resizer_version == "13.0.0"
 
@@ -70,3 +73,14 @@ def test_a_worker_with_other_versions_stops(change: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"this worker has .*; install the same versions") as caught:
         replace(codecs, **change).require()
     assert next(iter(change.values())) in str(caught.value)
+
+
+def test_a_replaced_pillow_simd_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert replaced_simd() == ""  # it was never built here
+    monkeypatch.setattr(PIL, "__version__", "12.1.1.post0")
+    note_simd()
+    assert replaced_simd() == ""
+    monkeypatch.setattr(PIL, "__version__", "13.0.0")
+    assert "pillow-simd 12.1.1.post0 was built here, Pillow 13.0.0 is loaded" in replaced_simd()
+    assert replaced_simd().endswith("run make simd again")

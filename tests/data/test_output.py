@@ -38,9 +38,9 @@ class Store(LocalFileSystem):
             self.failed += 1
             raise OSError("503 Slow Down\nplease")
 
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", *more: Any, **options: Any) -> Any:
         self._count()
-        return super()._open(path, mode, **options)
+        return super()._open(path, mode, *more, **options)
 
     def info(self, path: str, **options: Any) -> Any:
         self._count()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import PIL
@@ -12,7 +14,9 @@ import PIL
 from lapilli.data.errors import DataError
 from lapilli.data.images import Resizer
 
-__all__ = ["Codecs", "resolve_codecs", "resolve_resizer"]
+__all__ = ["Codecs", "note_simd", "replaced_simd", "resolve_codecs", "resolve_resizer"]
+
+SIMD_NOTE = "lapilli-pillow-simd"  # in the environment's folder: the version that was built there
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,25 @@ def is_simd() -> bool:
     return ".post" in PIL.__version__
 
 
+def note_simd() -> None:
+    """Write down, in this environment, that pillow-simd was built for it."""
+    (Path(sys.prefix) / SIMD_NOTE).write_text(PIL.__version__, encoding="utf-8")
+
+
+def replaced_simd() -> str:
+    """One line if pillow-simd was built here and another Pillow is loaded; else ""."""
+    try:
+        built = (Path(sys.prefix) / SIMD_NOTE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+    if built == PIL.__version__:
+        return ""
+    return (
+        f"pillow-simd {built} was built here, Pillow {PIL.__version__} is loaded: an install has "
+        "replaced it; run make simd again"
+    )
+
+
 def resolve_resizer(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Resizer:
     """The resizer a setting stands for here; `auto` takes pillow-simd, else torch.
 
@@ -76,8 +99,9 @@ def resolve_codecs(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Codecs
         DataError: The resizer asked for is not installed.
     """
     resizer = resolve_resizer(wanted)
-    pillow = f"pillow {PIL.__version__}"
+    version = importlib.metadata.version("simplejpeg")
+    decoder = f"simplejpeg {version} and pillow {PIL.__version__}"
     if resizer == "torch":
         # the local part (+cpu, +cu130) is one set of kernels for this operation
-        return Codecs(pillow, resizer, importlib.metadata.version("torch").partition("+")[0])
-    return Codecs(pillow, resizer, PIL.__version__)
+        return Codecs(decoder, resizer, importlib.metadata.version("torch").partition("+")[0])
+    return Codecs(decoder, resizer, PIL.__version__)

@@ -6,9 +6,10 @@ import functools
 import io
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from lapilli.data.errors import DataError
@@ -85,9 +86,9 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """An RGB image and the size of its source, before any scaling, in pixels."""
+    """RGB pixels, uint8 [height, width, 3], and the size of their source before any scaling."""
 
-    image: Image.Image
+    image: NDArray[np.uint8]
     source_width: int
     source_height: int
 
@@ -95,7 +96,8 @@ class Decoded:
 def decode(data: bytes, spec: ImageSpec) -> Decoded:
     """Decode `data` to RGB, whatever its extension said.
 
-    The pixel count is checked from the header, before anything is decoded.
+    The pixel count is checked from the header, before anything is decoded. Pillow reads the header
+    and has the last word: what libjpeg-turbo does not decode without a complaint, Pillow decodes.
 
     Raises:
         BadImage: `image_too_large` or `image_undecodable`.
@@ -104,13 +106,12 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             width, height = image.size
             _check_size(width, height, spec)
-            if spec.mode == "fast":
-                image.draft("RGB", _least_size(width, height, spec))
-            rgb = image.convert("RGB")
-            _check_size(*rgb.size, spec)  # an icon may hold more than its header says
+            pixels = _decode_jpeg(data, image, spec)
+            if pixels is None:
+                pixels = _decode_with_pillow(image, spec)
             if spec.orient == "exif":
-                rgb = _upright(rgb, image)
-            return Decoded(rgb, width, height)
+                pixels = _upright(pixels, image)
+            return Decoded(pixels, width, height)
     except Image.DecompressionBombError as error:
         raise BadImage(Reason.IMAGE_TOO_LARGE, _describe(error)) from None
     except BadImage:
@@ -118,6 +119,32 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
     except Exception as error:  # Pillow's decoders raise nearly any class on damaged input
         detail = f"{len(data)} bytes: {_describe(error)}"
         raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
+
+
+def _decode_jpeg(data: bytes, header: Image.Image, spec: ImageSpec) -> NDArray[np.uint8] | None:
+    """A JPEG's pixels straight from libjpeg-turbo, which are Pillow's; None leaves it to Pillow."""
+    if header.format not in ("JPEG", "MPO") or header.mode not in ("RGB", "L"):
+        return None  # CMYK and YCCK become RGB in Pillow's own way
+    width, height = header.size
+    options: dict[str, Any] = {}
+    if spec.mode == "fast":
+        step = _scale_down(width, height, spec)
+        least = {"min_width": -(-width // step), "min_height": -(-height // step)}
+        options = {"fastdct": True, "fastupsample": True} | (least if step > 1 else {})
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True, **options)
+    except ValueError:  # damaged, truncated or odd
+        return None
+    return pixels if spec.mode == "fast" or pixels.shape[:2] == (height, width) else None
+
+
+def _decode_with_pillow(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+    if spec.mode == "fast":
+        image.draft("RGB", _least_size(*image.size, spec))
+    image.load()
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    _check_size(*rgb.size, spec)  # an icon may hold more than its header says
+    return np.asarray(rgb)
 
 
 @functools.cache
@@ -157,69 +184,108 @@ def _least_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
     return -(-spec.size * width // longest), -(-spec.size * height // longest)
 
 
-def _upright(rgb: Image.Image, loaded: Image.Image) -> Image.Image:
+def _scale_down(width: int, height: int, spec: ImageSpec) -> int:
+    """By how much a JPEG may be scaled while it is decoded: 8, 4, 2, or 1 for not at all.
+
+    libjpeg-turbo has SIMD code for these; 5/8 and its like are no faster than a whole decoding.
+    """
+    least_width, least_height = _least_size(width, height, spec)
+    fitting = (n for n in (8, 4, 2) if width >= n * least_width and height >= n * least_height)
+    return next(fitting, 1)
+
+
+def _upright(pixels: NDArray[np.uint8], header: Image.Image) -> NDArray[np.uint8]:
     """Turn the picture as its EXIF says; an EXIF block that cannot be read says nothing."""
     try:
-        step = UPRIGHT.get(loaded.getexif().get(EXIF_ORIENTATION, 1))
+        step = UPRIGHT.get(header.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # as in `decode`: damaged blocks raise nearly any class
-        return rgb
-    return rgb if step is None else rgb.transpose(step)
+        return pixels
+    return pixels if step is None else np.asarray(Image.fromarray(pixels).transpose(step))
 
 
-def square(image: Image.Image, spec: ImageSpec, resizer: Resizer) -> NDArray[np.uint8]:
+def square(image: NDArray[np.uint8], spec: ImageSpec, resizer: Resizer) -> NDArray[np.uint8]:
     """Make an RGB image square as LLaVA does: pad then resize, or resize then crop.
+
+    Bicubic with antialiasing, across first and then down, with 8 bits between. Pillow 9.5 to 12.1
+    and torch do so too; Pillow 13 takes some tall images vertically first, up to 18 off at hard
+    edges. Since the passes are apart, rows of padding need no pass across, and columns that are
+    cut off none down: the pixels are those of the whole.
+
+    Args:
+        image: uint8 [height, width, 3].
+        spec: The view.
+        resizer: Who computes a pass.
 
     Returns:
         uint8 [size, size, 3].
     """
-    if spec.aspect == "pad":
-        return _resize(_pad(image, spec.fill), spec.size, spec.size, resizer)
+    height, width = image.shape[:2]
+    size = spec.size
     if spec.aspect == "stretch":
-        return _resize(image, spec.size, spec.size, resizer)
-    return _resize_and_crop(image, spec.size, resizer)
-
-
-def _pad(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """Centre the image on a square of `fill`; the odd pixel goes to the far side."""
-    width, height = image.size
-    if width == height:
-        return image
+        return _down(_across(image, size, resizer), size, resizer)
+    if spec.aspect == "crop":
+        short = min(width, height)
+        long_width, long_height = size * width // short, size * height // short
+        top, left = (long_height - size) // 2, (long_width - size) // 2
+        across = _across(image, long_width, resizer)[:, left : left + size]
+        return _down(np.ascontiguousarray(across), long_height, resizer)[top : top + size]
     side = max(width, height)
-    canvas = Image.new("RGB", (side, side), fill)
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    across = _across(_centre(image, height, side, spec.fill), size, resizer)
+    return _down(_centre(across, side, size, spec.fill), size, resizer)
+
+
+def _centre(
+    image: NDArray[np.uint8], height: int, width: int, fill: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    """The image in the middle of a canvas of `fill`; the odd pixel goes to the far side."""
+    rows, columns = image.shape[:2]
+    if (rows, columns) == (height, width):
+        return image
+    top, left = (height - rows) // 2, (width - columns) // 2
+    canvas = np.empty((height, width, 3), np.uint8)
+    line = np.tile(np.array(fill, np.uint8), (width, 1))  # whole rows are copied fast, pixels not
+    canvas[:top] = line
+    canvas[top + rows :] = line
+    middle = canvas[top : top + rows]
+    middle[:, :left] = line[:left]
+    middle[:, left + columns :] = line[left + columns :]
+    middle[:, left : left + columns] = image
     return canvas
 
 
-def _resize_and_crop(image: Image.Image, size: int, resizer: Resizer) -> NDArray[np.uint8]:
-    """Resize the short side to `size`, cut the centre: transformers' CLIP processor, on pixels."""
-    width, height = image.size
-    short = min(width, height)
-    width, height = size * width // short, size * height // short
-    pixels = _resize(image, width, height, resizer)
-    top, left = (height - size) // 2, (width - size) // 2
-    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+def _across(image: NDArray[np.uint8], width: int, resizer: Resizer) -> NDArray[np.uint8]:
+    """Resize horizontally."""
+    return _resize(image, width, image.shape[0], resizer)
 
 
-def _resize(image: Image.Image, width: int, height: int, resizer: Resizer) -> NDArray[np.uint8]:
-    """Bicubic with antialiasing to uint8 [height, width, 3]."""
-    if image.size == (width, height):
-        return np.asarray(image)
+def _down(image: NDArray[np.uint8], height: int, resizer: Resizer) -> NDArray[np.uint8]:
+    """Resize vertically."""
+    return _resize(image, image.shape[1], height, resizer)
+
+
+def _resize(
+    image: NDArray[np.uint8], width: int, height: int, resizer: Resizer
+) -> NDArray[np.uint8]:
+    """One pass; uint8 [height, width, 3]."""
+    if image.shape[:2] == (height, width):
+        return image
     if resizer == "torch":
-        return _resize_torch(np.asarray(image), width, height)
-    # Two calls fix the order of the passes: Pillow 9.5 to 12.1 and torch go horizontally first,
-    # Pillow 13 takes some tall images vertically first, up to 18 off at hard edges.
-    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    return np.asarray(across.resize((width, height), Image.Resampling.BICUBIC))
+        return _resize_with_torch(image, width, height)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _resize_torch(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+def _resize_with_torch(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     import torch
 
-    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0)  # channels-last: SIMD
+    if not image.flags.writeable:  # Pillow's memory; torch warns of what it might write
+        image = image.copy()
+    # `reshape`, not `unsqueeze`: only with the strides of a whole batch does torch see
+    # channels-last, whose code is SIMD and needs no copy, neither before nor after.
+    tensor = torch.from_numpy(image.reshape(1, *image.shape)).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
         tensor, (height, width), mode="bicubic", antialias=True, align_corners=False
     )
-    return resized.squeeze(0).permute(1, 2, 0).contiguous().numpy()
+    return resized.permute(0, 2, 3, 1).contiguous().numpy()[0]
 
 
 def prepare(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from lapilli.data.build import CONFIG, TOKENIZER, build
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME, PLAN, Manifest, read_manifest
+from lapilli.data.output import Output
 from lapilli.data.plan import Task, plan_build
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.shards import ShardFacts, sha256_file
@@ -175,7 +176,7 @@ def repair_dataset(
         )
     expected = {shard.path: shard for shard in _shards(manifest)}
 
-    def held_to_manifest(tasks: list[Task], output: Path, workers: int) -> Iterator[ShardFacts]:
+    def held_to_manifest(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
         for made in runner(tasks, output, workers):
             if made != expected.get(made.path):
                 raise DataError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 from lapilli.data.amend import Previous, row_stamp
 from lapilli.data.encoding import ORIGINAL
 from lapilli.data.images import BadImage, ImageSpec, decode
-from lapilli.data.mounts import Located, read_image
+from lapilli.data.mounts import Located
 from lapilli.data.mounts.places import Member
 from lapilli.data.output import Output, RemotePath
 from lapilli.data.record import Entry, Verdict, pack
@@ -22,14 +22,14 @@ from lapilli.data.shards import OK, ShardFacts, open_table
 __all__ = ["Originals", "original_row"]
 
 
-def original_row(root: Path, place: Located, spec: ImageSpec) -> dict[str, Any]:
+def original_row(read: Callable[[], bytes], spec: ImageSpec) -> dict[str, Any]:
     """An image's bytes as they are, with a status that says whether they can be decoded.
 
     Bytes that cannot be decoded are stored too: another view finds the same wrong with them.
     """
     row: dict[str, Any] = dict.fromkeys(("source_width", "source_height", "pixels"))
     try:
-        row["pixels"] = read_image(root, place)
+        row["pixels"] = read()
         decoded = decode(row["pixels"], spec)
     except BadImage as bad:
         return {**row, "status": str(bad.reason), "detail": bad.detail}

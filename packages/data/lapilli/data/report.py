@@ -370,7 +370,7 @@ def _bad_image(row: dict[str, Any], mounts: _Mounts) -> GalleryItem:
     try:
         data = None if row["reason"] == WORST else mounts.read(row)
         spec = ImageSpec(THUMBNAIL, (0, 0, 0))
-        image = None if data is None else _jpeg(decode(data, spec).image)
+        image = None if data is None else _jpeg(Image.fromarray(decode(data, spec).image))
     except (BadImage, DataError, OSError):
         image = None
     return GalleryItem(_crossed() if image is None else image, lines)

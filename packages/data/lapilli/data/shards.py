@@ -178,7 +178,10 @@ def write_shard(
     The facts are written last: a shard without them is not finished. One batch a file makes every
     row reachable by its number.
     """
-    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
+        for field, column in ((field, columns[field.name]) for field in schema)
+    ]
     batch = pa.record_batch(arrays, schema=schema)
 
     def write(temporary: Path) -> None:
