@@ -65,9 +65,25 @@ def write_large(
                   ("source", "record_id", "sample_id", "reason", "detail", "record")}),
         path / "quarantine.parquet",
     )  # fmt: skip
+    facts = _manifest(records, int(text.sum()), tokens, view, selection, size, per_shard)
+    write_json(path / PLAN, {})
+    write_manifest(path, facts)
+    return path
+
+
+def _manifest(
+    records: int,
+    total: int,
+    tokens: list[ShardFacts],
+    view: list[ShardFacts],
+    selection: ShardFacts,
+    size: int,
+    per_shard: int,
+) -> Manifest:
+    """The facts of the dataset; `total` is its text tokens."""
     used = {"kept": records, "held_out": 0, "used": records, "records": records,
-            "tokens": int(text.sum()), "epochs": 1.0, "share": 1.0}  # fmt: skip
-    manifest = Manifest(
+            "tokens": total, "epochs": 1.0, "share": 1.0}  # fmt: skip
+    return Manifest(
         format=FORMAT,
         fingerprint=selection.sha256,
         plan={},
@@ -77,7 +93,7 @@ def write_large(
         counts={"read": records, "kept": records, "quarantined": 0, "reasons": {},
                 "sources": {"mix665k": records}, "images": sum(s.rows for s in view),
                 "repairs": {}},
-        mixture={"unit": "records", "records": records, "tokens": int(text.sum()),
+        mixture={"unit": "records", "records": records, "tokens": total,
                  "held_out": 0, "sources": {"mix665k": used}},
         tokens=tokens,
         views={"wide": ViewFacts(
@@ -87,9 +103,6 @@ def write_large(
         selection=selection,
         versions={},
     )  # fmt: skip
-    write_json(path / PLAN, {})
-    write_manifest(path, manifest)
-    return path
 
 
 def _write(path: Path, name: str, columns: dict[str, Any], schema: pa.Schema) -> ShardFacts:

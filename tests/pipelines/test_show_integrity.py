@@ -15,7 +15,7 @@ from pipelines.command import run
 from pipelines.show import main
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 
-SHARD = "images/pad32/00001.arrow"
+SHARD = "images/pad32/00001-*.arrow"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(made: Path, tmp_path: Path) -> Path:
     """A copy with a cut shard and a stranger in it."""
     copy = shutil.copytree(made / "out", tmp_path / "out")
-    (copy / SHARD).write_bytes((copy / SHARD).read_bytes()[:-1])
+    shard = next(copy.glob(SHARD))
+    shard.write_bytes(shard.read_bytes()[:-1])
     (copy / "notes.txt").write_text("mine")
     return copy
 
@@ -48,7 +49,8 @@ def test_damage_is_named_with_exit_code_1_and_mended(
     assert main([str(damaged), "--verify"]) == 1
     out = capsys.readouterr().out
     assert "1 file damaged" in out
-    assert f"  {SHARD}: cut short\n" in out
+    name = next(damaged.glob(SHARD)).relative_to(damaged)
+    assert f"  {name}: cut short\n" in out
     assert "  notes.txt: foreign" in out
     assert f"python -m pipelines.show {damaged} --repair" in out
     monkeypatch.setattr(verify, "repair_dataset", partial(repair_dataset, runner=run_here))

@@ -218,16 +218,7 @@ def open_dataset(
     mirror = open_mirror(str(path), cache, cache_limit) if is_address(str(path)) else None
     path = mirror.folder if mirror else Path(path)
     manifest = read_manifest(path)
-    if view not in manifest.views:
-        raise DataError(
-            f"view: {view!r} is not in {path}; expected one of {', '.join(manifest.views)}, or "
-            "preprocess with that view"
-        )
-    if manifest.views[view].encoding["kind"] == ORIGINAL:
-        raise DataError(
-            f"view: {view!r} of {path} holds the images' files and no pixels; open another view, "
-            "or add one with preprocess --amend"
-        )
+    _check_view(path, manifest, view)
     if image_tokens < 1:
         raise DataError(f"image_tokens: {image_tokens}; expected at least 1 token an image")
     shards = [*manifest.tokens, *manifest.views[view].shards]
@@ -257,6 +248,20 @@ def open_dataset(
         too_long=int((~fits).sum()),
         mirror=mirror,
     )  # fmt: skip
+
+
+def _check_view(path: Path, manifest: Manifest, view: str) -> None:
+    """The view is there and holds pixels."""
+    if view not in manifest.views:
+        raise DataError(
+            f"view: {view!r} is not in {path}; expected one of {', '.join(manifest.views)}, or "
+            "preprocess with that view"
+        )
+    if manifest.views[view].encoding["kind"] == ORIGINAL:
+        raise DataError(
+            f"view: {view!r} of {path} holds the images' files and no pixels; open another view, "
+            "or add one with preprocess --amend"
+        )
 
 
 def _rows_of(table: pa.Table, split: str, path: Path) -> NDArray[np.int64]:

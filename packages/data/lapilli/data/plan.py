@@ -292,11 +292,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
             entries.append(checked.pack())
             entry_images.append(images)
         repairs.update(mount.repairs)
-    if unseen:
-        raise DataError(
-            f"exclude: {excerpt(min(unseen))!r} is no record's sample id; expected "
-            "source/record_id as in quarantine.parquet and selection.arrow"
-        )
+    _check_all_seen(unseen)
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     check_agreement(loaded, _first_texts(entries))
@@ -321,6 +317,15 @@ def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Temp
     """The folder of all that decides ids alike."""
     settings = [config.compat, config.max_text_length, writer_version()]
     return f"tokens/{digest([tokenizer.fingerprint, asdict(template), *settings])[:12]}"
+
+
+def _check_all_seen(excluded: set[str]) -> None:
+    """What is still to be excluded when all has been read is a mistake."""
+    if excluded:
+        raise DataError(
+            f"exclude: {excerpt(min(excluded))!r} is no record's sample id; expected "
+            "source/record_id as in quarantine.parquet and selection.arrow"
+        )
 
 
 def _without(entry: Entry, excluded: set[str]) -> Entry:
