@@ -65,6 +65,8 @@ class RunConfig:
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first.
         policy: Order of an epoch (`lapilli.data.sampler`).
+        remainder: What becomes of a global batch that the samples do not fill: `pad` with empty
+            slots, `short` with fewer micro-steps, or `drop` until another epoch.
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
         precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
@@ -88,6 +90,7 @@ class RunConfig:
     max_steps: int = 0
     max_length: int = 2048
     policy: Literal["grouped", "random"] = "grouped"
+    remainder: Literal["pad", "short", "drop"] = "pad"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
