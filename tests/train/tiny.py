@@ -67,7 +67,7 @@ def random_sample(name: str, generator: np.random.Generator, *, images: int) -> 
 def random_steps(count: int, seed: int) -> list[list[list[Batch]]]:
     """[step][rank][micro] of batches.
 
-    Every third step is text only, every fifth is cut short to one micro-step, some batches are empty.
+    Every third step is text only, every fifth cut short to one micro-step; some batches are empty.
     """
     generator = np.random.default_rng(seed)
     steps: list[list[list[Batch]]] = []
