@@ -62,7 +62,7 @@ def follow(ready: Preflight) -> list[dict[str, Any]]:
                 spoken = time.monotonic()
                 say(f"  step {row['step'] + 1} of {total}  {line}")
 
-        metrics = launch(ready, show)
+        metrics = launch(ready, show, lambda: say("saving, then ending; once more ends at once"))
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")

@@ -6,9 +6,8 @@ import contextlib
 import errno
 import json
 import logging
-import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lapilli.train.feed import Feed
 from lapilli.train.loop import build_start, check_start, fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.step import to_device
+from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals, wait_for
 
 __all__ = ["CONFIG", "FACTS", "MISTAKE", "Preflight", "finished_steps", "launch", "preflight"]
 
@@ -194,37 +194,48 @@ def _check_config(run: Path, config: RunConfig) -> None:
         )
 
 
-def launch(ready: Preflight, on_step: Progress = lambda row, total: None) -> list[dict[str, Any]]:
+def launch(
+    ready: Preflight,
+    on_step: Progress = lambda row, total: None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
     """Run to the end on Ray Train; needs a running Ray.
 
     A worker that is lost is replaced and the run goes on from its last checkpoint, up to
-    `max_failures` times.
+    `max_failures` times. At Ctrl-C and SIGTERM the run saves and ends.
 
     Args:
         ready: What `preflight` found.
         on_step: Called with each step's metrics and the number of steps.
+        on_stop: Called at the first Ctrl-C or SIGTERM.
 
     Returns:
         The metrics of every step.
 
     Raises:
         TrainError: A user's mistake that a worker came to, or too many workers lost.
+        KeyboardInterrupt: The run was stopped; says at which step it was saved.
     """
     run = Path(ready.config.output)
     found = asdict(ready)
     write_json(run / CONFIG, found.pop("config"))
     write_json(run / FACTS, found)
     if not ready.is_done:
+        forget_stop(run)
         stop = threading.Event()
         follower = threading.Thread(
             target=_follow, args=(run, ready, on_step, stop), name="follow", daemon=True
         )
         follower.start()
         try:
-            _fit_on_ray(ready.config, ready.device)
+            with stops_on_signals(run, on_stop):
+                _fit_on_ray(ready.config, ready.device)
         finally:
             stop.set()
             follower.join()
+        if is_stop_asked(run):
+            found = checkpoint.latest_checkpoint(run)
+            raise KeyboardInterrupt(f"saved at step {found.step}" if found else "")
     return read_metrics(run)
 
 
@@ -264,8 +275,7 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
     mistake = Path(config.output) / MISTAKE
     mistake.unlink(missing_ok=True)
     try:
-        with _interruptible():
-            trainer.fit()
+        wait_for(trainer.fit, "ray train")  # in the main thread Ray would take Ctrl-C for itself
     except Exception as error:
         if mistake.exists():
             raise TrainError(_read_mistake(mistake)) from None
@@ -275,20 +285,6 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
             f"workers were lost more than max_failures = {config.max_failures} times; the same "
             f"command goes on from the last checkpoint; Ray says: {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Generator[None]:
-    """Let Ctrl-C be Ctrl-C: Ray Train's own handler exits the process and stays when it is done."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)
 
 
 def _read_mistake(path: Path) -> str:
