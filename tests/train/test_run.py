@@ -151,6 +151,15 @@ def is_ours(pid: int) -> bool:
     return False
 
 
+def test_one_process_without_ray_trains_the_same(
+    finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process")
+    launch(preflight(config))
+    assert losses(config) == pytest.approx(losses(finished), abs=1e-4)
+    assert latest_checkpoint(Path(config.output)) is not None
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("changes", [{"workers": 1}, {"zero_stage": 3}, {"zero_stage": 0}])
 def test_a_run_goes_on_with_other_workers_and_another_stage(

@@ -72,6 +72,8 @@ class RunConfig:
         precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
         workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any.
+        launcher: `ray`, or `process`: one worker in the process that was started, without Ray,
+            for a profiler, a debugger or a machine that has no Ray.
         save_every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
         max_failures: How often lost workers are replaced before the run gives up.
@@ -96,6 +98,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    launcher: Literal["ray", "process"] = "ray"
     save_every: int = 500
     keep: int = 2
     max_failures: int = 3
@@ -114,6 +117,11 @@ class RunConfig:
         if self.precision == "bf16" and self.zero_stage == 0:
             raise TrainError(
                 "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
+            )
+        if self.launcher == "process" and self.workers != 1:
+            raise TrainError(
+                f"workers: {self.workers} with launcher process, which is one; set workers 1 or "
+                "launcher ray"
             )
         rows = self.workers * self.micro_batch
         if self.global_batch % rows:
