@@ -80,8 +80,9 @@ def run(main: Callable[[], int]) -> None:
             raise
         print(f"error: {error}; free space and run the same command again", file=sys.stderr)
         code = USERS_MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        where = f"{stopped}; " if str(stopped) else ""
+        print(f"interrupted; {where}run the same command again to go on", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -5,6 +5,7 @@ python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
     if steps := finished_steps(config):
         say(f"{config.output}: finished already, at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
-    with ray_session():
+    with ray_session() if config.launcher == "ray" else contextlib.nullcontext():
         ready = preflight(config)
         tell_preflight(config, ready)
         metrics = read_metrics(Path(ready.config.output)) if ready.is_done else follow(ready)
@@ -62,7 +63,7 @@ def follow(ready: Preflight) -> list[dict[str, Any]]:
                 spoken = time.monotonic()
                 say(f"  step {row['step'] + 1} of {total}  {line}")
 
-        metrics = launch(ready, show)
+        metrics = launch(ready, show, lambda: say("saving, then ending; once more ends at once"))
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lapilli.data.errors import DataError
-from lapilli.data.sampler import EpochPlan, assign, llava_order, plan_epoch
+from lapilli.data.llava_sampler import llava_order
+from lapilli.data.sampler import EpochPlan, assign, plan_epoch
 
 GOLDENS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "goldens" / "llava_sampler.json").read_text()
@@ -149,6 +150,48 @@ def test_grouped_has_one_modality_a_batch_and_the_longest_first(
     for kind in np.unique(kinds):
         sizes = sorted(batch.size for batch in batches if kinds[batch[0]] == kind)
         assert sizes[1:] == [size] * (len(sizes) - 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=datasets(), policy=st.sampled_from(["grouped", "random"]), seed=st.integers(0, 9))
+def test_the_remainder_is_padded_cut_short_or_dropped(data: Any, policy: Any, seed: int) -> None:
+    lengths, kinds, size = data
+
+    def batches(remainder: Any) -> list[Ints]:
+        plan = plan_epoch(
+            lengths, kinds, global_batch=size, seed=seed, epoch=0, policy=policy,
+            remainder=remainder,
+        )  # fmt: skip
+        return [plan.global_batch(step) for step in range(plan.num_steps)]
+
+    padded, short = batches("pad"), batches("short")
+    assert [filled(batch).tolist() for batch in padded] == [batch.tolist() for batch in short]
+    assert all((batch >= 0).all() for batch in short)
+    whole = [batch.tolist() for batch in padded if (batch >= 0).all()]
+    if whole:
+        assert [batch.tolist() for batch in batches("drop")] == whole
+    else:
+        with pytest.raises(DataError, match="leaves nothing"):
+            batches("drop")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(12, 100),
+    geometry=st.sampled_from([(1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]),
+)
+def test_a_short_batch_takes_fewer_micro_steps(count: int, geometry: tuple[int, int]) -> None:
+    lengths, has_image = mixture(count)
+    world, micro = geometry
+    plan = plan_epoch(
+        lengths, has_image, global_batch=12, seed=0, epoch=0, policy="grouped", remainder="short"
+    )
+    for step in range(plan.num_steps):
+        shares = assign(plan, step, lengths, world_size=world, micro_batch=micro)
+        needed = -(-plan.global_batch(step).size // (world * micro))
+        assert {len(rank) for rank in shares} == {needed}
+        together = np.concatenate([ids for rank in shares for ids in rank])
+        assert sorted(filled(together)) == sorted(plan.global_batch(step))
 
 
 def test_a_window_holds_neighbours_of_the_length_order() -> None:
@@ -341,6 +384,9 @@ GOOD: dict[str, Any] = {
         ({"policy": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
         ({"policy": "llava", "llava_micro_batch": 3}, "not a multiple of llava_micro_batch 3.* 6 "),
         ({"llava_micro_batch": 2}, "only 'llava' has micro-batches"),
+        ({"remainder": "keep"}, "'keep'; choose one of pad, short, drop"),
+        ({"remainder": "drop"}, "leaves nothing.*global batch of 4"),
+        ({"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"}, "use 'pad'"),
     ],
 )
 def test_plan_errors_name_value_and_remedy(changed: dict[str, Any], message: str) -> None:

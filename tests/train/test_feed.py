@@ -33,14 +33,17 @@ def sample_ids(feed: Feed) -> list[list[str]]:
     return [[i for b in s.batches for i in b.sample_ids] for s in feed.steps(0)]
 
 
-@pytest.mark.parametrize("policy", ["grouped", "random"])
+@pytest.mark.parametrize(
+    ("policy", "remainder"), [("grouped", "pad"), ("random", "pad"), ("grouped", "short")]
+)
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
-    dataset: Dataset, workers: int, policy: str
+    dataset: Dataset, workers: int, policy: str, remainder: str
 ) -> None:
-    config = config_for(workers, policy=policy)
+    config = config_for(workers, policy=policy, remainder=remainder)
     feeds = [Feed(dataset, config, rank=r, world_size=workers) for r in range(workers)]
-    alone = Feed(dataset, config_for(1, policy=policy), rank=0, world_size=1)
+    alone_config = config_for(1, policy=policy, remainder=remainder)
+    alone = Feed(dataset, alone_config, rank=0, world_size=1)
     by_rank = [sample_ids(feed) for feed in feeds]
     expected = [sorted(ids) for ids in sample_ids(alone)]
     found = [sorted(i for ids in ranks for i in ids) for ranks in zip(*by_rank, strict=True)]

@@ -87,13 +87,44 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(
     assert losses(config) == losses(finished), f"killed at step {step}"
 
 
-def kill_a_worker_at(run: Path, step: int) -> None:
-    """kill -9 one of the two training processes once a step is done."""
+def wait_for_step(run: Path, step: int) -> None:
     give_up = time.monotonic() + 200
     while len(read_metrics(run)) <= step:
         assert time.monotonic() < give_up, "the run never came to the step"
         time.sleep(0.01)
+
+
+def kill_a_worker_at(run: Path, step: int) -> None:
+    """kill -9 one of the two training processes once a step is done."""
+    wait_for_step(run, step)
     os.kill(random.choice(train_workers()), signal.SIGKILL)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_first_and_goes_on_from_there(
+    number: signal.Signals, finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run", save_every=100)
+    step = random.Random().randint(1, 9)
+    told: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(signal_at, Path(config.output), step, number)
+        with pytest.raises(KeyboardInterrupt, match=r"saved at step \d+") as raised:
+            launch(preflight(config), on_stop=lambda: told.append("saving"))
+        stopped.result()
+    assert told == ["saving"]
+    ready = preflight(config)
+    assert ready.start > step
+    assert str(raised.value) == f"saved at step {ready.start}"
+    launch(ready)
+    assert losses(config) == losses(finished), f"stopped at step {step}"
+
+
+def signal_at(run: Path, step: int, number: signal.Signals) -> None:
+    """Send this process a signal once a step is done."""
+    wait_for_step(run, step)
+    os.kill(os.getpid(), number)
 
 
 def train_workers() -> list[int]:
@@ -118,6 +149,15 @@ def is_ours(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         pid = int(status.partition("PPid:")[2].split()[0])
     return False
+
+
+def test_one_process_without_ray_trains_the_same(
+    finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process")
+    launch(preflight(config))
+    assert losses(config) == pytest.approx(losses(finished), abs=1e-4)
+    assert latest_checkpoint(Path(config.output)) is not None
 
 
 @pytest.mark.faults

@@ -40,6 +40,8 @@ class Probe:
         self.engine = engine
         self.device = engine.device
         self.gradients: dict[str, torch.Tensor] = {}
+        self.gradient_accumulation_steps = engine.gradient_accumulation_steps
+        self.set_gradient_accumulation_boundary = engine.set_gradient_accumulation_boundary
 
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(**inputs)

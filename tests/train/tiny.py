@@ -65,21 +65,25 @@ def random_sample(name: str, generator: np.random.Generator, *, images: int) -> 
 
 
 def random_steps(count: int, seed: int) -> list[list[list[Batch]]]:
-    """[step][rank][micro] of batches; every third step is text only, some batches are empty."""
+    """[step][rank][micro] of batches.
+
+    Every third step is text only, every fifth cut short to one micro-step; some batches are empty.
+    """
     generator = np.random.default_rng(seed)
     steps: list[list[list[Batch]]] = []
     for step in range(count):
         most_images = 0 if step % 3 == 1 else 2
+        micros = range(1 if step % 5 == 3 else 2)
         samples = [
-            [_random_samples(generator, (step, rank, micro), most_images) for micro in range(2)]
+            [_random_samples(generator, (step, rank, micro), most_images) for micro in micros]
             for rank in range(2)
         ]
-        has_images = [any(len(s.pixels) for rank in samples for s in rank[k]) for k in range(2)]
+        has_images = [any(len(s.pixels) for rank in samples for s in rank[k]) for k in micros]
         steps.append(
             [
                 [
                     collate(rank[micro], SHAPE, IMAGE_SIZE, with_images=has_images[micro])
-                    for micro in range(2)
+                    for micro in micros
                 ]
                 for rank in samples
             ]

@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lapilli.data.errors import DataError
+from lapilli.data.llava_sampler import llava_order
 
-__all__ = ["EpochPlan", "Policy", "assign", "llava_order", "plan_epoch"]
+__all__ = ["EpochPlan", "Policy", "Remainder", "assign", "plan_epoch"]
 
 Policy = Literal["grouped", "random", "llava"]
+Remainder = Literal["pad", "short", "drop"]
 
 Ids = NDArray[np.int64]
 IntArray = NDArray[np.integer[Any]]
@@ -38,10 +40,6 @@ DEFAULT_WINDOW = 64
 # A small dataset is sorted in smaller windows: its batches must differ from epoch to epoch.
 LEAST_WINDOWS = 8
 
-# torch.randperm on the CPU draws 32 bits a swap below this size and something else from there on
-# (seen by experiment on torch 2.13: 2**32 // 20 - 1 agrees, 2**32 // 20 does not).
-TORCH_RANDPERM_LIMIT = 2**32 // 20
-
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
@@ -53,11 +51,13 @@ class EpochPlan:
         fixed_micro_batch: None where `assign` may arrange a batch as it likes; otherwise the slots
             lie micro-batch by micro-batch of this size and stay so (policy `llava`, in which the
             micro-batches are part of the order).
+        whole: slots of a global batch that is not cut short; None where none is.
     """
 
     order: Ids
     offsets: Ids
     fixed_micro_batch: int | None = None
+    whole: int | None = None
 
     def __post_init__(self) -> None:
         # A plan is shared by everything that resumes from it; a stray write would be silent.
@@ -90,8 +90,9 @@ def plan_epoch(
     policy: Policy,
     window: int | None = None,
     llava_micro_batch: int | None = None,
+    remainder: Remainder = "pad",
 ) -> EpochPlan:
-    """Order every sample exactly once into global batches of exactly `global_batch` slots.
+    """Order every sample exactly once into global batches of `global_batch` slots.
 
     The same arguments give the same plan on any platform and any version of numpy.
 
@@ -110,6 +111,10 @@ def plan_epoch(
         window: `grouped` sorts by length within this many randomly drawn global batches. None
             takes `DEFAULT_WINDOW`, or less where an epoch would have under `LEAST_WINDOWS`.
         llava_micro_batch: samples of one rank's micro-batch; `llava` needs it, no other takes it.
+        remainder: what becomes of a batch that the samples (with `grouped`, of a modality) do not
+            fill: `pad` keeps its size with empty slots, `short` makes it smaller, so that the
+            ranks do fewer micro-steps, `drop` leaves its samples out of this epoch (others the
+            next time). `llava` pads.
 
     Raises:
         DataError: an argument that no plan can be made of.
@@ -130,8 +135,31 @@ def plan_epoch(
     else:
         batches = _filled_batches(_permutation(kinds.size, _bits(seed, epoch)), global_batch)
     _assert_each_sample_once(batches, kinds.size)
-    offsets = np.arange(len(batches) + 1, dtype=np.int64) * global_batch
-    return EpochPlan(batches.reshape(-1), offsets, llava_micro_batch)
+    return _cut_off(batches, remainder, llava_micro_batch)
+
+
+def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) -> EpochPlan:
+    """A plan of batches [steps, G] with its incomplete ones treated as `remainder` says."""
+    if remainder not in get_args(Remainder):
+        raise DataError(
+            f"remainder is {remainder!r}; choose one of {', '.join(get_args(Remainder))}"
+        )
+    if remainder != "pad" and llava_micro_batch is not None:
+        raise DataError(f"remainder is {remainder!r} under policy 'llava', which pads: use 'pad'")
+    if remainder == "drop":
+        batches = batches[(batches != EMPTY).all(axis=1)]
+        if not len(batches):
+            raise DataError(
+                "remainder 'drop' leaves nothing: no modality fills a global batch of "
+                f"{batches.shape[1]}; use 'pad' or 'short', or a smaller global_batch"
+            )
+    sizes = np.full(len(batches), batches.shape[1], dtype=np.int64)
+    order = batches.reshape(-1)
+    if remainder == "short":
+        sizes = (batches != EMPTY).sum(axis=1)
+        order = order[order != EMPTY]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return EpochPlan(order, offsets, llava_micro_batch, batches.shape[1])
 
 
 def assign(
@@ -143,8 +171,9 @@ def assign(
     padding. Micro-step k of all ranks holds neighbours of that order, because the ranks wait for
     each other at its end; the ranks take turns in having the longer ones (a snake: 0 1 2 2 1 0),
     which balances their totals. Empty slots are spread evenly, so that a micro-batch is empty only
-    where there are fewer samples than micro-batches. A plan whose micro-batches are fixed keeps
-    them: chunk c of the batch is micro-step c // world_size of rank c % world_size.
+    where there are fewer samples than micro-batches. A batch cut short (`remainder`) gets as many
+    micro-steps as its samples need. A plan whose micro-batches are fixed keeps them: chunk c of the
+    batch is micro-step c // world_size of rank c % world_size.
 
     Args:
         plan: of the epoch.
@@ -160,70 +189,12 @@ def assign(
         DataError: the global batch cannot be cut that way; names numbers that fit.
     """
     batch = plan.global_batch(step)
-    _check_geometry(batch.size, world_size, micro_batch, plan.fixed_micro_batch)
+    _check_geometry(plan.whole or batch.size, world_size, micro_batch, plan.fixed_micro_batch)
     if plan.fixed_micro_batch is None:
         chunks = _balanced_chunks(batch, np.asarray(lengths), world_size, micro_batch)
     else:
         chunks = batch.reshape(-1, world_size, micro_batch)
     return [list(chunks[:, rank]) for rank in range(world_size)]
-
-
-def llava_order(
-    lengths: ArrayLike,
-    *,
-    batch_size: int,
-    world_size: int,
-    global_seed: int,
-    generator_seed: int | None = None,
-) -> Ids:
-    """The order LLaVA-1.5's sampler gives, index for index (`llava_trainer.py`, c121f043).
-
-    Its algorithm: permute; cut into stretches of world_size x batch_size; sort each by length and
-    deal it into world_size chunks of equal count and similar sum. With two modalities each is
-    treated so by itself; all stretches but each modality's last are shuffled; the two last ones,
-    sorted by index, end the epoch as one mixed stretch.
-
-    LLaVA's trainer passes no generator, so all draws come from torch's global one, in whatever
-    state the run has left it: equal seeds give its order only for a generator just seeded.
-
-    Args:
-        lengths: int [n], not 0; a sample without an image has its length negated.
-        batch_size: samples of one micro-batch, b.
-        world_size: micro-batches of an optimizer step, W (ranks x accumulation).
-        global_seed: torch.manual_seed's value before the call.
-        generator_seed: manual_seed of the generator passed to the call; None = none was passed.
-
-    Returns:
-        int64 [n], a permutation.
-
-    Raises:
-        DataError: a length of 0, or more samples than the generators are known to agree for.
-    """
-    signed = np.asarray(lengths, dtype=np.int64)
-    if signed.size and not signed.all():
-        first = int(np.flatnonzero(signed == 0)[0])
-        raise DataError(
-            f"sample {first} has length 0 and LLaVA's sampler needs one that is not; "
-            "quarantine the empty conversation or use policy 'grouped'"
-        )
-    global_stream = _torch_stream(global_seed)
-    own = global_stream if generator_seed is None else _torch_stream(generator_seed)
-    positive = signed > 0
-    if positive.all() or not positive.any():
-        return _llava_grouped(signed, batch_size, world_size, own)
-    stretch = batch_size * world_size
-    leading: list[Ids] = []
-    last: list[Ids] = []
-    for ids in (np.flatnonzero(positive), np.flatnonzero(~positive)):
-        # The passed generator is not used here, only for the shuffle below; kept as it is there.
-        grouped = ids[_llava_grouped(np.abs(signed[ids]), batch_size, world_size, global_stream)]
-        # The last stretch is set aside even when it is full.
-        cut = (ids.size - 1) // stretch * stretch
-        leading.append(grouped[:cut].reshape(-1, stretch))
-        last.append(grouped[cut:])
-    stretches = np.concatenate(leading)
-    shuffled = stretches[_torch_randperm(len(stretches), own)]
-    return np.concatenate([shuffled.reshape(-1), np.sort(np.concatenate(last))])
 
 
 # ---- grouped and random ------------------------------------------------------------------------
@@ -265,6 +236,17 @@ def _grouped(
     return _longest_first(batches, lengths)
 
 
+def _llava(signed: Ids, global_batch: int, micro_batch: int, seed: int) -> Ids:
+    """LLaVA's order as global batches [steps, G]."""
+    order = llava_order(
+        signed,
+        batch_size=micro_batch,
+        world_size=global_batch // micro_batch,
+        global_seed=seed,
+    )
+    return _filled_batches(order, global_batch)
+
+
 def _sorted_in_windows(lengths: Ids, global_batch: int, window: int) -> Ids:
     """Positions [m] that sort [m] lengths, longest first, within windows of global batches.
 
@@ -303,7 +285,8 @@ def _balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch
     """Micro-batches [micro-steps, ranks, b] of similar lengths, see `assign`."""
     samples = batch[batch != EMPTY]
     samples = samples[np.argsort(-lengths[samples].astype(np.int64), kind="stable")]
-    chunks = np.full((batch.size // micro_batch, micro_batch), EMPTY, dtype=np.int64)
+    micro_steps = -(-batch.size // (world_size * micro_batch))
+    chunks = np.full((micro_steps * world_size, micro_batch), EMPTY, dtype=np.int64)
     for chunk, ids in zip(chunks, np.array_split(samples, len(chunks)), strict=True):
         chunk[: ids.size] = ids
     by_step = chunks.reshape(-1, world_size, micro_batch)
@@ -333,81 +316,6 @@ def _check_geometry(
         f"global_batch {global_batch} is not a multiple of world_size {world_size} x micro_batch "
         f"{micro_batch} = {share}; use a global_batch of {sizes}{remedy}"
     )
-
-
-# ---- LLaVA's generators ------------------------------------------------------------------------
-
-
-def _torch_stream(seed: int) -> np.random.RandomState:
-    """The 32-bit stream of torch's CPU generator: MT19937 seeded with the low 32 bits.
-
-    RandomState is frozen for good by numpy's policy, so this stays equal.
-    """
-    return np.random.RandomState(seed & 0xFFFFFFFF)
-
-
-def _torch_randperm(count: int, stream: np.random.RandomState) -> Ids:
-    """torch.randperm(count): Fisher-Yates from the front, one draw modulo what is left a swap."""
-    if count >= TORCH_RANDPERM_LIMIT:
-        raise DataError(
-            f"{count} samples under policy 'llava'; torch's permutation is known below "
-            f"{TORCH_RANDPERM_LIMIT}: use policy 'grouped'"
-        )
-    swaps = max(count - 1, 0)
-    draws = stream.randint(0, 2**32, size=swaps, dtype=np.uint32).astype(np.int64)
-    at = np.arange(swaps, dtype=np.int64)
-    permutation = list(range(count))
-    for here, there in enumerate((at + draws % (count - at)).tolist()):
-        permutation[here], permutation[there] = permutation[there], permutation[here]
-    return np.asarray(permutation, dtype=np.int64)
-
-
-def _llava(signed: Ids, global_batch: int, micro_batch: int, seed: int) -> Ids:
-    """LLaVA's order as global batches [steps, G]."""
-    order = llava_order(
-        signed,
-        batch_size=micro_batch,
-        world_size=global_batch // micro_batch,
-        global_seed=seed,
-    )
-    return _filled_batches(order, global_batch)
-
-
-def _llava_grouped(
-    lengths: Ids, batch_size: int, world_size: int, stream: np.random.RandomState
-) -> Ids:
-    """LLaVA's order [m] of samples [m] of one modality."""
-    shuffled = _torch_randperm(lengths.size, stream)
-    stretch = batch_size * world_size
-    full = shuffled.size // stretch * stretch
-    parts = [shuffled[:full].reshape(-1, stretch), shuffled[full:].reshape(1, -1)]
-    return np.concatenate([_dealt(part, lengths, world_size).reshape(-1) for part in parts])
-
-
-def _dealt(stretches: Ids, lengths: Ids, chunks: int) -> Ids:
-    """Sort each row of [k, L] ids by length and deal it into equal chunks [k, L], laid in a row.
-
-    A sample goes, longest first, to the chunk of the smallest sum so far that has room, the first
-    on a tie. Rows that cannot be cut evenly are dealt round robin. All rows at once, since there
-    are thousands of them and few columns.
-    """
-    longest_first = np.argsort(-lengths[stretches], axis=1, kind="stable")
-    stretches = np.take_along_axis(stretches, longest_first, axis=1)
-    count, width = stretches.shape
-    if width % chunks:
-        return np.concatenate([stretches[:, first::chunks] for first in range(chunks)], axis=1)
-    room = width // chunks
-    row = np.arange(count, dtype=np.int64)
-    dealt = np.empty((count, chunks, room), dtype=np.int64)
-    filled = np.zeros((count, chunks), dtype=np.int64)
-    sums = np.zeros((count, chunks))
-    for ids in stretches.T:
-        chunk = sums.argmin(axis=1)
-        dealt[row, chunk, filled[row, chunk]] = ids
-        filled[row, chunk] += 1
-        sums[row, chunk] += lengths[ids]
-        sums[filled == room] = np.inf
-    return dealt.reshape(count, width)
 
 
 # ---- checks ------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lapilli.train.errors import TrainError
 __all__ = [
     "WEIGHTS",
     "Checkpoint",
+    "Writer",
     "at_step",
     "check_disk",
     "find_checkpoints",
@@ -59,8 +61,73 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class Writer:
+    """Writes one checkpoint at a time behind the training. A context: its end waits for the last.
+
+    What is written was copied to the host before, so that training may go on.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Write behind the caller's back, after waiting for the write before.
+
+        Raises:
+            TrainError: The write before failed.
+        """
+        self.wait()
+
+        def work() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is on the disk.
+
+        Raises:
+            TrainError: It could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise at once what a write has met, without waiting for one.
+
+        Raises:
+            TrainError: It could not be written.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if raised[0] is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # what stopped the training is what is told
+
+
 def save(
-    engine: Any, run: Path, step: int, state: dict[str, Any], *, keep: int, is_writer: bool
+    engine: Any,
+    run: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    is_writer: bool,
+    writer: Writer | None = None,
 ) -> Path:
     """Gather what learns and its moments on every rank; one of them writes.
 
@@ -71,6 +138,7 @@ def save(
         state: JSON values kept with it.
         keep: Newest checkpoints to keep, this one included.
         is_writer: Whether this rank writes.
+        writer: Writes behind the training; None writes now.
 
     Returns:
         The checkpoint's folder.
@@ -84,9 +152,15 @@ def save(
             weights[name] = weight.cpu().clone()
             moments.update({f"{name}/{key}": value.cpu().clone() for key, value in found.items()})
     path = run / FOLDER / f"step-{step:08d}"
-    if is_writer:
+
+    def write() -> None:
         _write(path, (weights, moments), {"step": step, **state})
         forget_old(run, step, keep)
+
+    if is_writer and writer:
+        writer.start(write)
+    elif is_writer:
+        write()
     return path
 
 

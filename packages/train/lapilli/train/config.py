@@ -65,11 +65,15 @@ class RunConfig:
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first.
         policy: Order of an epoch (`lapilli.data.sampler`).
+        remainder: What becomes of a global batch that the samples do not fill: `pad` with empty
+            slots, `short` with fewer micro-steps, or `drop` until another epoch.
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
         precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
         workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any.
+        launcher: `ray`, or `process`: one worker in the process that was started, without Ray,
+            for a profiler, a debugger or a machine that has no Ray.
         save_every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
         max_failures: How often lost workers are replaced before the run gives up.
@@ -88,11 +92,13 @@ class RunConfig:
     max_steps: int = 0
     max_length: int = 2048
     policy: Literal["grouped", "random"] = "grouped"
+    remainder: Literal["pad", "short", "drop"] = "pad"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    launcher: Literal["ray", "process"] = "ray"
     save_every: int = 500
     keep: int = 2
     max_failures: int = 3
@@ -111,6 +117,11 @@ class RunConfig:
         if self.precision == "bf16" and self.zero_stage == 0:
             raise TrainError(
                 "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
+            )
+        if self.launcher == "process" and self.workers != 1:
+            raise TrainError(
+                f"workers: {self.workers} with launcher process, which is one; set workers 1 or "
+                "launcher ray"
             )
         rows = self.workers * self.micro_batch
         if self.global_batch % rows:

@@ -68,6 +68,7 @@ class Feed:
             seed=self.config.seed,
             epoch=epoch,
             policy=self.config.policy,
+            remainder=self.config.remainder,
         )
 
     def _locate(self, step: int) -> tuple[EpochPlan, int]:

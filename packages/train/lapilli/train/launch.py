@@ -1,4 +1,4 @@
-"""Start a run: Ray Train's workers, each in `loop.fit`, replaced when they are lost."""
+"""Start a run: Ray Train's workers, replaced when they are lost, or one worker in this process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import contextlib
 import errno
 import json
 import logging
-import signal
+import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import read_manifest
@@ -29,6 +31,7 @@ from lapilli.train.feed import Feed
 from lapilli.train.loop import build_start, check_start, fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.step import to_device
+from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals, wait_for
 
 __all__ = ["CONFIG", "FACTS", "MISTAKE", "Preflight", "finished_steps", "launch", "preflight"]
 
@@ -39,7 +42,7 @@ MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
-    "max_failures",
+    "max_failures", "launcher",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -80,22 +83,13 @@ class Preflight:
 
 
 def preflight(config: RunConfig) -> Preflight:
-    """Check everything that can be checked before workers start; needs a running Ray.
+    """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
 
     Raises:
         DataError, ModelError, TrainError: What does not fit, and the remedy.
     """
-    import ray
-
     config = _absolute(config)
-    available = ray.cluster_resources()
-    device = choose_device(config.device, int(available.get("GPU", 0)))
-    slots = int(available.get("GPU" if device == "cuda" else "CPU", 0))
-    if config.workers > slots:
-        raise TrainError(
-            f"workers: {config.workers}; Ray has {slots} "
-            f"{'GPUs' if device == 'cuda' else 'cores'}; lower workers or add nodes"
-        )
+    device = _find_device(config)
     model, start_weights = build_start(config)
     dataset = open_for(model, config)
     check_start(start_weights, dataset)
@@ -126,6 +120,23 @@ def preflight(config: RunConfig) -> Preflight:
         config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
         step_seconds, device, dataset.image_tokens,
     )  # fmt: skip
+
+
+def _find_device(config: RunConfig) -> Device:
+    """What the workers compute on, of which there must be enough."""
+    if config.launcher == "process":
+        return choose_device(config.device, torch.cuda.device_count())
+    import ray
+
+    available = ray.cluster_resources()
+    device = choose_device(config.device, int(available.get("GPU", 0)))
+    slots = int(available.get("GPU" if device == "cuda" else "CPU", 0))
+    if config.workers > slots:
+        raise TrainError(
+            f"workers: {config.workers}; Ray has {slots} "
+            f"{'GPUs' if device == 'cuda' else 'cores'}; lower workers or add nodes"
+        )
+    return device
 
 
 def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
@@ -194,37 +205,49 @@ def _check_config(run: Path, config: RunConfig) -> None:
         )
 
 
-def launch(ready: Preflight, on_step: Progress = lambda row, total: None) -> list[dict[str, Any]]:
-    """Run to the end on Ray Train; needs a running Ray.
+def launch(
+    ready: Preflight,
+    on_step: Progress = lambda row, total: None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Run to the end, on Ray Train (which needs a running Ray) or in this process.
 
-    A worker that is lost is replaced and the run goes on from its last checkpoint, up to
-    `max_failures` times.
+    A worker of Ray's that is lost is replaced and the run goes on from its last checkpoint, up to
+    `max_failures` times. At Ctrl-C and SIGTERM the run saves and ends.
 
     Args:
         ready: What `preflight` found.
         on_step: Called with each step's metrics and the number of steps.
+        on_stop: Called at the first Ctrl-C or SIGTERM.
 
     Returns:
         The metrics of every step.
 
     Raises:
         TrainError: A user's mistake that a worker came to, or too many workers lost.
+        KeyboardInterrupt: The run was stopped; says at which step it was saved.
     """
     run = Path(ready.config.output)
     found = asdict(ready)
     write_json(run / CONFIG, found.pop("config"))
     write_json(run / FACTS, found)
     if not ready.is_done:
+        forget_stop(run)
         stop = threading.Event()
         follower = threading.Thread(
             target=_follow, args=(run, ready, on_step, stop), name="follow", daemon=True
         )
         follower.start()
         try:
-            _fit_on_ray(ready.config, ready.device)
+            with stops_on_signals(run, on_stop):
+                fit_on = _fit_on_ray if ready.config.launcher == "ray" else _fit_here
+                fit_on(ready.config, ready.device)
         finally:
             stop.set()
             follower.join()
+        if is_stop_asked(run):
+            found = checkpoint.latest_checkpoint(run)
+            raise KeyboardInterrupt(f"saved at step {found.step}" if found else "")
     return read_metrics(run)
 
 
@@ -264,8 +287,7 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
     mistake = Path(config.output) / MISTAKE
     mistake.unlink(missing_ok=True)
     try:
-        with _interruptible():
-            trainer.fit()
+        wait_for(trainer.fit, "ray train")  # in the main thread Ray would take Ctrl-C for itself
     except Exception as error:
         if mistake.exists():
             raise TrainError(_read_mistake(mistake)) from None
@@ -275,20 +297,6 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
             f"workers were lost more than max_failures = {config.max_failures} times; the same "
             f"command goes on from the last checkpoint; Ray says: {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Generator[None]:
-    """Let Ctrl-C be Ctrl-C: Ray Train's own handler exits the process and stays when it is done."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)
 
 
 def _read_mistake(path: Path) -> str:
@@ -324,13 +332,30 @@ def _worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     try:
-        fit(setup(config, settings["device"], rank=rank, world_size=world_size))
+        _train(config, settings["device"], rank, world_size)
     except (DataError, ModelError, TrainError) as error:
         _write_mistake(mistake, error)
         raise
+
+
+def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> None:
+    """One worker's part of a run; a full disk is a user's mistake."""
+    try:
+        fit(setup(config, device, rank=rank, world_size=world_size))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        full = TrainError(f"{config.output}: {error.strerror}; free space and run the same again")
-        _write_mistake(mistake, full)
-        raise full from None
+        raise TrainError(
+            f"{config.output}: {error.strerror}; free space and run the same again"
+        ) from None
+
+
+def _fit_here(config: RunConfig, device: Device) -> None:
+    """The only worker, in this process; DeepSpeed wants a process group even of one."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        _train(config, device, rank=0, world_size=1)
+    finally:
+        dist.destroy_process_group()

@@ -25,6 +25,7 @@ from lapilli.train.feed import Feed, StepBatches
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step
+from lapilli.train.stopping import is_stop_asked
 
 __all__ = [
     "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "open_for",
@@ -210,30 +211,46 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
 
 
 def fit(ready: Setup) -> None:
-    """Step from where the run is to its end."""
-    config, run = ready.config, Path(ready.config.output)
+    """Step from where the run is to its end, or to where it is asked to stop."""
+    run = Path(ready.config.output)
     metrics = MetricsFile(run, ready.start) if ready.is_writer else None
     clock = time.monotonic()
-    for batches in ready.feed.steps(ready.start):
-        waited = time.monotonic() - clock
-        row = _one_step(ready, batches)
-        seconds = time.monotonic() - clock
-        if metrics:
-            memory = peak_memory(ready.device)
-            timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
-            metrics.write({**row, **timing})
-        done = batches.step + 1
-        if done % config.save_every == 0 or done == ready.feed.total_steps:
-            checkpoint.save(
-                ready.engine, run, done, ready.state, keep=config.keep, is_writer=ready.is_writer
-            )
-        clock = time.monotonic()
+    with checkpoint.Writer() as writer:
+        for batches in ready.feed.steps(ready.start):
+            waited = time.monotonic() - clock
+            row, stops = _one_step(ready, batches, wants_stop=_wants_stop(ready))
+            seconds = time.monotonic() - clock
+            if metrics:
+                memory = peak_memory(ready.device)
+                timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
+                metrics.write({**row, **timing})
+            writer.check()
+            _save(ready, batches.step + 1, writer, now=stops)
+            if stops:
+                break
+            clock = time.monotonic()
     if metrics:
         metrics.close()
 
 
-def _one_step(ready: Setup, batches: StepBatches) -> dict[str, Any]:
-    """Take one optimizer step; returns what is worth writing down."""
+def _wants_stop(ready: Setup) -> bool:
+    return ready.is_writer and is_stop_asked(Path(ready.config.output))
+
+
+def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> None:
+    """Save where it is time to; the disk works while training goes on."""
+    config = ready.config
+    if now or done % config.save_every == 0 or done == ready.feed.total_steps:
+        checkpoint.save(
+            ready.engine, Path(config.output), done, ready.state,
+            keep=config.keep, is_writer=ready.is_writer, writer=writer,
+        )  # fmt: skip
+
+
+def _one_step(
+    ready: Setup, batches: StepBatches, *, wants_stop: bool
+) -> tuple[dict[str, Any], bool]:
+    """Take one optimizer step; returns what is worth writing down and whether any rank stops."""
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
     seed_step(ready.config.seed, batches.step, ready.rank)
@@ -244,9 +261,11 @@ def _one_step(ready: Setup, batches: StepBatches) -> dict[str, Any]:
         global_tokens=batches.global_tokens,
         world_size=ready.world_size,
     )
+    told = torch.stack([total, total.new_tensor(float(wants_stop))])
     if ready.world_size > 1:
-        dist.all_reduce(total)
-    loss = float(total) / max(1, batches.global_tokens)
+        dist.all_reduce(told)
+    summed, stops = told.tolist()
+    loss = summed / max(1, batches.global_tokens)
     norm = _norm(ready.engine)
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         ids = [batch.sample_ids[0] for batch in batches.batches if batch.sample_ids]
@@ -254,7 +273,7 @@ def _one_step(ready: Setup, batches: StepBatches) -> dict[str, Any]:
             f"step {batches.step}: loss {loss}, gradient norm {norm}; expected numbers; lower "
             f"optim.lr or look at this step's samples (rank {ready.rank}: {', '.join(ids)}, ...)"
         )
-    return {
+    row = {
         "step": batches.step,
         "loss": loss,
         "lr": rate,
@@ -262,6 +281,7 @@ def _one_step(ready: Setup, batches: StepBatches) -> dict[str, Any]:
         "samples": batches.global_samples,
         "trained_tokens": batches.global_tokens,
     }
+    return row, stops > 0
 
 
 def _norm(built: Any) -> float | None:

@@ -53,16 +53,19 @@ def train_step(
 
     Args:
         engine: DeepSpeed's engine.
-        batches: This worker's micro-batches; as many as the accumulation.
+        batches: This worker's micro-batches, at least one; as many as the accumulation, or fewer
+            where the global batch is cut short.
         global_tokens: Trained tokens of the global batch, known from the plan.
         world_size: Number of workers.
 
     Returns:
         This worker's summed loss, fp32 scalar, detached.
     """
-    scale = world_size * len(batches) / max(1, global_tokens)
+    scale = world_size * engine.gradient_accumulation_steps() / max(1, global_tokens)
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        # said and not counted by DeepSpeed: a short batch has fewer micro-steps
+        engine.set_gradient_accumulation_boundary(number == len(batches))
         loss = engine(**batch.inputs)
         engine.backward(loss * scale)
         engine.step()

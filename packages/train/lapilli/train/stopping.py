@@ -1,0 +1,83 @@
+"""Ctrl-C and SIGTERM: the run saves where it is and ends; a second one ends it at once.
+
+The driver asks by a file in the run's folder. Rank 0 looks for it at every step and tells the
+others with the loss, so that all save after the same step.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+__all__ = ["forget_stop", "is_stop_asked", "stops_on_signals", "wait_for"]
+
+STOP = "stop"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def is_stop_asked(run: Path) -> bool:
+    """Whether somebody wants the run to save and end."""
+    return (run / STOP).exists()
+
+
+def forget_stop(run: Path) -> None:
+    """What an earlier start was asked does not hold for this one."""
+    (run / STOP).unlink(missing_ok=True)
+
+
+@contextmanager
+def stops_on_signals(run: Path, on_stop: Callable[[], None]) -> Generator[None]:
+    """Ask the run to save and end at the first Ctrl-C or SIGTERM; a second one is an exception.
+
+    Outside of the main thread signals are somebody else's and stay as they are.
+
+    Args:
+        run: The run's folder.
+        on_stop: Called at the first signal.
+
+    Raises:
+        KeyboardInterrupt: From the main thread, at the second signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if is_stop_asked(run):
+            raise KeyboardInterrupt
+        (run / STOP).touch()
+        on_stop()
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wait_for(work: Callable[[], object], name: str) -> None:
+    """Do the work in a thread of its own and wait, so that signals reach this one at once.
+
+    Raises:
+        BaseException: What the work raised.
+    """
+    raised: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=do, name=name, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if raised:
+        raise raised[0]
