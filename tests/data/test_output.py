@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lapilli.data.build import build
 from lapilli.data.config import BuildConfig
+from lapilli.data.dataset import open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 from lapilli.data.manifest import read_manifest
 from lapilli.data.output import Output, RemotePath, open_output
 from lapilli.data.plan import Task, plan_build
 from lapilli.data.runners import run_here
+from lapilli.data.shards import write_json
 from tests.factories import CLIP_MEAN, build_config, make_mixture, make_tokenizer
-from tests.object_store import failing_proxy, serve, use_endpoint
+from tests.object_store import failing_proxy, serve, serve_s3, use_endpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 class Store(LocalFileSystem):
@@ -200,3 +207,31 @@ def test_objects_on_a_real_server(tmp_path: Path) -> None:
         path.unlink()
         assert path.size is None
     assert failed
+
+
+@pytest.mark.faults
+def test_a_build_by_rays_workers_into_a_bucket_is_the_local_one(tmp_path: Path) -> None:
+    (tmp_path / "s3" / "made").mkdir(parents=True)
+    mixture = make_mixture(tmp_path / "raw", images=20, text_only=5)
+    make_tokenizer(tmp_path / "tokenizer")
+    local = build_config(mixture, tmp_path / "local", tmp_path / "tokenizer")
+    made = build(plan_build(local), runner=run_here)
+    write_json(tmp_path / "recipe.json", asdict(replace(local, output="s3://made/data")))
+    command = [sys.executable, "-m", "pipelines.preprocess", f"--config={tmp_path / 'recipe.json'}"]
+    with serve_s3(
+        tmp_path / "s3", remembers="1h"
+    ):  # a process of its own: Ray's workers inherit it
+        first, second = (
+            subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True
+            )
+            for _ in range(2)
+        )
+        opened = open_dataset(
+            "s3://made/data", view="pad32", image_tokens=4, cache=tmp_path / "cache"
+        )
+        assert len(opened) == 25
+        assert opened.sample(0).pixels.shape[1:] == (32, 32, 3)
+    assert f"{made.shards_built} shards built, 0 reused" in first.stdout
+    assert f"0 shards built, {made.shards_built} reused" in second.stdout
+    assert opened.manifest.fingerprint == made.manifest.fingerprint
