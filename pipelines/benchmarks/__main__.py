@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from pipelines.benchmarks import merge, tokens
+from pipelines.benchmarks import merge, tokens, whole
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
-TOPICS: dict[str, Callable[[Sequence[str]], int]] = {"tokens": tokens.main, "merge": merge.main}
+TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
+    "tokens": tokens.main,
+    "merge": merge.main,
+    "whole": whole.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,73 @@
+"""Distinct photos of a size as JPEG files: pieces of scikit-image's photos, drawn by a seed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+
+from PIL import Image
+
+from pipelines.command import UsageError
+
+__all__ = ["photo_name", "write_photos"]
+
+PHOTOS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
+    "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+QUALITY = 90
+AT_ONCE = 250
+
+
+def photo_name(number: int) -> str:
+    """The file of photo `number`, in COCO's manner."""
+    return f"{number:012d}.jpg"
+
+
+def write_photos(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -> int:
+    """Write what is missing of `count` photos of `size` (width, height); returns their bytes.
+
+    Raises:
+        UsageError: scikit-image is not installed.
+    """
+    _source_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [n for n in range(count) if not (folder / photo_name(n)).exists()]
+    parts = [numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(_write, folder, size, seed), parts))
+    return sum((folder / photo_name(n)).stat().st_size for n in range(count))
+
+
+def _source_folder() -> Path:
+    found = importlib.util.find_spec("skimage")
+    if found is None or found.origin is None:
+        raise UsageError("photos: scikit-image is not installed; pip install -e '.[bench]'")
+    return Path(found.origin).parent / "data"
+
+
+@cache
+def _photo(name: str) -> Image.Image:
+    with Image.open(_source_folder() / name) as image:
+        return image.convert("RGB")
+
+
+def _write(folder: Path, size: tuple[int, int], seed: int, numbers: list[int]) -> None:
+    for number in numbers:
+        temporary = folder / f".{photo_name(number)}.{os.getpid()}"
+        _piece(size, random.Random(f"{seed}/{number}")).save(temporary, "JPEG", quality=QUALITY)
+        temporary.replace(folder / photo_name(number))
+
+
+def _piece(size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """A piece of a photo in the proportions of `size`, at least half of what fits, scaled to it."""
+    photo = _photo(rng.choice(PHOTOS))
+    scale = rng.uniform(0.5, 1.0) * min(photo.width / size[0], photo.height / size[1])
+    width, height = int(size[0] * scale), int(size[1] * scale)
+    left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
+    piece = photo.resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    return piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else piece
