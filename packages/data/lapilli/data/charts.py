@@ -107,7 +107,10 @@ def _picture(title: str, summary: str, width: float, height: float, *marks: str)
 
 def _text_width(text: str) -> float:
     """About how wide a text of 12 px is."""
-    return sum(12.5 if unicodedata.east_asian_width(c) in "WF" else 6.9 for c in text)
+    return sum(
+        12.5 if unicodedata.east_asian_width(c) in "WF" else 11.5 if c in "mwMW@%" else 6.9
+        for c in text
+    )
 
 
 def _shortened(text: str, room: float) -> str:
