@@ -101,7 +101,7 @@ def estimated_bytes(values: int, encoding: Encoding) -> int:
     """Bytes that an image of so many values will take, to say before the work what disk it needs.
 
     Padded photos of 336 px (75 pieces of scikit-image's) took 0.06, 0.09 and 0.13 of their raw
-    bytes at qualities 80, 90 and 95, the largest 0.18. Detail takes more, and too little room is worse.
+    bytes at qualities 80, 90 and 95, the largest 0.18. Detail takes more; too little room is worse.
     """
     if encoding.kind != "jpeg":
         return values
