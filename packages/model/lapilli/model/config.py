@@ -11,9 +11,6 @@ __all__ = ["LanguageConfig", "ModelConfig", "Part", "VisionConfig"]
 
 Part = Literal["vision", "projector", "language"]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -24,17 +21,22 @@ class VisionConfig:
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the tower's transformers config, when there are no weights.
         layer: Which hidden state is taken, as LLaVA counts (-2: before the last layer). Layers
-            after it are not built.
-        mean: Per channel, subtracted from pixels in 0 to 1.
-        std: Per channel, what is then divided by.
+            after it are not run.
+        features: `patch`, or `cls_patch` with the class token before the patches.
+        mean: Per channel, subtracted from pixels in 0 to 1; None takes what comes with the
+            weights, else what the family was trained with.
+        std: Per channel, what is then divided by; None likewise.
+        allow_pickle: Take weights that are not in safetensors too.
     """
 
     tower: str = "clip"
     pretrained: str = ""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     layer: int = -2
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    features: Literal["patch", "cls_patch"] = "patch"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,16 @@ class LanguageConfig:
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the transformers config, when there are no weights.
         attention: transformers' attention implementation.
+        allow_pickle: Take weights that are not in safetensors too.
+        trust_remote_code: Run the code that comes with the weights.
     """
 
     model_type: str = "llama"
     pretrained: str = ""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     attention: str = "sdpa"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ P trained positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.language import build_language
+from lapilli.model.language import build_language, logit_scale, logit_softcap, text_scale
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
 from lapilli.model.projector import build_projector
 from lapilli.model.trainable import freeze, trainable_parameters
-from lapilli.model.vision import build_tower
+from lapilli.model.vision import build_tower, with_normalisation
 
 __all__ = ["VisionLanguageModel", "build_model"]
 
@@ -34,6 +35,8 @@ class VisionLanguageModel(nn.Module):
         self.language: Any = build_language(config.language)
         size = self.language.get_input_embeddings().weight.shape[1]
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
+        self._softcap = logit_softcap(self.language)
+        self._logit_scale = logit_scale(self.language)
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +75,13 @@ class VisionLanguageModel(nn.Module):
         self, input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor
     ) -> Tensor:
         features = features.to(embedding.dtype)
-        return merge(input_ids, merge_index, embedding, features, implementation=self.config.merge)
+        merged = merge(
+            input_ids, merge_index, embedding, features, implementation=self.config.merge
+        )
+        scale = text_scale(self.language)
+        if isinstance(scale, float) and scale == 1.0:
+            return merged
+        return merged * torch.where(merge_index < 0, scale, 1.0).to(merged.dtype).unsqueeze(-1)
 
     def forward(
         self,
@@ -101,6 +110,8 @@ class VisionLanguageModel(nn.Module):
             head.weight,
             getattr(head, "bias", None),
             chunk=self.config.head_chunk,
+            softcap=self._softcap,
+            scale=self._logit_scale,
             implementation=self.config.loss,
         )
 
@@ -113,7 +124,7 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = VisionLanguageModel(config)
+        model = VisionLanguageModel(replace(config, vision=with_normalisation(config.vision)))
     freeze(model, config.trainable)
     if not trainable_parameters(model):
         raise ModelError(
