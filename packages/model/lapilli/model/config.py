@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapilli.model.errors import ModelError
 
-__all__ = ["LanguageConfig", "ModelConfig", "Part", "VisionConfig"]
+__all__ = ["LanguageConfig", "LoraConfig", "ModelConfig", "Part", "VisionConfig"]
 
 Part = Literal["vision", "projector", "language"]
 
@@ -61,6 +62,39 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    r"""Low-rank adapters (arXiv 2106.09685), by peft.
+
+    Attributes:
+        target: `all-linear` (of the parts that learn, the head left out), or a regular expression
+            for the end of a layer's path: `q_proj|v_proj`, `c_attn|w1|w2`, `language\..*`.
+        rank: Rank of an adapter.
+        alpha: What it adds is multiplied by `alpha / rank`.
+        dropout: On its input, in training.
+        bias: Which biases learn: `none`, `all`, or `lora_only`, those of adapted layers.
+    """
+
+    target: str = "all-linear"
+    rank: int = 64
+    alpha: int = 16
+    dropout: float = 0.05
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.rank < 1:
+            raise ModelError(f"lora.rank: {self.rank}; expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ModelError(f"lora.dropout: {self.dropout}; expected 0 to below 1")
+        try:
+            re.compile(self.target)
+        except re.error as error:
+            raise ModelError(
+                f"lora.target: {self.target!r} is no regular expression ({error})"
+            ) from None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The whole model.
 
@@ -69,6 +103,8 @@ class ModelConfig:
         language: The language model.
         projector: `linear`, `mlpNx_gelu`, `identity`, or `package.module:name`.
         trainable: Parts that learn; the others are frozen.
+        lora: Adapters, through which alone the parts learn that have any; None for none.
+        gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
         merge: How image features are put among the text's embeddings (`lapilli.model.merge`).
         loss: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
         head_chunk: Trained positions the head works on at once.
@@ -79,6 +115,8 @@ class ModelConfig:
     language: LanguageConfig
     projector: str = "mlp2x_gelu"
     trainable: tuple[Part, ...] = ("projector", "language")
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
     merge: Literal["torch", "triton"] = "torch"
     loss: Literal["auto", "torch", "liger"] = "auto"
     head_chunk: int = 1024

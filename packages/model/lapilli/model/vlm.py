@@ -19,7 +19,12 @@ from lapilli.model.language import build_language, logit_scale, logit_softcap, t
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
 from lapilli.model.projector import build_projector
-from lapilli.model.trainable import freeze, trainable_parameters
+from lapilli.model.trainable import (
+    add_adapters,
+    checkpoint_activations,
+    freeze,
+    trainable_parameters,
+)
 from lapilli.model.vision import build_tower, with_normalisation
 
 __all__ = ["VisionLanguageModel", "build_model"]
@@ -125,7 +130,11 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = VisionLanguageModel(replace(config, vision=with_normalisation(config.vision)))
-    freeze(model, config.trainable)
+        freeze(model, config.trainable)
+        if config.lora:
+            add_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     if not trainable_parameters(model):
         raise ModelError(
             f"trainable: {', '.join(config.trainable)} with projector {config.projector} has no "
