@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,38 @@ def test_weights_that_are_pickled_are_taken_only_when_asked(tmp_path: Path) -> N
     loaded = build_model(ModelConfig(model.config.vision, allowed))
     for name, value in loaded.language.state_dict().items():
         assert torch.equal(value, model.language.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("language", ["llama", "phi", "gemma2"])
+def test_added_tokens_begin_as_the_mean_of_the_others(language: str) -> None:
+    config = twins.config(language=language)
+    before = build_model(config).language
+    grown = build_model(replace(config, language=replace(config.language, vocab_size=66)))
+    assert grown.vocab_size == 66
+    for old, new in (
+        (before.get_input_embeddings(), grown.language.get_input_embeddings()),
+        (before.get_output_embeddings(), grown.language.get_output_embeddings()),
+    ):
+        values = dict(new.named_parameters())
+        for name, value in old.named_parameters():
+            assert torch.equal(values[name][:64], value)
+            for row in (64, 65):
+                torch.testing.assert_close(values[name][row], value.mean(0))
+    ids = torch.randint(1, 60, (1, 7))
+    found, expected = grown.language.eval()(ids).logits, before.eval()(ids).logits
+    torch.testing.assert_close(found[..., :64], expected)
+    kept = build_model(replace(config, language=replace(config.language, vocab_size=8)))
+    assert kept.vocab_size == 64
+
+
+def test_weights_are_loaded_in_the_wanted_dtype_and_frequencies_stay_fp32(tmp_path: Path) -> None:
+    made = build_model(twins.config())
+    made.language.save_pretrained(tmp_path)
+    language = LanguageConfig(pretrained=str(tmp_path), attention="eager")
+    config = ModelConfig(twins.config().vision, language, dtype="bf16")
+    model = build_model(config)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    exact = made.language.model.rotary_emb.inv_freq
+    assert torch.equal(model.language.model.rotary_emb.inv_freq, exact)
+    for name, value in model.language.state_dict().items():
+        assert torch.equal(value, made.language.state_dict()[name].bfloat16()), name

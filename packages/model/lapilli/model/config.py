@@ -51,6 +51,8 @@ class LanguageConfig:
         attention: transformers' attention implementation.
         allow_pickle: Take weights that are not in safetensors too.
         trust_remote_code: Run the code that comes with the weights.
+        vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new
+            rows are the mean of the others. 0 leaves them; fewer than there are change nothing.
     """
 
     model_type: str = "llama"
@@ -59,6 +61,7 @@ class LanguageConfig:
     attention: str = "sdpa"
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class ModelConfig:
         gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
         merge: How image features are put among the text's embeddings (`lapilli.model.merge`).
         loss: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
+        dtype: What weights are loaded in. bf16 takes half the host's memory; a bf16 run rounds
+            them anyway, and its fp32 copies in the optimizer begin there.
         head_chunk: Trained positions the head works on at once.
         seed: Seed of random weights.
     """
@@ -119,6 +124,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     merge: Literal["torch", "triton"] = "torch"
     loss: Literal["auto", "torch", "liger"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     head_chunk: int = 1024
     seed: int = 0
 

@@ -15,32 +15,59 @@ if TYPE_CHECKING:
 __all__ = ["build_language", "logit_scale", "logit_softcap", "text_scale"]
 
 
-def build_language(config: LanguageConfig) -> PreTrainedModel:
-    """A causal language model, with weights or with random ones, in fp32.
+def build_language(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model, with weights or with random ones.
+
+    Weights go from the file into the model once, in `dtype`; there is no second copy.
 
     Raises:
         ModelError: Unknown architecture, wrong settings, or weights that are not there.
     """
+    kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": dtype}
+    model = _load(config, kind) if config.pretrained else _random(config, kind)
+    if config.vocab_size > model.config.vocab_size:
+        _grow(model, config.vocab_size)
+    return model
+
+
+def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with one_line(
+        f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
+        "a folder with a causal language model in safetensors"
+    ):
+        return AutoModelForCausalLM.from_pretrained(
+            config.pretrained,
+            use_safetensors=None if config.allow_pickle else True,
+            trust_remote_code=config.trust_remote_code,
+            **kind,
+        )
+
+
+def _random(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
-    if config.pretrained:
-        with one_line(
-            f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
-            "a folder with a causal language model in safetensors"
-        ):
-            return AutoModelForCausalLM.from_pretrained(
-                config.pretrained,
-                use_safetensors=None if config.allow_pickle else True,
-                trust_remote_code=config.trust_remote_code,
-                **kind,
-            )
     with one_line(f"language.model_type: {config.model_type!r} is no architecture of transformers"):
         defaults = AutoConfig.for_model(config.model_type)
     check_settings("language.settings", config.settings, defaults)
     with one_line(f"language.settings: no {config.model_type} can be built of them"):
         settings = AutoConfig.for_model(config.model_type, **config.settings)
         return AutoModelForCausalLM.from_config(settings, **kind)
+
+
+def _grow(model: PreTrainedModel, rows: int) -> None:
+    """Add rows to embedding and head, each the mean of the others.
+
+    A mean begins like a known token; a random row would begin with a loss of its own
+    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    old = int(model.config.vocab_size)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for value in module.parameters():
+                value[old:] = value[:old].float().mean(0).to(value.dtype)
 
 
 def logit_softcap(language: PreTrainedModel) -> float | None:

@@ -29,6 +29,8 @@ from lapilli.model.vision import build_tower, with_normalisation
 
 __all__ = ["VisionLanguageModel", "build_model"]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class VisionLanguageModel(nn.Module):
     """A LLaVA-style model. `forward` gives the summed loss of a batch."""
@@ -37,9 +39,12 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.vision = build_tower(config.vision)
-        self.language: Any = build_language(config.language)
-        size = self.language.get_input_embeddings().weight.shape[1]
+        self.language: Any = build_language(config.language, DTYPES[config.dtype])
+        size = int(self.language.get_input_embeddings().embedding_dim)
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
+        for parameter in (*self.vision.parameters(), *self.projector.parameters()):
+            # not `to`: that would round buffers too, and rotary frequencies must stay fp32
+            parameter.data = parameter.data.to(DTYPES[config.dtype])
         self._softcap = logit_softcap(self.language)
         self._logit_scale = logit_scale(self.language)
 

@@ -114,7 +114,8 @@ def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
         raise TrainError(
             f"tokenizer: {dataset.path} was made with {tokenizer['name']} "
             f"({tokenizer['vocab_size']} ids), the language model knows {model.vocab_size}; "
-            "preprocess with the language model's own tokenizer"
+            "preprocess with the language model's own tokenizer, or set "
+            f"model.language.vocab_size: {tokenizer['vocab_size']} if it has tokens added"
         )
 
 
