@@ -65,7 +65,8 @@ def _grow(model: PreTrainedModel, rows: int) -> None:
     old = int(model.config.vocab_size)
     model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        both: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
+        for module in both:
             for value in module.parameters():
                 value[old:] = value[:old].float().mean(0).to(value.dtype)
 
