@@ -10,11 +10,11 @@ import torch
 
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.model.trainable import set_modes
 from lapilli.model.vlm import build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.feed import Feed
-from lapilli.train.loop import set_modes
 from lapilli.train.step import seed_step
 from tests.train.small_run import VIEW, small_dataset, small_run
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.model.config import Part
+from lapilli.model.config import LoraConfig, Part
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
@@ -158,3 +158,25 @@ def test_a_start_that_changed_meanwhile_ends_the_resumed_run_in_one_line(
     launch(preflight(replace(first, output=str(tmp_path / "one"), optim=OptimConfig(lr=0.02))))
     with pytest.raises(TrainError, match="was saved with another start"):
         launch(preflight(started))
+
+
+def test_adapters_start_from_a_run_without_them_and_are_all_that_is_saved(
+    stages: tuple[RunConfig, RunConfig], tmp_path: Path
+) -> None:
+    _, second = stages
+    lora = LoraConfig(target="q_proj", rank=2)
+    third = replace(
+        second, output=str(tmp_path / "three"), start_from=second.output,
+        model=replace(second.model, lora=lora), optim=OptimConfig(lrs={"adapters": 1e-4}),
+    )  # fmt: skip
+    base = "language.model.layers.0.self_attn.q_proj.base_layer.weight"
+    began, _ = build_start(third)
+    expected = weights_of(second.output)[base.replace(".base_layer", "")]
+    assert torch.equal(began.state_dict()[base], expected)
+    launch(preflight(third))
+    ours = weights_of(third.output)
+    assert {n.partition(".")[0] for n in ours if ".lora_" not in n} == {"projector"}
+    found = load_trained(Path(third.output)).model.state_dict()
+    assert torch.equal(found[base], expected)
+    for name, value in ours.items():
+        assert torch.equal(found[name], value), name

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from lapilli.model.config import LoraConfig
 from lapilli.model.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train import checkpoint
@@ -23,13 +24,17 @@ from lapilli.train.optim import build_optimizer
 from lapilli.train.step import to_device, train_step
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config
 
-STEPS = {"frozen tower": 20, "all trained": 8, "projector only": 8}
+STEPS = {"frozen tower": 20, "all trained": 8, "projector only": 8, "adapters": 8}
 SAVED = STEPS["all trained"]
 CPU = torch.device("cpu")
 CASES: dict[str, RunConfig] = {
     "frozen tower": run_config(model_config("projector", "language")),
     "all trained": run_config(model_config("vision", "projector", "language", tied=True)),
     "projector only": run_config(model_config("projector")),
+    "adapters": run_config(
+        model_config("projector", "language", lora=LoraConfig(rank=2, alpha=8, dropout=0.0)),
+        lrs={"adapters": 2e-3, "projector": 2e-4},
+    ),
 }
 
 

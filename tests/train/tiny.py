@@ -9,14 +9,16 @@ import numpy as np
 
 from lapilli.data.collate import Batch, BatchShape, collate
 from lapilli.data.dataset import Sample
-from lapilli.model.config import LanguageConfig, ModelConfig, Part, VisionConfig
+from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, Part, VisionConfig
 from lapilli.train.config import OptimConfig, RunConfig
 
 IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY = 16, 4, 48
 SHAPE = BatchShape(rows=3, buckets=(16, 32), image_tokens=IMAGE_TOKENS, predict_chunk=8)
 
 
-def model_config(*trainable: Part, tied: bool = False) -> ModelConfig:
+def model_config(
+    *trainable: Part, tied: bool = False, lora: LoraConfig | None = None
+) -> ModelConfig:
     """CLIP and Llama with every size as small as it can be."""
     return ModelConfig(
         vision=VisionConfig(
@@ -34,14 +36,15 @@ def model_config(*trainable: Part, tied: bool = False) -> ModelConfig:
             }
         ),
         trainable=trainable or ("projector", "language"),
+        lora=lora,
         head_chunk=8,
         seed=3,
     )  # fmt: skip
 
 
-def run_config(model: ModelConfig, **values: Any) -> RunConfig:
+def run_config(model: ModelConfig, lrs: dict[str, float] | None = None, **values: Any) -> RunConfig:
     """A run of two workers, two micro-batches each, three rows a micro-batch."""
-    optim = OptimConfig(lr=1e-3, weight_decay=0.1, grad_clip=0.5)
+    optim = OptimConfig(lr=1e-3, lrs=lrs or {}, weight_decay=0.1, grad_clip=0.5)
     settings: dict[str, Any] = {
         "dataset": "", "output": "", "view": "", "global_batch": 12, "micro_batch": 3,
         "workers": 2, "optim": optim, **values,

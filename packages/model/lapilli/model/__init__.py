@@ -1,6 +1,6 @@
 """lapilli.model: vision-language models and their merge. Never imports ray."""
 
-from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
+from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import generate_greedy
 from lapilli.model.loss import trained_loss
@@ -10,6 +10,7 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = [
     "LanguageConfig",
+    "LoraConfig",
     "ModelConfig",
     "ModelError",
     "VisionConfig",

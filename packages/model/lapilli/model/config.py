@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapilli.model.errors import ModelError
 
-__all__ = ["LanguageConfig", "ModelConfig", "Part", "VisionConfig"]
+__all__ = ["LanguageConfig", "LoraConfig", "ModelConfig", "Part", "VisionConfig"]
 
 Part = Literal["vision", "projector", "language"]
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -24,17 +22,22 @@ class VisionConfig:
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the tower's transformers config, when there are no weights.
         layer: Which hidden state is taken, as LLaVA counts (-2: before the last layer). Layers
-            after it are not built.
-        mean: Per channel, subtracted from pixels in 0 to 1.
-        std: Per channel, what is then divided by.
+            after it are not run.
+        features: `patch`, or `cls_patch` with the class token before the patches.
+        mean: Per channel, subtracted from pixels in 0 to 1; None takes what comes with the
+            weights, else what the family was trained with.
+        std: Per channel, what is then divided by; None likewise.
+        allow_pickle: Take weights that are not in safetensors too.
     """
 
     tower: str = "clip"
     pretrained: str = ""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     layer: int = -2
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    features: Literal["patch", "cls_patch"] = "patch"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,52 @@ class LanguageConfig:
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the transformers config, when there are no weights.
         attention: transformers' attention implementation.
+        allow_pickle: Take weights that are not in safetensors too.
+        trust_remote_code: Run the code that comes with the weights.
+        vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new
+            rows are the mean of the others. 0 leaves them; fewer than there are change nothing.
     """
 
     model_type: str = "llama"
     pretrained: str = ""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     attention: str = "sdpa"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    vocab_size: int = 0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    r"""Low-rank adapters (arXiv 2106.09685), by peft.
+
+    Attributes:
+        target: `all-linear` (of the parts that learn, the head left out), or a regular expression
+            for the end of a layer's path: `q_proj|v_proj`, `c_attn|w1|w2`, `language\..*`.
+        rank: Rank of an adapter.
+        alpha: What it adds is multiplied by `alpha / rank`.
+        dropout: On its input, in training.
+        bias: Which biases learn: `none`, `all`, or `lora_only`, those of adapted layers.
+    """
+
+    target: str = "all-linear"
+    rank: int = 64
+    alpha: int = 16
+    dropout: float = 0.05
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.rank < 1:
+            raise ModelError(f"lora.rank: {self.rank}; expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ModelError(f"lora.dropout: {self.dropout}; expected 0 to below 1")
+        try:
+            re.compile(self.target)
+        except re.error as error:
+            raise ModelError(
+                f"lora.target: {self.target!r} is no regular expression ({error})"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -63,8 +106,12 @@ class ModelConfig:
         language: The language model.
         projector: `linear`, `mlpNx_gelu`, `identity`, or `package.module:name`.
         trainable: Parts that learn; the others are frozen.
+        lora: Adapters, through which alone the parts learn that have any; None for none.
+        gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
         merge: How image features are put among the text's embeddings (`lapilli.model.merge`).
         loss: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
+        dtype: What weights are loaded in. bf16 takes half the host's memory; a bf16 run rounds
+            them anyway, and its fp32 copies in the optimizer begin there.
         head_chunk: Trained positions the head works on at once.
         seed: Seed of random weights.
     """
@@ -73,8 +120,11 @@ class ModelConfig:
     language: LanguageConfig
     projector: str = "mlp2x_gelu"
     trainable: tuple[Part, ...] = ("projector", "language")
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
     merge: Literal["torch", "triton"] = "torch"
     loss: Literal["auto", "torch", "liger"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     head_chunk: int = 1024
     seed: int = 0
 

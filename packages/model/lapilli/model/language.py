@@ -4,49 +4,91 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lapilli.model.config import LanguageConfig
-from lapilli.model.errors import ModelError
 from lapilli.model.pretrained import check_settings, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["build_language"]
+__all__ = ["build_language", "logit_scale", "logit_softcap", "text_scale"]
 
 
-def build_language(config: LanguageConfig) -> PreTrainedModel:
-    """A causal language model, with weights or with random ones, in fp32.
+def build_language(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model, with weights or with random ones.
+
+    Weights go from the file into the model once, in `dtype`; there is no second copy.
 
     Raises:
         ModelError: Unknown architecture, wrong settings, or weights that are not there.
     """
-    import torch
+    kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": dtype}
+    model = _load(config, kind) if config.pretrained else _random(config, kind)
+    if config.vocab_size > model.config.vocab_size:
+        _grow(model, config.vocab_size)
+    return model
+
+
+def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with one_line(
+        f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
+        "a folder with a causal language model in safetensors"
+    ):
+        return AutoModelForCausalLM.from_pretrained(
+            config.pretrained,
+            use_safetensors=None if config.allow_pickle else True,
+            trust_remote_code=config.trust_remote_code,
+            **kind,
+        )
+
+
+def _random(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
-    if config.pretrained:
-        with one_line(
-            f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
-            "a folder with a causal language model in safetensors"
-        ):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                config.pretrained, use_safetensors=True, **kind
-            )
-        return _check_head(loaded)
     with one_line(f"language.model_type: {config.model_type!r} is no architecture of transformers"):
         defaults = AutoConfig.for_model(config.model_type)
     check_settings("language.settings", config.settings, defaults)
     with one_line(f"language.settings: no {config.model_type} can be built of them"):
         settings = AutoConfig.for_model(config.model_type, **config.settings)
-        return _check_head(AutoModelForCausalLM.from_config(settings, **kind))
+        return AutoModelForCausalLM.from_config(settings, **kind)
 
 
-def _check_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Refuse a model that does more to its logits than a linear layer: the loss would not."""
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ModelError(
-                f"language: {type(model).__name__} has {name}, which the loss does not apply yet; "
-                "choose another language model"
-            )
-    return model
+def _grow(model: PreTrainedModel, rows: int) -> None:
+    """Add rows to embedding and head, each the mean of the others.
+
+    A mean begins like a known token; a random row would begin with a loss of its own
+    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    old = int(model.config.vocab_size)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        both: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
+        for module in both:
+            for value in module.parameters():
+                value[old:] = value[:old].float().mean(0).to(value.dtype)
+
+
+def logit_softcap(language: PreTrainedModel) -> float | None:
+    """Gemma 2's bound on its logits."""
+    cap = getattr(language.config, "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
+
+
+def logit_scale(language: PreTrainedModel) -> float:
+    """What the logits are multiplied with: Cohere's `logit_scale`, one over Granite's divisor."""
+    scale = getattr(language.config, "logit_scale", None)
+    divisor = getattr(language.config, "logits_scaling", None)
+    return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
+
+
+def text_scale(language: PreTrainedModel) -> torch.Tensor | float:
+    """What the embedding module multiplies its rows with (Gemma's sqrt(D)), and images' not.
+
+    Rounded as the module does it (in bf16 sqrt(3072) is 55.5), and never read back to the host.
+    """
+    module: Any = language.get_input_embeddings()
+    scale = getattr(module, "embed_scale", 1.0)
+    return scale.to(module.weight.dtype) if isinstance(scale, torch.Tensor) else float(scale)

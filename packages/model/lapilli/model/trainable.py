@@ -1,12 +1,26 @@
-"""Which parameters learn."""
+"""Which parameters learn: parts, adapters, groups; and what is computed again to save memory."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-__all__ = ["decay_groups", "freeze", "trainable_parameters"]
+from lapilli.model.config import LoraConfig
+from lapilli.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from lapilli.model.vlm import VisionLanguageModel
+
+__all__ = [
+    "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
+    "parameter_groups", "set_modes", "trainable_parameters",
+]  # fmt: skip
+
+ADAPTED = ("language", "vision")
+GROUPS = ("projector", "language", "vision", "adapters")
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
@@ -20,10 +34,108 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that learn, with and without weight decay.
+def group_of(name: str) -> str:
+    """Which of `GROUPS` a parameter belongs to: its part, or the adapters."""
+    return "adapters" if ".lora_" in name else name.partition(".")[0]
+
+
+def parameter_groups(model: nn.Module) -> dict[tuple[str, bool], list[nn.Parameter]]:
+    """The parameters that learn, by (one of `GROUPS`, whether weight decay applies).
 
     Vectors (biases, norms' weights) get none.
     """
-    values = list(trainable_parameters(model).values())
-    return [v for v in values if v.dim() >= 2], [v for v in values if v.dim() < 2]
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, value in trainable_parameters(model).items():
+        decays = len(getattr(value, "ds_shape", value.shape)) >= 2
+        groups.setdefault((group_of(name), decays), []).append(value)
+    return groups
+
+
+def base_name(name: str) -> str:
+    """A parameter's name before adapters were put around its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
+    """Put LoRA adapters (arXiv 2106.09685) on linear layers of the parts that learn.
+
+    A part that gets any learns through them alone: its own weights freeze, but for biases by
+    `lora.bias`. The head and the embeddings get none.
+
+    Raises:
+        ModelError: No layer is matched; lists the names there are.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    parts = [part for part in ADAPTED if part in model.config.trainable]
+    layers = {part: _linear_layers(model, part) for part in parts}
+    matched = {
+        part: [name for name in names if _is_target(f"{part}.{name}", lora.target)]
+        for part, names in layers.items()
+    }
+    if not any(matched.values()):
+        raise ModelError(_nothing_matched(lora.target, layers))
+    for part, names in matched.items():
+        if names:
+            settings = PeftConfig(
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias,
+                target_modules=names,
+                fan_in_fan_out=isinstance(model.get_submodule(f"{part}.{names[0]}"), Conv1D),
+            )  # fmt: skip
+            inject_adapter_in_model(settings, model.get_submodule(part))
+
+
+def _linear_layers(model: VisionLanguageModel, part: str) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    whole = model.get_submodule(part)
+    head = model.language.get_output_embeddings()
+    return [
+        name
+        for name, module in whole.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+
+
+def _is_target(path: str, target: str) -> bool:
+    return target == "all-linear" or bool(re.fullmatch(rf"(?:.*\.)?(?:{target})", path))
+
+
+def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:
+    if not layers:
+        return (
+            "lora: neither language nor vision is in trainable; expected the parts whose adapters "
+            "are to learn"
+        )
+    kinds = sorted({name.rpartition(".")[2] for names in layers.values() for name in names})
+    example = next((f"{part}.{names[0]}" for part, names in layers.items() if names), "none")
+    return (
+        f"lora.target: {target!r} matches no layer; expected all-linear or a regular expression "
+        f"over {', '.join(kinds)} (or over whole paths such as {example})"
+    )
+
+
+def checkpoint_activations(model: VisionLanguageModel) -> None:
+    """Keep each layer's input only and run the layer again in backward (arXiv 1604.06174)."""
+    from transformers import PreTrainedModel
+
+    parts = ["language", *(["vision"] if "vision" in model.config.trainable else [])]
+    for part in parts:
+        for module in model.get_submodule(part).modules():
+            if isinstance(module, PreTrainedModel):
+                module.activation_checkpointing_enable({"use_reentrant": False})
+                break
+
+
+def set_modes(model: VisionLanguageModel) -> None:
+    """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for name, part in model.named_children():
+        part.train(name in model.config.trainable)
+        for module in part.modules():
+            # transformers checkpoints a layer only in training mode; its parts stay as they are
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,49 @@ from lapilli.model.errors import ModelError
 from lapilli.model.extension import load_builder
 from lapilli.model.pretrained import check_settings, one_line
 
-__all__ = ["TOWERS", "ClipTower", "Tower", "build_tower"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "FAMILIES", "TOWERS", "Family", "Tower", "TransformersTower", "build_tower",
+    "with_normalisation",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family of transformers' vision models apart.
+
+    Attributes:
+        prefix: Its classes are `{prefix}Config` and `{prefix}Model`.
+        layers: Path of its list of layers.
+        norm: Name of the norm after the last layer, which hidden states do not pass.
+        class_tokens: Tokens before the patches.
+        mean: Per channel, what its weights were trained with.
+        std: Per channel.
+    """
+
+    prefix: str
+    layers: str
+    norm: str
+    class_tokens: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FAMILIES = {
+    "clip": Family(
+        "CLIPVision", "encoder.layers", "post_layernorm", 1,
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711),
+    ),
+    # also SigLIP 2 of fixed resolution, which is the same architecture
+    "siglip": Family(
+        "SiglipVision", "encoder.layers", "post_layernorm", 0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    ),
+    "dinov2": Family(
+        "Dinov2", "encoder.layer", "layernorm", 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ),
+}  # fmt: skip
 
 
 class Tower(nn.Module):
@@ -39,28 +83,45 @@ class Tower(nn.Module):
         raise NotImplementedError
 
 
-class ClipTower(Tower):
-    """transformers' CLIP vision model, one hidden state of it, without the class token.
+class TransformersTower(Tower):
+    """One hidden state of a vision model of transformers; the model is the child `name`.
 
-    Only the layers up to that state are kept, and no norm after it: what does not reach the
-    output would never get a gradient.
+    Only the layers up to that state are kept, no norm and no pooling after it: what does not
+    reach the output would never get a gradient.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, name: str, config: VisionConfig) -> None:
         super().__init__()
-        clip: Any = _load_clip(config)
-        layers: int = clip.config.num_hidden_layers
-        kept = config.layer if config.layer >= 0 else layers + 1 + config.layer
-        if not 1 <= kept <= layers:
-            raise ModelError(f"vision.layer: {config.layer}; the tower has {layers} layers")
-        clip.encoder.layers = clip.encoder.layers[:kept]
-        clip.post_layernorm = nn.Identity()
-        self.clip = clip
-        self.image_size = int(clip.config.image_size)
-        self.num_tokens = (self.image_size // int(clip.config.patch_size)) ** 2
-        self.hidden_size = int(clip.config.hidden_size)
+        self._name, self._family = name, FAMILIES[name]
+        if config.features == "cls_patch" and not self._family.class_tokens:
+            raise ModelError(
+                f"vision.features: cls_patch, but {name} has no class token; expected patch"
+            )
+        loaded: Any = _load(name, self._family, config)
+        self._keep_layers(loaded, config.layer)
+        self.add_module(name, loaded)
+        self._skipped = self._family.class_tokens if config.features == "patch" else 0
+        self.image_size = int(loaded.config.image_size)
+        patches = (self.image_size // int(loaded.config.patch_size)) ** 2
+        self.num_tokens = patches + self._family.class_tokens - self._skipped
+        self.hidden_size = int(loaded.config.hidden_size)
+        mean, std = config.mean or self._family.mean, config.std or self._family.std
         # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
-        self._scale = 255 * torch.tensor([config.mean, config.std])
+        self._scale = 255 * torch.tensor([mean, std], dtype=torch.float32, device="cpu")
+
+    def _keep_layers(self, loaded: Any, layer: int) -> None:
+        owner = loaded.get_submodule(self._family.layers.rpartition(".")[0])
+        attribute = self._family.layers.rpartition(".")[2]
+        kept = _kept_layers(layer, int(loaded.config.num_hidden_layers))
+        setattr(owner, attribute, getattr(owner, attribute)[:kept])
+        setattr(loaded, self._family.norm, nn.Identity())
+        if hasattr(loaded.embeddings, "mask_token"):
+            loaded.embeddings.mask_token = None  # DINOv2's own training masks patches with it
+
+    @property
+    def encoder(self) -> Any:
+        """Transformers' model."""
+        return self.get_submodule(self._name)
 
     def forward(self, pixels_NHW3: Tensor) -> Tensor:
         """Normalise on the device in fp32, then encode in the weights' dtype."""
@@ -68,27 +129,80 @@ class ClipTower(Tower):
             self._scale = self._scale.to(pixels_NHW3.device)
         mean, std = self._scale
         normal_N3HW = ((pixels_NHW3.float() - mean) / std).permute(0, 3, 1, 2)
-        normal_N3HW = normal_N3HW.to(self.clip.pre_layrnorm.weight.dtype)
-        return self.clip(pixel_values=normal_N3HW).last_hidden_state[:, 1:]
+        output = self.encoder(pixel_values=normal_N3HW.to(self.encoder.dtype))
+        return output.last_hidden_state[:, self._skipped :]
 
 
-def _load_clip(config: VisionConfig) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+def _kept_layers(layer: int, layers: int) -> int:
+    kept = layer if layer >= 0 else layers + 1 + layer
+    if not 1 <= kept <= layers:
+        raise ModelError(f"vision.layer: {layer}; the tower has {layers} layers")
+    return kept
 
+
+def _load(name: str, family: Family, config: VisionConfig) -> PreTrainedModel:
+    import transformers
+
+    settings_class: Any = getattr(transformers, f"{family.prefix}Config")
+    model_class: Any = getattr(transformers, f"{family.prefix}Model")
+    without_pooling = {"vision_use_head": False} if name == "siglip" else {}
     if not config.pretrained:
-        check_settings("vision.settings", config.settings, CLIPVisionConfig())
-        with one_line("vision.settings: no CLIP tower can be built of them"):
-            return CLIPVisionModel(CLIPVisionConfig(**config.settings))
+        known: PreTrainedConfig = settings_class()
+        check_settings("vision.settings", config.settings, known)
+        with one_line(f"vision.settings: no {name} tower can be built of them"):
+            return model_class(settings_class(**config.settings, **without_pooling))
     with one_line(
         f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
-        "folder with a CLIP vision model in safetensors"
+        f"folder with a {name} vision model in safetensors"
     ):
-        return CLIPVisionModel.from_pretrained(
-            config.pretrained, dtype=torch.float32, use_safetensors=True
+        _check_kind(name, config.pretrained)
+        return model_class.from_pretrained(
+            config.pretrained,
+            dtype=torch.float32,
+            use_safetensors=None if config.allow_pickle else True,
+            **without_pooling,
         )
 
 
-TOWERS: dict[str, Callable[[VisionConfig], Tower]] = {"clip": ClipTower}
+def _check_kind(name: str, pretrained: str) -> None:
+    """Another architecture's weights would leave a model that is random without a word."""
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(pretrained).model_type
+    if kind not in (name, f"{name}_vision_model"):
+        raise ValueError(f"it is a {kind}")
+
+
+def with_normalisation(config: VisionConfig) -> VisionConfig:
+    """A config with mean and std: its own, those that come with the weights, or the family's."""
+    if config.tower not in FAMILIES or (config.mean and config.std):
+        return config
+    family, given = FAMILIES[config.tower], _preprocessing(config.pretrained)
+    mean = config.mean or given.get("image_mean") or family.mean
+    std = config.std or given.get("image_std") or family.std
+    return replace(config, mean=_channels(mean), std=_channels(std))
+
+
+def _channels(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _preprocessing(pretrained: str) -> dict[str, Any]:
+    """What `preprocessor_config.json` beside the weights says; nothing, if there is none."""
+    if not pretrained:
+        return {}
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(pretrained)[0]
+    except OSError:
+        return {}
+
+
+TOWERS: dict[str, Callable[[VisionConfig], Tower]] = {
+    name: partial(TransformersTower, name) for name in FAMILIES
+}
 
 
 def build_tower(config: VisionConfig) -> Tower:

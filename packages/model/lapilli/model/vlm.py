@@ -7,6 +7,7 @@ P trained positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,14 +15,21 @@ from torch import Tensor, nn
 
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.language import build_language
+from lapilli.model.language import build_language, logit_scale, logit_softcap, text_scale
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
 from lapilli.model.projector import build_projector
-from lapilli.model.trainable import freeze, trainable_parameters
-from lapilli.model.vision import build_tower
+from lapilli.model.trainable import (
+    add_adapters,
+    checkpoint_activations,
+    freeze,
+    trainable_parameters,
+)
+from lapilli.model.vision import build_tower, with_normalisation
 
 __all__ = ["VisionLanguageModel", "build_model"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class VisionLanguageModel(nn.Module):
@@ -31,9 +39,14 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.vision = build_tower(config.vision)
-        self.language: Any = build_language(config.language)
-        size = self.language.get_input_embeddings().weight.shape[1]
+        self.language: Any = build_language(config.language, DTYPES[config.dtype])
+        size = int(self.language.get_input_embeddings().embedding_dim)
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
+        for parameter in (*self.vision.parameters(), *self.projector.parameters()):
+            # not `to`: that would round buffers too, and rotary frequencies must stay fp32
+            parameter.data = parameter.data.to(DTYPES[config.dtype])
+        self._softcap = logit_softcap(self.language)
+        self._logit_scale = logit_scale(self.language)
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +85,13 @@ class VisionLanguageModel(nn.Module):
         self, input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor
     ) -> Tensor:
         features = features.to(embedding.dtype)
-        return merge(input_ids, merge_index, embedding, features, implementation=self.config.merge)
+        merged = merge(
+            input_ids, merge_index, embedding, features, implementation=self.config.merge
+        )
+        scale = text_scale(self.language)
+        if isinstance(scale, float) and scale == 1.0:
+            return merged
+        return merged * torch.where(merge_index < 0, scale, 1.0).to(merged.dtype).unsqueeze(-1)
 
     def forward(
         self,
@@ -101,6 +120,8 @@ class VisionLanguageModel(nn.Module):
             head.weight,
             getattr(head, "bias", None),
             chunk=self.config.head_chunk,
+            softcap=self._softcap,
+            scale=self._logit_scale,
             implementation=self.config.loss,
         )
 
@@ -113,8 +134,12 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = VisionLanguageModel(config)
-    freeze(model, config.trainable)
+        model = VisionLanguageModel(replace(config, vision=with_normalisation(config.vision)))
+        freeze(model, config.trainable)
+        if config.lora:
+            add_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     if not trainable_parameters(model):
         raise ModelError(
             f"trainable: {', '.join(config.trainable)} with projector {config.projector} has no "

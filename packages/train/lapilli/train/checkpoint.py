@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lapilli.data.shards import sha256_file
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.trainable import base_name, group_of, trainable_parameters
 from lapilli.train import engine as deepspeed_engine
 from lapilli.train.errors import TrainError
 
@@ -278,6 +278,8 @@ def load_start(run: Path, model: nn.Module) -> Checkpoint:
         load_start(Path(earlier), model)  # what learnt there and was frozen in `run` is only there
     weights = load_file(found.path / WEIGHTS)
     there = dict(model.named_parameters())
+    here = {base_name(name): name for name in there}  # this run may put adapters around its layers
+    weights = {here.get(name, name): value for name, value in weights.items()}
     for name, value in weights.items():
         if name not in there or there[name].shape != value.shape:
             shape = tuple(there[name].shape) if name in there else "no such parameter"
@@ -326,9 +328,11 @@ def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Te
 
 def frozen_fingerprint(model: nn.Module, trained: Collection[str]) -> str:
     """SHA-256 over the weights that are not `trained`: a checkpoint does not hold them."""
+    named = {base_name(name): parameter for name, parameter in model.named_parameters()}
+    known = {base_name(name) for name in trained}
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name not in trained:
+    for name, parameter in sorted(named.items()):
+        if name not in known and group_of(name) != "adapters":
             digest.update(name.encode())
             digest.update(
                 parameter.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lapilli.model.config import ModelConfig
+from lapilli.model.trainable import GROUPS
 from lapilli.train.errors import TrainError
 
 __all__ = ["OptimConfig", "RunConfig"]
@@ -17,6 +18,7 @@ class OptimConfig:
 
     Attributes:
         lr: Peak learning rate.
+        lrs: Another peak rate for `projector`, `language`, `vision` or `adapters`.
         schedule: What follows the warm-up: `cosine` or `linear` to 0, or `constant`.
         warmup_ratio: Share of the steps over which the rate rises from 0.
         weight_decay: On matrices; biases and norms get none.
@@ -25,6 +27,7 @@ class OptimConfig:
     """
 
     lr: float = 1e-3
+    lrs: dict[str, float] = field(default_factory=dict[str, float])
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -35,6 +38,11 @@ class OptimConfig:
         """Check what types cannot say."""
         if self.lr <= 0:
             raise TrainError(f"optim.lr: {self.lr}; expected more than 0")
+        for name, rate in self.lrs.items():
+            if name not in GROUPS:
+                raise TrainError(f"optim.lrs: {name!r}; expected some of {', '.join(GROUPS)}")
+            if rate < 0:
+                raise TrainError(f"optim.lrs.{name}: {rate}; expected 0 or more")
         if not 0.0 <= self.warmup_ratio < 1.0:
             raise TrainError(f"optim.warmup_ratio: {self.warmup_ratio}; expected 0 to below 1")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

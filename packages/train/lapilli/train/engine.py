@@ -60,9 +60,9 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """Set every group's learning rate for the next step."""
+    """Set every group's learning rate for the next step, each by its own factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_factor"]
 
 
 def read_weight(parameter: nn.Parameter) -> Tensor:

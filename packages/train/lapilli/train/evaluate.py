@@ -14,7 +14,7 @@ import numpy as np
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.mixture import TRAIN
 from lapilli.data.tokenize import load_tokenizer
-from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
+from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.generate import generate_greedy
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
@@ -100,6 +100,7 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
         "vision": VisionConfig(**fields["vision"]),
         "language": LanguageConfig(**fields["language"]),
         "trainable": tuple(fields["trainable"]),
+        "lora": LoraConfig(**fields["lora"]) if fields["lora"] else None,
     }
     model = build_model(ModelConfig(**{**fields, **parts}))
     if config["start_from"]:

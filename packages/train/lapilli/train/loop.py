@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
 from lapilli.train.config import RunConfig
@@ -29,7 +29,7 @@ from lapilli.train.stopping import is_stop_asked
 
 __all__ = [
     "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "open_for",
-    "set_modes", "setup",
+    "setup",
 ]  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
         raise TrainError(
             f"tokenizer: {dataset.path} was made with {tokenizer['name']} "
             f"({tokenizer['vocab_size']} ids), the language model knows {model.vocab_size}; "
-            "preprocess with the language model's own tokenizer"
+            "preprocess with the language model's own tokenizer, or set "
+            f"model.language.vocab_size: {tokenizer['vocab_size']} if it has tokens added"
         )
 
 
@@ -154,12 +155,6 @@ def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
             f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
             "same tokenizer"
         )
-
-
-def set_modes(model: VisionLanguageModel) -> None:
-    """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
-    for name, part in model.named_children():
-        part.train(name in model.config.trainable)
 
 
 def _facts(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from lapilli.model.trainable import decay_groups
+from lapilli.model.trainable import parameter_groups
 from lapilli.train.config import OptimConfig
 
 __all__ = ["build_optimizer", "learning_rate"]
@@ -30,11 +30,17 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start."""
-    decayed, plain = decay_groups(model)
+    """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start.
+
+    A group's `lr_factor` is its peak rate over `config.lr`: all rates follow one schedule.
+    """
     groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
-        if params
+        {
+            "params": params,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.lrs.get(group, config.lr),
+            "lr_factor": config.lrs.get(group, config.lr) / config.lr,
+        }
+        for (group, decays), params in parameter_groups(model).items()
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
