@@ -57,7 +57,7 @@ def _row(read: Callable[[], bytes], task: ImageTask, store: _Buffer | None) -> R
     if task.encoding.kind == ORIGINAL:
         return original_row(read, task.spec)
     try:
-        decoded = decode(read(), task.spec)
+        decoded = decode(read(), task.spec, task.codecs.resizer)
         pixels = square(decoded.image, task.spec, task.codecs.resizer)
     except BadImage as bad:
         return {"status": str(bad.reason), "detail": bad.detail}
