@@ -51,7 +51,5 @@ def test_the_error_is_that_of_the_first_images(
     facts = manifest.views["fast"].fast_error
     assert facts["worst"] == np.abs(difference).max() > 0
     assert facts["mean"] == pytest.approx(np.abs(difference).mean(), abs=1e-4)
-    assert facts["psnr"] == pytest.approx(
-        10 * np.log10(255**2 / (difference**2).mean()), abs=0.01
-    )
+    assert facts["psnr"] == pytest.approx(10 * np.log10(255**2 / (difference**2).mean()), abs=0.01)
     assert manifest.views["exact"].fast_error == {}
