@@ -51,8 +51,8 @@ class ImageSpec:
             side (its 558K stage), or `stretch`.
         mode: `exact` decodes every pixel; `fast` lets the JPEG decoder scale down first.
         resizer: `pillow` gives LLaVA's pixels bit for bit; `simd` and `torch` equal each other and
-            differ from Pillow's by 1 of 255 in 0.2 to 0.6 % of a photo's values, by 2 in one of
-            300,000; `auto` takes torch, or simd where torch is not installed.
+            differ from Pillow's by 1 of 255 in 0.3 % of a photo's values, by 2 in one of 1.5
+            million; `auto` takes torch, or simd where torch is not installed.
         orient: `ignore` the EXIF orientation as LLaVA does, or follow it (`exif`).
         max_pixels: An image that would need more pixels in memory at any step, the padded square
             and the resized strip before the crop included, is `image_too_large`.
