@@ -228,7 +228,7 @@ def _images_per_second(places: list[Located], root: Path, spec: ImageSpec) -> fl
         if number == 1:  # the first loads libraries
             started, made = time.perf_counter(), 0
         try:
-            square(decode(read_image(root, place), spec).image, spec, resizer)
+            square(decode(read_image(root, place), spec, resizer).image, spec, resizer)
             made += 1
         except BadImage:
             continue

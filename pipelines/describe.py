@@ -144,8 +144,9 @@ def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
 
 def _view(view: ViewFacts) -> Lines:
     spec, codecs = view.spec, view.codecs
+    error = f", PSNR {view.fast_error['psnr']:.1f} dB" if view.fast_error else ""
     return (
-        f"{spec['size']} px, {spec['aspect']}, {spec['mode']}",
+        f"{spec['size']} px, {spec['aspect']}, {spec['mode']}{error}",
         *_shards(view.shards),
         f"decoder {codecs['decoder']}",
         f"resizer {codecs['resizer']} {codecs['resizer_version']}",

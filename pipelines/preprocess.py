@@ -74,7 +74,9 @@ def tell_report(report: BuildReport) -> None:
     if report.manifest.mixture["records"] != counts["kept"]:
         tell_blend(report.manifest.mixture)
     for view, facts in report.manifest.views.items():
-        tell_error(view, facts.encoding)
+        if facts.encoding["kind"] == "jpeg":
+            tell_error(f"{view} as jpeg {facts.encoding['quality']}", facts.encoding["error"])
+        tell_error(f"{view} decoded fast", facts.fast_error)
     unused = counts["unused_images"]
     if unused:
         say(f"{unused} images of an earlier build are used no more; a fresh --output leaves them")
@@ -83,13 +85,12 @@ def tell_report(report: BuildReport) -> None:
     )
 
 
-def tell_error(view: str, encoding: dict[str, Any]) -> None:
-    """What JPEG has changed of a view's pixels."""
-    error = encoding.get("error")
+def tell_error(made: str, error: dict[str, float]) -> None:
+    """What JPEG or fast decoding has changed of a view's pixels."""
     if error:
         say(
-            f"{view} as jpeg {encoding['quality']}: {error['mean']:.2f} of 255 off on average, at "
-            f"most {error['worst']}, PSNR {error['psnr']:.1f} dB"
+            f"{made}: {error['mean']:.2f} of 255 off on average, at most {error['worst']}, "
+            f"PSNR {error['psnr']:.1f} dB"
         )
 
 

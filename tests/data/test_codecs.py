@@ -35,11 +35,18 @@ def test_with_stock_pillow_auto_is_torch() -> None:
 
 
 @pytest.mark.usefixtures("simd")
-def test_with_pillow_simd_auto_is_simd() -> None:
-    assert resolve_resizer("auto") == "simd"
-    assert resolve_resizer("torch") == "torch"
+def test_with_pillow_simd_auto_is_torch_where_torch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_resizer("auto") == "torch"
+    assert resolve_resizer("simd") == "simd"
     with pytest.raises(DataError, match=r"pillow-simd 12\.1\.1\.post0 is loaded; reinstall pillow"):
         resolve_resizer("pillow")
+    monkeypatch.setattr(importlib.util, "find_spec", find_nothing)
+    assert resolve_resizer("auto") == "simd"
+
+
+def find_nothing(name: str) -> None:
+    """No package is installed."""
+    del name
 
 
 @pytest.mark.usefixtures("stock")
@@ -47,9 +54,6 @@ def test_with_pillow_simd_auto_is_simd() -> None:
 def test_without_torch_the_torch_resizer_is_refused(
     monkeypatch: pytest.MonkeyPatch, wanted: Any
 ) -> None:
-    def find_nothing(name: str) -> None:
-        del name
-
     monkeypatch.setattr(importlib.util, "find_spec", find_nothing)
     with pytest.raises(DataError, match="torch asked for, not installed"):
         resolve_resizer(wanted)

@@ -1,22 +1,21 @@
-"""libjpeg-turbo's pixels are Pillow's, and passes apart give the pixels of pad-then-resize."""
+"""libjpeg-turbo's pixels are Pillow's, for every kind of JPEG."""
 
 from __future__ import annotations
 
+import base64
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from lapilli.data import images
-from lapilli.data.images import BadImage, ImageSpec, decode, prepare, square
-from tests.factories import CLIP_MEAN, bad_image, image_bytes, picture
+from lapilli.data.images import BadImage, ImageSpec, decode, prepare
+from tests.factories import CLIP_MEAN, IMAGE_KINDS, bad_image, image_bytes, picture
 
 SPEC = ImageSpec(24, CLIP_MEAN)
 Pixels = NDArray[np.uint8]
@@ -60,6 +59,35 @@ def test_pixels_of_every_kind_of_jpeg_are_pillows(options: dict[str, Any]) -> No
     np.testing.assert_array_equal(decode(data, SPEC).image, pillows(data))
 
 
+# `picture(17, 11, seed=4)` by libjpeg-turbo's `cjpeg -arithmetic -quality 40`; Pillow writes none.
+ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABQODxIPDRQSEBIXFRQYHjIhHhwcHj0sLiQySUBMS0dARkVQWnNiUFVt"
+    "VkVGZIhlbXd7gYKBTmCNl4x9lnN+gXz/2wBDARUXFx4aHjshITt8U0ZTfHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8"
+    "fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHz/yQARCAALABEDASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIR"
+    "AxEAPwD9wN29ZgRv2nMESy43nx67CMbiY+UGMjCnhhvGK43VvwFyJSyU9iHghR0/Ft3/AMVr4Hlbxc1GEIZeQPzO"
+    "udFhzjya/9k="
+)
+
+
+def test_pixels_of_an_arithmetic_coded_jpeg_are_pillows() -> None:
+    with Image.open(io.BytesIO(ARITHMETIC)) as image:
+        assert image.size == (17, 11)
+    assert b"\xff\xc9" in ARITHMETIC  # start of a frame, sequential, arithmetic coding
+    np.testing.assert_array_equal(decode(ARITHMETIC, SPEC).image, pillows(ARITHMETIC))
+
+
+@pytest.mark.parametrize("orient", ["ignore", "exif"])
+@pytest.mark.parametrize("kind", [*IMAGE_KINDS, "turned"])
+def test_pixels_are_the_same_in_pillows_layout(kind: str, orient: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = jpeg(40, 23, exif=exif) if kind == "turned" else image_bytes(kind, 40, 23)
+    spec = replace(SPEC, orient=orient)
+    plain, pillow = decode(data, spec, "torch").image, decode(data, spec, "pillow").image
+    assert (plain.shape[2], pillow.shape[2]) == (3, 4)
+    np.testing.assert_array_equal(pillow[..., :3], plain)
+
+
 def test_a_whole_jpeg_does_not_come_from_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     real = simplejpeg.decode_jpeg
@@ -81,46 +109,3 @@ def test_what_is_damaged_is_judged_by_pillow() -> None:
     with pytest.raises(BadImage) as bad:
         prepare(data, SPEC)
     assert str(caught.value) in bad.value.detail
-
-
-# ---- passes apart ------------------------------------------------------------------------------
-
-
-def pad_then_resize(image: Pixels, size: int, fill: tuple[int, int, int]) -> Pixels:
-    """torch's one call on the padded square, on a copy in its own order of memory."""
-    height, width = image.shape[:2]
-    side = max(height, width)
-    canvas = np.full((side, side, 3), fill, np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    canvas[top : top + height, left : left + width] = image
-    tensor = torch.from_numpy(canvas.transpose(2, 0, 1).copy())[None]
-    resized = torch.nn.functional.interpolate(
-        tensor, (size, size), mode="bicubic", antialias=True, align_corners=False
-    )
-    return resized[0].numpy().transpose(1, 2, 0)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    short=st.integers(1, 40),
-    ratio=st.floats(1, 60),
-    wide=st.booleans(),
-    size=st.integers(2, 60),  # at 1 torch's own order of memory trips an assertion in torch
-    fill=st.tuples(*[st.integers(0, 255)] * 3),
-)
-def test_torchs_passes_apart_are_pad_then_resize(
-    short: int, ratio: float, wide: bool, size: int, fill: tuple[int, int, int]
-) -> None:
-    long = max(short, min(700, round(short * ratio)))
-    image = np.asarray(picture(long, short, 1) if wide else picture(short, long, 1))
-    spec = ImageSpec(size, fill)
-    expected = pad_then_resize(image, size, fill)
-    np.testing.assert_array_equal(square(image, spec, "torch"), expected)
-
-
-@pytest.mark.parametrize("size", [224, 336, 384])
-@pytest.mark.parametrize("shape", [(640, 480), (480, 640), (350, 500), (336, 336)], ids=str)
-def test_torch_at_the_towers_sizes(size: int, shape: tuple[int, int]) -> None:
-    image = np.asarray(picture(*shape, seed=3))
-    expected = pad_then_resize(image, size, CLIP_MEAN)
-    np.testing.assert_array_equal(square(image, ImageSpec(size, CLIP_MEAN), "torch"), expected)

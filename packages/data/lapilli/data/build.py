@@ -319,14 +319,17 @@ def _view_facts(
             rows = [row for shard in shards for row in _errors(output, shard)]
             error = encoding_error(rows, spec.size**2 * 3)
             stored |= {"quality": encoding.quality, "error": error}
+        compared = [shard for n, shard in enumerate(shards) if plan.compared(view, n)]
+        rows = [row for shard in compared for row in _errors(output, shard, "fast_")]
         views[view] = ViewFacts(
-            asdict(spec), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored
-        )
+            asdict(spec), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored,
+            encoding_error(rows, spec.size**2 * 3),
+        )  # fmt: skip
     return views
 
 
-def _errors(output: Output, shard: ShardFacts) -> list[tuple[int, int, int]]:
-    """Absolute, squared and worst error of each image of a shard that has pixels."""
-    names = ("absolute_error", "squared_error", "worst_error")
+def _errors(output: Output, shard: ShardFacts, prefix: str = "") -> list[tuple[int, int, int]]:
+    """Absolute, squared and worst error of each image of a shard that they were measured of."""
+    names = [f"{prefix}{kind}_error" for kind in ("absolute", "squared", "worst")]
     table = open_table(output, shard, names).drop_null()
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))

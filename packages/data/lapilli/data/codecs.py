@@ -70,13 +70,17 @@ def replaced_simd() -> str:
 
 
 def resolve_resizer(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Resizer:
-    """The resizer a setting stands for here; `auto` takes pillow-simd, else torch.
+    """The resizer a setting stands for here; `auto` takes torch, without it pillow-simd.
+
+    Their pixels are the same. In this pipeline torch takes the less time of the two: it resizes a
+    pixel of three bytes as it is, where Pillow's has four.
 
     Raises:
         DataError: The one asked for is not installed.
     """
+    has_torch = importlib.util.find_spec("torch") is not None
     if wanted == "auto":
-        wanted = "simd" if is_simd() else "torch"
+        wanted = "simd" if is_simd() and not has_torch else "torch"
     if wanted == "simd" and not is_simd():
         raise DataError(
             f"resizer: simd asked for, Pillow {PIL.__version__} is loaded; install pillow-simd "
@@ -87,7 +91,7 @@ def resolve_resizer(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Resiz
             f"resizer: pillow asked for, pillow-simd {PIL.__version__} is loaded; reinstall pillow "
             "or set resizer: simd (differs by 1 of 255 here and there)"
         )
-    if wanted == "torch" and importlib.util.find_spec("torch") is None:
+    if wanted == "torch" and not has_torch:
         raise DataError("resizer: torch asked for, not installed; install it or set another one")
     return wanted
 

@@ -24,6 +24,7 @@ __all__ = [
     "encode_pixels",
     "encoding_error",
     "estimated_bytes",
+    "pixel_error",
 ]
 
 ORIGINAL = "original"
@@ -77,10 +78,14 @@ def encode_pixels(pixels: NDArray[np.uint8], encoding: Encoding) -> dict[str, An
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=0)
     data = buffer.getvalue()
-    error = np.abs(decode_pixels(data, "jpeg").astype(np.int16) - pixels)
-    flat = error.ravel().astype(np.int64)
+    return {"pixels": data, **pixel_error(decode_pixels(data, "jpeg"), pixels)}
+
+
+def pixel_error(pixels: NDArray[np.uint8], exact: NDArray[np.uint8]) -> dict[str, int]:
+    """How far off pixels are: `absolute_error`, `squared_error` (both summed), `worst_error`."""
+    flat = np.abs(pixels.astype(np.int16) - exact).ravel().astype(np.int64)
     return {
-        "pixels": data, "absolute_error": int(flat.sum()), "squared_error": int(flat @ flat),
+        "absolute_error": int(flat.sum()), "squared_error": int(flat @ flat),
         "worst_error": int(flat.max()),
     }  # fmt: skip
 
@@ -109,10 +114,10 @@ def estimated_bytes(values: int, encoding: Encoding) -> int:
 
 
 def encoding_error(rows: Iterable[tuple[int, int, int]], values: int) -> dict[str, float]:
-    """The error of a view stored as JPEG, over all its images.
+    """The error of a view stored as JPEG or decoded fast, over all images it is known of.
 
     Args:
-        rows: Absolute, squared and worst error of each image, as `encode_pixels` has them.
+        rows: Absolute, squared and worst error of each image, as `pixel_error` has them.
         values: Values (pixels x channels) of an image.
 
     Returns:

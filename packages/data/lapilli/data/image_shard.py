@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lapilli.data.encoding import ORIGINAL, encode_pixels
+from lapilli.data.encoding import ORIGINAL, encode_pixels, pixel_error
 from lapilli.data.images import BadImage, decode, square
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.originals import original_row
 from lapilli.data.shard_task import ImageTask
-from lapilli.data.shards import JPEG_SCHEMA, OK, UNUSED
+from lapilli.data.shards import FAST_COLUMNS, IMAGE_SCHEMA, JPEG_SCHEMA, OK, UNUSED
 
-__all__ = ["image_columns"]
+__all__ = ["image_columns", "image_schema"]
 
 READERS = 4  # threads; a disk or a bucket answers several questions at once
 READ_AHEAD = 16  # files on their way
@@ -31,6 +32,12 @@ READ_AHEAD_BYTES = 64 << 20
 
 
 Row: TypeAlias = dict[str, Any]
+
+
+def image_schema(task: ImageTask) -> pa.Schema:
+    """The columns that a task's shard has."""
+    schema = JPEG_SCHEMA if task.encoding.kind == "jpeg" else IMAGE_SCHEMA
+    return pa.schema([*schema, *FAST_COLUMNS]) if task.compared else schema
 
 
 def image_columns(task: ImageTask) -> dict[str, Any]:
@@ -41,9 +48,11 @@ def image_columns(task: ImageTask) -> dict[str, Any]:
     """
     task.codecs.require()
     store = _Buffer(task) if task.encoding.kind == "raw" else None
-    columns: dict[str, Any] = {field.name: [] for field in JPEG_SCHEMA}
-    for place, read in read_ahead(Path(task.root), task.images):
-        row = _row(read.result, task, store) if read else {"status": UNUSED, "detail": ""}
+    columns: dict[str, Any] = {field.name: [] for field in image_schema(task)}
+    for number, (place, read) in enumerate(read_ahead(Path(task.root), task.images)):
+        row: Row = {"status": UNUSED, "detail": ""}
+        if read:
+            row = _row(read.result, task, store, compare=number < task.compared)
         row |= {"image_id": place.image_id, "encoding": task.encoding.kind}
         for name, values in columns.items():
             values.append(row.get(name))
@@ -52,18 +61,33 @@ def image_columns(task: ImageTask) -> dict[str, Any]:
     return columns
 
 
-def _row(read: Callable[[], bytes], task: ImageTask, store: _Buffer | None) -> Row:
+def _row(
+    read: Callable[[], bytes], task: ImageTask, store: _Buffer | None, *, compare: bool
+) -> Row:
     """One image; what is wrong with it ends here, as a status."""
     if task.encoding.kind == ORIGINAL:
         return original_row(read, task.spec)
     try:
-        decoded = decode(read(), task.spec)
+        data = read()
+        decoded = decode(data, task.spec, task.codecs.resizer)
         pixels = square(decoded.image, task.spec, task.codecs.resizer)
     except BadImage as bad:
         return {"status": str(bad.reason), "detail": bad.detail}
     size = {"source_width": decoded.source_width, "source_height": decoded.source_height}
     stored = store.add(pixels) if store else encode_pixels(pixels, task.encoding)
-    return {"status": OK, "detail": "", **size, **stored}
+    error = _fast_error(data, task, pixels) if compare else {}
+    return {"status": OK, "detail": "", **size, **stored, **error}
+
+
+def _fast_error(data: bytes, task: ImageTask, pixels: NDArray[np.uint8]) -> Row:
+    """How far off the pixels are from those of mode `exact`."""
+    exact = replace(task.spec, mode="exact")
+    try:
+        decoded = decode(data, exact, task.codecs.resizer)
+    except BadImage:  # the view has pixels of it nevertheless
+        return {}
+    error = pixel_error(pixels, square(decoded.image, exact, task.codecs.resizer))
+    return {f"fast_{name}": value for name, value in error.items()}
 
 
 class _Buffer:

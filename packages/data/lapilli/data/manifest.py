@@ -34,6 +34,7 @@ class ViewFacts:
 
     Slot i is row `i % images_per_shard` of shard `i // images_per_shard`. `encoding` says how the
     pixels are stored (`kind`, `quality`) and, for `jpeg`, the `error` that this makes.
+    `fast_error` is that of mode `fast` (`mean`, `psnr`, `worst`), over the view's first images.
     """
 
     spec: dict[str, Any]
@@ -41,6 +42,7 @@ class ViewFacts:
     images_per_shard: int
     shards: list[ShardFacts]
     encoding: dict[str, Any] = field(default_factory=lambda: {"kind": "raw"})
+    fast_error: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _parse(fields: Mapping[str, Any]) -> Manifest:
             view["images_per_shard"],
             [ShardFacts(**shard) for shard in view["shards"]],
             view["encoding"],
+            view.get("fast_error", {}),
         )
         for name, view in fields["views"].items()
     }

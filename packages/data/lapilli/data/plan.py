@@ -81,6 +81,7 @@ Item = TypeVar("Item")
 
 VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
 ORIGINALS_PER_SHARD = 512
+COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,9 @@ class BuildPlan:
     def _image_task(self, view: str, number: int, part: tuple[Stamped, ...]) -> ImageTask:
         spec, codecs, encoding = self.views[view], self.codecs[view], self.encoding(view)
         named = [(name, stamp.hex()) for name, stamp in part]
+        compared = self.compared(view, number)
         made = [self.digests["writer"], asdict(spec), asdict(codecs), encoding.describe(), named]
+        made += [compared] if compared else []
         return ImageTask(
             f"images/{view}/{number:05d}-{digest(made)[:12]}.arrow",
             self.digests["writer"],
@@ -199,7 +202,14 @@ class BuildPlan:
             spec,
             codecs,
             encoding,
+            compared,
         )
+
+    def compared(self, view: str, number: int) -> int:
+        """Of how many images of a shard the error of mode `fast` is measured: the view's first."""
+        if view == ORIGINAL or self.views[view].mode != "fast":
+            return 0
+        return max(0, COMPARED - number * self.images_per_shard(view))
 
     def image_tasks(self) -> list[ImageTask]:
         """The image shards of every view that are to be there, finished or not."""

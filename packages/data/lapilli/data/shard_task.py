@@ -30,8 +30,8 @@ class ImageTask:
     """One image shard: decode these images below `root`, in this order, and encode the pixels.
 
     `images` says where each is, and how large and old its file was; a slot without use has no
-    container. `writer` is the driver's
-    `writer_version`; a worker with another one stops.
+    container. `writer` is the driver's `writer_version`; a worker with another one stops. Of mode
+    `fast`, the first `compared` images are made exactly too, to say how far off they are.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ImageTask:
     spec: ImageSpec
     codecs: Codecs
     encoding: Encoding = RAW
+    compared: int = 0
 
     @property
     def image_ids(self) -> tuple[str, ...]:

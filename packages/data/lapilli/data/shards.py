@@ -23,6 +23,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.output import Output, RemotePath
 
 __all__ = [
+    "FAST_COLUMNS",
     "IMAGE_SCHEMA",
     "INPUT_SCHEMA",
     "JPEG_SCHEMA",
@@ -64,6 +65,11 @@ JPEG_SCHEMA = pa.schema(
         ("squared_error", pa.int64()),
         ("worst_error", pa.int32()),
     ]
+)
+FAST_COLUMNS = (  # what mode `fast` has changed, of the images that were made exactly too
+    pa.field("fast_absolute_error", pa.int64()),
+    pa.field("fast_squared_error", pa.int64()),
+    pa.field("fast_worst_error", pa.int32()),
 )
 INPUT_SCHEMA = pa.schema(
     [

@@ -15,13 +15,11 @@ import numpy as np
 
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
-from lapilli.data.image_shard import image_columns
+from lapilli.data.image_shard import image_columns, image_schema
 from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
 from lapilli.data.shards import (
-    IMAGE_SCHEMA,
-    JPEG_SCHEMA,
     TOKEN_SCHEMA,
     ShardFacts,
     finished_facts,
@@ -74,8 +72,7 @@ def run_task(task: Task, output: Output) -> ShardFacts:
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
-        schema = JPEG_SCHEMA if task.encoding.kind == "jpeg" else IMAGE_SCHEMA
-        return write_shard(output, task.name, image_columns(task), schema)
+        return write_shard(output, task.name, image_columns(task), image_schema(task))
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
