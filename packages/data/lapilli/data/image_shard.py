@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from lapilli.data.encoding import ORIGINAL, encode_pixels
 from lapilli.data.images import BadImage, decode, square
+from lapilli.data.journal import Guard, unguarded
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.originals import original_row
 from lapilli.data.shard_task import ImageTask
@@ -33,8 +35,8 @@ READ_AHEAD_BYTES = 64 << 20
 Row: TypeAlias = dict[str, Any]
 
 
-def image_columns(task: ImageTask) -> dict[str, Any]:
-    """The columns of a task's shard.
+def image_columns(task: ImageTask, guard: Guard = unguarded) -> dict[str, Any]:
+    """The columns of a task's shard; `guard` stands around the decoding of each row.
 
     Raises:
         DataError: This process has other codecs than the driver.
@@ -42,8 +44,10 @@ def image_columns(task: ImageTask) -> dict[str, Any]:
     task.codecs.require()
     store = _Buffer(task) if task.encoding.kind == "raw" else None
     columns: dict[str, Any] = {field.name: [] for field in JPEG_SCHEMA}
-    for place, read in read_ahead(Path(task.root), task.images):
-        row = _row(read.result, task, store) if read else {"status": UNUSED, "detail": ""}
+    for number, (place, read) in enumerate(read_ahead(Path(task.root), task.images)):
+        row: Row = {"status": UNUSED, "detail": ""}
+        if read:
+            row = _row(read.result, guard(number), task, store)
         row |= {"image_id": place.image_id, "encoding": task.encoding.kind}
         for name, values in columns.items():
             values.append(row.get(name))
@@ -52,13 +56,20 @@ def image_columns(task: ImageTask) -> dict[str, Any]:
     return columns
 
 
-def _row(read: Callable[[], bytes], task: ImageTask, store: _Buffer | None) -> Row:
+def _row(
+    read: Callable[[], bytes],
+    guarded: AbstractContextManager[None],
+    task: ImageTask,
+    store: _Buffer | None,
+) -> Row:
     """One image; what is wrong with it ends here, as a status."""
     if task.encoding.kind == ORIGINAL:
-        return original_row(read, task.spec)
+        return original_row(read, guarded, task.spec)
     try:
-        decoded = decode(read(), task.spec)
-        pixels = square(decoded.image, task.spec, task.codecs.resizer)
+        data = read()
+        with guarded:
+            decoded = decode(data, task.spec)
+            pixels = square(decoded.image, task.spec, task.codecs.resizer)
     except BadImage as bad:
         return {"status": str(bad.reason), "detail": bad.detail}
     size = {"source_width": decoded.source_width, "source_height": decoded.source_height}

@@ -16,6 +16,7 @@ import numpy as np
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
 from lapilli.data.image_shard import image_columns
+from lapilli.data.journal import Guard, unguarded
 from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
@@ -56,8 +57,8 @@ def finished_task(task: Task, output: Output) -> ShardFacts | None:
     return facts
 
 
-def run_task(task: Task, output: Output) -> ShardFacts:
-    """Make one shard, in this process.
+def run_task(task: Task, output: Output, guard: Guard = unguarded) -> ShardFacts:
+    """Make one shard, in this process; `guard` stands around the decoding of each image.
 
     Raises:
         DataError: This process has other libraries or another tokenizer than the driver, or the
@@ -75,7 +76,7 @@ def run_task(task: Task, output: Output) -> ShardFacts:
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
         schema = JPEG_SCHEMA if task.encoding.kind == "jpeg" else IMAGE_SCHEMA
-        return write_shard(output, task.name, image_columns(task), schema)
+        return write_shard(output, task.name, image_columns(task, guard), schema)
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
