@@ -18,6 +18,7 @@ __all__ = ["RayDied", "ray_session", "watched"]
 Item = TypeVar("Item")
 
 ASK_EVERY = 1.0  # seconds
+LEAVE = 30.0  # seconds that what waits for Ray has to take notice
 NO_ANSWER = 30.0  # seconds after which Ray's control service is taken for dead
 
 
@@ -64,8 +65,12 @@ def watched(results: Callable[[], Iterable[Item]]) -> Iterator[Item]:
     answers: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=16)
     stop = threading.Event()
     alive = _Alive(node, stop)
-    threading.Thread(target=_pull, args=(results, answers, stop), daemon=True).start()
-    threading.Thread(target=alive.ask, daemon=True).start()
+    threads = [
+        threading.Thread(target=_pull, args=(results, answers, stop), daemon=True),
+        threading.Thread(target=alive.ask, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         while True:
             try:
@@ -81,6 +86,8 @@ def watched(results: Callable[[], Iterable[Item]]) -> Iterator[Item]:
             yield value
     finally:
         stop.set()
+        for thread in threads:  # who still asks a Ray that is shut down would start another one
+            thread.join(0 if alive.is_dead else LEAVE)
 
 
 def _pull(
@@ -126,8 +133,12 @@ class _Alive:
             self._dead = not any(n["Alive"] for n in nodes if n["NodeID"] == self._node)
             self._answered = time.monotonic()
 
+    @property
+    def is_dead(self) -> bool:
+        return self._dead or time.monotonic() - self._answered > NO_ANSWER
+
     def require(self) -> None:
-        if self._dead or time.monotonic() - self._answered > NO_ANSWER:
+        if self.is_dead:
             raise RayDied(
                 "Ray has died on this machine, perhaps for want of memory; run the same command "
                 "again"

@@ -26,7 +26,6 @@ from lapilli.data.tasks import run_task
 __all__ = ["Runner", "run_here", "run_on_ray"]
 
 TASKS = "tasks.pickle"
-MOST_RETRIES = 1000  # of a Ray task; `journal` has stricter limits
 
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
@@ -70,13 +69,13 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     """The dataset of the tasks' results."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised too
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    # Each process that an image ends is a retry, and a shard may hold many such images.
-    return dataset.map(_run_row, num_cpus=1, max_retries=MOST_RETRIES, concurrency=workers or None)
+    # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
+    return dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
 
 
 def _spool(tasks: list[Task], output: Output) -> list[dict[str, Any]]:
