@@ -102,7 +102,7 @@ def test_every_record_is_kept_or_quarantined_for_the_right_reason(
     assert len(selected(output)) + len(reasons) == len(mixture.expected)
     assert verdicts == mixture.expected
     # No template of LLaVA's can give the one, no file the other.
-    planted = set(Reason) - {Reason.NO_TRAINED_TOKEN, Reason.EXCLUDED}
+    planted = set(Reason) - {Reason.NO_TRAINED_TOKEN, Reason.EXCLUDED, Reason.DECODER_CRASHED}
     assert set(reasons.values()) == {str(reason) for reason in planted}
 
 
@@ -303,22 +303,49 @@ def test_a_build_that_was_stopped_goes_on(config: BuildConfig, tmp_path: Path) -
     assert not list(output.rglob("*.tmp"))
 
 
-def test_a_file_that_vanishes_is_missing_until_it_is_back(
-    mixture: Mixture, tokenizer: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [(None, "was there when the build was planned"), (b"other", "bytes when the build was pl")],
+)
+def test_a_file_that_changes_while_the_build_runs_stops_it_until_it_is_back(
+    mixture: Mixture, tokenizer: Path, tmp_path: Path, now: bytes | None, message: str
 ) -> None:
     root = tmp_path / "root"
     shutil.copytree(mixture.root, root, symlinks=True)
     plan = plan_build(build_config(replace(mixture, root=root), tmp_path / "out", tokenizer))
     victim = root / plan.image_ids[0]
     victim.rename(tmp_path / "away")
-    first = build(plan, runner=run_here).manifest
-    assert first.counts["reasons"]["image_missing"] == 5
-    lost = [row for row in quarantined(tmp_path / "out") if plan.image_ids[0] in row["detail"]]
-    assert "was there when the build was planned" in lost[0]["detail"]
+    if now is not None:
+        victim.write_bytes(now)
+    with pytest.raises(DataError, match=f"1 images changed or vanished.*{message}.*same command"):
+        build(plan, runner=run_here)
+    with pytest.raises(DataError, match="unfinished"):
+        read_manifest(tmp_path / "out")
     (tmp_path / "away").rename(victim)
     again = build(plan, runner=run_here)
     assert again.shards_built == 2  # one of each view
     assert again.manifest.counts["reasons"]["image_missing"] == 4
+    build_dataset(mixture, tmp_path / "undisturbed", tokenizer)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("report")
+@pytest.mark.parametrize("kind", ["tokens", "images/pad32"])
+def test_a_shard_of_another_build_is_not_taken_for_this_one(
+    mixture: Mixture, config: BuildConfig, tokenizer: Path, tmp_path: Path, kind: str
+) -> None:
+    """It is whole and has facts that fit it."""
+    output, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(config.output, output)
+    again = make_mixture(tmp_path / "root", images=20, defects=True, seed=1)
+    build_dataset(again, other, tokenizer)
+    strange, ours = (next((folder / kind).rglob("*.arrow")) for folder in (other, output))
+    assert ours.read_bytes() != strange.read_bytes()
+    for suffix in ("", ".json"):
+        shutil.copyfile(f"{strange}{suffix}", f"{ours}{suffix}")  # under the name of ours
+        shutil.copyfile(f"{strange}{suffix}", f"{ours.parent / strange.name}{suffix}")
+    assert build_here(config, output=str(output)).shards_built == 1
+    assert hashes(output) == hashes(Path(config.output))
 
 
 # ---- mistakes ----------------------------------------------------------------------------------

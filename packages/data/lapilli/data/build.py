@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from lapilli.data.amend import UNUSED_STAMP, input_columns
 from lapilli.data.encoding import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.errors import DataError
+from lapilli.data.lock import LOCK, only_build
 from lapilli.data.manifest import (
     FORMAT,
     PLAN,
@@ -27,6 +28,7 @@ from lapilli.data.manifest import (
 )
 from lapilli.data.output import Output, RemotePath, open_output
 from lapilli.data.plan import BuildPlan, ImageTask, Task, source_bytes
+from lapilli.data.record import Reason, Verdict
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.selection import (
     Selection,
@@ -88,11 +90,17 @@ def build(
     needs a running Ray (`lapilli.data.cluster.ray_session`), `run_here` none.
 
     Raises:
-        DataError: The output holds something else, the disk is too small, a worker's libraries
-            differ, or too much is quarantined.
+        DataError: The output holds something else or another build writes there, the disk is too
+            small, a worker's libraries differ, an image changed meanwhile, Ray died, or too much is
+            quarantined.
     """
-    started = time.monotonic()
     output = open_output(plan.config.output)
+    with only_build(output):
+        return _build(plan, output, on_progress, runner)
+
+
+def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runner) -> BuildReport:
+    started = time.monotonic()
     _check_output(output, plan)
     tasks: list[Task] = [*plan.token_tasks(), *plan.image_tasks()]
     facts = _finished(tasks, output)
@@ -117,7 +125,7 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
     if output.exists() and not output.is_dir():
         raise DataError(f"output: {output} is a file; expected a folder; choose another --output")
     if not path.exists():
-        if output.exists() and any(output.iterdir()):
+        if output.exists() and any(path.name != LOCK for path in output.iterdir()):
             raise DataError(
                 f"output: {output} is not empty and no dataset; choose another --output"
             )
@@ -196,9 +204,9 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
     tokens = [_facts(shard, facts) for shard in plan.token_shards()]
     views = _view_facts(plan, output, facts)
     images = [shard for view in views.values() for shard in view.shards]
-    selection = select(
-        plan, read_token_rows(output, tokens, plan.token_groups), read_bad_images(output, images)
-    )
+    bad_images = read_bad_images(output, images)
+    _check_unchanged(bad_images)
+    selection = select(plan, read_token_rows(output, tokens, plan.token_groups), bad_images)
     selected, quarantined, inputs = _write_selection(plan, output, selection)
     _save_tokenizer(plan, output)
     if plan.previous is None:  # of an amended dataset, when it is one
@@ -229,6 +237,20 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
     )
     write_manifest(output, manifest)
     return read_manifest(output)
+
+
+def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
+    """Every image was there when the build was planned; one that is not is no case for quarantine.
+
+    Its shard is made again by the next run.
+    """
+    lost = [v.detail for v in bad_images.values() if v.reason == Reason.IMAGE_MISSING]
+    if lost:
+        raise DataError(
+            f"{len(lost)} images changed or vanished while the build ran, first {lost[0]}; "
+            "bring them back and run the same command again, or take them as they are now into "
+            "another --output"
+        )
 
 
 def _save_tokenizer(plan: BuildPlan, output: Output) -> None:

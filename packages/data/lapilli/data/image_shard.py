@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from lapilli.data.encoding import ORIGINAL, encode_pixels, pixel_error
 from lapilli.data.images import BadImage, decode, square
+from lapilli.data.journal import Guard, unguarded
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.originals import original_row
 from lapilli.data.shard_task import ImageTask
@@ -40,8 +42,8 @@ def image_schema(task: ImageTask) -> pa.Schema:
     return pa.schema([*schema, *FAST_COLUMNS]) if task.compared else schema
 
 
-def image_columns(task: ImageTask) -> dict[str, Any]:
-    """The columns of a task's shard.
+def image_columns(task: ImageTask, guard: Guard = unguarded) -> dict[str, Any]:
+    """The columns of a task's shard; `guard` stands around the decoding of each row.
 
     Raises:
         DataError: This process has other codecs than the driver.
@@ -52,7 +54,7 @@ def image_columns(task: ImageTask) -> dict[str, Any]:
     for number, (place, read) in enumerate(read_ahead(Path(task.root), task.images)):
         row: Row = {"status": UNUSED, "detail": ""}
         if read:
-            row = _row(read.result, task, store, compare=number < task.compared)
+            row = _row(read.result, guard(number), task, store, compare=number < task.compared)
         row |= {"image_id": place.image_id, "encoding": task.encoding.kind}
         for name, values in columns.items():
             values.append(row.get(name))
@@ -62,15 +64,21 @@ def image_columns(task: ImageTask) -> dict[str, Any]:
 
 
 def _row(
-    read: Callable[[], bytes], task: ImageTask, store: _Buffer | None, *, compare: bool
+    read: Callable[[], bytes],
+    guarded: AbstractContextManager[None],
+    task: ImageTask,
+    store: _Buffer | None,
+    *,
+    compare: bool,
 ) -> Row:
     """One image; what is wrong with it ends here, as a status."""
     if task.encoding.kind == ORIGINAL:
-        return original_row(read, task.spec)
+        return original_row(read, guarded, task.spec)
     try:
         data = read()
-        decoded = decode(data, task.spec, task.codecs.resizer)
-        pixels = square(decoded.image, task.spec, task.codecs.resizer)
+        with guarded:
+            decoded = decode(data, task.spec, task.codecs.resizer)
+            pixels = square(decoded.image, task.spec, task.codecs.resizer)
     except BadImage as bad:
         return {"status": str(bad.reason), "detail": bad.detail}
     size = {"source_width": decoded.source_width, "source_height": decoded.source_height}

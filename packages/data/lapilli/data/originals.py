@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,9 @@ from lapilli.data.shards import OK, ShardFacts, open_table
 __all__ = ["Originals", "original_row"]
 
 
-def original_row(read: Callable[[], bytes], spec: ImageSpec) -> dict[str, Any]:
+def original_row(
+    read: Callable[[], bytes], guarded: AbstractContextManager[None], spec: ImageSpec
+) -> dict[str, Any]:
     """An image's bytes as they are, with a status that says whether they can be decoded.
 
     Bytes that cannot be decoded are stored too: another view finds the same wrong with them.
@@ -30,7 +33,8 @@ def original_row(read: Callable[[], bytes], spec: ImageSpec) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(("source_width", "source_height", "pixels"))
     try:
         row["pixels"] = read()
-        decoded = decode(row["pixels"], spec)
+        with guarded:
+            decoded = decode(row["pixels"], spec)
     except BadImage as bad:
         return {**row, "status": str(bad.reason), "detail": bad.detail}
     size = {"source_width": decoded.source_width, "source_height": decoded.source_height}

@@ -92,6 +92,7 @@ class Reason(StrEnum):
     IMAGE_OUTSIDE_ROOT = "image_outside_root"
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_TOO_LARGE = "image_too_large"
+    DECODER_CRASHED = "decoder_crashed"
     NO_TRAINED_TOKEN = "no_trained_token"
     EXCLUDED = "excluded"
 

@@ -5,21 +5,27 @@ A runner takes tasks and yields the facts of finished shards, in any order.
 
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
+import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.cluster import ray_session
+from lapilli.data.cluster import RayDied, ray_session, watched
 from lapilli.data.errors import DataError
-from lapilli.data.output import Output, open_output
+from lapilli.data.journal import WORK, Journal, journal_folder
+from lapilli.data.output import Output, RemotePath, open_output
 from lapilli.data.plan import Task
-from lapilli.data.shards import ShardFacts
+from lapilli.data.shards import ShardFacts, write_atomic
 from lapilli.data.tasks import run_task
 
 __all__ = ["Runner", "run_here", "run_on_ray"]
+
+TASKS = "tasks.pickle"
 
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
@@ -27,7 +33,9 @@ Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
     """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
 
-    Ray is started if none runs, and not at all where there is nothing to do.
+    Ray is started if none runs, and not at all where there is nothing to do. Tasks lie in one file
+    beside the output, so that the driver and Ray hold just their places. A worker that dies is
+    replaced; what its image did is found by `journal`.
 
     Args:
         tasks: The shards to make.
@@ -35,41 +43,103 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         workers: Tasks at the same time; 0 takes every core.
 
     Raises:
-        DataError: A task met a user's mistake, such as a node with other libraries.
+        DataError: A task met a user's mistake, such as a node with other libraries; a task's
+            process ended too often; Ray died.
     """
+    _clear(output, tasks)
     if not tasks:
         return
+    left = len(tasks)
+    where = str(output.resolve())
+    rows = [{**row, "output": where} for row in _spool(tasks, output)]
+    try:
+        with ray_session():
+            for row in watched(lambda: _mapped(rows, workers).iter_rows()):
+                if row["error"]:
+                    raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
+                left -= 1
+                yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
+    except RayDied as error:
+        raise DataError(f"{error}, it goes on with the {left} shards that are missing") from None
+    finally:
+        _clear(output, tasks)
+
+
+def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
+    """The dataset of the tasks' results."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised too
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    where = str(output.resolve())
-    rows = [{"task": pickle.dumps(task), "output": where} for task in tasks]
-    with ray_session():
-        dataset = ray.data.from_items(rows, override_num_blocks=len(tasks))
-        mapped = dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
-        for row in mapped.iter_rows():
-            if row["error"]:
-                raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
-            yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
+    return dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
+
+
+def _spool(tasks: list[Task], output: Output) -> list[dict[str, Any]]:
+    """Write the tasks into one file; where each lies in it."""
+    rows: list[dict[str, Any]] = []
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            for task in tasks:
+                start = file.tell()
+                pickle.dump(task, file)
+                rows.append({"name": task.name, "start": start, "size": file.tell() - start})
+
+    write_atomic(output / f"{WORK}/{TASKS}", write)
+    return rows
+
+
+def _read_task(output: Output, start: int, size: int) -> Task:
+    def read(file: Any) -> Task:
+        file.seek(start)
+        return pickle.loads(file.read(size))
+
+    path = output / f"{WORK}/{TASKS}"
+    if isinstance(path, RemotePath):
+        return path.read_with(read)
+    with path.open("rb") as file:
+        return read(file)
+
+
+def _clear(output: Output, tasks: list[Task]) -> None:
+    """Remove what only a build that runs needs, of this one or of one that was killed."""
+    if isinstance(output, Path):
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    elif tasks:
+        (output / f"{WORK}/{TASKS}").unlink(missing_ok=True)
 
 
 def _run_row(row: dict[str, Any]) -> dict[str, Any]:
     """A task as Ray Data sees it: errors travel as values, since one exception ends a dataset."""
     result: dict[str, Any] = {"path": "", "rows": 0, "bytes": 0, "sha256": ""}
     try:
-        result = asdict(run_task(pickle.loads(row["task"]), open_output(row["output"])))
+        output = open_output(row["output"])
+        journal = Journal(journal_folder(output, row["name"]), row["name"])
+        try:
+            task = _read_task(output, row["start"], row["size"])
+            journal.examine(task)
+            result = asdict(run_task(task, output, journal.decoding))
+        finally:
+            journal.close()
     except DataError as error:
         return {**result, "error": str(error), "expected": True}
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            said = f"{row['output']}: {error}; free space and run the same command again"
+            return {**result, "error": said, "expected": True}
         return {**result, "error": traceback.format_exc(), "expected": False}
     return {**result, "error": "", "expected": False}
 
 
 def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
-    """Run tasks one after the other in this process: a runner without Ray, for small things."""
+    """Run tasks one after the other in this process: a runner without Ray, for small things.
+
+    An image whose decoding ends its process ends this one.
+    """
     del workers
     for task in tasks:
         yield run_task(task, output)

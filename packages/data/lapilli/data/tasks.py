@@ -16,6 +16,7 @@ import numpy as np
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
 from lapilli.data.image_shard import image_columns, image_schema
+from lapilli.data.journal import Guard, unguarded
 from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
@@ -54,8 +55,8 @@ def finished_task(task: Task, output: Output) -> ShardFacts | None:
     return facts
 
 
-def run_task(task: Task, output: Output) -> ShardFacts:
-    """Make one shard, in this process.
+def run_task(task: Task, output: Output, guard: Guard = unguarded) -> ShardFacts:
+    """Make one shard, in this process; `guard` stands around the decoding of each image.
 
     Raises:
         DataError: This process has other libraries or another tokenizer than the driver, or the
@@ -72,7 +73,7 @@ def run_task(task: Task, output: Output) -> ShardFacts:
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
-        return write_shard(output, task.name, image_columns(task), image_schema(task))
+        return write_shard(output, task.name, image_columns(task, guard), image_schema(task))
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
