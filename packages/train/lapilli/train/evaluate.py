@@ -100,7 +100,7 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
         "vision": VisionConfig(**fields["vision"]),
         "language": LanguageConfig(**fields["language"]),
         "trainable": tuple(fields["trainable"]),
-        "lora": LoraConfig(**fields["lora"]) if fields["lora"] else None,
+        "lora": LoraConfig(**fields["lora"]) if fields.get("lora") else None,
     }
     model = build_model(ModelConfig(**{**fields, **parts}))
     if config["start_from"]:
