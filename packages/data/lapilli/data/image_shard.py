@@ -79,11 +79,11 @@ def _row(
         with guarded:
             decoded = decode(data, task.spec, task.codecs.resizer)
             pixels = square(decoded.image, task.spec, task.codecs.resizer)
+            error = _fast_error(data, task, pixels) if compare else {}
     except BadImage as bad:
         return {"status": str(bad.reason), "detail": bad.detail}
     size = {"source_width": decoded.source_width, "source_height": decoded.source_height}
     stored = store.add(pixels) if store else encode_pixels(pixels, task.encoding)
-    error = _fast_error(data, task, pixels) if compare else {}
     return {"status": OK, "detail": "", **size, **stored, **error}
 
 
