@@ -1,0 +1,1 @@
+"""Files of other projects, read and written: transformers' LLaVA, LLaVA's own, PEFT's."""
