@@ -141,8 +141,9 @@ def to_llava(config: ExportConfig) -> None:
     """Write LLaVA's checkpoint with its tokenizer, and the projector by itself."""
     asked, output = _open_run(config), Path(config.output)
     write_llava(
-        asked.model, output, dtype=getattr(torch, config.dtype), shard_size=config.shard_size
-    )
+        asked.model, output, dtype=getattr(torch, config.dtype), shard_size=config.shard_size,
+        aspect="pad" if asked.spec.aspect == "pad" else "square",
+    )  # fmt: skip
     asked.tokenizer.save_pretrained(output)
     path = write_projector(asked.model, output / "projector")
     say(f"{output}: LLaVA's layout; {path} for --pretrain_mm_mlp_adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from lapilli.data.errors import DataError
 from lapilli.data.jinja import chat_template
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
-from lapilli.data.tokenize import encode, load_tokenizer
 from lapilli.data.templates import TEMPLATES
+from lapilli.data.tokenize import encode, load_tokenizer
 from tests.factories import make_tokenizer
 
 NAMES = sorted(
@@ -82,7 +83,7 @@ def test_transformers_makes_the_same_ids(
 def _last_answer(labels: list[int]) -> int:
     """Where the last trained span begins."""
     trained = [place for place, label in enumerate(labels) if label >= 0]
-    gaps = [b for a, b in zip(trained, trained[1:], strict=False) if b > a + 1]
+    gaps = [b for a, b in pairwise(trained) if b > a + 1]
     return gaps[-1] if gaps else trained[0]
 
 

@@ -176,4 +176,5 @@ def open_assistant(path: Path, device: str = "cpu") -> Assistant:
 
 
 def _spec(fields: dict[str, Any]) -> ImageSpec:
-    return ImageSpec(**{**fields, "fill": tuple(fields["fill"])})
+    values: dict[str, Any] = {**fields, "fill": tuple(fields["fill"])}
+    return ImageSpec(**values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,6 +99,7 @@ def write_llava(
     dtype: torch.dtype = torch.float32,
     shard_size: str = "5GB",
     vision_tower: str = "",
+    aspect: Literal["pad", "square"] = "pad",
 ) -> None:
     """Write a checkpoint in the layout of `llava-v1.5-7b`: safetensors and LLaVA's config.
 
@@ -107,6 +108,7 @@ def write_llava(
         output: Folder to write.
         dtype: Of the written weights.
         shard_size: Most bytes in one file.
+        aspect: LLaVA's `image_aspect_ratio`: how it makes images square.
         vision_tower: What LLaVA's `mm_vision_tower` shall name; empty for the model's own.
 
     Raises:
@@ -126,15 +128,16 @@ def write_llava(
     output.mkdir(parents=True, exist_ok=True)
     cast = {n: v.detach().to(dtype).contiguous() for n, v in state.items()}
     save_torch_state_dict(cast, output, max_shard_size=shard_size)
-    _write_config(model, output, dtype, vision_tower)
+    text = json.dumps(_llava_config(model, dtype, vision_tower, aspect), indent=2)
+    (output / "config.json").write_text(text, encoding="utf-8")
 
 
-def _write_config(
-    model: VisionLanguageModel, output: Path, dtype: torch.dtype, vision_tower: str
-) -> None:
+def _llava_config(
+    model: VisionLanguageModel, dtype: torch.dtype, vision_tower: str, aspect: str
+) -> dict[str, Any]:
     config: dict[str, Any] = model.language.config.to_dict()
     kind = str(config["model_type"])
-    config |= {
+    return config | {
         "model_type": f"llava_{kind}",
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
         "mm_projector_type": model.config.projector,
@@ -144,11 +147,10 @@ def _write_config(
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad",
+        "image_aspect_ratio": aspect,
         "use_mm_proj": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _llava_projector(model: VisionLanguageModel) -> dict[str, Tensor]:
