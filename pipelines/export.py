@@ -6,7 +6,9 @@ python -m pipelines.export runs/finetune --to hf --output exports/finetune
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,18 +85,18 @@ def to_hf(config: ExportConfig) -> None:
     asked = _open_run(config)
     source = chat_template(asked.template, asked.tokenizer)
     how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.fill, source)
-    tokenizer, output = asked.tokenizer, Path(config.output)
+    tokenizer = asked.tokenizer
     expected = [asked.prompt(turns) for turns in TRIALS]  # before the tokenizer gets <image>
-    output.mkdir(parents=True, exist_ok=True)
-    image_id = write_processor(tokenizer, asked.model, how, output)
-    for turns, ids in zip(TRIALS, expected, strict=True):
-        _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
-    facts = {"template": asdict(asked.template), "view": asdict(asked.spec)}
-    write_hf(
-        asked.model, output, image_token_id=image_id, dtype=getattr(torch, config.dtype),
-        facts=facts, shard_size=config.shard_size,
-    )  # fmt: skip
-    say(f"{output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
+    with _filled(Path(config.output)) as folder:
+        image_id = write_processor(tokenizer, asked.model, how, folder)
+        for turns, ids in zip(TRIALS, expected, strict=True):
+            _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
+        facts = {"template": asdict(asked.template), "view": asdict(asked.spec)}
+        write_hf(
+            asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),
+            facts=facts, shard_size=config.shard_size,
+        )  # fmt: skip
+    say(f"{config.output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
 
 
 TRIALS: tuple[tuple[Turn, ...], ...] = (
@@ -140,13 +142,29 @@ def _check_ids(tokenizer: Any, source: str, turns: tuple[Turn, ...], ids: list[i
 def to_llava(config: ExportConfig) -> None:
     """Write LLaVA's checkpoint with its tokenizer, and the projector by itself."""
     asked, output = _open_run(config), Path(config.output)
-    write_llava(
-        asked.model, output, dtype=getattr(torch, config.dtype), shard_size=config.shard_size,
-        aspect="pad" if asked.spec.aspect == "pad" else "square",
-    )  # fmt: skip
-    asked.tokenizer.save_pretrained(output)
-    path = write_projector(asked.model, output / "projector")
-    say(f"{output}: LLaVA's layout; {path} for --pretrain_mm_mlp_adapter")
+    with _filled(output) as folder:
+        write_llava(
+            asked.model, folder, dtype=getattr(torch, config.dtype), shard_size=config.shard_size,
+            aspect="pad" if asked.spec.aspect == "pad" else "square",
+        )  # fmt: skip
+        asked.tokenizer.save_pretrained(folder)
+        path = write_projector(asked.model, folder / "projector").relative_to(folder)
+    say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
+
+
+@contextmanager
+def _filled(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to fill, which becomes it when all is there and goes if not."""
+    temporary = output.absolute().with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if output.is_dir():
+            output.rmdir()  # empty: `_open_run` has looked
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _open_run(config: ExportConfig) -> Assistant:

@@ -71,7 +71,7 @@ def test_transformers_makes_the_same_ids(
     ):
         if ids is not expected and TEMPLATES[name].trains == "all":
             continue
-        text = other.apply_chat_template(
+        text: Any = other.apply_chat_template(
             messages(chat), chat_template=source, tokenize=False,
             add_generation_prompt=chat is not turns,
         )  # fmt: skip

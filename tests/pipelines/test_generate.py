@@ -251,3 +251,17 @@ def test_a_mistake_in_an_export_is_one_line(
     assert "no run" in said(str(tmp_path), "--to=hf", f"--output={tmp_path / 'a'}")
     assert "is not empty" in said(str(trained), "--to=hf", f"--output={exported}")
     assert "dataset: nothing named" in said("--to=webdataset", f"--output={tmp_path / 'a'}")
+
+
+def test_a_refused_export_leaves_nothing_behind(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def rest(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", rest)
+    said = one_line(
+        pipelines.export.main, [str(trained), "--to=hf", f"--output={tmp_path / 'a'}"], capsys
+    )
+    assert "o space left" in said
+    assert list(tmp_path.iterdir()) == []
