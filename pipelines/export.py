@@ -7,7 +7,7 @@ python -m pipelines.export runs/finetune --to hf --output exports/finetune
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -153,7 +153,7 @@ def to_llava(config: ExportConfig) -> None:
 
 
 @contextmanager
-def _filled(output: Path) -> Iterator[Path]:
+def _filled(output: Path) -> Generator[Path]:
     """A folder beside `output` to fill, which becomes it when all is there and goes if not."""
     temporary = output.absolute().with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
