@@ -105,6 +105,8 @@ class Assistant:
         produced = generate(
             self.model, prompts, pixels, decoding, end_ids=[self.end_id], on_tokens=said
         )
+        if said:
+            said.flush()
         return [self._text(ids).strip() for ids in produced]
 
     def _with_answer(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
@@ -145,8 +147,13 @@ class _Stream:
         if newest[0] == self._end_id:
             return
         self._ids.append(newest[0])
+        if not self._decode(self._ids).endswith(UNFINISHED):
+            self.flush()
+
+    def flush(self) -> None:
+        """Say what is left, a letter that stayed unfinished included."""
         text = self._decode(self._ids)
-        if len(text) > self._said and not text.endswith(UNFINISHED):
+        if len(text) > self._said:
             self._on_text(text[self._said :])
             self._said = len(text)
 
