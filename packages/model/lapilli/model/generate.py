@@ -81,32 +81,35 @@ def generate(
             )
     if not prompts:
         return []
-    from transformers import GenerationConfig
-
     device = model.language.device
     input_ids, merge_index, mask = _left_pad(prompts, model.vision.num_tokens)
     stacked = torch.from_numpy(np.concatenate(pixels)).to(device)
     embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
-    sampled: dict[str, Any] = {"temperature": decoding.temperature, "top_p": decoding.top_p}
-    sampled["top_k"] = 0  # transformers' own default keeps 50
-    config = GenerationConfig(
-        # the model's own settings may sample or penalise repetition
-        do_sample=decoding.temperature > 0,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=list(end_ids),
-        pad_token_id=end_ids[0],
-        **(sampled if decoding.temperature > 0 else {}),
-    )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(decoding.seed)
         produced = model.language.generate(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),
-            generation_config=config,
+            generation_config=_settings(decoding, end_ids),
             stopping_criteria=[_watch(on_tokens, stop)],
         )
     return [_until(row, end_ids) for row in produced.tolist()]
+
+
+def _settings(decoding: Decoding, end_ids: Sequence[int]) -> Any:
+    """transformers' settings; the model's own may sample or penalise repetition."""
+    from transformers import GenerationConfig
+
+    sampled: dict[str, Any] = {"temperature": decoding.temperature, "top_p": decoding.top_p}
+    sampled["top_k"] = 0  # transformers' own default keeps 50
+    return GenerationConfig(
+        do_sample=decoding.temperature > 0,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0],
+        **(sampled if decoding.temperature > 0 else {}),
+    )
 
 
 def generate_greedy(
