@@ -98,7 +98,7 @@ def generate(
 
 
 def _settings(decoding: Decoding, end_ids: Sequence[int]) -> Any:
-    """transformers' settings; the model's own may sample or penalise repetition."""
+    """Settings for transformers; the model's own may sample or penalise repetition."""
     from transformers import GenerationConfig
 
     sampled: dict[str, Any] = {"temperature": decoding.temperature, "top_p": decoding.top_p}
