@@ -19,7 +19,16 @@ from lapilli.data.errors import DataError
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
 
-__all__ = ["UsageError", "parse", "progress_bar", "read_arguments", "run", "say", "say_title"]
+__all__ = [
+    "UsageError",
+    "first_as",
+    "parse",
+    "progress_bar",
+    "read_arguments",
+    "run",
+    "say",
+    "say_title",
+]
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
@@ -43,6 +52,14 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> C
     arguments = _with_switches(kind, sys.argv[1:] if argv is None else argv)
     namespace = read_arguments(parser, arguments)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+
+
+def first_as(name: str, argv: Sequence[str] | None) -> list[str]:
+    """The arguments, where a first one without dashes is the value of `--name`."""
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    if words and not words[0].startswith("-"):
+        words[0] = f"--{name}={words[0]}"
+    return words
 
 
 def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:

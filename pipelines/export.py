@@ -1,19 +1,31 @@
-"""A dataset in another form, for other tools.
+"""A dataset or a trained model in another form, for other tools.
 
 python -m pipelines.export --to webdataset --dataset datasets/finetune --output shards/finetune
+python -m pipelines.export runs/finetune --to hf --output exports/finetune
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.export import export_webdataset
+from lapilli.data.jinja import chat_template
 from lapilli.data.manifest import read_manifest
-from pipelines.command import parse, progress_bar, run, say
+from lapilli.data.record import ImagePart, TextPart, Turn
+from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
+from lapilli.model.interop.llava import write_llava, write_projector
+from lapilli.train.ask import Assistant, open_assistant
+from lapilli.train.errors import TrainError
+from pipelines.command import first_as, parse, progress_bar, run, say
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,12 @@ class ExportConfig:
 
     Attributes:
         to: `webdataset`: tars of the original images with the conversations as json, an epoch of
-            each split.
+            each split. `hf`: a folder that transformers' LlavaForConditionalGeneration and its
+            processor load. `llava`: LLaVA's checkpoint, and the projector as `mm_projector.bin`.
         output: Folder to write.
+        run: Folder of a training run; its newest checkpoint is taken.
+        dtype: Of a model's weights.
+        shard_size: Most bytes in one file of weights.
         dataset: Folder of a dataset.
         root: Folder of its annotations and images; empty for where it was made of.
         samples_per_tar: Samples in a tar.
@@ -31,7 +47,10 @@ class ExportConfig:
 
     to: str
     output: str
-    dataset: str
+    run: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_size: str = "5GB"
+    dataset: str = ""
     root: str = ""
     samples_per_tar: int = 10_000
 
@@ -39,6 +58,8 @@ class ExportConfig:
 def to_webdataset(config: ExportConfig) -> None:
     """Write tars and tell what came of it."""
     dataset, output = Path(config.dataset), Path(config.output)
+    if not config.dataset:
+        raise DataError("dataset: nothing named; pass --dataset with a dataset's folder")
     read_manifest(dataset)  # no dataset, no settings
     build = parse(BuildConfig, [f"--config={dataset / 'config.json'}"], "")
     root = Path(config.root or build.root)
@@ -59,12 +80,114 @@ def to_webdataset(config: ExportConfig) -> None:
     say(f"{report.built} tars built, {report.reused} reused")
 
 
-FORMS: dict[str, Callable[[ExportConfig], None]] = {"webdataset": to_webdataset}
+def to_hf(config: ExportConfig) -> None:
+    """Write model and processor, and see that the processor writes the ids the model learnt."""
+    asked = _open_run(config)
+    source = chat_template(asked.template, asked.tokenizer)
+    how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.fill, source)
+    tokenizer = asked.tokenizer
+    expected = [asked.prompt(turns) for turns in TRIALS]  # before the tokenizer gets <image>
+    with _filled(Path(config.output)) as folder:
+        image_id = write_processor(tokenizer, asked.model, how, folder)
+        for turns, ids in zip(TRIALS, expected, strict=True):
+            _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
+        facts = {"template": asdict(asked.template), "view": asdict(asked.spec)}
+        write_hf(
+            asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),
+            facts=facts, shard_size=config.shard_size,
+        )  # fmt: skip
+    say(f"{config.output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
+
+
+TRIALS: tuple[tuple[Turn, ...], ...] = (
+    (Turn("user", (ImagePart(0), TextPart("What is this?"))),),
+    (
+        Turn("user", (TextPart("Two, first"), ImagePart(0), TextPart(" and then "), ImagePart(1))),
+        Turn("assistant", (TextPart("A cat, a dog."),)),
+        Turn("user", (TextPart("Which is left?"),)),
+    ),
+    (Turn("user", (TextPart("No picture:\n1 + 1?"),)),),
+)
+
+
+def _check_ids(tokenizer: Any, source: str, turns: tuple[Turn, ...], ids: list[int]) -> None:
+    """Refuse an export whose chat template would give other ids than training's."""
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image"}
+                for part in turn.parts
+            ],
+        }
+        for turn in turns
+    ]
+    text: str = tokenizer.apply_chat_template(
+        messages, chat_template=source, tokenize=False, add_generation_prompt=True
+    )
+    # as transformers' processor does it
+    plain = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    found: list[int] = tokenizer(text, add_special_tokens=not plain)["input_ids"]
+    if found != ids:
+        place = next((n for n, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), -1)
+        raise DataError(
+            f"template: transformers' tokenizer would write {len(found)} ids where training wrote "
+            f"{len(ids)}, different from place {place} on; this template and tokenizer cannot be "
+            "exported together, generate from the run itself"
+        )
+
+
+def to_llava(config: ExportConfig) -> None:
+    """Write LLaVA's checkpoint with its tokenizer, and the projector by itself."""
+    asked, output = _open_run(config), Path(config.output)
+    with _filled(output) as folder:
+        write_llava(
+            asked.model, folder, dtype=getattr(torch, config.dtype), shard_size=config.shard_size,
+            aspect="pad" if asked.spec.aspect == "pad" else "square",
+        )  # fmt: skip
+        asked.tokenizer.save_pretrained(folder)
+        path = write_projector(asked.model, folder / "projector").relative_to(folder)
+    say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
+
+
+@contextmanager
+def _filled(output: Path) -> Generator[Path]:
+    """A folder beside `output` to fill, which becomes it when all is there and goes if not."""
+    temporary = output.absolute().with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if output.is_dir():
+            output.rmdir()  # empty: `_open_run` has looked
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_run(config: ExportConfig) -> Assistant:
+    if not config.run:
+        raise TrainError("run: nothing named; pass the folder of a training run")
+    output = Path(config.output)
+    if output.is_dir() and any(output.iterdir()):
+        raise TrainError(f"output: {output} is not empty; choose another folder")
+    return open_assistant(Path(config.run))
+
+
+FORMS: dict[str, Callable[[ExportConfig], None]] = {
+    "webdataset": to_webdataset,
+    "hf": to_hf,
+    "llava": to_llava,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(ExportConfig, argv, "Write a dataset in another form.")
+    config = parse(
+        ExportConfig, first_as("run", argv), "Write a dataset or a trained model in another form."
+    )
     if config.to not in FORMS:
         raise DataError(f"to: {config.to!r} is no form; expected one of {', '.join(FORMS)}")
     FORMS[config.to](config)

@@ -1,9 +1,10 @@
-"""Greedy decoding after a prompt with images."""
+"""Decoding after prompts with images: greedy or sampled, in batches, streamed if asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,29 +15,61 @@ from lapilli.model.vlm import VisionLanguageModel
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["generate_greedy"]
+__all__ = ["Decoding", "generate", "generate_greedy"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is written.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token; above, tokens are drawn, and the higher the
+            flatter.
+        top_p: Drawn from the likeliest tokens that hold this share of the probability.
+        seed: Of what is drawn.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
+        if self.temperature < 0:
+            raise ModelError(f"temperature: {self.temperature}; expected 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ModelError(f"top_p: {self.top_p}; expected above 0, at most 1")
 
 
 @torch.inference_mode()
-def generate_greedy(
+def generate(
     model: VisionLanguageModel,
     prompts: Sequence[NDArray[np.int64]],
     pixels: Sequence[NDArray[np.uint8]],
+    decoding: Decoding,
     *,
-    end_id: int,
-    max_new_tokens: int,
+    end_ids: Sequence[int],
+    on_tokens: Callable[[list[int]], None] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt with the likeliest token until `end_id`.
+    """Continue each prompt until one of `end_ids`.
 
     Args:
         model: The model.
         prompts: int64 [n] each, a negative id (-200) at an image's place.
         pixels: uint8 [images, H, W, 3] each, in the order of the places.
-        end_id: The token that ends an answer.
-        max_new_tokens: Longest answer, in tokens.
+        decoding: Greedy or drawn, and how long.
+        end_ids: Tokens that end an answer.
+        on_tokens: Called with the newest id of every prompt after each step.
+        stop: Asked after each step with an answer's ids so far; True ends that answer, which is
+            how a text that spans several tokens ends one.
 
     Returns:
-        The new ids of each prompt, without `end_id`.
+        The new ids of each prompt, without what ended it.
 
     Raises:
         ModelError: A prompt has more or fewer places than images; names it by its number.
@@ -46,28 +79,69 @@ def generate_greedy(
             raise ModelError(
                 f"prompt {number}: {int((ids < 0).sum())} image places for {len(images)} images"
             )
-    from transformers import GenerationConfig
-
+    if not prompts:
+        return []
     device = model.language.device
     input_ids, merge_index, mask = _left_pad(prompts, model.vision.num_tokens)
     stacked = torch.from_numpy(np.concatenate(pixels)).to(device)
     embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
-    produced = model.language.generate(
-        inputs_embeds=embedded,
-        attention_mask=mask.to(device),
-        # the model's own settings may sample or penalise repetition
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_id,
-            pad_token_id=end_id,
-        ),
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(decoding.seed)
+        produced = model.language.generate(
+            inputs_embeds=embedded,
+            attention_mask=mask.to(device),
+            generation_config=_settings(decoding, end_ids),
+            stopping_criteria=[_watch(on_tokens, stop)],
+        )
+    return [_until(row, end_ids) for row in produced.tolist()]
+
+
+def _settings(decoding: Decoding, end_ids: Sequence[int]) -> Any:
+    """Settings for transformers; the model's own may sample or penalise repetition."""
+    from transformers import GenerationConfig
+
+    sampled: dict[str, Any] = {"temperature": decoding.temperature, "top_p": decoding.top_p}
+    sampled["top_k"] = 0  # transformers' own default keeps 50
+    return GenerationConfig(
+        do_sample=decoding.temperature > 0,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0],
+        **(sampled if decoding.temperature > 0 else {}),
     )
-    return [_until(row, end_id) for row in produced.tolist()]
 
 
-def _until(ids: list[int], end_id: int) -> list[int]:
-    return ids[: ids.index(end_id)] if end_id in ids else ids
+def generate_greedy(
+    model: VisionLanguageModel,
+    prompts: Sequence[NDArray[np.int64]],
+    pixels: Sequence[NDArray[np.uint8]],
+    *,
+    end_id: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """`generate` with the likeliest token at each step."""
+    return generate(model, prompts, pixels, Decoding(max_new_tokens), end_ids=[end_id])
+
+
+def _watch(
+    on_tokens: Callable[[list[int]], None] | None, stop: Callable[[list[int]], bool] | None
+) -> Callable[..., torch.Tensor]:
+    """A stopping criterion: it sees every step, of every prompt, in batches too."""
+
+    def ended(ids_BS: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        del scores
+        if on_tokens is not None:
+            on_tokens([int(i) for i in ids_BS[:, -1].tolist()])
+        if stop is None:
+            return torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
+        return torch.tensor([stop(row) for row in ids_BS.tolist()], device=ids_BS.device)
+
+    return ended
+
+
+def _until(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    return next((ids[:n] for n, token in enumerate(ids) if token in end_ids), ids)
 
 
 def _left_pad(

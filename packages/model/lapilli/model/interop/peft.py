@@ -1,0 +1,142 @@
+"""PEFT's LoRA folders (`adapter_config.json`, `adapter_model.safetensors`) without PEFT.
+
+An adapter adds `(B A) s` to a layer's weight, s = alpha / r, or alpha / sqrt(r) where the folder
+says `use_rslora` (Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.model.errors import ModelError
+
+__all__ = ["Adapter", "merge_adapter", "read_adapter", "write_adapter"]
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder holds.
+
+    Attributes:
+        settings: `adapter_config.json`.
+        tensors: By the adapted model's names: `layer.lora_A.weight` [r, in],
+            `layer.lora_B.weight` [out, r], and whole tensors that were trained beside.
+    """
+
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def scale(self, layer: str) -> float:
+        """What a layer's product is multiplied by."""
+        rank = self.tensors[layer + A].shape[0]
+        alpha = float(self.settings["lora_alpha"])
+        patterns: dict[str, float] = self.settings.get("alpha_pattern") or {}
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                alpha = float(value)
+                break
+        return alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a LoRA folder.
+
+    Raises:
+        ModelError: Not there, damaged, or of another kind than LoRA on linear layers.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        found = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: no adapter can be read ({error}); expected {SETTINGS} and {WEIGHTS}"
+        ) from None
+    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+        kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
+        raise ModelError(f"{folder}: an adapter of kind {kind}; expected LORA without DoRA")
+    # a bias that was trained is named as it lay inside the adapted layer
+    tensors = {
+        name.removeprefix(PREFIX).replace(".base_layer.", "."): value
+        for name, value in found.items()
+    }
+    for name in tensors:
+        if "lora_" in name and not name.endswith((A, B)):
+            raise ModelError(f"{folder}: {name}; expected LoRA on linear layers (lora_A, lora_B)")
+        if name.endswith(A) and name.replace(A, B) not in tensors:
+            raise ModelError(f"{folder}: {name} without its lora_B; the file is not whole")
+    return Adapter(settings, tensors)
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write a folder that PEFT's `PeftModel.from_pretrained` loads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {PREFIX + name: value.contiguous() for name, value in adapter.tensors.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / SETTINGS).write_text(json.dumps(dict(adapter.settings), indent=2), encoding="utf-8")
+
+
+@torch.no_grad()
+def merge_adapter(adapter: Adapter, model: nn.Module) -> list[str]:
+    """Add an adapter to the weights in place; tensors trained beside replace the model's.
+
+    Args:
+        adapter: The adapter.
+        model: What was adapted; a whole model's `language` for an adapter of a language model.
+
+    Returns:
+        The names of the parameters that changed.
+
+    Raises:
+        ModelError: A layer that the model does not have, or has in another shape; then the model
+            is as it was.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    changes: dict[str, Tensor] = {}
+    for name, value in adapter.tensors.items():
+        if name.endswith(B):
+            continue
+        layer = name.removesuffix(A)
+        target = f"{layer}.weight" if name.endswith(A) else name
+        if target not in parameters:
+            raise ModelError(f"adapter: {target} is not in the model; expected its base model")
+        weight = parameters[target]
+        new = weight + _product(adapter, layer, weight) if name.endswith(A) else value
+        if new.shape != weight.shape:
+            raise ModelError(
+                f"adapter: {target} of shape {tuple(new.shape)}, the model's has "
+                f"{tuple(weight.shape)}; expected its base model"
+            )
+        changes[target] = new
+    for name, value in changes.items():
+        parameters[name].copy_(value)
+    return sorted(changes)
+
+
+def _product(adapter: Adapter, layer: str, weight: Tensor) -> Tensor:
+    first, second = (adapter.tensors[layer + part].to(weight.device) for part in (A, B))
+    made = second @ first
+    if adapter.settings.get("fan_in_fan_out"):
+        made = made.T
+    if made.shape != weight.shape:
+        raise ModelError(
+            f"adapter: {layer} adapts shape {tuple(made.shape)}, the model's has "
+            f"{tuple(weight.shape)}; expected its base model"
+        )
+    return (made * adapter.scale(layer)).to(weight.dtype)

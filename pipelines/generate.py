@@ -1,0 +1,179 @@
+"""A trained model's answers: to one image, a folder of images, or a file of questions.
+
+python -m pipelines.generate runs/finetune --image cat.jpg --question "What is this?"
+python -m pipelines.generate exports/finetune --questions questions.jsonl --images images \
+    --output answers.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from lapilli.data.errors import DataError
+from lapilli.model.generate import Decoding
+from lapilli.train.ask import Assistant, Question, open_assistant
+from lapilli.train.device import choose_device
+from pipelines.command import first_as, parse, progress_bar, run, say
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What is asked of which model.
+
+    Attributes:
+        model: Folder of a run, or of an export with `--to hf`.
+        image: An image, or a folder of images of which each is shown with the question.
+        question: What is asked; empty with a template of captions.
+        questions: JSONL with `question_id`, `text` and, if there is one, `image`.
+        images: Folder that the images of `questions` are in.
+        output: JSONL with `question_id`, `prompt`, `text` to write; empty prints answers.
+        batch: Questions at once.
+        device: `auto` takes a GPU when there is one.
+        decoding: How answers are written.
+    """
+
+    model: str
+    image: str = ""
+    question: str = ""
+    questions: str = ""
+    images: str = "."
+    output: str = ""
+    batch: int = 16
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with where it comes from: its id and image file, as the answers name them."""
+
+    question_id: Any
+    text: str
+    image: Path | None
+
+
+def collect(config: GenerateConfig) -> list[Asked]:
+    """The questions that the settings name.
+
+    Raises:
+        DataError: Nothing or too much named, a file that is not there, a line that is no question.
+    """
+    if config.batch < 1:
+        raise DataError(f"batch: {config.batch}; expected at least 1")
+    if config.questions:
+        if config.image or config.question:
+            raise DataError("questions: named beside image or question; expected one or the other")
+        return _read_questions(Path(config.questions), Path(config.images))
+    if not (config.image or config.question):
+        raise DataError("nothing asked; pass --image, --question, or --questions FILE.jsonl")
+    if not config.image:
+        return [Asked(0, config.question, None)]
+    image = Path(config.image)
+    if not image.is_dir():
+        return [Asked(image.name, config.question, _existing(image, "image"))]
+    found = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise DataError(
+            f"image: no image in {image}; expected one of {', '.join(sorted(SUFFIXES))}"
+        )
+    return [Asked(str(path.relative_to(image)), config.question, path) for path in found]
+
+
+def _read_questions(path: Path, images: Path) -> list[Asked]:
+    asked: list[Asked] = []
+    try:
+        lines = _existing(path, "questions").read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"questions: {path} is not UTF-8 text; expected JSONL") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row: object = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "text" not in row or "question_id" not in row:
+            raise DataError(f"{where}: expected an object with question_id, text and maybe image")
+        fields = cast("dict[str, Any]", row)
+        image = fields.get("image")
+        found = _existing(images / str(image), f"{where}: image") if image else None
+        asked.append(Asked(fields["question_id"], str(fields["text"]), found))
+    if not asked:
+        raise DataError(f"questions: {path} is empty; expected a question a line")
+    return asked
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise DataError(f"{what}: {path} is not there; expected a file")
+    return path
+
+
+def _question(asked: Asked) -> Question:
+    images = [asked.image.read_bytes()] if asked.image else []
+    return Question.of(asked.text, *images, name=str(asked.image or asked.question_id))
+
+
+def generate(config: GenerateConfig) -> list[str]:
+    """Answer all of it: one question streams to the terminal, several show progress."""
+    asked = collect(config)
+    output = Path(config.output) if config.output else None
+    if output and not output.absolute().parent.is_dir():
+        raise DataError(f"output: {output} is in no folder; make the folder first")
+    device = choose_device(config.device, torch.cuda.device_count())
+    assistant = open_assistant(Path(config.model), device)
+    if len(asked) == 1 and not output:
+        answers = assistant.answer([_question(asked[0])], config.decoding, on_text=_print)
+        print()
+        return answers
+    answers = _answer_all(assistant, asked, config)
+    rows = [
+        {"question_id": one.question_id, "prompt": one.text, "text": text}
+        for one, text in zip(asked, answers, strict=True)
+    ]
+    if output:
+        temporary = output.with_name(f".{output.name}.tmp")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(output)
+        say(f"{len(rows)} answers in {output}")
+    else:
+        for row in rows:
+            say(f"{row['question_id']}: {row['text']}")
+    return answers
+
+
+def _answer_all(assistant: Assistant, asked: list[Asked], config: GenerateConfig) -> list[str]:
+    answers: list[str] = []
+    with progress_bar() as bar:
+        task = bar.add_task("questions", total=len(asked))
+        for start in range(0, len(asked), config.batch):
+            part = [_question(one) for one in asked[start : start + config.batch]]
+            answers += assistant.answer(part, config.decoding)
+            bar.update(task, completed=len(answers))
+    return answers
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    generate(parse(GenerateConfig, first_as("model", argv), "Ask a trained model about images."))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
