@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.factories import CLIP_MEAN
 __all__ = ["Build", "Running", "named_files", "wait_for"]
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120  # seconds
+PATIENCE = 300  # seconds; a machine may have other work
 
 RECIPE = f"""
 sources:
@@ -30,8 +30,8 @@ sources:
 template: v1
 views:
   pad32: {{size: 32, fill: {list(CLIP_MEAN)}}}
-records_per_shard: 8
-shard_bytes: {4 * 32 * 32 * 3}
+records_per_shard: 16
+shard_bytes: {6 * 32 * 32 * 3}
 max_quarantined: 1.0
 """
 
@@ -74,7 +74,7 @@ class Build:
         return Running(process, psutil.Process(process.pid), log)
 
     @contextmanager
-    def running(self, **flags: object) -> Iterator[Running]:
+    def running(self, **flags: object) -> Generator[Running]:
         """The build's process; nothing of it is left afterwards."""
         started = self.start(**flags)
         try:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageFile
 
@@ -23,6 +24,9 @@ def planted_image(what: str) -> bytes:
     return MAGIC + what.encode().ljust(8) + bytes(range(192))
 
 
+tile: Any = vars(ImageFile)["_Tile"]  # a bare tuple is deprecated
+
+
 class Planted(ImageFile.ImageFile):
     format = "PLANTED"
     format_description = "ends its process"
@@ -31,7 +35,7 @@ class Planted(ImageFile.ImageFile):
         assert self.fp is not None
         happen(self.fp.read(16)[8:].decode().strip())
         self._size, self._mode = (8, 8), "RGB"
-        self.tile = [ImageFile._Tile("raw", (0, 0, 8, 8), 16, ("RGB", 0, 1))]
+        self.tile = [tile("raw", (0, 0, 8, 8), 16, ("RGB", 0, 1))]
 
 
 def happen(what: str) -> None:
@@ -55,4 +59,4 @@ def _is_planted(prefix: bytes) -> bool:
     return prefix.startswith(MAGIC)
 
 
-Image.register_open(Planted.format, Planted, _is_planted)
+Image.register_open("PLANTED", Planted, _is_planted)

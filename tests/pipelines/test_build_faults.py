@@ -23,8 +23,8 @@ from tests.factories import conversation, make_mixture, make_tokenizer
 from tests.pipelines import planted
 from tests.pipelines.builds import Build, named_files, wait_for
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
-IMAGES = 160
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+IMAGES = 150
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,17 @@ class Preprocessing:
     chat_template: str
 
 
+def _normalisation(model: VisionLanguageModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pixels, as the tower takes them off."""
+    vision = model.config.vision
+    if vision.mean is None or vision.std is None:
+        raise ModelError(
+            f"vision: tower {vision.tower} has no mean and std of its own; set vision.mean and "
+            "vision.std"
+        )
+    return vision.mean, vision.std
+
+
 def write_processor(
     tokenizer: Any, model: VisionLanguageModel, how: Preprocessing, output: Path
 ) -> int:
@@ -60,12 +71,12 @@ def write_processor(
     """
     from transformers import AddedToken, LlavaImageProcessor, LlavaProcessor
 
-    vision = model.config.vision
-    mean = tuple(int(255 * value) for value in vision.mean)
-    if how.aspect == "pad" and tuple(how.fill) != mean:
+    mean, std = _normalisation(model)
+    padding = tuple(int(255 * value) for value in mean)
+    if how.aspect == "pad" and tuple(how.fill) != padding:
         raise ModelError(
             f"view: pads with {tuple(how.fill)}; transformers' LLaVA processor pads with the "
-            f"normalisation's mean {mean} alone, so this model cannot be exported with its images"
+            f"normalisation's mean {padding} alone, so this model cannot be exported with its images"
         )
     square = {"height": how.size, "width": how.size}
     images = LlavaImageProcessor(
@@ -73,8 +84,8 @@ def write_processor(
         size=square if how.aspect == "stretch" else {"shortest_edge": how.size},
         do_center_crop=how.aspect != "stretch",
         crop_size=square,
-        image_mean=list(vision.mean),
-        image_std=list(vision.std),
+        image_mean=list(mean),
+        image_std=list(std),
     )
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     processor = LlavaProcessor(
