@@ -40,7 +40,7 @@ def test_stock_transformers_computes_the_same_logits(
     pixels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
     with torch.inference_mode():
         ours, expanded = logits(model, ids, pixels)
-        mean, std = torch.tensor(CONFIG.vision.mean), torch.tensor(CONFIG.vision.std)
+        mean, std = torch.tensor([model.config.vision.mean, model.config.vision.std])
         theirs = twin(
             input_ids=torch.from_numpy(np.where(expanded < 0, image_id, expanded))[None],
             pixel_values=((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
@@ -351,11 +352,14 @@ def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> Non
 
 
 def _fit_here(config: RunConfig, device: Device) -> None:
-    """The only worker, in this process; DeepSpeed wants a process group even of one."""
-    backend = "nccl" if device == "cuda" else "gloo"
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        _train(config, device, rank=0, world_size=1)
-    finally:
-        dist.destroy_process_group()
+    """The only worker, in this process; DeepSpeed wants a process group even of one.
+
+    The group stays until the process ends: DeepSpeed keeps it in places that a second run of the
+    same process would find.
+    """
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+    _train(config, device, rank=0, world_size=1)

@@ -76,7 +76,7 @@ def write_processor(
     if how.aspect == "pad" and tuple(how.fill) != padding:
         raise ModelError(
             f"view: pads with {tuple(how.fill)}; transformers' LLaVA processor pads with the "
-            f"normalisation's mean {padding} alone, so this model cannot be exported with its images"
+            f"normalisation's mean {padding} alone, so it cannot be exported with its images"
         )
     square = {"height": how.size, "width": how.size}
     images = LlavaImageProcessor(
@@ -247,6 +247,8 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
 def _to_hf(model: VisionLanguageModel, rows: int) -> dict[str, Tensor]:
     """Our tensors under transformers' names."""
     ours: Any = model
+    if model.config.vision.features != "patch":
+        raise ModelError("vision.features: the export has no class token; expected patch")
     if not hasattr(ours.vision, "clip"):
         raise ModelError(
             f"vision.tower: {model.config.vision.tower} has no counterpart in transformers' LLaVA; "
