@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lapilli.data.checks import check_record
 from pipelines.benchmarks import harness, tokens
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.corpus import KINDS, conversations
+from pipelines.benchmarks.photos import photo_name, write_photos
+from pipelines.benchmarks.whole import watch
 from pipelines.command import UsageError
 from tests.factories import make_tokenizer
 
@@ -60,3 +64,26 @@ def test_the_corpus_is_the_mixtures_size_well_formed_and_the_seeds() -> None:
     images = Counter(len(record.images) for record in some)
     assert set(images) == {0, 1}
     assert images[0] < images[1]
+
+
+def test_a_command_is_watched_line_by_line() -> None:
+    seen = watch([sys.executable, "-c", "import time; print('one'); time.sleep(1.2); print('two')"])
+    assert [line for _, line in seen.lines] == ["one", "two"]
+    assert seen.when("one") < seen.seconds
+    assert 0 < seen.driver <= seen.everything
+    with pytest.raises(UsageError, match="exit code 3: no more"):
+        watch([sys.executable, "-c", "print('no more'); raise SystemExit(3)"])
+
+
+def test_photos_are_distinct_and_follow_from_the_seed(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="scikit-image, for its photos, is in the bench extra")
+    taken = write_photos(tmp_path / "a", 5, (64, 48))
+    write_photos(tmp_path / "b", 5, (64, 48))
+    first, second = (
+        [(tmp_path / folder / photo_name(n)).read_bytes() for n in range(5)] for folder in "ab"
+    )
+    assert first == second
+    assert len(set(first)) == 5
+    assert taken == sum(map(len, first))
+    with Image.open(tmp_path / "a" / photo_name(0)) as image:
+        assert (image.size, image.format) == ((64, 48), "JPEG")
