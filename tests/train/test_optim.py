@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.optim import build_optimizer, learning_rate
-from tests.train.tiny import model_config
+from tests.train.tiny import model_config, run_config
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,11 @@ def test_only_matrices_decay() -> None:
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))
     by_decay = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in optimizer.param_groups}
     assert by_decay == {0.1: {2}, 0.0: {1}}
+
+
+def test_bf16_weights_in_an_fp32_run_are_refused() -> None:
+    with pytest.raises(TrainError, match=r"model.dtype: bf16 with precision fp32.*set precision"):
+        run_config(replace(model_config("projector"), dtype="bf16"))
 
 
 @pytest.mark.parametrize("values", [{"lr": 0.0}, {"warmup_ratio": 1.0}])

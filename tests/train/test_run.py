@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lapilli.model.trainable import trainable_parameters
+from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import find_checkpoints, forget_old, latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.errors import TrainError
@@ -158,6 +160,21 @@ def test_one_process_without_ray_trains_the_same(
     launch(preflight(config))
     assert losses(config) == pytest.approx(losses(finished), abs=1e-4)
     assert latest_checkpoint(Path(config.output)) is not None
+
+
+@pytest.mark.faults  # for its length
+def test_weights_loaded_in_bf16_train(dataset: Path, tmp_path: Path) -> None:
+    config = small_run(
+        dataset, tmp_path / "run", workers=1, launcher="process", precision="bf16", max_steps=4
+    )
+    config = replace(config, model=replace(config.model, dtype="bf16"))
+    launch(preflight(config))
+    newest = latest_checkpoint(Path(config.output))
+    assert newest is not None
+    saved = load_file(newest.path / "weights.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    for name, before in trainable_parameters(build_model(config.model)).items():
+        assert not torch.equal(saved[name], before.float()), name
 
 
 @pytest.mark.faults

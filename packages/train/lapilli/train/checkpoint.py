@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -334,9 +335,9 @@ def frozen_fingerprint(model: nn.Module, trained: Collection[str]) -> str:
     for name, parameter in sorted(named.items()):
         if name not in known and group_of(name) != "adapters":
             digest.update(name.encode())
-            digest.update(
-                parameter.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes()
-            )
+            # as bytes: numpy has no bf16
+            flat = parameter.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

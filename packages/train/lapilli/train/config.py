@@ -126,6 +126,11 @@ class RunConfig:
             raise TrainError(
                 "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
             )
+        if self.precision == "fp32" and self.model.dtype == "bf16":
+            raise TrainError(
+                "model.dtype: bf16 with precision fp32 would compute in bf16; set precision bf16, "
+                "or model.dtype fp32"
+            )
         if self.launcher == "process" and self.workers != 1:
             raise TrainError(
                 f"workers: {self.workers} with launcher process, which is one; set workers 1 or "
