@@ -97,7 +97,7 @@ def shards(output: Path) -> dict[str, str]:
     }
 
 
-def is_as_fresh(config: BuildConfig) -> None:
+def assert_as_fresh(config: BuildConfig) -> None:
     """The amended dataset holds what a fresh build gives, and every file has a use."""
     output = Path(config.output)
     fresh = replace(config, output=str(output.with_name("fresh")), amend=False)
@@ -222,7 +222,7 @@ def test_only_what_changed_is_made_again(
     assert tuple(number_built(before, after, folder) for folder in folders) == expected
     assert report.shards_built == sum(expected)
     assert report.shards_reused == len(after) - sum(expected)
-    is_as_fresh(changed)
+    assert_as_fresh(changed)
 
 
 @pytest.mark.parametrize("change", [everything, view_added])
@@ -231,7 +231,7 @@ def test_many_changes_at_once_and_back_again(config: BuildConfig, change: Change
     changed = change(config)
     report = amend(changed)
     assert report.shards_reused > 0
-    is_as_fresh(changed)
+    assert_as_fresh(changed)
     if change is view_added:
         assert set(before) < set(shards(Path(config.output)))
         amend(config)
@@ -243,10 +243,10 @@ def test_an_amended_dataset_is_amended_again(config: BuildConfig) -> None:
     for change in (records_excluded, missing_appears, source_appended, corrupt_replaced):
         config = change(config)
         amend(config)
-    is_as_fresh(config)
+    assert_as_fresh(config)
     config = replace(config, exclude=[])  # the records come back
     amend(config)
-    is_as_fresh(config)
+    assert_as_fresh(config)
 
 
 def test_the_fixed_names_are_those_of_the_manifest(config: BuildConfig) -> None:
@@ -281,7 +281,7 @@ def test_an_amend_that_stops_leaves_the_old_dataset(config: BuildConfig) -> None
     assert content(output) == wanted
     again = amend(changed)
     assert again.shards_reused > 2
-    is_as_fresh(changed)
+    assert_as_fresh(changed)
 
 
 @pytest.mark.parametrize("step", ["write_manifest", "_tidy"])
@@ -301,7 +301,7 @@ def test_an_amend_that_stops_at_the_manifest(
             amend(changed)
     assert (content(output) == wanted) == (step == "write_manifest")
     amend(changed)
-    is_as_fresh(changed)
+    assert_as_fresh(changed)
 
 
 def test_an_amend_that_is_given_up_leaves_nothing(config: BuildConfig) -> None:
@@ -338,7 +338,7 @@ def test_an_unfinished_build_is_amended_too(config: BuildConfig, tmp_path: Path)
         build(plan_build(config), runner=stopped)
     changed = corrupt_replaced(config)
     assert amend(changed).shards_built == 3  # one that was left, and one of each view
-    is_as_fresh(changed)
+    assert_as_fresh(changed)
 
 
 def test_a_damaged_shard_with_rows_of_no_use_is_made_anew(config: BuildConfig) -> None:
@@ -349,7 +349,7 @@ def test_a_damaged_shard_with_rows_of_no_use_is_made_anew(config: BuildConfig) -
     for path in Path(config.output).glob("images/*/0000[01]-*.arrow"):
         path.unlink()
     build(plan_build(changed), runner=run_here)
-    is_as_fresh(changed)
+    assert_as_fresh(changed)
 
 
 # ---- excluded, encodings, originals ------------------------------------------------------------

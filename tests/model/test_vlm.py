@@ -29,13 +29,7 @@ def test_a_head_with_a_bias_is_part_of_the_loss() -> None:
     head: Any = model.language.lm_head
     torch.nn.init.normal_(head.bias)
     batch = collate(samples(5, (0, 0)), BatchShape(2, (16,), TOKENS, 4), 24)
-    logits = model.language(torch.from_numpy(batch.input_ids)).logits.flatten(0, 1)
-    keep = batch.targets >= 0
-    expected = torch.nn.functional.cross_entropy(
-        logits[torch.from_numpy(batch.predict_positions[keep])],
-        torch.from_numpy(batch.targets[keep]),
-        reduction="sum",
-    )
+    expected = twins.loss_of_text(model, batch)
     found = forward(model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.backward()

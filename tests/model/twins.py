@@ -111,6 +111,17 @@ def forward(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
     return model(**{name: torch.from_numpy(getattr(batch, name)) for name in names})
 
 
+def loss_of_text(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
+    """The summed loss of a batch without images from the language model's own logits."""
+    logits = model.language(torch.from_numpy(batch.input_ids)).logits.flatten(0, 1)
+    keep = batch.targets >= 0
+    return torch.nn.functional.cross_entropy(
+        logits[torch.from_numpy(batch.predict_positions[keep])],
+        torch.from_numpy(batch.targets[keep]),
+        reduction="sum",
+    )
+
+
 def normal_pixels(pixels: np.ndarray, model: VisionLanguageModel) -> torch.Tensor:
     """fp32 [N, 3, H, W], as transformers' image processors make them."""
     mean, std = (torch.tensor(v) for v in (model.config.vision.mean, model.config.vision.std))

@@ -9,9 +9,7 @@ import contextlib
 import json
 import random
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,18 +169,6 @@ def test_a_task_whose_process_always_ends_stops_the_build(tmp_path: Path) -> Non
 
 
 # ---- disks and libraries -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own of 20 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system of 20 MB cannot be mounted here; it takes root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_the_build_goes_on_when_there_is_room(

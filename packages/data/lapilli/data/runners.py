@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import pickle
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,14 +17,13 @@ from typing import Any, TypeAlias
 from lapilli.data.cluster import RayDied, ray_session, watched
 from lapilli.data.errors import DataError
 from lapilli.data.journal import WORK, Journal, journal_folder
-from lapilli.data.output import Output, RemotePath, open_output
+from lapilli.data.output import Output, open_output
 from lapilli.data.plan import Task
-from lapilli.data.shards import ShardFacts, write_atomic
+from lapilli.data.shards import ShardFacts
+from lapilli.data.spool import TASKS, read_task, write_tasks
 from lapilli.data.tasks import run_task
 
 __all__ = ["Runner", "run_here", "run_on_ray"]
-
-TASKS = "tasks.pickle"
 
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
@@ -51,7 +49,11 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         return
     left = len(tasks)
     where = str(output.resolve())
-    rows = [{**row, "output": where} for row in _spool(tasks, output)]
+    places = write_tasks(tasks, output)
+    rows = [
+        {"name": task.name, "place": place, "output": where}
+        for task, place in zip(tasks, places, strict=True)
+    ]
     try:
         with ray_session():
             for row in watched(lambda: _mapped(rows, workers).iter_rows()):
@@ -78,39 +80,12 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     return dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
 
 
-def _spool(tasks: list[Task], output: Output) -> list[dict[str, Any]]:
-    """Write the tasks into one file; where each lies in it."""
-    rows: list[dict[str, Any]] = []
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            for task in tasks:
-                start = file.tell()
-                pickle.dump(task, file)
-                rows.append({"name": task.name, "start": start, "size": file.tell() - start})
-
-    write_atomic(output / f"{WORK}/{TASKS}", write)
-    return rows
-
-
-def _read_task(output: Output, start: int, size: int) -> Task:
-    def read(file: Any) -> Task:
-        file.seek(start)
-        return pickle.loads(file.read(size))
-
-    path = output / f"{WORK}/{TASKS}"
-    if isinstance(path, RemotePath):
-        return path.read_with(read)
-    with path.open("rb") as file:
-        return read(file)
-
-
 def _clear(output: Output, tasks: list[Task]) -> None:
     """Remove what only a build that runs needs, of this one or of one that was killed."""
     if isinstance(output, Path):
         shutil.rmtree(output / WORK, ignore_errors=True)
     elif tasks:
-        (output / f"{WORK}/{TASKS}").unlink(missing_ok=True)
+        (output / TASKS).unlink(missing_ok=True)
 
 
 def _run_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +95,7 @@ def _run_row(row: dict[str, Any]) -> dict[str, Any]:
         output = open_output(row["output"])
         journal = Journal(journal_folder(output, row["name"]), row["name"])
         try:
-            task = _read_task(output, row["start"], row["size"])
+            task = read_task(output, row["place"])
             journal.examine(task)
             result = asdict(run_task(task, output, journal.decoding))
         finally:

@@ -25,7 +25,7 @@ def choose_loss(wanted: LossImplementation, device: str) -> Literal["torch", "li
     """What a setting stands for on a device type.
 
     `auto` is `torch`: Liger reads the number of targets back to the host, which the rest of a step
-    never does, and saves no further memory.
+    never does. What it saves on a GPU has not been measured.
 
     Raises:
         ModelError: Unknown, not installed, or not for this device.
