@@ -81,7 +81,7 @@ def test_reading_ahead_is_bounded_by_bytes_and_keeps_the_order(
     taken: list[Any] = []
     for place, read in read_ahead(tmp_path, places):
         assert read is not None
-        assert len(read.result()) == place.size
+        assert len(read()) == place.size
         taken.append(place)
         assert state["begun"] - len(taken) <= 5  # of 100 bytes and more, within 500
     assert taken == places

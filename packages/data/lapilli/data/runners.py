@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow as pa
+
 from lapilli.data.cluster import RayDied, ray_session, watched
 from lapilli.data.errors import DataError
 from lapilli.data.journal import WORK, Journal, journal_folder
@@ -21,9 +23,11 @@ from lapilli.data.output import Output, open_output
 from lapilli.data.plan import Task
 from lapilli.data.shards import ShardFacts
 from lapilli.data.spool import TASKS, read_task, write_tasks
-from lapilli.data.tasks import run_task
+from lapilli.data.tasks import finished_task, run_task
 
 __all__ = ["Runner", "run_here", "run_on_ray"]
+
+MOST_SHARDS = 8
 
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
@@ -69,15 +73,35 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
 
 def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     """The dataset of the tasks' results."""
+    import ray
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised too
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
+    slots = workers or int(ray.cluster_resources().get("CPU", 1))
+    blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
     # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
-    return dataset.map(_run_row, num_cpus=1, concurrency=workers or None)
+    return ray.data.from_arrow(blocks).map_batches(
+        _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
+    )
+
+
+def _groups(rows: list[dict[str, Any]], slots: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows for one of Ray's tasks each: fewer towards the end, so that all workers end together."""
+    start = 0
+    while start < len(rows):
+        size = max(1, min(MOST_SHARDS, (len(rows) - start) // (4 * slots)))
+        yield rows[start : start + size]
+        start += size
+
+
+def _run_rows(rows: pa.Table) -> Iterator[dict[str, list[Any]]]:
+    """A task of Ray's: some shards, one after the other; the facts of each once it is finished."""
+    for row in rows.to_pylist():
+        yield {name: [value] for name, value in _run_row(row).items()}
 
 
 def _clear(output: Output, tasks: list[Task]) -> None:
@@ -89,7 +113,7 @@ def _clear(output: Output, tasks: list[Task]) -> None:
 
 
 def _run_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A task as Ray Data sees it: errors travel as values, since one exception ends a dataset."""
+    """A shard as Ray Data sees it: errors travel as values, since one exception ends a dataset."""
     result: dict[str, Any] = {"path": "", "rows": 0, "bytes": 0, "sha256": ""}
     try:
         output = open_output(row["output"])
@@ -97,7 +121,9 @@ def _run_row(row: dict[str, Any]) -> dict[str, Any]:
         try:
             task = read_task(output, row["place"])
             journal.examine(task)
-            result = asdict(run_task(task, output, journal.decoding))
+            # Where Ray starts a task again, its first shards may be there already.
+            facts = finished_task(task, output) or run_task(task, output, journal.decoding)
+            result = asdict(facts)
         finally:
             journal.close()
     except DataError as error:

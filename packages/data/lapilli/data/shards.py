@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,8 @@ def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        facts = ShardFacts(path.name, 0, temporary.stat().st_size, sha256_file(temporary))
+        sha256 = _flush_and_hash(temporary)
+        facts = ShardFacts(path.name, 0, temporary.stat().st_size, sha256)
         temporary.replace(path)
     except OSError as error:
         raise DataError(
@@ -150,6 +150,15 @@ def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
     finally:
         temporary.unlink(missing_ok=True)
     return facts
+
+
+def _flush_and_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, computed while the disk takes them."""
+    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(os.fsync, file.fileno())
+        digest = sha256_file(path)
+        flushed.result()
+    return digest
 
 
 def _store(path: RemotePath, write: Callable[[Path], None]) -> ShardFacts:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
-from lapilli.data.image_shard import image_columns, image_schema
+from lapilli.data.image_shard import Room, image_columns, image_schema
 from lapilli.data.journal import Guard, unguarded
 from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
@@ -39,6 +39,7 @@ from lapilli.data.tokenize import (
 __all__ = ["finished_task", "run_task"]
 
 RECORDS_AT_ONCE = 256  # bounds what is held beside the shard's own columns: some 20 MB
+_ROOM = Room()  # a process makes one shard at a time
 
 
 def finished_task(task: Task, output: Output) -> ShardFacts | None:
@@ -73,7 +74,8 @@ def run_task(task: Task, output: Output, guard: Guard = unguarded) -> ShardFacts
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
-        return write_shard(output, task.name, image_columns(task, guard), image_schema(task))
+        columns = image_columns(task, guard, _ROOM)
+        return write_shard(output, task.name, columns, image_schema(task))
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
