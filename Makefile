@@ -20,6 +20,14 @@ $(STAMP): pyproject.toml constraints.txt
 simd: install  ## pillow-simd for this processor in Pillow's place: faster resizing
 	$(BIN)/python -m pipelines.simd
 
+peers: install  ## .venv-peers: the systems that benchmarks compare with, beside ours
+	$(PYTHON) -m venv $(VENV)-peers
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	    > "$$($(VENV)-peers/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/lapilli.pth"
+	$(BIN)/python -c 'import pathlib; print(*(pathlib.Path(p).resolve() for p in ("packages/data", "packages/model", "packages/train", ".")), sep="\n")' \
+	    >> "$$($(VENV)-peers/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/lapilli.pth"
+	$(VENV)-peers/bin/python -m pip install --no-deps -r pipelines/benchmarks/peers.txt
+
 quickstart: install  ## the whole way on a CPU: data, shards, training, evaluation, report
 	$(BIN)/python -m pipelines.quickstart
 

@@ -5,11 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from pipelines.benchmarks import merge, tokens, whole
+from pipelines.benchmarks import (
+    build,
+    images,
+    merge,
+    opening,
+    planning,
+    reading,
+    scaling,
+    tokens,
+    whole,
+)
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
 TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
+    "images": images.main,
+    "build": build.main,
+    "open": opening.main,
+    "read": reading.main,
+    "plan": planning.main,
+    "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,
     "whole": whole.main,

@@ -13,17 +13,32 @@ import os
 import platform
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.command import UsageError
+from rich import box
+from rich.table import Table
 
-__all__ = ["RESULTS", "Elapsed", "add_row", "clock", "peak_memory", "pin_to_one_core", "provenance"]
+from pipelines.command import UsageError, console
+
+__all__ = [
+    "RESULTS",
+    "Elapsed",
+    "Spread",
+    "add_row",
+    "by_turns",
+    "clock",
+    "peak_memory",
+    "pin_to_one_core",
+    "provenance",
+    "table",
+]
 
 T = TypeVar("T")
 
@@ -83,6 +98,61 @@ def clock(work: Callable[[], T]) -> tuple[Elapsed, T]:
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     return Elapsed(time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure that was measured several times."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Median, least and most of the values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def rate(self, count: float) -> Spread:
+        """Of seconds for `count` things, things a second."""
+        return Spread(count / self.median, count / self.high, count / self.low)
+
+    def text(self, digits: int = 0) -> str:
+        """The median with the least and the most behind it."""
+        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
+
+
+def by_turns(
+    sides: Mapping[str, Callable[[], float]], rounds: int, *, warm: bool = True
+) -> dict[str, Spread]:
+    """Let every side run once a round and return seconds; who begins changes from round to round.
+
+    Args:
+        sides: What is compared.
+        rounds: Rounds that count.
+        warm: Run each side once before, uncounted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for number in range(-warm, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            taken = sides[name]()
+            if number >= 0:
+                seconds[name].append(taken)
+    return {name: Spread.of(values) for name, values in seconds.items()}
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table, the first column to the left and figures to the right."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        shown.add_row(
+            *(f"{cell:,}" if isinstance(cell, int | float) else str(cell) for cell in row)
+        )
+    console.print(shown)
 
 
 def pin_to_one_core() -> int:

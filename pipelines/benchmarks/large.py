@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from lapilli.data.manifest import FORMAT, PLAN, Manifest, ViewFacts, write_manifest
 from lapilli.data.shards import IMAGE_SCHEMA, SELECTION_SCHEMA, TOKEN_SCHEMA, ShardFacts, write_json
-from tests.factories import CLIP_MEAN
 
 __all__ = ["RECORDS", "write_large"]
+
+CLIP_MEAN = (122, 116, 104)
 
 RECORDS = 665_298
 PER_TOKEN_SHARD = 8192

@@ -1,0 +1,147 @@
+"""Images a second on one core: ours, LLaVA's own path and the floor, by turns.
+
+The floor of an image is a bare libjpeg-turbo decoding and one bare bicubic of the same sizes by the
+resizer used, each called in the quickest way known. LLaVA's path pads the picture on stock Pillow
+and runs transformers' CLIP processor to a normalised tensor. What is told are images a second of
+the processor, of one thread that is pinned to a core.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.benchmarks import image_sides
+from pipelines.benchmarks.harness import (
+    Spread,
+    add_row,
+    by_turns,
+    pin_to_one_core,
+    provenance,
+    table,
+)
+from pipelines.benchmarks.image_sides import Apart
+from pipelines.benchmarks.photos import write_photos
+from pipelines.benchmarks.plot import Bar, draw_bars
+from pipelines.command import UsageError, parse, say
+
+__all__ = ["ImagesConfig", "main"]
+
+# width x height: COCO, COCO's tall ones, TextVQA, OCR-VQA, LLaVA's 558K
+SIZES = ("640x480", "480x640", "1024x768", "350x500", "448x336")
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """What is measured.
+
+    Attributes:
+        sizes: Sizes of the photos, as WIDTHxHEIGHT.
+        photos: Photos of each size.
+        rounds: Turns that count.
+        simd_python: Python of an environment with pillow-simd in Pillow's place (`make simd`);
+            without one its sides are left out.
+        plot: A PNG, SVG or PDF file for the picture of the first size.
+        save: Add rows to `results/images.csv`.
+    """
+
+    sizes: tuple[str, ...] = SIZES
+    photos: int = 40
+    rounds: int = 7
+    simd_python: str = ""
+    plot: str = ""
+    save: bool = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, tell, and add a row for each size and side."""
+    config = parse(ImagesConfig, argv, "Images a second on one core, beside LLaVA's own path.")
+    torch.set_num_threads(1)
+    say(f"core {pin_to_one_core()}; {config.photos} photos a size to {image_sides.SIZE} px")
+    head = provenance(("torch", "simplejpeg", "pillow", "transformers"), "images", argv)
+    apart = Apart(config.simd_python) if config.simd_python else None
+    try:
+        for number, size in enumerate(config.sizes):
+            rows = measure(config, size, apart)
+            _tell(size, rows)
+            if config.plot and not number:
+                _draw(Path(config.plot), size, rows, str(head["processor"]))
+            if config.save:
+                path = [add_row("images", head | row) for row in rows][-1]
+                say(f"{len(rows)} rows added to {path}")
+    finally:
+        if apart:
+            apart.close()
+    return 0
+
+
+def measure(config: ImagesConfig, size: str, apart: Apart | None) -> list[dict[str, Any]]:
+    """All sides by turns on photos of one size; a row each, ours compared with the two others."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_photos(folder, config.photos, _width_height(size))
+        clocks: dict[str, Callable[[], float]] = {
+            name: partial(image_sides.seconds, name, folder) for name in image_sides.sides()
+        }
+        for name in apart.sides if apart else ():
+            if "simd" in name:
+                assert apart
+                clocks[name] = partial(apart.seconds, name, folder)
+        rates = {
+            name: spread.rate(config.photos)
+            for name, spread in by_turns(clocks, config.rounds).items()
+        }
+    return [_row(size, name, rates, config) for name in rates]
+
+
+def _width_height(size: str) -> tuple[int, int]:
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise UsageError(f"sizes: {size!r}; expected WIDTHxHEIGHT, e.g. 640x480")
+    return int(width), int(height)
+
+
+def _row(size: str, name: str, rates: dict[str, Spread], config: ImagesConfig) -> dict[str, Any]:
+    rate = rates[name]
+    floor = rates.get(f"floor {name.split()[1]}") if name.startswith("lapilli") else None
+    llava = rates.get("llava")
+    return {
+        "size": size, "side": name, "photos": config.photos, "rounds": config.rounds,
+        "images_per_cpu_second": round(rate.median, 1),
+        "low": round(rate.low, 1), "high": round(rate.high, 1),
+        "ms": round(1000 / rate.median, 3),
+        "of_llava": round(rate.median / llava.median, 2) if llava else "",
+        "time_of_floor": round(floor.median / rate.median, 3) if floor else "",
+    }  # fmt: skip
+
+
+def _tell(size: str, rows: Sequence[dict[str, Any]]) -> None:
+    columns = ("side", "images/s", "least", "most", "ms", "x LLaVA's path", "x floor's time")
+    names = ("side", "images_per_cpu_second", "low", "high", "ms", "of_llava", "time_of_floor")
+    best = sorted(rows, key=lambda row: -row["images_per_cpu_second"])
+    table(size, columns, [[row[name] for name in names] for row in best])
+
+
+def _draw(path: Path, size: str, rows: Sequence[dict[str, Any]], processor: str) -> None:
+    bars: list[Bar] = []
+    for row in sorted(rows, key=lambda row: -row["images_per_cpu_second"]):
+        name = str(row["side"])
+        kind = "ours" if name.startswith("lapilli") else "floor" if "floor" in name else "other"
+        label = "LLaVA's own path" if name == "llava" else name
+        note = f"{row['of_llava']:.1f}x" if kind == "ours" and row["of_llava"] else ""
+        value = Spread(row["images_per_cpu_second"], row["low"], row["high"])
+        bars.append(Bar(label, value, kind, note))
+    best = max(float(bar.note.rstrip("x") or 0) for bar in bars)
+    draw_bars(
+        path,
+        f"{size} photos to 336 px: up to {best:.1f} times LLaVA's own path",
+        "images a second, one core",
+        bars,
+        f"{processor}. Floor: bare libjpeg-turbo and one bare bicubic. Line: least and most.",
+    )

@@ -1,0 +1,131 @@
+"""Opening a dataset of LLaVA-1.5's size, in a fresh process each time: seconds, and memory it adds.
+
+The floor maps the selection and reads the columns that a run needs with pyarrow alone: nothing is
+checked, no image shard is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
+from pipelines.benchmarks.large import RECORDS, write_large
+from pipelines.command import UsageError, parse, say
+
+__all__ = ["OpenConfig", "main"]
+
+COLUMNS = ("token_shard", "token_row", "text_length", "num_trained", "repeats")
+
+
+@dataclass(frozen=True)
+class OpenConfig:
+    """What is measured.
+
+    Attributes:
+        records: Records of the dataset.
+        shards: Image shards it has; all but four hold nothing, which opening does not look at.
+        rounds: Turns that count.
+        save: Add rows to `results/open.csv`.
+    """
+
+    records: int = RECORDS
+    shards: int = 3400
+    rounds: int = 5
+    save: bool = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, tell, and add a row for each side."""
+    config = parse(OpenConfig, argv, "Opening a dataset of 665,298 records.")
+    head = provenance(("pyarrow", "numpy"), "open", argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "large"
+        write_large(folder, records=config.records, stubs=max(0, config.shards - 4))
+        rows = measure(config, folder)
+    columns = ("side", "seconds", "least", "most", "MB added")
+    names = ("side", "seconds", "low", "high", "megabytes")
+    title = f"{config.records:,} records, {config.shards:,} image shards"
+    table(title, columns, [[row[name] for name in names] for row in rows])
+    if config.save:
+        path = [add_row("open", head | row) for row in rows][-1]
+        say(f"{len(rows)} rows added to {path}")
+    return 0
+
+
+def measure(config: OpenConfig, folder: Path) -> list[dict[str, Any]]:
+    """Ours and the floor by turns, a process each time."""
+    memory: dict[str, list[float]] = {side: [] for side in SIDES}
+    clocks: dict[str, Callable[[], float]] = {
+        side: partial(_apart, side, folder, memory[side]) for side in SIDES
+    }
+    spreads = by_turns(clocks, config.rounds)
+    return [
+        {
+            "side": side, "records": config.records, "shards": config.shards,
+            "rounds": config.rounds, "seconds": round(spread.median, 4),
+            "low": round(spread.low, 4), "high": round(spread.high, 4),
+            "megabytes": round(Spread.of(memory[side]).median / 1e6, 1),
+        }
+        for side, spread in spreads.items()
+    ]  # fmt: skip
+
+
+def _apart(side: str, folder: Path, memory: list[float]) -> float:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.benchmarks.opening", side, str(folder)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise UsageError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
+    seconds, added = json.loads(done.stdout)
+    memory.append(added)
+    return float(seconds)
+
+
+def _open(folder: Path) -> object:
+    from lapilli.data.dataset import open_dataset
+
+    dataset = open_dataset(folder, view="wide", image_tokens=576)
+    return dataset, dataset.lengths, dataset.has_images, dataset.num_trained
+
+
+def _bare(folder: Path) -> object:
+    import pyarrow as pa
+
+    with pa.memory_map(str(folder / "selection.arrow"), "r") as file:
+        table = pa.ipc.open_file(file).read_all()
+    return [table[name].to_numpy().copy() for name in COLUMNS]
+
+
+SIDES: dict[str, Callable[[Path], object]] = {"lapilli": _open, "bare": _bare}
+
+
+def _resident() -> int:
+    """Bytes of this process that no file stands behind: mapped shards are everybody's."""
+    with Path("/proc/self/smaps_rollup").open(encoding="utf-8") as file:
+        lines = dict(line.split(":", 1) for line in file if ":" in line)
+    return int(lines["Anonymous"].split()[0]) * 1024
+
+
+def _serve(side: str, folder: Path) -> None:
+    for name in ("pyarrow.compute", "lapilli.data.dataset"):  # importing is not opening
+        import_module(name)
+    before = _resident()
+    started = time.perf_counter()
+    held = SIDES[side](folder)
+    print(json.dumps([time.perf_counter() - started, _resident() - before]))
+    del held
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,172 @@
+"""Every topic runs at a small size and adds its rows; what is measured is no matter of a test."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lapilli.data.sampler import EpochPlan
+from pipelines.benchmarks import build, harness, images, opening, planning, reading, scaling
+from pipelines.benchmarks.__main__ import main
+from pipelines.benchmarks.build_sides import write_alone
+from pipelines.benchmarks.harness import Spread, by_turns
+from pipelines.benchmarks.image_sides import FILL, SIZE, llava_pixels, llava_square
+from pipelines.benchmarks.photos import write_photos
+from pipelines.benchmarks.plot import Bar, draw_bars
+from pipelines.command import UsageError
+from tests.factories import image_bytes
+
+TOPICS = (build, images, opening, planning, reading)
+
+
+@pytest.fixture(autouse=True)
+def same_cores() -> Iterator[None]:
+    """Let a measurement pin this process, and undo it."""
+    before = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where rows go in these tests."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for topic in TOPICS:
+        monkeypatch.setattr(topic, "add_row", lambda t, row: harness.add_row(t, row, folder))
+    return folder
+
+
+def rows_of(results: Path, topic: str) -> list[dict[str, str]]:
+    with (results / f"{topic}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_images_tells_each_side_of_each_size(tmp_path: Path, results: Path) -> None:
+    picture = tmp_path / "images.png"
+    flags = ["--sizes", '["64x48","48x64"]', "--photos=2", "--rounds=1", f"--plot={picture}"]
+    assert main(["images", *flags]) == 0
+    rows = rows_of(results, "images")
+    sides = {row["side"] for row in rows}
+    assert sides >= {"llava", "floor torch", "floor pillow", "lapilli torch exact"}
+    assert len(rows) == 2 * len(sides)
+    ours = next(row for row in rows if row["side"] == "lapilli torch exact")
+    assert float(ours["of_llava"]) > 0
+    assert float(ours["time_of_floor"]) > 0
+    with Image.open(picture) as drawn:
+        assert drawn.width >= 1200
+    with pytest.raises(UsageError, match="sizes: '640'; expected WIDTHxHEIGHT"):
+        main(["images", "--sizes", '["640"]', "--photos=1", "--rounds=1", "--save=false"])
+
+
+def test_llavas_path_is_transformers_processor_after_the_padding() -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    data = image_bytes("jpeg", seed=3)
+    photo = Image.open(io.BytesIO(data)).convert("RGB")
+    side = max(photo.size)
+    canvas = Image.new("RGB", (side, side), FILL)
+    canvas.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
+    processor: Any = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    expected = processor(canvas, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(np.asarray(llava_pixels(data)), expected)
+    mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean,
+                                                                processor.image_std))  # fmt: skip
+    square = np.asarray(llava_square(data)).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose((square - mean) / std, expected, atol=1e-5)
+
+
+def test_build_runs_a_floor_and_ours_and_names_what_is_not_there(
+    tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--photos=3", "--images=5", "--rounds=1", "--sides", '["bare","here","litdata"]']
+    assert main(["build", *flags, f"--folder={tmp_path / 'kept'}"]) == 0
+    rows = {row["side"]: row for row in rows_of(results, "build")}
+    assert set(rows) >= {"bare loop, one core", "lapilli, one process"}
+    assert rows["lapilli, one process"]["distinct"] == "3"
+    photos = sorted((tmp_path / "kept" / "photos").iterdir())
+    assert len({path.stat().st_ino for path in photos}) == 3 < len(photos) == 5
+    if "litdata" not in rows:
+        assert "litdata: left out, litdata is not installed" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="sides: 'other'; expected some of bare"):
+        main(["build", "--sides", '["other"]'])
+
+
+def test_the_bare_loop_writes_the_squares_one_after_the_other(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 3, (64, 48))
+    paths = sorted((tmp_path / "photos").iterdir())
+    write_alone(paths, tmp_path, "pillow")
+    (written,) = tmp_path.glob("*.raw")
+    squares = np.frombuffer(written.read_bytes(), np.uint8).reshape(3, SIZE, SIZE, 3)
+    for path, square in zip(paths, squares, strict=True):
+        np.testing.assert_array_equal(square, np.asarray(llava_square(path.read_bytes())))
+
+
+def test_open_and_read_and_plan_add_their_rows(tmp_path: Path, results: Path) -> None:
+    assert main(["open", "--records=300", "--shards=5", "--rounds=1"]) == 0
+    assert [row["side"] for row in rows_of(results, "open")] == ["lapilli", "bare"]
+    assert main(["read", "--images=5", "--reads=8", "--rounds=1"]) == 0
+    sides = {row["side"] for row in rows_of(results, "read")}
+    assert sides >= {"numpy map, copied", "lapilli, copied", "lapilli, by reference"}
+    assert main(["plan", "--samples=600", "--rounds=1", "--ranks=2", "--micro_batch=4"]) == 0
+    rows = {row["policy"]: row for row in rows_of(results, "plan")}
+    assert rows["llava"]["steps"] == "75"
+    assert int(rows["grouped"]["steps"]) in (75, 76)  # each modality has a tail of its own
+    assert rows["llava"]["of_llava"] == "1.0"
+
+
+def test_waste_is_what_a_hand_counts() -> None:
+    config = planning.PlanConfig(samples=8, ranks=2, micro_batch=2)
+    plan = EpochPlan(np.arange(8), np.array([0, 4, 8]), fixed_micro_batch=2)
+    lengths = np.array([1, 3, 2, 2, 5, 5, 1, -1])
+    lengths[7] = 4
+    found = planning.waste(plan, lengths, config)
+    # micro-batches (1 3) (2 2) | (5 5) (1 4): 6 and 4, 10 and 8 tokens with padding
+    assert found["padded"] == pytest.approx(1 - 23 / 28)
+    assert found["computed"] == 2 * 6 + 2 * 10
+    assert found["waiting"] == pytest.approx(32 / 28 - 1)
+
+
+def test_the_calculation_is_that_of_a_hand() -> None:
+    config = scaling.ScalingConfig(
+        per_core=100, tokens_per_core=1000, cores=10, source_kb=61.44, disk_mb=400,
+        network_gbit=8, disk_read_mb=61.44, store_requests=500, head_tasks=1, head_rows=10,
+    )  # fmt: skip
+    on_disk = scaling.limits(config, nodes=2, images=1000, records=10_000, place="disk")
+    assert on_disk.processors == pytest.approx(2 * 10 * 100 / (1 + 10 / 10))
+    assert on_disk.disks == pytest.approx(2 / (338_688 / 400e6 + 1e-3))
+    assert on_disk.serial_seconds == 1000
+    assert on_disk.least == ("processors", pytest.approx(1000))
+    in_store = scaling.limits(config, nodes=2, images=1000, records=10_000, place="store")
+    assert in_store.network == pytest.approx(2 * 1e9 / (61_440 + 338_688))
+    assert in_store.least == ("store", 500)
+    assert main(["scaling", "--cores=8"]) == 0
+    with pytest.raises(UsageError, match="per_core: 0"):
+        main(["scaling", "--per_core=0"])
+
+
+def test_sides_take_turns_and_the_first_round_may_not_count() -> None:
+    called: list[str] = []
+    clocks = {name: lambda name=name: called.append(name) or float(len(called)) for name in "abc"}
+    found = by_turns(clocks, 2)
+    assert [called[start : start + 3] for start in (0, 3, 6)] == [
+        ["c", "a", "b"], ["a", "b", "c"], ["b", "c", "a"],
+    ]  # fmt: skip
+    assert found["a"] == Spread(6.5, 4, 9)
+    assert Spread(2, 1, 4).rate(8) == Spread(4, 2, 8)
+
+
+def test_a_plot_of_an_unknown_kind_says_so(tmp_path: Path) -> None:
+    bars = [Bar("one", Spread(1, 1, 1), "ours"), Bar("two", Spread(30, 20, 40))]
+    draw_bars(tmp_path / "a.svg", "title", "unit", bars, "caption")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    with pytest.raises(UsageError, match=r"a\.nothing"):
+        draw_bars(tmp_path / "a.nothing", "title", "unit", bars, "caption")
