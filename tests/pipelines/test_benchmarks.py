@@ -49,10 +49,10 @@ def test_tokens_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_topic_lists_the_topics(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match="topic 'speed' is unknown: take one of build"):
+    with pytest.raises(UsageError, match="topic 'speed' is unknown: take one of images"):
         main(["speed"])
     assert main([]) == 0
-    assert "topics: build" in capsys.readouterr().out
+    assert "topics: images" in capsys.readouterr().out
 
 
 def test_the_corpus_is_the_mixtures_size_well_formed_and_the_seeds() -> None:
