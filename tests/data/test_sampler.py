@@ -384,9 +384,13 @@ GOOD: dict[str, Any] = {
         ({"policy": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
         ({"policy": "llava", "llava_micro_batch": 3}, "not a multiple of llava_micro_batch 3.* 6 "),
         ({"llava_micro_batch": 2}, "only 'llava' has micro-batches"),
-        ({"remainder": "keep"}, "'keep'; choose one of pad, short, drop"),
+        ({"remainder": "keep"}, "'keep'; choose one of pad, short, drop, repeat"),
+        ({"remainder": "repeat"}, "'repeat'; policy 'llava' takes 'pad' or 'repeat'"),
         ({"remainder": "drop"}, "leaves nothing.*global batch of 4"),
-        ({"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"}, "use 'pad'"),
+        (
+            {"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"},
+            "'llava' takes 'pad' or",
+        ),
     ],
 )
 def test_plan_errors_name_value_and_remedy(changed: dict[str, Any], message: str) -> None:

@@ -72,9 +72,14 @@ class RunConfig:
         max_length: Longest sequence with its image tokens; longer samples are left out, counted.
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first.
-        policy: Order of an epoch (`lapilli.data.sampler`).
+        policy: Order of an epoch (`lapilli.data.sampler`). `llava` is LLaVA's own, in which the
+            micro-batches are part of the order.
         remainder: What becomes of a global batch that the samples do not fill: `pad` with empty
-            slots, `short` with fewer micro-steps, or `drop` until another epoch.
+            slots, `short` with fewer micro-steps, or `drop` until another epoch. `llava` takes
+            `pad`, or `repeat`, which fills it with the epoch's first samples.
+        loss: What is averaged: `tokens`, over all trained tokens of the global batch, or `means`,
+            over the means of its micro-batches, as LLaVA's trainer does. With `means` or policy
+            `llava` a resumed run keeps its `micro_batch`.
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
         precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
@@ -99,8 +104,9 @@ class RunConfig:
     epochs: int = 1
     max_steps: int = 0
     max_length: int = 2048
-    policy: Literal["grouped", "random"] = "grouped"
-    remainder: Literal["pad", "short", "drop"] = "pad"
+    policy: Literal["grouped", "random", "llava"] = "grouped"
+    remainder: Literal["pad", "short", "drop", "repeat"] = "pad"
+    loss: Literal["tokens", "means"] = "tokens"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from lapilli.data.dataset import Dataset
 from lapilli.data.sampler import EpochPlan, assign, plan_epoch
 from lapilli.train.config import RunConfig
 
-__all__ = ["Feed", "StepBatches", "batch_shape"]
+__all__ = ["Feed", "StepBatches", "batch_shape", "mean_weights"]
 
 AHEAD = 4  # steps kept ready
 
@@ -30,6 +30,8 @@ class StepBatches:
         global_tokens: Trained tokens of the whole global batch.
         global_samples: Samples of the whole global batch, empty slots left out.
         sample_indices: The global batch's samples, -1 for empty slots.
+        weights: What each micro-batch's summed loss is multiplied by before it is divided by
+            `global_tokens`.
     """
 
     step: int
@@ -37,6 +39,7 @@ class StepBatches:
     global_tokens: int
     global_samples: int
     sample_indices: NDArray[np.int64]
+    weights: list[float]
 
 
 def batch_shape(dataset: Dataset, config: RunConfig) -> BatchShape:
@@ -45,6 +48,25 @@ def batch_shape(dataset: Dataset, config: RunConfig) -> BatchShape:
     buckets = length_buckets(longest, count=config.buckets)
     chunk = config.model.head_chunk
     return BatchShape(config.micro_batch, buckets, dataset.image_tokens, chunk)
+
+
+def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
+    """Weights under which a global batch's loss is the mean of its micro-batches' means.
+
+    With m micro-batches that train anything, T trained tokens in all and t in one of them, its
+    summed loss over T times T / (t m) is its mean over m. That is what LLaVA's trainer computes
+    where all micro-batches train something; there one that does not makes the loss no number.
+
+    Args:
+        trained: Trained tokens by [rank][micro-step].
+        rank: Whose weights are asked for.
+
+    Returns:
+        One weight a micro-step; 0 where nothing is trained.
+    """
+    counts = [count for of_rank in trained for count in of_rank]
+    means = sum(count > 0 for count in counts)
+    return [sum(counts) / (count * means) if count else 0.0 for count in trained[rank]]
 
 
 class Feed:
@@ -61,14 +83,16 @@ class Feed:
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 
     def _plan_epoch(self, epoch: int) -> EpochPlan:
+        is_llava = self.config.policy == "llava"
         return plan_epoch(
-            self.dataset.lengths,
+            self.dataset.llava_lengths if is_llava else self.dataset.lengths,
             self.dataset.has_images,
             global_batch=self.config.global_batch,
             seed=self.config.seed,
             epoch=epoch,
             policy=self.config.policy,
             remainder=self.config.remainder,
+            llava_micro_batch=self.config.micro_batch if is_llava else None,
         )
 
     def _locate(self, step: int) -> tuple[EpochPlan, int]:
@@ -95,8 +119,16 @@ class Feed:
         ]
         indices = plan.global_batch(inside)
         filled = indices[indices >= 0]
-        tokens = int(self.dataset.num_trained[filled].sum())
-        return StepBatches(step, batches, tokens, len(filled), indices)
+        tokens = self._trained(indices)
+        weights = [1.0] * len(batches)
+        if self.config.loss == "means":
+            trained = [[self._trained(ids) for ids in rank] for rank in ranks]
+            weights = mean_weights(trained, self.rank)
+        return StepBatches(step, batches, tokens, len(filled), indices, weights)
+
+    def _trained(self, ids: NDArray[np.int64]) -> int:
+        """Trained tokens of a micro-batch."""
+        return int(self.dataset.num_trained[ids[ids >= 0]].sum())
 
     def _has_images(self, ranks: list[NDArray[np.int64]]) -> bool:
         """Whether any rank has an image in a micro-step."""

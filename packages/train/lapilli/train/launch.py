@@ -197,7 +197,9 @@ def _check_config(run: Path, config: RunConfig) -> None:
         return
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    changed = [key for key in now if key not in RESUMABLE and before.get(key) != now[key]]
+    is_cut_fixed = config.policy == "llava" or config.loss == "means"
+    may_change = RESUMABLE - ({"micro_batch"} if is_cut_fixed else set())
+    changed = [key for key in now if key not in may_change and before.get(key) != now[key]]
     if changed:
         key = changed[0]
         raise TrainError(

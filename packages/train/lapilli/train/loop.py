@@ -249,7 +249,10 @@ def _one_step(
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
     seed_step(ready.config.seed, batches.step, ready.rank)
-    on_device = [to_device(batch, ready.device) for batch in batches.batches]
+    on_device = [
+        to_device(batch, ready.device, weight)
+        for batch, weight in zip(batches.batches, batches.weights, strict=True)
+    ]
     total = train_step(
         ready.engine,
         on_device,

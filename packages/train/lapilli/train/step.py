@@ -16,13 +16,20 @@ __all__ = ["DeviceBatch", "seed_step", "to_device", "train_step"]
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """The tensors the model's forward takes, by its argument names."""
+    """The tensors the model's forward takes, by its argument names, and what its loss weighs."""
 
     inputs: dict[str, Tensor]
+    weight: float = 1.0
 
 
-def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Copy what the model needs to the device; pixels stay uint8 until they are there."""
+def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> DeviceBatch:
+    """Copy what the model needs to the device; pixels stay uint8 until they are there.
+
+    Args:
+        batch: A micro-batch.
+        device: Where to.
+        weight: Multiplies its summed loss (`StepBatches.weights`).
+    """
     arrays = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -32,7 +39,8 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         "targets": batch.targets,
     }
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    return DeviceBatch({name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+    moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    return DeviceBatch(moved, weight)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -48,8 +56,9 @@ def train_step(
 ) -> Tensor:
     """Forward and backward over a worker's micro-batches, then one optimizer step.
 
-    The gradient is that of the mean over all trained tokens of the global batch: DeepSpeed divides
-    by the accumulation and by the number of workers, so both are multiplied in before.
+    The gradient is that of the mean over all trained tokens of the global batch, or where the
+    batches carry weights of the mean over its micro-batches' means: DeepSpeed divides by the
+    accumulation and by the number of workers, so both are multiplied in before.
 
     Args:
         engine: DeepSpeed's engine.
@@ -59,14 +68,14 @@ def train_step(
         world_size: Number of workers.
 
     Returns:
-        This worker's summed loss, fp32 scalar, detached.
+        This worker's summed loss, weighted, fp32 scalar, detached.
     """
     scale = world_size * engine.gradient_accumulation_steps() / max(1, global_tokens)
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
     for number, batch in enumerate(batches, start=1):
         # said and not counted by DeepSpeed: a short batch has fewer micro-steps
         engine.set_gradient_accumulation_boundary(number == len(batches))
-        loss = engine(**batch.inputs)
+        loss = engine(**batch.inputs) * batch.weight
         engine.backward(loss * scale)
         engine.step()
         total += loss.detach()
