@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from lapilli.data.collate import Batch, collate
+from lapilli.data.collate import Batch, blank_batches, collate
 from lapilli.data.dataset import Sample
 from lapilli.model.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
-from lapilli.train.step import to_device, train_step
+from lapilli.train.step import to_device, train_step, warm_up
 from tests.train.test_zero import Probe, make_engine
 from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config
 
@@ -71,6 +71,8 @@ def worker(rank: int, folder: str, workers: int) -> None:
     for micro_batch, stage in CUTS[workers]:
         config = replace(CONFIG, workers=workers, micro_batch=micro_batch, zero_stage=stage)
         probe = Probe(make_engine(config))
+        blank = blank_batches(replace(SHAPE, rows=micro_batch), IMAGE_SIZE)
+        warm_up(probe.engine, (to_device(batch, CPU) for batch in blank))  # leaves no trace
         batches = [to_device(batch, CPU) for batch in shares(workers, micro_batch)[rank]]
         loss = train_step(probe, batches, global_tokens=tokens(), world_size=workers)
         dist.all_reduce(loss)

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from lapilli.data.errors import DataError
 from lapilli.data.llava_sampler import llava_order
 
-__all__ = ["EpochPlan", "Policy", "Remainder", "assign", "plan_epoch"]
+__all__ = ["EpochPlan", "Policy", "Remainder", "assign", "longest_rows", "plan_epoch"]
 
 Policy = Literal["grouped", "random", "llava"]
 Remainder = Literal["pad", "short", "drop", "repeat"]
@@ -210,6 +210,33 @@ def assign(
     else:
         chunks = batch.reshape(-1, world_size, micro_batch)
     return [list(chunks[:, rank]) for rank in range(world_size)]
+
+
+def longest_rows(
+    plan: EpochPlan, lengths: ArrayLike, has_images: ArrayLike, *, micro_batch: int
+) -> tuple[Ids, Ids]:
+    """What the micro-batches of an epoch must be padded to, for any number of ranks.
+
+    Args:
+        plan: of the epoch; its batches that are cut short are not looked at.
+        lengths: int [n], tokens of the samples.
+        has_images: bool [n].
+        micro_batch: slots of one rank's micro-batch.
+
+    Returns:
+        The longest sample of each micro-batch that has images, and of each that has none.
+    """
+    sizes = np.diff(plan.offsets)
+    whole = plan.order[np.repeat(sizes == plan.whole, sizes)].reshape(-1, plan.whole or 1)
+    tokens = np.where(whole == EMPTY, 0, np.asarray(lengths)[whole])
+    pictured = (whole != EMPTY) & np.asarray(has_images)[whole]
+    if plan.fixed_micro_batch is None:
+        order = np.argsort(-tokens, axis=1, kind="stable")
+        tokens = np.take_along_axis(tokens, order, axis=1)
+        pictured = np.take_along_axis(pictured, order, axis=1)
+    longest = tokens.reshape(-1, micro_batch).max(axis=1)
+    with_images = pictured.reshape(-1, micro_batch).any(axis=1)
+    return longest[with_images], longest[~with_images & (longest > 0)]
 
 
 # ---- grouped and random ------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class RunConfig:
         save_every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
         max_failures: How often lost workers are replaced before the run gives up.
-        buckets: Number of sequence lengths a batch may have.
+        buckets: Shapes (sequence length, with or without images) that batches may have in all.
     """
 
     dataset: str
@@ -116,7 +116,7 @@ class RunConfig:
     save_every: int = 500
     keep: int = 2
     max_failures: int = 3
-    buckets: int = 8
+    buckets: int = 16
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""

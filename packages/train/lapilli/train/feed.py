@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.collate import Batch, BatchShape, collate, length_buckets
+from lapilli.data.collate import Batch, BatchShape, choose_buckets, collate
 from lapilli.data.dataset import Dataset
-from lapilli.data.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.sampler import EpochPlan, assign, longest_rows, plan_epoch
 from lapilli.train.config import RunConfig
 
 __all__ = ["Feed", "StepBatches", "batch_shape", "mean_weights"]
@@ -42,12 +42,20 @@ class StepBatches:
     weights: list[float]
 
 
-def batch_shape(dataset: Dataset, config: RunConfig) -> BatchShape:
-    """The few shapes a run's batches have."""
-    longest = int(dataset.lengths.max())
-    buckets = length_buckets(longest, count=config.buckets)
+def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchShape:
+    """The few shapes a run's batches have, chosen for its first epoch; the others are like it."""
+    lengths, has_images = dataset.lengths, dataset.has_images
+    images, text = longest_rows(plan, lengths, has_images, micro_batch=config.micro_batch)
+    # Whatever the other epochs put together: the longest sample has a place. Where a text-only
+    # micro-batch may stand beside another rank's images, it has one among theirs.
+    is_apart = config.policy == "grouped"
+    with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
+    images = np.append(images, with_images.max(initial=0))
+    text = np.append(text, lengths[~has_images].max(initial=0))
+    buckets, text_buckets = choose_buckets(images[images > 0], text[text > 0], count=config.buckets)
     chunk = config.model.head_chunk
-    return BatchShape(config.micro_batch, buckets, dataset.image_tokens, chunk)
+    image_tokens = dataset.image_tokens
+    return BatchShape(config.micro_batch, buckets, image_tokens, chunk, text_buckets)
 
 
 def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
@@ -77,8 +85,8 @@ class Feed:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self.shape = batch_shape(dataset, config)
         self._plan: tuple[int, EpochPlan] = 0, self._plan_epoch(0)
+        self.shape = batch_shape(dataset, config, self._plan[1])
         steps = self._plan[1].num_steps * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 

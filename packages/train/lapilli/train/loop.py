@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lapilli.data.collate import blank_batches
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
@@ -24,7 +25,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.feed import Feed, StepBatches
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.optim import build_optimizer, learning_rate
-from lapilli.train.step import seed_step, to_device, train_step
+from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
 
 __all__ = [
@@ -136,6 +137,9 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
     if found:
         checkpoint.load_into(built, found)
+    if torch_device.type == "cuda":  # a CPU's shapes cost nothing the first time
+        blank = blank_batches(feed.shape, dataset.image_size)
+        warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
     return Setup(config, torch_device, feed, built, start, state, rank, world_size)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lapilli.data.collate import Batch
+from lapilli.model.trainable import trainable_parameters
 
-__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step"]
+__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     A resumed run draws what the uninterrupted one would have; no random state needs saving.
     """
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+
+
+def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
+    """Forward and backward of each batch, which leaves no gradient and takes no step.
+
+    What a shape's first pass costs (memory that is found, kernels that are compiled) is paid
+    before step 0, and what does not fit fails there. Gradients are asked for by name and not
+    accumulated, so no hook of ZeRO's sees them. Collective: all ranks, the same shapes.
+    """
+    learning = list(trainable_parameters(engine.module).values())
+    for batch in batches:
+        loss = engine.module(**batch.inputs)  # the engine's own call would expect its `backward`
+        torch.autograd.grad(loss, learning, allow_unused=True)
 
 
 def train_step(
