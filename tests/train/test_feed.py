@@ -186,5 +186,5 @@ def test_fewer_samples_than_a_global_batch_is_one_line(dataset: Dataset) -> None
 
 
 def test_a_global_batch_that_does_not_divide_names_one_that_does() -> None:
-    with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 would fit"):
+    with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 or 8 would fit"):
         config_for(2, global_batch=7)
