@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from lapilli.data.errors import DataError
 from lapilli.data.llava_sampler import llava_order
 from lapilli.model.trainable import set_modes
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train import feed as feed_module
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.feed import Feed
+from lapilli.train.feed import Feed, StepBatches, host_bytes, mock_steps
 from lapilli.train.plain import PlainEngine
 from lapilli.train.step import seed_step, to_device, train_step
+from lapilli.train.transfer import send_ahead
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 CPU = torch.device("cpu")
@@ -188,3 +191,56 @@ def test_fewer_samples_than_a_global_batch_is_one_line(dataset: Dataset) -> None
 def test_a_global_batch_that_does_not_divide_names_one_that_does() -> None:
     with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 or 8 would fit"):
         config_for(2, global_batch=7)
+
+
+def test_steps_come_in_order_whichever_thread_is_done_first(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+    made, waiting = feed.make, threading.Event()
+
+    def slow_at_first(step: int) -> StepBatches:
+        if step == 0:
+            assert waiting.wait(timeout=60)  # another thread makes step 1 meanwhile
+        waiting.set()
+        return made(step)
+
+    feed.make = slow_at_first  # type: ignore[method-assign]
+    assert [step.step for step in feed.steps(0)] == list(range(feed.total_steps))
+
+
+def test_memory_bounds_what_is_made_ahead(dataset: Dataset, monkeypatch: Any) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+    made: list[int] = []
+    make = feed.make
+
+    def counted(step: int) -> StepBatches:
+        made.append(step)
+        return make(step)
+
+    feed.make = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(feed_module, "MOST_BYTES", 1)
+    steps = feed.steps(0)
+    for taken in range(3):
+        assert next(steps).step == taken
+        assert len(made) <= taken + 1 + feed_module.THREADS
+    steps.close()  # type: ignore[attr-defined]
+
+
+def test_sent_ahead_they_are_the_same_steps(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(2, loss="means"), rank=1, world_size=2)
+    plain = list(feed.steps(0))
+    sent = list(send_ahead(feed.steps(0), CPU))
+    assert [step.step for step in sent] == [step.step for step in plain]
+    for one, other in zip(plain, sent, strict=True):
+        assert [moved.weight for moved in other.on_device] == one.weights
+        for batch, moved in zip(one.batches, other.on_device, strict=True):
+            for name, tensor in moved.inputs.items():
+                np.testing.assert_array_equal(tensor.numpy(), getattr(batch, name))
+
+
+def test_a_mock_feed_has_the_shapes_of_the_middle(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+    steps = list(mock_steps(feed, 2))
+    assert [step.step for step in steps] == list(range(2, feed.total_steps))
+    middle = feed.make(feed.total_steps // 2)
+    assert {host_bytes(step) for step in steps} == {host_bytes(middle)}
+    assert host_bytes(middle) > sum(batch.pixels.nbytes for batch in middle.batches) > 0

@@ -1,11 +1,13 @@
-"""From dataset and plan to this worker's batches, made ahead by a thread."""
+"""From dataset and plan to this worker's batches, made ahead by threads."""
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,11 @@ from lapilli.data.dataset import Dataset
 from lapilli.data.sampler import EpochPlan, assign, longest_rows, plan_epoch
 from lapilli.train.config import RunConfig
 
-__all__ = ["Feed", "StepBatches", "batch_shape", "mean_weights"]
+__all__ = ["Feed", "StepBatches", "batch_shape", "host_bytes", "mean_weights", "mock_steps"]
 
+THREADS = 2  # copying pixels leaves Python's lock to the others
 AHEAD = 4  # steps kept ready
+MOST_BYTES = 2**30  # of steps kept ready
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,11 @@ class Feed:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self._plan: tuple[int, EpochPlan] = 0, self._plan_epoch(0)
-        self.shape = batch_shape(dataset, config, self._plan[1])
-        steps = self._plan[1].num_steps * config.epochs
+        first = self._plan_epoch(0)
+        self._plan: tuple[int, EpochPlan] = 0, first
+        self._planning = threading.Lock()
+        self.shape = batch_shape(dataset, config, first)
+        steps = first.num_steps * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 
     def _plan_epoch(self, epoch: int) -> EpochPlan:
@@ -104,10 +110,12 @@ class Feed:
         )
 
     def _locate(self, step: int) -> tuple[EpochPlan, int]:
-        epoch, inside = divmod(step, self._plan[1].num_steps)
-        if epoch != self._plan[0]:
-            self._plan = epoch, self._plan_epoch(epoch)
-        return self._plan[1], inside
+        with self._planning:
+            # every epoch has as many steps as the first
+            epoch, inside = divmod(step, self._plan[1].num_steps)
+            if epoch != self._plan[0]:
+                self._plan = epoch, self._plan_epoch(epoch)
+            return self._plan[1], inside
 
     def make(self, step: int) -> StepBatches:
         """This worker's micro-batches of one step."""
@@ -144,35 +152,36 @@ class Feed:
         return bool(self.dataset.num_images[ids[ids >= 0]].any())
 
     def steps(self, start: int) -> Iterator[StepBatches]:
-        """Steps from `start` on, made ahead by a thread; an error of the thread is raised here."""
-        ready: queue.Queue[StepBatches | BaseException | None] = queue.Queue(AHEAD)
-        stop = threading.Event()
+        """Steps from `start` on, in order, made ahead by `THREADS` threads.
 
-        def put(item: StepBatches | BaseException | None) -> bool:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def produce() -> None:
-            try:
-                for step in range(start, self.total_steps):
-                    if not put(self.make(step)):
-                        return
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=produce, name="feed", daemon=True)
-        thread.start()
+        At most `AHEAD` steps are kept, and fewer where they would take more than `MOST_BYTES`. An
+        error of a thread is raised where its step is due.
+        """
+        ready: deque[Future[StepBatches]] = deque()
+        numbers = iter(range(start, self.total_steps))
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="feed")
+        ahead = THREADS
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            while True:
+                for number in islice(numbers, ahead - len(ready)):
+                    ready.append(pool.submit(self.make, number))
+                if not ready:
+                    return
+                made = ready.popleft().result()
+                ahead = max(THREADS, min(AHEAD, MOST_BYTES // max(1, host_bytes(made))))
+                yield made
         finally:
-            stop.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)
+
+
+def host_bytes(step: StepBatches) -> int:
+    """Bytes of a step's arrays."""
+    arrays = [getattr(batch, f.name) for batch in step.batches for f in fields(batch)]
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+
+
+def mock_steps(feed: Feed, start: int = 0) -> Iterator[StepBatches]:
+    """As many steps of the same shapes as one of the feed has, at no cost: a bound for any feed."""
+    middle = feed.make(feed.total_steps // 2)
+    for step in range(start, feed.total_steps):
+        yield replace(middle, step=step)
