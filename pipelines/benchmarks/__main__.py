@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from pipelines.benchmarks import merge, tokens, whole
+from pipelines.benchmarks import feed, merge, tokens, whole
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -13,6 +13,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "tokens": tokens.main,
     "merge": merge.main,
     "whole": whole.main,
+    "feed": feed.main,
 }
 
 
