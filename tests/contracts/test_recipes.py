@@ -15,6 +15,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.templates import Template, get_template
 from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
 from pipelines.command import UsageError, parse
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
@@ -115,5 +116,5 @@ def test_an_unknown_key_is_named(path: Path, tmp_path: Path) -> None:
     for where, planted in with_unknown_key(values):
         changed = tmp_path / f"{where}.yaml"
         changed.write_text(yaml.safe_dump(planted), encoding="utf-8")
-        with pytest.raises((UsageError, DataError), match="unknown_key"):
+        with pytest.raises((UsageError, DataError, TrainError), match="unknown_key"):
             recipe.read(changed)
