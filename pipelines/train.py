@@ -1,11 +1,12 @@
 """A dataset to a trained model.
 
-python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR
+python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR [--estimate]
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from lapilli.train.launch import Preflight, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
 from pipelines.command import console, parse, progress_bar, run, say
 from pipelines.describe import bytes_text, duration_text
+from pipelines.estimate import ESTIMATE, tell_estimate
 
 __all__ = ["follow", "live_line", "tell_preflight", "train"]
 
@@ -82,6 +84,7 @@ def live_line(recent: Sequence[Mapping[str, Any]]) -> str:
 def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     """What is about to be done: parts, memory, batch arithmetic, time."""
     console.print(_parts_table(ready))
+    config = ready.config  # its micro-batch may have followed
     say(
         f"global batch {config.global_batch} = {config.workers} workers x micro-batch "
         f"{config.micro_batch} x accumulation {config.accumulation} on {ready.device}, "
@@ -126,7 +129,15 @@ def _parts_table(ready: Preflight) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(RunConfig, argv, "Train a vision-language model on a dataset.")
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    given = [word for word in words if word != ESTIMATE]
+    config = parse(
+        RunConfig, given,
+        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory and disk, then end.",
+    )  # fmt: skip
+    if len(given) < len(words):
+        tell_estimate(config)
+        return 0
     train(config)
     say(f"run: {config.output}")
     return 0

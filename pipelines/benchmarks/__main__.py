@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from pipelines.benchmarks import (
     build,
+    feed,
     images,
     merge,
     opening,
@@ -29,6 +30,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "tokens": tokens.main,
     "merge": merge.main,
     "whole": whole.main,
+    "feed": feed.main,
 }
 
 

@@ -15,6 +15,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.templates import Template, get_template
 from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
 from pipelines.command import UsageError, parse
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
@@ -50,6 +51,10 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     if "sources" in values:
         # flags win over the file: a recipe may leave the tokenizer to the user
         return Recipe(BuildConfig, ("--root=in", "--output=out", "--tokenizer=name"))
+    if "policy" in values and "model" not in values:
+        # a layer on any run's recipe
+        base = RECIPES / "tiny" / "pretrain.yaml"
+        return Recipe(RunConfig, ("--dataset=in", "--output=out"), base)
     if "model" in values and "view" not in values:
         # a second stage, a layer on the first's
         base = RECIPES / "tiny" / "pretrain.yaml"
@@ -111,5 +116,5 @@ def test_an_unknown_key_is_named(path: Path, tmp_path: Path) -> None:
     for where, planted in with_unknown_key(values):
         changed = tmp_path / f"{where}.yaml"
         changed.write_text(yaml.safe_dump(planted), encoding="utf-8")
-        with pytest.raises((UsageError, DataError), match="unknown_key"):
+        with pytest.raises((UsageError, DataError, TrainError), match="unknown_key"):
             recipe.read(changed)

@@ -10,7 +10,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from lapilli.model.flops import BatchNumbers, Matmul, ModelNumbers, part_numbers, step_flops
+from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.model.config import LoraConfig
+from lapilli.model.flops import (
+    BatchNumbers,
+    Matmul,
+    ModelNumbers,
+    model_numbers,
+    part_numbers,
+    step_flops,
+)
+from lapilli.model.peak import measured_peak, peak_flops
+from lapilli.model.trainable import set_modes
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from tests.model import twins
 
 ROWS, TOKENS, IMAGES, TARGETS, SIZE, VOCABULARY = 2, 12, 3, 5, 32, 40
 LANGUAGES = ["llama", "mistral", "phi", "qwen2", "qwen3", "gemma", "gemma2", "phi3"]
@@ -84,6 +97,7 @@ def test_equals_torchs_counter(name: str, trains: str) -> None:
         projector=part_numbers(projector),
         language=part_numbers(model, whole.config),
         head=Matmul(SIZE, VOCABULARY, head.weight.requires_grad),
+        patches=9,
         tower_tokens=10,
         image_tokens=9,
     )
@@ -99,7 +113,7 @@ def test_models_figure_leaves_padding_future_and_recomputation_out() -> None:
         ModelNumbers(
             part_numbers(tower, tower.config), part_numbers(projector),
             part_numbers(decoder, whole.config, recomputed=again), Matmul(SIZE, VOCABULARY, True),
-            10, 9,
+            9, 10, 9,
         )
         for again in (False, True)
     ]  # fmt: skip
@@ -112,8 +126,9 @@ def test_models_figure_leaves_padding_future_and_recomputation_out() -> None:
     assert plain.model.attention == 3 * 2 * 2 * 2 * 4 * 8 * sum(
         1 for length in (5, 7) for i in range(length) for j in range(length) if j <= i
     )
-    assert again.hardware.language == 8 * 3 * 16 * weights
-    assert again.hardware.language - plain.hardware.language == 2 * 3 * 16 * weights
+    lasts = 2 * SIZE * 40  # of two layers, their last product is not run again
+    assert again.hardware.language == 3 * 16 * (8 * weights - 2 * lasts)
+    assert plain.hardware.language == 3 * 16 * 6 * weights
     assert plain.hardware.head == 2 * plain.model.head
 
 
@@ -121,8 +136,97 @@ def test_without_images_only_the_hardware_runs_the_projector() -> None:
     whole, tower = language("llama"), clip().requires_grad_(False)
     numbers = ModelNumbers(
         part_numbers(tower, tower.config), part_numbers(nn.Linear(16, SIZE)),
-        part_numbers(whole.get_decoder(), whole.config), Matmul(SIZE, VOCABULARY, True), 10, 9,
+        part_numbers(whole.get_decoder(), whole.config), Matmul(SIZE, VOCABULARY, True), 9, 10, 9,
     )  # fmt: skip
     found = step_flops(numbers, BatchNumbers([5], 0, 4, 1, 8, 0, 4))
     assert found.model.tower == found.model.projector == found.hardware.tower == 0
     assert found.hardware.projector == 2 * 2 * 16 * SIZE
+
+
+def numbers_of(batch: Batch) -> BatchNumbers:
+    rows, length = batch.input_ids.shape
+    return BatchNumbers(
+        [int(n) for n in batch.row_lengths], batch.num_images, batch.num_targets,
+        rows, length, len(batch.pixels), len(batch.targets),
+    )  # fmt: skip
+
+
+def seen_by_torch(model: VisionLanguageModel, batch: Batch) -> int:
+    """Forward and backward of a batch, less what the counter takes for products and we do not.
+
+    It does not know the product in place by which the loss sums the head's gradient.
+    """
+
+    def in_place(_: Any, left: Any, right: Any, **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    known = {torch.ops.aten.addmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        twins.forward(model, batch).backward()
+    decoder = model.language.get_decoder()
+    positions = torch.from_numpy(batch.position_ids)
+    with FlopCounterMode(display=False) as rotary_counter:
+        decoder.rotary_emb(torch.zeros(1, 1), positions)
+    return counter.get_total_flops() - rotary_counter.get_total_flops()
+
+
+ALL, BOTH = ("vision", "projector", "language"), ("projector", "language")
+LORA = LoraConfig(rank=2, alpha=4, dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("tower", "name", "values"),
+    [
+        ("clip", "llama", {"trainable": ALL}),
+        ("clip", "llama", {"trainable": BOTH, "features": "cls_patch"}),
+        ("clip", "llama", {"trainable": ("projector",)}),
+        ("clip", "llama", {"trainable": ("language",)}),
+        ("clip", "llama", {"trainable": BOTH, "gradient_checkpointing": True}),
+        ("clip", "llama", {"trainable": ALL, "gradient_checkpointing": True}),
+        ("clip", "llama", {"trainable": ("projector",), "gradient_checkpointing": True}),
+        ("clip", "gemma2", {"trainable": BOTH, "gradient_checkpointing": True}),
+        ("clip", "phi", {"trainable": BOTH, "gradient_checkpointing": True, "lora": LORA}),
+        ("dinov2", "llama", {"trainable": ALL, "gradient_checkpointing": True}),
+        ("siglip", "qwen2", {"trainable": ALL}),
+        ("siglip", "qwen2", {"trainable": BOTH, "lora": LORA}),
+        ("clip", "phi", {"trainable": BOTH}),
+        ("clip", "phi", {"trainable": BOTH, "lora": LORA}),
+        ("dinov2", "llama", {"trainable": BOTH, "projector": "linear"}),
+    ],
+)
+@pytest.mark.parametrize("images", [(1, 0, 2), (0, 0)])
+def test_a_built_models_step_equals_torchs_counter(
+    tower: str, name: str, values: dict[str, Any], images: tuple[int, ...]
+) -> None:
+    model = build_model(twins.config(tower, name, **values))
+    set_modes(model)
+    vision: Any = model.vision
+    vision.encoder.set_attn_implementation("eager")
+    slots = vision.num_tokens
+    batch = collate(twins.samples(3, images), BatchShape(4, (64,), slots, 4), twins.SIDE)
+    # torch's counter knows nothing of padding: the hardware's figure has it, and all pairs
+    found = step_flops(model_numbers(model), numbers_of(batch), attention="eager",
+                       skips_future=False)  # fmt: skip
+    assert found.hardware.total == seen_by_torch(model, batch)
+    assert found.model.total < found.hardware.total
+
+
+def test_numbers_are_the_same_without_weights() -> None:
+    config = twins.config(trainable=BOTH, lora=LORA)
+    model = build_model(config)
+    expected = model_numbers(model)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)  # as ZeRO-3 leaves them
+    assert model_numbers(model) == expected
+    assert model_numbers(model.to("meta")) == expected
+
+
+def test_peaks_by_the_names_that_torch_reports() -> None:
+    expected = {
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989.4e12, "NVIDIA B200": 2250e12,
+        "NVIDIA GeForce RTX 4090": 165.2e12, "GAUDI2": 432e12, "GAUDI3": 1835e12,
+        "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 2080 Ti": None, "cpu": None,
+    }  # fmt: skip
+    assert {name: peak_flops(name) for name in expected} == expected
+    assert measured_peak(torch.device("cpu"), size=128, rounds=2) > 0

@@ -105,6 +105,8 @@ class ModelConfig:
         vision: The tower.
         language: The language model.
         projector: `linear`, `mlpNx_gelu`, `identity`, or `package.module:name`.
+        projector_std: Standard deviation of the projector's first weights, normal, its biases
+            zero; None leaves torch's own (uniform, +-1 / sqrt(inputs)), as LLaVA does.
         trainable: Parts that learn; the others are frozen.
         lora: Adapters, through which alone the parts learn that have any; None for none.
         gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
@@ -119,6 +121,7 @@ class ModelConfig:
     vision: VisionConfig
     language: LanguageConfig
     projector: str = "mlp2x_gelu"
+    projector_std: float | None = None
     trainable: tuple[Part, ...] = ("projector", "language")
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
@@ -132,5 +135,7 @@ class ModelConfig:
         """Check what types cannot say."""
         if not self.trainable:
             raise ModelError("trainable: empty; expected some of vision, projector, language")
+        if self.projector_std is not None and self.projector_std <= 0:
+            raise ModelError(f"projector_std: {self.projector_std}; expected more than 0")
         if self.head_chunk < 1:
             raise ModelError(f"head_chunk: {self.head_chunk}; expected at least 1")

@@ -7,14 +7,19 @@ norms, activations, softmax, rotary positions and the optimizer are not, as ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lapilli.model.vision import TransformersTower
+
+if TYPE_CHECKING:
+    from lapilli.model.vlm import VisionLanguageModel
+
 __all__ = [
     "AttentionNumbers", "BatchNumbers", "Flops", "Matmul", "ModelNumbers", "PartNumbers",
-    "StepFlops", "part_numbers", "step_flops",
+    "StepFlops", "model_numbers", "part_numbers", "step_flops",
 ]  # fmt: skip
 
 
@@ -26,11 +31,13 @@ class Matmul:
         inputs: Numbers that go in, per token.
         outputs: Numbers that come out, per token.
         trained: Whether its weight learns.
+        again: Whether backward runs it once more (gradient checkpointing).
     """
 
     inputs: int
     outputs: int
     trained: bool
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class PartNumbers:
     Attributes:
         matmuls: In the order data passes through.
         attention: Its attention, if it has any.
-        recomputed: Whether backward runs its forward again (gradient checkpointing).
+        recomputed: Whether backward runs its attention again (gradient checkpointing).
     """
 
     matmuls: tuple[Matmul, ...]
@@ -64,12 +71,23 @@ class PartNumbers:
 
 @dataclass(frozen=True)
 class ModelNumbers:
-    """The whole model; `tower_tokens` counts class and register tokens, `image_tokens` not."""
+    """The whole model.
+
+    Attributes:
+        tower: Its first product makes tokens of patches.
+        projector: Between them.
+        language: The decoder without its head.
+        head: Works on trained positions only.
+        patches: Of an image.
+        tower_tokens: Tokens of an image inside the tower, class token included.
+        image_tokens: Feature rows of an image.
+    """
 
     tower: PartNumbers
     projector: PartNumbers
     language: PartNumbers
     head: Matmul
+    patches: int
     tower_tokens: int
     image_tokens: int
 
@@ -183,30 +201,27 @@ def _flops(
     seen = _attention(
         tower, images * numbers.tower_tokens**2, backward if tower.learns else 0, recompute
     )
-    # the first product makes tokens of patches, and class tokens are none
-    patches = images * numbers.image_tokens
-    first = _matmul(tower.matmuls[0], patches, input_gradient=False)
-    rest = _linear(
-        tower.matmuls[1:], tower_tokens, upstream=tower.learns, again=recompute and tower.recomputed
+    # class tokens are no patches
+    first = _linear(
+        tower.matmuls[:1], images * numbers.patches, upstream=False, recompute=recompute
     )
+    rest = _linear(tower.matmuls[1:], tower_tokens, upstream=tower.learns, recompute=recompute)
     text = language.learns or projector.learns or tower.learns or numbers.head.trained
     return Flops(
         tower=first + rest + seen,
-        projector=_linear(projector.matmuls, projected, upstream=tower.learns, again=False),
-        language=_linear(
-            language.matmuls, tokens, upstream=text, again=recompute and language.recomputed
-        ),
+        projector=_linear(projector.matmuls, projected, upstream=tower.learns, recompute=recompute),
+        language=_linear(language.matmuls, tokens, upstream=text, recompute=recompute),
         attention=_attention(language, pairs, backward if text else 0, recompute),
         head=_matmul(numbers.head, targets, input_gradient=text),
     )
 
 
-def _linear(matmuls: Sequence[Matmul], tokens: int, *, upstream: bool, again: bool) -> int:
+def _linear(matmuls: Sequence[Matmul], tokens: int, *, upstream: bool, recompute: bool) -> int:
     """Products one after another; `upstream`: something before the first learns."""
     total = 0
     for matmul in matmuls:
         total += _matmul(matmul, tokens, input_gradient=upstream)
-        total += 2 * tokens * matmul.inputs * matmul.outputs * again
+        total += 2 * tokens * matmul.inputs * matmul.outputs * (recompute and matmul.again)
         upstream = upstream or matmul.trained
     return total
 
@@ -224,6 +239,35 @@ def _attention(part: PartNumbers, pairs: int, backward: float, recompute: bool) 
     return int(4 * sizes.layers * sizes.heads * sizes.head_dim * pairs * passes)
 
 
+def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
+    """Sizes of a built model, and what of it learns: all that `step_flops` asks for.
+
+    Read from layers' attributes, not from weights, which ZeRO-3 partitions and the meta device
+    lacks. Only what is run is there: the tower has no layers behind the taken one.
+
+    A tower of one's own is counted by its layers, with no attention and its tokens as patches.
+    Of adapters in the first layer of all that learns, the gradient of an input that they share is
+    counted where order alone tells: at most one layer's too much.
+    """
+    config, tower = model.config, model.vision
+    again = config.gradient_checkpointing
+    sizes, patches, classes = None, tower.num_tokens, 0
+    if isinstance(tower, TransformersTower):
+        sizes, patches, classes = tower.encoder.config, tower.num_patches, tower.class_tokens
+    head = _matmul_of(model.language.get_output_embeddings())
+    assert head is not None
+    decoder = model.language.get_decoder()
+    return ModelNumbers(
+        tower=part_numbers(tower, sizes, recomputed=again and "vision" in config.trainable),
+        projector=part_numbers(model.projector),
+        language=part_numbers(decoder, model.language.config, recomputed=again),
+        head=head,
+        patches=patches,
+        tower_tokens=patches + classes,
+        image_tokens=tower.num_tokens,
+    )
+
+
 def part_numbers(part: nn.Module, config: Any = None, *, recomputed: bool = False) -> PartNumbers:
     """Sizes of a built part, read from its layers: exact for every architecture and for LoRA.
 
@@ -232,7 +276,14 @@ def part_numbers(part: nn.Module, config: Any = None, *, recomputed: bool = Fals
         config: transformers' config of a part that has attention.
         recomputed: Whether it is trained with gradient checkpointing.
     """
-    matmuls = tuple(found for module in part.modules() if (found := _matmul_of(module)) is not None)
+    again: set[nn.Module] = set()
+    for layer in part.modules() if recomputed else ():
+        again.update(_computed_again(layer))
+    matmuls = tuple(
+        replace(found, again=module in again)
+        for module in part.modules()
+        if (found := _matmul_of(module)) is not None
+    )
     if config is None:
         return PartNumbers(matmuls, None, recomputed)
     heads = int(config.num_attention_heads)
@@ -241,13 +292,34 @@ def part_numbers(part: nn.Module, config: Any = None, *, recomputed: bool = Fals
     return PartNumbers(matmuls, AttentionNumbers(layers, heads, head_dim), recomputed)
 
 
-def _matmul_of(module: nn.Module) -> Matmul | None:
+def _computed_again(layer: nn.Module) -> list[nn.Module]:
+    """The products that a checkpointed layer runs once more, if it is such a layer.
+
+    Torch ends the second forward when it has the last tensor that backward asks for. That is the
+    last product's input, so that product does not run, unless a norm or a scale that learns
+    follows it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not isinstance(layer, GradientCheckpointingLayer):
+        return []
+    products = [module for module in layer.modules() if _matmul_of(module) is not None]
+    scale = getattr(layer, "layer_scale2", None)
+    follows = hasattr(layer, "post_feedforward_layernorm") or (
+        scale is not None and scale.lambda1.requires_grad
+    )
+    return products if follows else products[:-1]
+
+
+def _matmul_of(module: Any) -> Matmul | None:
     """Sizes by attribute: under ZeRO-3 a weight's shape is [0]."""
     if isinstance(module, nn.Linear):
         sizes = module.in_features, module.out_features
     elif isinstance(module, nn.Conv2d):
         height, width = module.kernel_size
         sizes = module.in_channels * height * width, module.out_channels
+    elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer
+        sizes = int(module.nx), int(module.nf)
     else:
         return None
-    return Matmul(*sizes, trained=module.weight.requires_grad)
+    return Matmul(*sizes, trained=bool(module.weight.requires_grad))

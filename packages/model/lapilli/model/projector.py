@@ -10,7 +10,7 @@ from torch import nn
 from lapilli.model.errors import ModelError
 from lapilli.model.extension import load_builder
 
-__all__ = ["PROJECTORS", "build_projector"]
+__all__ = ["PROJECTORS", "build_projector", "set_scale"]
 
 
 def _linear(inputs: int, outputs: int) -> nn.Module:
@@ -50,3 +50,15 @@ def build_projector(name: str, inputs: int, outputs: int) -> nn.Module:
     if match:
         return _mlp(int(match[1]))(inputs, outputs)
     return load_builder(name, PROJECTORS, what="projector (or mlpNx_gelu)")(inputs, outputs)
+
+
+def set_scale(projector: nn.Module, std: float) -> None:
+    """Draw its linear layers' weights anew, normal with deviation `std`; biases become zero.
+
+    With a small one an image begins as nearly nothing, and a trained language model as it was.
+    """
+    for module in projector.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                nn.init.zeros_(module.bias)

@@ -102,8 +102,9 @@ class TransformersTower(Tower):
         self.add_module(name, loaded)
         self._skipped = self._family.class_tokens if config.features == "patch" else 0
         self.image_size = int(loaded.config.image_size)
-        patches = (self.image_size // int(loaded.config.patch_size)) ** 2
-        self.num_tokens = patches + self._family.class_tokens - self._skipped
+        self.num_patches = (self.image_size // int(loaded.config.patch_size)) ** 2
+        self.class_tokens = self._family.class_tokens
+        self.num_tokens = self.num_patches + self.class_tokens - self._skipped
         self.hidden_size = int(loaded.config.hidden_size)
         mean, std = config.mean or self._family.mean, config.std or self._family.std
         # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.

@@ -18,7 +18,7 @@ from lapilli.model.errors import ModelError
 from lapilli.model.language import build_language, logit_scale, logit_softcap, text_scale
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
-from lapilli.model.projector import build_projector
+from lapilli.model.projector import build_projector, set_scale
 from lapilli.model.trainable import (
     add_adapters,
     checkpoint_activations,
@@ -42,6 +42,8 @@ class VisionLanguageModel(nn.Module):
         self.language: Any = build_language(config.language, DTYPES[config.dtype])
         size = int(self.language.get_input_embeddings().embedding_dim)
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
+        if config.projector_std is not None:
+            set_scale(self.projector, config.projector_std)
         for parameter in (*self.vision.parameters(), *self.projector.parameters()):
             # not `to`: that would round buffers too, and rotary frequencies must stay fp32
             parameter.data = parameter.data.to(DTYPES[config.dtype])
