@@ -1,31 +1,37 @@
 """A dataset to a trained model.
 
 python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR
+python -m pipelines.train --replay RUN/replay/step-N     a step that went wrong, looked into
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
 from lapilli.data.cluster import ray_session
 from lapilli.train.config import RunConfig
-from lapilli.train.launch import Preflight, finished_steps, launch, preflight
+from lapilli.train.launch import CONFIG, Preflight, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
-from pipelines.command import console, parse, progress_bar, run, say
+from lapilli.train.replay import read_kept
+from lapilli.train.rerun import Finding, rerun
+from pipelines.command import console, parse, progress_bar, read_arguments, run, say
 from pipelines.describe import bytes_text, duration_text
 
-__all__ = ["follow", "live_line", "tell_preflight", "train"]
+__all__ = ["follow", "live_line", "replay", "tell_preflight", "train"]
 
 RECENT = 20  # steps the live line's figures are of
+MOST_SAMPLES = 20  # of a kept step, that are named
 QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
@@ -63,7 +69,9 @@ def follow(ready: Preflight) -> list[dict[str, Any]]:
                 spoken = time.monotonic()
                 say(f"  step {row['step'] + 1} of {total}  {line}")
 
-        metrics = launch(ready, show, lambda: say("saving, then ending; once more ends at once"))
+        metrics = launch(
+            ready, show, lambda: say("saving, then ending; once more ends at once"), say
+        )
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")
@@ -124,9 +132,42 @@ def _parts_table(ready: Preflight) -> Table:
     return table
 
 
+def replay(path: Path) -> Finding:
+    """Run a kept step again in this process and say what is wrong in it."""
+    kept = read_kept(path)
+    config = parse(RunConfig, [f"--config={kept.run / CONFIG}"], "")
+    say(f"step {kept.step}: loss {kept.loss}, gradient norm {kept.grad_norm} in the run")
+    found = rerun(config, kept, lambda step: say(f"  step {step} taken again"))
+    say(f"loss {found.loss} here, from the weights of step {found.start} on")
+    for sample_id, loss in found.samples[:MOST_SAMPLES]:
+        say(f"  {loss:>10.4f}  {sample_id}")
+    if len(found.samples) > MOST_SAMPLES:
+        say(f"  and {len(found.samples) - MOST_SAMPLES} samples of lower loss")
+    for what, name in (
+        ("weight", found.weight),
+        ("module whose output", found.output),
+        ("module at whose output the gradient", found.gradient),
+    ):
+        say(f"first {what} holds a number that is none: {name or 'there is none'}")
+    if found.operation:
+        say(f"autograd: {found.operation}")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(RunConfig, argv, "Train a vision-language model on a dataset.")
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    if any(word.partition("=")[0] == "--replay" for word in words):
+        parser = ArgumentParser(description="Look into a step that was kept.", exit_on_error=False)
+        parser.add_argument("--replay", type=Path, help="a run's folder replay/step-N")
+        replay(read_arguments(parser, words).replay)
+        return 0
+    config = parse(
+        RunConfig,
+        argv,
+        "Train a vision-language model on a dataset. With --replay RUN/replay/step-N alone: look "
+        "into a step whose loss was no number or a spike.",
+    )
     train(config)
     say(f"run: {config.output}")
     return 0

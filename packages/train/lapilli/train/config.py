@@ -86,6 +86,12 @@ class RunConfig:
         keep: Newest checkpoints that are kept.
         max_failures: How often lost workers are replaced before the run gives up.
         buckets: Number of sequence lengths a batch may have.
+        min_workers: Fewest workers the run goes on with when machines are lost (`workers` is the
+            most); 0 waits until there are `workers` again.
+        hang_seconds: A step that takes longer ends every worker, after it has written its stacks;
+            0 waits for ever.
+        max_spike: Stop at a loss of more than so many times the median of the last 100 steps; 0
+            takes any.
     """
 
     dataset: str
@@ -111,6 +117,10 @@ class RunConfig:
     keep: int = 2
     max_failures: int = 3
     buckets: int = 8
+    # What to do when something goes wrong; none of it decides the loss.
+    min_workers: int = 0
+    hang_seconds: float = 600.0
+    max_spike: float = 0.0
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -119,7 +129,9 @@ class RunConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
-        for name in ("max_steps", "max_failures", "seed"):
+        for name in (
+            "max_steps", "max_failures", "seed", "min_workers", "hang_seconds", "max_spike",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
         if self.precision == "bf16" and self.zero_stage == 0:
@@ -136,12 +148,28 @@ class RunConfig:
                 f"workers: {self.workers} with launcher process, which is one; set workers 1 or "
                 "launcher ray"
             )
+        if self.min_workers > self.workers:
+            raise TrainError(
+                f"min_workers: {self.min_workers} with workers {self.workers}, which is the most; "
+                "lower min_workers or raise workers"
+            )
+        if 0 < self.max_spike <= 1:
+            raise TrainError(f"max_spike: {self.max_spike}; expected 0, or more than 1")
         rows = self.workers * self.micro_batch
         if self.global_batch % rows:
             below = max(rows, self.global_batch // rows * rows)
             raise TrainError(
                 f"global_batch: {self.global_batch} is no multiple of workers x micro_batch = "
                 f"{self.workers} x {self.micro_batch} = {rows}; {below} would fit"
+            )
+        sizes = range(self.min_workers or self.workers, self.workers + 1)
+        fit = [size for size in sizes if self.global_batch % (size * self.micro_batch) == 0]
+        if len(fit) < len(sizes):
+            raise TrainError(
+                f"min_workers: {self.min_workers} to workers {self.workers} has sizes that do not "
+                f"cut global_batch {self.global_batch} into micro-batches of {self.micro_batch}; "
+                f"of these {', '.join(map(str, fit))} would; change global_batch or micro_batch, "
+                "or raise min_workers"
             )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
 from lapilli.model.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
+from lapilli.train.batch_digest import lanes_text, sample_lanes
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
+from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed, StepBatches
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.optim import build_optimizer, learning_rate
@@ -28,8 +29,8 @@ from lapilli.train.step import seed_step, to_device, train_step
 from lapilli.train.stopping import is_stop_asked
 
 __all__ = [
-    "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "open_for",
-    "setup",
+    "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "one_step",
+    "open_for", "setup",
 ]  # fmt: skip
 
 
@@ -210,10 +211,16 @@ def fit(ready: Setup) -> None:
     run = Path(ready.config.output)
     metrics = MetricsFile(run, ready.start) if ready.is_writer else None
     clock = time.monotonic()
-    with checkpoint.Writer() as writer:
+    guard = StepGuard(
+        ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
+    )
+    with checkpoint.Writer() as writer, guard:
         for batches in ready.feed.steps(ready.start):
             waited = time.monotonic() - clock
-            row, stops = _one_step(ready, batches, wants_stop=_wants_stop(ready))
+            guard.begin(waited)
+            row, stops = one_step(ready, batches, wants_stop=_wants_stop(ready))
+            guard.check(batches, row["loss"], row["grad_norm"])
+            guard.end(batches.step)
             seconds = time.monotonic() - clock
             if metrics:
                 memory = peak_memory(ready.device)
@@ -242,7 +249,7 @@ def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> N
         )  # fmt: skip
 
 
-def _one_step(
+def one_step(
     ready: Setup, batches: StepBatches, *, wants_stop: bool
 ) -> tuple[dict[str, Any], bool]:
     """Take one optimizer step; returns what is worth writing down and whether any rank stops."""
@@ -256,18 +263,13 @@ def _one_step(
         global_tokens=batches.global_tokens,
         world_size=ready.world_size,
     )
-    told = torch.stack([total, total.new_tensor(float(wants_stop))])
+    taken = sample_lanes(batch.sample_ids for batch in batches.batches)
+    told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken])])
     if ready.world_size > 1:
         dist.all_reduce(told)
-    summed, stops = told.tolist()
+    summed, stops, *lanes = told.tolist()
     loss = summed / max(1, batches.global_tokens)
     norm = _norm(ready.engine)
-    if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
-        ids = [batch.sample_ids[0] for batch in batches.batches if batch.sample_ids]
-        raise TrainError(
-            f"step {batches.step}: loss {loss}, gradient norm {norm}; expected numbers; lower "
-            f"optim.lr or look at this step's samples (rank {ready.rank}: {', '.join(ids)}, ...)"
-        )
     row = {
         "step": batches.step,
         "loss": loss,
@@ -275,6 +277,7 @@ def _one_step(
         "grad_norm": norm,
         "samples": batches.global_samples,
         "trained_tokens": batches.global_tokens,
+        "batch": lanes_text(lanes),
     }
     return row, stops > 0
 
