@@ -1,6 +1,6 @@
 """A dataset to a trained model.
 
-python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR
+python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR [--estimate]
 python -m pipelines.train --replay RUN/replay/step-N     a step that went wrong, looked into
 """
 
@@ -27,6 +27,7 @@ from lapilli.train.replay import read_kept
 from lapilli.train.rerun import Finding, rerun
 from pipelines.command import console, parse, progress_bar, read_arguments, run, say
 from pipelines.describe import bytes_text, duration_text
+from pipelines.estimate import ESTIMATE, tell_estimate
 
 __all__ = ["follow", "live_line", "replay", "tell_preflight", "train"]
 
@@ -90,6 +91,7 @@ def live_line(recent: Sequence[Mapping[str, Any]]) -> str:
 def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     """What is about to be done: parts, memory, batch arithmetic, time."""
     console.print(_parts_table(ready))
+    config = ready.config  # its micro-batch may have followed
     say(
         f"global batch {config.global_batch} = {config.workers} workers x micro-batch "
         f"{config.micro_batch} x accumulation {config.accumulation} on {ready.device}, "
@@ -162,12 +164,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--replay", type=Path, help="a run's folder replay/step-N")
         replay(read_arguments(parser, words).replay)
         return 0
+    given = [word for word in words if word != ESTIMATE]
     config = parse(
-        RunConfig,
-        argv,
-        "Train a vision-language model on a dataset. With --replay RUN/replay/step-N alone: look "
-        "into a step whose loss was no number or a spike.",
-    )
+        RunConfig, given,
+        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory and disk, then end. "
+        "With --replay RUN/replay/step-N alone: look into a step whose loss was no number or a "
+        "spike.",
+    )  # fmt: skip
+    if len(given) < len(words):
+        tell_estimate(config)
+        return 0
     train(config)
     say(f"run: {config.output}")
     return 0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.collate import Batch, BatchShape, collate, length_buckets
+from lapilli.data.collate import Batch, BatchShape, blank_batches, choose_buckets, collate
 from lapilli.data.dataset import Sample, open_dataset
 from lapilli.data.errors import DataError
 from tests.factories import build_dataset, make_mixture, make_tokenizer
@@ -126,15 +127,70 @@ def test_a_batch_takes_the_first_bucket_that_holds_it(length: int, bucket: int) 
     assert batch.input_ids.shape == (1, bucket)
 
 
-@given(longest=st.integers(1, 5000), count=st.integers(1, 20), multiple=st.integers(1, 64))
-def test_buckets_are_few_and_the_last_holds_the_longest(
-    longest: int, count: int, multiple: int
+few_lengths = st.lists(st.integers(1, 40), max_size=8)
+
+
+@settings(deadline=None, max_examples=150)
+@given(images=few_lengths, text=few_lengths, count=st.integers(1, 5), multiple=st.integers(1, 8))
+def test_no_other_choice_of_buckets_pads_less(
+    images: list[int], text: list[int], count: int, multiple: int
 ) -> None:
-    buckets = length_buckets(longest, count=count, multiple=multiple)
-    assert 1 <= len(buckets) <= count
-    assert all(bucket % multiple == 0 for bucket in buckets)
-    assert buckets[-1] >= longest > buckets[-1] - max(buckets[0], multiple)
-    assert len({b - a for a, b in zip((0, *buckets), buckets, strict=False)}) == 1
+    assume(images or text)
+    found = choose_buckets(
+        np.array(images, int), np.array(text, int), count=count, multiple=multiple
+    )
+    kinds = (images, text)
+    assert sum(map(len, found)) <= max(count, sum(map(bool, kinds)))
+    for lengths, buckets in zip(kinds, found, strict=True):
+        assert bool(lengths) == bool(buckets)
+        assert list(buckets) == sorted(buckets)
+        assert all(bucket % multiple == 0 for bucket in buckets)
+
+    def padded(lengths: list[int], buckets: tuple[int, ...]) -> int:
+        return sum(min(b for b in buckets if b >= length) for length in lengths)
+
+    def choices(lengths: list[int]) -> list[tuple[int, ...]]:
+        ends = sorted({-(-n // multiple) * multiple for n in lengths})
+        if not ends:
+            return [()]
+        sizes = range(min(count, len(ends)))
+        return [(*some, ends[-1]) for k in sizes for some in combinations(ends[:-1], k)]
+
+    least = min(
+        padded(images, a) + padded(text, b)
+        for a in choices(images)
+        for b in choices(text)
+        if len(a) + len(b) <= max(count, 2)
+    )
+    assert padded(images, found[0]) + padded(text, found[1]) == least
+
+
+def test_long_sequences_have_coarser_candidates() -> None:
+    lengths = np.arange(1, 100_000)
+    images, text = choose_buckets(lengths, lengths[:0], count=4)
+    assert text == ()
+    assert images[-1] == 100_096
+    assert np.abs(np.diff([0, *images]) - 25_000).max() <= 256
+
+
+def test_every_shape_has_a_blank_batch() -> None:
+    shape = BatchShape(2, (16, 32), 3, 8, text_buckets=(8,))
+    blank = list(blank_batches(shape, SIDE))
+    assert [(b.input_ids.shape, len(b.pixels)) for b in blank] == [
+        ((2, 32), 2), ((2, 16), 2), ((2, 8), 0),
+    ]  # fmt: skip
+    assert all(batch.num_targets == batch.num_images == 0 for batch in blank)
+    assert [b.input_ids.shape for b in blank_batches(replace(shape, text_buckets=()), SIDE)] == [
+        (2, 32), (2, 16), (2, 32), (2, 16),
+    ]  # fmt: skip
+
+
+def test_text_only_batches_have_lengths_of_their_own() -> None:
+    shape = BatchShape(2, (16,), 3, 8, text_buckets=(4, 8))
+    text = [sample("a", [TEXT] * 3, [])]
+    assert collate(text, shape, SIDE).input_ids.shape == (2, 4)
+    assert collate(text, shape, SIDE, with_images=True).input_ids.shape == (2, 16)
+    assert collate([sample("b", [IMAGE], [])], shape, SIDE).input_ids.shape == (2, 16)
 
 
 GOOD = sample("src/good", [1, IMAGE, 2], [(2, 3)])
@@ -160,11 +216,13 @@ def test_what_does_not_fit_is_named(rows: list[Sample], message: str) -> None:
         collate(rows, BatchShape(2, (8,), 2), SIDE)
 
 
-@pytest.mark.parametrize("name", ["longest", "count", "multiple"])
-def test_a_wrong_number_of_buckets_is_named(name: str) -> None:
-    numbers = {"longest": 10, "count": 2, "multiple": 8, name: 0}
-    with pytest.raises(DataError, match=f"{name} is 0; expected at least 1"):
-        length_buckets(numbers.pop("longest"), **numbers)
+def test_no_buckets_can_be_chosen_of_nothing() -> None:
+    none, some = np.array([], int), np.array([3])
+    with pytest.raises(DataError, match="no micro-batch"):
+        choose_buckets(none, none, count=4)
+    for name in ("count", "multiple"):
+        with pytest.raises(DataError, match=f"{name} is 0; expected at least 1"):
+            choose_buckets(some, none, **{"count": 4, "multiple": 8, name: 0})
 
 
 @pytest.mark.parametrize("opening", ["{bos}", "", "A chat. "])
@@ -176,7 +234,7 @@ def test_num_trained_is_the_number_of_targets(tmp_path: Path, opening: str) -> N
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     build_dataset(mixture, tmp_path / "out", tokenizer, template=str(template))
     dataset = open_dataset(tmp_path / "out", view="pad32", image_tokens=3)
-    shape = BatchShape(1, length_buckets(int(dataset.lengths.max())), 3)
+    shape = BatchShape(1, (int(dataset.lengths.max()),), 3)
     for index in range(len(dataset)):
         batch = collate([dataset.sample(index)], shape, dataset.image_size)
         assert batch.num_targets == dataset.num_trained[index]

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lapilli.data.collate import choose_buckets
 from lapilli.data.errors import DataError
 from lapilli.data.llava_sampler import llava_order
-from lapilli.data.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.sampler import EpochPlan, assign, longest_rows, plan_epoch
 
 GOLDENS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "goldens" / "llava_sampler.json").read_text()
@@ -353,6 +354,42 @@ def test_665k_is_planned_at_once_and_hardly_padded() -> None:
     assert 0 < 1 - tokens / padded < 0.01
 
 
+def test_665k_has_sixteen_shapes_and_little_padding() -> None:
+    micro = 16
+    lengths, has_image = mixture(665_298)
+    plan = plan_epoch(lengths, has_image, global_batch=128, seed=0, epoch=0, policy="grouped")
+    images, text = longest_rows(plan, lengths, has_image, micro_batch=micro)
+    buckets = choose_buckets(images, text, count=16)
+    assert sum(map(len, buckets)) <= 16
+    # another epoch's micro-batches in the first one's buckets
+    other = plan_epoch(lengths, has_image, global_batch=128, seed=0, epoch=1, policy="grouped")
+    pairs = zip(longest_rows(other, lengths, has_image, micro_batch=micro), buckets, strict=True)
+    padded = sum(int(np.array(b)[np.searchsorted(b, rows)].sum()) for rows, b in pairs) * micro
+    assert 0.01 < 1 - int(lengths.sum()) / padded < 0.06  # 5.0 % seen; evenly spaced 12 %
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=datasets(), policy=st.sampled_from(["grouped", "random", "llava"]))
+def test_longest_rows_are_those_of_every_assignment(data: Any, policy: Any) -> None:
+    lengths, kinds, size = data
+    micro, world = (1, size) if policy == "llava" else (1, 1)
+    plan = plan_epoch(
+        lengths, kinds, global_batch=size, seed=0, epoch=0, policy=policy,
+        llava_micro_batch=micro if policy == "llava" else None,
+    )  # fmt: skip
+    found = longest_rows(plan, lengths, kinds > 0, micro_batch=micro)
+    chunks = [
+        filled(ids)
+        for step in range(plan.num_steps)
+        for rank in assign(plan, step, lengths, world_size=world, micro_batch=micro)
+        for ids in rank
+    ]
+    chunks = [ids for ids in chunks if ids.size]
+    for rows, wanted in zip(found, (True, False), strict=True):
+        expected = [lengths[c].max() for c in chunks if (kinds[c] > 0).any() == wanted]
+        assert sorted(rows) == sorted(expected)
+
+
 # ---- errors ------------------------------------------------------------------------------------
 
 GOOD: dict[str, Any] = {
@@ -384,9 +421,13 @@ GOOD: dict[str, Any] = {
         ({"policy": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
         ({"policy": "llava", "llava_micro_batch": 3}, "not a multiple of llava_micro_batch 3.* 6 "),
         ({"llava_micro_batch": 2}, "only 'llava' has micro-batches"),
-        ({"remainder": "keep"}, "'keep'; choose one of pad, short, drop"),
+        ({"remainder": "keep"}, "'keep'; choose one of pad, short, drop, repeat"),
+        ({"remainder": "repeat"}, "'repeat'; policy 'llava' takes 'pad' or 'repeat'"),
         ({"remainder": "drop"}, "leaves nothing.*global batch of 4"),
-        ({"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"}, "use 'pad'"),
+        (
+            {"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"},
+            "'llava' takes 'pad' or",
+        ),
     ],
 )
 def test_plan_errors_name_value_and_remedy(changed: dict[str, Any], message: str) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
-from lapilli.data.collate import collate
+from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.model.config import ModelConfig, Part
 from lapilli.model.vlm import build_model
-from lapilli.train.estimate import state_bytes, time_micro_batch
+from lapilli.train.errors import TrainError
+from lapilli.train.estimate import (
+    estimate_run,
+    follow,
+    sketch_run,
+    state_bytes,
+    time_micro_batch,
+)
+from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
-from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample
+from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -54,3 +64,95 @@ def test_timing_leaves_no_gradient_and_the_threads_as_they_were() -> None:
     assert time_micro_batch(model, batch) > 0
     assert torch.get_num_threads() == threads
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def really_kept(config: ModelConfig, batch: Batch) -> int:
+    """Bytes that autograd keeps in a forward with real tensors, the weights left out."""
+    model = build_model(config)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        model(**to_device(batch, torch.device("cpu")).inputs)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("trainable", [("projector",), ("vision", "projector", "language")])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_kept_for_backward_is_what_autograd_keeps(
+    trainable: tuple[Part, ...], dtype: Literal["fp32", "bf16"]
+) -> None:
+    config = replace(model_config(*trainable), dtype=dtype)
+    batch = collate([], SHAPE, IMAGE_SIZE, with_images=True)
+    found = sketch_model(config).activations(batch)
+    assert found.kept == pytest.approx(really_kept(config, batch), rel=0.01)
+    assert found.checkpointed < found.kept
+
+
+def test_a_layer_more_costs_a_checkpointing_run_one_input() -> None:
+    batch = collate([], SHAPE, IMAGE_SIZE, with_images=True)
+    sizes: list[int] = []
+    for layers in (2, 3):
+        config = model_config()
+        config.language.settings["num_hidden_layers"] = layers
+        sizes.append(sketch_model(config).activations(batch).checkpointed)
+    rows, length = batch.input_ids.shape
+    assert sizes[1] - sizes[0] == rows * length * 24 * 4
+
+
+def test_a_sketch_has_the_parameters_of_the_model() -> None:
+    config = run_config(model_config())
+    found = estimate_run(config, sketch_run(config), length=32).parameters
+    for name, part in build_model(config.model).named_children():
+        sizes = [p.numel() for p in part.parameters()]
+        learning = [p.numel() for p in part.parameters() if p.requires_grad]
+        assert found[name] == (sum(sizes), sum(learning))
+
+
+def test_the_micro_batch_follows_from_memory() -> None:
+    config = run_config(model_config(), global_batch=24, micro_batch=0)  # two workers
+    estimate = estimate_run(config, sketch_run(config), length=32)
+    assert follow(config, None, lambda: estimate).micro_batch == 6  # 12 a worker, at most 8
+    sizes = {rows: estimate.worker_bytes(config.zero_stage, rows) for rows in (1, 4, 5, 12)}
+    assert sizes[1] < sizes[4] < sizes[5] < sizes[12]
+    for device, rows in ((sizes[5], 4), (sizes[12], 12), (sizes[12] * 9, 12), (sizes[1], 1)):
+        chosen = follow(config, int(device / 0.9) + 1, lambda: estimate)
+        assert (chosen.micro_batch, chosen.accumulation) == (rows, 12 // rows)
+    with pytest.raises(TrainError, match=r"one row of 32 tokens needs .* GB .*zero_stage 3 or"):
+        follow(config, int(sizes[1] / 0.9) - 1000, lambda: estimate)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"global_batch": 12, "micro_batch": 4},
+            "= 8; 8 or 16 would fit, or a micro_batch of 1, 2",
+        ),
+        (
+            {"global_batch": 5, "micro_batch": 0},
+            r"5 is no multiple .* 2 x 1 = 2; 4 or 6 would fit$",
+        ),
+        ({"micro_batch": 0, "loss": "means"}, "micro_batch: 0 with policy llava or loss means"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_names_numbers_that_can(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        run_config(model_config(), **values)
+
+
+def test_rows_of_one_length_add_up() -> None:
+    sketch = sketch_model(model_config())
+    kept = [
+        sketch.activations(
+            collate([], BatchShape(n, (32,), 4, 8), IMAGE_SIZE, with_images=True)
+        ).kept
+        for n in (1, 2, 5)
+    ]
+    assert kept[2] - kept[0] == pytest.approx(4 * (kept[1] - kept[0]), rel=0.01)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
+from lapilli.data.collate import Batch
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.data.llava_sampler import llava_order
 from lapilli.model.trainable import set_modes
-from lapilli.model.vlm import build_model
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train import feed as feed_module
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.feed import Feed
-from lapilli.train.step import seed_step
+from lapilli.train.feed import Feed, StepBatches, host_bytes, mock_steps
+from lapilli.train.plain import PlainEngine
+from lapilli.train.step import seed_step, to_device, train_step
+from lapilli.train.transfer import send_ahead
 from tests.train.small_run import VIEW, small_dataset, small_run
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,8 @@ def sample_ids(feed: Feed) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "remainder"), [("grouped", "pad"), ("random", "pad"), ("grouped", "short")]
+    ("policy", "remainder"),
+    [("grouped", "pad"), ("random", "pad"), ("grouped", "short"), ("llava", "pad")],
 )
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
@@ -50,6 +62,63 @@ def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
     assert found == expected
     epoch = [i for ids in found[: len(found) // config.epochs] for i in ids]
     assert len(epoch) == len(set(epoch)) == len(dataset)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_llavas_micro_batches_are_dealt_as_accelerate_deals_them(
+    dataset: Dataset, workers: int
+) -> None:
+    config = config_for(workers, policy="llava", remainder="repeat", epochs=1)
+    signed = np.where(dataset.has_images, dataset.llava_lengths, -dataset.llava_lengths)
+    order = llava_order(signed, batch_size=2, world_size=4, global_seed=config.seed)
+    names = [dataset.sample(int(i)).sample_id for i in order]
+    assert len(names) % 8  # the last batch is filled
+    for rank in range(workers):
+        feed = Feed(dataset, config, rank=rank, world_size=workers)
+        found = [list(batch.sample_ids) for step in feed.steps(0) for batch in step.batches]
+        sampler = BatchSampler(range(len(order)), batch_size=2, drop_last=False)
+        dealt = BatchSamplerShard(sampler, workers, rank)
+        theirs = [[names[place] for place in batch or []] for batch in dealt]
+        assert found[: len(theirs)] == theirs
+        # Accelerate fills a micro-step of all ranks, which is the step where there is one
+        assert len(theirs) == len(found) or config.accumulation > 1
+
+
+@pytest.mark.parametrize("policy", ["grouped", "llava"])
+def test_the_mean_of_means_is_plain_torchs(dataset: Dataset, policy: str) -> None:
+    """Loss and gradient of two ranks' shares, summed, against cross_entropy's own means."""
+    config = config_for(2, policy=policy, loss="means", remainder="pad")
+    feeds = [Feed(dataset, config, rank=rank, world_size=2) for rank in range(2)]
+    ours, plain = build_model(config.model), build_model(config.model)
+    accumulation = config.accumulation
+    engine = PlainEngine(ours, torch.optim.SGD(ours.parameters(), 0.0), accumulation=accumulation)
+    engine.step = lambda: None  # type: ignore[method-assign]
+    checked = [0, feeds[0].total_steps // config.epochs - 1]
+    for number in checked:
+        steps = [feed.make(number) for feed in feeds]
+        loss, means = torch.zeros(()), []
+        for step in steps:
+            pairs = zip(step.batches, step.weights, strict=True)
+            batches = [to_device(batch, CPU, weight) for batch, weight in pairs]
+            share = train_step(engine, batches, global_tokens=step.global_tokens, world_size=1)
+            loss += share / step.global_tokens
+            means += [_mean(plain, batch) for batch in step.batches if batch.num_targets]
+        expected = torch.stack(means).mean()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        expected.backward()
+        assert len({batch.num_targets for step in steps for batch in step.batches}) > 1
+    for (name, here), there in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if here.requires_grad:
+            torch.testing.assert_close(here.grad, there.grad, atol=1e-5, rtol=0, msg=name)
+
+
+def _mean(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
+    """The mean loss of a micro-batch by torch's own cross_entropy over all logits."""
+    inputs = to_device(batch, CPU).inputs
+    embedded = model.embed(inputs["input_ids"], inputs["merge_index"], inputs["pixels"])
+    logits = model.language(inputs_embeds=embedded).logits.flatten(0, 1)
+    chosen = logits[inputs["predict_positions"]]
+    return torch.nn.functional.cross_entropy(chosen, inputs["targets"])
 
 
 def test_global_tokens_are_what_the_ranks_train(dataset: Dataset) -> None:
@@ -95,8 +164,12 @@ def test_only_what_learns_is_in_training_mode() -> None:
 
 def test_few_shapes(dataset: Dataset) -> None:
     feed = Feed(dataset, config_for(2, buckets=3), rank=0, world_size=2)
-    lengths = {batch.input_ids.shape for step in feed.steps(0) for batch in step.batches}
-    assert 1 <= len(lengths) <= 3
+    shapes = {
+        (batch.input_ids.shape, len(batch.pixels) > 0)
+        for step in feed.steps(0)
+        for batch in step.batches
+    }
+    assert 2 <= len(shapes) <= 3
 
 
 def test_an_error_of_the_thread_is_raised_where_the_batches_are_used(dataset: Dataset) -> None:
@@ -116,5 +189,58 @@ def test_fewer_samples_than_a_global_batch_is_one_line(dataset: Dataset) -> None
 
 
 def test_a_global_batch_that_does_not_divide_names_one_that_does() -> None:
-    with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 would fit"):
+    with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 or 8 would fit"):
         config_for(2, global_batch=7)
+
+
+def test_steps_come_in_order_whichever_thread_is_done_first(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+    made, waiting = feed.make, threading.Event()
+
+    def slow_at_first(step: int) -> StepBatches:
+        if step == 0:
+            assert waiting.wait(timeout=60)  # another thread makes step 1 meanwhile
+        waiting.set()
+        return made(step)
+
+    feed.make = slow_at_first  # type: ignore[method-assign]
+    assert [step.step for step in feed.steps(0)] == list(range(feed.total_steps))
+
+
+def test_memory_bounds_what_is_made_ahead(dataset: Dataset, monkeypatch: Any) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+    made: list[int] = []
+    make = feed.make
+
+    def counted(step: int) -> StepBatches:
+        made.append(step)
+        return make(step)
+
+    feed.make = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(feed_module, "MOST_BYTES", 1)
+    steps = feed.steps(0)
+    for taken in range(3):
+        assert next(steps).step == taken
+        assert len(made) <= taken + 1 + feed_module.THREADS
+    steps.close()  # type: ignore[attr-defined]
+
+
+def test_sent_ahead_they_are_the_same_steps(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(2, loss="means"), rank=1, world_size=2)
+    plain = list(feed.steps(0))
+    sent = list(send_ahead(feed.steps(0), CPU))
+    assert [step.step for step in sent] == [step.step for step in plain]
+    for one, other in zip(plain, sent, strict=True):
+        assert [moved.weight for moved in other.on_device] == one.weights
+        for batch, moved in zip(one.batches, other.on_device, strict=True):
+            for name, tensor in moved.inputs.items():
+                np.testing.assert_array_equal(tensor.numpy(), getattr(batch, name))
+
+
+def test_a_mock_feed_has_the_shapes_of_the_middle(dataset: Dataset) -> None:
+    feed = Feed(dataset, config_for(1), rank=0, world_size=1)
+    steps = list(mock_steps(feed, 2))
+    assert [step.step for step in steps] == list(range(2, feed.total_steps))
+    middle = feed.make(feed.total_steps // 2)
+    assert {host_bytes(step) for step in steps} == {host_bytes(middle)}
+    assert host_bytes(middle) > sum(batch.pixels.nbytes for batch in middle.batches) > 0

@@ -37,6 +37,15 @@ def test_equals_transformers_schedule(name: Any, schedule: Callable[..., Any]) -
     assert ours[warmup:] == pytest.approx(theirs[warmup:])
 
 
+def test_warmup_by_steps_is_warmup_by_the_same_share() -> None:
+    configs = OptimConfig(lr=0.1, warmup_steps=8), OptimConfig(lr=0.1, warmup_ratio=0.2)
+    by_steps, by_ratio = ([learning_rate(c, step, 40) for step in range(40)] for c in configs)
+    assert by_steps == by_ratio
+    assert by_steps[7] == 0.1 > by_steps[6]
+    # more than there are: the rate rises to the end
+    assert learning_rate(OptimConfig(lr=0.1, warmup_steps=99), 3, 4) == 0.1
+
+
 def test_constant_and_no_warmup() -> None:
     config = OptimConfig(lr=0.1, schedule="constant", warmup_ratio=0.0)
     assert {learning_rate(config, step, 9) for step in range(9)} == {0.1}
@@ -54,7 +63,7 @@ def test_bf16_weights_in_an_fp32_run_are_refused() -> None:
         run_config(replace(model_config("projector"), dtype="bf16"))
 
 
-@pytest.mark.parametrize("values", [{"lr": 0.0}, {"warmup_ratio": 1.0}])
+@pytest.mark.parametrize("values", [{"lr": 0.0}, {"warmup_ratio": 1.0}, {"warmup_steps": -1}])
 def test_a_wrong_setting_names_its_field(values: dict[str, float]) -> None:
     with pytest.raises(TrainError, match=f"optim.{next(iter(values))}"):
         OptimConfig(**values)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """lapilli.data: LLaVA mixtures to shards, shards to batches. Imports neither torch nor ray."""
 
 from lapilli.data.build import BuildReport, build
-from lapilli.data.collate import Batch, BatchShape, collate, length_buckets
+from lapilli.data.collate import Batch, BatchShape, choose_buckets, collate
 from lapilli.data.config import BuildConfig, MixtureConfig, SourceConfig
 from lapilli.data.dataset import Dataset, Sample, open_dataset
 from lapilli.data.errors import DataError
@@ -39,10 +39,10 @@ __all__ = [
     "Verdict",
     "assign",
     "build",
+    "choose_buckets",
     "collate",
     "encode",
     "get_template",
-    "length_buckets",
     "load_tokenizer",
     "open_dataset",
     "plan_build",

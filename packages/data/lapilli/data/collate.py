@@ -9,8 +9,8 @@ P trained positions, padded to a multiple of the head's chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,9 @@ from lapilli.data.tokenize import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Batch", "BatchShape", "collate", "length_buckets"]
+__all__ = ["Batch", "BatchShape", "blank_batches", "choose_buckets", "collate"]
+
+CANDIDATES = 512  # lengths that buckets are chosen from: 10 ms for 16 of them
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class BatchShape:
         buckets: Sequence lengths S, ascending; a batch takes the first that holds it.
         image_tokens: Tokens an image takes.
         predict_chunk: P is padded to a multiple of this.
+        text_buckets: The same for batches without images; empty for `buckets`.
     """
 
     rows: int
     buckets: tuple[int, ...]
     image_tokens: int
     predict_chunk: int = 1024
+    text_buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,73 @@ class Batch:
     num_targets: int
 
 
-def length_buckets(longest: int, *, count: int = 8, multiple: int = 8) -> tuple[int, ...]:
-    """At most `count` sequence lengths, evenly spaced; the last holds the longest sample.
+def choose_buckets(
+    with_images: NDArray[np.int64], text_only: NDArray[np.int64], *, count: int, multiple: int = 8
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sequence lengths for batches with and without images, under which least is padded.
+
+    Exact: `_best_buckets` by dynamic programming for each of the two, and every way to share
+    `count` between them.
 
     Args:
-        longest: The longest sample, in tokens.
-        count: How many shapes there may be.
-        multiple: Every bucket is a multiple of this (tensor cores like 8).
+        with_images: int64 [m], the longest row of each micro-batch that has images.
+        text_only: int64 [n], the same of those that have none.
+        count: Shapes in all, at least one for each kind that there is.
+        multiple: Every length is a multiple of this (tensor cores like 8), or of 2, 4, ... times
+            it where there would be more than `CANDIDATES` to choose from.
+
+    Returns:
+        Lengths, ascending, for each of the two; none where there is no micro-batch.
 
     Raises:
-        DataError: A number below 1.
+        DataError: No micro-batch, or a number below 1.
     """
-    for name, value in (("longest", longest), ("count", count), ("multiple", multiple)):
+    for name, value in (("count", count), ("multiple", multiple)):
         if value < 1:
-            raise DataError(f"length_buckets: {name} is {value}; expected at least 1")
-    step = -(-longest // (count * multiple)) * multiple
-    return tuple(range(step, longest + step, step))
+            raise DataError(f"choose_buckets: {name} is {value}; expected at least 1")
+    curves = [_best_buckets(one, count, multiple) for one in (with_images, text_only)]
+    images, text = curves
+    if not images and not text:
+        raise DataError("choose_buckets: no micro-batch; expected at least one length")
+    if not images or not text:
+        best = (images or text)[-1][1]
+        return (best, ()) if images else ((), best)
+    pairs = [
+        (one[0] + other[0], one[1], other[1])
+        for one in images
+        for other in text
+        if len(one[1]) + len(other[1]) <= max(2, count)
+    ]
+    _, best_images, best_text = min(pairs)
+    return best_images, best_text
+
+
+def _best_buckets(
+    lengths: NDArray[np.int64], count: int, multiple: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """For 1, 2, ... buckets the least sum of padded lengths, and the buckets that have it."""
+    if not lengths.size:
+        return []
+    while int(lengths.max()) > multiple * CANDIDATES:
+        multiple *= 2
+    ends, counts = np.unique(-(-lengths // multiple) * multiple, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i, j]: one bucket of length ends[j] for all lengths above ends[i - 1]
+    cost = ends[np.newaxis] * (below[np.newaxis, 1:] - below[:-1, np.newaxis])
+    cost = np.where(np.tri(len(ends), k=-1, dtype=np.bool_), np.iinfo(np.int64).max // 4, cost)
+    best = cost[0]
+    choices: list[NDArray[np.int64]] = []
+    found: list[tuple[int, tuple[int, ...]]] = [(int(best[-1]), (int(ends[-1]),))]
+    for _ in range(1, min(count, len(ends))):
+        sums = best[:-1, np.newaxis] + cost[1:]
+        choices.append(sums.argmin(axis=0))
+        best = sums.min(axis=0)
+        place, chosen = len(ends) - 1, [int(ends[-1])]
+        for choice in reversed(choices):
+            place = int(choice[place])
+            chosen.append(int(ends[place]))
+        found.append((int(best[-1]), tuple(reversed(chosen))))
+    return found
 
 
 def collate(
@@ -116,7 +171,9 @@ def collate(
             "expected no more than rows"
         )
     expanded = [_expand(sample, shape.image_tokens) for sample in samples]
-    length = _bucket(samples, expanded, shape.buckets)
+    pixels, image_tokens = _images(samples, shape, image_size, with_images)
+    of_kind = shape.buckets if len(pixels) else shape.text_buckets or shape.buckets
+    length = _bucket(samples, expanded, of_kind)
     ids_BS = np.zeros((shape.rows, length), np.int64)
     merge_BS = np.full((shape.rows, length), -1, np.int32)
     segment_BS = np.zeros((shape.rows, length), np.int32)
@@ -137,7 +194,6 @@ def collate(
         positions.append(trained - 1 + row * length)
         targets.append(ids[trained])
     positions_P, targets_P, num_targets = _pad_targets(positions, targets, shape.predict_chunk)
-    pixels, image_tokens = _images(samples, shape, image_size, with_images)
     return Batch(
         input_ids=ids_BS,
         position_ids=np.broadcast_to(np.arange(length, dtype=np.int64), ids_BS.shape).copy(),
@@ -152,6 +208,19 @@ def collate(
         num_images=int((image_tokens > 0).sum()),
         num_targets=num_targets,
     )
+
+
+def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:
+    """One batch without a sample of every shape, the longest first; nothing is trained in them.
+
+    Several images a row are shapes of their own and not among these.
+    """
+    for length in reversed(shape.buckets):
+        one = replace(shape, buckets=(length,))
+        yield collate([], one, image_size, with_images=True)
+    for length in reversed(shape.text_buckets or shape.buckets):
+        one = replace(shape, text_buckets=(length,))
+        yield collate([], one, image_size)
 
 
 def _expand(

@@ -91,6 +91,11 @@ class Dataset:
         """Bool [len]: the modality of each sample."""
         return self.num_images > 0
 
+    @cached_property
+    def llava_lengths(self) -> NDArray[np.int64]:
+        """int64 [len], words as LLaVA's sampler counts them."""
+        return _column(self._open(self.manifest.selection), "llava_length")[self.rows]
+
     @property
     def image_size(self) -> int:
         """Side of the view's squares, in pixels."""

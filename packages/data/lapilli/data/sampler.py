@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from lapilli.data.errors import DataError
 from lapilli.data.llava_sampler import llava_order
 
-__all__ = ["EpochPlan", "Policy", "Remainder", "assign", "plan_epoch"]
+__all__ = ["EpochPlan", "Policy", "Remainder", "assign", "longest_rows", "plan_epoch"]
 
 Policy = Literal["grouped", "random", "llava"]
-Remainder = Literal["pad", "short", "drop"]
+Remainder = Literal["pad", "short", "drop", "repeat"]
 
 Ids = NDArray[np.int64]
 IntArray = NDArray[np.integer[Any]]
@@ -114,7 +114,9 @@ def plan_epoch(
         remainder: what becomes of a batch that the samples (with `grouped`, of a modality) do not
             fill: `pad` keeps its size with empty slots, `short` makes it smaller, so that the
             ranks do fewer micro-steps, `drop` leaves its samples out of this epoch (others the
-            next time). `llava` pads.
+            next time). `llava` takes `pad`, or `repeat`, which fills the last batch with the
+            epoch's first samples, as Accelerate's loader does under LLaVA's trainer: the one case
+            in which a sample stands twice in an epoch.
 
     Raises:
         DataError: an argument that no plan can be made of.
@@ -144,8 +146,14 @@ def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) 
         raise DataError(
             f"remainder is {remainder!r}; choose one of {', '.join(get_args(Remainder))}"
         )
-    if remainder != "pad" and llava_micro_batch is not None:
-        raise DataError(f"remainder is {remainder!r} under policy 'llava', which pads: use 'pad'")
+    is_llava = llava_micro_batch is not None
+    if (remainder == "repeat" and not is_llava) or (remainder in ("short", "drop") and is_llava):
+        raise DataError(
+            f"remainder is {remainder!r}; policy 'llava' takes 'pad' or 'repeat', the others "
+            "'pad', 'short' or 'drop'"
+        )
+    if remainder == "repeat":
+        batches = _repeated(batches)
     if remainder == "drop":
         batches = batches[(batches != EMPTY).all(axis=1)]
         if not len(batches):
@@ -160,6 +168,13 @@ def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) 
         order = order[order != EMPTY]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return EpochPlan(order, offsets, llava_micro_batch, batches.shape[1])
+
+
+def _repeated(batches: Ids) -> Ids:
+    """Batches [steps, G] whose empty slots, all at the end, hold the first samples again."""
+    order = batches.reshape(-1)
+    count = int((order != EMPTY).sum())
+    return np.concatenate([order[:count], order[: order.size - count]]).reshape(batches.shape)
 
 
 def assign(
@@ -195,6 +210,33 @@ def assign(
     else:
         chunks = batch.reshape(-1, world_size, micro_batch)
     return [list(chunks[:, rank]) for rank in range(world_size)]
+
+
+def longest_rows(
+    plan: EpochPlan, lengths: ArrayLike, has_images: ArrayLike, *, micro_batch: int
+) -> tuple[Ids, Ids]:
+    """What the micro-batches of an epoch must be padded to, for any number of ranks.
+
+    Args:
+        plan: of the epoch; its batches that are cut short are not looked at.
+        lengths: int [n], tokens of the samples.
+        has_images: bool [n].
+        micro_batch: slots of one rank's micro-batch.
+
+    Returns:
+        The longest sample of each micro-batch that has images, and of each that has none.
+    """
+    sizes = np.diff(plan.offsets)
+    whole = plan.order[np.repeat(sizes == plan.whole, sizes)].reshape(-1, plan.whole or 1)
+    tokens = np.where(whole == EMPTY, 0, np.asarray(lengths)[whole])
+    pictured = (whole != EMPTY) & np.asarray(has_images)[whole]
+    if plan.fixed_micro_batch is None:
+        order = np.argsort(-tokens, axis=1, kind="stable")
+        tokens = np.take_along_axis(tokens, order, axis=1)
+        pictured = np.take_along_axis(pictured, order, axis=1)
+    longest = tokens.reshape(-1, micro_batch).max(axis=1)
+    with_images = pictured.reshape(-1, micro_batch).any(axis=1)
+    return longest[with_images], longest[~with_images & (longest > 0)]
 
 
 # ---- grouped and random ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ class OptimConfig:
         lrs: Another peak rate for `projector`, `language`, `vision` or `adapters`.
         schedule: What follows the warm-up: `cosine` or `linear` to 0, or `constant`.
         warmup_ratio: Share of the steps over which the rate rises from 0.
+        warmup_steps: Their number instead; 0 leaves it to `warmup_ratio`.
         weight_decay: On matrices; biases and norms get none.
         betas: AdamW's decay rates of the moments.
         grad_clip: Largest norm of the whole gradient; 0 leaves it.
@@ -30,6 +31,7 @@ class OptimConfig:
     lrs: dict[str, float] = field(default_factory=dict[str, float])
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
+    warmup_steps: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = 1.0
@@ -47,7 +49,7 @@ class OptimConfig:
             raise TrainError(f"optim.warmup_ratio: {self.warmup_ratio}; expected 0 to below 1")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise TrainError(f"optim.betas: {self.betas}; expected 0 to below 1 each")
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "grad_clip", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise TrainError(f"optim.{name}: {getattr(self, name)}; expected 0 or more")
 
@@ -66,15 +68,21 @@ class RunConfig:
         model: The model.
         optim: The optimizer.
         global_batch: Samples in one optimizer step, over all workers.
-        micro_batch: Samples on one worker at once; accumulation follows.
+        micro_batch: Samples on one worker at once; accumulation follows. 0 follows too: the
+            largest that the device's memory is estimated to hold, or on a CPU up to 8.
         epochs: Passes over the dataset.
         max_steps: End earlier, after so many steps; 0 for the whole epochs.
         max_length: Longest sequence with its image tokens; longer samples are left out, counted.
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first.
-        policy: Order of an epoch (`lapilli.data.sampler`).
+        policy: Order of an epoch (`lapilli.data.sampler`). `llava` is LLaVA's own, in which the
+            micro-batches are part of the order.
         remainder: What becomes of a global batch that the samples do not fill: `pad` with empty
-            slots, `short` with fewer micro-steps, or `drop` until another epoch.
+            slots, `short` with fewer micro-steps, or `drop` until another epoch. `llava` takes
+            `pad`, or `repeat`, which fills it with the epoch's first samples.
+        loss: What is averaged: `tokens`, over all trained tokens of the global batch, or `means`,
+            over the means of its micro-batches, as LLaVA's trainer does. With `means` or policy
+            `llava` a resumed run keeps its `micro_batch`.
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
         precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
@@ -85,7 +93,7 @@ class RunConfig:
         save_every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
         max_failures: How often lost workers are replaced before the run gives up.
-        buckets: Number of sequence lengths a batch may have.
+        buckets: Shapes (sequence length, with or without images) that batches may have in all.
         min_workers: Fewest workers the run goes on with when machines are lost (`workers` is the
             most); 0 waits until there are `workers` again.
         hang_seconds: A step that takes longer ends every worker, after it has written its stacks;
@@ -99,14 +107,15 @@ class RunConfig:
     view: str
     model: ModelConfig
     global_batch: int
-    micro_batch: int
+    micro_batch: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
     start_from: str = ""
     epochs: int = 1
     max_steps: int = 0
     max_length: int = 2048
-    policy: Literal["grouped", "random"] = "grouped"
-    remainder: Literal["pad", "short", "drop"] = "pad"
+    policy: Literal["grouped", "random", "llava"] = "grouped"
+    remainder: Literal["pad", "short", "drop", "repeat"] = "pad"
+    loss: Literal["tokens", "means"] = "tokens"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -116,7 +125,7 @@ class RunConfig:
     save_every: int = 500
     keep: int = 2
     max_failures: int = 3
-    buckets: int = 8
+    buckets: int = 16
     # What to do when something goes wrong; none of it decides the loss.
     min_workers: int = 0
     hang_seconds: float = 600.0
@@ -124,13 +133,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        for name in ("global_batch", "micro_batch", "epochs", "workers", "save_every", "keep",
+        for name in ("global_batch", "epochs", "workers", "save_every", "keep",
             "max_length", "buckets",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
         for name in (
-            "max_steps", "max_failures", "seed", "min_workers", "hang_seconds", "max_spike",
+            "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds", "max_spike",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
@@ -155,15 +164,15 @@ class RunConfig:
             )
         if 0 < self.max_spike <= 1:
             raise TrainError(f"max_spike: {self.max_spike}; expected 0, or more than 1")
-        rows = self.workers * self.micro_batch
-        if self.global_batch % rows:
-            below = max(rows, self.global_batch // rows * rows)
+        if not self.micro_batch and (self.policy == "llava" or self.loss == "means"):
             raise TrainError(
-                f"global_batch: {self.global_batch} is no multiple of workers x micro_batch = "
-                f"{self.workers} x {self.micro_batch} = {rows}; {below} would fit"
+                "micro_batch: 0 with policy llava or loss means, to which the micro-batches "
+                "belong; set it"
             )
+        _check_batch(self.global_batch, self.workers, self.micro_batch)
         sizes = range(self.min_workers or self.workers, self.workers + 1)
-        fit = [size for size in sizes if self.global_batch % (size * self.micro_batch) == 0]
+        micro = self.micro_batch or 1
+        fit = [size for size in sizes if self.global_batch % (size * micro) == 0]
         if len(fit) < len(sizes):
             raise TrainError(
                 f"min_workers: {self.min_workers} to workers {self.workers} has sizes that do not "
@@ -174,5 +183,22 @@ class RunConfig:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches a worker works through in one optimizer step."""
+        """Micro-batches a worker works through in one optimizer step; needs a micro-batch."""
         return self.global_batch // (self.workers * self.micro_batch)
+
+
+def _check_batch(global_batch: int, workers: int, micro_batch: int) -> None:
+    """The global batch can be cut; else say which numbers fit."""
+    rows = workers * max(1, micro_batch)
+    if global_batch % rows == 0:
+        return
+    sizes = {global_batch // rows * rows, -(-global_batch // rows) * rows} - {0}
+    remedy = " or ".join(map(str, sorted(sizes))) + " would fit"
+    share, left = divmod(global_batch, workers)
+    if not left:
+        fitting = [str(size) for size in range(1, share + 1) if share % size == 0]
+        remedy += f", or a micro_batch of {', '.join(fitting)}"
+    raise TrainError(
+        f"global_batch: {global_batch} is no multiple of workers x micro_batch = "
+        f"{workers} x {max(1, micro_batch)} = {rows}; {remedy}"
+    )

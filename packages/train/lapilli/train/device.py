@@ -10,7 +10,7 @@ import torch
 
 from lapilli.train.errors import TrainError
 
-__all__ = ["Device", "choose_device", "peak_memory", "prepare_process"]
+__all__ = ["Device", "choose_device", "device_memory", "peak_memory", "prepare_process"]
 
 Device = Literal["cpu", "cuda"]
 
@@ -34,6 +34,21 @@ def prepare_process(device: Device) -> torch.device:
     if device == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def device_memory(device: Device) -> int | None:
+    """Bytes of a GPU of this machine; None for a CPU.
+
+    Raises:
+        TrainError: The run's GPUs are on other machines.
+    """
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise TrainError(
+            "micro_batch: 0 follows the memory of a GPU, and this machine has none; set it"
+        )
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,20 +1,30 @@
-"""What a run will take, said before it starts: memory by part, and on a CPU the time of a step."""
+"""What a run will take, said before it starts: memory by part, disk, the micro-batch that fits."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
+from lapilli.data.collate import BatchShape, collate
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.sketch import Sketch, sketch_model
 from lapilli.train.step import DeviceBatch
 
-__all__ = ["StateBytes", "state_bytes", "time_micro_batch"]
+__all__ = [
+    "Estimate", "StateBytes", "estimate_run", "follow", "sketch_run", "state_bytes",
+    "time_micro_batch",
+]  # fmt: skip
 
 MOMENTS_BYTES = 8  # AdamW's two, fp32
 MASTER_BYTES = 4  # the fp32 copy that is updated
+MOST_ON_CPU = 8  # rows of a micro-batch that follows; more make a core no faster
+USABLE = 0.9  # of a device's memory: the rest is the context, buffers of collectives, fragments
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,118 @@ def state_bytes(
         weights=size * parameters // (workers if stage == 3 else 1),
         gradients=size * trained // (workers if stage >= 2 else 1),
         optimizer=state // (workers if stage >= 1 else 1),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes, from its settings and the longest sequence alone.
+
+    Attributes:
+        parameters: Parameters by part: all, and those that learn.
+        states: By ZeRO stage and part: what one worker holds beside activations.
+        length: Tokens of the longest sequence.
+        row_bytes: What a row of that length with one image keeps for backward.
+        fixed_bytes: What any micro-batch keeps: the head's gradient, logits of one chunk.
+        checkpoint_bytes: One checkpoint on the disk.
+    """
+
+    parameters: dict[str, tuple[int, int]]
+    states: dict[int, dict[str, StateBytes]]
+    length: int
+    row_bytes: int
+    fixed_bytes: int
+    checkpoint_bytes: int
+
+    def worker_bytes(self, stage: int, micro_batch: int) -> int:
+        """Everything one worker holds at its peak."""
+        held = sum(part.total for part in self.states[stage].values())
+        return held + self.fixed_bytes + micro_batch * self.row_bytes
+
+
+def sketch_run(config: RunConfig) -> Sketch:
+    """The run's model of fake tensors, in the type that it computes in: no weight is read.
+
+    Raises:
+        ModelError: A part that cannot be built.
+    """
+    return sketch_model(replace(config.model, dtype=config.precision))
+
+
+def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:
+    """Sizes of a run.
+
+    Args:
+        config: The run; its micro-batch may be 0.
+        sketch: Its model (`sketch_run`).
+        length: Tokens of the longest sequence, its images' tokens included.
+    """
+    tokens = sketch.model.vision.num_tokens
+    sizes: list[int] = []
+    for rows in (1, 2):
+        shape = BatchShape(rows, (length,), tokens, config.model.head_chunk)
+        batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
+        found = sketch.activations(batch)
+        is_short = config.model.gradient_checkpointing
+        sizes.append(found.checkpointed if is_short else found.kept)
+    parameters = sketch.parameters()
+    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    row = sizes[1] - sizes[0]
+    logits = 8 * config.model.head_chunk * sketch.model.vocab_size  # fp32, and their slope
+    return Estimate(
+        parameters=parameters,
+        states={
+            stage: {
+                name: state_bytes(
+                    *counts, stage=stage, workers=config.workers, precision=config.precision
+                )
+                for name, counts in parameters.items()
+            }
+            for stage in stages
+        },
+        length=length,
+        row_bytes=row,
+        fixed_bytes=sizes[0] - row + logits,
+        checkpoint_bytes=12 * sum(trained for _, trained in parameters.values()),
+    )
+
+
+def follow(
+    config: RunConfig, device_bytes: int | None, estimate: Callable[[], Estimate]
+) -> RunConfig:
+    """The run with a micro-batch: its own, or where that is 0 the largest that fits.
+
+    Args:
+        config: The run.
+        device_bytes: Memory of a worker's device; None on a CPU, where a row more saves nothing.
+        estimate: Says what the run takes; called where it matters.
+
+    Raises:
+        TrainError: Not even one row fits; names the numbers.
+    """
+    if config.micro_batch:
+        return config
+    share = config.global_batch // config.workers
+    fitting = [size for size in range(1, share + 1) if share % size == 0]
+    if device_bytes is None:
+        return replace(config, micro_batch=max(n for n in fitting if n <= MOST_ON_CPU))
+    usable = int(device_bytes * USABLE)
+    stage, found = config.zero_stage, estimate()
+    sizes = [n for n in fitting if found.worker_bytes(stage, n) <= usable]
+    if sizes:
+        return replace(config, micro_batch=max(sizes))
+    remedies = [
+        f"zero_stage {higher}"
+        for higher in range(stage + 1, 4)
+        if found.worker_bytes(higher, 1) <= usable
+    ]
+    if not config.model.gradient_checkpointing:
+        remedies.append("model.gradient_checkpointing: true")
+    raise TrainError(
+        f"micro_batch: one row of {found.length} tokens needs "
+        f"{found.worker_bytes(stage, 1) / 1e9:.1f} GB a worker under zero_stage {stage}, "
+        f"{usable / 1e9:.1f} of {device_bytes / 1e9:.1f} GB can be used; set "
+        f"{' or '.join([*remedies, 'a smaller max_length, more workers or lora'])}"
     )
 
 

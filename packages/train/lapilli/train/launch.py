@@ -27,9 +27,16 @@ from lapilli.model.errors import ModelError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import checkpoint
 from lapilli.train.config import RunConfig
-from lapilli.train.device import Device, choose_device
+from lapilli.train.device import Device, choose_device, device_memory
 from lapilli.train.errors import TrainError
-from lapilli.train.estimate import StateBytes, state_bytes, time_micro_batch
+from lapilli.train.estimate import (
+    StateBytes,
+    estimate_run,
+    follow,
+    sketch_run,
+    state_bytes,
+    time_micro_batch,
+)
 from lapilli.train.feed import Feed
 from lapilli.train.hang import hang_line
 from lapilli.train.loop import build_start, check_start, fit, open_for, setup
@@ -107,6 +114,11 @@ def preflight(config: RunConfig) -> Preflight:
     model, start_weights = build_start(config)
     dataset = open_for(model, config)
     check_start(start_weights, dataset)
+    longest = int(dataset.lengths.max())
+    config = follow(
+        config, None if config.micro_batch else device_memory(device),
+        lambda: estimate_run(config, sketch_run(config), length=longest),
+    )  # fmt: skip
     run = Path(config.output)
     _check_config(run, config)
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
@@ -211,7 +223,9 @@ def _check_config(run: Path, config: RunConfig) -> None:
         return
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    changed = [key for key in now if key not in RESUMABLE and before.get(key) != now[key]]
+    is_cut_fixed = config.policy == "llava" or config.loss == "means"
+    may_change = RESUMABLE - ({"micro_batch"} if is_cut_fixed else set())
+    changed = [key for key in now if key not in may_change and before.get(key) != now[key]]
     if changed:
         key = changed[0]
         raise TrainError(

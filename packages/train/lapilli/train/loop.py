@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lapilli.data.collate import blank_batches
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
@@ -22,11 +23,12 @@ from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
-from lapilli.train.feed import Feed, StepBatches
+from lapilli.train.feed import Feed
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.optim import build_optimizer, learning_rate
-from lapilli.train.step import seed_step, to_device, train_step
+from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
+from lapilli.train.transfer import SentStep, send_ahead
 
 __all__ = [
     "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "one_step",
@@ -137,6 +139,9 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
     if found:
         checkpoint.load_into(built, found)
+    if torch_device.type == "cuda":  # a CPU's shapes cost nothing the first time
+        blank = blank_batches(feed.shape, dataset.image_size)
+        warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
     return Setup(config, torch_device, feed, built, start, state, rank, world_size)
 
@@ -215,7 +220,7 @@ def fit(ready: Setup) -> None:
         ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
     )
     with checkpoint.Writer() as writer, guard:
-        for batches in ready.feed.steps(ready.start):
+        for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             waited = time.monotonic() - clock
             guard.begin(waited)
             row, stops = one_step(ready, batches, wants_stop=_wants_stop(ready))
@@ -249,17 +254,14 @@ def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> N
         )  # fmt: skip
 
 
-def one_step(
-    ready: Setup, batches: StepBatches, *, wants_stop: bool
-) -> tuple[dict[str, Any], bool]:
+def one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dict[str, Any], bool]:
     """Take one optimizer step; returns what is worth writing down and whether any rank stops."""
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
     seed_step(ready.config.seed, batches.step, ready.rank)
-    on_device = [to_device(batch, ready.device) for batch in batches.batches]
     total = train_step(
         ready.engine,
-        on_device,
+        batches.on_device,
         global_tokens=batches.global_tokens,
         world_size=ready.world_size,
     )

@@ -16,9 +16,9 @@ __all__ = ["build_optimizer", "learning_rate"]
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     """The rate of optimizer step `step` of `total`, counted from 0.
 
-    Warm-up ends at its share of the steps, rounded up; the decay reaches 0 after the last step.
+    Warm-up takes its steps, or its share of all, rounded up; the decay reaches 0 after the last.
     """
-    warmup = math.ceil(config.warmup_ratio * total)
+    warmup = min(config.warmup_steps or math.ceil(config.warmup_ratio * total), total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "constant":

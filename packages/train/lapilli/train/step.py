@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +10,29 @@ import torch
 from torch import Tensor
 
 from lapilli.data.collate import Batch
+from lapilli.model.trainable import trainable_parameters
 
-__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step"]
+__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step", "warm_up"]
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """The tensors the model's forward takes, by its argument names."""
+    """The tensors the model's forward takes, by its argument names, and what its loss weighs."""
 
     inputs: dict[str, Tensor]
+    weight: float = 1.0
 
 
-def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Copy what the model needs to the device; pixels stay uint8 until they are there."""
+def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> DeviceBatch:
+    """Copy what the model needs to the device; pixels stay uint8 until they are there.
+
+    To a GPU the copies go from pinned memory and are not waited for.
+
+    Args:
+        batch: A micro-batch.
+        device: Where to.
+        weight: Multiplies its summed loss (`StepBatches.weights`).
+    """
     arrays = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -32,7 +42,10 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         "targets": batch.targets,
     }
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    return DeviceBatch({name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+    if device.type == "cuda":
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    return DeviceBatch(moved, weight)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -43,13 +56,27 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
+def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
+    """Forward and backward of each batch, which leaves no gradient and takes no step.
+
+    What a shape's first pass costs (memory that is found, kernels that are compiled) is paid
+    before step 0, and what does not fit fails there. Gradients are asked for by name and not
+    accumulated, so no hook of ZeRO's sees them. Collective: all ranks, the same shapes.
+    """
+    learning = list(trainable_parameters(engine.module).values())
+    for batch in batches:
+        loss = engine.module(**batch.inputs)  # the engine's own call would expect its `backward`
+        torch.autograd.grad(loss, learning, allow_unused=True)
+
+
 def train_step(
     engine: Any, batches: Sequence[DeviceBatch], *, global_tokens: int, world_size: int
 ) -> Tensor:
     """Forward and backward over a worker's micro-batches, then one optimizer step.
 
-    The gradient is that of the mean over all trained tokens of the global batch: DeepSpeed divides
-    by the accumulation and by the number of workers, so both are multiplied in before.
+    The gradient is that of the mean over all trained tokens of the global batch, or where the
+    batches carry weights of the mean over its micro-batches' means: DeepSpeed divides by the
+    accumulation and by the number of workers, so both are multiplied in before.
 
     Args:
         engine: DeepSpeed's engine.
@@ -59,14 +86,14 @@ def train_step(
         world_size: Number of workers.
 
     Returns:
-        This worker's summed loss, fp32 scalar, detached.
+        This worker's summed loss, weighted, fp32 scalar, detached.
     """
     scale = world_size * engine.gradient_accumulation_steps() / max(1, global_tokens)
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
     for number, batch in enumerate(batches, start=1):
         # said and not counted by DeepSpeed: a short batch has fewer micro-steps
         engine.set_gradient_accumulation_boundary(number == len(batches))
-        loss = engine(**batch.inputs)
+        loss = engine(**batch.inputs) * batch.weight
         engine.backward(loss * scale)
         engine.step()
         total += loss.detach()
