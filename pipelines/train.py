@@ -51,7 +51,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def follow(ready: Preflight) -> list[dict[str, Any]]:
-    """Run with one live line: step, loss, samples/s, data wait, memory, time to go."""
+    """Run with one live line: loss, samples/s, tokens/s, MFU, data wait, memory, time to go."""
     started = spoken = time.monotonic()
     done = 0
     recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
@@ -85,7 +85,13 @@ def live_line(recent: Sequence[Mapping[str, Any]]) -> str:
     rate = sum(row["samples"] for row in recent) / seconds
     wait = sum(row["wait_seconds"] for row in recent) / seconds
     memory = recent[-1]["memory_bytes"] / 1e9
-    return f"loss {recent[-1]['loss']:.4f} {rate:.0f} samples/s wait {wait:.0%} {memory:.1f} GB"
+    tokens = sum(row["tokens"] for row in recent) / seconds
+    mfus = [row["mfu"] * row["seconds"] for row in recent if row["mfu"] is not None]
+    mfu = f" MFU {sum(mfus) / seconds:.1%}" if mfus else ""
+    return (
+        f"loss {recent[-1]['loss']:.4f} {rate:.3g} samples/s {tokens:,.0f} tokens/s{mfu} "
+        f"wait {wait:.0%} {memory:.1f} GB"
+    )
 
 
 def tell_preflight(config: RunConfig, ready: Preflight) -> None:

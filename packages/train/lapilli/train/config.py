@@ -139,7 +139,8 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
         for name in (
-            "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds", "max_spike",
+            "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds",
+            "max_spike",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")

@@ -24,7 +24,8 @@ from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
-from lapilli.train.metrics import MetricsFile
+from lapilli.train.journal import Journal
+from lapilli.train.measure import StepMeter, slot_losses
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
@@ -213,8 +214,7 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
 
 def fit(ready: Setup) -> None:
     """Step from where the run is to its end, or to where it is asked to stop."""
-    run = Path(ready.config.output)
-    metrics = MetricsFile(run, ready.start) if ready.is_writer else None
+    journal = _open_journal(ready) if ready.is_writer else None
     clock = time.monotonic()
     guard = StepGuard(
         ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
@@ -223,21 +223,26 @@ def fit(ready: Setup) -> None:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             waited = time.monotonic() - clock
             guard.begin(waited)
-            row, stops = one_step(ready, batches, wants_stop=_wants_stop(ready))
+            row, stops, losses = one_step(ready, batches, wants_stop=_wants_stop(ready))
             guard.check(batches, row["loss"], row["grad_norm"])
             guard.end(batches.step)
             seconds = time.monotonic() - clock
-            if metrics:
+            if journal:
                 memory = peak_memory(ready.device)
                 timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
-                metrics.write({**row, **timing})
+                journal.write(batches, {**row, **timing}, losses)
             writer.check()
             _save(ready, batches.step + 1, writer, now=stops)
             if stops:
                 break
             clock = time.monotonic()
-    if metrics:
-        metrics.close()
+    if journal:
+        journal.close()
+
+
+def _open_journal(ready: Setup) -> Journal:
+    meter = StepMeter(ready.feed.dataset, ready.engine.module, ready.device, ready.world_size)
+    return Journal(Path(ready.config.output), ready.start, meter)
 
 
 def _wants_stop(ready: Setup) -> bool:
@@ -254,8 +259,15 @@ def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> N
         )  # fmt: skip
 
 
-def one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dict[str, Any], bool]:
-    """Take one optimizer step; returns what is worth writing down and whether any rank stops."""
+def one_step(
+    ready: Setup, batches: SentStep, *, wants_stop: bool
+) -> tuple[dict[str, Any], bool, list[float]]:
+    """Take one optimizer step.
+
+    Returns:
+        What is worth writing down; whether any rank stops; every sample's summed loss by its place
+        in the global batch.
+    """
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
     seed_step(ready.config.seed, batches.step, ready.rank)
@@ -266,10 +278,12 @@ def one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dict
         world_size=ready.world_size,
     )
     taken = sample_lanes(batch.sample_ids for batch in batches.batches)
-    told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken])])
+    losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch)
+    told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), losses])
     if ready.world_size > 1:
         dist.all_reduce(told)
-    summed, stops, *lanes = told.tolist()
+    summed, stops, *rest = told.tolist()  # the step's one wait for the device
+    lanes, by_slot = rest[: len(taken)], rest[len(taken) :]
     loss = summed / max(1, batches.global_tokens)
     norm = _norm(ready.engine)
     row = {
@@ -281,7 +295,7 @@ def one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dict
         "trained_tokens": batches.global_tokens,
         "batch": lanes_text(lanes),
     }
-    return row, stops > 0
+    return row, stops > 0, by_slot
 
 
 def _norm(built: Any) -> float | None:
