@@ -20,10 +20,13 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from lapilli.data.cluster import ray_session
+from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
 from lapilli.train.launch import CONFIG, Preflight, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
 from lapilli.train.replay import read_kept
+from lapilli.train.report import write_run_report
 from lapilli.train.rerun import Finding, rerun
 from pipelines.command import console, parse, progress_bar, read_arguments, run, say
 from pipelines.describe import bytes_text, duration_text
@@ -44,10 +47,22 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
     with ray_session() if config.launcher == "ray" else contextlib.nullcontext():
         ready = preflight(config)
         tell_preflight(config, ready)
-        metrics = read_metrics(Path(ready.config.output)) if ready.is_done else follow(ready)
+        run_folder = Path(ready.config.output)
+        try:
+            metrics = read_metrics(run_folder) if ready.is_done else follow(ready)
+        finally:
+            _tell_report(run_folder)
     last = metrics[-1]
     say(f"loss {metrics[0]['loss']:.4f} at step 0, {last['loss']:.4f} at step {last['step']}")
     return metrics
+
+
+def _tell_report(run_folder: Path) -> None:
+    """Write the run's page, also of a run that was stopped; no page is no reason to fail."""
+    try:
+        say(f"report: {write_run_report(run_folder)}")
+    except (DataError, TrainError, OSError) as error:
+        say(f"report: none; {error}")
 
 
 def follow(ready: Preflight) -> list[dict[str, Any]]:

@@ -7,18 +7,24 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lapilli.data.collate import Batch
+from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.data.dataset import open_dataset
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.evaluate import load_trained
 from lapilli.train.feed import Feed
+from lapilli.train.held_out import HeldOut
 from lapilli.train.launch import launch, preflight
 from lapilli.train.loop import open_for
 from lapilli.train.measure import SampleLoss, group_means, read_worst
 from lapilli.train.metrics import read_metrics
+from lapilli.train.report import smoothed, write_run_report
 from lapilli.train.step import to_device
-from tests.train.small_run import small_dataset, small_run
+from tests.browser import Chromium
+from tests.train.small_run import VIEW, small_dataset, small_run
 from tests.train.tiny import model_config, random_steps
 
 CPU = torch.device("cpu")
@@ -59,7 +65,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run in this process, and its dataset."""
     folder = tmp_path_factory.mktemp("metrics")
     dataset = small_dataset(folder)
-    config = small_run(dataset, folder / "run", workers=1, launcher="process", max_steps=6)
+    config = small_run(
+        dataset,
+        folder / "run",
+        workers=1,
+        launcher="process",
+        max_steps=6,
+        loggers=("tensorboard",),
+    )
     launch(preflight(config))
     return folder / "run", dataset
 
@@ -135,3 +148,64 @@ def test_the_file_of_the_worst_is_lines_of_json(finished: tuple[Path, Path]) -> 
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == sorted(losses, reverse=True)
     assert 0 < len(losses) <= 20
+
+
+def test_tensorboard_shows_the_same_losses(finished: tuple[Path, Path]) -> None:
+    reader: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("loss")]
+    assert shown == pytest.approx([row["loss"] for row in read_metrics(finished[0])])
+
+
+def test_the_held_out_loss_is_a_plain_models_with_the_checkpoints_weights(
+    finished: tuple[Path, Path],
+) -> None:
+    run, dataset = finished
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [2, 5]
+    model = load_trained(run).model
+    opened = open_dataset(dataset, view=VIEW, image_tokens=model.vision.num_tokens)
+    chosen = [int(place) for place in np.linspace(0, len(opened) - 1, 7)]
+    shape = BatchShape(1, (int(opened.lengths.max()),), model.vision.num_tokens, 8)
+    batches = [collate([opened.sample(i)], shape, opened.image_size) for i in chosen]
+    with torch.no_grad():
+        total = sum(float(plain_losses(model, batch).sum()) for batch in batches)
+    expected = total / sum(int(opened.num_trained[i]) for i in chosen)
+    assert rows[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_micro_batches_are_dealt_out_without_loss(finished: tuple[Path, Path]) -> None:
+    """Ranks' shares, added without a process group, are what one rank alone computes."""
+    _, dataset = finished
+    config = small_run(dataset, Path("unused"), eval_every=1, eval_samples=11)
+    model = build_model(config.model)
+    opened = open_for(model, config)
+    shape = Feed(opened, config, rank=0, world_size=1).shape
+
+    class Engine:
+        module = model
+
+    alone = HeldOut(opened, config, shape, (0, 1)).loss(Engine(), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+        shares = [
+            HeldOut(opened, config, shape, (rank, 3)).loss(Engine(), CPU) for rank in range(3)
+        ]
+    assert sum(shares) == pytest.approx(alone, rel=1e-7)
+    assert all(share > 0 for share in shares)
+
+
+def test_the_smoothed_loss_is_the_weighted_mean() -> None:
+    values = np.array([3.0, 1.0, 2.0])
+    weights = 0.9 ** np.array([2, 1, 0])
+    assert smoothed(values, 0.9)[-1] == pytest.approx(np.average(values, weights=weights))
+
+
+def test_the_report_is_fit_to_be_read(finished: tuple[Path, Path], chromium: Chromium) -> None:
+    page = write_run_report(finished[0])
+    assert chromium.problems(page) == []
+    text = page.read_text(encoding="utf-8")
+    worst = read_worst(finished[0])
+    for words in ("held-out loss", "MFU", "optim.lr", worst[0].sample_id, "Loss by modality"):
+        assert words in text

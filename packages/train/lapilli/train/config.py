@@ -8,6 +8,7 @@ from typing import Literal
 from lapilli.model.config import ModelConfig
 from lapilli.model.trainable import GROUPS
 from lapilli.train.errors import TrainError
+from lapilli.train.sinks import LoggerName
 
 __all__ = ["OptimConfig", "RunConfig"]
 
@@ -100,6 +101,10 @@ class RunConfig:
             0 waits for ever.
         max_spike: Stop at a loss of more than so many times the median of the last 100 steps; 0
             takes any.
+        loggers: What the metrics are also sent to, of `tensorboard`, `wandb` and `mlflow`.
+        eval_every: Steps between two looks at the loss on held-out samples; 0 for none.
+        eval_samples: How many of them, from all over; the same ones each time.
+        eval_dataset: Where they are from; left out, from what `dataset` holds out.
     """
 
     dataset: str
@@ -130,17 +135,21 @@ class RunConfig:
     min_workers: int = 0
     hang_seconds: float = 600.0
     max_spike: float = 0.0
+    loggers: tuple[LoggerName, ...] = ()
+    eval_every: int = 0
+    eval_samples: int = 256
+    eval_dataset: str = ""
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         for name in ("global_batch", "epochs", "workers", "save_every", "keep",
-            "max_length", "buckets",
+            "max_length", "buckets", "eval_samples",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
         for name in (
             "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds",
-            "max_spike",
+            "max_spike", "eval_every",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")

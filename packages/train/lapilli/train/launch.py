@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -39,7 +40,8 @@ from lapilli.train.estimate import (
 )
 from lapilli.train.feed import Feed
 from lapilli.train.hang import hang_line
-from lapilli.train.loop import build_start, check_start, fit, open_for, setup
+from lapilli.train.held_out import check_same_tokenizer, open_held_out
+from lapilli.train.loop import build_start, check_model, check_start, fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
 from lapilli.train.step import to_device
@@ -63,7 +65,8 @@ MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
-    "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike",
+    "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
+    "eval_every", "eval_samples", "eval_dataset",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -103,17 +106,29 @@ class Preflight:
         return self.start >= self.total_steps
 
 
+def _check_loggers(config: RunConfig) -> None:
+    for name in config.loggers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(
+                f"loggers: {name} is not installed; pip install 'lapilli[{name}]', or leave it out"
+            )
+
+
 def preflight(config: RunConfig) -> Preflight:
     """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
 
     Raises:
         DataError, ModelError, TrainError: What does not fit, and the remedy.
     """
+    _check_loggers(config)
     config = _absolute(config)
     device = _find_device(config)
     model, start_weights = build_start(config)
     dataset = open_for(model, config)
     check_start(start_weights, dataset)
+    if held_out := open_held_out(config, dataset.image_tokens):
+        check_model(model, held_out)
+        check_same_tokenizer(dataset, held_out)
     longest = int(dataset.lengths.max())
     config = follow(
         config, None if config.micro_batch else device_memory(device),
@@ -204,6 +219,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         dataset=str(Path(config.dataset).resolve()),
         output=str(Path(config.output).resolve()),
         start_from=local(config.start_from),
+        eval_dataset=local(config.eval_dataset),
         model=replace(
             model,
             vision=replace(model.vision, pretrained=local(model.vision.pretrained)),

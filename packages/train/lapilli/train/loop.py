@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import time
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
+from lapilli.train.held_out import HeldOut, open_held_out
 from lapilli.train.journal import Journal
 from lapilli.train.measure import StepMeter, slot_losses
 from lapilli.train.optim import build_optimizer, learning_rate
@@ -49,6 +51,7 @@ class Setup:
     state: dict[str, Any]
     rank: int
     world_size: int
+    held_out: HeldOut | None = None
 
     @property
     def is_writer(self) -> bool:
@@ -144,7 +147,9 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
-    return Setup(config, torch_device, feed, built, start, state, rank, world_size)
+    samples = open_held_out(config, dataset.image_tokens)
+    held_out = samples and HeldOut(samples, config, feed.shape, (rank, world_size))
+    return Setup(config, torch_device, feed, built, start, state, rank, world_size, held_out)
 
 
 def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
@@ -219,14 +224,16 @@ def fit(ready: Setup) -> None:
     guard = StepGuard(
         ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
     )
-    with checkpoint.Writer() as writer, guard:
+    closed = contextlib.closing(journal) if journal else contextlib.nullcontext()
+    with closed, checkpoint.Writer() as writer, guard:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             waited = time.monotonic() - clock
             guard.begin(waited)
             row, stops, losses = one_step(ready, batches, wants_stop=_wants_stop(ready))
             guard.check(batches, row["loss"], row["grad_norm"])
             guard.end(batches.step)
-            seconds = time.monotonic() - clock
+            row.update(_held_out_loss(ready, batches.step + 1))
+            seconds = time.monotonic() - clock - row.get("held_out_seconds", 0.0)
             if journal:
                 memory = peak_memory(ready.device)
                 timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
@@ -236,13 +243,21 @@ def fit(ready: Setup) -> None:
             if stops:
                 break
             clock = time.monotonic()
-    if journal:
-        journal.close()
 
 
 def _open_journal(ready: Setup) -> Journal:
     meter = StepMeter(ready.feed.dataset, ready.engine.module, ready.device, ready.world_size)
-    return Journal(Path(ready.config.output), ready.start, meter)
+    return Journal(ready.config, ready.start, meter)
+
+
+def _held_out_loss(ready: Setup, done: int) -> dict[str, float]:
+    """The held-out loss where it is due: every `eval_every` steps and at the end. Collective."""
+    due = ready.config.eval_every
+    if not ready.held_out or (done % due and done != ready.feed.total_steps):
+        return {}
+    start = time.monotonic()
+    loss = ready.held_out.loss(ready.engine, ready.device)
+    return {"held_out_loss": loss, "held_out_seconds": time.monotonic() - start}
 
 
 def _wants_stop(ready: Setup) -> bool:
