@@ -199,6 +199,7 @@ def describe_run(path: Path) -> Description:
     facts: dict[str, Lines] = {
         "state": _state(path, metrics, found.get("total_steps")),
         "loss": _loss(metrics),
+        "held-out loss": _held_out(metrics),
         "speed": _speed(metrics),
         "parameters": _parts(found.get("parameters", {})),
         "global batch": (
@@ -235,6 +236,16 @@ def _loss(metrics: Sequence[Mapping[str, Any]]) -> Lines:
     return tuple(f"{row['loss']:.4f} at step {row['step']:,}" for row in ends) or ("—",)
 
 
+def _held_out(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+    """The last and the best one."""
+    found = [row for row in metrics if "held_out_loss" in row]
+    if not found:
+        return ("—",)
+    best = min(found, key=lambda row: row["held_out_loss"])
+    shown = found[-1:] if best is found[-1] else [found[-1], best]
+    return tuple(f"{row['held_out_loss']:.4f} at step {row['step']:,}" for row in shown)
+
+
 def _speed(metrics: Sequence[Mapping[str, Any]]) -> Lines:
     """The median step's rate: the first steps compile, and a disk may have held one up."""
     rates = [row["samples"] / row["seconds"] for row in metrics if row["seconds"]]
@@ -244,8 +255,19 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> Lines:
     waited = math.fsum(row["wait_seconds"] for row in metrics) / seconds
     return (
         f"{float(np.median(rates)):,.1f} samples/s",
+        *_utilisation(metrics),
         f"{duration_text(seconds)} of steps",
         f"{waited:.1%} waiting for data",
+    )
+
+
+def _utilisation(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+    """Tokens a second and MFU of the median step, where they are known."""
+    speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
+    mfus = [row["mfu"] for row in metrics if row.get("mfu") is not None]
+    return (
+        *((f"{float(np.median(speeds)):,.0f} tokens/s",) if speeds else ()),
+        *((f"MFU {float(np.median(mfus)):.1%}",) if mfus else ()),
     )
 
 

@@ -1,7 +1,8 @@
 """A dataset or a run as a table, several side by side; conversations with what is trained marked.
 
 python -m pipelines.show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
-python -m pipelines.show DATASET [...] --verify | --repair [--root DIR] | --report
+python -m pipelines.show DATASET [...] --verify | --repair [--root DIR]
+python -m pipelines.show DIR [DIR ...] --report
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from lapilli.data.page import GalleryItem, Page
 from lapilli.data.report import write_dataset_report
 from lapilli.data.transcript import Piece
 from lapilli.train.errors import TrainError
+from lapilli.train.report import write_run_report
 from pipelines import command
 from pipelines.command import UsageError, read_arguments, run, say
-from pipelines.describe import Description, counted, describe, read_json
+from pipelines.compare import Compared, add_curves, compare_rows, differing, read_compared
+from pipelines.describe import Description, counted, describe, kind_of, read_json
 from pipelines.transcript import has_colour, print_transcript, read_transcript
 from pipelines.verify import settings_of, verify_folders
 
@@ -89,7 +92,9 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
         "--repair", action="store_true", help="verify, and make again what is damaged"
     )
     parser.add_argument("--root", type=str, default="", help="where --repair reads, if it moved")
-    parser.add_argument("--report", action="store_true", help="write the datasets' report.html")
+    parser.add_argument(
+        "--report", action="store_true", help="write report.html of datasets and runs"
+    )
     found = read_arguments(parser, argv)
     samples = int(found.tokens) if found.samples is None else found.samples
     if samples < 0:
@@ -107,6 +112,9 @@ def show(config: ShowConfig, console: Console) -> None:
     for kind in ("dataset", "run"):
         for group in _groups([d for d in described if d.kind == kind], console.width):
             console.print(side_by_side(group))
+    compared = read_compared([d.path for d in described if d.kind == "run"])
+    if len(compared) > 1:
+        console.print(compared_table(compared))
     for description in described:
         if description.sources:
             console.print(sources_table(description, titled=len(described) > 1))
@@ -117,6 +125,8 @@ def show(config: ShowConfig, console: Console) -> None:
         if config.html:
             add_to_page(page, description, samples, tokens=config.tokens)
     if config.html:
+        if len(compared) > 1:
+            add_curves(page, compared)
         write_page(page, config.html)
 
 
@@ -139,6 +149,17 @@ def side_by_side(described: Sequence[Description]) -> Table:
         table.add_row(
             escape(name), *(escape(between.join(d.facts.get(name, "—"))) for d in described)
         )
+    return table
+
+
+def compared_table(runs: Sequence[Compared]) -> Table:
+    """What runs differ in, and their losses after as many steps and as many tokens."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
+    table.add_column("compared", style="cyan", overflow="fold")
+    for run_shown in runs:
+        table.add_column(escape(str(run_shown.path)), overflow="fold")
+    for name, values in {**differing(runs), **compare_rows(runs)}.items():
+        table.add_row(escape(name), *map(escape, values))
     return table
 
 
@@ -265,7 +286,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if whole else DAMAGED
     if config.report:
         for folder in config.folders:
-            say(f"report: {write_dataset_report(folder, settings_of(folder))}")
+            is_run = kind_of(folder) == "run"
+            page = (
+                write_run_report(folder)
+                if is_run
+                else write_dataset_report(folder, settings_of(folder))
+            )
+            say(f"report: {page}")
         return 0
     show(config, command.console)
     return 0

@@ -1,6 +1,7 @@
 """A dataset to a trained model.
 
 python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR [--estimate]
+python -m pipelines.train --replay RUN/replay/step-N     a step that went wrong, looked into
 """
 
 from __future__ import annotations
@@ -13,21 +14,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
 from lapilli.data.cluster import ray_session
+from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
-from lapilli.train.launch import Preflight, finished_steps, launch, preflight
+from lapilli.train.errors import TrainError
+from lapilli.train.launch import CONFIG, Preflight, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
-from pipelines.command import console, parse, progress_bar, run, say
+from lapilli.train.replay import read_kept
+from lapilli.train.report import write_run_report
+from lapilli.train.rerun import Finding, rerun
+from pipelines.command import console, parse, progress_bar, read_arguments, run, say
 from pipelines.describe import bytes_text, duration_text
 from pipelines.estimate import ESTIMATE, tell_estimate
 
-__all__ = ["follow", "live_line", "tell_preflight", "train"]
+__all__ = ["follow", "live_line", "replay", "tell_preflight", "train"]
 
 RECENT = 20  # steps the live line's figures are of
+MOST_SAMPLES = 20  # of a kept step, that are named
 QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
@@ -39,14 +47,26 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
     with ray_session() if config.launcher == "ray" else contextlib.nullcontext():
         ready = preflight(config)
         tell_preflight(config, ready)
-        metrics = read_metrics(Path(ready.config.output)) if ready.is_done else follow(ready)
+        run_folder = Path(ready.config.output)
+        try:
+            metrics = read_metrics(run_folder) if ready.is_done else follow(ready)
+        finally:
+            _tell_report(run_folder)
     last = metrics[-1]
     say(f"loss {metrics[0]['loss']:.4f} at step 0, {last['loss']:.4f} at step {last['step']}")
     return metrics
 
 
+def _tell_report(run_folder: Path) -> None:
+    """Write the run's page, also of a run that was stopped; no page is no reason to fail."""
+    try:
+        say(f"report: {write_run_report(run_folder)}")
+    except (DataError, TrainError, OSError) as error:
+        say(f"report: none; {error}")
+
+
 def follow(ready: Preflight) -> list[dict[str, Any]]:
-    """Run with one live line: step, loss, samples/s, data wait, memory, time to go."""
+    """Run with one live line: loss, samples/s, tokens/s, MFU, data wait, memory, time to go."""
     started = spoken = time.monotonic()
     done = 0
     recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
@@ -65,7 +85,9 @@ def follow(ready: Preflight) -> list[dict[str, Any]]:
                 spoken = time.monotonic()
                 say(f"  step {row['step'] + 1} of {total}  {line}")
 
-        metrics = launch(ready, show, lambda: say("saving, then ending; once more ends at once"))
+        metrics = launch(
+            ready, show, lambda: say("saving, then ending; once more ends at once"), say
+        )
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")
@@ -78,7 +100,13 @@ def live_line(recent: Sequence[Mapping[str, Any]]) -> str:
     rate = sum(row["samples"] for row in recent) / seconds
     wait = sum(row["wait_seconds"] for row in recent) / seconds
     memory = recent[-1]["memory_bytes"] / 1e9
-    return f"loss {recent[-1]['loss']:.4f} {rate:.0f} samples/s wait {wait:.0%} {memory:.1f} GB"
+    tokens = sum(row["tokens"] for row in recent) / seconds
+    mfus = [row["mfu"] * row["seconds"] for row in recent if row["mfu"] is not None]
+    mfu = f" MFU {sum(mfus) / seconds:.1%}" if mfus else ""
+    return (
+        f"loss {recent[-1]['loss']:.4f} {rate:.3g} samples/s {tokens:,.0f} tokens/s{mfu} "
+        f"wait {wait:.0%} {memory:.1f} GB"
+    )
 
 
 def tell_preflight(config: RunConfig, ready: Preflight) -> None:
@@ -127,13 +155,42 @@ def _parts_table(ready: Preflight) -> Table:
     return table
 
 
+def replay(path: Path) -> Finding:
+    """Run a kept step again in this process and say what is wrong in it."""
+    kept = read_kept(path)
+    config = parse(RunConfig, [f"--config={kept.run / CONFIG}"], "")
+    say(f"step {kept.step}: loss {kept.loss}, gradient norm {kept.grad_norm} in the run")
+    found = rerun(config, kept, lambda step: say(f"  step {step} taken again"))
+    say(f"loss {found.loss} here, from the weights of step {found.start} on")
+    for sample_id, loss in found.samples[:MOST_SAMPLES]:
+        say(f"  {loss:>10.4f}  {sample_id}")
+    if len(found.samples) > MOST_SAMPLES:
+        say(f"  and {len(found.samples) - MOST_SAMPLES} samples of lower loss")
+    for what, name in (
+        ("weight", found.weight),
+        ("module whose output", found.output),
+        ("module at whose output the gradient", found.gradient),
+    ):
+        say(f"first {what} holds a number that is none: {name or 'there is none'}")
+    if found.operation:
+        say(f"autograd: {found.operation}")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     words = [*(sys.argv[1:] if argv is None else argv)]
+    if any(word.partition("=")[0] == "--replay" for word in words):
+        parser = ArgumentParser(description="Look into a step that was kept.", exit_on_error=False)
+        parser.add_argument("--replay", type=Path, help="a run's folder replay/step-N")
+        replay(read_arguments(parser, words).replay)
+        return 0
     given = [word for word in words if word != ESTIMATE]
     config = parse(
         RunConfig, given,
-        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory and disk, then end.",
+        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory and disk, then end. "
+        "With --replay RUN/replay/step-N alone: look into a step whose loss was no number or a "
+        "spike.",
     )  # fmt: skip
     if len(given) < len(words):
         tell_estimate(config)

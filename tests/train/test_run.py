@@ -58,6 +58,14 @@ def test_a_run_ends_with_metrics_and_a_checkpoint_and_the_loss_has_fallen(
     assert steps == [12, 14]
     resolved = json.loads((Path(finished.output) / "config.json").read_text())
     assert resolved["global_batch"] == 8
+    workers = json.loads((Path(finished.output) / "workers.json").read_text())["workers"]
+    assert [worker["rank"] for worker in workers] == [0, 1]
+    for worker in workers:
+        assert worker["reduced"] > 0
+        assert worker["link"] > 0
+        assert abs(worker["clock"]) < 1  # one machine, one clock
+    assert workers[0]["written"] > 0
+    assert not list(Path(finished.output).glob(".probe-*"))
 
 
 def test_a_finished_run_does_no_work_again(finished: RunConfig) -> None:

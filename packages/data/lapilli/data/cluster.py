@@ -18,7 +18,7 @@ __all__ = ["RayDied", "ray_session", "watched"]
 Item = TypeVar("Item")
 
 ASK_EVERY = 1.0  # seconds
-LEAVE = 30.0  # seconds that what waits for Ray has to take notice
+LEAVE = 30.0  # seconds that what waits for Ray has to take notice that nobody listens
 
 
 class RayDied(DataError):
@@ -50,13 +50,17 @@ def ray_session() -> Generator[None]:
         ray.shutdown()
 
 
-def watched(results: Callable[[], Iterable[Item]]) -> Iterator[Item]:
+def watched(results: Callable[[], Iterable[Item]], *, leave: float = LEAVE) -> Iterator[Item]:
     """Yield from something that waits for Ray, and stop waiting when Ray on this machine has died.
 
     Ray's own calls wait for ever for a node whose raylet was killed. So they wait in a thread of
     their own, while this one asks every second whether the raylet is there. It must be faster than
     Ray, which notices after 12 seconds and ends this process without a word. An error of `results`
     is raised here.
+
+    Args:
+        results: Waits for Ray; called in a thread of its own.
+        leave: Seconds its thread has to end after this one has stopped listening.
 
     Raises:
         RayDied: It has died; nothing more will come.
@@ -81,7 +85,7 @@ def watched(results: Callable[[], Iterable[Item]]) -> Iterator[Item]:
             yield value
     finally:
         stop.set()
-        puller.join(0 if alive.is_dead else LEAVE)
+        puller.join(0 if alive.is_dead else leave)
 
 
 def _pull(

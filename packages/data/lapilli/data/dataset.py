@@ -136,6 +136,13 @@ class Dataset:
         """Offsets and bytes of a shard's pixels. Through a pyarrow scalar they would be copied."""
         return _bytes(self._open(self.facts.shards[number]), "pixels")
 
+    def sample_id(self, index: int) -> str:
+        """The id of sample `index` alone: `source/record`."""
+        shards, rows, _ = self._places
+        selected = int(self.rows[index])
+        names, _, _ = self._token_columns(int(shards[selected]))
+        return _at(names, int(rows[selected])).tobytes().decode()
+
     def token_row(self, index: int) -> dict[str, Any]:
         """The token row of sample `index`, as Python values."""
         shards, rows, _ = self._places

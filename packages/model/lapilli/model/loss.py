@@ -54,6 +54,7 @@ def trained_loss(
     softcap: float | None = None,
     scale: float = 1.0,
     implementation: LossImplementation = "auto",
+    each: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of the next token at the trained positions.
 
@@ -74,6 +75,8 @@ def trained_loss(
             Granite's `logits_scaling`).
         implementation: `torch`, `liger` (a CUDA device and the extra `liger`), or `auto`
             (`choose_loss`).
+        each: fp32 [P], filled with the summands, detached; with no number where Liger computes,
+            which keeps its sum alone.
 
     Returns:
         fp32 scalar.
@@ -83,8 +86,10 @@ def trained_loss(
     """
     hidden_PD = hidden.flatten(0, 1).index_select(0, positions)
     if choose_loss(implementation, hidden.device.type) == "liger":
+        if each is not None:
+            each.fill_(torch.nan)
         return _liger(hidden_PD, targets, head, bias, softcap, scale)
-    loss = _ChunkedLoss.apply(hidden_PD, targets, head, bias, chunk, softcap, scale)
+    loss = _ChunkedLoss.apply(hidden_PD, targets, head, bias, chunk, softcap, scale, each)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -102,6 +107,7 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk: int,
         softcap: float | None,
         scale: float,
+        each_P: Tensor | None,
     ) -> Tensor:
         wants_hidden, _, wants_head, wants_bias, *_ = ctx.needs_input_grad
         total = hidden_PD.new_zeros((), dtype=torch.float32)
@@ -112,8 +118,10 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(targets_P), chunk):
             here = slice(start, start + chunk)
             logits_PV = torch.nn.functional.linear(hidden_PD[here], head_VD, bias_V)
-            loss, slope_PV = _chunk_loss(logits_PV, targets_P[here], softcap, scale)
-            total += loss
+            losses_P, slope_PV = _chunk_loss(logits_PV, targets_P[here], softcap, scale)
+            total += losses_P.sum().float()
+            if each_P is not None:
+                each_P[here] = losses_P
             if to_bias is not None:
                 to_bias += slope_PV.sum(0)
             slope_PV = slope_PV.to(head_VD.dtype)
@@ -137,14 +145,14 @@ class _ChunkedLoss(torch.autograd.Function):
             None,
             None if to_head is None else (to_head * gradient).to(head_dtype),
             None if to_bias is None else (to_bias * gradient).to(bias_dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
 def _chunk_loss(
     logits_PV: Tensor, targets_P: Tensor, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk, and its slope in the head's raw output, at least fp32."""
+    """Loss of each position of a chunk, and its slope in the head's raw output, at least fp32."""
     logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
     if scale != 1.0:
         logits_PV = logits_PV * scale
@@ -155,13 +163,13 @@ def _chunk_loss(
     safe_P1 = targets_P.clamp(min=0).unsqueeze(1)
     sums_P1 = logits_PV.logsumexp(1, keepdim=True)
     losses_P1 = sums_P1 - logits_PV.gather(1, safe_P1)
-    loss = (losses_P1.squeeze(1) * is_trained).sum().float()
+    losses_P = losses_P1.squeeze(1) * is_trained
     slope_PV = logits_PV.sub_(sums_P1).exp_()
     slope_PV.scatter_add_(1, safe_P1, slope_PV.new_full((1, 1), -1.0).expand_as(safe_P1))
     slope_PV.mul_(is_trained.unsqueeze(1))
     if softcap is not None:
         slope_PV.mul_(1 - capped_PV.square())  # pyright: ignore[reportPossiblyUnboundVariable]
-    return loss, slope_PV.mul_(scale) if scale != 1.0 else slope_PV
+    return losses_P, slope_PV.mul_(scale) if scale != 1.0 else slope_PV
 
 
 def _liger(

@@ -103,10 +103,12 @@ class VisionLanguageModel(nn.Module):
         pixels: Tensor,
         predict_positions: Tensor,
         targets: Tensor,
+        row_losses: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy of a batch's trained positions (`lapilli.data.collate.Batch`).
 
-        Padding stands on the right and attention is causal, so no mask is needed.
+        Padding stands on the right and attention is causal, so no mask is needed. `row_losses`,
+        fp32 [B], is filled with each row's share of the sum, on the device and detached.
 
         Returns:
             fp32 scalar.
@@ -115,7 +117,8 @@ class VisionLanguageModel(nn.Module):
         decoder = self.language.get_decoder()
         output = decoder(inputs_embeds=embedded_BSD, position_ids=position_ids, use_cache=False)
         head = self.language.get_output_embeddings()
-        return trained_loss(
+        each_P = None if row_losses is None else row_losses.new_zeros(len(targets))
+        loss = trained_loss(
             output.last_hidden_state,
             predict_positions,
             targets,
@@ -125,7 +128,14 @@ class VisionLanguageModel(nn.Module):
             softcap=self._softcap,
             scale=self._logit_scale,
             implementation=self.config.loss,
+            each=each_P,
         )
+        if row_losses is not None and each_P is not None:
+            # masked sums and no index_add: on a GPU that one's order, and so its result, varies
+            rows_B1 = torch.arange(len(input_ids), device=each_P.device).unsqueeze(1)
+            is_here_BP = rows_B1 == predict_positions // input_ids.shape[1]
+            row_losses.copy_(torch.where(is_here_BP, each_P, 0.0).sum(1))
+        return loss
 
 
 def build_model(config: ModelConfig) -> VisionLanguageModel:

@@ -8,6 +8,7 @@ from typing import Literal
 from lapilli.model.config import ModelConfig
 from lapilli.model.trainable import GROUPS
 from lapilli.train.errors import TrainError
+from lapilli.train.sinks import LoggerName
 
 __all__ = ["OptimConfig", "RunConfig"]
 
@@ -94,6 +95,16 @@ class RunConfig:
         keep: Newest checkpoints that are kept.
         max_failures: How often lost workers are replaced before the run gives up.
         buckets: Shapes (sequence length, with or without images) that batches may have in all.
+        min_workers: Fewest workers the run goes on with when machines are lost (`workers` is the
+            most); 0 waits until there are `workers` again.
+        hang_seconds: A step that takes longer ends every worker, after it has written its stacks;
+            0 waits for ever.
+        max_spike: Stop at a loss of more than so many times the median of the last 100 steps; 0
+            takes any.
+        loggers: What the metrics are also sent to, of `tensorboard`, `wandb` and `mlflow`.
+        eval_every: Steps between two looks at the loss on held-out samples; 0 for none.
+        eval_samples: How many of them, from all over; the same ones each time.
+        eval_dataset: Where they are from; left out, from what `dataset` holds out.
     """
 
     dataset: str
@@ -120,15 +131,26 @@ class RunConfig:
     keep: int = 2
     max_failures: int = 3
     buckets: int = 16
+    # What to do when something goes wrong; none of it decides the loss.
+    min_workers: int = 0
+    hang_seconds: float = 600.0
+    max_spike: float = 0.0
+    loggers: tuple[LoggerName, ...] = ()
+    eval_every: int = 0
+    eval_samples: int = 256
+    eval_dataset: str = ""
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         for name in ("global_batch", "epochs", "workers", "save_every", "keep",
-            "max_length", "buckets",
+            "max_length", "buckets", "eval_samples",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
-        for name in ("micro_batch", "max_steps", "max_failures", "seed"):
+        for name in (
+            "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds",
+            "max_spike", "eval_every",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
         if self.precision == "bf16" and self.zero_stage == 0:
@@ -145,12 +167,29 @@ class RunConfig:
                 f"workers: {self.workers} with launcher process, which is one; set workers 1 or "
                 "launcher ray"
             )
+        if self.min_workers > self.workers:
+            raise TrainError(
+                f"min_workers: {self.min_workers} with workers {self.workers}, which is the most; "
+                "lower min_workers or raise workers"
+            )
+        if 0 < self.max_spike <= 1:
+            raise TrainError(f"max_spike: {self.max_spike}; expected 0, or more than 1")
         if not self.micro_batch and (self.policy == "llava" or self.loss == "means"):
             raise TrainError(
                 "micro_batch: 0 with policy llava or loss means, to which the micro-batches "
                 "belong; set it"
             )
         _check_batch(self.global_batch, self.workers, self.micro_batch)
+        sizes = range(self.min_workers or self.workers, self.workers + 1)
+        micro = self.micro_batch or 1
+        fit = [size for size in sizes if self.global_batch % (size * micro) == 0]
+        if len(fit) < len(sizes):
+            raise TrainError(
+                f"min_workers: {self.min_workers} to workers {self.workers} has sizes that do not "
+                f"cut global_batch {self.global_batch} into micro-batches of {self.micro_batch}; "
+                f"of these {', '.join(map(str, fit))} would; change global_batch or micro_batch, "
+                "or raise min_workers"
+            )
 
     @property
     def accumulation(self) -> int:

@@ -36,6 +36,8 @@ class StepBatches:
         sample_indices: The global batch's samples, -1 for empty slots.
         weights: What each micro-batch's summed loss is multiplied by before it is divided by
             `global_tokens`.
+        placed: The same samples in the order in which ranks and micro-batches hold them.
+        slots: Of each row of each of this worker's micro-batches, its place in `placed`.
     """
 
     step: int
@@ -44,6 +46,8 @@ class StepBatches:
     global_samples: int
     sample_indices: NDArray[np.int64]
     weights: list[float]
+    placed: NDArray[np.int64]
+    slots: list[NDArray[np.int64]]
 
 
 def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchShape:
@@ -140,7 +144,10 @@ class Feed:
         if self.config.loss == "means":
             trained = [[self._trained(ids) for ids in rank] for rank in ranks]
             weights = mean_weights(trained, self.rank)
-        return StepBatches(step, batches, tokens, len(filled), indices, weights)
+        placed, slots = _slots(ranks, self.rank)
+        return StepBatches(
+            step, batches, tokens, len(filled), indices, weights, placed, slots
+        )  # fmt: skip
 
     def _trained(self, ids: NDArray[np.int64]) -> int:
         """Trained tokens of a micro-batch."""
@@ -172,6 +179,19 @@ class Feed:
                 yield made
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _slots(
+    ranks: Sequence[Sequence[NDArray[np.int64]]], rank: int
+) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """All samples by rank and micro-batch, and where in them this rank's rows are."""
+    placed = np.concatenate([ids for micros in ranks for ids in micros])
+    start = sum(len(ids) for micros in ranks[:rank] for ids in micros)
+    slots: list[NDArray[np.int64]] = []
+    for ids in ranks[rank]:
+        slots.append(start + np.flatnonzero(ids >= 0))  # a batch's rows have no gaps
+        start += len(ids)
+    return placed, slots
 
 
 def host_bytes(step: StepBatches) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from lapilli.data.cluster import RayDied, watched
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_json
@@ -36,12 +39,24 @@ from lapilli.train.estimate import (
     time_micro_batch,
 )
 from lapilli.train.feed import Feed
-from lapilli.train.loop import build_start, check_start, fit, open_for, setup
+from lapilli.train.hang import hang_line
+from lapilli.train.held_out import check_same_tokenizer, open_held_out
+from lapilli.train.loop import build_start, check_model, check_start, fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
+from lapilli.train.notes import notes_end, notes_from
 from lapilli.train.step import to_device
-from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals, wait_for
+from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
 
-__all__ = ["CONFIG", "FACTS", "MISTAKE", "Preflight", "finished_steps", "launch", "preflight"]
+__all__ = [
+    "CONFIG",
+    "FACTS",
+    "MISTAKE",
+    "Preflight",
+    "finished_steps",
+    "join_alone",
+    "launch",
+    "preflight",
+]
 
 CONFIG = "config.json"
 FACTS = "facts.json"  # what `Preflight` found, for those who look at a run from outside
@@ -50,7 +65,8 @@ MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
-    "max_failures", "launcher",
+    "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
+    "eval_every", "eval_samples", "eval_dataset",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -90,17 +106,29 @@ class Preflight:
         return self.start >= self.total_steps
 
 
+def _check_loggers(config: RunConfig) -> None:
+    for name in config.loggers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(
+                f"loggers: {name} is not installed; pip install 'lapilli[{name}]', or leave it out"
+            )
+
+
 def preflight(config: RunConfig) -> Preflight:
     """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
 
     Raises:
         DataError, ModelError, TrainError: What does not fit, and the remedy.
     """
+    _check_loggers(config)
     config = _absolute(config)
     device = _find_device(config)
     model, start_weights = build_start(config)
     dataset = open_for(model, config)
     check_start(start_weights, dataset)
+    if held_out := open_held_out(config, dataset.image_tokens):
+        check_model(model, held_out)
+        check_same_tokenizer(dataset, held_out)
     longest = int(dataset.lengths.max())
     config = follow(
         config, None if config.micro_batch else device_memory(device),
@@ -144,10 +172,11 @@ def _find_device(config: RunConfig) -> Device:
     available = ray.cluster_resources()
     device = choose_device(config.device, int(available.get("GPU", 0)))
     slots = int(available.get("GPU" if device == "cuda" else "CPU", 0))
-    if config.workers > slots:
+    fewest = config.min_workers or config.workers
+    if fewest > slots:
         raise TrainError(
-            f"workers: {config.workers}; Ray has {slots} "
-            f"{'GPUs' if device == 'cuda' else 'cores'}; lower workers or add nodes"
+            f"{'min_workers' if config.min_workers else 'workers'}: {fewest}; Ray has {slots} "
+            f"{'GPUs' if device == 'cuda' else 'cores'}; lower it or add nodes"
         )
     return device
 
@@ -190,6 +219,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         dataset=str(Path(config.dataset).resolve()),
         output=str(Path(config.output).resolve()),
         start_from=local(config.start_from),
+        eval_dataset=local(config.eval_dataset),
         model=replace(
             model,
             vision=replace(model.vision, pretrained=local(model.vision.pretrained)),
@@ -224,6 +254,7 @@ def launch(
     ready: Preflight,
     on_step: Progress = lambda row, total: None,
     on_stop: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Run to the end, on Ray Train (which needs a running Ray) or in this process.
 
@@ -234,6 +265,7 @@ def launch(
         ready: What `preflight` found.
         on_step: Called with each step's metrics and the number of steps.
         on_stop: Called at the first Ctrl-C or SIGTERM.
+        on_note: Called with each line the workers have to say.
 
     Returns:
         The metrics of every step.
@@ -250,7 +282,7 @@ def launch(
         forget_stop(run)
         stop = threading.Event()
         follower = threading.Thread(
-            target=_follow, args=(run, ready, on_step, stop), name="follow", daemon=True
+            target=_follow, args=(run, ready, on_step, on_note, stop), name="follow", daemon=True
         )
         follower.start()
         try:
@@ -266,11 +298,21 @@ def launch(
     return read_metrics(run)
 
 
-def _follow(run: Path, ready: Preflight, on_step: Progress, stop: threading.Event) -> None:
-    """Pass new metrics on to the person who waits; workers only write the file."""
+def _follow(
+    run: Path,
+    ready: Preflight,
+    on_step: Progress,
+    on_note: Callable[[str], None],
+    stop: threading.Event,
+) -> None:
+    """Pass new metrics and notes on to the person who waits; workers only write the files."""
     seen, position, ended = ready.start - 1, 0, False
+    noted = notes_end(run)
     while not ended:
         ended = stop.wait(0.5)
+        lines, noted = notes_from(run, noted)
+        for line in lines:
+            on_note(line)
         rows, position = read_new(run, position)
         for row in rows:
             if row["step"] > seen:
@@ -289,7 +331,9 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
         train_loop_config={"config": config, "device": device},
         torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.min_workers, config.workers)
+            if config.min_workers
+            else config.workers,
             use_gpu=device == "cuda",
             resources_per_worker=resources,
         ),
@@ -299,13 +343,19 @@ def _fit_on_ray(config: RunConfig, device: Device) -> None:
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    mistake = Path(config.output) / MISTAKE
+    run, started = Path(config.output), time.time()
+    mistake = run / MISTAKE
     mistake.unlink(missing_ok=True)
     try:
-        wait_for(trainer.fit, "ray train")  # in the main thread Ray would take Ctrl-C for itself
+        # In the main thread Ray would take Ctrl-C for itself.
+        list(watched(lambda: [trainer.fit()], leave=0))
+    except RayDied as error:
+        raise TrainError(f"{error}, it goes on from the last checkpoint") from None
     except Exception as error:
         if mistake.exists():
             raise TrainError(_read_mistake(mistake)) from None
+        if hung := hang_line(run, started):
+            raise TrainError(hung) from None
         if _is_bug(error):
             raise
         raise TrainError(
@@ -346,6 +396,7 @@ def _worker(settings: dict[str, Any]) -> None:
         raise TrainError(_read_mistake(mistake))
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    config = replace(config, workers=world_size)  # Ray may have started fewer, see `min_workers`
     try:
         _train(config, settings["device"], rank, world_size)
     except (DataError, ModelError, TrainError) as error:
@@ -371,9 +422,14 @@ def _fit_here(config: RunConfig, device: Device) -> None:
     The group stays until the process ends: DeepSpeed keeps it in places that a second run of the
     same process would find.
     """
+    join_alone(device)
+    _train(config, device, rank=0, world_size=1)
+
+
+def join_alone(device: Device) -> None:
+    """A process group of this process alone, if there is none yet."""
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
-    _train(config, device, rank=0, world_size=1)

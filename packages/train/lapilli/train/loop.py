@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,19 +19,23 @@ from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
 from lapilli.model.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
+from lapilli.train.batch_digest import lanes_text, sample_lanes
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
+from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
-from lapilli.train.metrics import MetricsFile
+from lapilli.train.held_out import HeldOut, open_held_out
+from lapilli.train.journal import Journal
+from lapilli.train.measure import StepMeter, slot_losses
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
 from lapilli.train.transfer import SentStep, send_ahead
 
 __all__ = [
-    "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "open_for",
-    "setup",
+    "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "one_step",
+    "open_for", "setup",
 ]  # fmt: skip
 
 
@@ -47,6 +51,7 @@ class Setup:
     state: dict[str, Any]
     rank: int
     world_size: int
+    held_out: HeldOut | None = None
 
     @property
     def is_writer(self) -> bool:
@@ -142,7 +147,9 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
-    return Setup(config, torch_device, feed, built, start, state, rank, world_size)
+    samples = open_held_out(config, dataset.image_tokens)
+    held_out = samples and HeldOut(samples, config, feed.shape, (rank, world_size))
+    return Setup(config, torch_device, feed, built, start, state, rank, world_size, held_out)
 
 
 def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
@@ -212,25 +219,45 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
 
 def fit(ready: Setup) -> None:
     """Step from where the run is to its end, or to where it is asked to stop."""
-    run = Path(ready.config.output)
-    metrics = MetricsFile(run, ready.start) if ready.is_writer else None
+    journal = _open_journal(ready) if ready.is_writer else None
     clock = time.monotonic()
-    with checkpoint.Writer() as writer:
+    guard = StepGuard(
+        ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
+    )
+    closed = contextlib.closing(journal) if journal else contextlib.nullcontext()
+    with closed, checkpoint.Writer() as writer, guard:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             waited = time.monotonic() - clock
-            row, stops = _one_step(ready, batches, wants_stop=_wants_stop(ready))
-            seconds = time.monotonic() - clock
-            if metrics:
+            guard.begin(waited)
+            row, stops, losses = one_step(ready, batches, wants_stop=_wants_stop(ready))
+            guard.check(batches, row["loss"], row["grad_norm"])
+            guard.end(batches.step)
+            row.update(_held_out_loss(ready, batches.step + 1))
+            seconds = time.monotonic() - clock - row.get("held_out_seconds", 0.0)
+            if journal:
                 memory = peak_memory(ready.device)
                 timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
-                metrics.write({**row, **timing})
+                journal.write(batches, {**row, **timing}, losses)
             writer.check()
             _save(ready, batches.step + 1, writer, now=stops)
             if stops:
                 break
             clock = time.monotonic()
-    if metrics:
-        metrics.close()
+
+
+def _open_journal(ready: Setup) -> Journal:
+    meter = StepMeter(ready.feed.dataset, ready.engine.module, ready.device, ready.world_size)
+    return Journal(ready.config, ready.start, meter)
+
+
+def _held_out_loss(ready: Setup, done: int) -> dict[str, float]:
+    """The held-out loss where it is due: every `eval_every` steps and at the end. Collective."""
+    due = ready.config.eval_every
+    if not ready.held_out or (done % due and done != ready.feed.total_steps):
+        return {}
+    start = time.monotonic()
+    loss = ready.held_out.loss(ready.engine, ready.device)
+    return {"held_out_loss": loss, "held_out_seconds": time.monotonic() - start}
 
 
 def _wants_stop(ready: Setup) -> bool:
@@ -247,8 +274,15 @@ def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> N
         )  # fmt: skip
 
 
-def _one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dict[str, Any], bool]:
-    """Take one optimizer step; returns what is worth writing down and whether any rank stops."""
+def one_step(
+    ready: Setup, batches: SentStep, *, wants_stop: bool
+) -> tuple[dict[str, Any], bool, list[float]]:
+    """Take one optimizer step.
+
+    Returns:
+        What is worth writing down; whether any rank stops; every sample's summed loss by its place
+        in the global batch.
+    """
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
     seed_step(ready.config.seed, batches.step, ready.rank)
@@ -258,18 +292,15 @@ def _one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dic
         global_tokens=batches.global_tokens,
         world_size=ready.world_size,
     )
-    told = torch.stack([total, total.new_tensor(float(wants_stop))])
+    taken = sample_lanes(batch.sample_ids for batch in batches.batches)
+    losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch)
+    told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), losses])
     if ready.world_size > 1:
         dist.all_reduce(told)
-    summed, stops = told.tolist()
+    summed, stops, *rest = told.tolist()  # the step's one wait for the device
+    lanes, by_slot = rest[: len(taken)], rest[len(taken) :]
     loss = summed / max(1, batches.global_tokens)
     norm = _norm(ready.engine)
-    if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
-        ids = [batch.sample_ids[0] for batch in batches.batches if batch.sample_ids]
-        raise TrainError(
-            f"step {batches.step}: loss {loss}, gradient norm {norm}; expected numbers; lower "
-            f"optim.lr or look at this step's samples (rank {ready.rank}: {', '.join(ids)}, ...)"
-        )
     row = {
         "step": batches.step,
         "loss": loss,
@@ -277,8 +308,9 @@ def _one_step(ready: Setup, batches: SentStep, *, wants_stop: bool) -> tuple[dic
         "grad_norm": norm,
         "samples": batches.global_samples,
         "trained_tokens": batches.global_tokens,
+        "batch": lanes_text(lanes),
     }
-    return row, stops > 0
+    return row, stops > 0, by_slot
 
 
 def _norm(built: Any) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> Device
         "pixels": batch.pixels,
         "predict_positions": batch.predict_positions,
         "targets": batch.targets,
+        "row_losses": np.zeros(len(batch.input_ids), np.float32),  # the model fills it
     }
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["forget_stop", "is_stop_asked", "stops_on_signals", "wait_for"]
+__all__ = ["forget_stop", "is_stop_asked", "stops_on_signals"]
 
 STOP = "stop"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,25 +59,3 @@ def stops_on_signals(run: Path, on_stop: Callable[[], None]) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def wait_for(work: Callable[[], object], name: str) -> None:
-    """Do the work in a thread of its own and wait, so that signals reach this one at once.
-
-    Raises:
-        BaseException: What the work raised.
-    """
-    raised: list[BaseException] = []
-
-    def do() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=do, name=name, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if raised:
-        raise raised[0]

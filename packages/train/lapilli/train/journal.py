@@ -1,0 +1,50 @@
+"""What rank 0 writes down of every step: the metrics row, the worst samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lapilli.train.config import RunConfig
+from lapilli.train.feed import StepBatches
+from lapilli.train.measure import StepMeter, Worst, group_means
+from lapilli.train.metrics import MetricsFile
+from lapilli.train.sinks import open_sinks
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """A run's written record, from `start` on; what an earlier try wrote of later steps goes."""
+
+    def __init__(self, config: RunConfig, start: int, meter: StepMeter) -> None:
+        run = Path(config.output)
+        self._metrics = MetricsFile(run, start)
+        self._worst = Worst(run, start)
+        self._meter = meter
+        self._sinks = open_sinks(run, start, config.loggers, asdict(config))
+
+    def write(self, step: StepBatches, row: dict[str, Any], losses: Sequence[float]) -> None:
+        """Add a step.
+
+        Args:
+            step: Its samples.
+            row: What has been measured, `seconds` among it.
+            losses: Every sample's summed loss by its place in the global batch.
+        """
+        samples = self._meter.samples(step, losses)
+        groups = {f"loss_by_{by}": group_means(samples, by) for by in ("source", "modality")}
+        whole = {**row, **self._meter.speed(step, row["seconds"]), **groups}
+        self._metrics.write(whole)
+        for sink in self._sinks:
+            sink.write(whole)
+        self._worst.add(samples)
+
+    def close(self) -> None:
+        """Write what is still due."""
+        self._worst.write()
+        self._metrics.close()
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,218 @@
+"""The figures of a step: whose loss it was, how fast, and how much of what the device can do."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lapilli.data.dataset import Dataset
+from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
+from lapilli.model.peak import measured_peak, peak_flops
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.feed import StepBatches
+from lapilli.train.step import DeviceBatch
+
+__all__ = [
+    "WORST", "SampleLoss", "StepMeter", "Worst", "group_means", "read_worst", "slot_losses",
+]  # fmt: skip
+
+WORST = "worst.jsonl"
+KEPT = 20  # samples in it
+WINDOW = 200  # steps it looks back
+REWRITTEN = 50  # steps from one writing to the next
+
+
+def slot_losses(
+    slots: Sequence[NDArray[np.int64]], batches: Sequence[DeviceBatch], size: int
+) -> Tensor:
+    """This rank's summed losses by place in the global batch, 0 elsewhere, on the device.
+
+    The sum over ranks has every sample's loss unrounded: one rank's number and zeros.
+
+    Args:
+        slots: The place of each row (`StepBatches.slots`).
+        batches: The micro-batches, after the model has filled `row_losses`.
+        size: Samples of a global batch.
+
+    Returns:
+        fp32 [size].
+    """
+    losses = batches[0].inputs["row_losses"].new_zeros(size)
+    for places, batch in zip(slots, batches, strict=True):
+        if len(places):  # consecutive: empty slots of a micro-batch are its last
+            start = int(places[0])
+            losses[start : start + len(places)] = batch.inputs["row_losses"][: len(places)]
+    return losses
+
+
+class StepMeter:
+    """What rank 0 adds to a step's row. Asks the device for nothing.
+
+    Args:
+        dataset: The run's data.
+        module: The model, as the engine holds it.
+        device: What it computes on.
+        world_size: Number of such devices.
+    """
+
+    def __init__(
+        self, dataset: Dataset, module: VisionLanguageModel, device: torch.device, world_size: int
+    ) -> None:
+        self._dataset = dataset
+        self._numbers = model_numbers(module)
+        is_gpu = device.type == "cuda"
+        peak = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else measured_peak(device)
+        self._peak = peak and peak * world_size
+
+    def speed(self, step: StepBatches, seconds: float) -> dict[str, Any]:
+        """Tokens, the model's operations and the share of the devices' peak rate they make.
+
+        Args:
+            step: The step.
+            seconds: How long it took, with waiting for data.
+
+        Returns:
+            `tokens`, `tokens_per_second`, `flops`, and `mfu`, None where no peak is known.
+        """
+        ids = step.placed[step.placed >= 0]
+        lengths = self._dataset.lengths[ids]
+        images = int(self._dataset.num_images[ids].sum())
+        numbers = BatchNumbers(
+            lengths.tolist(), images, step.global_tokens,
+            padded_rows=0, padded_length=0, padded_images=0, padded_targets=0,
+        )  # fmt: skip
+        flops = step_flops(self._numbers, numbers).model.total
+        tokens = int(lengths.sum())
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "flops": flops,
+            "mfu": flops / (seconds * self._peak) if self._peak else None,
+        }
+
+    def samples(self, step: StepBatches, losses: Sequence[float]) -> list[SampleLoss]:
+        """Each sample's loss; none where the loss cannot be told apart (Liger).
+
+        Args:
+            step: The step.
+            losses: Summed losses by place in the global batch.
+        """
+        found: list[SampleLoss] = []
+        for index, loss in zip(step.placed.tolist(), losses, strict=False):
+            tokens = int(self._dataset.num_trained[index]) if index >= 0 else 0
+            if tokens and not math.isnan(loss):
+                name = self._dataset.sample_id(index)
+                has_images = bool(self._dataset.num_images[index])
+                found.append(SampleLoss(step.step, index, name, has_images, loss, tokens))
+        return found
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """A sample's part of a step's loss.
+
+    Attributes:
+        step: The step.
+        index: The sample, as the dataset counts them.
+        sample_id: Its id, `source/record`.
+        has_images: Its modality.
+        total: Summed over its trained tokens.
+        tokens: Their number.
+    """
+
+    step: int
+    index: int
+    sample_id: str
+    has_images: bool
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over its trained tokens."""
+        return self.total / self.tokens
+
+    @property
+    def source(self) -> str:
+        """Where it is from."""
+        return self.sample_id.partition("/")[0]
+
+    @property
+    def modality(self) -> str:
+        """`image` or `text`."""
+        return "image" if self.has_images else "text"
+
+
+def group_means(samples: Sequence[SampleLoss], by: str) -> dict[str, list[float]]:
+    """Mean loss over trained tokens, and their number, by `source` or `modality`."""
+    sums: dict[str, list[float]] = {}
+    for sample in samples:
+        group = sums.setdefault(getattr(sample, by), [0.0, 0])
+        group[0] += sample.total
+        group[1] += sample.tokens
+    return {name: [total / tokens, tokens] for name, (total, tokens) in sorted(sums.items())}
+
+
+class Worst:
+    """The samples of highest mean loss of the last steps, in `worst.jsonl`."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        self._path = run / WORST
+        before = [sample for sample in read_worst(run) if sample.step < start]
+        self._steps: deque[list[SampleLoss]] = deque([before] if before else [], maxlen=WINDOW)
+
+    def add(self, samples: Sequence[SampleLoss]) -> None:
+        """Remember a step; now and then write."""
+        self._steps.append(_highest(samples))
+        if len(self._steps) == 1 or (samples and samples[0].step % REWRITTEN == 0):
+            self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        highest = _highest([sample for step in self._steps for sample in step])
+        lines = [
+            json.dumps({
+                "sample_id": s.sample_id, "loss": s.mean, "step": s.step,
+                "trained_tokens": s.tokens, "index": s.index, "has_images": s.has_images,
+            })
+            for s in highest
+        ]  # fmt: skip
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(self._path)
+
+
+def _highest(samples: Sequence[SampleLoss]) -> list[SampleLoss]:
+    """The first `KEPT`, a sample once, with its highest loss."""
+    found: dict[int, SampleLoss] = {}
+    for sample in sorted(samples, key=lambda s: (-s.mean, s.step, s.index)):
+        found.setdefault(sample.index, sample)
+        if len(found) == KEPT:
+            break
+    return list(found.values())
+
+
+def read_worst(run: Path) -> list[SampleLoss]:
+    """What `worst.jsonl` holds, highest first; nothing where there is none."""
+    try:
+        lines = (run / WORST).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return [
+        SampleLoss(
+            r["step"], r["index"], r["sample_id"], r["has_images"],
+            r["loss"] * r["trained_tokens"], r["trained_tokens"],
+        )
+        for r in rows
+    ]  # fmt: skip

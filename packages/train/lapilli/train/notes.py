@@ -1,0 +1,31 @@
+"""What workers have to say to the person who waits: one line each, appended to `notes.txt`."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+__all__ = ["NOTES", "note", "notes_end", "notes_from"]
+
+NOTES = "notes.txt"
+
+
+def note(run: Path, text: str) -> None:
+    """Say one line. Lines of several workers do not mix: each is one append."""
+    with contextlib.suppress(OSError), (run / NOTES).open("a", encoding="utf-8") as file:
+        file.write(" ".join(text.split()) + "\n")
+
+
+def notes_end(run: Path) -> int:
+    """The byte position behind what has been said so far."""
+    return (run / NOTES).stat().st_size if (run / NOTES).exists() else 0
+
+
+def notes_from(run: Path, position: int) -> tuple[list[str], int]:
+    """The whole lines from a byte position on, and the position behind them."""
+    try:
+        data = (run / NOTES).read_bytes()[position:]
+    except FileNotFoundError:
+        return [], position
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.decode().splitlines(), position + len(whole)

@@ -1,0 +1,211 @@
+"""report.html of a run: its curves, its speed, the samples it finds hardest, on one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.errors import DataError
+from lapilli.data.page import Figure, GalleryItem, Page
+from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.transcript import transcript
+from lapilli.train.errors import TrainError
+from lapilli.train.measure import SampleLoss, read_worst
+from lapilli.train.metrics import read_metrics
+from lapilli.train.notes import notes_from
+
+__all__ = ["REPORT", "curves", "flat_settings", "smoothed", "write_run_report"]
+
+REPORT = "report.html"
+SHOWN = 8  # of the worst samples, with their conversation
+MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def curves(rows: Rows, name: str, scale: float = 1.0) -> Curve:
+    """Steps and values of a figure, of the steps that have it."""
+    found = [(row["step"], row[name] * scale) for row in rows if row.get(name) is not None]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.array(steps, np.float64), np.array(values, np.float64)
+
+
+def smoothed(values: NDArray[np.float64], memory: float = MEMORY) -> NDArray[np.float64]:
+    """Exponential mean, unbiased at its beginning (Kingma and Ba, arXiv 1412.6980, section 3)."""
+    result, total, weight = np.empty_like(values), 0.0, 0.0
+    for place, value in enumerate(values):
+        total = memory * total + (1 - memory) * value
+        weight = memory * weight + (1 - memory)
+        result[place] = total / weight
+    return result
+
+
+def write_run_report(run: Path) -> Path:
+    """Write a run's page from what its folder holds, finished or not.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        TrainError: No run, or no step of it is done.
+    """
+    try:
+        config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise TrainError(f"{run}: no run; expected the --output of train") from None
+    rows = read_metrics(run)
+    if not rows:
+        raise TrainError(f"{run}: not a step done; nothing to report yet")
+    page = Page(f"Run {run.name}", f"{config['dataset']}, view {config['view']}")
+    page.figures(_figures(rows, facts))
+    _add_loss(page, rows)
+    _add_speed(page, rows)
+    _add_worst(page, run, config, facts)
+    _add_notes(page, run)
+    page.section("Settings").key_values(flat_settings(config))
+    return page.write(run / REPORT)
+
+
+def _figures(rows: Rows, facts: Mapping[str, Any]) -> list[Figure]:
+    last, total = rows[-1], facts["total_steps"]
+    figures = [
+        Figure("steps", f"{last['step'] + 1:,}", f"of {total:,}"),
+        Figure("loss", f"{smoothed(curves(rows, 'loss')[1])[-1]:.4f}", "mean of the last steps"),
+    ]
+    held_out = curves(rows, "held_out_loss")[1]
+    if len(held_out):
+        figures.append(Figure("held-out loss", f"{held_out[-1]:.4f}", f"best {held_out.min():.4f}"))
+    rate = np.median([row["samples"] / row["seconds"] for row in rows])
+    figures.append(Figure("samples/s", f"{rate:,.1f}", "median step"))
+    speed, mfu = curves(rows, "tokens_per_second")[1], curves(rows, "mfu")[1]
+    if len(speed):
+        figures.append(Figure("tokens/s", f"{np.median(speed):,.0f}", "median step"))
+    if len(mfu):
+        figures.append(Figure("MFU", f"{np.median(mfu):.1%}", "median step"))
+    memory = curves(rows, "memory_bytes", 1e-9)[1]
+    if len(memory):
+        figures.append(Figure("memory", f"{memory.max():.1f} GB", "most of rank 0"))
+    return figures
+
+
+def _add_loss(page: Page, rows: Rows) -> None:
+    page.section("Loss")
+    steps, losses = curves(rows, "loss")
+    series = {"each step": (steps, losses), "smoothed": (steps, smoothed(losses))}
+    held_out = curves(rows, "held_out_loss")
+    if len(held_out[0]):
+        series["held out"] = held_out
+    page.line_chart(series, "step", "loss a trained token", "Loss")
+    for by in ("source", "modality"):
+        groups = _group_curves(rows, f"loss_by_{by}")
+        if len(groups) > 1:
+            page.line_chart(groups, "step", "smoothed loss", f"Loss by {by}")
+            page.table([by, "last loss, smoothed", "steps"], _group_rows(groups))
+    page.line_chart({"": curves(rows, "grad_norm")}, "step", "norm", "Gradient before clipping")
+    page.line_chart({"": curves(rows, "lr")}, "step", "rate", "Learning rate")
+
+
+def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:
+    """The smoothed loss of each group, over the steps that had any of it."""
+    names = sorted({group for row in rows for group in row.get(name, ())})
+    found: dict[str, Curve] = {}
+    for group in names:
+        own = [
+            {"step": r["step"], "mean": r[name][group][0]} for r in rows if group in r.get(name, ())
+        ]
+        steps, values = curves(own, "mean")
+        found[group] = steps, smoothed(values)
+    return found
+
+
+def _group_rows(groups: Mapping[str, Curve]) -> list[list[object]]:
+    return [[name, f"{values[-1]:.4f}", len(steps)] for name, (steps, values) in groups.items()]
+
+
+def _add_speed(page: Page, rows: Rows) -> None:
+    page.section("Speed")
+    waited, seconds = (sum(row[name] for row in rows) for name in ("wait_seconds", "seconds"))
+    parts = {
+        "computing": seconds - waited,
+        "waiting for data": waited,
+        "held-out loss": sum(row.get("held_out_seconds", 0.0) for row in rows),
+    }
+    whole = sum(parts.values())
+    page.table(
+        ["of all steps", "seconds", "share"],
+        [[name, f"{part:,.1f}", f"{part / whole:.1%}"] for name, part in parts.items()],
+        "Where the time went; what restarts cost is not in it",
+    )
+    charts = [
+        ("tokens_per_second", 1.0, "tokens/s", "Tokens with the images' own"),
+        ("mfu", 100.0, "%", "Model FLOPs utilisation"),
+        ("memory_bytes", 1e-9, "GB", "Most memory rank 0 has held so far"),
+    ]
+    for name, scale, unit, title in charts:
+        curve = curves(rows, name, scale)
+        if len(curve[0]):
+            page.line_chart({"": curve}, "step", unit, title)
+    steps = curves(rows, "wait_seconds")[0]
+    shares = np.array([100 * row["wait_seconds"] / row["seconds"] for row in rows])
+    page.line_chart({"": (steps, shares)}, "step", "%", "Share of a step spent waiting for data")
+
+
+def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    worst = read_worst(run)
+    if not worst:
+        return
+    page.section("Samples of highest loss")
+    page.table(
+        ["sample", "loss", "step", "trained tokens"],
+        [[s.sample_id, f"{s.mean:.4f}", s.step, s.tokens] for s in worst],
+        "Mean over a sample's trained tokens, when it was trained on",
+    )
+    try:
+        dataset = open_dataset(
+            config["dataset"], view=config["view"], image_tokens=facts["image_tokens"],
+            max_length=config["max_length"],
+        )  # fmt: skip
+    except DataError as error:
+        page.text(f"Their conversations are not shown: {error}")
+        return
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    for sample in worst[:SHOWN]:
+        _add_sample(page, dataset, tokenizer, sample)
+
+
+def _add_sample(page: Page, dataset: Dataset, tokenizer: Any, found: SampleLoss) -> None:
+    if found.index >= len(dataset) or dataset.sample_id(found.index) != found.sample_id:
+        return  # the dataset has been built anew meanwhile
+    sample = dataset.sample(found.index)
+    if len(sample.pixels):
+        page.gallery([GalleryItem(picture) for picture in sample.pixels])
+    image = f"<image {dataset.image_tokens} tokens>"
+    pieces = transcript(sample.input_ids, sample.label_spans, tokenizer, image_text=image)
+    page.transcript(pieces, f"{found.sample_id}: loss {found.mean:.4f} at step {found.step}")
+
+
+def _add_notes(page: Page, run: Path) -> None:
+    lines, _ = notes_from(run, 0)
+    if lines:
+        page.section("What was noted").text("\n".join(lines[-50:]))
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Settings with their full names, as overrides spell them."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flat_settings(value, f"{prefix}{name}."))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

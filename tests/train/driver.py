@@ -1,0 +1,33 @@
+"""A training run in a process of its own, on a Ray with as many cores as a test needs.
+
+python -m tests.train.driver CORES FLAGS...     1+1: two nodes of a core each
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from pipelines.command import run
+from pipelines.train import main
+
+
+def start(cores: list[int]) -> None:
+    """One node a number; the driver lives on the first one."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if len(cores) == 1:
+        ray.init("local", num_cpus=cores[0], include_dashboard=False, **quiet)
+        return
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores[0]})
+    for more in cores[1:]:
+        cluster.add_node(num_cpus=more)
+    ray.init(cluster.address, **quiet)
+
+
+if __name__ == "__main__":
+    start([int(number) for number in sys.argv[1].split("+")])
+    run(lambda: main(sys.argv[2:]))

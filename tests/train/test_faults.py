@@ -1,0 +1,116 @@
+"""What is done to a run from outside: its processes killed, resumed elsewhere; nothing is lost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lapilli.train.batch_digest import lanes_text, sample_lanes
+from lapilli.train.config import RunConfig
+from lapilli.train.metrics import read_metrics
+from tests.train.disturbed import driver, ends, kill_at
+from tests.train.small_run import small_dataset, small_run
+
+EPOCHS, STEPS = 6, 42  # 4 global batches with images and 3 without, six times
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """An uninterrupted run."""
+    config = small_run(dataset, tmp_path_factory.mktemp("finished") / "run", epochs=EPOCHS)
+    code, _, errors = ends(config)
+    assert code == 0, errors
+    return config
+
+
+def column(config: RunConfig, name: str) -> list[Any]:
+    rows = read_metrics(Path(config.output))
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row[name] for row in rows]
+
+
+def last_line(errors: str) -> str:
+    """The line a user's mistake ends with, without any traceback before it."""
+    assert "Traceback" not in errors, errors
+    return errors.splitlines()[-1]
+
+
+@pytest.mark.faults
+def test_the_raylet_is_killed_and_the_same_command_goes_on(
+    finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run", epochs=EPOCHS, save_every=2)
+    with driver(config) as running:
+        kill_at("raylet", config, 9, running)
+        code, _, errors = running.end()
+    assert code == 2, errors
+    assert last_line(errors).startswith("error: Ray has died on this machine"), errors
+    assert len(read_metrics(Path(config.output))) < STEPS
+    code, said, errors = ends(config)
+    assert code == 0, errors
+    assert "goes on from step" in said
+    assert column(config, "loss") == column(finished, "loss")
+    assert column(config, "batch") == column(finished, "batch")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
+    finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(20)
+    steps = [chance.randint(first, first + 4) for first in (2, 10, 18, 26, 34)]
+    two = small_run(dataset, tmp_path / "run", epochs=EPOCHS, save_every=2)
+    with driver(two) as running:
+        kill_at("worker", two, steps[0], running)  # Ray replaces it
+        kill_at("raylet", two, steps[1], running)
+        assert running.end()[0] == 2
+    with driver(two) as running:
+        kill_at("driver", two, steps[2], running)
+        assert running.end()[0] == -9
+    alike = len(read_metrics(Path(two.output)))
+    one = replace(two, workers=1, zero_stage=3)
+    with driver(one) as running:
+        kill_at("worker", one, steps[3], running)
+        kill_at("raylet", one, steps[4], running)
+        assert running.end()[0] == 2
+    four = replace(two, workers=4, zero_stage=3)
+    code, _, errors = ends(four)
+    assert code == 0, errors
+    same = alike - alike % two.save_every  # later steps were taken again by one worker
+    losses, expected = column(four, "loss"), column(finished, "loss")
+    assert column(four, "batch") == column(finished, "batch"), steps
+    assert losses[:same] == expected[:same], steps
+    assert losses == pytest.approx(expected, abs=1e-4), steps
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", [2, 3])
+def test_four_workers_end_with_batches_of_text_alone(
+    stage: int, finished: RunConfig, dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(
+        dataset, tmp_path / "run", epochs=EPOCHS, max_steps=14, workers=4, zero_stage=stage
+    )
+    code, _, errors = ends(config)
+    assert code == 0, errors
+    assert column(config, "batch") == column(finished, "batch")[:14]
+
+
+def test_the_digest_of_a_batch_is_of_its_samples_alone() -> None:
+    names = [f"made_up/{number}" for number in range(12)]
+    whole = lanes_text(sample_lanes([names]))
+    ranks = [sample_lanes([names[7:], []]), sample_lanes([names[2:7], names[:2]])]
+    assert lanes_text([sum(lane) for lane in zip(*ranks, strict=True)]) == whole
+    assert lanes_text(sample_lanes([names[1:]])) != whole
+    assert lanes_text(sample_lanes([names, names[:1]])) != whole
+    assert lanes_text(sample_lanes([[*names[1:], "made_up/12"]])) != whole

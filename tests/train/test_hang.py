@@ -1,0 +1,137 @@
+"""Workers that are stuck or slow, and what is measured of them before they start."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lapilli.train.hang import HangWatch, hang_line, stack_path, where
+from lapilli.train.notes import note, notes_end, notes_from
+from lapilli.train.probes import Worker, probe_line, probe_warnings, save_warning
+from lapilli.train.straggler import slow_line, slow_ranks
+from tests.train.disturbed import driver, ends, train_workers
+from tests.train.small_run import small_dataset, small_run
+
+PLANTED = "tests.train.planted:projector"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("hang"))
+
+
+@pytest.mark.faults
+def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run", hang_seconds=20.0, max_failures=0)
+    config = replace(config, model=replace(config.model, projector=PLANTED))
+    with driver(config, PLANTED="hang:1:6") as running:
+        code, said, errors = running.end()
+        assert train_workers(running) == []
+    assert code == 2, errors
+    line = errors.splitlines()[-1]
+    assert line.startswith("error: a step took longer than hang_seconds: rank 0 at "), errors
+    assert "rank 1 at train/planted.py" in line
+    assert "rank 1 is at train/planted.py" in said
+    waiting = stack_path(tmp_path / "run", 0).read_text()
+    assert "lapilli/train/loop.py" in waiting
+    assert "planted.py" not in waiting
+    assert "planted.py" in stack_path(tmp_path / "run", 1).read_text()
+
+
+@pytest.mark.faults
+def test_a_rank_that_sleeps_in_every_step_is_named(dataset: Path, tmp_path: Path) -> None:
+    config = small_run(dataset, tmp_path / "run", epochs=4)  # 28 steps, a window is 20
+    config = replace(config, model=replace(config.model, projector=PLANTED))
+    code, said, errors = ends(config, PLANTED="slow:1:1.0")
+    assert code == 0, errors
+    assert said.count("rank 1 on ") == 1
+    assert "is slow: 2" in said
+    assert "rank 0 on" not in said
+
+
+def test_stacks_are_written_of_a_step_that_is_too_long_and_of_no_other(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with HangWatch(tmp_path, 3, 0.5) as watch:
+            watch.beat(7)
+            time.sleep(60)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 17
+    assert "in test_stacks_are_written" in stack_path(tmp_path, 3).read_text()
+    (said,), _ = notes_from(tmp_path, 0)
+    assert said.startswith("step 7 has taken more than 0.5 s: rank 3 is at ")
+    assert "rank 3 at " in str(hang_line(tmp_path, since=0.0))
+    assert hang_line(tmp_path, since=time.time() + 60) is None
+    with HangWatch(tmp_path / "other", 0, 0.5) as watch:
+        for step in range(5):
+            watch.beat(step)
+            time.sleep(0.2)
+    assert list((tmp_path / "other" / "stacks").iterdir()) == []
+
+
+def test_the_place_of_a_rank_is_its_own_code_in_the_last_dump() -> None:
+    dump = """Timeout (0:00:20)!
+Thread 0x01 (most recent call first):
+  File "/x/old.py", line 1 in gone
+Timeout (0:00:20)!
+Thread 0x02 (most recent call first):
+  File "/y/lib/python3.11/threading.py", line 331 in wait
+Thread 0x03 (most recent call first):
+  File "/y/site-packages/torch/distributed/x.py", line 9 in all_reduce
+  File "/z/lapilli/train/loop.py", line 257 in one_step
+"""
+    assert where(dump) == "train/loop.py:257 in one_step"
+    assert where("") == "an unknown place"
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=9), st.permutations(range(9)))
+def test_a_slow_rank_is_slow_whatever_its_number(busy: list[float], order: list[int]) -> None:
+    slow = {busy[rank] for rank in slow_ranks(busy, 0.0)}
+    shuffled = [busy[rank] for rank in order if rank < len(busy)]
+    assert {shuffled[rank] for rank in slow_ranks(shuffled, 0.0)} == slow
+    for rank in slow_ranks(busy, 0.0):
+        assert busy[rank] >= statistics.median(busy)
+    assert slow_ranks([busy[0]] * len(busy), 0.0) == []
+
+
+def test_one_slow_rank_is_named_and_the_others_are_not() -> None:
+    assert slow_ranks([1.0, 1.1, 1.5, 0.9], 3.0) == [2]
+    assert slow_ranks([1.0, 1.1, 1.5, 0.9], 6.0) == []  # half a second of six is noise
+    assert slow_ranks([1.0, 1.29], 1.0) == []
+    assert slow_ranks([1.0], 1.0) == []
+    assert "rank 2 on node7 is slow: 1500 ms" in slow_line([1.0, 1.1, 1.5, 0.9], 2, "node7")
+
+
+def test_workers_that_are_far_off_are_named_with_what_to_do() -> None:
+    usual = [Worker(rank, f"node{rank}", 0.0, 8e9, 4e9, 0.0) for rank in range(4)]
+    usual[0] = replace(usual[0], written=100e6)
+    assert probe_warnings(usual) == []
+    assert probe_line(usual) == (
+        "4 workers on 4 hosts: all-reduce 8.00 GB/s, disk 100 MB/s, clocks within 0.0 ms"
+    )
+    late = [*usual[:3], replace(usual[3], clock=-4.0)]
+    assert probe_warnings(late)[0].startswith("rank 3 on node3: its clock is 4.0 s behind rank 0's")
+    far = [*usual[:3], replace(usual[3], link=1e9)]
+    assert probe_warnings(far)[0].startswith("rank 3 on node3 receives 1.00 GB/s from rank 2")
+    assert save_warning(usual, 10**9, 1.0, 20) is None
+    assert "set save_every to 11 or more" in str(save_warning(usual, 10**9, 1.0, 9))
+
+
+def test_notes_are_passed_on_once(tmp_path: Path) -> None:
+    assert notes_from(tmp_path, notes_end(tmp_path)) == ([], 0)
+    note(tmp_path, "one\nline")
+    lines, position = notes_from(tmp_path, 0)
+    assert lines == ["one line"]
+    assert position == notes_end(tmp_path)
+    note(tmp_path, "another")
+    assert notes_from(tmp_path, position)[0] == ["another"]

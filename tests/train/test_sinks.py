@@ -1,0 +1,118 @@
+"""What TensorBoard, Weights & Biases and MLflow have got, read with their own readers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lapilli.train.notes import NOTES
+from lapilli.train.sinks import MlflowSink, SinkThread, TensorboardSink, WandbSink
+
+CONFIG = {"global_batch": 8, "seed": 3}
+
+
+def write_and_resume(sink: Any, run: Path) -> None:
+    """Steps 0 to 5, then, as a run that is resumed at step 3, 3 to 7."""
+    run.mkdir(exist_ok=True)
+    for start, end in ((0, 6), (3, 8)):
+        opened = sink(run, start, CONFIG)
+        for step in range(start, end):
+            opened.write(step, {"loss": 10.0 - step, "loss_by_source/a": 0.5})
+        opened.close()
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    reader: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write_and_resume(TensorboardSink, tmp_path / "run")
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(step, 10.0 - step) for step in range(8)]
+    assert "loss_by_source/a" in events.Tags()["scalars"]
+
+
+def test_mlflow_has_each_step_once_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking: Any = pytest.importorskip("mlflow.tracking")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run = tmp_path / "run"
+    write_and_resume(MlflowSink, run)
+    client = tracking.MlflowClient(tracking_uri=(run / "mlruns").as_uri())
+    (experiment,) = [e for e in client.search_experiments() if e.name == "lapilli"]
+    (kept,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(kept.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(s, 10.0 - s) for s in range(8)]
+    assert kept.data.params["global_batch"] == "8"
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    sink = WandbSink(run, 0, CONFIG)
+    for step in range(4):
+        sink.write(step, {"loss": 10.0 - step})
+    sink.close()
+    identity = (run / "wandb.id").read_text(encoding="utf-8")
+    (file,) = (run / "wandb").glob(f"offline-run-*/run-{identity}.wandb")
+    assert wandb_losses(file) == [10.0, 9.0, 8.0, 7.0]
+
+
+def wandb_losses(file: Path) -> list[float]:
+    """The loss of each record of an offline run, by wandb's own reader."""
+    import json
+
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store: Any = DataStore()
+    store.open_for_scan(str(file))
+    found: list[float] = []
+    while (data := store.scan_data()) is not None:
+        record: Any = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            if "loss" in (item.key, *item.nested_key):
+                found.append(float(json.loads(item.value_json)))
+    return found
+
+
+def test_a_sink_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
+    def broken() -> Any:
+        raise ConnectionError("no route\nto host")
+
+    sink = SinkThread("wandb", broken, tmp_path)
+    sink.close()
+    sink.write({"step": 0, "loss": 1.0})
+    (line,) = (tmp_path / NOTES).read_text(encoding="utf-8").splitlines()
+    assert "wandb: ConnectionError: no route to host" in line
+
+
+def test_a_sink_that_hangs_holds_up_no_step(tmp_path: Path) -> None:
+    goes_on, got = threading.Event(), list[int]()
+
+    class Slow:
+        def write(self, step: int, figures: Mapping[str, float]) -> None:
+            goes_on.wait()
+            got.append(step)
+
+        def close(self) -> None:
+            pass
+
+    sink = SinkThread("slow", Slow, tmp_path)
+    for step in range(100):
+        sink.write({"step": step, "loss": 1.0})  # would never return if it waited
+    assert got == []
+    goes_on.set()
+    sink.close()
+    assert got == [*range(100)]
