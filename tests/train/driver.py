@@ -28,6 +28,14 @@ def start(cores: list[int]) -> None:
     ray.init(cluster.address, **quiet)
 
 
+def train(cores: str, flags: list[str]) -> int:
+    """As `pipelines.train` does it: Ray is left before the last line is said."""
+    start([int(number) for number in cores.split("+")])
+    try:
+        return main(flags)
+    finally:
+        ray.shutdown()
+
+
 if __name__ == "__main__":
-    start([int(number) for number in sys.argv[1].split("+")])
-    run(lambda: main(sys.argv[2:]))
+    run(lambda: train(sys.argv[1], sys.argv[2:]))

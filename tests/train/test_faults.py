@@ -13,6 +13,7 @@ from lapilli.train.batch_digest import lanes_text, sample_lanes
 from lapilli.train.config import RunConfig
 from lapilli.train.metrics import read_metrics
 from tests.train.disturbed import driver, ends, kill_at
+from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 
 EPOCHS, STEPS = 6, 42  # 4 global batches with images and 3 without, six times
@@ -94,16 +95,18 @@ def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", [2, 3])
-def test_four_workers_end_with_batches_of_text_alone(
-    stage: int, finished: RunConfig, dataset: Path, tmp_path: Path
+def test_two_one_and_four_workers_without_ray_take_the_same_batches_to_the_same_losses(
+    dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_run(
-        dataset, tmp_path / "run", epochs=EPOCHS, max_steps=14, workers=4, zero_stage=stage
-    )
-    code, _, errors = ends(config)
-    assert code == 0, errors
-    assert column(config, "batch") == column(finished, "batch")[:14]
+    whole = small_run(dataset, tmp_path / "whole", save_every=2)
+    assert train_together(whole) == [0, 0]
+    two = replace(whole, output=str(tmp_path / "run"))
+    assert train_together(two, kill_at=random.Random(9).randint(2, 4)) == [-9, -9]
+    assert train_together(replace(two, workers=1, zero_stage=3), kill_at=8) == [-9]
+    four = replace(two, workers=4)
+    assert train_together(four) == [0] * 4
+    assert column(four, "batch") == column(whole, "batch")
+    assert column(four, "loss") == pytest.approx(column(whole, "loss"), abs=1e-4)
 
 
 def test_the_digest_of_a_batch_is_of_its_samples_alone() -> None:

@@ -16,7 +16,8 @@ from lapilli.train.hang import HangWatch, hang_line, stack_path, where
 from lapilli.train.notes import note, notes_end, notes_from
 from lapilli.train.probes import Worker, probe_line, probe_warnings, save_warning
 from lapilli.train.straggler import slow_line, slow_ranks
-from tests.train.disturbed import driver, ends, train_workers
+from tests.train.disturbed import driver, train_workers
+from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 
 PLANTED = "tests.train.planted:projector"
@@ -48,14 +49,16 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
 
 
 @pytest.mark.faults
-def test_a_rank_that_sleeps_in_every_step_is_named(dataset: Path, tmp_path: Path) -> None:
-    config = small_run(dataset, tmp_path / "run", epochs=4)  # 28 steps, a window is 20
+def test_a_rank_that_sleeps_in_every_step_is_named_and_no_other(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED", "slow:1:0.3")
+    config = small_run(dataset, tmp_path / "run", epochs=4, max_steps=22)  # a window is 20
     config = replace(config, model=replace(config.model, projector=PLANTED))
-    code, said, errors = ends(config, PLANTED="slow:1:1.0")
-    assert code == 0, errors
-    assert said.count("rank 1 on ") == 1
-    assert "is slow: 2" in said
-    assert "rank 0 on" not in said
+    assert train_together(config) == [0, 0]
+    said = [line for line in notes_from(tmp_path / "run", 0)[0] if "is slow" in line]
+    assert len(said) == 1
+    assert said[0].startswith("rank 1 on ")
 
 
 def test_stacks_are_written_of_a_step_that_is_too_long_and_of_no_other(tmp_path: Path) -> None:

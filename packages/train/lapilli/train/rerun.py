@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.data.collate import Batch, collate
+from lapilli.model.trainable import set_modes
 from lapilli.train.checkpoint import latest_checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import choose_device
@@ -78,7 +79,7 @@ def rerun(
     # DeepSpeed's hooks stay with its own copy.
     model, _ = build_start(config)
     model.to(ready.device).load_state_dict(ready.engine.module.state_dict())
-    model.train(ready.engine.module.training)
+    set_modes(model)
     losses = _sample_losses(model, ready.feed, kept, ready.device)
     finding = examine(model, kept.batches(), ready.device, config.seed, kept.step)
     return replace(

@@ -1,0 +1,59 @@
+"""A run's workers as plain processes on gloo, without Ray: what a worker does, at little cost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lapilli.train.config import RunConfig
+from lapilli.train.loop import fit, setup
+from lapilli.train.metrics import read_metrics
+
+__all__ = ["train_together"]
+
+PATIENCE = 300  # seconds without a step; a machine may have other work
+
+
+def train_together(config: RunConfig, *, kill_at: int | None = None) -> list[int | None]:
+    """Run `config.workers` processes to their end; returns their exit codes.
+
+    Args:
+        config: The run.
+        kill_at: kill -9 the last worker once this step is done; the others are ended then.
+    """
+    run = Path(config.output)
+    run.mkdir(parents=True, exist_ok=True)
+    store = f"{tempfile.mkdtemp(dir=run.parent)}/store"
+    spawn = multiprocessing.get_context("spawn")
+    places = [(config, rank, store) for rank in range(config.workers)]
+    workers = [spawn.Process(target=_work, args=place) for place in places]
+    for worker in workers:
+        worker.start()
+    if kill_at is not None:
+        give_up = time.monotonic() + PATIENCE
+        while not any(row["step"] >= kill_at for row in read_metrics(run)):
+            assert time.monotonic() < give_up, "the run never came to the step"
+            time.sleep(0.005)
+        workers[-1].kill()
+        workers[-1].join()
+        for worker in workers[:-1]:
+            worker.kill()  # as Ray does with a group of which one is lost
+    for worker in workers:
+        worker.join(PATIENCE)
+    return [worker.exitcode for worker in workers]
+
+
+def _work(config: RunConfig, rank: int, store: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.workers))
+    torch.set_num_threads(1)
+    size = config.workers
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
+    fit(setup(config, "cpu", rank=rank, world_size=size))
+    dist.barrier()
+    dist.destroy_process_group()
