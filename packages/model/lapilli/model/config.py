@@ -53,6 +53,8 @@ class LanguageConfig:
         trust_remote_code: Run the code that comes with the weights.
         vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new
             rows are the mean of the others. 0 leaves them; fewer than there are change nothing.
+        quantize: `nf4` keeps the linear layers but the head in 4 bits, twice quantised, and
+            computes in the model's dtype (QLoRA, arXiv 2305.14314); they learn by `lora` alone.
     """
 
     model_type: str = "llama"
@@ -62,6 +64,15 @@ class LanguageConfig:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     vocab_size: int = 0
+    quantize: Literal["none", "nf4"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.quantize != "none" and not self.pretrained:
+            raise ModelError(
+                f"language.quantize: {self.quantize} without language.pretrained; random weights "
+                "cannot learn in 4 bits, name a folder or set quantize none"
+            )
 
 
 @dataclass(frozen=True)
@@ -137,5 +148,11 @@ class ModelConfig:
             raise ModelError("trainable: empty; expected some of vision, projector, language")
         if self.projector_std is not None and self.projector_std <= 0:
             raise ModelError(f"projector_std: {self.projector_std}; expected more than 0")
+        learns_whole = "language" in self.trainable and self.lora is None
+        if self.language.quantize != "none" and learns_whole:
+            raise ModelError(
+                f"language.quantize: {self.language.quantize}, but the language model is to learn "
+                "whole; set lora, or take language out of trainable"
+            )
         if self.head_chunk < 1:
             raise ModelError(f"head_chunk: {self.head_chunk}; expected at least 1")

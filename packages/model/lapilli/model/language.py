@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lapilli.model.config import LanguageConfig
+from lapilli.model.errors import ModelError
 from lapilli.model.pretrained import check_settings, one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 __all__ = ["build_language", "logit_scale", "logit_softcap", "text_scale"]
 
@@ -33,6 +35,8 @@ def build_language(config: LanguageConfig, dtype: torch.dtype = torch.float32) -
 def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    if config.quantize != "none":
+        kind = {**kind, "quantization_config": _quantization(kind["dtype"])}
     with one_line(
         f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
         "a folder with a causal language model in safetensors"
@@ -43,6 +47,20 @@ def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             **kind,
         )
+
+
+def _quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "language.quantize: bitsandbytes is not installed; pip install 'lapilli[qlora]', or "
+            "set language.quantize none"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
 
 
 def _random(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:

@@ -24,9 +24,13 @@ GROUPS = ("projector", "language", "vision", "adapters")
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
-    """Let the named parts (direct children of `model`) learn and freeze the others."""
+    """Let the named parts (direct children of `model`) learn and freeze the others.
+
+    Weights in 4 bits are bytes, which have no gradient.
+    """
     for name, child in model.named_children():
-        child.requires_grad_(name in trainable)
+        for value in child.parameters():
+            value.requires_grad_(name in trainable and value.is_floating_point())
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -157,6 +157,12 @@ class RunConfig:
             raise TrainError(
                 "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
             )
+        if self.zero_stage == 3 and self.model.language.quantize != "none":
+            raise TrainError(
+                "zero_stage: 3 with model.language.quantize nf4: what stage 3 cuts in pieces are "
+                "numbers, and 4-bit weights are packed bytes with tables beside them; set "
+                "zero_stage 2"
+            )
         if self.precision == "fp32" and self.model.dtype == "bf16":
             raise TrainError(
                 "model.dtype: bf16 with precision fp32 would compute in bf16; set precision bf16, "

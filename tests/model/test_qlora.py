@@ -1,0 +1,108 @@
+"""Adapters over a language model in 4 bits."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lapilli.data.collate import BatchShape, collate
+from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
+from lapilli.model.errors import ModelError
+from lapilli.model.trainable import trainable_parameters
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+from tests.model import twins
+
+SETTINGS = {**twins.DECODER, "hidden_size": 64, "intermediate_size": 128}
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is absent; pip install 'lapilli[qlora]'",
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ModelConfig:
+    base = twins.config(trainable=("projector", "language"))
+    plain = build_model(replace(base, language=replace(base.language, settings=SETTINGS)))
+    plain.language.save_pretrained(tmp_path)
+    language = LanguageConfig(pretrained=str(tmp_path), attention="eager", quantize="nf4")
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.0)
+    return replace(base, language=language, lora=lora)
+
+
+def batch() -> Any:
+    return collate(twins.samples(5, (1, 0, 2)), BatchShape(3, (48,), 9, 4), twins.SIDE)
+
+
+def packed(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    found = {n: p for n, p in model.named_parameters() if not p.is_floating_point()}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+@needs_bitsandbytes
+def test_steps_lower_the_loss_and_leave_the_weights_in_4_bits(config: ModelConfig) -> None:
+    model = build_model(config)
+    before = packed(model)
+    assert len(before) == 2 * 7  # two layers; neither head nor tower
+    assert {v.dtype for v in before.values()} == {torch.uint8}
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
+    losses: list[float] = []
+    for _ in range(8):
+        loss = twins.forward(model, batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    after = packed(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is not None for p in trainable_parameters(model).values())
+
+
+@needs_bitsandbytes
+def test_the_loss_equals_that_of_the_weights_dequantised(config: ModelConfig) -> None:
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    model = build_model(config)
+    plain = build_model(replace(config, language=replace(config.language, quantize="none")))
+    modules = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if hasattr(weight, "quant_state"):
+            whole: Any = modules[name]
+            whole.weight.data = functional.dequantize_4bit(weight.data, weight.quant_state)
+    plain.load_state_dict(
+        {n: v for n, v in model.state_dict().items() if ".lora_" in n or n.startswith("projector")},
+        strict=False,
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            twins.forward(model, batch()), twins.forward(plain, batch()), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_without_the_package_the_extra_is_named(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    absent = "bitsandbytes"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == absent else found(name, *a)
+    )
+    with pytest.raises(ModelError, match=r"bitsandbytes is not installed; pip install"):
+        build_model(config)
+
+
+def test_what_4_bits_cannot_do_is_refused(config: ModelConfig) -> None:
+    with pytest.raises(ModelError, match=r"to learn whole; set lora"):
+        replace(config, lora=None)
+    with pytest.raises(ModelError, match=r"without language\.pretrained"):
+        LanguageConfig(quantize="nf4")
+    with pytest.raises(TrainError, match=r"zero_stage: 3 with model\.language\.quantize nf4"):
+        RunConfig("in", "out", "view", config, global_batch=1, micro_batch=1, zero_stage=3)
