@@ -1,13 +1,10 @@
-"""LLaVA's own files: the projector, what LoRA left over, and whole checkpoints.
-
-Everything is read with `weights_only=True`: a pickle that would run code is refused.
-"""
+"""LLaVA's own files: the projector, what LoRA left over, and whole checkpoints."""
 
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +12,19 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import PROJECTOR, read_tensors
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
 from lapilli.model.trainable import base_name
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
-    "LEFT_OVER", "TOWER", "check_llava", "is_llava", "load_llava", "projector_state",
-    "read_tensors", "write_llava", "write_llava_config", "write_projector",
+    "LEFT_OVER", "TOWER", "check_llava", "is_llava", "load_llava", "projector_state", "write_llava",
+    "write_llava_config", "write_projector",
 ]  # fmt: skip
 
-PROJECTOR, LEFT_OVER = "mm_projector.bin", "non_lora_trainables.bin"
+LEFT_OVER = "non_lora_trainables.bin"
+BESIDE_ADAPTER = (LEFT_OVER, "other_params.bin")
 TOWER = "vision_tower.vision_tower."
 # every trainer wraps the model once more: PEFT, LLaVA, and DeepSpeed's gathered saves
 _WRAPPERS = ("base_model.model.", "module.", "model.")
@@ -34,10 +33,12 @@ _WRAPPERS = ("base_model.model.", "module.", "model.")
 def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The projector's tensors of any of LLaVA's files, under our names.
 
-    `model.mm_projector.0.weight` (LLaVA), `base_model.model.model.mm_projector.0.weight` (its LoRA
-    runs) and `projector.0.weight` (Basic-VLM's `other_params.bin`) become `0.weight`. Empty where
+    `model.mm_projector.0.weight` (LLaVA) and `base_model.model.model.mm_projector.0.weight` (its
+    LoRA runs) become `0.weight`, which is what Basic-VLM's `other_params.bin` has. Empty where
     there is none.
     """
+    if tensors and all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in tensors):
+        return dict(tensors)
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         bare = _unwrap(name)
@@ -47,23 +48,11 @@ def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.bin`/`.pt` or `.safetensors` file, or of a folder of shards.
-
-    Raises:
-        ModelError: Not there, no weights in it, cut short, or a pickle with more than tensors.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        tensors.update(_read_file(file))
-    return tensors
-
-
 def is_llava(path: Path) -> bool:
     """Whether a folder or file is LLaVA's: a checkpoint, a LoRA run's output, a projector."""
     if path.is_file():
         return path.suffix in (".bin", ".safetensors")
-    if any((path / name).is_file() for name in (PROJECTOR, LEFT_OVER)):
+    if any((path / name).is_file() for name in (PROJECTOR, *BESIDE_ADAPTER, SETTINGS)):
         return True
     try:
         settings: object = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -93,7 +82,8 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
     """
     if (path / SETTINGS).is_file():
         adapter = read_adapter(path)
-        loaded = load_llava(path / LEFT_OVER, model) if (path / LEFT_OVER).is_file() else []
+        beside = next((path / n for n in BESIDE_ADAPTER if (path / n).is_file()), None)
+        loaded = load_llava(beside, model) if beside else []
         merge_adapter(adapter, model.language)
         return [*loaded, *({"language"} - {*loaded})]
     tensors = read_tensors(path)
@@ -252,64 +242,3 @@ def _unwrap(name: str) -> str:
         if shorter == name:
             return name
         name = shorter
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            yield from _indexed(path / index)
-            return
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    found = found or sorted(path.glob(PROJECTOR))
-    if not found:
-        raise ModelError(f"{path}: no weights; expected *.safetensors, *.bin or a file of weights")
-    yield from found
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files an index names, all of which must be there."""
-    try:
-        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = [index.parent / name for name in sorted({*named.values()})]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(f"{index}: cannot be read; expected weight_map") from None
-    missing = [file.name for file in found if not file.is_file()]
-    if missing:
-        raise ModelError(
-            f"{index}: names {missing[0]}, which is not there; copy the {len(missing)} missing "
-            "files too"
-        )
-    return found
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found = _read_pickle(file)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({_first_line(error)})") from None
-    except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle raises
-        raise ModelError(
-            f"{file}: holds more than tensors, and is not run ({_first_line(error)}); convert it "
-            "to safetensors where it comes from"
-        ) from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: a {type(found).__name__}; expected tensors by name")
-    return {str(n): v for n, v in found.items() if isinstance(v, Tensor)}  # pyright: ignore
-
-
-def _read_pickle(file: Path) -> object:
-    """Mapped, so that reading a checkpoint holds no second copy; the format before 1.6 cannot."""
-    mapped = zipfile.is_zipfile(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import read_tensors
 from lapilli.model.interop.weights import adapted_layers
 from lapilli.model.trainable import base_name
 
@@ -61,16 +62,14 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ModelError: Not there, damaged, or of another kind than LoRA on linear layers.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        found = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: no adapter can be read ({error}); expected {SETTINGS} and {WEIGHTS}"
         ) from None
+    old = (folder / WEIGHTS).with_suffix(".bin")  # PEFT before 0.7, LLaVA's published adapters
+    found = read_tensors(old if old.is_file() else folder / WEIGHTS)
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
         raise ModelError(f"{folder}: an adapter of kind {kind}; expected LORA without DoRA")
