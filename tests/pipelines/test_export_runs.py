@@ -221,10 +221,10 @@ def test_a_lora_run_is_evaluated(runs: Runs, adapted: Path) -> None:
 @pytest.mark.parametrize("form", ["llava", "hf", "peft", "projector"])
 def test_training_starts_from_weights_of_others(runs: Runs, form: str, tmp_path: Path) -> None:
     """Adapters on top of a whole checkpoint, and a projector alone."""
-    kind = {"lora": LORA} if form == "peft" else {}
-    first = runs.folder / f"first-{bool(kind)}"
+    lora = LORA if form == "peft" else ""
+    first = runs.folder / f"first-{bool(lora)}"
     if not first.exists():
-        runs.train(first.name, **kind)
+        runs.train(first.name, lora=lora)
     written = tmp_path / "written"
     to = "llava" if form == "projector" else form
     assert pipelines.export.main([str(first), f"--to={to}", f"--output={written}"]) == 0
