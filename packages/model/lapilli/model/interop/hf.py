@@ -176,12 +176,12 @@ def _complete(weights: dict[str, Weight], expected: Mapping[str, tuple[int, ...]
     if different:
         raise ModelError(
             f"language: {different[0]} has no counterpart in transformers' LLaVA; generate from "
-            "the run itself, or export with --to llava"
+            "the run itself"
         )
 
 
 def _on_disk(name: str, tower: str) -> str:
-    """The layout of the published llava-hf folders, which every version of transformers reads."""
+    """A tensor's name in the layout of the published llava-hf folders."""
     below = "vision_tower." if tower == "dinov2" else "vision_tower.vision_model."
     for ours, theirs in (
         ("model.vision_tower.", below),
@@ -373,7 +373,7 @@ def _check_parts(model: VisionLanguageModel) -> None:
         does = "scales" if logit_softcap(model.language) is None else "bounds"
         raise ModelError(
             f"language: {kind} {does} its logits, which transformers' LLaVA does not; generate "
-            "from the run itself, or export with --to llava"
+            "from the run itself"
         )
 
 
