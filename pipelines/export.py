@@ -1,11 +1,13 @@
 """A dataset or a trained model in another form, for other tools.
 
 python -m pipelines.export --to webdataset --dataset datasets/finetune --output shards/finetune
-python -m pipelines.export runs/finetune --to hf --output exports/finetune
+python -m pipelines.export runs/finetune --to hf --output exports/finetune --dtype bfloat16
+python -m pipelines.export runs/lora --to peft --output exports/lora
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -21,10 +23,18 @@ from lapilli.data.export import export_webdataset
 from lapilli.data.jinja import chat_template
 from lapilli.data.manifest import read_manifest
 from lapilli.data.record import ImagePart, TextPart, Turn
-from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
-from lapilli.model.interop.llava import write_llava, write_projector
+from lapilli.model.interop.hf import FACTS, Preprocessing, write_hf, write_processor
+from lapilli.model.interop.llava import (
+    LEFT_OVER,
+    write_llava,
+    write_llava_config,
+    write_projector,
+)
+from lapilli.model.interop.lora_run import write_lora_run
+from lapilli.model.interop.weights import Progress
 from lapilli.train.ask import Assistant, open_assistant
 from lapilli.train.errors import TrainError
+from lapilli.train.launch import CONFIG as RUN_CONFIG
 from pipelines.command import first_as, parse, progress_bar, run, say
 
 
@@ -36,10 +46,13 @@ class ExportConfig:
         to: `webdataset`: tars of the original images with the conversations as json, an epoch of
             each split. `hf`: a folder that transformers' LlavaForConditionalGeneration and its
             processor load. `llava`: LLaVA's checkpoint, and the projector as `mm_projector.bin`.
-        output: Folder to write.
+            Both have adapters merged into the weights. `peft`: the adapters by themselves, as
+            PEFT and LLaVA load them, with whatever else learnt in `non_lora_trainables.bin`.
+        output: Folder to write; a model's must be empty or not there.
         run: Folder of a training run; its newest checkpoint is taken.
-        dtype: Of a model's weights.
-        shard_size: Most bytes in one file of weights.
+        dtype: Of a model's weights; an adapter's stay float32.
+        shard_size: Most bytes in one file of weights, such as `5GB`.
+        files: Form of `llava`'s weights: `safetensors`, or `bin`, which older programs read.
         dataset: Folder of a dataset.
         root: Folder of its annotations and images; empty for where it was made of.
         samples_per_tar: Samples in a tar.
@@ -50,6 +63,7 @@ class ExportConfig:
     run: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     shard_size: str = "5GB"
+    files: Literal["safetensors", "bin"] = "safetensors"
     dataset: str = ""
     root: str = ""
     samples_per_tar: int = 10_000
@@ -92,10 +106,11 @@ def to_hf(config: ExportConfig) -> None:
         for turns, ids in zip(TRIALS, expected, strict=True):
             _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
         facts = {"template": asdict(asked.template), "view": asdict(asked.spec)}
-        write_hf(
-            asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),
-            facts=facts, shard_size=config.shard_size,
-        )  # fmt: skip
+        with _told() as on_progress:
+            write_hf(
+                asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),
+                facts=facts, shard_size=config.shard_size, on_progress=on_progress,
+            )  # fmt: skip
     say(f"{config.output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
 
 
@@ -143,13 +158,54 @@ def to_llava(config: ExportConfig) -> None:
     """Write LLaVA's checkpoint with its tokenizer, and the projector by itself."""
     asked, output = _open_run(config), Path(config.output)
     with _filled(output) as folder:
-        write_llava(
-            asked.model, folder, dtype=getattr(torch, config.dtype), shard_size=config.shard_size,
-            aspect="pad" if asked.spec.aspect == "pad" else "square",
-        )  # fmt: skip
+        with _told() as on_progress:
+            write_llava(
+                asked.model, folder, dtype=getattr(torch, config.dtype), form=config.files,
+                shard_size=config.shard_size, aspect=_aspect(asked), on_progress=on_progress,
+            )  # fmt: skip
         asked.tokenizer.save_pretrained(folder)
         path = write_projector(asked.model, folder / "projector").relative_to(folder)
     say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
+
+
+def to_peft(config: ExportConfig) -> None:
+    """Write a run's adapters, what else learnt, and what LLaVA's loader wants beside them."""
+    asked, output = _open_run(config), Path(config.output)
+    base = _base(Path(config.run), asked)
+    with _filled(output) as folder:
+        found = write_lora_run(asked.model, folder, base=base)
+        if asked.model.config.vision.tower == "clip":  # LLaVA has no other
+            write_llava_config(asked.model, folder, aspect=_aspect(asked))
+        asked.tokenizer.save_pretrained(folder)
+        places = [output / path.relative_to(folder) for path in found]
+    for place in places:
+        say(f"{place}: PeftModel.from_pretrained loads it onto its base model")
+    say(f"{output / LEFT_OVER}: what learnt beside; LLaVA's loader takes the whole folder")
+    if not base:
+        say("the base model had no name: it was random, or an earlier run's; export that one too")
+
+
+def _base(run: Path, asked: Assistant) -> str:
+    """The language model below the adapters, where it has a name: not after an earlier run."""
+    settings: dict[str, Any] = json.loads((run / RUN_CONFIG).read_text(encoding="utf-8"))
+    return "" if settings["start_from"] else asked.model.config.language.pretrained
+
+
+def _aspect(asked: Assistant) -> Literal["pad", "square"]:
+    """How LLaVA calls it."""
+    return "pad" if asked.spec.aspect == "pad" else "square"
+
+
+@contextmanager
+def _told() -> Generator[Progress]:
+    """Show the bytes of weights that are written."""
+    with progress_bar() as bar:
+        task = bar.add_task("MB written", total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            bar.update(task, completed=round(done / 1e6), total=round(total / 1e6))
+
+        yield on_progress
 
 
 @contextmanager
@@ -173,6 +229,12 @@ def _open_run(config: ExportConfig) -> Assistant:
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()):
         raise TrainError(f"output: {output} is not empty; choose another folder")
+    if output.exists() and not output.is_dir():
+        raise TrainError(f"output: {output} is a file; choose another name")
+    if (Path(config.run) / FACTS).exists():
+        raise TrainError(
+            f"run: {config.run} is an export already; expected a training run's folder"
+        )
     return open_assistant(Path(config.run))
 
 
@@ -180,6 +242,7 @@ FORMS: dict[str, Callable[[ExportConfig], None]] = {
     "webdataset": to_webdataset,
     "hf": to_hf,
     "llava": to_llava,
+    "peft": to_peft,
 }
 
 

@@ -8,9 +8,11 @@ python -m pipelines.generate exports/finetune --questions questions.jsonl --imag
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +24,7 @@ from lapilli.train.ask import Assistant, Question, open_assistant
 from lapilli.train.device import choose_device
 from pipelines.command import first_as, parse, progress_bar, run, say
 
+ROW = ("question_id", "prompt", "text", "model_id", "metadata")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -35,7 +38,8 @@ class GenerateConfig:
         question: What is asked; empty with a template of captions.
         questions: JSONL with `question_id`, `text` and, if there is one, `image`.
         images: Folder that the images of `questions` are in.
-        output: JSONL with `question_id`, `prompt`, `text` to write; empty prints answers.
+        output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
+            answers. Questions that it answers already are not asked again.
         batch: Questions at once.
         device: `auto` takes a GPU when there is one.
         decoding: How answers are written.
@@ -125,43 +129,117 @@ def _question(asked: Asked) -> Question:
 
 
 def generate(config: GenerateConfig) -> list[str]:
-    """Answer all of it: one question streams to the terminal, several show progress."""
+    """Answer all of it: one question streams to the terminal, several show progress.
+
+    Returns:
+        The answers, those that the output had already included, in the order of the questions.
+    """
     asked = collect(config)
     output = Path(config.output) if config.output else None
     if output and not output.absolute().parent.is_dir():
         raise DataError(f"output: {output} is in no folder; make the folder first")
     device = choose_device(config.device, torch.cuda.device_count())
     assistant = open_assistant(Path(config.model), device)
-    if len(asked) == 1 and not output:
+    if output:
+        return _to_file(assistant, asked, config, output)
+    if len(asked) == 1:
         answers = assistant.answer([_question(asked[0])], config.decoding, on_text=_print)
         print()
         return answers
-    answers = _answer_all(assistant, asked, config)
-    rows = [
-        {"question_id": one.question_id, "prompt": one.text, "text": text}
-        for one, text in zip(asked, answers, strict=True)
-    ]
-    if output:
-        temporary = output.with_name(f".{output.name}.tmp")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(output)
-        say(f"{len(rows)} answers in {output}")
-    else:
-        for row in rows:
-            say(f"{row['question_id']}: {row['text']}")
+    answers: list[str] = []
+    for batch, texts in _batches(assistant, asked, config):
+        answers += texts
+        for one, text in zip(batch, texts, strict=True):
+            say(f"{one.question_id}: {text}")
     return answers
 
 
-def _answer_all(assistant: Assistant, asked: list[Asked], config: GenerateConfig) -> list[str]:
-    answers: list[str] = []
+def _to_file(
+    assistant: Assistant, asked: list[Asked], config: GenerateConfig, output: Path
+) -> list[str]:
+    """Append a line an answer, as soon as there is one; go on after what is there."""
+    how = {"model_id": assistant.name, "metadata": asdict(config.decoding)}
+    keys = _keys([(one.question_id, one.text) for one in asked])
+    known = _read_answers(output, how)
+    if strange := sorted(known.keys() - {*keys}):
+        raise DataError(
+            f"output: {output} answers question {strange[0][0]}, which is not asked now; choose "
+            "another file"
+        )
+    missing = [number for number, key in enumerate(keys) if key not in known]
+    if known:
+        say(f"{len(known)} of {len(asked)} answers are in {output} already")
+    numbers = iter(missing)
+    with output.open("a", encoding="utf-8") as file:
+        for batch, texts in _batches(assistant, [asked[number] for number in missing], config):
+            for one, text in zip(batch, texts, strict=True):
+                known[keys[next(numbers)]] = text
+                row = {"question_id": one.question_id, "prompt": one.text, "text": text, **how}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    say(f"{len(asked)} answers in {output}")
+    return [known[key] for key in keys]
+
+
+Key = tuple[str, str, int]
+
+
+def _keys(questions: Sequence[tuple[Any, str]]) -> list[Key]:
+    """What makes each the same question in another call: id, text, and which of such equals."""
+    seen: Counter[tuple[str, str]] = Counter()
+    keys: list[Key] = []
+    for question_id, text in questions:
+        pair = (json.dumps(question_id), text)
+        keys.append((*pair, seen[pair]))
+        seen[pair] += 1
+    return keys
+
+
+def _read_answers(output: Path, how: dict[str, Any]) -> dict[Key, str]:
+    """The answers of an earlier call, by question; a last line cut short is taken off.
+
+    Raises:
+        DataError: A file of something else, or of another model or decoding.
+    """
+    if not output.exists():
+        return {}
+    data = output.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data) and not data[len(whole) :].startswith(b"{"):
+        raise DataError(f"output: {output} is no file of answers; choose another file")
+    rows = [_row(output, number, line) for number, line in enumerate(whole.splitlines(), 1)]
+    for row in rows:
+        for name, value in how.items():
+            if row[name] != value:
+                raise DataError(
+                    f"output: {output} has answers with {name} {row[name]}, now {value}; choose "
+                    "another file"
+                )
+    os.truncate(output, len(whole))
+    keys = _keys([(row["question_id"], row["prompt"]) for row in rows])
+    return {key: row["text"] for key, row in zip(keys, rows, strict=True)}
+
+
+def _row(output: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row: object = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not {*ROW} <= row.keys():
+        raise DataError(f"output: {output} line {number} is no answer; choose another file")
+    return cast("dict[str, Any]", row)
+
+
+def _batches(
+    assistant: Assistant, asked: list[Asked], config: GenerateConfig
+) -> Iterator[tuple[list[Asked], list[str]]]:
     with progress_bar() as bar:
         task = bar.add_task("questions", total=len(asked))
         for start in range(0, len(asked), config.batch):
-            part = [_question(one) for one in asked[start : start + config.batch]]
-            answers += assistant.answer(part, config.decoding)
-            bar.update(task, completed=len(answers))
-    return answers
+            batch = asked[start : start + config.batch]
+            texts = assistant.answer([_question(one) for one in batch], config.decoding)
+            yield batch, texts
+            bar.update(task, completed=start + len(batch))
 
 
 def _print(text: str) -> None:

@@ -14,11 +14,12 @@ from transformers import LlavaForConditionalGeneration
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import read_facts, read_hf, write_hf
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from tests.model.test_vlm import CONFIG, LLAMA, TOKENS
+from tests.model import twins
+from tests.model.test_vlm import CONFIG, LLAMA
 
 
 def logits(model: VisionLanguageModel, ids: np.ndarray[Any, Any], pixels: torch.Tensor) -> Any:
-    expanded = np.repeat(ids, np.where(ids < 0, TOKENS, 1))
+    expanded = np.repeat(ids, np.where(ids < 0, model.vision.num_tokens, 1))
     slots = expanded < 0
     index = np.where(slots, np.cumsum(slots) - 1, -1).astype(np.int32)[None]
     embedded = model.embed(
@@ -48,6 +49,75 @@ def test_stock_transformers_computes_the_same_logits(
     torch.testing.assert_close(theirs[..., :64], ours, rtol=1e-5, atol=1e-5)
     if image_id >= 64:
         assert (theirs[..., 64:] <= ours.amax(-1, keepdim=True)).all()
+
+
+def assert_same_logits(model: VisionLanguageModel, twin: Any, image_id: int = 64) -> None:
+    """Two images in a row of text, through ours and through transformers' model."""
+    ids = np.array([1, 5, -200, 9, 12, -200, 3], np.int64)
+    pixels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        ours, expanded = logits(model, ids, pixels)
+        theirs = twin(
+            input_ids=torch.from_numpy(np.where(expanded < 0, image_id, expanded))[None],
+            pixel_values=twins.normal_pixels(pixels.numpy(), model),
+        ).logits
+    torch.testing.assert_close(theirs[..., :64], ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tower", "language", "features"),
+    [
+        ("siglip", "qwen2", "patch"),
+        ("dinov2", "llama", "patch"),
+        ("dinov2", "mistral", "cls_patch"),
+        ("clip", "gemma", "cls_patch"),
+        ("clip", "phi", "patch"),
+    ],
+)
+def test_other_towers_and_decoders_compute_the_same_and_come_back(
+    tmp_path: Path, tower: str, language: str, features: Any
+) -> None:
+    model = build_model(twins.config(tower, language, features=features)).eval()
+    write_hf(model, tmp_path, image_token_id=64, shard_size="20KB")
+    twin: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_same_logits(model, twin.eval())
+    back = read_hf(tmp_path)
+    after = back.state_dict()
+    assert after.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, after[name]), name
+    assert back.vision.num_tokens == model.vision.num_tokens
+
+
+def test_bf16_keeps_its_bits(tmp_path: Path) -> None:
+    model = build_model(replace(CONFIG, dtype="bf16")).eval()
+    write_hf(model, tmp_path, image_token_id=60, dtype=torch.bfloat16)
+    after = read_hf(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, after[name].to(torch.bfloat16)), name
+
+
+def test_a_head_with_a_bias_that_learnt_has_no_place(tmp_path: Path) -> None:
+    model = build_model(twins.config("clip", "phi"))
+    head: Any = model.language.get_output_embeddings()
+    torch.nn.init.ones_(head.bias)
+    with pytest.raises(ModelError, match=r"lm_head\.bias has no counterpart"):
+        write_hf(model, tmp_path, image_token_id=60)
+
+
+@pytest.mark.parametrize("language", ["gemma2", "cohere", "granite"])
+def test_a_decoder_that_bounds_or_scales_its_logits_is_refused(
+    tmp_path: Path, language: str
+) -> None:
+    """transformers' LLaVA takes the head's product as it is: other logits, without a word."""
+    with pytest.raises(ModelError, match=f"{language} (bounds|scales) its logits"):
+        write_hf(build_model(twins.config("clip", language)), tmp_path, image_token_id=60)
+
+
+@pytest.mark.parametrize("size", ["large", "5 stones"])
+def test_a_size_that_is_none_is_named(tmp_path: Path, size: str) -> None:
+    with pytest.raises(ModelError, match="expected a size such as 5GB"):
+        write_hf(build_model(CONFIG), tmp_path, image_token_id=60, shard_size=size)
 
 
 def test_there_and_back_every_tensor_is_the_same(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.llava import load_llava, read_tensors, write_llava, write_projector
+from lapilli.model.interop.files import read_tensors
+from lapilli.model.interop.foreign import load_foreign
+from lapilli.model.interop.llava import load_llava, write_llava, write_projector
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model.test_vlm import CLIP, CONFIG, LLAMA
 
@@ -28,7 +31,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 @pytest.mark.parametrize(
     "prefix",
     ["model.mm_projector.", "base_model.model.model.mm_projector.", "mm_projector.", "projector.",
-     "module.model.mm_projector.", "base_model.model.projector."],
+     "module.model.mm_projector.", "base_model.model.projector.", ""],
 )  # fmt: skip
 def test_a_projector_is_read_whoever_wrapped_it(tmp_path: Path, prefix: str) -> None:
     source, target = build_model(CONFIG), other()
@@ -37,6 +40,35 @@ def test_a_projector_is_read_whoever_wrapped_it(tmp_path: Path, prefix: str) -> 
     assert load_llava(tmp_path / "non_lora_trainables.bin", target) == ["projector"]
     assert same(source.projector, target.projector)
     assert not same(source.language, target.language)
+
+
+def test_basic_vlms_folder_is_read(tmp_path: Path) -> None:
+    """An adapter as a pickle, the projector's tensors by bare names, and a pickle of settings."""
+    library: Any = peft
+    base, target = build_model(CONFIG), build_model(CONFIG)
+    wanted = other()
+    adapted = library.get_peft_model(
+        base.language, library.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    )
+    for value in adapted.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value)
+    state = library.get_peft_model_state_dict(adapted)
+    torch.save(state, tmp_path / "adapter_model.bin")
+    torch.save(wanted.projector.state_dict(), tmp_path / "other_params.bin")
+    torch.save(Hostile(), tmp_path / "training_args.bin")
+    adapted.peft_config["default"].save_pretrained(tmp_path)
+    assert load_foreign(tmp_path, target) == ["projector", "language"]
+    assert same(target.projector, wanted.projector)
+    assert same(target.language, adapted.merge_and_unload())
+
+
+def test_what_llava_does_not_write_is_no_start(tmp_path: Path) -> None:
+    assert load_foreign(tmp_path, other()) == []
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert load_foreign(tmp_path, other()) == []
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+    assert load_foreign(tmp_path, other()) == []
 
 
 def test_the_projectors_file_has_llavas_names(tmp_path: Path) -> None:
@@ -68,7 +100,10 @@ def test_a_published_layout_with_layers_behind_the_taken_one(tmp_path: Path) -> 
     model, target = build_model(CONFIG), other()
     tower: Any = CLIPVisionModel(CLIPVisionConfig(**CLIP))
     whole = {f"vision_model.{n}": v for n, v in tower.state_dict().items()}
-    torch.save(model.language.state_dict(), tmp_path / "pytorch_model-00001-of-00002.bin")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # transformers 4.31
+    torch.save(
+        {**model.language.state_dict(), **old}, tmp_path / "pytorch_model-00001-of-00002.bin"
+    )
     rest = {f"model.mm_projector.{n}": v for n, v in model.projector.state_dict().items()}
     rest |= {f"model.vision_tower.vision_tower.{n}": v for n, v in whole.items()}
     torch.save(rest, tmp_path / "pytorch_model-00002-of-00002.bin")

@@ -191,8 +191,9 @@ def test_a_file_of_questions_and_a_folder_of_images(exported: Path, tmp_path: Pa
         pipelines.generate.Decoding(4),
     )
     assert found[1]["text"] == alone[0]
-    folder = [f"--image={tmp_path}", f"--question={QUESTION}"]
-    assert pipelines.generate.main([str(exported), *folder, *common]) == 0
+    output = tmp_path / "folder.jsonl"
+    folder = [f"--image={tmp_path}", f"--question={QUESTION}", f"--output={output}"]
+    assert pipelines.generate.main([str(exported), *common, *folder]) == 0
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["question_id"] for row in found] == ["0.png", "1.png", "2.png"]
 
@@ -251,6 +252,13 @@ def test_a_mistake_in_an_export_is_one_line(
     assert "no run" in said(str(tmp_path), "--to=hf", f"--output={tmp_path / 'a'}")
     assert "is not empty" in said(str(trained), "--to=hf", f"--output={exported}")
     assert "dataset: nothing named" in said("--to=webdataset", f"--output={tmp_path / 'a'}")
+    assert "without adapters" in said(str(trained), "--to=peft", f"--output={tmp_path / 'a'}")
+    assert "is an export already" in said(str(exported), "--to=hf", f"--output={tmp_path / 'a'}")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "is a file" in said(str(trained), "--to=hf", f"--output={tmp_path / 'file'}")
+    large = ("--shard_size=large", f"--output={tmp_path / 'a'}")
+    assert "expected a size such as 5GB" in said(str(trained), "--to=hf", *large)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_refused_export_leaves_nothing_behind(
@@ -259,7 +267,7 @@ def test_a_refused_export_leaves_nothing_behind(
     def rest(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", rest)
+    monkeypatch.setattr("safetensors.torch.save_file", rest)
     said = one_line(
         pipelines.export.main, [str(trained), "--to=hf", f"--output={tmp_path / 'a'}"], capsys
     )

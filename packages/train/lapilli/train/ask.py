@@ -64,12 +64,14 @@ class Assistant:
         tokenizer: transformers' tokenizer.
         template: How conversations were written down.
         spec: How images were made square.
+        name: Whose answers these are: the run's folder and step, or the export's folder.
     """
 
     model: VisionLanguageModel
     tokenizer: Any
     template: Template
     spec: ImageSpec
+    name: str = ""
 
     def prompt(self, turns: Sequence[Turn]) -> NDArray[np.int64]:
         """The ids up to where the answer begins, -200 for each image."""
@@ -168,8 +170,9 @@ def open_assistant(path: Path, device: str = "cpu") -> Assistant:
         facts = read_facts(path)
         template = Template(**facts["template"])
         return Assistant(
-            read_hf(path).to(device), load_tokenizer(path), template, _spec(facts["view"])
-        )
+            read_hf(path).to(device), load_tokenizer(path), template, _spec(facts["view"]),
+            path.resolve().name,
+        )  # fmt: skip
     trained = load_trained(path, device)
     config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     dataset = Path(config["dataset"])
@@ -179,7 +182,8 @@ def open_assistant(path: Path, device: str = "cpu") -> Assistant:
     settings: dict[str, Any] = json.loads((dataset / CONFIG).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(dataset / "tokenizer")
     template = bind_template(get_template(settings["template"]), tokenizer)
-    return Assistant(trained.model, tokenizer, template, _spec(trained.data["view"]))
+    name = f"{path.resolve().name}/step-{trained.step}"
+    return Assistant(trained.model, tokenizer, template, _spec(trained.data["view"]), name)
 
 
 def _spec(fields: dict[str, Any]) -> ImageSpec:

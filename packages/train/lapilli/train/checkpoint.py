@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lapilli.data.shards import sha256_file
+from lapilli.model.interop.foreign import load_foreign
 from lapilli.model.trainable import base_name, group_of, trainable_parameters
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import engine as deepspeed_engine
 from lapilli.train.errors import TrainError
 
@@ -262,18 +264,23 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def load_start(run: Path, model: nn.Module) -> Checkpoint:
+def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
     """Put what an earlier run trained into a model, whichever of its parts learn now.
 
-    What that run had frozen must be what this model has there: its weights fit nothing else.
+    What that run had frozen must be what this model has there: its weights fit nothing else. None
+    where the weights are LLaVA's or transformers' (`lapilli.model.interop.foreign`).
 
     Raises:
+        ModelError: Weights of others that do not fit the model.
         TrainError: No run, none of its checkpoints is whole, another model, other frozen weights.
     """
     found = latest_checkpoint(run)
     if found is None:
+        if load_foreign(run, model):
+            return None
         raise TrainError(
-            f"start_from: {run} has no whole checkpoint; expected the output of a training run"
+            f"start_from: {run} has no whole checkpoint; expected the output of a training run, or "
+            "a checkpoint of LLaVA's or of transformers' LlavaForConditionalGeneration"
         )
     if earlier := found.state["config"]["start_from"]:
         load_start(Path(earlier), model)  # what learnt there and was frozen in `run` is only there

@@ -75,7 +75,7 @@ class RunConfig:
         max_steps: End earlier, after so many steps; 0 for the whole epochs.
         max_length: Longest sequence with its image tokens; longer samples are left out, counted.
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
-            stage does from its first.
+            stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA.
         policy: Order of an epoch (`lapilli.data.sampler`). `llava` is LLaVA's own, in which the
             micro-batches are part of the order.
         remainder: What becomes of a global batch that the samples do not fill: `pad` with empty

@@ -76,10 +76,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model and what its data were like (`lapilli.train.loop.data_facts`)."""
+    """A run's model, what its data were like (`lapilli.train.loop.data_facts`), and its step."""
 
     model: VisionLanguageModel
     data: dict[str, Any]
+    step: int = 0
 
 
 def load_trained(run: Path, device: str = "cpu") -> Trained:
@@ -106,7 +107,7 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
     if config["start_from"]:
         checkpoint.load_start(Path(config["start_from"]), model)
     checkpoint.load_weights(found, model)
-    return Trained(model.eval().to(device), found.state["data"])
+    return Trained(model.eval().to(device), found.state["data"], found.step)
 
 
 def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:

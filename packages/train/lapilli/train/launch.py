@@ -218,7 +218,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         config,
         dataset=str(Path(config.dataset).resolve()),
         output=str(Path(config.output).resolve()),
-        start_from=local(config.start_from),
+        start_from=_existing(config.start_from),
         eval_dataset=local(config.eval_dataset),
         model=replace(
             model,
@@ -226,6 +226,11 @@ def _absolute(config: RunConfig) -> RunConfig:
             language=replace(model.language, pretrained=local(model.language.pretrained)),
         ),
     )
+
+
+def _existing(path: str) -> str:
+    """Absolute where it is there: a folder, or a file such as `mm_projector.bin`."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def _check_config(run: Path, config: RunConfig) -> None:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
+from lapilli.model.language import logit_scale, logit_softcap
 from lapilli.model.pretrained import one_line
+from lapilli.model.vision import FAMILIES
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = ["FACTS", "Preprocessing", "read_facts", "read_hf", "write_hf", "write_processor"]
@@ -67,10 +71,11 @@ def write_processor(
         The image token's id.
 
     Raises:
-        ModelError: A padding colour that the processor cannot have.
+        ModelError: A part or a padding colour that the processor cannot have.
     """
     from transformers import AddedToken, LlavaImageProcessor, LlavaProcessor
 
+    _check_parts(model)
     mean, std = _normalisation(model)
     padding = tuple(int(255 * value) for value in mean)
     if how.aspect == "pad" and tuple(how.fill) != padding:
@@ -88,12 +93,14 @@ def write_processor(
         image_std=list(std),
     )
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    encoder: Any = model.vision
     processor = LlavaProcessor(
         images,
         tokenizer,
-        patch_size=how.size // int(model.vision.num_tokens**0.5),
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which "default" takes off again
+        patch_size=int(encoder.encoder.config.patch_size),
+        vision_feature_select_strategy=_strategy(model.config.vision),
+        # class tokens, which "default" takes off again
+        num_additional_image_tokens=FAMILIES[model.config.vision.tower].class_tokens,
         image_token=IMAGE_TOKEN,
         chat_template=how.chat_template,
     )
@@ -109,8 +116,9 @@ def write_hf(
     dtype: torch.dtype = torch.float32,
     facts: Mapping[str, Any] | None = None,
     shard_size: str = "5GB",
+    on_progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write config and weights (safetensors, several files above `shard_size`).
+    """Write config and weights (safetensors, several files above `shard_size`), adapters merged.
 
     The image token needs a row of the embedding. Where the vocabulary has none left it grows by
     rows that are the mean of the others: their logit is the mean logit, which never is the
@@ -123,28 +131,67 @@ def write_hf(
         dtype: Of the written weights.
         facts: JSON values kept beside, for `read_facts`.
         shard_size: Most bytes in one file, as transformers spells it.
+        on_progress: Told after each file of weights.
 
     Raises:
         ModelError: A part that transformers' LLaVA does not have.
     """
-    from transformers import LlavaForConditionalGeneration
+    from transformers import GenerationConfig, LlavaForConditionalGeneration
 
     rows = max(model.vocab_size, image_token_id + 1)
-    state = _to_hf(model, rows)
+    weights = _to_hf(model, rows)
+    config = _config(model, rows, image_token_id)
+    config.architectures = [LlavaForConditionalGeneration.__name__]
+    config.dtype = dtype
     with torch.device("meta"):
-        twin: Any = LlavaForConditionalGeneration(_config(model, rows, image_token_id))
-    # what has no counterpart here does not reach the output: the norm behind the taken layer
-    norms = {name: value for name, value in twin.state_dict().items() if "post_layernorm" in name}
-    for name, value in norms.items():
-        fill = torch.ones if name.endswith("weight") else torch.zeros
-        state[name] = fill(value.shape)
-    twin.load_state_dict(state, assign=True, strict=True)
-    twin.to(dtype)
-    twin.tie_weights()
+        twin: Any = LlavaForConditionalGeneration(config)
+    expected = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
+    _complete(weights, expected)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight")
     output.mkdir(parents=True, exist_ok=True)
-    twin.save_pretrained(output, max_shard_size=shard_size)
+    config.save_pretrained(output)
+    GenerationConfig.from_model_config(config).save_pretrained(output)
+    named = {_on_disk(name, model.config.vision.tower): value for name, value in weights.items()}
+    write_weights(named, output, dtype, shard_size=shard_size, on_progress=on_progress)
     kept = {**(facts or {}), "vocab_size": model.vocab_size}
     (output / FACTS).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+def _complete(weights: dict[str, Weight], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Add what does not reach the output and is not held here; refuse what has no place there.
+
+    That is the norm behind the taken layer, and DINOv2's token for masked patches.
+    """
+    for name in expected.keys() - weights.keys():
+        if name.endswith(("layernorm.weight", "layernorm.bias", "embeddings.mask_token")):
+            fill = torch.ones if name.endswith("weight") else torch.zeros
+            weights[name] = Weight.of(fill(expected[name]))
+    bias = weights.get("lm_head.bias")
+    if bias and "lm_head.bias" not in expected and not bias.make().any():
+        del weights["lm_head.bias"]  # one of zeros adds nothing
+    different = sorted(expected.keys() ^ weights.keys()) or [
+        name for name, shape in expected.items() if weights[name].shape != shape
+    ]
+    if different:
+        raise ModelError(
+            f"language: {different[0]} has no counterpart in transformers' LLaVA; generate from "
+            "the run itself"
+        )
+
+
+def _on_disk(name: str, tower: str) -> str:
+    """A tensor's name in the layout of the published llava-hf folders."""
+    below = "vision_tower." if tower == "dinov2" else "vision_tower.vision_model."
+    for ours, theirs in (
+        ("model.vision_tower.", below),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(name)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -169,31 +216,41 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
             folder, dtype=torch.float32, use_safetensors=True
         )
     config = twin.config
-    if config.vision_config.model_type != "clip_vision_model":
-        raise ModelError(f"{folder}: tower {config.vision_config.model_type}; expected CLIP")
-    if config.vision_feature_select_strategy != "default" or isinstance(
-        config.vision_feature_layer, list
-    ):
+    tower = config.vision_config.model_type.removesuffix("_vision_model")
+    if tower not in FAMILIES:
         raise ModelError(
-            f"{folder}: takes {config.vision_feature_select_strategy!r} of layer "
-            f"{config.vision_feature_layer}; expected the patches ('default') of one layer"
+            f"{folder}: tower {config.vision_config.model_type}; expected {', '.join(FAMILIES)}"
+        )
+    if isinstance(config.vision_feature_layer, list):
+        raise ModelError(
+            f"{folder}: takes layers {config.vision_feature_layer}; expected a single one"
+        )
+    taken = config.vision_feature_select_strategy
+    if taken == "default" and not FAMILIES[tower].class_tokens:
+        raise ModelError(
+            f"{folder}: takes {taken!r}, which drops a patch of a {tower} tower; expected 'full'"
         )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ModelError(
             f"{folder}: projector {config.projector_hidden_act}; expected gelu, biased"
         )
     rows = int(read_facts(Path(folder)).get("vocab_size", config.text_config.vocab_size))
-    model = build_model(_our_config(config, rows))
+    model = build_model(_our_config(config, tower, rows, _read_normalisation(Path(folder))))
     _load(model, twin, rows)
     return model.eval()
 
 
-def _our_config(config: Any, rows: int) -> ModelConfig:
+def _our_config(config: Any, tower: str, rows: int, normalisation: dict[str, Any]) -> ModelConfig:
     text: dict[str, Any] = config.text_config.to_dict()
     kind = str(text.pop("model_type"))
+    whole = FAMILIES[tower].class_tokens and config.vision_feature_select_strategy == "full"
     return ModelConfig(
         VisionConfig(
-            settings=_settings(config.vision_config), layer=int(config.vision_feature_layer)
+            tower,
+            settings=_settings(config.vision_config),
+            layer=int(config.vision_feature_layer),
+            features="cls_patch" if whole else "patch",
+            **normalisation,
         ),
         replace(
             LanguageConfig(kind), settings={**_settings(config.text_config), "vocab_size": rows}
@@ -203,36 +260,62 @@ def _our_config(config: Any, rows: int) -> ModelConfig:
     )
 
 
+def _read_normalisation(folder: Path) -> dict[str, Any]:
+    """Mean and deviation of the folder's image processor; nothing where it has none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        given: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    except OSError:
+        return {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {ours: tuple(given[name]) for ours, name in names.items() if given.get(name)}
+
+
 def _settings(config: Any) -> dict[str, Any]:
     """What differs from the architecture's defaults, as a recipe would write it."""
     other = {"model_type", "transformers_version", "dtype", "architectures", "_name_or_path"}
+    other |= {"vision_use_head", "stage_names", "out_features", "out_indices"}
     return {key: value for key, value in config.to_diff_dict().items() if key not in other}
 
 
 def _load(model: VisionLanguageModel, twin: Any, rows: int) -> None:
     ours: Any = model
-    kept = set(ours.vision.clip.state_dict())
+    kept = set(ours.vision.encoder.state_dict())
     tower = twin.model.vision_tower.state_dict()
-    ours.vision.clip.load_state_dict({n: value for n, value in tower.items() if n in kept})
+    ours.vision.encoder.load_state_dict({n: value for n, value in tower.items() if n in kept})
     ours.projector[0].load_state_dict(twin.model.multi_modal_projector.linear_1.state_dict())
     ours.projector[2].load_state_dict(twin.model.multi_modal_projector.linear_2.state_dict())
-    language = {f"model.{n}": v for n, v in twin.model.language_model.state_dict().items()}
+    body, vocabulary = _language_names(model)
+    language = {body + n: v for n, v in twin.model.language_model.state_dict().items()}
     language |= {f"lm_head.{n}": v for n, v in twin.lm_head.state_dict().items()}
+    head = model.language.get_output_embeddings()
+    if head.bias is not None and "lm_head.bias" not in language:
+        language["lm_head.bias"] = torch.zeros(rows)
     ours.language.load_state_dict(
-        {n: v[:rows] if _has_vocabulary(n) else v for n, v in language.items()}
+        {n: v[:rows] if n in vocabulary else v for n, v in language.items()}
     )
 
 
-def _has_vocabulary(name: str) -> bool:
-    return name.startswith("lm_head.") or name.endswith("embed_tokens.weight")
+def _language_names(model: VisionLanguageModel) -> tuple[str, set[str]]:
+    """What the decoder's tensors' names begin with, and those that have a row for each token."""
+    both = (model.language.get_input_embeddings(), model.language.get_output_embeddings())
+    paths = {name for name, module in model.language.named_modules() if module in both}
+    rows = {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
+    return f"{model.language.base_model_prefix}.", rows
 
 
 def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
     from transformers import LlavaConfig
 
     ours: Any = model
-    vision = ours.vision.clip.config.to_dict()
-    vision["num_hidden_layers"] = len(ours.vision.clip.encoder.layers)
+    encoder = ours.vision.encoder
+    vision = encoder.config.to_dict()
+    vision["num_hidden_layers"] = len(
+        encoder.get_submodule(FAMILIES[model.config.vision.tower].layers)
+    )
+    for name in ("stage_names", "out_features", "out_indices"):  # they count all the layers
+        vision.pop(name, None)
     text = {**model.language.config.to_dict(), "vocab_size": rows}
     return LlavaConfig(
         vision_config=vision,
@@ -240,40 +323,60 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
         image_token_index=image_token_id,
         image_seq_length=model.vision.num_tokens,
         vision_feature_layer=-1,
+        vision_feature_select_strategy=_strategy(model.config.vision),
         tie_word_embeddings=bool(text.get("tie_word_embeddings")),
     )
 
 
-def _to_hf(model: VisionLanguageModel, rows: int) -> dict[str, Tensor]:
+def _strategy(vision: VisionConfig) -> Literal["default", "full"]:
+    """Transformers' word for the rows taken: `default` leaves out the first, the class token."""
+    has_class = FAMILIES[vision.tower].class_tokens and vision.features == "patch"
+    return "default" if has_class else "full"
+
+
+def _to_hf(model: VisionLanguageModel, rows: int) -> dict[str, Weight]:
     """Our tensors under transformers' names."""
+    _check_parts(model)
     ours: Any = model
-    if model.config.vision.features != "patch":
-        raise ModelError("vision.features: the export has no class token; expected patch")
-    if not hasattr(ours.vision, "clip"):
-        raise ModelError(
-            f"vision.tower: {model.config.vision.tower} has no counterpart in transformers' LLaVA; "
-            "expected clip"
-        )
-    if model.config.projector != "mlp2x_gelu":
-        raise ModelError(
-            f"projector: {model.config.projector} has no counterpart in transformers' LLaVA, which "
-            "has two layers with GELU between; expected mlp2x_gelu"
-        )
-    tower = {f"model.vision_tower.{n}": v for n, v in ours.vision.clip.state_dict().items()}
-    state = {n: v for n, v in tower.items() if "post_layernorm" not in n}
+    norm = FAMILIES[model.config.vision.tower].norm
+    state = {
+        f"model.vision_tower.{name}": value
+        for name, value in plain_weights(ours.vision.encoder).items()
+        if not name.startswith(norm)
+    }
     for place, name in ((0, "linear_1"), (2, "linear_2")):
-        for key, value in ours.projector[place].state_dict().items():
+        for key, value in plain_weights(ours.projector[place]).items():
             state[f"model.multi_modal_projector.{name}.{key}"] = value
-    for name, value in model.language.state_dict().items():
-        grown = _grow(value, rows) if _has_vocabulary(name) else value
-        below = name.removeprefix("model.")
-        state[name if below == name else f"model.language_model.{below}"] = grown
-    return {name: value.detach() for name, value in state.items()}
+    body, vocabulary = _language_names(model)
+    for name, value in plain_weights(model.language).items():
+        if name in vocabulary and value.shape[0] < rows:
+            value = value.then(partial(_grow, rows=rows), rows, *value.shape[1:])
+        below = name.removeprefix(body)
+        state[name if below == name else f"model.language_model.{below}"] = value
+    return state
+
+
+def _check_parts(model: VisionLanguageModel) -> None:
+    tower, projector = model.config.vision.tower, model.config.projector
+    if tower not in FAMILIES:
+        raise ModelError(
+            f"vision.tower: {tower} has no counterpart in transformers' LLaVA; expected one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    if projector != "mlp2x_gelu":
+        raise ModelError(
+            f"projector: {projector} has no counterpart in transformers' LLaVA, which has two "
+            "layers with GELU between; expected mlp2x_gelu"
+        )
+    if logit_softcap(model.language) is not None or logit_scale(model.language) != 1.0:
+        kind = model.language.config.model_type
+        does = "scales" if logit_softcap(model.language) is None else "bounds"
+        raise ModelError(
+            f"language: {kind} {does} its logits, which transformers' LLaVA does not; generate "
+            "from the run itself"
+        )
 
 
 def _grow(value: Tensor, rows: int) -> Tensor:
-    missing = rows - value.shape[0]
-    if missing <= 0:
-        return value
     mean = value.float().mean(0, keepdim=True).to(value.dtype)
-    return torch.cat([value, mean.expand(missing, *value.shape[1:])])
+    return torch.cat([value, mean.expand(rows - value.shape[0], *value.shape[1:])])

@@ -1,12 +1,10 @@
-"""LLaVA's own files: the projector, what LoRA left over, and whole checkpoints.
-
-Everything is read with `weights_only=True`: a pickle that would run code is refused.
-"""
+"""LLaVA's own files: the projector, what LoRA left over, and whole checkpoints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +12,19 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import PROJECTOR, read_tensors
+from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
+from lapilli.model.interop.weights import Progress, plain_weights, write_weights
+from lapilli.model.trainable import base_name
 from lapilli.model.vlm import VisionLanguageModel
 
-__all__ = ["load_llava", "projector_state", "read_tensors", "write_llava", "write_projector"]
+__all__ = [
+    "LEFT_OVER", "TOWER", "check_llava", "is_llava", "load_llava", "projector_state", "write_llava",
+    "write_llava_config", "write_projector",
+]  # fmt: skip
 
-PROJECTOR = "mm_projector.bin"
+LEFT_OVER = "non_lora_trainables.bin"
+BESIDE_ADAPTER = (LEFT_OVER, "other_params.bin")
 TOWER = "vision_tower.vision_tower."
 # every trainer wraps the model once more: PEFT, LLaVA, and DeepSpeed's gathered saves
 _WRAPPERS = ("base_model.model.", "module.", "model.")
@@ -27,10 +33,12 @@ _WRAPPERS = ("base_model.model.", "module.", "model.")
 def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The projector's tensors of any of LLaVA's files, under our names.
 
-    `model.mm_projector.0.weight` (LLaVA), `base_model.model.model.mm_projector.0.weight` (its LoRA
-    runs) and `projector.0.weight` (Basic-VLM's `other_params.bin`) become `0.weight`. Empty where
+    `model.mm_projector.0.weight` (LLaVA) and `base_model.model.model.mm_projector.0.weight` (its
+    LoRA runs) become `0.weight`, which is what Basic-VLM's `other_params.bin` has. Empty where
     there is none.
     """
+    if tensors and all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in tensors):
+        return dict(tensors)
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         bare = _unwrap(name)
@@ -40,24 +48,29 @@ def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.bin`/`.pt` or `.safetensors` file, or of a folder of shards.
-
-    Raises:
-        ModelError: Not there, no weights in it, cut short, or a pickle with more than tensors.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        tensors.update(_read_file(file))
-    return tensors
+def is_llava(path: Path) -> bool:
+    """Whether a folder or file is LLaVA's: a checkpoint, a LoRA run's output, a projector."""
+    if path.is_file():
+        return path.suffix in (".bin", ".safetensors")
+    if any((path / name).is_file() for name in (PROJECTOR, *BESIDE_ADAPTER, SETTINGS)):
+        return True
+    try:
+        settings: object = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    kind: object = settings.get("model_type") if isinstance(settings, dict) else None  # pyright: ignore
+    return isinstance(kind, str) and kind.startswith("llava_")
 
 
 def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
-    """Put LLaVA's weights into a model: a projector file, or a checkpoint's folder.
+    """Put LLaVA's weights into a model: a projector file, a checkpoint's or a LoRA run's folder.
+
+    Weights go into the layers below a model's own adapters, which stay as they are.
 
     Args:
-        path: `mm_projector.bin`, `non_lora_trainables.bin`, `other_params.bin`, or a folder in the
-            layout of `llava-v1.5-7b`.
+        path: `mm_projector.bin`, `non_lora_trainables.bin`, `other_params.bin`, a folder in the
+            layout of `llava-v1.5-7b`, or one with an adapter, which is merged into the language
+            model there is.
         model: A model of the same parts. A folder without a tower leaves the tower as it is:
             LLaVA takes it from its own hub name.
 
@@ -67,15 +80,23 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
     Raises:
         ModelError: A tensor is missing, unknown, or of another shape.
     """
+    if (path / SETTINGS).is_file():
+        adapter = read_adapter(path)
+        beside = next((path / n for n in BESIDE_ADAPTER if (path / n).is_file()), None)
+        loaded = load_llava(beside, model) if beside else []
+        merge_adapter(adapter, model.language)
+        return [*loaded, *({"language"} - {*loaded})]
     tensors = read_tensors(path)
     parts = {"projector": projector_state(tensors)}
     parts["language"], parts["vision"] = {}, {}
+    tower = model.config.vision.tower
     for name, value in tensors.items():
+        plain = name.removeprefix("module.").removeprefix(PREFIX)
         if TOWER in name:
             bare = name.partition(TOWER)[2].removeprefix("vision_model.")
-            parts["vision"][f"clip.{bare}"] = value
-        elif "projector." not in name and (path.is_dir() or _is_language(name)):
-            parts["language"][name] = value
+            parts["vision"][f"{tower}.{bare}"] = value
+        elif "projector." not in name and (path.is_dir() or _is_language(plain)):
+            parts["language"][plain] = value
     loaded = [part for part, found in parts.items() if found]
     if not loaded:
         raise ModelError(f"{path}: no projector in it; expected LLaVA's mm_projector tensors")
@@ -98,36 +119,60 @@ def write_llava(
     *,
     dtype: torch.dtype = torch.float32,
     shard_size: str = "5GB",
+    form: Literal["safetensors", "bin"] = "safetensors",
     vision_tower: str = "",
     aspect: Literal["pad", "square"] = "pad",
+    on_progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write a checkpoint in the layout of `llava-v1.5-7b`: safetensors and LLaVA's config.
+    """Write a checkpoint in the layout of `llava-v1.5-7b`, adapters merged, with LLaVA's config.
 
     Args:
         model: The model.
         output: Folder to write.
         dtype: Of the written weights.
         shard_size: Most bytes in one file.
+        form: `safetensors`, or `bin` as `llava-v1.5-7b` itself has them.
         aspect: LLaVA's `image_aspect_ratio`: how it makes images square.
         vision_tower: What LLaVA's `mm_vision_tower` shall name; empty for the model's own.
+        on_progress: Told after each file of weights.
 
     Raises:
         ModelError: A part that LLaVA does not have.
     """
-    from huggingface_hub import save_torch_state_dict
-
     ours: Any = model
-    if not hasattr(ours.vision, "clip"):
-        raise ModelError(f"vision.tower: {model.config.vision.tower}; LLaVA has CLIP towers only")
-    state = dict(model.language.state_dict())
+    check_llava(model)
+    state = plain_weights(model.language)
     if getattr(model.language.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
-    state |= _llava_projector(model)
-    for name, value in ours.vision.clip.state_dict().items():
+    for name, value in plain_weights(model.projector).items():
+        state[f"model.mm_projector.{name}"] = value
+    for name, value in plain_weights(ours.vision.clip).items():
         state[f"model.{TOWER}vision_model.{name}"] = value
     output.mkdir(parents=True, exist_ok=True)
-    cast = {n: v.detach().to(dtype).contiguous() for n, v in state.items()}
-    save_torch_state_dict(cast, output, max_shard_size=shard_size)
+    write_weights(state, output, dtype, shard_size=shard_size, form=form, on_progress=on_progress)
+    write_llava_config(model, output, dtype=dtype, vision_tower=vision_tower, aspect=aspect)
+
+
+def check_llava(model: VisionLanguageModel) -> None:
+    """Refuse a model that LLaVA has no words for.
+
+    Raises:
+        ModelError: Names the part.
+    """
+    vision = model.config.vision
+    if vision.tower != "clip":
+        raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
+
+
+def write_llava_config(
+    model: VisionLanguageModel,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vision_tower: str = "",
+    aspect: Literal["pad", "square"] = "pad",
+) -> None:
+    """Write the `config.json` that LLaVA builds its model of; arguments as for `write_llava`."""
     text = json.dumps(_llava_config(model, dtype, vision_tower, aspect), indent=2)
     (output / "config.json").write_text(text, encoding="utf-8")
 
@@ -144,7 +189,7 @@ def _llava_config(
         "mm_hidden_size": model.vision.hidden_size,
         "mm_vision_tower": vision_tower or model.config.vision.pretrained,
         "mm_vision_select_layer": model.config.vision.layer,
-        "mm_vision_select_feature": "patch",
+        "mm_vision_select_feature": model.config.vision.features,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": aspect,
@@ -159,9 +204,13 @@ def _llava_projector(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 
 def _load_part(path: Path, part: str, module: Any, found: dict[str, Tensor]) -> None:
-    expected: dict[str, Tensor] = module.state_dict()
+    held: dict[str, Tensor] = module.state_dict()
+    names = {base_name(name): name for name in held if ".lora_" not in name}
+    expected = {plain: held[name] for plain, name in names.items()}
     if part == "vision":  # ours has no layer behind the taken one, and no norm there
         found = {name: value for name, value in found.items() if name in expected}
+    # transformers before 4.32 wrote what it computes of the config
+    found = {name: v for name, v in found.items() if not name.endswith("rotary_emb.inv_freq")}
     tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
     if part == "language" and tied and "lm_head.weight" not in found:
         found = {**found, "lm_head.weight": found.get("model.embed_tokens.weight", Tensor())}
@@ -174,7 +223,7 @@ def _load_part(path: Path, part: str, module: Any, found: dict[str, Tensor]) -> 
             f"{path}: {part} {name} {_shape(found, name)}, the model's {_shape(expected, name)}; "
             "expected the same model config"
         )
-    module.load_state_dict(found)
+    module.load_state_dict({names[plain]: value for plain, value in found.items()}, strict=False)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
@@ -193,38 +242,3 @@ def _unwrap(name: str) -> str:
         if shorter == name:
             return name
         name = shorter
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    found = found or sorted(path.glob(PROJECTOR))
-    if not found:
-        raise ModelError(f"{path}: no weights; expected *.safetensors, *.bin or a file of weights")
-    yield from found
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found: object = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({_first_line(error)})") from None
-    except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle raises
-        raise ModelError(
-            f"{file}: holds more than tensors, and is not run ({_first_line(error)}); convert it "
-            "to safetensors where it comes from"
-        ) from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: a {type(found).__name__}; expected tensors by name")
-    return {str(n): v for n, v in found.items() if isinstance(v, Tensor)}  # pyright: ignore
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

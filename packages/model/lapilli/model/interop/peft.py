@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import read_tensors
+from lapilli.model.interop.weights import adapted_layers
+from lapilli.model.trainable import base_name
 
-__all__ = ["Adapter", "merge_adapter", "read_adapter", "write_adapter"]
+__all__ = [
+    "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter", "write_adapter",
+]  # fmt: skip
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,16 +62,14 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ModelError: Not there, damaged, or of another kind than LoRA on linear layers.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        found = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: no adapter can be read ({error}); expected {SETTINGS} and {WEIGHTS}"
         ) from None
+    old = (folder / WEIGHTS).with_suffix(".bin")  # PEFT before 0.7, LLaVA's published adapters
+    found = read_tensors(old if old.is_file() else folder / WEIGHTS)
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
         raise ModelError(f"{folder}: an adapter of kind {kind}; expected LORA without DoRA")
@@ -87,9 +91,55 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    named = {PREFIX + name: value.contiguous() for name, value in adapter.tensors.items()}
+    named = {
+        PREFIX + _inside(adapter, name): value.contiguous()
+        for name, value in adapter.tensors.items()
+    }
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(dict(adapter.settings), indent=2), encoding="utf-8")
+
+
+def _inside(adapter: Adapter, name: str) -> str:
+    """A tensor's name in PEFT's model, whose layers have their adapter's around them."""
+    layer, _, leaf = name.rpartition(".")
+    return f"{layer}.base_layer.{leaf}" if layer + A in adapter.tensors else name
+
+
+def adapter_of(part: nn.Module, lora: LoraConfig, *, base: str = "", task: str = "") -> Adapter:
+    """The adapter that a part was trained with, biases that learnt included.
+
+    Args:
+        part: A model's `language` or `vision.encoder`, with its adapters in it.
+        lora: What they were made by.
+        base: Hub name or folder of the model that the adapter is for.
+        task: PEFT's name of what the model does: `CAUSAL_LM` for a language model.
+
+    Raises:
+        ModelError: The part has no adapter.
+    """
+    layers = adapted_layers(part)
+    if not layers:
+        raise ModelError(f"{type(part).__name__}: trained without adapters; expected some in it")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[name + A] = layer.lora_A["default"].weight.detach().cpu()
+        tensors[name + B] = layer.lora_B["default"].weight.detach().cpu()
+    for name, value in part.named_parameters():
+        if value.requires_grad and ".lora_" not in name:
+            tensors[base_name(name)] = value.detach().cpu()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": task or None,
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": lora.bias,
+        "fan_in_fan_out": bool(next(iter(layers.values())).fan_in_fan_out),
+        "target_modules": sorted(layers),
+    }
+    return Adapter(settings, tensors)
 
 
 @torch.no_grad()
@@ -107,7 +157,9 @@ def merge_adapter(adapter: Adapter, model: nn.Module) -> list[str]:
         ModelError: A layer that the model does not have, or has in another shape; then the model
             is as it was.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {
+        base_name(name): value for name, value in model.named_parameters(remove_duplicate=False)
+    }
     changes: dict[str, Tensor] = {}
     for name, value in adapter.tensors.items():
         if name.endswith(B):

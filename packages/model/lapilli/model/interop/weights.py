@@ -1,0 +1,145 @@
+"""A model's tensors under plain names, adapters merged, each made when its file is written.
+
+An export holds the model and one file's tensors, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.model.errors import ModelError
+from lapilli.model.trainable import base_name
+
+__all__ = ["Progress", "Weight", "adapted_layers", "plain_weights", "write_weights"]
+
+Progress = Callable[[int, int], None]
+"""Called with bytes written and bytes in all."""
+
+NAMES = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffix}.bin"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is not there yet.
+
+    Attributes:
+        shape: Its shape.
+        make: Makes it, in the dtype it is held or computed in.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def of(value: Tensor) -> Weight:
+        """One that is there."""
+        return Weight(tuple(value.shape), value.detach)
+
+    def then(self, change: Callable[[Tensor], Tensor], *shape: int) -> Weight:
+        """Changed when it is made; `shape` where that differs then."""
+        return replace(self, shape=shape or self.shape, make=lambda: change(self.make()))
+
+
+def adapted_layers(part: nn.Module) -> dict[str, Any]:
+    """The layers of peft in a part, by the path of the layer each has around it."""
+    return {
+        name.removesuffix(".base_layer"): part.get_submodule(name.removesuffix(".base_layer"))
+        for name, _ in part.named_modules()
+        if name.endswith(".base_layer")
+    }
+
+
+def plain_weights(part: nn.Module) -> dict[str, Weight]:
+    """A part's tensors under the names they have without adapters; those of adapted layers merged.
+
+    Merging is in fp32 whatever the layer's dtype: `W + (B A) alpha / r` (Hu et al. 2021,
+    arXiv:2106.09685).
+
+    Raises:
+        ModelError: A layer whose weights are quantised.
+    """
+    adapted = adapted_layers(part)
+    found: dict[str, Weight] = {}
+    for name, value in part.state_dict().items():
+        if ".lora_" in name:
+            continue
+        plain = base_name(name)
+        layer, _, leaf = plain.rpartition(".")
+        found[plain] = Weight.of(value)
+        if layer in adapted and leaf == "weight":
+            if not value.is_floating_point():
+                raise ModelError(
+                    f"{layer}: its weights are quantised ({value.dtype}) and no adapter can be "
+                    "merged into them; export with --to peft"
+                )
+            found[plain] = Weight.of(value).then(partial(_merge, adapted[layer]))
+    return found
+
+
+def _merge(layer: Any, weight: Tensor) -> Tensor:
+    merged = weight.float()
+    for name, first in layer.lora_A.items():
+        made = layer.lora_B[name].weight.detach().float() @ first.weight.detach().float()
+        merged = merged + (made.T if layer.fan_in_fan_out else made) * layer.scaling[name]
+    return merged
+
+
+def write_weights(
+    weights: Mapping[str, Weight],
+    output: Path,
+    dtype: torch.dtype,
+    *,
+    shard_size: str = "5GB",
+    form: Literal["safetensors", "bin"] = "safetensors",
+    on_progress: Progress = lambda done, total: None,
+) -> None:
+    """Write tensors to one file, or to several with an index, as transformers names them.
+
+    Args:
+        weights: What is written, by name.
+        output: The folder, which is there.
+        dtype: Of the written tensors.
+        shard_size: Most bytes in one file (`5GB`); one tensor is never split.
+        form: `safetensors`, or `bin`: pickles of tensors as older programs read them.
+        on_progress: Told after each file.
+
+    Raises:
+        ModelError: A size that is none.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    planned = {n: torch.empty(w.shape, dtype=dtype, device="meta") for n, w in weights.items()}
+    try:
+        split = split_torch_state_dict_into_shards(
+            planned, filename_pattern=NAMES[form], max_shard_size=shard_size
+        )
+    except ValueError:
+        raise ModelError(f"shard_size: {shard_size!r}; expected a size such as 5GB") from None
+    total, done = sum(value.nbytes for value in planned.values()), 0
+    for file, names in split.filename_to_tensors.items():
+        made = {name: _cast(weights[name].make(), dtype) for name in names}
+        if form == "safetensors":
+            save_file(made, output / file, metadata={"format": "pt"})
+        else:
+            torch.save(made, output / file)
+        done += sum(value.nbytes for value in made.values())
+        on_progress(done, total)
+    if split.is_sharded:
+        name = NAMES[form].format(suffix="") + ".index.json"
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (output / name).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the host, and with bytes of its own: a view would be pickled with all it is a view of."""
+    cast = value.to("cpu", dtype)
+    return cast.contiguous() if cast.untyped_storage().nbytes() == cast.nbytes else cast.clone()
