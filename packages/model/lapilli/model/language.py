@@ -9,7 +9,7 @@ import torch
 
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.pretrained import check_settings, one_line
+from lapilli.model.pretrained import Loading, check_settings, one_line, whole
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -17,18 +17,22 @@ if TYPE_CHECKING:
 __all__ = ["build_language", "logit_scale", "logit_softcap", "text_scale"]
 
 
-def build_language(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_language(
+    config: LanguageConfig, dtype: torch.dtype = torch.float32, loading: Loading = whole
+) -> PreTrainedModel:
     """A causal language model, with weights or with random ones.
 
-    Weights go from the file into the model once, in `dtype`; there is no second copy.
+    Weights go from the file into the model once, in `dtype`; there is no second copy. `loading`
+    stands around it; random weights, which are made everywhere alike, it does not concern.
 
     Raises:
         ModelError: Unknown architecture, wrong settings, or weights that are not there.
     """
     kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": dtype}
-    model = _load(config, kind) if config.pretrained else _random(config, kind)
-    if config.vocab_size > model.config.vocab_size:
-        _grow(model, config.vocab_size)
+    with loading() if config.pretrained else whole():
+        model = _load(config, kind) if config.pretrained else _random(config, kind)
+        if config.vocab_size > model.config.vocab_size:
+            _grow(model, config.vocab_size)
     return model
 
 

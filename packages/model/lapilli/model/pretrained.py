@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lapilli.model.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["check_settings", "one_line"]
+__all__ = ["Loading", "check_settings", "one_line", "whole"]
+
+# What a language model's weights are loaded in: nothing, or what shares them among processes while
+# they are read. A model must not know DeepSpeed, so the trainer brings it.
+Loading: TypeAlias = Callable[[], AbstractContextManager[object]]
+whole: Loading = nullcontext
 
 
 def check_settings(name: str, settings: Mapping[str, Any], known: PreTrainedConfig) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
-    "parameter_groups", "set_modes", "trainable_parameters",
+    "parameter_groups", "set_modes", "shape_of", "trainable_parameters",
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
@@ -38,6 +38,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has shared it out and it is empty here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def group_of(name: str) -> str:
     """Which of `GROUPS` a parameter belongs to: its part, or the adapters."""
     return "adapters" if ".lora_" in name else name.partition(".")[0]
@@ -50,7 +55,7 @@ def parameter_groups(model: nn.Module) -> dict[tuple[str, bool], list[nn.Paramet
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, value in trainable_parameters(model).items():
-        decays = len(getattr(value, "ds_shape", value.shape)) >= 2
+        decays = len(shape_of(value)) >= 2
         groups.setdefault((group_of(name), decays), []).append(value)
     return groups
 

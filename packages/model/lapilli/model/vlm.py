@@ -18,6 +18,7 @@ from lapilli.model.errors import ModelError
 from lapilli.model.language import build_language, logit_scale, logit_softcap, text_scale
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
+from lapilli.model.pretrained import Loading, whole
 from lapilli.model.projector import build_projector, set_scale
 from lapilli.model.trainable import (
     add_adapters,
@@ -35,11 +36,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class VisionLanguageModel(nn.Module):
     """A LLaVA-style model. `forward` gives the summed loss of a batch."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, loading: Loading = whole) -> None:
         super().__init__()
         self.config = config
         self.vision = build_tower(config.vision)
-        self.language: Any = build_language(config.language, DTYPES[config.dtype])
+        self.language: Any = build_language(config.language, DTYPES[config.dtype], loading)
         size = int(self.language.get_input_embeddings().embedding_dim)
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
         if config.projector_std is not None:
@@ -138,15 +139,19 @@ class VisionLanguageModel(nn.Module):
         return loss
 
 
-def build_model(config: ModelConfig) -> VisionLanguageModel:
+def build_model(config: ModelConfig, loading: Loading = whole) -> VisionLanguageModel:
     """Build a model with `config.seed`'s random weights where there are no others, and freeze.
+
+    `loading` stands around the reading of the language model's weights.
 
     Raises:
         ModelError: A part that cannot be built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = VisionLanguageModel(replace(config, vision=with_normalisation(config.vision)))
+        model = VisionLanguageModel(
+            replace(config, vision=with_normalisation(config.vision)), loading
+        )
         freeze(model, config.trainable)
         if config.lora:
             add_adapters(model, config.lora)

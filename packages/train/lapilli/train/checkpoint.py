@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from lapilli.data.shards import sha256_file
 from lapilli.model.interop.foreign import load_foreign
-from lapilli.model.trainable import base_name, group_of, trainable_parameters
+from lapilli.model.trainable import base_name, group_of, shape_of, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import engine as deepspeed_engine
 from lapilli.train.errors import TrainError
@@ -254,14 +255,14 @@ def _read(path: Path, *, hashed: bool = True) -> Checkpoint | None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a plain model.
+    """Put a checkpoint's weights into a model that is not in an engine yet.
 
     Raises:
         TrainError: Other parameters than the model's trainable ones, or other shapes.
     """
     weights = load_file(checkpoint.path / WEIGHTS)
     _check_names(checkpoint, model, weights)
-    model.load_state_dict(weights, strict=False)
+    deepspeed_engine.assign(model, weights)
 
 
 def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
@@ -289,8 +290,8 @@ def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
     here = {base_name(name): name for name in there}  # this run may put adapters around its layers
     weights = {here.get(name, name): value for name, value in weights.items()}
     for name, value in weights.items():
-        if name not in there or there[name].shape != value.shape:
-            shape = tuple(there[name].shape) if name in there else "no such parameter"
+        if name not in there or shape_of(there[name]) != tuple(value.shape):
+            shape = shape_of(there[name]) if name in there else "no such parameter"
             raise TrainError(
                 f"start_from: {found.path} holds {name} of shape {tuple(value.shape)}, this model "
                 f"{shape}; expected the same model config"
@@ -301,7 +302,7 @@ def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
             f"start_from: {run} was trained beside other frozen weights (fingerprint "
             f"{found.state['frozen'][:12]}, here {frozen[:12]}); expected the same model config"
         )
-    model.load_state_dict(weights, strict=False)
+    deepspeed_engine.assign(model, weights)
     return found
 
 
@@ -326,7 +327,7 @@ def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Te
             f"{len(different) - 1} more); expected the same model config and trainable parts"
         )
     for name, parameter in expected.items():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = shape_of(parameter)
         if shape != tuple(weights[name].shape):
             raise TrainError(
                 f"{checkpoint.path}: {name} has shape {tuple(weights[name].shape)}, the model's "
@@ -335,16 +336,20 @@ def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Te
 
 
 def frozen_fingerprint(model: nn.Module, trained: Collection[str]) -> str:
-    """SHA-256 over the weights that are not `trained`: a checkpoint does not hold them."""
+    """SHA-256 over the weights that are not `trained`: a checkpoint does not hold them.
+
+    Collective, where they are shared among workers: each is made whole in its turn.
+    """
     named = {base_name(name): parameter for name, parameter in model.named_parameters()}
     known = {base_name(name) for name in trained}
     digest = hashlib.sha256()
     for name, parameter in sorted(named.items()):
         if name not in known and group_of(name) != "adapters":
             digest.update(name.encode())
-            # as bytes: numpy has no bf16
-            flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            with deepspeed_engine.gathered([parameter]):
+                # as bytes: numpy has no bf16
+                flat = parameter.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -359,7 +364,7 @@ def check_disk(run: Path, model: nn.Module, keep: int) -> None:
     Raises:
         TrainError: Names the bytes needed and free.
     """
-    one = 12 * sum(p.numel() for p in trainable_parameters(model).values())  # fp32, two moments
+    one = 12 * sum(math.prod(shape_of(p)) for p in trainable_parameters(model).values())  # fp32, two moments
     needed = one * (keep + 1)
     existing = next(folder for folder in (run, *run.parents) if folder.exists())
     free = shutil.disk_usage(existing).free

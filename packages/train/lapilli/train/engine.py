@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.pretrained import Loading
 from lapilli.model.trainable import trainable_parameters
 from lapilli.train.config import RunConfig
 
 __all__ = [
     "MOMENTS",
+    "assign",
     "deepspeed_settings",
+    "gathered",
     "initialize",
+    "loading_of",
     "read_gradient",
     "read_moments",
     "read_weight",
@@ -43,13 +49,8 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     """A DeepSpeed engine over the process group that is there. Compiles nothing."""
     import deepspeed
-    import deepspeed.ops
 
-    # On a CPU DeepSpeed would compile its shared-memory operator first (42 s seen); gloo is there.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.logger.setLevel("ERROR")
-    # torch's new names for two collectives; DeepSpeed calls the old ones at every step
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+    _quieten()
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
@@ -57,6 +58,71 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     # never again: without this, a second group's moments could not be read.
     _create_moments(engine)
     return engine
+
+
+def _quieten() -> None:
+    """What DeepSpeed must be told before it does anything: compile nothing, say little."""
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU DeepSpeed would compile its shared-memory operator first (42 s seen); gloo is there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel("ERROR")
+    # torch's new names for two collectives; DeepSpeed calls the old ones at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+
+
+def loading_of(config: RunConfig) -> Loading:
+    """How this run's pretrained weights are read: at ZeRO stage 3 no worker ever holds them whole.
+
+    There transformers shares every layer among the workers as it is made, and rank 0 alone reads
+    the files, a layer at a time. All workers build the model, in a process group.
+    """
+    if config.zero_stage < 3 or config.model.language.quantize != "none":
+        return nullcontext
+    return partial(_shared, config)
+
+
+@contextmanager
+def _shared(config: RunConfig) -> Generator[None]:
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    _quieten()
+    settings = deepspeed_settings(config)
+    # the weights' own type and not the engine's: what is frozen must be the same at every stage
+    settings["bf16"] = {"enabled": config.model.dtype == "bf16"}
+    alive = HfDeepSpeedConfig(settings)  # transformers looks whether there is one
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter], *, changes: bool = False) -> Generator[None]:
+    """Have whole weights inside, also of parameters that ZeRO-3 has shared out. Collective.
+
+    Args:
+        parameters: Those needed; others are whole anyway.
+        changes: Keep what is written inside; all ranks write the same.
+    """
+    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shared:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(shared, modifier_rank=0 if changes else None):
+        yield
+
+
+def assign(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights into a model's parameters by name, shared out or not. Collective."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in weights.items():
+        with torch.no_grad(), gathered([parameters[name]], changes=True):
+            parameters[name].copy_(value)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -16,6 +16,7 @@ from lapilli.data.collate import blank_batches
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
+from lapilli.model.pretrained import Loading, whole
 from lapilli.model.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
@@ -59,13 +60,17 @@ class Setup:
         return self.rank == 0
 
 
-def build_start(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
+def build_start(
+    config: RunConfig, loading: Loading = whole
+) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
     """The model as its run begins, and the checkpoint of the earlier run it starts from.
+
+    `loading` stands around the reading of pretrained weights; a worker gives `engine.loading_of`.
 
     Raises:
         ModelError, TrainError: A part that cannot be built, or a start that does not fit.
     """
-    model = build_model(config.model)
+    model = build_model(config.model, loading)
     start = checkpoint.load_start(Path(config.start_from), model) if config.start_from else None
     return model, start
 
@@ -129,7 +134,7 @@ def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
 def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
-    model, start = build_start(config)
+    model, start = build_start(config, engine.loading_of(config))
     set_modes(model)
     dataset = open_for(model, config)
     check_start(start, dataset)
