@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from pipelines.benchmarks import merge, tokens, whole
+from pipelines.benchmarks import loss, merge, tokens, whole
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
 TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "tokens": tokens.main,
     "merge": merge.main,
+    "loss": loss.main,
     "whole": whole.main,
 }
 
