@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+<<<<<<< HEAD
 from pipelines.benchmarks import (
     build,
     feed,
@@ -17,6 +18,9 @@ from pipelines.benchmarks import (
     tokens,
     whole,
 )
+=======
+from pipelines.benchmarks import loss, merge, tokens, whole
+>>>>>>> weights
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -29,6 +33,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,
+    "loss": loss.main,
     "whole": whole.main,
     "feed": feed.main,
 }
