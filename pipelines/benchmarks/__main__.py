@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from pipelines.benchmarks import feed, merge, tokens, whole
+from pipelines.benchmarks import feed, merge, tokens, training, whole
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -14,6 +14,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "merge": merge.main,
     "whole": whole.main,
     "feed": feed.main,
+    "train": training.main,
 }
 
 
