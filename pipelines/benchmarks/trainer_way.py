@@ -45,12 +45,15 @@ def trainer_seconds(
                 torch.cuda.synchronize(device)
             found.append(time.perf_counter() - self.started)
 
+    recompute: dict[str, Any] = (
+        {"gradient_checkpointing": True} if shapes.gradient_checkpointing else {}
+    )
     arguments = TrainingArguments(
         output_dir=folder, per_device_train_batch_size=1, max_steps=steps + 2, report_to=[],
         remove_unused_columns=False, save_strategy="no", learning_rate=1e-5, max_grad_norm=1.0,
         optim="adamw_torch", disable_tqdm=True, logging_strategy="no",
         use_cpu=device.type == "cpu", bf16=device.type == "cuda",
-        **({"gradient_checkpointing": True} if shapes.gradient_checkpointing else {}),
+        **recompute,
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, data_collator=lambda rows: rows[0],
