@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 <<<<<<< HEAD
+<<<<<<< HEAD
 from pipelines.benchmarks import (
     build,
     feed,
@@ -21,6 +22,9 @@ from pipelines.benchmarks import (
 =======
 from pipelines.benchmarks import loss, merge, tokens, whole
 >>>>>>> weights
+=======
+from pipelines.benchmarks import feed, merge, tokens, training, whole
+>>>>>>> feed
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -36,6 +40,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "loss": loss.main,
     "whole": whole.main,
     "feed": feed.main,
+    "train": training.main,
 }
 
 

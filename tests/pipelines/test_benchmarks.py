@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lapilli.data.checks import check_record
-from pipelines.benchmarks import harness, tokens
+from pipelines.benchmarks import harness, tokens, training
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.corpus import KINDS, conversations
 from pipelines.benchmarks.photos import photo_name, write_photos
@@ -46,6 +46,22 @@ def test_tokens_adds_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert int(row["tokens"]) > 40 * 50
     with pytest.raises(UsageError, match="move the file away"):
         harness.add_row("tokens", {"other": 1}, tmp_path)
+
+
+def test_train_adds_a_row_without_ray_and_deepspeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "add_row", lambda t, row: harness.add_row(t, row, tmp_path))
+    for name in ("ray", "deepspeed"):
+        monkeypatch.setitem(sys.modules, name, None)
+    flags = ["--size=tiny", "--modes=[lora]", "--micro_batch=1", "--text_tokens=16", "--steps=1"]
+    assert main(["train", *flags, f"--trace={tmp_path / 'trace'}"]) == 0
+    with (tmp_path / "train.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["mode"], row["length"]) == ("lora", "32")
+    assert min(float(row[name]) for name in ("seconds", "mfu", "hfu", "trainer_seconds")) > 0
+    assert len(row["costs"].split("; ")) == 3
+    assert (tmp_path / "trace" / "lora.json").stat().st_size > 0
 
 
 def test_an_unknown_topic_lists_the_topics(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,231 @@
+"""A training step of LLaVA-1.5's shapes with random weights: time, MFU, memory, the largest costs.
+
+One process and plain torch (`lapilli.train.plain`): neither Ray nor DeepSpeed is needed. On a GPU
+the 7B sizes in bf16, else a tiny model in fp32; stage 1 (the projector learns), LoRA, and full.
+Beside it transformers' Trainer on `LlavaForConditionalGeneration` of the same sizes, rows and
+learning parts. MFU and HFU are `step_flops` over the peak rate: a data sheet's on a GPU, on a CPU
+that of a square matrix product. The wait for data is the feed's matter (topic `feed`): here a batch
+is on the device already.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.data.dataset import Sample
+from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from lapilli.model.flops import BatchNumbers, StepFlops, model_numbers, step_flops
+from lapilli.model.peak import measured_peak, peak_flops
+from lapilli.model.trainable import set_modes
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.config import OptimConfig
+from lapilli.train.device import peak_memory
+from lapilli.train.optim import build_optimizer
+from lapilli.train.plain import PlainEngine
+from lapilli.train.step import to_device, train_step
+from pipelines.benchmarks.harness import add_row, provenance
+from pipelines.benchmarks.trainer_way import trainer_seconds
+from pipelines.command import parse, say
+
+__all__ = ["TrainBenchmark", "main"]
+
+Mode = Literal["stage1", "lora", "full"]
+PACKAGES = ("torch", "transformers", "peft")
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "7b": (
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+         "max_position_embeddings": 4096},
+    ),
+    "tiny": (
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+         "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
+        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainBenchmark:
+    """What is measured.
+
+    Attributes:
+        size: `7b`, `tiny`, or `auto`: 7b on a GPU.
+        modes: Of stage1, lora, full; one that does not fit in memory says so and has no row.
+        micro_batch: Rows with an image each.
+        text_tokens: Text of a row; half of it is trained.
+        steps: Timed steps, after two that are not.
+        checkpointing: Gradient checkpointing.
+        trace: Folder for a trace file of a step of each mode; empty for none.
+        save: Add rows to `results/train.csv`.
+    """
+
+    size: Literal["auto", "7b", "tiny"] = "auto"
+    modes: tuple[Mode, ...] = field(default=("stage1", "lora", "full"))
+    micro_batch: int = 8
+    text_tokens: int = 224
+    steps: int = 10
+    checkpointing: bool = False
+    trace: str = ""
+    save: bool = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, tell, and add a row for each mode."""
+    config = parse(TrainBenchmark, argv, "A training step's time, MFU, memory and costs.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = config.size
+    if size == "auto":
+        size = "7b" if device.type == "cuda" else "tiny"
+    head = provenance(PACKAGES, "train", argv)
+    head |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    peak = peak_flops(head["device"]) if device.type == "cuda" else measured_peak(device)
+    for mode in config.modes:
+        try:
+            figures = _measure(config, size, mode, device, peak)
+        except torch.cuda.OutOfMemoryError:
+            say(f"{mode}: does not fit in this GPU's memory")
+            _forget(device)
+            continue
+        say(", ".join(f"{name} {value}" for name, value in figures.items()))
+        if config.save:
+            add_row("train", head | figures)
+    return 0
+
+
+def model_config(
+    size: str, mode: Mode, device: torch.device, *, checkpointing: bool
+) -> ModelConfig:
+    """LLaVA-1.5's sizes, or tiny ones, with random weights."""
+    vision, language = SIZES[size]
+    return ModelConfig(
+        VisionConfig(settings=vision),
+        LanguageConfig(settings=language),
+        trainable=("projector",) if mode == "stage1" else ("projector", "language"),
+        lora=LoraConfig(rank=128, alpha=256, dropout=0.0) if mode == "lora" else None,
+        gradient_checkpointing=checkpointing,
+        merge="triton" if device.type == "cuda" else "torch",
+        dtype="bf16" if device.type == "cuda" else "fp32",
+    )
+
+
+def make_batch(model: VisionLanguageModel, rows: int, text_tokens: int) -> Batch:
+    """Rows of an image and text, the second half of which is trained."""
+    draw = np.random.default_rng(0)
+    side, tokens = model.vision.image_size, model.vision.num_tokens
+    samples: list[Sample] = []
+    for row in range(rows):
+        ids = draw.integers(1, model.vocab_size, text_tokens + 1).astype(np.int32)
+        ids[1] = -200
+        spans = np.array([[1 + text_tokens // 2, text_tokens + 1]], np.int32)
+        pixels = draw.integers(0, 256, (1, side, side, 3)).astype(np.uint8)
+        samples.append(Sample(f"row{row}", ids, spans, pixels))
+    length = -(-(text_tokens + tokens) // 8) * 8
+    return collate(samples, BatchShape(rows, (length,), tokens, 1024), side)
+
+
+def operations(model: VisionLanguageModel, batch: Batch) -> StepFlops:
+    """Operations of the batch's forward and backward."""
+    rows, length = batch.input_ids.shape
+    numbers = BatchNumbers(
+        row_lengths=batch.row_lengths.tolist(), images=batch.num_images,
+        targets=batch.num_targets, padded_rows=rows, padded_length=length,
+        padded_images=len(batch.pixels), padded_targets=len(batch.targets),
+    )  # fmt: skip
+    return step_flops(model_numbers(model), numbers)
+
+
+def _ours(
+    config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch.device
+) -> tuple[float, int, str, StepFlops, Batch]:
+    """Seconds, memory and largest costs of our step; its model is gone afterwards."""
+    with device:
+        model = build_model(shapes)
+    set_modes(model)
+    batch = make_batch(model, config.micro_batch, config.text_tokens)
+    engine = PlainEngine(model, build_optimizer(model, OptimConfig(lr=1e-5)), grad_clip=1.0)
+    on_device = [to_device(batch, device)]
+
+    def step() -> None:
+        train_step(engine, on_device, global_tokens=batch.num_targets, world_size=1)
+
+    seconds = _median_seconds(step, config.steps, device)
+    memory = peak_memory(device)
+    costs = _largest_costs(step, device, config.trace, mode)
+    return seconds, memory, costs, operations(model, batch), batch
+
+
+def _measure(
+    config: TrainBenchmark, size: str, mode: Mode, device: torch.device, peak: float | None
+) -> dict[str, Any]:
+    """One mode: ours, its costs, then transformers' Trainer."""
+    shapes = model_config(size, mode, device, checkpointing=config.checkpointing)
+    _forget(device)
+    seconds, memory, costs, flops, batch = _ours(config, shapes, mode, device)
+    _forget(device)
+    theirs = trainer_seconds(
+        shapes, batch, config.steps, device, folder=config.trace or tempfile.gettempdir()
+    )
+    share = {
+        name: round(getattr(flops, kind).total / seconds / peak, 4) if peak else ""
+        for name, kind in (("mfu", "model"), ("hfu", "hardware"))
+    }
+    return {
+        "size": size, "mode": mode, "rows": config.micro_batch,
+        "length": batch.input_ids.shape[1], "checkpointing": config.checkpointing,
+        "seconds": round(seconds, 4), **share,
+        "peak_tflops": round(peak / 1e12, 3) if peak else "",
+        "memory_gb": round(memory / 1e9, 2),
+        "trainer_seconds": round(theirs.seconds, 4),
+        "trainer_memory_gb": round(theirs.memory / 1e9, 2),
+        "of_trainer": round(theirs.seconds / seconds, 2), "costs": costs,
+    }  # fmt: skip
+
+
+def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
+    found: list[float] = []
+    for _ in range(count + 2):
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[2:])
+
+
+def _largest_costs(step: Callable[[], None], device: torch.device, folder: str, mode: str) -> str:
+    """The three operators that take most of a step's own time, with their shares."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(f"{folder}/{mode}.json")
+    name = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    events: list[Any] = list(profile.key_averages())
+    whole = sum(getattr(event, name) for event in events)
+    largest = sorted(events, key=lambda event: -getattr(event, name))[:3]
+    return "; ".join(f"{event.key} {getattr(event, name) / whole:.0%}" for event in largest)
+
+
+def _forget(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
