@@ -72,6 +72,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         launcher="process",
         max_steps=6,
         loggers=("tensorboard",),
+        eval_every=3,
+        eval_samples=7,
+        eval_dataset=str(dataset),
     )
     launch(preflight(config))
     return folder / "run", dataset

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import struct
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,21 +72,22 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
 
 
 def wandb_losses(file: Path) -> list[float]:
-    """The loss of each record of an offline run, by wandb's own reader."""
-    import json
-
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store: Any = DataStore()
-    store.open_for_scan(str(file))
-    found: list[float] = []
-    while (data := store.scan_data()) is not None:
-        record: Any = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        for item in record.history.item:
-            if "loss" in (item.key, *item.nested_key):
-                found.append(float(json.loads(item.value_json)))
+    """The loss of each record of an offline run: wandb's messages in LevelDB's log format."""
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    data, at, record, found = file.read_bytes(), 7, b"", list[float]()
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # a block's rest that holds no header is padding
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or a last part
+            parsed = messages.Record.FromString(record)
+            record = b""
+            for item in parsed.history.item:
+                if "loss" in (item.key, *item.nested_key):
+                    found.append(float(json.loads(item.value_json)))
     return found
 
 

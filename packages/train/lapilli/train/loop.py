@@ -153,7 +153,7 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
     samples = open_held_out(config, dataset.image_tokens)
-    held_out = samples and HeldOut(samples, config, feed.shape, (rank, world_size))
+    held_out = HeldOut(samples, config, feed.shape, (rank, world_size)) if samples else None
     return Setup(config, torch_device, feed, built, start, state, rank, world_size, held_out)
 
 

@@ -25,6 +25,7 @@ __all__ = ["REPORT", "curves", "flat_settings", "smoothed", "write_run_report"]
 REPORT = "report.html"
 SHOWN = 8  # of the worst samples, with their conversation
 MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
+SHARE = 0.1  # of a short run's steps that its own curve is smoothed over
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -44,6 +45,11 @@ def smoothed(values: NDArray[np.float64], memory: float = MEMORY) -> NDArray[np.
         weight = memory * weight + (1 - memory)
         result[place] = total / weight
     return result
+
+
+def _eased(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Smoothed over about the last 50 steps, fewer in a short run, whose curve would lag behind."""
+    return smoothed(values, min(MEMORY, 1 - 1 / max(1.0, SHARE * len(values))))
 
 
 def write_run_report(run: Path) -> Path:
@@ -80,7 +86,7 @@ def _figures(rows: Rows, facts: Mapping[str, Any]) -> list[Figure]:
     last, total = rows[-1], facts["total_steps"]
     figures = [
         Figure("steps", f"{last['step'] + 1:,}", f"of {total:,}"),
-        Figure("loss", f"{smoothed(curves(rows, 'loss')[1])[-1]:.4f}", "mean of the last steps"),
+        Figure("loss", f"{_eased(curves(rows, 'loss')[1])[-1]:.4f}", "mean of the last steps"),
     ]
     held_out = curves(rows, "held_out_loss")[1]
     if len(held_out):
@@ -101,7 +107,7 @@ def _figures(rows: Rows, facts: Mapping[str, Any]) -> list[Figure]:
 def _add_loss(page: Page, rows: Rows) -> None:
     page.section("Loss")
     steps, losses = curves(rows, "loss")
-    series = {"each step": (steps, losses), "smoothed": (steps, smoothed(losses))}
+    series = {"each step": (steps, losses), "smoothed": (steps, _eased(losses))}
     held_out = curves(rows, "held_out_loss")
     if len(held_out[0]):
         series["held out"] = held_out
@@ -124,7 +130,7 @@ def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:
             {"step": r["step"], "mean": r[name][group][0]} for r in rows if group in r.get(name, ())
         ]
         steps, values = curves(own, "mean")
-        found[group] = steps, smoothed(values)
+        found[group] = steps, _eased(values)
     return found
 
 
@@ -166,7 +172,7 @@ def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, A
         return
     page.section("Samples of highest loss")
     page.table(
-        ["sample", "loss", "step", "trained tokens"],
+        ["sample", "loss", "step", "tokens"],
         [[s.sample_id, f"{s.mean:.4f}", s.step, s.tokens] for s in worst],
         "Mean over a sample's trained tokens, when it was trained on",
     )

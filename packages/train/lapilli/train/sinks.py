@@ -69,6 +69,7 @@ class WandbSink:
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "lapilli"), dir=str(run), name=run.name,
             id=_kept_id(run / "wandb.id"), resume="allow", mode=mode, config=dict(config),
+            settings=wandb.Settings(silent=True),  # its lines would stand in the live line
         )  # fmt: skip
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
