@@ -5,26 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-<<<<<<< HEAD
-<<<<<<< HEAD
 from pipelines.benchmarks import (
     build,
     feed,
     images,
+    loss,
     merge,
     opening,
     planning,
     reading,
     scaling,
     tokens,
+    training,
     whole,
 )
-=======
-from pipelines.benchmarks import loss, merge, tokens, whole
->>>>>>> weights
-=======
-from pipelines.benchmarks import feed, merge, tokens, training, whole
->>>>>>> feed
 from pipelines.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
