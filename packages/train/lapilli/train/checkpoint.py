@@ -364,7 +364,9 @@ def check_disk(run: Path, model: nn.Module, keep: int) -> None:
     Raises:
         TrainError: Names the bytes needed and free.
     """
-    one = 12 * sum(math.prod(shape_of(p)) for p in trainable_parameters(model).values())  # fp32, two moments
+    one = 12 * sum(
+        math.prod(shape_of(p)) for p in trainable_parameters(model).values()
+    )  # fp32, two moments
     needed = one * (keep + 1)
     existing = next(folder for folder in (run, *run.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
