@@ -39,6 +39,7 @@ __all__ = [
     "find_checkpoints",
     "forget_old",
     "frozen_fingerprint",
+    "is_run",
     "latest_checkpoint",
     "load_into",
     "load_start",
@@ -205,6 +206,11 @@ def forget_old(run: Path, step: int, keep: int) -> None:
     current = [path for path in paths if path.name <= f"step-{step:08d}"]
     for path in {*paths} - {*current[-keep:]}:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def is_run(run: Path) -> bool:
+    """Whether a folder is that of a run that has saved."""
+    return (run / FOLDER).is_dir()
 
 
 def find_checkpoints(run: Path, *, hashed: bool = True) -> list[Checkpoint]:

@@ -85,9 +85,11 @@ def loading_of(config: RunConfig) -> Loading:
 
 @contextmanager
 def _shared(config: RunConfig) -> Generator[None]:
+    import deepspeed.comm
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     _quieten()
+    deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)  # torch's, known to it
     settings = deepspeed_settings(config)
     # the weights' own type and not the engine's: what is frozen must be the same at every stage
     settings["bf16"] = {"enabled": config.model.dtype == "bf16"}

@@ -44,6 +44,7 @@ from lapilli.train.held_out import check_same_tokenizer, open_held_out
 from lapilli.train.loop import build_start, check_model, check_start, fit, open_for, setup
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
+from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
 from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
 
@@ -123,7 +124,7 @@ def preflight(config: RunConfig) -> Preflight:
     _check_loggers(config)
     config = _absolute(config)
     device = _find_device(config)
-    model, start_weights = build_start(config)
+    model, start_weights = _look_at(config)
     dataset = open_for(model, config)
     check_start(start_weights, dataset)
     if held_out := open_held_out(config, dataset.image_tokens):
@@ -161,6 +162,18 @@ def preflight(config: RunConfig) -> Preflight:
         config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
         step_seconds, device, dataset.image_tokens,
     )  # fmt: skip
+
+
+def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
+    """The model to check a run against; one that no worker will hold whole is not built here.
+
+    Of such a model only shapes are known; whether a start fits is then found by the workers.
+    """
+    if config.zero_stage == 3:
+        sketch = sketch_model(config.model)
+        if sum(total for total, _ in sketch.parameters().values()) >= MEASURED:
+            return sketch.model, None
+    return build_start(config)
 
 
 def _find_device(config: RunConfig) -> Device:

@@ -134,7 +134,9 @@ def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
 def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
-    model, start = build_start(config, engine.loading_of(config))
+    # weights of another project replace all that is read, and are not put in part by part
+    is_foreign = config.start_from and not checkpoint.is_run(Path(config.start_from))
+    model, start = build_start(config, whole if is_foreign else engine.loading_of(config))
     set_modes(model)
     dataset = open_for(model, config)
     check_start(start, dataset)

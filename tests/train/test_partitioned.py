@@ -1,0 +1,185 @@
+"""Pretrained weights under ZeRO-3: shared among workers while they are read, and the same model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
+from lapilli.model.trainable import shape_of, trainable_parameters
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train import checkpoint
+from lapilli.train import engine as deepspeed_engine
+from lapilli.train.config import RunConfig
+from lapilli.train.device import prepare_process
+from lapilli.train.launch import preflight
+from lapilli.train.optim import build_optimizer
+from lapilli.train.step import to_device, train_step
+from tests.train.small_run import small_dataset, small_run
+from tests.train.tiny import VOCABULARY, global_tokens, model_config, random_steps, run_config
+
+STEPS = 4
+CPU = torch.device("cpu")
+CASES: dict[str, dict[str, Any]] = {
+    "whole language model": {"tied": False, "lora": None},
+    "tied embeddings": {"tied": True, "lora": None},
+    "adapters and projector": {"tied": False, "lora": LoraConfig(rank=2, alpha=8, dropout=0.0)},
+    "ids added": {"tied": False, "lora": None, "vocab_size": VOCABULARY + 8},
+}
+
+
+def case_config(folder: Path, case: str, stage: int) -> RunConfig:
+    """Random towers before a language model that is read from a folder."""
+    made = CASES[case]
+    model = model_config("projector", "language", tied=made["tied"], lora=made["lora"])
+    language = LanguageConfig(pretrained=str(folder / case), vocab_size=made.get("vocab_size", 0))
+    return run_config(replace(model, language=language), zero_stage=stage)
+
+
+def write_language(folder: Path, config: ModelConfig) -> None:
+    """A language model as transformers writes it, in several files."""
+    model = build_model(replace(config, seed=11))
+    model.language.save_pretrained(folder, max_shard_size="10KB")
+
+
+def start(config: RunConfig) -> VisionLanguageModel:
+    prepare_process("cpu")
+    return build_model(config.model, deepspeed_engine.loading_of(config))
+
+
+def run(
+    model: VisionLanguageModel, config: RunConfig, rank: int, steps: range
+) -> tuple[list[float], Any]:
+    settings = deepspeed_engine.deepspeed_settings(config)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
+    return go_on(engine, rank, steps), engine
+
+
+def go_on(engine: Any, rank: int, steps: range) -> list[float]:
+    losses: list[float] = []
+    for ranks in random_steps(STEPS, seed=0)[steps.start : steps.stop]:
+        batches = [to_device(batch, CPU) for batch in ranks[rank]]
+        tokens = global_tokens(ranks)
+        loss = train_step(engine, batches, global_tokens=tokens, world_size=2)
+        dist.all_reduce(loss)
+        losses.append(float(loss) / tokens)
+    return losses
+
+
+def worker(rank: int, place: str) -> None:
+    """Every case: what is held, its fingerprint, its losses, resumed under stages 2 and 3."""
+    folder = Path(place)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    for case in CASES:
+        config = case_config(folder, case, 3)
+        model = start(config)
+        shared = [p for p in model.language.parameters() if hasattr(p, "ds_id")]
+        found: dict[str, Any] = {
+            "shared": sum(np.prod(shape_of(p)) for p in shared),
+            "held": sum(p.numel() for p in shared),
+            "frozen": checkpoint.frozen_fingerprint(model, trainable_parameters(model).keys()),
+        }
+        found["first"], engine = run(model, config, rank, range(2))
+        state = {"dataset": "", "frozen": found["frozen"], "config": {"start_from": ""}}
+        saved = folder / f"{case}-run"
+        checkpoint.save(engine, saved, 2, state, keep=1, is_writer=rank == 0)
+        dist.barrier()
+        newest = checkpoint.latest_checkpoint(saved)
+        assert newest is not None
+        for stage in (2, 3):
+            again = case_config(folder, case, stage)
+            model = start(again)
+            checkpoint.load_weights(newest, model)
+            engine = run(model, again, rank, range(0))[1]
+            checkpoint.load_into(engine, newest)
+            found[f"resumed {stage}"] = go_on(engine, rank, range(2, STEPS))
+        model = start(config)
+        assert checkpoint.load_start(saved, model) is not None
+        found["started"] = run(model, config, rank, range(1))[0]
+        if rank == 0:
+            torch.save(found, folder / f"{case}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    for case, made in CASES.items():
+        write_language(folder / case, model_config("language", tied=made["tied"]))
+    spawn(worker, (str(folder),), nprocs=2)
+    return folder
+
+
+def plain_pytorch(model: VisionLanguageModel, config: RunConfig, steps: range) -> list[float]:
+    """The same global batches in one process, on a model that was read as a whole."""
+    optimizer = build_optimizer(model, config.optim)
+    losses: list[float] = []
+    for ranks in random_steps(STEPS, seed=0)[steps.start : steps.stop]:
+        batches = [to_device(batch, CPU) for micros in ranks for batch in micros]
+        loss = sum(model(**batch.inputs) for batch in batches) / global_tokens(ranks)
+        assert isinstance(loss, torch.Tensor)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable_parameters(model).values(), config.optim.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_model_that_is_shared_while_it_is_read_is_the_same(case: str, shared_runs: Path) -> None:
+    config = case_config(shared_runs, case, 2)
+    assert deepspeed_engine.loading_of(config) is nullcontext
+    model = build_model(config.model)
+    found = torch.load(shared_runs / f"{case}.pt", weights_only=False)
+    frozen = checkpoint.frozen_fingerprint(model, trainable_parameters(model).keys())
+    assert found["frozen"] == frozen
+    expected = plain_pytorch(model, config, range(STEPS))
+    resumed = found["first"] + found["resumed 3"]
+    np.testing.assert_allclose(resumed, expected, atol=1e-5)
+    np.testing.assert_allclose(found["resumed 2"], expected[2:], atol=1e-5)
+    after_two = build_model(config.model)
+    checkpoint.load_start(shared_runs / f"{case}-run", after_two)
+    np.testing.assert_allclose(
+        found["started"], plain_pytorch(after_two, config, range(1)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_no_worker_holds_what_is_read(case: str, shared_runs: Path) -> None:
+    found = torch.load(shared_runs / f"{case}.pt", weights_only=False)
+    model = build_model(case_config(shared_runs, case, 2).model)
+    all_of_it = sum(p.numel() for n, p in model.language.named_parameters() if ".lora_" not in n)
+    grown = 2 * 24 * (VOCABULARY + 8) if case == "ids added" else 0  # new tables are whole at first
+    assert found["shared"] == all_of_it - grown
+    assert found["held"] == 0
+
+
+def test_the_driver_does_not_build_what_no_worker_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = small_dataset(tmp_path)
+    config = small_run(
+        dataset, tmp_path / "run", zero_stage=3, workers=1, launcher="process", micro_batch=4
+    )
+    built = preflight(config)
+    module = sys.modules["lapilli.train.launch"]  # the package has a function of that name
+    monkeypatch.setattr(module, "MEASURED", 1)  # what is large
+    monkeypatch.setattr(module, "build_start", lambda config: pytest.fail("it was built"))
+    seen = preflight(config)
+    assert built.step_seconds is not None
+    assert replace(built, step_seconds=None) == seen
