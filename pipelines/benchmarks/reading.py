@@ -52,8 +52,8 @@ class ReadConfig:
     """
 
     images: int = 2000
-    reads: int = 4000
-    rounds: int = 7
+    reads: int = 1000
+    rounds: int = 5
     plot: str = ""
     save: bool = True
 
