@@ -50,7 +50,7 @@ def unfinished(built: tuple[Path, BuildReport], tmp_path: Path) -> Path:
         "parameters": {"vision": [1000, 0], "language": [2000, 2000], "projector": [30, 30]},
     }  # fmt: skip
     (folder / "facts.json").write_text(json.dumps(facts))
-    row = {"samples": 8, "seconds": 0.5, "wait_seconds": 0.1}
+    row = {"samples": 8, "trained_tokens": 40, "seconds": 0.5, "wait_seconds": 0.1}
     rows = [{"step": step, "loss": 6.0 - step, **row} for step in range(3)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text + '{"step": 3, "lo')

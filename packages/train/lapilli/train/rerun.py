@@ -22,6 +22,7 @@ from lapilli.train.launch import join_alone
 from lapilli.train.loop import Setup, build_start, one_step, setup
 from lapilli.train.replay import KeptStep
 from lapilli.train.step import seed_step, to_device
+from lapilli.train.transfer import send_ahead
 
 __all__ = ["Finding", "examine", "rerun"]
 
@@ -92,7 +93,7 @@ def _step_to(ready: Setup, step: int, on_step: Callable[[int], None]) -> None:
     if ready.start == step:
         return
     with closing(ready.feed.steps(ready.start)) as steps:  # type: ignore[type-var]
-        for batches in steps:
+        for batches in send_ahead(steps, ready.device):
             if batches.step == step:
                 return
             one_step(ready, batches, wants_stop=False)
