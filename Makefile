@@ -37,6 +37,9 @@ test: lint  ## lint, then all tests that need minutes at most and no GPU
 test-faults: install  ## tests that kill processes, cut files or take long
 	$(BIN)/python -m pytest -m faults
 
+test-long: install  ## tests that take minutes each or need the extra real-weights
+	$(BIN)/python -m pytest -m long
+
 gpu-test: install  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 

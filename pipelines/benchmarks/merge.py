@@ -42,6 +42,7 @@ class MergeConfig:
         dtype: bfloat16, float16 or float32.
         trains_embedding: Whether the embedding has a gradient.
         rounds: How often each way is timed.
+        compiled: Measure torch.compile of the eager way too; on a CPU it needs a C++ compiler.
         compile: Print the kernels' registers and spills for sm_80, sm_90, sm_100, and stop.
         save: Add rows to `results/merge.csv`.
     """
@@ -54,6 +55,7 @@ class MergeConfig:
     dtype: str = "bfloat16"
     trains_embedding: bool = False
     rounds: int = 50
+    compiled: bool = True
     compile: bool = False
     save: bool = True
 
@@ -120,7 +122,7 @@ def inputs(config: MergeConfig, device: torch.device) -> tuple[Tensor, Tensor, T
     )  # fmt: skip
 
 
-def ways(device: torch.device) -> dict[str, Way]:
+def ways(device: torch.device, *, compiled: bool = True) -> dict[str, Way]:
     """The ways by name; what needs a GPU is left out without one."""
 
     def masked_scatter(ids: Tensor, index: Tensor, table: Tensor, rows: Tensor) -> Tensor:
@@ -149,9 +151,10 @@ def ways(device: torch.device) -> dict[str, Way]:
     found: dict[str, Way] = {
         "torch": eager, "masked_scatter": masked_scatter, "index_copy": with_places,
     }  # fmt: skip
+    if compiled:
+        made: Any = torch.compile(eager)
+        found["torch.compile"] = made
     if device.type == "cuda":
-        compiled: Any = torch.compile(eager)
-        found["torch.compile"] = compiled
         found["triton"] = lambda *tensors: merge(*tensors, implementation="triton")
     return found
 
@@ -159,7 +162,7 @@ def ways(device: torch.device) -> dict[str, Way]:
 def measure(config: MergeConfig, device: torch.device) -> list[dict[str, Any]]:
     """Medians of each way, and how near they come to a copy of the bytes."""
     tensors = inputs(config, device)
-    entries = ways(device)
+    entries = ways(device, compiled=config.compiled)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
     merged = {name: way(*tensors) for name, way in entries.items()}
     assert all(torch.equal(value, merged["torch"]) for value in merged.values())

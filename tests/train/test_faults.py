@@ -63,7 +63,7 @@ def test_the_raylet_is_killed_and_the_same_command_goes_on(
     assert column(config, "batch") == column(finished, "batch")
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
     finished: RunConfig, dataset: Path, tmp_path: Path
