@@ -45,7 +45,7 @@ def last_line(errors: str) -> str:
     return errors.splitlines()[-1]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_raylet_is_killed_and_the_same_command_goes_on(
     finished: RunConfig, dataset: Path, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
     assert losses == pytest.approx(expected, abs=1e-4), steps
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_two_one_and_four_workers_without_ray_take_the_same_batches_to_the_same_losses(
     dataset: Path, tmp_path: Path
 ) -> None:

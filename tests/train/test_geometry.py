@@ -96,7 +96,7 @@ def plain() -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     "workers",
-    [1, 2, pytest.param(4, marks=pytest.mark.faults)],  # four for their length
+    [1, 2, pytest.param(4, marks=pytest.mark.long)],  # four for their length
 )
 def test_the_gradient_does_not_depend_on_the_cut(workers: int, tmp_path: Path) -> None:
     counts = [batch.num_targets for batch in shares(1, 1)[0]]

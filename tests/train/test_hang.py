@@ -28,7 +28,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_dataset(tmp_path_factory.mktemp("hang"))
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -48,7 +48,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
     assert "planted.py" in stack_path(tmp_path / "run", 1).read_text()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_rank_that_sleeps_in_every_step_is_named_and_no_other(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
