@@ -34,6 +34,8 @@ def ray_session() -> Generator[None]:
     """
     # A thread that still asks a Ray that is gone must not start another one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # Ray Data notices a task's end at once and not 0.1 s later: a worker waits less for its next.
+    os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
     import ray
 
     if ray.is_initialized():

@@ -10,7 +10,9 @@ import logging
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,12 +25,13 @@ from lapilli.data.output import Output, open_output
 from lapilli.data.plan import Task
 from lapilli.data.shards import ShardFacts
 from lapilli.data.spool import TASKS, read_task, write_tasks
-from lapilli.data.tasks import finished_task, run_task
+from lapilli.data.tasks import begin_task, finished_task, run_task
 
 __all__ = ["Runner", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
 
+Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
 
@@ -93,15 +96,29 @@ def _groups(rows: list[dict[str, Any]], slots: int) -> Iterator[list[dict[str, A
     """Rows for one of Ray's tasks each: fewer towards the end, so that all workers end together."""
     start = 0
     while start < len(rows):
-        size = max(1, min(MOST_SHARDS, (len(rows) - start) // (4 * slots)))
+        size = max(1, min(MOST_SHARDS, (len(rows) - start) // (2 * slots)))
         yield rows[start : start + size]
         start += size
 
 
 def _run_rows(rows: pa.Table) -> Iterator[dict[str, list[Any]]]:
-    """A task of Ray's: some shards, one after the other; the facts of each once it is finished."""
-    for row in rows.to_pylist():
-        yield {name: [value] for name, value in _run_row(row).items()}
+    """A task of Ray's: some shards, each flushed or stored while the next is made.
+
+    The facts of each are passed on once it is finished.
+    """
+    unfinished: Future[Result] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for row in rows.to_pylist():
+            finish = _begin_row(row)
+            if unfinished:
+                yield _block(unfinished.result())
+            unfinished = pool.submit(finish)
+        if unfinished:
+            yield _block(unfinished.result())
+
+
+def _block(result: Result) -> dict[str, list[Any]]:
+    return {name: [value] for name, value in result.items()}
 
 
 def _clear(output: Output, tasks: list[Task]) -> None:
@@ -112,28 +129,44 @@ def _clear(output: Output, tasks: list[Task]) -> None:
         (output / TASKS).unlink(missing_ok=True)
 
 
-def _run_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A shard as Ray Data sees it: errors travel as values, since one exception ends a dataset."""
-    result: dict[str, Any] = {"path": "", "rows": 0, "bytes": 0, "sha256": ""}
+def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
+    """Make a shard's rows; what is returned finishes it.
+
+    In both halves errors become values, since one exception ends a dataset.
+    """
     try:
         output = open_output(row["output"])
         journal = Journal(journal_folder(output, row["name"]), row["name"])
-        try:
-            task = read_task(output, row["place"])
-            journal.examine(task)
-            # Where Ray starts a task again, its first shards may be there already.
-            facts = finished_task(task, output) or run_task(task, output, journal.decoding)
-            result = asdict(facts)
-        finally:
-            journal.close()
-    except DataError as error:
-        return {**result, "error": str(error), "expected": True}
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            said = f"{row['output']}: {error}; free space and run the same command again"
-            return {**result, "error": said, "expected": True}
-        return {**result, "error": traceback.format_exc(), "expected": False}
-    return {**result, "error": "", "expected": False}
+        return partial(_failed, row, error)
+    try:
+        task = read_task(output, row["place"])
+        journal.examine(task)
+        # Where Ray starts a task again, its first shards may be there already.
+        facts = finished_task(task, output)
+        finish = (lambda: facts) if facts else begin_task(task, output, journal.decoding)
+    except Exception as error:
+        journal.close()
+        return partial(_failed, row, error)
+    return partial(_finish_row, row, journal, finish)
+
+
+def _finish_row(row: dict[str, Any], journal: Journal, finish: Callable[[], ShardFacts]) -> Result:
+    try:
+        return {**asdict(finish()), "error": "", "expected": False}
+    except Exception as error:
+        return _failed(row, error)
+    finally:
+        journal.close()
+
+
+def _failed(row: dict[str, Any], error: Exception) -> Result:
+    expected = isinstance(error, DataError)
+    said = str(error) if expected else "".join(traceback.format_exception(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        said = f"{row['output']}: {error}; free space and run the same command again"
+        expected = True
+    return {"path": "", "rows": 0, "bytes": 0, "sha256": "", "error": said, "expected": expected}
 
 
 def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:

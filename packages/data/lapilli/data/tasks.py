@@ -7,7 +7,7 @@ the shard's facts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +23,9 @@ from lapilli.data.record import Reason
 from lapilli.data.shards import (
     TOKEN_SCHEMA,
     ShardFacts,
+    begin_shard,
     finished_facts,
     open_table,
-    write_shard,
 )
 from lapilli.data.tokenize import (
     Encoded,
@@ -36,7 +36,7 @@ from lapilli.data.tokenize import (
     truncate,
 )
 
-__all__ = ["finished_task", "run_task"]
+__all__ = ["begin_task", "finished_task", "run_task"]
 
 RECORDS_AT_ONCE = 256  # bounds what is held beside the shard's own columns: some 20 MB
 _ROOM = Room()  # a process makes one shard at a time
@@ -57,7 +57,16 @@ def finished_task(task: Task, output: Output) -> ShardFacts | None:
 
 
 def run_task(task: Task, output: Output, guard: Guard = unguarded) -> ShardFacts:
-    """Make one shard, in this process; `guard` stands around the decoding of each image.
+    """Make one shard, in this process; see `begin_task`."""
+    return begin_task(task, output, guard)()
+
+
+def begin_task(task: Task, output: Output, guard: Guard = unguarded) -> Callable[[], ShardFacts]:
+    """Make a shard's rows, in this process; `guard` stands around the decoding of each image.
+
+    Returns:
+        What finishes the shard: it waits for the disk or the store, and may be called in another
+        thread while the next task is begun.
 
     Raises:
         DataError: This process has other libraries or another tokenizer than the driver, or the
@@ -73,9 +82,9 @@ def run_task(task: Task, output: Output, guard: Guard = unguarded) -> ShardFacts
         # What there is to say of a template was said when the build was planned.
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
-            return write_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
+            return begin_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
         columns = image_columns(task, guard, _ROOM)
-        return write_shard(output, task.name, columns, image_schema(task))
+        return begin_shard(output, task.name, columns, image_schema(task))
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
