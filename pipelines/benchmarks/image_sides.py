@@ -1,15 +1,18 @@
 """What is measured of images: ours, LLaVA's own path, and the floors; here or in another process.
 
 Pillow and pillow-simd cannot be loaded together, so one of them may be in a process of another
-environment, which is asked over a pipe: a line `SIDE FOLDER` in, the seconds back.
+environment, which is asked over a pipe: a line `SIDE FOLDER` in, seconds and page faults back.
+Ours and the floors have C's allocator set as a build's workers have; LLaVA's path has it as it is.
 """
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,10 @@ from PIL import Image
 
 from lapilli.data.codecs import is_simd
 from lapilli.data.images import ImageSpec, Resizer, prepare
+from lapilli.data.memory import keep_freed
 from pipelines.command import UsageError
 
-__all__ = ["FILL", "SIZE", "Apart", "llava_pixels", "llava_square", "seconds", "sides"]
+__all__ = ["FILL", "SIZE", "Apart", "Spent", "llava_pixels", "llava_square", "sides", "spent"]
 
 SIZE = 336
 FILL = (122, 116, 104)  # CLIP's mean, LLaVA's colour of padding
@@ -47,14 +51,26 @@ def sides() -> dict[str, Work]:
     return found
 
 
-def seconds(side: str, folder: Path) -> float:
-    """Seconds of the processor in which this thread works through a folder's files."""
+@dataclass(frozen=True)
+class Spent:
+    """What a side needs for a folder's files: seconds of the processor, pages of fresh memory."""
+
+    seconds: float
+    faults: int
+
+
+def spent(side: str, folder: Path) -> Spent:
+    """Let this thread work through a folder's files."""
     work = sides()[side]
     files = _files(folder)
-    started = time.thread_time()
+    started, faults = time.thread_time(), _faults()
     for data in files:
         work(data)
-    return time.thread_time() - started
+    return Spent(time.thread_time() - started, _faults() - faults)
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 @cache
@@ -124,26 +140,31 @@ def _floor_pillow(data: bytes) -> object:
 
 
 class Apart:
-    """The sides of another environment, measured in a process of its own."""
+    """Sides that are measured in a process of their own, perhaps of another environment."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, *, keeps: bool) -> None:
         """Start it.
+
+        Args:
+            python: Its Python.
+            keeps: Whether C's allocator keeps what is freed, as in a build's workers.
 
         Raises:
             UsageError: It does not start.
         """
         self._process = subprocess.Popen(
-            [python, "-m", "pipelines.benchmarks.image_sides"],
+            [python, "-m", "pipelines.benchmarks.image_sides", "keep" if keeps else "plain"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.sides = self._read().split(",")
 
-    def seconds(self, side: str, folder: Path) -> float:
+    def spent(self, side: str, folder: Path) -> Spent:
         """As the function of that name, over there."""
         assert self._process.stdin
         self._process.stdin.write(f"{side}\t{folder}\n")
         self._process.stdin.flush()
-        return float(self._read())
+        seconds, faults = self._read().split()
+        return Spent(float(seconds), int(faults))
 
     def close(self) -> None:
         """End it."""
@@ -161,13 +182,16 @@ class Apart:
         return line
 
 
-def _serve(lines: Sequence[str] | Any) -> None:
+def _serve(lines: Iterable[str]) -> None:
     print(",".join(sides()), flush=True)
     for line in lines:
         side, folder = line.rstrip("\n").split("\t")
-        print(seconds(side, Path(folder)), flush=True)
+        found = spent(side, Path(folder))
+        print(found.seconds, found.faults, flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["keep"]:
+        keep_freed()
     _serve(sys.stdin)

@@ -3,19 +3,20 @@
 The floor of an image is a bare libjpeg-turbo decoding and one bare bicubic of the same sizes by the
 resizer used, each called in the quickest way known. LLaVA's path pads the picture on stock Pillow
 and runs transformers' CLIP processor to a normalised tensor. What is told are images a second of
-the processor, of one thread that is pinned to a core.
+the processor, of one thread that is pinned to a core, and pages of fresh memory an image.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-import torch
 
 from pipelines.benchmarks import image_sides
 from pipelines.benchmarks.harness import (
@@ -62,42 +63,62 @@ class ImagesConfig:
 def main(argv: Sequence[str]) -> int:
     """Measure, tell, and add a row for each size and side."""
     config = parse(ImagesConfig, argv, "Images a second on one core, beside LLaVA's own path.")
-    torch.set_num_threads(1)
     say(f"core {pin_to_one_core()}; {config.photos} photos a size to {image_sides.SIZE} px")
     head = provenance(("torch", "simplejpeg", "pillow", "transformers"), "images", argv)
-    apart = Apart(config.simd_python) if config.simd_python else None
-    try:
-        for number, size in enumerate(config.sizes):
-            rows = measure(config, size, apart)
-            _tell(size, rows)
-            if config.plot and not number:
-                _draw(Path(config.plot), size, rows, str(head["processor"]))
-            if config.save:
-                path = [add_row("images", head | row) for row in rows][-1]
-                say(f"{len(rows)} rows added to {path}")
-    finally:
-        if apart:
-            apart.close()
+    for number, size in enumerate(config.sizes):
+        rows = measure(config, size)
+        _tell(size, rows)
+        if config.plot and not number:
+            _draw(Path(config.plot), size, rows, str(head["processor"]))
+        if config.save:
+            path = [add_row("images", head | row) for row in rows][-1]
+            say(f"{len(rows)} rows added to {path}")
     return 0
 
 
-def measure(config: ImagesConfig, size: str, apart: Apart | None) -> list[dict[str, Any]]:
+def measure(config: ImagesConfig, size: str) -> list[dict[str, Any]]:
     """All sides by turns on photos of one size; a row each, ours compared with the two others."""
-    with tempfile.TemporaryDirectory() as scratch:
+    width_height = _width_height(size)
+    with tempfile.TemporaryDirectory() as scratch, _processes(config.simd_python) as homes:
         folder = Path(scratch)
-        write_photos(folder, config.photos, _width_height(size))
+        write_photos(folder, config.photos, width_height)
+        faults: dict[str, list[int]] = {side: [] for side in homes}
         clocks: dict[str, Callable[[], float]] = {
-            name: partial(image_sides.seconds, name, folder) for name in image_sides.sides()
+            side: partial(_run, homes[side], side, folder, faults[side]) for side in homes
         }
-        for name in apart.sides if apart else ():
-            if "simd" in name:
-                assert apart
-                clocks[name] = partial(apart.seconds, name, folder)
         rates = {
-            name: spread.rate(config.photos)
-            for name, spread in by_turns(clocks, config.rounds).items()
+            side: spread.rate(config.photos)
+            for side, spread in by_turns(clocks, config.rounds).items()
         }
-    return [_row(size, name, rates, config) for name in rates]
+    return [
+        _row(size, side, rates, config)
+        | {"faults_per_image": round(median(faults[side]) / config.photos, 1)}
+        for side in rates
+    ]
+
+
+@contextmanager
+def _processes(simd_python: str) -> Generator[dict[str, Apart]]:
+    """The process in which each side is measured, new for each size."""
+    with ExitStack() as stack:
+
+        def start(python: str, *, keeps: bool) -> Apart:
+            process = Apart(python, keeps=keeps)
+            stack.callback(process.close)
+            return process
+
+        ours, llavas = (start(sys.executable, keeps=keeps) for keeps in (True, False))
+        homes = {side: llavas if side == "llava" else ours for side in ours.sides}
+        if simd_python:
+            simd = start(simd_python, keeps=True)
+            homes |= {side: simd for side in simd.sides if "simd" in side}
+        yield homes
+
+
+def _run(process: Apart, side: str, folder: Path, faults: list[int]) -> float:
+    found = process.spent(side, folder)
+    faults.append(found.faults)
+    return found.seconds
 
 
 def _width_height(size: str) -> tuple[int, int]:
@@ -122,8 +143,10 @@ def _row(size: str, name: str, rates: dict[str, Spread], config: ImagesConfig) -
 
 
 def _tell(size: str, rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("side", "images/s", "least", "most", "ms", "x LLaVA's path", "x floor's time")
-    names = ("side", "images_per_cpu_second", "low", "high", "ms", "of_llava", "time_of_floor")
+    columns = ("side", "images/s", "least", "most", "ms", "x LLaVA", "x floor",
+               "pages")  # fmt: skip
+    names = ("side", "images_per_cpu_second", "low", "high", "ms", "of_llava", "time_of_floor",
+             "faults_per_image")  # fmt: skip
     best = sorted(rows, key=lambda row: -row["images_per_cpu_second"])
     table(size, columns, [[row[name] for name in names] for row in best])
 

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from lapilli.data.encoding import ORIGINAL, encode_pixels, pixel_error
 from lapilli.data.images import BadImage, decode, square
 from lapilli.data.journal import Guard, unguarded
+from lapilli.data.memory import Room, keep_freed
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.originals import original_row
 from lapilli.data.shard_task import ImageTask
 from lapilli.data.shards import FAST_COLUMNS, IMAGE_SCHEMA, JPEG_SCHEMA, OK, UNUSED
 
-__all__ = ["Room", "image_columns", "image_schema"]
+__all__ = ["image_columns", "image_schema"]
 
 READERS = 4  # threads; a disk or a bucket answers several questions at once
 PARCEL = 4  # files a thread reads at a time: to wake it costs as much as to read one
@@ -44,23 +45,6 @@ def image_schema(task: ImageTask) -> pa.Schema:
     return pa.schema([*schema, *FAST_COLUMNS]) if task.compared else schema
 
 
-class Room:
-    """Memory for a shard's pixels that the next shard uses again.
-
-    A system that has to find 64 MiB of fresh pages for every shard, or a virtual machine that gives
-    free ones back to its host, spends up to a quarter of an image's time on it.
-    """
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
-
-    def take(self, size: int) -> NDArray[np.uint8]:
-        """uint8 [size]; what was taken before is overwritten."""
-        if self._memory.size < size:
-            self._memory = np.empty(size, np.uint8)
-        return self._memory[:size]
-
-
 def image_columns(
     task: ImageTask, guard: Guard = unguarded, room: Room | None = None
 ) -> dict[str, Any]:
@@ -72,6 +56,7 @@ def image_columns(
         DataError: This process has other codecs than the driver.
     """
     task.codecs.require()
+    keep_freed()
     store = _Buffer(task, room or Room()) if task.encoding.kind == "raw" else None
     columns: dict[str, Any] = {field.name: [] for field in image_schema(task)}
     for number, (place, read) in enumerate(read_ahead(Path(task.root), task.images)):

@@ -15,8 +15,9 @@ import numpy as np
 
 from lapilli.data.compat import LLAVA_MAX_LENGTH, encode_as_llava
 from lapilli.data.errors import DataError
-from lapilli.data.image_shard import Room, image_columns, image_schema
+from lapilli.data.image_shard import image_columns, image_schema
 from lapilli.data.journal import Guard, unguarded
+from lapilli.data.memory import Room
 from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
