@@ -3,10 +3,13 @@
 `checkpoints/step-00000100/` holds `weights.safetensors` (fp32, what learns), `moments.safetensors`
 (fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json`, written last, with the sizes and
 checksums of the other two. A folder is filled under a temporary name and renamed.
+`milestones/step-00000100/` has no moments: weights to keep, and no point to go on from.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,7 +17,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +48,14 @@ __all__ = [
     "load_start",
     "load_weights",
     "save",
+    "tidy",
+    "write_checkpoint",
 ]
 
-FOLDER = "checkpoints"
+FOLDER, MILESTONES = "checkpoints", "milestones"
 WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
+STATE, CONFIG = "state.json", "config.json"
+CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ def save(
     path = run / FOLDER / f"step-{step:08d}"
 
     def write() -> None:
-        _write(path, (weights, moments), {"step": step, **state})
+        write_checkpoint(path, {WEIGHTS: weights, MOMENTS: moments}, {"step": step, **state})
         forget_old(run, step, keep)
 
     if is_writer and writer:
@@ -169,35 +176,72 @@ def save(
     return path
 
 
-def _write(path: Path, tensors: tuple[dict[str, Tensor], ...], state: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
+) -> None:
+    """Write a checkpoint's folder: it is whole or not there, also after a power cut.
+
+    Args:
+        path: The folder; one that is there already is replaced.
+        tensors: What each file holds.
+        state: JSON values kept with them.
+
+    Raises:
+        TrainError: The disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{CUT}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        for name, values in zip(FILES, tensors, strict=True):
+        temporary.mkdir(parents=True)
+        for name, values in tensors.items():
             save_file(values, temporary / name)
         files = {
             name: {
                 "bytes": (temporary / name).stat().st_size,
                 "sha256": sha256_file(temporary / name),
             }
-            for name in FILES
+            for name in tensors
         }
         text = json.dumps({**state, "files": files}, indent=1)
-        (temporary / "state.json").write_text(text, encoding="utf-8")
-        for file in temporary.iterdir():
-            _flush(file)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        (temporary / STATE).write_text(text, encoding="utf-8")
+        put_in_place(temporary, path)
     except OSError as error:
         raise TrainError(f"{path}: cannot be written ({error}); free space and resume") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush a filled folder and rename it; the name is on the disk too when this returns."""
+    for file in temporary.iterdir():
+        _flush(file)
+    _flush(temporary)
+    _remove(path)
+    temporary.rename(path)
+    for folder in (path.parent, path.parent.parent):  # that one has a new name when it is the first
+        _flush(folder)
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some file systems of networks flush no folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves none that looks whole or damaged."""
+    if path.exists():
+        gone = path.with_name(f".{path.name}{GONE}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def forget_old(run: Path, step: int, keep: int) -> None:
@@ -205,7 +249,35 @@ def forget_old(run: Path, step: int, keep: int) -> None:
     paths = sorted((run / FOLDER).glob("step-*"))
     current = [path for path in paths if path.name <= f"step-{step:08d}"]
     for path in {*paths} - {*current[-keep:]}:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(path)
+
+
+def tidy(run: Path, step: int) -> list[str]:
+    """Remove what a kill left half written, and tell what the run does not go on from.
+
+    Args:
+        run: The run's folder, to which nobody else writes.
+        step: The newest whole checkpoint's, or 0.
+
+    Returns:
+        One line for each checkpoint that is not what it should be.
+    """
+    said: list[str] = []
+    goes_on = f"the run goes on from step {step}" if step else "the run starts at step 0"
+    for folder in (FOLDER, MILESTONES):
+        for path in sorted((run / folder).glob(".step-*")):
+            shutil.rmtree(path, ignore_errors=True)
+            if path.name.endswith(CUT):
+                name = path.name.removeprefix(".").removesuffix(CUT)
+                said.append(f"{folder}/{name}: cut short while it was saved; removed, {goes_on}")
+    for path in sorted((run / FOLDER).glob("step-*")):
+        if path.name > f"step-{step:08d}":
+            said.append(
+                f"{FOLDER}/{path.name}: damaged, or without optimizer moments; passed over, "
+                f"{goes_on} and removes it at the next save"
+            )
+    return said
 
 
 def is_run(run: Path) -> bool:
@@ -238,7 +310,7 @@ def at_step(run: Path, step: int) -> Checkpoint:
     """
     path = run / FOLDER / f"step-{step:08d}"
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise TrainError(
             f"output: {path} is not visible on {platform.node()}; expected a folder on a file "
@@ -249,7 +321,9 @@ def at_step(run: Path, step: int) -> Checkpoint:
 
 def _read(path: Path, *, hashed: bool = True) -> Checkpoint | None:
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if {*state["files"]} != {*FILES}:
+            return None
         for name, facts in state["files"].items():
             if (path / name).stat().st_size != facts["bytes"]:
                 return None

@@ -29,6 +29,7 @@ from lapilli.train.feed import Feed
 from lapilli.train.held_out import HeldOut, open_held_out
 from lapilli.train.journal import Journal
 from lapilli.train.measure import StepMeter, slot_losses
+from lapilli.train.notes import note
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
@@ -226,6 +227,10 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
 
 def fit(ready: Setup) -> None:
     """Step from where the run is to its end, or to where it is asked to stop."""
+    if ready.is_writer:
+        run = Path(ready.config.output)
+        for line in checkpoint.tidy(run, ready.start):
+            note(run, line)
     journal = _open_journal(ready) if ready.is_writer else None
     clock = time.monotonic()
     guard = StepGuard(

@@ -1,0 +1,200 @@
+"""Saving that is cut short: processes killed in the middle of it, and what is on the disk then."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapilli.train.checkpoint import (
+    MOMENTS,
+    WEIGHTS,
+    forget_old,
+    latest_checkpoint,
+    tidy,
+    write_checkpoint,
+)
+from lapilli.train.config import RunConfig
+from lapilli.train.launch import launch, preflight
+from lapilli.train.metrics import read_metrics
+from tests.train.small_run import small_dataset, small_run
+
+SIZE = 1_500_000  # numbers in each of two tensors of a checkpoint: writing takes some 30 ms
+KILLS = 8
+
+
+def values(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(SIZE, generator=generator) for name in ("a", "b")}
+
+
+def save_on_and_on(run: Path, step: int, told: Connection) -> None:
+    """Save step after step, and say which ones are done, until killed."""
+    torch.set_num_threads(1)
+    while True:
+        step += 1
+        weights = values(step)
+        told.send(("saving", step))
+        write_checkpoint(
+            run / "checkpoints" / f"step-{step:08d}",
+            {WEIGHTS: weights, MOMENTS: {f"{name}/exp_avg": -v for name, v in weights.items()}},
+            {"step": step},
+        )
+        forget_old(run, step, keep=2)
+        told.send(("saved", step))
+
+
+def kill_while_saving(run: Path, start: int, wait: float) -> int:
+    """Kill -9 a process so many seconds after its second save began; the last step it had saved."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lapilli.train.checkpoint", "tests.train.test_saving"])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=save_on_and_on, args=(run, start, sender))
+    child.start()
+    sender.close()
+    while receiver.recv() != ("saving", start + 2):
+        pass
+    time.sleep(wait)
+    child.kill()
+    child.join()
+    saved = start + 1
+    try:
+        while True:
+            word, step = receiver.recv()
+            saved = step if word == "saved" else saved
+    except EOFError:
+        return saved
+
+
+def test_kills_in_the_middle_of_saving_leave_the_checkpoint_before(tmp_path: Path) -> None:
+    """At random points of the save, one after the other in one folder."""
+    run = tmp_path / "run"
+    randomly = random.Random()
+    cut, step = 0, 0
+    for _ in range(KILLS):
+        wait = randomly.uniform(0.0, 0.06)
+        saved = kill_while_saving(run, step, wait)
+        found = latest_checkpoint(run)
+        assert found is not None
+        assert found.step in (saved, saved + 1), wait  # renamed, and killed before it said so
+        step = found.step
+        assert found.path.name == f"step-{step:08d}"
+        for name, sign in ((WEIGHTS, 1), (MOMENTS, -1)):
+            loaded = load_file(found.path / name)
+            for key, value in values(step).items():
+                assert torch.equal(loaded[key if sign > 0 else f"{key}/exp_avg"], sign * value)
+        lines = tidy(run, step)
+        for line in lines:
+            assert line == (
+                f"checkpoints/step-{step + 1:08d}: cut short while it was saved; removed, the run "
+                f"goes on from step {step}"
+            )
+        cut += len(lines)
+        left = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert left[-1] == f"step-{step:08d}"
+        assert all(name.startswith("step-") for name in left)
+        assert not tidy(run, step)
+    assert cut >= 1, "no kill came in the middle of a save"
+
+
+def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    small = {"a": torch.ones(3)}
+    for step in (1, 2, 3):
+        moments = {MOMENTS: {"a/exp_avg": torch.ones(3)}} if step < 3 else {}
+        path = folder / f"step-{step:08d}"
+        write_checkpoint(path, {WEIGHTS: small, **moments}, {"step": step})
+    (folder / "step-00000002" / WEIGHTS).write_bytes(b"other")
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    lines = tidy(tmp_path, 1)
+    assert [line.partition(":")[0] for line in lines] == [
+        "checkpoints/step-00000002", "checkpoints/step-00000003",
+    ]  # fmt: skip
+    assert all("damaged, or without optimizer moments" in line for line in lines)
+
+
+def test_names_are_flushed_after_the_rename_and_bytes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of the calls to the system; a power cut cannot be had in a test."""
+    calls: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flushed(descriptor: int) -> None:
+        calls.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        calls.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = tmp_path / "run" / "checkpoints"
+    small = {"a": torch.ones(3)}
+    write_checkpoint(folder / "step-00000001", {WEIGHTS: small, MOMENTS: small}, {"step": 1})
+    temporary = folder / ".step-00000001.tmp"
+    *before, last = calls[: calls.index("rename")]
+    files = ("state.json", WEIGHTS, MOMENTS)
+    assert {*before} == {str(temporary / name) for name in files}
+    assert last == str(temporary)
+    assert calls[calls.index("rename") + 1 :] == [str(folder), str(folder.parent)]
+
+
+@pytest.mark.faults
+def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """Kill -9 at random points of random saves; each start goes on from the newest whole one."""
+    dataset = small_dataset(tmp_path)
+    whole = run_of(dataset, tmp_path / "whole")
+    started(whole).join()
+    config = run_of(dataset, tmp_path / "killed")
+    for _ in range(3):
+        kill_in_a_save(config, after=random.randint(1, 3))
+    last = started(config)
+    last.join()
+    assert last.exitcode == 0
+    rows = [read_metrics(Path(one.output)) for one in (whole, config)]
+    assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
+    left = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
+    assert left == ["step-00000013", "step-00000014"]
+
+
+def kill_in_a_save(config: RunConfig, *, after: int) -> None:
+    """Start a run, let it save so many times, and kill it at some point of the next save."""
+    folder = Path(config.output) / "checkpoints"
+    before = {path.name for path in folder.glob("step-*")}
+    runner = started(config)
+    while runner.is_alive() and len({p.name for p in folder.glob("step-*")} - before) < after:
+        time.sleep(0.001)
+    while runner.is_alive() and not any(folder.glob(".step-*.tmp")):
+        pass
+    time.sleep(random.uniform(0, 0.01))
+    assert runner.is_alive()
+    runner.kill()
+    runner.join()
+
+
+def run_of(dataset: Path, output: Path) -> RunConfig:
+    """A run in one process that saves after every step."""
+    return small_run(dataset, output, workers=1, launcher="process", save_every=1)
+
+
+def started(config: RunConfig) -> multiprocessing.process.BaseProcess:
+    """A process that runs it, or goes on with it."""
+    process = multiprocessing.get_context("spawn").Process(target=run_to_end, args=(config,))
+    process.start()
+    return process
+
+
+def run_to_end(config: RunConfig) -> None:
+    torch.set_num_threads(1)
+    launch(preflight(config))
