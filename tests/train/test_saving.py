@@ -7,6 +7,7 @@ import os
 import random
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_been(tmp_path: Pa
     whole = run_of(dataset, tmp_path / "whole")
     started(whole).join()
     config = run_of(dataset, tmp_path / "killed")
-    for _ in range(3):
+    for _ in range(2):
         kill_in_a_save(config, after=random.randint(1, 3))
     last = started(config)
     last.join()
@@ -188,7 +189,7 @@ def run_of(dataset: Path, output: Path) -> RunConfig:
     return small_run(dataset, output, workers=1, launcher="process", save_every=1)
 
 
-def started(config: RunConfig) -> multiprocessing.process.BaseProcess:
+def started(config: RunConfig) -> BaseProcess:
     """A process that runs it, or goes on with it."""
     process = multiprocessing.get_context("spawn").Process(target=run_to_end, args=(config,))
     process.start()
