@@ -21,6 +21,7 @@ from lapilli.data.manifest import PLAN, Manifest, ViewFacts, read_manifest
 from lapilli.data.shards import ShardFacts, open_table
 from lapilli.train.checkpoint import find_checkpoints
 from lapilli.train.errors import TrainError
+from lapilli.train.folders import FOLDER, MILESTONES, folder_bytes
 from lapilli.train.launch import CONFIG, FACTS, MISTAKE
 from lapilli.train.metrics import METRICS, read_metrics
 
@@ -211,6 +212,7 @@ def describe_run(path: Path) -> Description:
         "samples": _samples(config, found),
         "dataset": (config["dataset"], f"view {config['view']}"),
         "checkpoints": _checkpoints([c.step for c in checkpoints], path),
+        **_milestones(path),
         "versions": _versions(saved.get("versions", {})) or ("—",),
     }
     return Description(path, "run", facts)
@@ -294,10 +296,19 @@ def _checkpoints(steps: Sequence[int], run: Path) -> Lines:
     """Their steps, or how many there are where these would fill the table."""
     if not steps:
         return ("none",)
-    size = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
+    size = folder_bytes(run / FOLDER)
     if len(steps) <= 4:
         return f"step {' and '.join(f'{step:,}' for step in steps)}", bytes_text(size)
     return f"{len(steps)} from step {steps[0]:,} to {steps[-1]:,}", bytes_text(size)
+
+
+def _milestones(run: Path) -> dict[str, Lines]:
+    steps = sorted(int(path.name.partition("-")[2]) for path in (run / MILESTONES).glob("step-*"))
+    if not steps:
+        return {}
+    ends = f"step {steps[0]:,}" if len(steps) == 1 else f"step {steps[0]:,} to {steps[-1]:,}"
+    size = bytes_text(folder_bytes(run / MILESTONES))
+    return {"milestones": (counted(len(steps), "milestone"), ends, size)}
 
 
 # ---- words -------------------------------------------------------------------------------------

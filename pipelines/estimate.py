@@ -45,6 +45,9 @@ def tell_estimate(config: RunConfig) -> None:
         f"disk: {bytes_text(estimate.checkpoint_bytes)} a checkpoint, "
         f"{bytes_text(disk)} with {config.keep} kept and one being written"
     )
+    if every := config.milestone_every:
+        size = bytes_text(estimate.checkpoint_bytes // 3)
+        say(f"disk: {size} more every {every:,} steps, for a milestone")
     if samples:
         steps = -(-samples // config.global_batch) * config.epochs
         steps = min(steps, config.max_steps) if config.max_steps else steps

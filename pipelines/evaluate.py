@@ -15,7 +15,7 @@ import torch
 
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_atomic, write_json
-from lapilli.train.checkpoint import WEIGHTS, latest_checkpoint
+from lapilli.train.checkpoint import WEIGHTS, newest_weights
 from lapilli.train.device import choose_device
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
@@ -92,7 +92,7 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
 
 def _asked(config: EvaluateConfig) -> dict[str, Any]:
     """What decides the answers."""
-    found = latest_checkpoint(Path(config.run))
+    found = newest_weights(Path(config.run))
     return {
         "weights": found.state["files"][WEIGHTS]["sha256"] if found else "",
         "dataset": read_manifest(Path(config.dataset)).fingerprint,

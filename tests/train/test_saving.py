@@ -14,15 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint import (
-    MOMENTS,
-    WEIGHTS,
-    forget_old,
-    latest_checkpoint,
-    tidy,
-    write_checkpoint,
-)
+from lapilli.train.checkpoint import latest_checkpoint
 from lapilli.train.config import RunConfig
+from lapilli.train.folders import MOMENTS, WEIGHTS, forget_old, tidy, write_checkpoint
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import read_metrics
 from tests.train.small_run import small_dataset, small_run
@@ -111,7 +105,7 @@ def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> Non
     for step in (1, 2, 3):
         moments = {MOMENTS: {"a/exp_avg": torch.ones(3)}} if step < 3 else {}
         path = folder / f"step-{step:08d}"
-        write_checkpoint(path, {WEIGHTS: small, **moments}, {"step": step})
+        write_checkpoint(path, {WEIGHTS: small, **moments}, {"step": step, "config": {}})
     (folder / "step-00000002" / WEIGHTS).write_bytes(b"other")
     found = latest_checkpoint(tmp_path)
     assert found is not None

@@ -1,29 +1,25 @@
 """Checkpoints in a layout that knows neither world size nor ZeRO stage.
 
 `checkpoints/step-00000100/` holds `weights.safetensors` (fp32, what learns), `moments.safetensors`
-(fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json`, written last, with the sizes and
-checksums of the other two. A folder is filled under a temporary name and renamed.
-`milestones/step-00000100/` has no moments: weights to keep, and no point to go on from.
+(fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json` with the sizes and checksums of the other
+two. `milestones/step-00000100/` has no moments: weights to keep, and no point to go on from.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lapilli.data.shards import sha256_file
@@ -32,30 +28,36 @@ from lapilli.model.trainable import base_name, group_of, shape_of, trainable_par
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import engine as deepspeed_engine
 from lapilli.train.errors import TrainError
+from lapilli.train.folders import (
+    FILES,
+    FOLDER,
+    MILESTONES,
+    MOMENTS,
+    STATE,
+    WEIGHTS,
+    folder_bytes,
+    forget_old,
+    step_name,
+    write_checkpoint,
+)
 
 __all__ = [
     "WEIGHTS",
     "Checkpoint",
+    "Copies",
     "Writer",
     "at_step",
     "check_disk",
     "find_checkpoints",
-    "forget_old",
     "frozen_fingerprint",
     "is_run",
     "latest_checkpoint",
     "load_into",
     "load_start",
     "load_weights",
+    "newest_weights",
     "save",
-    "tidy",
-    "write_checkpoint",
 ]
-
-FOLDER, MILESTONES = "checkpoints", "milestones"
-WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
-STATE, CONFIG = "state.json", "config.json"
-CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,18 @@ class Writer:
             self._thread.join()  # what stopped the training is what is told
 
 
+class Copies(Protocol):
+    """What takes copies of saved folders elsewhere, behind the training."""
+
+    def offer(self, path: Path) -> None:
+        """A folder is whole; copy it when there is time."""
+        ...
+
+    def held(self) -> Collection[Path]:
+        """Folders that are still needed here."""
+        ...
+
+
 def save(
     engine: Any,
     run: Path,
@@ -140,6 +154,8 @@ def save(
     keep: int,
     is_writer: bool,
     writer: Writer | None = None,
+    forms: Collection[str] = (FOLDER,),
+    copies: Copies | None = None,
 ) -> Path:
     """Gather what learns and its moments on every rank; one of them writes.
 
@@ -151,6 +167,8 @@ def save(
         keep: Newest checkpoints to keep, this one included.
         is_writer: Whether this rank writes.
         writer: Writes behind the training; None writes now.
+        forms: `checkpoints` for one to go on from, `milestones` for weights that are kept for ever.
+        copies: Takes what is written elsewhere.
 
     Returns:
         The checkpoint's folder.
@@ -159,130 +177,33 @@ def save(
     moments: dict[str, Tensor] = {}
     for name, parameter in trainable_parameters(engine.module).items():
         weight = deepspeed_engine.read_weight(parameter)
-        found = deepspeed_engine.read_moments(engine, parameter)
+        found = deepspeed_engine.read_moments(engine, parameter) if FOLDER in forms else {}
         if is_writer:
             weights[name] = weight.cpu().clone()
             moments.update({f"{name}/{key}": value.cpu().clone() for key, value in found.items()})
-    path = run / FOLDER / f"step-{step:08d}"
+    tensors = {MILESTONES: {WEIGHTS: weights}, FOLDER: {WEIGHTS: weights, MOMENTS: moments}}
 
     def write() -> None:
-        write_checkpoint(path, {WEIGHTS: weights, MOMENTS: moments}, {"step": step, **state})
-        forget_old(run, step, keep)
+        # The milestone first: a run goes on from the checkpoint, and would not come back for it.
+        for form, held in tensors.items():
+            if form in forms:
+                path = run / form / step_name(step)
+                write_checkpoint(path, held, {"step": step, **state})
+                if copies:
+                    copies.offer(path)
+        if FOLDER in forms:
+            forget_old(run, step, keep, held=copies.held() if copies else ())
 
     if is_writer and writer:
         writer.start(write)
     elif is_writer:
         write()
-    return path
-
-
-def write_checkpoint(
-    path: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
-) -> None:
-    """Write a checkpoint's folder: it is whole or not there, also after a power cut.
-
-    Args:
-        path: The folder; one that is there already is replaced.
-        tensors: What each file holds.
-        state: JSON values kept with them.
-
-    Raises:
-        TrainError: The disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}{CUT}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_file(values, temporary / name)
-        files = {
-            name: {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": sha256_file(temporary / name),
-            }
-            for name in tensors
-        }
-        text = json.dumps({**state, "files": files}, indent=1)
-        (temporary / STATE).write_text(text, encoding="utf-8")
-        put_in_place(temporary, path)
-    except OSError as error:
-        raise TrainError(f"{path}: cannot be written ({error}); free space and resume") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Flush a filled folder and rename it; the name is on the disk too when this returns."""
-    for file in temporary.iterdir():
-        _flush(file)
-    _flush(temporary)
-    _remove(path)
-    temporary.rename(path)
-    for folder in (path.parent, path.parent.parent):  # that one has a new name when it is the first
-        _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some file systems of networks flush no folders
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; a kill in between leaves none that looks whole or damaged."""
-    if path.exists():
-        gone = path.with_name(f".{path.name}{GONE}")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def forget_old(run: Path, step: int, keep: int) -> None:
-    """Keep the newest up to `step`; a later one is damaged, or the run had not gone back."""
-    paths = sorted((run / FOLDER).glob("step-*"))
-    current = [path for path in paths if path.name <= f"step-{step:08d}"]
-    for path in {*paths} - {*current[-keep:]}:
-        with contextlib.suppress(OSError):
-            _remove(path)
-
-
-def tidy(run: Path, step: int) -> list[str]:
-    """Remove what a kill left half written, and tell what the run does not go on from.
-
-    Args:
-        run: The run's folder, to which nobody else writes.
-        step: The newest whole checkpoint's, or 0.
-
-    Returns:
-        One line for each checkpoint that is not what it should be.
-    """
-    said: list[str] = []
-    goes_on = f"the run goes on from step {step}" if step else "the run starts at step 0"
-    for folder in (FOLDER, MILESTONES):
-        for path in sorted((run / folder).glob(".step-*")):
-            shutil.rmtree(path, ignore_errors=True)
-            if path.name.endswith(CUT):
-                name = path.name.removeprefix(".").removesuffix(CUT)
-                said.append(f"{folder}/{name}: cut short while it was saved; removed, {goes_on}")
-    for path in sorted((run / FOLDER).glob("step-*")):
-        if path.name > f"step-{step:08d}":
-            said.append(
-                f"{FOLDER}/{path.name}: damaged, or without optimizer moments; passed over, "
-                f"{goes_on} and removes it at the next save"
-            )
-    return said
+    return run / FOLDER / step_name(step)
 
 
 def is_run(run: Path) -> bool:
-    """Whether a folder is that of a run that has saved."""
-    return (run / FOLDER).is_dir()
+    """Whether a folder is that of a run that has saved, or one of its checkpoints."""
+    return (run / FOLDER).is_dir() or (run / STATE).is_file()
 
 
 def find_checkpoints(run: Path, *, hashed: bool = True) -> list[Checkpoint]:
@@ -302,13 +223,23 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
+def newest_weights(path: Path) -> Checkpoint | None:
+    """What a model's weights are taken from: the newest checkpoint of a run, or None.
+
+    `path` may also be the folder of one checkpoint or milestone.
+    """
+    if (path / STATE).is_file():
+        return _read(path, needed=(WEIGHTS,))
+    return latest_checkpoint(path)
+
+
 def at_step(run: Path, step: int) -> Checkpoint:
     """The checkpoint of a step, which another rank has found whole.
 
     Raises:
         TrainError: It is not here: the run's folder is not shared by all nodes.
     """
-    path = run / FOLDER / f"step-{step:08d}"
+    path = run / FOLDER / step_name(step)
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -319,10 +250,10 @@ def at_step(run: Path, step: int) -> Checkpoint:
     return Checkpoint(path, step, state)
 
 
-def _read(path: Path, *, hashed: bool = True) -> Checkpoint | None:
+def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -> Checkpoint | None:
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if {*state["files"]} != {*FILES}:
+        if not {*needed} <= {*state["files"]}:
             return None
         for name, facts in state["files"].items():
             if (path / name).stat().st_size != facts["bytes"]:
@@ -355,7 +286,7 @@ def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
         ModelError: Weights of others that do not fit the model.
         TrainError: No run, none of its checkpoints is whole, another model, other frozen weights.
     """
-    found = latest_checkpoint(run)
+    found = newest_weights(run)
     if found is None:
         if load_foreign(run, model):
             return None
@@ -433,25 +364,27 @@ def frozen_fingerprint(model: nn.Module, trained: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def check_disk(run: Path, model: nn.Module, keep: int) -> None:
+def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> None:
     """Stop before step 0 if the checkpoints to come do not fit on the disk.
 
     Args:
         run: The run's folder, absolute; it need not be there yet.
         model: The model, for what learns.
         keep: Checkpoints kept; one more is there while it is written.
+        milestones: Milestones of the whole run.
 
     Raises:
         TrainError: Names the bytes needed and free.
     """
-    one = 12 * sum(
-        math.prod(shape_of(p)) for p in trainable_parameters(model).values()
-    )  # fp32, two moments
-    needed = one * (keep + 1)
+    numbers = sum(math.prod(shape_of(p)) for p in trainable_parameters(model).values())
+    needed = 12 * numbers * (keep + 1) + 4 * numbers * milestones  # fp32, with two moments or none
+    there = sum(folder_bytes(run / form) for form in (FOLDER, MILESTONES))  # of a resumed run
     existing = next(folder for folder in (run, *run.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    if needed > free:
+    if needed > free + there:
+        beside = f" and {milestones} milestones" if milestones else ""
         raise TrainError(
-            f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints need "
+            f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints{beside} need "
             f"{needed / 1e9:.1f} GB; free space or lower keep"
+            + (", or raise milestone_every" if milestones else "")
         )

@@ -93,6 +93,8 @@ class RunConfig:
             for a profiler, a debugger or a machine that has no Ray.
         save_every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
+        milestone_every: Steps between milestones, the weights alone, which are kept for ever in
+            the run's `milestones`; 0 for none.
         max_failures: How often lost workers are replaced before the run gives up.
         buckets: Shapes (sequence length, with or without images) that batches may have in all.
         min_workers: Fewest workers the run goes on with when machines are lost (`workers` is the
@@ -129,6 +131,7 @@ class RunConfig:
     launcher: Literal["ray", "process"] = "ray"
     save_every: int = 500
     keep: int = 2
+    milestone_every: int = 0
     max_failures: int = 3
     buckets: int = 16
     # What to do when something goes wrong; none of it decides the loss.
@@ -149,7 +152,7 @@ class RunConfig:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
         for name in (
             "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds",
-            "max_spike", "eval_every",
+            "max_spike", "eval_every", "milestone_every",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")

@@ -84,7 +84,7 @@ class Trained:
 
 
 def load_trained(run: Path, device: str = "cpu") -> Trained:
-    """The model of a run with its newest checkpoint's weights.
+    """The model of a run with its newest checkpoint's weights, or a milestone's.
 
     Raises:
         TrainError: No run here, or none of its checkpoints is whole.
@@ -94,7 +94,7 @@ def load_trained(run: Path, device: str = "cpu") -> Trained:
     except (OSError, ValueError):
         raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
     fields: dict[str, Any] = config["model"]
-    found = checkpoint.latest_checkpoint(run)
+    found = checkpoint.newest_weights(run)
     if found is None:
         raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
     parts: dict[str, Any] = {

@@ -39,6 +39,7 @@ from lapilli.train.estimate import (
     time_micro_batch,
 )
 from lapilli.train.feed import Feed
+from lapilli.train.folders import CONFIG, STATE
 from lapilli.train.hang import hang_line
 from lapilli.train.held_out import check_same_tokenizer, open_held_out
 from lapilli.train.loop import build_start, check_model, check_start, fit, open_for, setup
@@ -59,7 +60,6 @@ __all__ = [
     "preflight",
 ]
 
-CONFIG = "config.json"
 FACTS = "facts.json"  # what `Preflight` found, for those who look at a run from outside
 MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
@@ -67,7 +67,7 @@ MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
     "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
-    "eval_every", "eval_samples", "eval_dataset",
+    "eval_every", "eval_samples", "eval_dataset", "milestone_every",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -138,7 +138,8 @@ def preflight(config: RunConfig) -> Preflight:
     run = Path(config.output)
     _check_config(run, config)
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
-    checkpoint.check_disk(run, model, config.keep)
+    every = config.milestone_every
+    checkpoint.check_disk(run, model, config.keep, feed.total_steps // every if every else 0)
     found = checkpoint.latest_checkpoint(run)
     parameters = {
         name: (
@@ -249,6 +250,11 @@ def _existing(path: str) -> str:
 def _check_config(run: Path, config: RunConfig) -> None:
     """A run folder belongs to one config; what decides the loss may not change."""
     path = run / CONFIG
+    if (run / STATE).exists():
+        raise TrainError(
+            f"output: {run} is a checkpoint and no run; a milestone has no optimizer moments to go "
+            f"on from; set start_from: {run} and choose another --output"
+        )
     if run.exists() and not run.is_dir():
         raise TrainError(f"output: {run} is a file; expected a folder; choose another --output")
     if not path.exists():

@@ -26,6 +26,7 @@ from lapilli.train.device import Device, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
+from lapilli.train.folders import FOLDER, MILESTONES, tidy
 from lapilli.train.held_out import HeldOut, open_held_out
 from lapilli.train.journal import Journal
 from lapilli.train.measure import StepMeter, slot_losses
@@ -229,7 +230,7 @@ def fit(ready: Setup) -> None:
     """Step from where the run is to its end, or to where it is asked to stop."""
     if ready.is_writer:
         run = Path(ready.config.output)
-        for line in checkpoint.tidy(run, ready.start):
+        for line in tidy(run, ready.start):
             note(run, line)
     journal = _open_journal(ready) if ready.is_writer else None
     clock = time.monotonic()
@@ -279,10 +280,14 @@ def _wants_stop(ready: Setup) -> bool:
 def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> None:
     """Save where it is time to; the disk works while training goes on."""
     config = ready.config
-    if now or done % config.save_every == 0 or done == ready.feed.total_steps:
+    is_last = done == ready.feed.total_steps
+    forms = [FOLDER] if now or is_last or done % config.save_every == 0 else []
+    if config.milestone_every and done % config.milestone_every == 0:
+        forms.append(MILESTONES)
+    if forms:
         checkpoint.save(
             ready.engine, Path(config.output), done, ready.state,
-            keep=config.keep, is_writer=ready.is_writer, writer=writer,
+            keep=config.keep, is_writer=ready.is_writer, writer=writer, forms=forms,
         )  # fmt: skip
 
 
