@@ -45,7 +45,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         say(f"{config.output}: finished already, at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
     with ray_session() if config.launcher == "ray" else contextlib.nullcontext():
-        ready = preflight(config)
+        ready = preflight(config, say)
         tell_preflight(config, ready)
         run_folder = Path(ready.config.output)
         try:

@@ -95,6 +95,8 @@ class RunConfig:
         keep: Newest checkpoints that are kept.
         milestone_every: Steps between milestones, the weights alone, which are kept for ever in
             the run's `milestones`; 0 for none.
+        mirror: Address, such as `s3://bucket/run`, that checkpoints and milestones are copied to
+            while the run goes on; a machine without them goes on from there. Empty for none.
         max_failures: How often lost workers are replaced before the run gives up.
         buckets: Shapes (sequence length, with or without images) that batches may have in all.
         min_workers: Fewest workers the run goes on with when machines are lost (`workers` is the
@@ -132,6 +134,7 @@ class RunConfig:
     save_every: int = 500
     keep: int = 2
     milestone_every: int = 0
+    mirror: str = ""
     max_failures: int = 3
     buckets: int = 16
     # What to do when something goes wrong; none of it decides the loss.
@@ -156,6 +159,8 @@ class RunConfig:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
+        if self.mirror and "://" not in self.mirror:
+            raise TrainError(f"mirror: {self.mirror!r}; expected an address like s3://bucket/run")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise TrainError(
                 "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"

@@ -48,6 +48,7 @@ from lapilli.train.notes import notes_end, notes_from
 from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
 from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
+from lapilli.train.uploads import fetch_newest, store_config, stored_config
 
 __all__ = [
     "CONFIG",
@@ -67,7 +68,7 @@ MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine
 RESUMABLE = {
     "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
     "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
-    "eval_every", "eval_samples", "eval_dataset", "milestone_every",
+    "eval_every", "eval_samples", "eval_dataset", "milestone_every", "mirror",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -115,8 +116,10 @@ def _check_loggers(config: RunConfig) -> None:
             )
 
 
-def preflight(config: RunConfig) -> Preflight:
+def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: None) -> Preflight:
     """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
+
+    A newer checkpoint that the run has at its `mirror` is fetched; `on_note` is called with a line.
 
     Raises:
         DataError, ModelError, TrainError: What does not fit, and the remedy.
@@ -141,6 +144,9 @@ def preflight(config: RunConfig) -> Preflight:
     every = config.milestone_every
     checkpoint.check_disk(run, model, config.keep, feed.total_steps // every if every else 0)
     found = checkpoint.latest_checkpoint(run)
+    start = found.step if found else 0
+    if config.mirror:
+        start = _fetch(config, start, on_note)
     parameters = {
         name: (
             sum(p.numel() for p in part.parameters()),
@@ -154,7 +160,6 @@ def preflight(config: RunConfig) -> Preflight:
         )
         for name, counts in parameters.items()
     }
-    start = found.step if found else 0
     is_small = sum(total for total, _ in parameters.values()) < MEASURED
     step_seconds = None
     if device == "cpu" and is_small and start < feed.total_steps:
@@ -261,7 +266,20 @@ def _check_config(run: Path, config: RunConfig) -> None:
         if run.exists() and any(run.iterdir()):
             raise TrainError(f"output: {run} is not empty and no run; choose another --output")
         return
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    _check_same(json.loads(path.read_text(encoding="utf-8")), config, run)
+
+
+def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int:
+    """Bring what this machine has not got of a run from its mirror; the step it goes on from."""
+    run, before = Path(config.output), stored_config(config.mirror)
+    if before is None:
+        return start
+    _check_same(before, config, config.mirror)
+    write_json(run / CONFIG, asdict(config))  # the folder is this run's, whatever comes of it
+    return fetch_newest(run, config.mirror, start, on_note)
+
+
+def _check_same(before: dict[str, Any], config: RunConfig, where: Path | str) -> None:
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     is_cut_fixed = config.policy == "llava" or config.loss == "means"
     may_change = RESUMABLE - ({"micro_batch"} if is_cut_fixed else set())
@@ -269,8 +287,8 @@ def _check_config(run: Path, config: RunConfig) -> None:
     if changed:
         key = changed[0]
         raise TrainError(
-            f"{key}: {run} was started with {before.get(key)!r}, now {now[key]!r}; "
-            "choose another --output or the same value"
+            f"{key}: {where} was started with {before.get(key)!r}, now {now[key]!r}; "
+            f"choose another --{'mirror' if where == config.mirror else 'output'} or the same value"
         )
 
 
@@ -303,6 +321,8 @@ def launch(
     write_json(run / CONFIG, found.pop("config"))
     write_json(run / FACTS, found)
     if not ready.is_done:
+        if ready.config.mirror:
+            store_config(run, ready.config.mirror)
         forget_stop(run)
         stop = threading.Event()
         follower = threading.Thread(

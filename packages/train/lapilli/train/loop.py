@@ -35,6 +35,7 @@ from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
 from lapilli.train.transfer import SentStep, send_ahead
+from lapilli.train.uploads import Uploads
 
 __all__ = [
     "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "one_step",
@@ -233,12 +234,14 @@ def fit(ready: Setup) -> None:
         for line in tidy(run, ready.start):
             note(run, line)
     journal = _open_journal(ready) if ready.is_writer else None
+    uploads = _open_uploads(ready)
     clock = time.monotonic()
     guard = StepGuard(
         ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
     )
     closed = contextlib.closing(journal) if journal else contextlib.nullcontext()
-    with closed, checkpoint.Writer() as writer, guard:
+    copied = uploads or contextlib.nullcontext()
+    with copied, closed, checkpoint.Writer() as writer, guard:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             waited = time.monotonic() - clock
             guard.begin(waited)
@@ -252,10 +255,17 @@ def fit(ready: Setup) -> None:
                 timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
                 journal.write(batches, {**row, **timing}, losses)
             writer.check()
-            _save(ready, batches.step + 1, writer, now=stops)
+            _save(ready, batches.step + 1, writer, uploads, now=stops)
             if stops:
                 break
             clock = time.monotonic()
+
+
+def _open_uploads(ready: Setup) -> Uploads | None:
+    config = ready.config
+    if not config.mirror or not ready.is_writer:
+        return None
+    return Uploads(Path(config.output), config.mirror, keep=config.keep, start=ready.start)
 
 
 def _open_journal(ready: Setup) -> Journal:
@@ -277,7 +287,9 @@ def _wants_stop(ready: Setup) -> bool:
     return ready.is_writer and is_stop_asked(Path(ready.config.output))
 
 
-def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> None:
+def _save(
+    ready: Setup, done: int, writer: checkpoint.Writer, uploads: Uploads | None, *, now: bool
+) -> None:
     """Save where it is time to; the disk works while training goes on."""
     config = ready.config
     is_last = done == ready.feed.total_steps
@@ -288,6 +300,7 @@ def _save(ready: Setup, done: int, writer: checkpoint.Writer, *, now: bool) -> N
         checkpoint.save(
             ready.engine, Path(config.output), done, ready.state,
             keep=config.keep, is_writer=ready.is_writer, writer=writer, forms=forms,
+            copies=uploads,
         )  # fmt: skip
 
 

@@ -1,0 +1,199 @@
+"""Checkpoints at an object store: rclone's S3 server, also where it fails, is cut off or killed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lapilli.data.errors import DataError
+from lapilli.data.output import RemotePath
+from lapilli.train.checkpoint import find_checkpoints
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.launch import launch, preflight
+from lapilli.train.metrics import read_metrics
+from tests.object_store import failing_proxy, serve, use_endpoint
+from tests.train.small_run import small_dataset, small_run
+from tests.train.test_saving import started
+
+STORE = "s3://bucket/runs/one"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("uploads"), images=16, text_only=8)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    folder = tmp_path / "store" / "bucket"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def port(bucket: Path) -> Iterator[int]:
+    """An S3 server of its own for each test."""
+    with (
+        serve(bucket.parent, remembers="1h") as server,
+        failing_proxy(server, lambda i: False) as (port, _),
+        use_endpoint(port),
+    ):
+        yield port
+
+
+def mirrored(dataset: Path, output: Path, **values: int) -> RunConfig:
+    """Six steps in this process, saved at 2, 4 and 6."""
+    settings = {"save_every": 2, "keep": 2, **values}
+    return replace(
+        small_run(dataset, output, workers=1, launcher="process", **settings), mirror=STORE
+    )
+
+
+def losses(config: RunConfig) -> list[float]:
+    rows = read_metrics(Path(config.output))
+    assert [row["step"] for row in rows] == list(range(6))
+    return [row["loss"] for row in rows]
+
+
+def run(config: RunConfig) -> list[str]:
+    """Run to the end; the lines it said."""
+    told: list[str] = []
+    launch(preflight(config, told.append), on_note=told.append)
+    return told
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.usefixtures("port")
+def test_a_store_holds_the_newest_checkpoints_and_every_milestone(
+    dataset: Path, tmp_path: Path, bucket: Path
+) -> None:
+    config = mirrored(dataset, tmp_path / "run", milestone_every=3)
+    run(config)
+    for form in ("checkpoints", "milestones"):
+        there = files_below(bucket / "runs" / "one" / form)
+        assert there == files_below(Path(config.output) / form)
+    steps = [c.step for c in find_checkpoints(bucket / "runs" / "one")]
+    assert steps in ([4, 6], [6])  # one that the next overtook is left out
+    assert len(list((bucket / "runs" / "one" / "milestones").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("port")
+def test_a_fresh_machine_goes_on_from_the_newest_that_is_whole_at_the_store(
+    dataset: Path, tmp_path: Path, bucket: Path
+) -> None:
+    first = mirrored(dataset, tmp_path / "first", keep=3)
+    run(first)
+    # as if the upload of step 6 had been cut, and an object of step 4 damaged
+    there = RemotePath(STORE)
+    for step in (2, 4):  # whatever was overtaken
+        folder = Path(first.output) / "checkpoints" / f"step-{step:08d}"
+        for name in ("weights.safetensors", "moments.safetensors", "state.json"):
+            (there / f"checkpoints/{folder.name}/{name}").put(folder / name)
+    (there / "checkpoints/step-00000006/state.json").unlink()
+    (there / "checkpoints/step-00000004/moments.safetensors").put(dataset / "manifest.json")
+    fresh = replace(first, output=str(tmp_path / "fresh"))
+    told: list[str] = []
+    ready = preflight(fresh, told.append)
+    assert ready.start == 2
+    assert told == [
+        f"{STORE}: checkpoints/step-00000006 is cut short or damaged there; passed over",
+        f"{STORE}: checkpoints/step-00000004 is cut short or damaged there; passed over",
+        f"{STORE}: fetched checkpoints/step-00000002",
+    ]
+    launch(ready)
+    assert losses(fresh) == losses(first)
+    whole = {c.step for c in find_checkpoints(bucket / "runs" / "one")}
+    assert {2, 6} <= whole
+    steps = {p.parent.name for p in (bucket / "runs" / "one" / "checkpoints").rglob("*.*")}
+    assert steps == {f"step-{step:08d}" for step in whole}  # nothing cut short is left
+    again = replace(first, output=str(tmp_path / "again"))
+    assert preflight(again).is_done
+    assert losses(again) == losses(first)
+
+
+@pytest.mark.faults  # for its length
+def test_a_store_that_fails_now_and_then_is_tried_again(
+    dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.001)
+    config = mirrored(dataset, tmp_path / "run")
+    with failing_proxy(port, lambda i: i % 3 == 1) as (proxy, failed), use_endpoint(proxy):
+        run(config)
+    assert failed
+    assert [c.step for c in find_checkpoints(bucket / "runs" / "one")][-1] == 6
+
+
+def test_a_store_that_is_gone_does_not_end_the_run(
+    dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapilli.data.output.ATTEMPTS", 1)
+    config = mirrored(dataset, tmp_path / "run")
+    is_gone = False
+    with failing_proxy(port, lambda i: is_gone) as (proxy, _), use_endpoint(proxy):
+        ready = preflight(config)
+        told: list[str] = []
+
+        def lose(row: dict[str, float], total: int) -> None:
+            nonlocal is_gone
+            is_gone = True
+
+        launch(ready, lose, on_note=told.append)
+    assert find_checkpoints(Path(config.output))[-1].step == 6
+    assert len([line for line in told if "cannot be stored" in line]) == 1  # said once
+    assert told[-1].startswith(f"checkpoints/step-00000006 is not at {STORE}; it is whole in")
+
+
+def test_what_cannot_be_stored_is_said_before_the_first_step(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    monkeypatch.setattr("lapilli.data.output.ATTEMPTS", 1)
+    config = mirrored(dataset, tmp_path / "run")
+    with (
+        failing_proxy(port, lambda i: True) as (proxy, _),
+        use_endpoint(proxy),
+        pytest.raises(DataError, match=r"runs/one/.* cannot be .* check address, credentials"),
+    ):
+        preflight(config)
+    run(config)
+    with pytest.raises(TrainError, match=r"seed: s3://.* started with 42, now 7; .* --mirror"):
+        preflight(replace(config, seed=7, output=str(tmp_path / "other")))
+    with pytest.raises(TrainError, match="expected an address like s3"):
+        replace(config, mirror="bucket/run")
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("port")
+def test_kills_in_the_middle_of_an_upload(dataset: Path, tmp_path: Path, bucket: Path) -> None:
+    """Kill -9 while a step has no state.json at the store; the folder of the run is lost too."""
+    whole = replace(mirrored(dataset, tmp_path / "whole"), mirror="")
+    started(whole).join()
+    config = mirrored(dataset, tmp_path / "run", save_every=1)
+    there = bucket / "runs" / "one" / "checkpoints"
+    for seen in (2, 4):
+        runner = started(config)
+        while runner.is_alive() and not is_uploading(there, seen):
+            time.sleep(0.0005)
+        assert runner.is_alive()
+        runner.kill()
+        runner.join()
+        shutil.rmtree(config.output)
+    last = started(config)
+    last.join()
+    assert last.exitcode == 0
+    assert losses(config) == losses(whole)
+    assert find_checkpoints(bucket / "runs" / "one")[-1].step == 6
+
+
+def is_uploading(there: Path, step: int) -> bool:
+    """Whether a step, or a later one, is in part at the store."""
+    found = [path for path in there.glob("step-*") if path.name >= f"step-{step:08d}"]
+    return any(not (path / "state.json").exists() for path in found)
