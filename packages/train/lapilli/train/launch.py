@@ -141,8 +141,8 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     run = Path(config.output)
     _check_config(run, config)
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
-    every = config.milestone_every
-    checkpoint.check_disk(run, model, config.keep, feed.total_steps // every if every else 0)
+    every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
+    checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
     found = checkpoint.latest_checkpoint(run)
     start = found.step if found else 0
     if config.mirror:
