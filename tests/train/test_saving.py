@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lapilli.train.checkpoint import latest_checkpoint
 from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
 from lapilli.train.folders import MOMENTS, WEIGHTS, forget_old, tidy, write_checkpoint
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import read_metrics
@@ -115,6 +116,17 @@ def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> Non
         "checkpoints/step-00000002", "checkpoints/step-00000003",
     ]  # fmt: skip
     assert all("damaged, or without optimizer moments" in line for line in lines)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tiny_disk: Path) -> None:
+    folder = tiny_disk / "run" / "checkpoints"
+    small, large = {"a": torch.ones(3)}, {"a": torch.ones(6_000_000)}
+    write_checkpoint(folder / "step-00000001", {WEIGHTS: small, MOMENTS: small}, {"step": 1})
+    with pytest.raises(TrainError, match=r"cannot be written .* free space and resume"):
+        write_checkpoint(folder / "step-00000002", {WEIGHTS: large, MOMENTS: small}, {"step": 2})
+    found = latest_checkpoint(tiny_disk / "run")
+    assert found is not None
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
 
 
 def test_names_are_flushed_after_the_rename_and_bytes_before(

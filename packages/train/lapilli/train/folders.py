@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def write_checkpoint(
             config = json.dumps(state["config"], indent=1)
             (temporary / CONFIG).write_text(config, encoding="utf-8")
         put_in_place(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second on a full disk
         raise TrainError(f"{path}: cannot be written ({error}); free space and resume") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
