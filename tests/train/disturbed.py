@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.metrics import read_metrics
 from tests.pipelines.builds import PATIENCE, ROOT, Running
 
-__all__ = ["driver", "ends", "kill_at", "raylets", "train_workers", "wait_for_step"]
+__all__ = ["driver", "ends", "kill_at", "lose_machine", "raylets", "train_workers", "wait_for_step"]
 
 
 @contextmanager
@@ -75,6 +75,17 @@ def raylets(running: Running) -> list[psutil.Process]:
     children = running.driver.children(recursive=True)
     found = [child for child in children if child.cmdline()[:1] and child.name() == "raylet"]
     return sorted(found, key=lambda child: child.create_time())
+
+
+def lose_machine(running: Running) -> None:
+    """kill -9 all of Ray's last node at once, as when a machine loses its power.
+
+    Workers outlive a raylet that is killed alone by some seconds, in which a small run ends.
+    """
+    raylet = raylets(running)[-1]
+    for process in [raylet, *raylet.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def kill_at(what: str, config: RunConfig, step: int, running: Running) -> None:

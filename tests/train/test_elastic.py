@@ -8,7 +8,7 @@ import pytest
 
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import read_metrics
-from tests.train.disturbed import driver, raylets, wait_for_step
+from tests.train.disturbed import driver, lose_machine, wait_for_step
 from tests.train.small_run import small_dataset, small_run
 
 
@@ -23,7 +23,7 @@ def test_a_lost_machine_leaves_one_worker_and_the_run_ends_as_if_it_had_been_one
     config = small_run(dataset, tmp_path / "run", epochs=4, min_workers=1, save_every=2)
     with driver(config, cores="1+1") as running:
         wait_for_step(config, 5, running)
-        raylets(running)[-1].kill()  # the second machine's
+        lose_machine(running)  # the second one
         code, said, errors = running.end()
     assert code == 0, errors
     assert "2 workers on" in said
