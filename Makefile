@@ -59,7 +59,7 @@ public-names: install  ## accept the public names as they are now
 constraints:  ## renew constraints.txt: newest versions that pyproject.toml allows, tests not run
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PYTHON) -m venv "$$fresh"; \
-	"$$fresh/bin/python" -m pip install -e ".[dev]" $$(grep -E '^(torch|triton)==' constraints.txt); \
+	"$$fresh/bin/python" -m pip install -e ".[dev,liger,qlora,real-weights]" $$(grep -E '^(torch|triton)==' constraints.txt); \
 	grep '^#' constraints.txt > "$$fresh/constraints.txt"; \
 	"$$fresh/bin/python" -m pip freeze --all --exclude-editable \
 	    | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(pip==|nvidia-|cuda-)' >> "$$fresh/constraints.txt"; \
@@ -72,4 +72,4 @@ clean:  ## remove caches and built wheels; the virtual environment and outputs s
 	rm -rf dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd quickstart test test-faults gpu-test lint format public-names constraints wheel clean
+.PHONY: help install simd peers quickstart test test-faults test-long gpu-test lint format public-names constraints wheel clean

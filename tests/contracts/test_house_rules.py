@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 500
@@ -69,3 +73,26 @@ def test_nothing_is_called_utils() -> None:
 @pytest.mark.parametrize("folder", folders_to_explain(), ids=name_of)
 def test_folder_has_a_readme(folder: Path) -> None:
     assert (folder / "README.md").is_file()
+
+
+def test_every_requirement_has_a_pin() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(text for extra in extras.values() for text in extra)]
+    names = {canonicalize_name(Requirement(text).name) for text in wanted} - {project["name"]}
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert names <= {canonicalize_name(name) for name in pins}
+
+
+def test_make_constraints_installs_every_extra_and_no_target_is_taken_for_a_file() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    _, _, recipe = makefile.partition("\nconstraints:")
+    named = re.findall(r'-e "\.\[(.+?)\]"', recipe)[0].split(",")
+    below = [Requirement(text) for text in extras["dev"]]
+    inside = {extra for it in below if it.name == project["name"] for extra in it.extras}
+    assert {*named, *inside} == set(extras)
+    targets = re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE)
+    phony = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split()
+    assert sorted(phony) == sorted(targets)
