@@ -95,6 +95,15 @@ def test_a_rows_parts_add_up_to_its_loss(finished: tuple[Path, Path]) -> None:
     assert {name for row in rows for name in row["loss_by_modality"]} <= {"image", "text"}
 
 
+def test_the_norms_of_the_parts_add_up_to_deepspeeds_of_the_whole(
+    finished: tuple[Path, Path],
+) -> None:
+    for row in read_metrics(finished[0]):
+        parts: dict[str, float] = row["grad_norm_by_part"]
+        assert parts.keys() == {"projector", "language"}
+        assert np.hypot(*parts.values()) == pytest.approx(row["grad_norm"], rel=1e-5)
+
+
 def test_the_worst_samples_of_the_first_step_are_those_of_a_plain_model(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

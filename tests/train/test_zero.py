@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import LoraConfig
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.trainable import GROUPS, group_of, trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train import checkpoint
 from lapilli.train import engine as deepspeed_engine
@@ -39,12 +39,13 @@ CASES: dict[str, RunConfig] = {
 
 
 class Probe:
-    """An engine that keeps the whole unclipped gradient before each update."""
+    """An engine that keeps the whole unclipped gradient, and its norm by part, at each update."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.device = engine.device
         self.gradients: dict[str, torch.Tensor] = {}
+        self.norms = torch.zeros(len(GROUPS))
         self.gradient_accumulation_steps = engine.gradient_accumulation_steps
         self.set_gradient_accumulation_boundary = engine.set_gradient_accumulation_boundary
 
@@ -60,6 +61,9 @@ class Probe:
                 name: deepspeed_engine.read_gradient(parameter).detach().clone()
                 for name, parameter in trainable_parameters(self.engine.module).items()
             }
+            squares = deepspeed_engine.part_squares(self.engine)
+            dist.all_reduce(squares)
+            self.norms = squares.sqrt()
         self.engine.step()
 
 
@@ -86,7 +90,7 @@ def worker(rank: int, folder: str) -> None:
                 tokens = global_tokens(ranks)
                 loss = train_step(probe, batches, global_tokens=tokens, world_size=2)
                 dist.all_reduce(loss)
-                found.append((float(loss) / tokens, probe.gradients))
+                found.append((float(loss) / tokens, probe.gradients, probe.norms))
             if rank == 0:
                 torch.save(found, f"{folder}/{case}-{stage}.pt")
             if (case, stage) == ("all trained", 3):
@@ -146,6 +150,14 @@ def plain_pytorch(config: RunConfig, steps: int) -> list[tuple[float, dict[str, 
     return found
 
 
+def part_norms(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Torch's norm of what belongs to each part."""
+    squares = torch.zeros(len(GROUPS))
+    for name, gradient in gradients.items():
+        squares[GROUPS.index(group_of(name))] += gradient.norm().square()
+    return squares.sqrt()
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_losses_and_gradients_equal_plain_pytorch_on_every_stage(
     case: str, zero_runs: Path
@@ -154,7 +166,7 @@ def test_losses_and_gradients_equal_plain_pytorch_on_every_stage(
     assert all(loss > 1 for loss, _ in expected)
     for stage in (0, 1, 2, 3):
         found = torch.load(zero_runs / f"{case}-{stage}.pt", weights_only=True)
-        for step, ((loss, gradients), (loss_here, here)) in enumerate(
+        for step, ((loss, gradients), (loss_here, here, norms)) in enumerate(
             zip(expected, found, strict=True)
         ):
             where = f"{case}, stage {stage}, step {step}"
@@ -163,12 +175,13 @@ def test_losses_and_gradients_equal_plain_pytorch_on_every_stage(
             for name, gradient in gradients.items():
                 worst = (gradient - here[name]).abs().max().item()
                 assert worst <= 1e-5, f"{where}, {name}: {worst}"
+            torch.testing.assert_close(norms, part_norms(gradients), atol=1e-5, rtol=1e-5)
 
 
 def test_text_only_steps_give_the_projector_gradient_zero(zero_runs: Path) -> None:
     for stage in (0, 1, 2, 3):
         found = torch.load(zero_runs / f"frozen tower-{stage}.pt", weights_only=True)
-        for step, (_, gradients) in enumerate(found):
+        for step, (_, gradients, _) in enumerate(found):
             sizes = [g.abs().max().item() for n, g in gradients.items() if "projector" in n]
             assert (max(sizes) == 0.0) is (step % 3 == 1), (stage, step)
 

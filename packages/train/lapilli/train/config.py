@@ -86,6 +86,8 @@ class RunConfig:
             `llava` a resumed run keeps its `micro_batch`.
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
+        offload: What the device has no room for lies in the host's memory (`cpu`): the optimizer's
+            state, and at ZeRO stage 3 the weights too. Needs ZeRO stage 1 to 3.
         precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
         workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any.
@@ -127,6 +129,7 @@ class RunConfig:
     loss: Literal["tokens", "means"] = "tokens"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -164,6 +167,11 @@ class RunConfig:
         if self.precision == "bf16" and self.zero_stage == 0:
             raise TrainError(
                 "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
+            )
+        if self.offload != "none" and self.zero_stage == 0:
+            raise TrainError(
+                f"offload: {self.offload} with zero_stage 0, which keeps all where it is; set "
+                "zero_stage 1 to 3"
             )
         if self.zero_stage == 3 and self.model.language.quantize != "none":
             raise TrainError(

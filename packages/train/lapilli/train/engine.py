@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lapilli.model.pretrained import Loading
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.trainable import GROUPS, parameter_groups, trainable_parameters
 from lapilli.train.config import RunConfig
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "gathered",
     "initialize",
     "loading_of",
+    "loss_scale",
+    "part_squares",
     "read_gradient",
     "read_moments",
     "read_weight",
@@ -39,11 +42,21 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, **_offloading(config)},
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
+        # torch's AdamW on the host as well: DeepSpeed's would be compiled, and resumes 1e-4 off
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def _offloading(config: RunConfig) -> dict[str, Any]:
+    """What lies in the host's memory: optimizer state, at stage 3 weights too."""
+    if config.offload == "none":
+        return {}
+    whats = ["offload_optimizer", *(["offload_param"] if config.zero_stage == 3 else [])]
+    return {what: {"device": config.offload} for what in whats}
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
@@ -149,6 +162,58 @@ def read_gradient(parameter: nn.Parameter) -> Tensor:
     if found is None:
         raise RuntimeError("no gradient: read it between backward and step")
     return found
+
+
+def part_squares(engine: Any) -> Tensor:
+    """This rank's share of the squared gradient norm, by part.
+
+    To be read between a step's last backward and its update. Summed over ranks it is the square of
+    the whole gradient's norm, before clipping, as `get_global_grad_norm` has it. Not collective.
+
+    Args:
+        engine: The engine.
+
+    Returns:
+        fp32 [len(GROUPS)] on the device; 0 for a part that does not learn.
+    """
+    sums = torch.zeros(len(GROUPS), device=engine.device)
+    for part, norms in _own_norms(engine):
+        if norms:
+            sums[GROUPS.index(part)] += torch.stack([*norms]).to(sums.device).square().sum()
+    return sums / loss_scale(engine) ** 2
+
+
+def _own_norms(engine: Any) -> Generator[tuple[str, Sequence[Tensor]]]:
+    """Norms of the pieces of gradient that this rank counts, with the part that they are of."""
+    zero = engine.optimizer
+    if hasattr(zero, "sub_group_to_group_id"):  # stage 3
+        groups = {i: zero.param_groups[g]["part"] for i, g in zero.sub_group_to_group_id.items()}
+        parameters, is_offloaded = zero.fp16_groups, zero.offload_optimizer
+    elif hasattr(zero, "params_in_partition"):  # stages 1 and 2
+        groups = {i: group["part"] for i, group in enumerate(zero.param_groups)}
+        parameters, is_offloaded = zero.params_in_partition, zero.cpu_offload
+    else:  # whole on every rank
+        share = dist.get_world_size() ** -0.5 if dist.is_initialized() else 1.0
+        for (part, _), whole in parameter_groups(engine.module).items():
+            gradients = [p.grad for p in whole if p.grad is not None]
+            yield part, [norm * share for norm in _norms(gradients)]
+        return
+    for i, part in groups.items():
+        if is_offloaded:  # taken on the device before the gradient was sent to the host
+            ids = [zero.get_param_id(parameter) for parameter in parameters[i]]
+            known = zero.norm_for_param_grads
+            yield part, [torch.as_tensor(known[key]).float() for key in ids if key in known]
+        else:
+            yield part, _norms(zero.averaged_gradients[i])
+
+
+def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+
+
+def loss_scale(engine: Any) -> float:
+    """What the loss is multiplied with before backward so that fp16 can hold its gradient."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
 
 
 def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:

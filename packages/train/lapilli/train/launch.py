@@ -66,8 +66,8 @@ MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mista
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
-    "output", "dataset", "micro_batch", "zero_stage", "workers", "device", "save_every", "keep",
-    "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
+    "output", "dataset", "micro_batch", "zero_stage", "offload", "workers", "device", "save_every",
+    "keep", "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
     "eval_every", "eval_samples", "eval_dataset", "milestone_every", "mirror",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lapilli.data.collate import blank_batches
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
 from lapilli.model.pretrained import Loading, whole
-from lapilli.model.trainable import set_modes, trainable_parameters
+from lapilli.model.trainable import GROUPS, set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
 from lapilli.train.batch_digest import lanes_text, sample_lanes
@@ -315,20 +317,15 @@ def one_step(
     """
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
-    seed_step(ready.config.seed, batches.step, ready.rank)
-    total = train_step(
-        ready.engine,
-        batches.on_device,
-        global_tokens=batches.global_tokens,
-        world_size=ready.world_size,
-    )
+    total, squares = _take(ready, batches)
     taken = sample_lanes(batch.sample_ids for batch in batches.batches)
     losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch)
-    told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), losses])
+    told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), squares, losses])
     if ready.world_size > 1:
         dist.all_reduce(told)
     summed, stops, *rest = told.tolist()  # the step's one wait for the device
-    lanes, by_slot = rest[: len(taken)], rest[len(taken) :]
+    lanes, rest = rest[: len(taken)], rest[len(taken) :]
+    squared, by_slot = rest[: len(squares)], rest[len(squares) :]
     loss = summed / max(1, batches.global_tokens)
     norm = _norm(ready.engine)
     row = {
@@ -336,11 +333,36 @@ def one_step(
         "loss": loss,
         "lr": rate,
         "grad_norm": norm,
+        "grad_norm_by_part": _by_part(ready.engine, squared),
         "samples": batches.global_samples,
         "trained_tokens": batches.global_tokens,
         "batch": lanes_text(lanes),
     }
     return row, stops > 0, by_slot
+
+
+def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor]:
+    """The step itself: this rank's summed loss, and its share of the gradient by part."""
+    seed_step(ready.config.seed, batches.step, ready.rank)
+    squares: list[Tensor] = []
+    total = train_step(
+        ready.engine,
+        batches.on_device,
+        global_tokens=batches.global_tokens,
+        world_size=ready.world_size,
+        before_update=lambda: squares.append(engine.part_squares(ready.engine)),
+    )
+    return total, squares[0]
+
+
+def _by_part(built: Any, squares: list[float]) -> dict[str, float]:
+    """The gradient's norm before clipping for each part that learns."""
+    learning = {group["part"] for group in built.optimizer.param_groups}
+    return {
+        part: math.sqrt(square) if square >= 0 else math.nan
+        for part, square in zip(GROUPS, squares, strict=True)
+        if part in learning
+    }
 
 
 def _norm(built: Any) -> float | None:

@@ -32,11 +32,13 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start.
 
-    A group's `lr_factor` is its peak rate over `config.lr`: all rates follow one schedule.
+    A group's `part` is one of `GROUPS`; its `lr_factor` is its peak rate over `config.lr`: all
+    rates follow one schedule.
     """
     groups = [
         {
             "params": params,
+            "part": group,
             "weight_decay": config.weight_decay if decays else 0.0,
             "lr": config.lrs.get(group, config.lr),
             "lr_factor": config.lrs.get(group, config.lr) / config.lr,

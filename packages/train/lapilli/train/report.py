@@ -117,7 +117,8 @@ def _add_loss(page: Page, rows: Rows) -> None:
         if len(groups) > 1:
             page.line_chart(groups, "step", "smoothed loss", f"Loss by {by}")
             page.table([by, "last loss, smoothed", "steps"], _group_rows(groups))
-    page.line_chart({"": curves(rows, "grad_norm")}, "step", "norm", "Gradient before clipping")
+    norms = {"whole": curves(rows, "grad_norm"), **_part_curves(rows)}
+    page.line_chart(norms, "step", "norm", "Gradient before clipping")
     page.line_chart({"": curves(rows, "lr")}, "step", "rate", "Learning rate")
 
 
@@ -132,6 +133,13 @@ def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:
         steps, values = curves(own, "mean")
         found[group] = steps, _eased(values)
     return found
+
+
+def _part_curves(rows: Rows) -> dict[str, Curve]:
+    """The gradient's norm in each part that learns; one alone is the whole."""
+    parts = [{"step": row["step"], **row.get("grad_norm_by_part", {})} for row in rows]
+    names = sorted({name for part in parts for name in part} - {"step"})
+    return {name: curves(parts, name) for name in names} if len(names) > 1 else {}
 
 
 def _group_rows(groups: Mapping[str, Curve]) -> list[list[object]]:

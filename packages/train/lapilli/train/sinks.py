@@ -187,12 +187,13 @@ class SinkThread:
 
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """A metrics row's finite numbers by name; a group's mean as `loss_by_source/NAME`."""
+    """A metrics row's finite numbers by name; a group's as `loss_by_source/NAME` (its mean)."""
     figures: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
             groups: dict[str, Any] = value
-            figures.update({f"{name}/{key}": float(item[0]) for key, item in groups.items()})
+            for key, item in groups.items():
+                figures[f"{name}/{key}"] = float(item[0] if isinstance(item, list) else item)
         elif isinstance(value, int | float) and name != "step":
             figures[name] = float(value)
     return {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,12 @@ def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
 
 
 def train_step(
-    engine: Any, batches: Sequence[DeviceBatch], *, global_tokens: int, world_size: int
+    engine: Any,
+    batches: Sequence[DeviceBatch],
+    *,
+    global_tokens: int,
+    world_size: int,
+    before_update: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Forward and backward over a worker's micro-batches, then one optimizer step.
 
@@ -86,6 +91,7 @@ def train_step(
             where the global batch is cut short.
         global_tokens: Trained tokens of the global batch, known from the plan.
         world_size: Number of workers.
+        before_update: Called once, between the last backward and the update.
 
     Returns:
         This worker's summed loss, weighted, fp32 scalar, detached.
@@ -94,9 +100,12 @@ def train_step(
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
     for number, batch in enumerate(batches, start=1):
         # said and not counted by DeepSpeed: a short batch has fewer micro-steps
-        engine.set_gradient_accumulation_boundary(number == len(batches))
+        is_last = number == len(batches)
+        engine.set_gradient_accumulation_boundary(is_last)
         loss = engine(**batch.inputs) * batch.weight
         engine.backward(loss * scale)
+        if is_last:
+            before_update()
         engine.step()
         total += loss.detach()
     return total

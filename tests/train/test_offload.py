@@ -1,0 +1,113 @@
+"""Optimizer state and stage 3's weights in the host's memory: the run without it, and resumed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from lapilli.model.vlm import build_model
+from lapilli.train import checkpoint
+from lapilli.train import engine as deepspeed_engine
+from lapilli.train.config import RunConfig
+from lapilli.train.device import prepare_process
+from lapilli.train.errors import TrainError
+from lapilli.train.optim import build_optimizer
+from lapilli.train.step import to_device, train_step
+from tests.train.test_zero import Probe, part_norms, plain_pytorch
+from tests.train.tiny import global_tokens, model_config, random_steps, run_config
+
+STEPS, SAVED = 8, 4
+CPU = torch.device("cpu")
+CONFIG = run_config(model_config("vision", "projector", "language", tied=True))
+STAGES = (1, 2, 3)
+
+
+def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Probe:
+    prepare_process("cpu")
+    model = build_model(config.model)
+    if found:
+        checkpoint.load_weights(found, model)
+    settings = deepspeed_engine.deepspeed_settings(config)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition all
+    engine = deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
+    if found:
+        checkpoint.load_into(engine, found)
+    return Probe(engine)
+
+
+def go_on(probe: Probe, rank: int, steps: range) -> list[Any]:
+    """Loss, whole gradient and norms by part of each step."""
+    seen: list[Any] = []
+    for ranks in random_steps(STEPS, seed=0)[steps.start : steps.stop]:
+        batches = [to_device(batch, CPU) for batch in ranks[rank]]
+        tokens = global_tokens(ranks)
+        loss = train_step(probe, batches, global_tokens=tokens, world_size=2)
+        dist.all_reduce(loss)
+        seen.append((float(loss) / tokens, probe.gradients, probe.norms))
+    return seen
+
+
+def worker(rank: int, place: str) -> None:
+    """On each stage: without offload, with it, and with it stopped and resumed."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", f"file://{place}/store", rank=rank, world_size=2)
+    for stage in STAGES:
+        plain = replace(CONFIG, zero_stage=stage)
+        offloaded = replace(plain, offload="cpu")
+        found = {"none": go_on(start(plain), rank, range(STEPS))}
+        probe = start(offloaded)
+        first = go_on(probe, rank, range(SAVED))
+        run = Path(place) / f"run-{stage}"
+        state = {"dataset": "", "frozen": ""}
+        checkpoint.save(probe.engine, run, SAVED, state, keep=1, is_writer=rank == 0)
+        found["offloaded"] = first + go_on(probe, rank, range(SAVED, STEPS))
+        dist.barrier()
+        newest = checkpoint.latest_checkpoint(run)
+        found["resumed"] = first + go_on(start(offloaded, newest), rank, range(SAVED, STEPS))
+        found["back"] = first + go_on(start(plain, newest), rank, range(SAVED, STEPS))
+        if rank == 0:
+            torch.save(found, f"{place}/{stage}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("offload")
+    spawn(worker, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_are_those_without_offload_and_of_plain_pytorch(stage: int, runs: Path) -> None:
+    found = torch.load(runs / f"{stage}.pt", weights_only=True)
+    expected = plain_pytorch(CONFIG, STEPS)
+    for (loss, gradients), without, offloaded in zip(
+        expected, found["none"], found["offloaded"], strict=True
+    ):
+        assert offloaded[0] == pytest.approx(loss, abs=1e-5)
+        assert offloaded[0] == pytest.approx(without[0], abs=0 if stage < 3 else 1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(offloaded[1][name], gradient, atol=1e-5, rtol=0)
+        torch.testing.assert_close(offloaded[2], part_norms(gradients), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_is_the_uninterrupted_one(stage: int, runs: Path) -> None:
+    found = torch.load(runs / f"{stage}.pt", weights_only=True)
+    losses = {kind: [step[0] for step in steps] for kind, steps in found.items()}
+    assert losses["resumed"] == losses["offloaded"]
+    assert losses["back"] == pytest.approx(losses["none"], abs=1e-6)
+
+
+def test_stage_0_has_nothing_to_offload() -> None:
+    with pytest.raises(TrainError, match=r"offload: cpu with zero_stage 0.*set zero_stage 1 to 3"):
+        replace(CONFIG, zero_stage=0, offload="cpu")
