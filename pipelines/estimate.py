@@ -84,4 +84,7 @@ def _stages(config: RunConfig, estimate: Estimate) -> Table:
     ]
     table.add_row("a worker", "", "", *sums, style="bold")
     table.caption = f"zero_stage is {config.zero_stage}, {config.precision}"
+    if config.offload != "none":
+        hosts = [sum(part.host for part in parts.values()) for parts in estimate.states.values()]
+        table.add_row("in the host's memory", "", "", *[bytes_text(host) for host in hosts])
     return table

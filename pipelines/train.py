@@ -118,6 +118,8 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
         f"{config.micro_batch} x accumulation {config.accumulation} on {ready.device}, "
         f"ZeRO-{config.zero_stage}, {config.precision}"
     )
+    if host := sum(memory.host for memory in ready.memory.values()):
+        say(f"offload: {bytes_text(host)} a worker lie in the host's memory")
     left_out = (
         f", {ready.too_long} longer than {config.max_length} left out" if ready.too_long else ""
     )

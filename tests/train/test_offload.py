@@ -17,7 +17,9 @@ from lapilli.train import checkpoint
 from lapilli.train import engine as deepspeed_engine
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
+from lapilli.train.engine import MOMENTS
 from lapilli.train.errors import TrainError
+from lapilli.train.estimate import estimate_run, follow, sketch_run, state_bytes
 from lapilli.train.optim import build_optimizer
 from lapilli.train.step import to_device, train_step
 from tests.train.test_zero import Probe, part_norms, plain_pytorch
@@ -54,6 +56,22 @@ def go_on(probe: Probe, rank: int, steps: range) -> list[Any]:
     return seen
 
 
+def host_bytes(engine: Any) -> int:
+    """What DeepSpeed really holds for optimizer and offload, tensor by tensor."""
+    zero = engine.optimizer
+    flat = getattr(zero, "single_partition_of_fp32_groups", None)
+    if flat is None:
+        flat = zero.fp32_partitioned_groups_flat
+        held = [parameter.ds_tensor for parameter in engine.module.parameters()]
+        held.append(zero.grad_partitions_flat_buffer)
+    else:
+        held = [*zero.param_buffer_of_bit16_for_cpu_offload_groups]
+        held += zero.accumulated_grads_in_cpu.values()
+    for tensor in flat:
+        held += [tensor, tensor.grad, *(zero.optimizer.state[tensor][name] for name in MOMENTS)]
+    return sum(tensor.nbytes for tensor in held)
+
+
 def worker(rank: int, place: str) -> None:
     """On each stage: without offload, with it, and with it stopped and resumed."""
     torch.set_num_threads(1)
@@ -66,6 +84,8 @@ def worker(rank: int, place: str) -> None:
         probe = start(offloaded)
         first = go_on(probe, rank, range(SAVED))
         run = Path(place) / f"run-{stage}"
+        if rank == 0:
+            torch.save(host_bytes(probe.engine), f"{place}/held-{stage}.pt")
         state = {"dataset": "", "frozen": ""}
         checkpoint.save(probe.engine, run, SAVED, state, keep=1, is_writer=rank == 0)
         found["offloaded"] = first + go_on(probe, rank, range(SAVED, STEPS))
@@ -106,6 +126,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(stage: int, runs: Path) -> None:
     losses = {kind: [step[0] for step in steps] for kind, steps in found.items()}
     assert losses["resumed"] == losses["offloaded"]
     assert losses["back"] == pytest.approx(losses["none"], abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_estimate_is_what_deepspeed_holds_on_the_host(stage: Any, runs: Path) -> None:
+    parameters = list(build_model(CONFIG.model).parameters())
+    total = sum(p.numel() for p in parameters)
+    learns = sum(p.numel() for p in parameters if p.requires_grad)
+    found = state_bytes(total, learns, stage=stage, workers=2, precision="fp32", offload="cpu")
+    held = torch.load(runs / f"held-{stage}.pt", weights_only=True)
+    assert found.host == pytest.approx(held, rel=0.05)  # a tiny model's padding
+    assert found.optimizer == 0
+
+
+def test_a_run_that_does_not_fit_is_told_to_offload() -> None:
+    config = replace(CONFIG, zero_stage=2, micro_batch=0)
+    estimate = estimate_run(config, sketch_run(config), length=32)
+    needed = estimate_run(replace(config, offload="cpu"), sketch_run(config), length=32)
+    device = int(needed.worker_bytes(2, 1) / 0.9) + 1
+    with pytest.raises(TrainError, match="set offload: cpu with zero_stage 2"):
+        follow(config, device, lambda: estimate)
+    offloaded = replace(config, offload="cpu")
+    assert follow(offloaded, device, lambda: needed).micro_batch == 1
 
 
 def test_stage_0_has_nothing_to_offload() -> None:

@@ -24,20 +24,30 @@ __all__ = [
 MOMENTS_BYTES = 8  # AdamW's two, fp32
 MASTER_BYTES = 4  # the fp32 copy that is updated
 MOST_ON_CPU = 8  # rows of a micro-batch that follows; more make a core no faster
+BUCKETS = 10**9  # gradients that DeepSpeed has on the device at most when they go to the host
+FETCHED = 10**9  # weights that it has fetched from there at most
 USABLE = 0.9  # of a device's memory: the rest is the context, buffers of collectives, fragments
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes one worker holds for a part of the model; activations come on top."""
+    """Bytes one worker holds for a part of the model; activations come on top.
+
+    Attributes:
+        weights: On the device.
+        gradients: On the device.
+        optimizer: On the device.
+        host: In the host's memory, where something is offloaded.
+    """
 
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All three."""
+        """All that is on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -48,6 +58,7 @@ def state_bytes(
     stage: Literal[0, 1, 2, 3],
     workers: int,
     precision: Literal["fp32", "bf16"],
+    offload: Literal["none", "cpu"] = "none",
 ) -> StateBytes:
     """Memory of weights, gradients and AdamW's state on one worker.
 
@@ -61,14 +72,33 @@ def state_bytes(
         stage: DeepSpeed's ZeRO stage.
         workers: Among whom is shared.
         precision: Of weights and gradients.
+        offload: `RunConfig.offload`.
     """
     size = 4 if precision == "fp32" else 2
     has_master = precision == "bf16" or stage > 0  # plain fp32 is updated in place
     state = trained * (MOMENTS_BYTES + MASTER_BYTES * has_master)
+    if offload == "cpu" and stage > 0:
+        return _offloaded(parameters, trained, stage=stage, workers=workers, size=size)
     return StateBytes(
         weights=size * parameters // (workers if stage == 3 else 1),
         gradients=size * trained // (workers if stage >= 2 else 1),
         optimizer=state // (workers if stage >= 1 else 1),
+    )
+
+
+def _offloaded(parameters: int, trained: int, *, stage: int, workers: int, size: int) -> StateBytes:
+    """The optimizer's state with an fp32 gradient beside it on the host; at stage 3 weights too.
+
+    The device holds stage 3's weights only while they are needed, and gradients on their way;
+    stage 1 accumulates them there. On the host each stage has a buffer more, of gradients or of
+    weights on their way back, and stage 2 accumulates in another.
+    """
+    host = trained * (MOMENTS_BYTES + MASTER_BYTES + 4 + size * (2 if stage == 2 else 1))
+    return StateBytes(
+        weights=size * (min(parameters, FETCHED) if stage == 3 else parameters),
+        gradients=size * (trained if stage == 1 else min(trained, BUCKETS)),
+        optimizer=0,
+        host=(host + (size * parameters if stage == 3 else 0)) // workers,
     )
 
 
@@ -93,7 +123,7 @@ class Estimate:
     checkpoint_bytes: int
 
     def worker_bytes(self, stage: int, micro_batch: int) -> int:
-        """Everything one worker holds at its peak."""
+        """Everything one worker holds on its device at its peak."""
         held = sum(part.total for part in self.states[stage].values())
         return held + self.fixed_bytes + micro_batch * self.row_bytes
 
@@ -124,25 +154,33 @@ def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:
         is_short = config.model.gradient_checkpointing
         sizes.append(found.checkpointed if is_short else found.kept)
     parameters = sketch.parameters()
-    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     row = sizes[1] - sizes[0]
     logits = 8 * config.model.head_chunk * sketch.model.vocab_size  # fp32, and their slope
     return Estimate(
         parameters=parameters,
-        states={
-            stage: {
-                name: state_bytes(
-                    *counts, stage=stage, workers=config.workers, precision=config.precision
-                )
-                for name, counts in parameters.items()
-            }
-            for stage in stages
-        },
+        states=_states(config, parameters),
         length=length,
         row_bytes=row,
         fixed_bytes=sizes[0] - row + logits,
         checkpoint_bytes=12 * sum(trained for _, trained in parameters.values()),
     )
+
+
+def _states(
+    config: RunConfig, parameters: dict[str, tuple[int, int]]
+) -> dict[int, dict[str, StateBytes]]:
+    """What a worker holds, by ZeRO stage and part."""
+    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    return {
+        stage: {
+            name: state_bytes(
+                *counts, stage=stage, workers=config.workers,
+                precision=config.precision, offload=config.offload,
+            )
+            for name, counts in parameters.items()
+        }
+        for stage in stages
+    }  # fmt: skip
 
 
 def follow(
@@ -174,6 +212,15 @@ def follow(
         for higher in range(stage + 1, 4)
         if found.worker_bytes(higher, 1) <= usable
     ]
+    if config.offload == "none":
+        elsewhere = replace(
+            found, states=_states(replace(config, zero_stage=3, offload="cpu"), found.parameters)
+        )
+        remedies += [
+            f"offload: cpu with zero_stage {higher}"
+            for higher in range(max(1, stage), 4)
+            if elsewhere.worker_bytes(higher, 1) <= usable
+        ][:1]
     if not config.model.gradient_checkpointing:
         remedies.append("model.gradient_checkpointing: true")
     raise TrainError(

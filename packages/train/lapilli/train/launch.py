@@ -156,7 +156,11 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     }
     memory = {
         name: state_bytes(
-            *counts, stage=config.zero_stage, workers=config.workers, precision=config.precision
+            *counts,
+            stage=config.zero_stage,
+            workers=config.workers,
+            precision=config.precision,
+            offload=config.offload,
         )
         for name, counts in parameters.items()
     }
