@@ -88,7 +88,8 @@ class RunConfig:
         zero_stage: DeepSpeed's ZeRO stage.
         offload: What the device has no room for lies in the host's memory (`cpu`): the optimizer's
             state, and at ZeRO stage 3 the weights too. Needs ZeRO stage 1 to 3.
-        precision: `fp32` or `bf16` (weights and moments stay fp32 in the optimizer).
+        precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
+            is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
         workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any.
         launcher: `ray`, or `process`: one worker in the process that was started, without Ray,
@@ -130,7 +131,7 @@ class RunConfig:
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu"] = "none"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     launcher: Literal["ray", "process"] = "ray"
@@ -164,9 +165,10 @@ class RunConfig:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
         if self.mirror and "://" not in self.mirror:
             raise TrainError(f"mirror: {self.mirror!r}; expected an address like s3://bucket/run")
-        if self.precision == "bf16" and self.zero_stage == 0:
+        if self.precision != "fp32" and self.zero_stage == 0:
             raise TrainError(
-                "zero_stage: 0 with precision bf16 keeps no fp32 weights; set zero_stage 1 to 3"
+                f"zero_stage: 0 with precision {self.precision} keeps no fp32 weights; set "
+                "zero_stage 1 to 3"
             )
         if self.offload != "none" and self.zero_stage == 0:
             raise TrainError(
@@ -179,10 +181,10 @@ class RunConfig:
                 "numbers, and 4-bit weights are packed bytes with tables beside them; set "
                 "zero_stage 2"
             )
-        if self.precision == "fp32" and self.model.dtype == "bf16":
+        if self.precision != "bf16" and self.model.dtype == "bf16":
             raise TrainError(
-                "model.dtype: bf16 with precision fp32 would compute in bf16; set precision bf16, "
-                "or model.dtype fp32"
+                f"model.dtype: bf16 with precision {self.precision} would compute with weights "
+                "rounded to bf16; set precision bf16, or model.dtype fp32"
             )
         if self.launcher == "process" and self.workers != 1:
             raise TrainError(

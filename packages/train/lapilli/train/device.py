@@ -10,7 +10,10 @@ import torch
 
 from lapilli.train.errors import TrainError
 
-__all__ = ["Device", "choose_device", "device_memory", "peak_memory", "prepare_process"]
+__all__ = [
+    "Device", "check_precision", "choose_device", "device_memory", "peak_memory",
+    "prepare_process",
+]  # fmt: skip
 
 Device = Literal["cpu", "cuda"]
 
@@ -34,6 +37,24 @@ def prepare_process(device: Device) -> torch.device:
     if device == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def check_precision(device: Device, precision: str) -> None:
+    """Whether this machine computes in a precision.
+
+    Raises:
+        TrainError: fp16 on a processor that does not.
+    """
+    if precision == "fp16" and device == "cpu" and not _has_fp16():
+        raise TrainError(
+            "precision: fp16 is not computed by this machine's processor; set precision fp32, or "
+            "bf16"
+        )
+
+
+def _has_fp16() -> bool:
+    """What DeepSpeed asks, too."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def device_memory(device: Device) -> int | None:

@@ -29,10 +29,15 @@ __all__ = [
     "read_moments",
     "read_weight",
     "restore",
+    "restore_scale",
+    "scale_state",
     "set_learning_rate",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# fp16: halved at every overflow, doubled after so many steps without one
+SCALING = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1}
+SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
@@ -44,6 +49,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.zero_stage, **_offloading(config)},
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16", **SCALING},
         "zero_allow_untested_optimizer": True,
         # torch's AdamW on the host as well: DeepSpeed's would be compiled, and resumes 1e-4 off
         "zero_force_ds_cpu_optimizer": False,
@@ -64,12 +70,15 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     import deepspeed
 
     _quieten()
+    engine: Any
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
     # Stages 1 and 2 look for the moments after the first parameter group's first step and then
     # never again: without this, a second group's moments could not be read.
     _create_moments(engine)
+    if scale_state(engine):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `StepGuard` says it better
     return engine
 
 
@@ -106,6 +115,7 @@ def _shared(config: RunConfig) -> Generator[None]:
     settings = deepspeed_settings(config)
     # the weights' own type and not the engine's: what is frozen must be the same at every stage
     settings["bf16"] = {"enabled": config.model.dtype == "bf16"}
+    settings["fp16"] = {"enabled": False}
     alive = HfDeepSpeedConfig(settings)  # transformers looks whether there is one
     try:
         yield
@@ -214,6 +224,20 @@ def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def loss_scale(engine: Any) -> float:
     """What the loss is multiplied with before backward so that fp16 can hold its gradient."""
     return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def scale_state(engine: Any) -> dict[str, float]:
+    """What fp16's loss scale follows from at the next step; nothing in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: getattr(scaler, name) for name in SCALE_STATE}
+
+
+def restore_scale(engine: Any, state: dict[str, float]) -> None:
+    """Go on with the loss scale of `scale_state`."""
+    for name, value in state.items():
+        setattr(engine.optimizer.loss_scaler, name, value)
 
 
 def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:

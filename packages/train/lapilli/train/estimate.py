@@ -57,7 +57,7 @@ def state_bytes(
     *,
     stage: Literal[0, 1, 2, 3],
     workers: int,
-    precision: Literal["fp32", "bf16"],
+    precision: Literal["fp32", "bf16", "fp16"],
     offload: Literal["none", "cpu"] = "none",
 ) -> StateBytes:
     """Memory of weights, gradients and AdamW's state on one worker.
@@ -75,7 +75,7 @@ def state_bytes(
         offload: `RunConfig.offload`.
     """
     size = 4 if precision == "fp32" else 2
-    has_master = precision == "bf16" or stage > 0  # plain fp32 is updated in place
+    has_master = precision != "fp32" or stage > 0  # plain fp32 is updated in place
     state = trained * (MOMENTS_BYTES + MASTER_BYTES * has_master)
     if offload == "cpu" and stage > 0:
         return _offloaded(parameters, trained, stage=stage, workers=workers, size=size)
@@ -134,7 +134,8 @@ def sketch_run(config: RunConfig) -> Sketch:
     Raises:
         ModelError: A part that cannot be built.
     """
-    return sketch_model(replace(config.model, dtype=config.precision))
+    size = "fp32" if config.precision == "fp32" else "bf16"  # fp16 takes as much
+    return sketch_model(replace(config.model, dtype=size))
 
 
 def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:

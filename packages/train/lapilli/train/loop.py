@@ -24,7 +24,7 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
 from lapilli.train.batch_digest import lanes_text, sample_lanes
 from lapilli.train.config import RunConfig
-from lapilli.train.device import Device, peak_memory, prepare_process
+from lapilli.train.device import Device, check_precision, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
@@ -139,6 +139,7 @@ def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
 def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
+    check_precision(device, config.precision)
     # weights of another project replace all that is read, and are not put in part by part
     is_foreign = config.start_from and not checkpoint.is_run(Path(config.start_from))
     model, start = build_start(config, whole if is_foreign else engine.loading_of(config))
@@ -155,6 +156,7 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
     if found:
         checkpoint.load_into(built, found)
+        engine.restore_scale(built, found.state.get("loss_scale", {}))
     if torch_device.type == "cuda":  # a CPU's shapes cost nothing the first time
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
@@ -299,8 +301,10 @@ def _save(
     if config.milestone_every and done % config.milestone_every == 0:
         forms.append(MILESTONES)
     if forms:
+        scale = engine.scale_state(ready.engine)
+        state = {**ready.state, "loss_scale": scale} if scale else ready.state
         checkpoint.save(
-            ready.engine, Path(config.output), done, ready.state,
+            ready.engine, Path(config.output), done, state,
             keep=config.keep, is_writer=ready.is_writer, writer=writer, forms=forms,
             copies=uploads,
         )  # fmt: skip
@@ -317,7 +321,7 @@ def one_step(
     """
     rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
     engine.set_learning_rate(ready.engine, rate)
-    total, squares = _take(ready, batches)
+    total, squares, scaling = _take(ready, batches)
     taken = sample_lanes(batch.sample_ids for batch in batches.batches)
     losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch)
     told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), squares, losses])
@@ -337,22 +341,41 @@ def one_step(
         "samples": batches.global_samples,
         "trained_tokens": batches.global_tokens,
         "batch": lanes_text(lanes),
+        **scaling,
     }
     return row, stops > 0, by_slot
 
 
-def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor]:
-    """The step itself: this rank's summed loss, and its share of the gradient by part."""
-    seed_step(ready.config.seed, batches.step, ready.rank)
+def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The step itself: this rank's summed loss, its share of the gradient by part; fp16's scale.
+
+    Where fp16 overflows, DeepSpeed updates nothing and lowers the scale, on all ranks alike. The
+    same samples are then taken again, so that none is lost, until there is nothing to lower.
+    """
     squares: list[Tensor] = []
-    total = train_step(
-        ready.engine,
-        batches.on_device,
-        global_tokens=batches.global_tokens,
-        world_size=ready.world_size,
-        before_update=lambda: squares.append(engine.part_squares(ready.engine)),
-    )
-    return total, squares[0]
+    overflows = 0
+    while True:
+        seed_step(ready.config.seed, batches.step, ready.rank)
+        scale = engine.loss_scale(ready.engine)
+        total = train_step(
+            ready.engine,
+            batches.on_device,
+            global_tokens=batches.global_tokens,
+            world_size=ready.world_size,
+            before_update=lambda: squares.append(engine.part_squares(ready.engine)),
+        )
+        if engine.loss_scale(ready.engine) >= scale:
+            break
+        overflows += 1
+    if ready.config.precision != "fp16":
+        return total, squares[-1], {}
+    if overflows and ready.is_writer:
+        note(
+            Path(ready.config.output),
+            f"step {batches.step}: its gradient overflowed fp16; taken again with the loss scale "
+            f"lowered {overflows} times, to {scale:g}; no sample is lost",
+        )
+    return total, squares[-1], {"loss_scale": scale, "overflows": overflows}
 
 
 def _by_part(built: Any, squares: list[float]) -> dict[str, float]:

@@ -71,7 +71,7 @@ def rerun(
         )
     config = replace(
         config, output=str(kept.run), workers=1, min_workers=0, launcher="process",
-        zero_stage=1 if config.precision == "bf16" else 0,
+        zero_stage=0 if config.precision == "fp32" else 1, offload="none",
     )  # fmt: skip
     device = choose_device(config.device, torch.cuda.device_count())
     join_alone(device)
