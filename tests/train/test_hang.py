@@ -16,7 +16,7 @@ from lapilli.train.hang import HangWatch, hang_line, stack_path, where
 from lapilli.train.notes import note, notes_end, notes_from
 from lapilli.train.probes import Worker, probe_line, probe_warnings, save_warning
 from lapilli.train.straggler import slow_line, slow_ranks
-from tests.train.disturbed import driver, train_workers
+from tests.train.disturbed import driver, train_workers, wait_for_step
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 
@@ -35,8 +35,11 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
     config = small_run(dataset, tmp_path / "run", hang_seconds=20.0, max_failures=0)
     config = replace(config, model=replace(config.model, projector=PLANTED))
     with driver(config, PLANTED="hang:1:6") as running:
+        wait_for_step(config, 0, running)
+        workers = train_workers(running)
+        assert len(workers) == 2
         code, said, errors = running.end()
-        assert train_workers(running) == []
+        assert [worker for worker in workers if worker.is_running()] == []
     assert code == 2, errors
     line = errors.splitlines()[-1]
     assert line.startswith("error: a step took longer than hang_seconds: rank 0 at "), errors

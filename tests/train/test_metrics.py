@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_the_norms_of_the_parts_add_up_to_deepspeeds_of_the_whole(
     for row in read_metrics(finished[0]):
         parts: dict[str, float] = row["grad_norm_by_part"]
         assert parts.keys() == {"projector", "language"}
-        assert np.hypot(*parts.values()) == pytest.approx(row["grad_norm"], rel=1e-5)
+        assert math.hypot(*parts.values()) == pytest.approx(row["grad_norm"], rel=1e-5)
 
 
 def test_the_worst_samples_of_the_first_step_are_those_of_a_plain_model(

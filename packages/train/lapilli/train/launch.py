@@ -370,11 +370,13 @@ def _follow(
 
 def _fit_on_ray(config: RunConfig, device: Device) -> None:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from lapilli.train.ray_trainer import Trainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": 1, **({"GPU": 1} if device == "cuda" else {})}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _worker,
         train_loop_config={"config": config, "device": device},
         torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
