@@ -91,7 +91,8 @@ def test_a_rows_parts_add_up_to_its_loss(finished: tuple[Path, Path]) -> None:
             assert sum(tokens for _, tokens in groups.values()) == row["trained_tokens"]
             assert total / row["trained_tokens"] == pytest.approx(row["loss"], rel=1e-5)
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
-        assert 0 < row["mfu"] < 1
+        assert 0 < row["mfu"] < row["hfu"] < 1
+        assert row["flops"] < row["hardware_flops"]
         assert row["flops"] > 0
     assert {name for row in rows for name in row["loss_by_modality"]} <= {"image", "text"}
 
@@ -220,5 +221,12 @@ def test_the_report_is_fit_to_be_read(finished: tuple[Path, Path], chromium: Chr
     assert chromium.problems(page) == []
     text = page.read_text(encoding="utf-8")
     worst = read_worst(finished[0])
-    for words in ("held-out loss", "MFU", "optim.lr", worst[0].sample_id, "Loss by modality"):
+    for words in (
+        "held-out loss",
+        "MFU",
+        "HFU",
+        "optim.lr",
+        worst[0].sample_id,
+        "Loss by modality",
+    ):
         assert words in text

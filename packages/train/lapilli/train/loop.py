@@ -273,7 +273,7 @@ def _open_uploads(ready: Setup) -> Uploads | None:
 
 
 def _open_journal(ready: Setup) -> Journal:
-    meter = StepMeter(ready.feed.dataset, ready.engine.module, ready.device, ready.world_size)
+    meter = StepMeter(ready.feed, ready.engine.module, ready.device)
     return Journal(ready.config, ready.start, meter)
 
 

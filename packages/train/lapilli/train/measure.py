@@ -8,22 +8,22 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lapilli.data.dataset import Dataset
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.train.feed import StepBatches
+from lapilli.train.feed import Feed, StepBatches
 from lapilli.train.step import DeviceBatch
 
 __all__ = [
-    "WORST", "SampleLoss", "StepMeter", "Worst", "group_means", "read_worst", "slot_losses",
+    "WORST", "SampleLoss", "StepMeter", "Worst", "group_means", "padded_numbers", "read_worst",
+    "slot_losses",
 ]  # fmt: skip
 
 WORST = "worst.jsonl"
@@ -55,49 +55,92 @@ def slot_losses(
     return losses
 
 
+def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
+    """What every rank's micro-batches are padded to, from lengths alone: no rank is asked.
+
+    The same rules as `lapilli.data.collate.collate`'s, for which other ranks' samples need not be
+    read.
+
+    Args:
+        step: The step.
+        feed: Whose dataset, shape and number of ranks are used.
+
+    Returns:
+        One a micro-batch, rank by rank.
+    """
+    dataset, shape = feed.dataset, feed.shape
+    rows = shape.rows
+    micros = step.placed.reshape(feed.world_size, -1, rows)
+    is_filled = micros >= 0
+    counts = np.where(is_filled, dataset.num_images[micros], 0).sum(axis=2)
+    together = counts.any(axis=0)  # a micro-step's ranks all have images or none
+    found: list[BatchNumbers] = []
+    for rank, of_rank in enumerate(micros):
+        for micro, slots in enumerate(of_rank):
+            ids = slots[slots >= 0]
+            lengths, images = dataset.lengths[ids], int(counts[rank, micro])
+            padded_images = max(rows * bool(together[micro]), -(-images // rows) * rows)
+            kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
+            targets, chunk = int(dataset.num_trained[ids].sum()), shape.predict_chunk
+            found.append(BatchNumbers(
+                lengths.tolist(), images, targets,
+                padded_rows=rows,
+                padded_length=next(n for n in kind if n >= lengths.max(initial=0)),
+                padded_images=padded_images,
+                padded_targets=max(chunk, -(-targets // chunk) * chunk),
+            ))  # fmt: skip
+    return found
+
+
 class StepMeter:
     """What rank 0 adds to a step's row. Asks the device for nothing.
 
     Args:
-        dataset: The run's data.
+        feed: The run's data, the shapes of its batches, and the number of devices.
         module: The model, as the engine holds it.
         device: What it computes on.
-        world_size: Number of such devices.
     """
 
-    def __init__(
-        self, dataset: Dataset, module: VisionLanguageModel, device: torch.device, world_size: int
-    ) -> None:
-        self._dataset = dataset
+    def __init__(self, feed: Feed, module: VisionLanguageModel, device: torch.device) -> None:
+        self._feed = feed
+        self._dataset = feed.dataset
         self._numbers = model_numbers(module)
+        is_eager = getattr(module.language.config, "_attn_implementation", "") == "eager"
+        self._attention: Literal["eager", "flash"] = "eager" if is_eager else "flash"
         is_gpu = device.type == "cuda"
         peak = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else measured_peak(device)
-        self._peak = peak and peak * world_size
+        self._peak = peak and peak * feed.world_size
 
     def speed(self, step: StepBatches, seconds: float) -> dict[str, Any]:
-        """Tokens, the model's operations and the share of the devices' peak rate they make.
+        """Tokens, operations and the share of the devices' peak rate they make.
 
         Args:
             step: The step.
             seconds: How long it took, with waiting for data.
 
         Returns:
-            `tokens`, `tokens_per_second`, `flops`, and `mfu`, None where no peak is known.
+            `tokens`, `tokens_per_second`; `flops`, what the mathematics of the real tokens needs,
+            and `mfu`, its share of the peak; `hardware_flops`, what all ranks execute, padding and
+            recomputation included, and `hfu`. Both shares are None where no peak is known.
         """
-        ids = step.placed[step.placed >= 0]
-        lengths = self._dataset.lengths[ids]
-        images = int(self._dataset.num_images[ids].sum())
-        numbers = BatchNumbers(
-            lengths.tolist(), images, step.global_tokens,
-            padded_rows=0, padded_length=0, padded_images=0, padded_targets=0,
-        )  # fmt: skip
-        flops = step_flops(self._numbers, numbers).model.total
-        tokens = int(lengths.sum())
+        micros = [
+            step_flops(
+                self._numbers, numbers, attention=self._attention,
+                skips_future=self._attention == "flash",
+            )
+            for numbers in padded_numbers(step, self._feed)
+        ]  # fmt: skip
+        flops = sum(micro.model.total for micro in micros)
+        executed = sum(micro.hardware.total for micro in micros)
+        tokens = int(self._dataset.lengths[step.placed[step.placed >= 0]].sum())
+        possible = seconds * self._peak if self._peak else None
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "flops": flops,
-            "mfu": flops / (seconds * self._peak) if self._peak else None,
+            "mfu": flops / possible if possible else None,
+            "hardware_flops": executed,
+            "hfu": executed / possible if possible else None,
         }
 
     def samples(self, step: StepBatches, losses: Sequence[float]) -> list[SampleLoss]:

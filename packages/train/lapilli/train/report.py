@@ -93,11 +93,13 @@ def _figures(rows: Rows, facts: Mapping[str, Any]) -> list[Figure]:
         figures.append(Figure("held-out loss", f"{held_out[-1]:.4f}", f"best {held_out.min():.4f}"))
     rate = np.median([row["samples"] / row["seconds"] for row in rows])
     figures.append(Figure("samples/s", f"{rate:,.1f}", "median step"))
-    speed, mfu = curves(rows, "tokens_per_second")[1], curves(rows, "mfu")[1]
+    speed = curves(rows, "tokens_per_second")[1]
     if len(speed):
         figures.append(Figure("tokens/s", f"{np.median(speed):,.0f}", "median step"))
-    if len(mfu):
-        figures.append(Figure("MFU", f"{np.median(mfu):.1%}", "median step"))
+    for name in ("mfu", "hfu"):
+        shares = curves(rows, name)[1]
+        if len(shares):
+            figures.append(Figure(name.upper(), f"{np.median(shares):.1%}", "median step"))
     memory = curves(rows, "memory_bytes", 1e-9)[1]
     if len(memory):
         figures.append(Figure("memory", f"{memory.max():.1f} GB", "most of rank 0"))
@@ -162,7 +164,8 @@ def _add_speed(page: Page, rows: Rows) -> None:
     )
     charts = [
         ("tokens_per_second", 1.0, "tokens/s", "Tokens with the images' own"),
-        ("mfu", 100.0, "%", "Model FLOPs utilisation"),
+        ("mfu", 100.0, "%", "Model FLOPs utilisation: real tokens, nothing twice"),
+        ("hfu", 100.0, "%", "Hardware FLOPs utilisation: with padding and recomputation"),
         ("memory_bytes", 1e-9, "GB", "Most memory rank 0 has held so far"),
     ]
     for name, scale, unit, title in charts:
