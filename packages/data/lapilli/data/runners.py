@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,7 +28,7 @@ from lapilli.data.shards import ShardFacts
 from lapilli.data.spool import TASKS, read_task, write_tasks
 from lapilli.data.tasks import begin_task, finished_task, run_task
 
-__all__ = ["Runner", "run_here", "run_on_ray"]
+__all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
 
@@ -92,13 +93,24 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     )
 
 
+def group_sizes(shards: int, slots: int) -> Iterator[int]:
+    """How many shards each of Ray's tasks makes: fewer towards the end, so that all end together.
+
+    Args:
+        shards: All that are to be made.
+        slots: Tasks at the same time.
+    """
+    while shards:
+        size = max(1, min(MOST_SHARDS, shards // (2 * slots)))
+        yield size
+        shards -= size
+
+
 def _groups(rows: list[dict[str, Any]], slots: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows for one of Ray's tasks each: fewer towards the end, so that all workers end together."""
-    start = 0
-    while start < len(rows):
-        size = max(1, min(MOST_SHARDS, (len(rows) - start) // (2 * slots)))
-        yield rows[start : start + size]
-        start += size
+    """Rows for one of Ray's tasks each."""
+    left = iter(rows)
+    for size in group_sizes(len(rows), slots):
+        yield list(islice(left, size))
 
 
 def _run_rows(rows: pa.Table) -> Iterator[dict[str, list[Any]]]:
