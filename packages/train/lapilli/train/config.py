@@ -165,37 +165,6 @@ class RunConfig:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
         if self.mirror and "://" not in self.mirror:
             raise TrainError(f"mirror: {self.mirror!r}; expected an address like s3://bucket/run")
-        if self.precision != "fp32" and self.zero_stage == 0:
-            raise TrainError(
-                f"zero_stage: 0 with precision {self.precision} keeps no fp32 weights; set "
-                "zero_stage 1 to 3"
-            )
-        if self.offload != "none" and self.zero_stage == 0:
-            raise TrainError(
-                f"offload: {self.offload} with zero_stage 0, which keeps all where it is; set "
-                "zero_stage 1 to 3"
-            )
-        if self.zero_stage == 3 and self.model.language.quantize != "none":
-            raise TrainError(
-                "zero_stage: 3 with model.language.quantize nf4: what stage 3 cuts in pieces are "
-                "numbers, and 4-bit weights are packed bytes with tables beside them; set "
-                "zero_stage 2"
-            )
-        if self.precision != "bf16" and self.model.dtype == "bf16":
-            raise TrainError(
-                f"model.dtype: bf16 with precision {self.precision} would compute with weights "
-                "rounded to bf16; set precision bf16, or model.dtype fp32"
-            )
-        if self.launcher == "process" and self.workers != 1:
-            raise TrainError(
-                f"workers: {self.workers} with launcher process, which is one; set workers 1 or "
-                "launcher ray"
-            )
-        if self.min_workers > self.workers:
-            raise TrainError(
-                f"min_workers: {self.min_workers} with workers {self.workers}, which is the most; "
-                "lower min_workers or raise workers"
-            )
         if 0 < self.max_spike <= 1:
             raise TrainError(f"max_spike: {self.max_spike}; expected 0, or more than 1")
         if not self.micro_batch and (self.policy == "llava" or self.loss == "means"):
@@ -203,22 +172,63 @@ class RunConfig:
                 "micro_batch: 0 with policy llava or loss means, to which the micro-batches "
                 "belong; set it"
             )
-        _check_batch(self.global_batch, self.workers, self.micro_batch)
-        sizes = range(self.min_workers or self.workers, self.workers + 1)
-        micro = self.micro_batch or 1
-        fit = [size for size in sizes if self.global_batch % (size * micro) == 0]
-        if len(fit) < len(sizes):
-            raise TrainError(
-                f"min_workers: {self.min_workers} to workers {self.workers} has sizes that do not "
-                f"cut global_batch {self.global_batch} into micro-batches of {self.micro_batch}; "
-                f"of these {', '.join(map(str, fit))} would; change global_batch or micro_batch, "
-                "or raise min_workers"
-            )
+        _check_weights(self)
+        _check_workers(self)
 
     @property
     def accumulation(self) -> int:
         """Micro-batches a worker works through in one optimizer step; needs a micro-batch."""
         return self.global_batch // (self.workers * self.micro_batch)
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Precision, ZeRO stage and the weights' own type go together."""
+    if config.precision != "fp32" and config.zero_stage == 0:
+        raise TrainError(
+            f"zero_stage: 0 with precision {config.precision} keeps no fp32 weights; set "
+            "zero_stage 1 to 3"
+        )
+    if config.offload != "none" and config.zero_stage == 0:
+        raise TrainError(
+            f"offload: {config.offload} with zero_stage 0, which keeps all where it is; set "
+            "zero_stage 1 to 3"
+        )
+    if config.zero_stage == 3 and config.model.language.quantize != "none":
+        raise TrainError(
+            "zero_stage: 3 with model.language.quantize nf4: what stage 3 cuts in pieces are "
+            "numbers, and 4-bit weights are packed bytes with tables beside them; set "
+            "zero_stage 2"
+        )
+    if config.precision != "bf16" and config.model.dtype == "bf16":
+        raise TrainError(
+            f"model.dtype: bf16 with precision {config.precision} would compute with weights "
+            "rounded to bf16; set precision bf16, or model.dtype fp32"
+        )
+
+
+def _check_workers(config: RunConfig) -> None:
+    """Every number of workers that is allowed cuts the global batch."""
+    if config.launcher == "process" and config.workers != 1:
+        raise TrainError(
+            f"workers: {config.workers} with launcher process, which is one; set workers 1 or "
+            "launcher ray"
+        )
+    if config.min_workers > config.workers:
+        raise TrainError(
+            f"min_workers: {config.min_workers} with workers {config.workers}, which is the most; "
+            "lower min_workers or raise workers"
+        )
+    _check_batch(config.global_batch, config.workers, config.micro_batch)
+    sizes = range(config.min_workers or config.workers, config.workers + 1)
+    micro = config.micro_batch or 1
+    fit = [size for size in sizes if config.global_batch % (size * micro) == 0]
+    if len(fit) < len(sizes):
+        raise TrainError(
+            f"min_workers: {config.min_workers} to workers {config.workers} has sizes that do not "
+            f"cut global_batch {config.global_batch} into micro-batches of {config.micro_batch}; "
+            f"of these {', '.join(map(str, fit))} would; change global_batch or micro_batch, "
+            "or raise min_workers"
+        )
 
 
 def _check_batch(global_batch: int, workers: int, micro_batch: int) -> None:
