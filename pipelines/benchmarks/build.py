@@ -153,8 +153,6 @@ def _run(
         raise UsageError(f"{side}: ended with exit code {done.returncode}: {last[0]}")
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     found["bytes"] = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    if "cold_seconds" in found:
-        found["bytes"] /= 2  # it has built twice
     extras.append(found)
     shutil.rmtree(output)
     return found["seconds"]
