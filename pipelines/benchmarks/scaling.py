@@ -59,7 +59,7 @@ class ScalingConfig:
     disk_read_mb: float = 3_000.0
     network_gbit: float = 25.0
     store_requests: float = 5_500.0
-    head_tasks: float = 20.0
+    head_tasks: float = 90.0
     head_rows: float = 10_400.0
     start_seconds: float = 10.0
     gap_seconds: float = 0.1
