@@ -19,7 +19,8 @@ from tests.factories import make_tokenizer
 
 
 def test_feed_adds_a_row_for_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("skimage", reason="scikit-image, for its photos, is in the bench extra")
+    for package in ("skimage", "sklearn"):
+        pytest.importorskip(package, reason=f"{package}, for its photos, is in the bench extra")
     monkeypatch.setattr(feed, "add_row", lambda t, row: harness.add_row(t, row, tmp_path))
     monkeypatch.setattr(feed_module, "THREADS", feed_module.THREADS)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM", "false"))

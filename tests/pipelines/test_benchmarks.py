@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lapilli.data.checks import check_record
-from pipelines.benchmarks import figures, harness, tokens, training
+from pipelines.benchmarks import figures, harness, photos, tokens, training
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.corpus import KINDS, conversations
 from pipelines.benchmarks.photos import photo_name, write_photos
@@ -112,7 +112,8 @@ def test_the_last_row_that_fits_is_the_newest_figure(
 
 
 def test_photos_are_distinct_and_follow_from_the_seed(tmp_path: Path) -> None:
-    pytest.importorskip("skimage", reason="scikit-image, for its photos, is in the bench extra")
+    for package in ("skimage", "sklearn"):
+        pytest.importorskip(package, reason=f"{package}, for its photos, is in the bench extra")
     taken = write_photos(tmp_path / "a", 5, (64, 48))
     write_photos(tmp_path / "b", 5, (64, 48))
     first, second = (
@@ -123,3 +124,18 @@ def test_photos_are_distinct_and_follow_from_the_seed(tmp_path: Path) -> None:
     assert taken == sum(map(len, first))
     with Image.open(tmp_path / "a" / photo_name(0)) as image:
         assert (image.size, image.format) == ((64, 48), "JPEG")
+
+
+def test_photos_come_from_both_packages_and_a_missing_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "PHOTOS", {"sklearn_that_is_not_there": ("a.jpg",)})
+    monkeypatch.setattr(photos, "NAMES", {"sklearn_that_is_not_there": "scikit-learn"})
+    photos.sources.cache_clear()
+    with pytest.raises(UsageError, match="scikit-learn is not installed; pip install -e"):
+        write_photos(tmp_path, 1, (64, 48))
+    monkeypatch.undo()
+    pytest.importorskip("sklearn", reason="scikit-learn, for its photos, is in the bench extra")
+    names = {path.name for path in photos.sources()}
+    assert {"china.jpg", "flower.jpg", "astronaut.png"} <= names
+    assert all(path.is_file() for path in photos.sources())
