@@ -20,6 +20,7 @@ from typing import Any
 
 from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
 from pipelines.benchmarks.large import RECORDS, write_large
+from pipelines.benchmarks.plot import Bar, Kind, draw_bars
 from pipelines.command import UsageError, parse, say
 
 __all__ = ["OpenConfig", "main"]
@@ -35,12 +36,16 @@ class OpenConfig:
         records: Records of the dataset.
         shards: Image shards it has; all but four hold nothing, which opening does not look at.
         rounds: Turns that count.
+        warm: A round before them that does not count.
+        plot: A PNG, SVG or PDF file for the picture.
         save: Add rows to `results/open.csv`.
     """
 
     records: int = RECORDS
     shards: int = 3400
     rounds: int = 5
+    warm: bool = True
+    plot: str = ""
     save: bool = True
 
 
@@ -56,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     names = ("side", "seconds", "low", "high", "megabytes")
     title = f"{config.records:,} records, {config.shards:,} image shards"
     table(title, columns, [[row[name] for name in names] for row in rows])
+    if config.plot:
+        _draw(Path(config.plot), title, rows, str(head["processor"]))
     if config.save:
         path = [add_row("open", head | row) for row in rows][-1]
         say(f"{len(rows)} rows added to {path}")
@@ -68,7 +75,7 @@ def measure(config: OpenConfig, folder: Path) -> list[dict[str, Any]]:
     clocks: dict[str, Callable[[], float]] = {
         side: partial(_apart, side, folder, memory[side]) for side in SIDES
     }
-    spreads = by_turns(clocks, config.rounds)
+    spreads = by_turns(clocks, config.rounds, warm=config.warm)
     return [
         {
             "side": side, "records": config.records, "shards": config.shards,
@@ -78,6 +85,22 @@ def measure(config: OpenConfig, folder: Path) -> list[dict[str, Any]]:
         }
         for side, spread in spreads.items()
     ]  # fmt: skip
+
+
+def _draw(path: Path, title: str, rows: Sequence[dict[str, Any]], processor: str) -> None:
+    looks: dict[str, tuple[str, Kind]] = {
+        "lapilli": ("lapilli, checked", "ours"), "bare": ("pyarrow's bare columns", "floor"),
+    }  # fmt: skip
+    bars: list[Bar] = []
+    for row in rows:
+        label, kind = looks[row["side"]]
+        spread = Spread(row["seconds"], row["low"], row["high"])
+        bars.append(Bar(label, spread, kind, f"s, {row['megabytes']:.0f} MB"))
+    draw_bars(
+        path, f"Opening {title}", "seconds in a fresh process", bars,
+        f"{processor}. MB: memory added that no file stands behind. Line: least and most of "
+        f"{rows[0]['rounds']} rounds.",
+    )  # fmt: skip
 
 
 def _apart(side: str, folder: Path, memory: list[float]) -> float:

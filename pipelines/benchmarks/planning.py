@@ -1,8 +1,12 @@
 """The order of an epoch of 665,298 samples: time, and what of its batches is padding or waiting.
 
-The floor is one sort of the lengths. Beside the policies stands LLaVA's own order, made by the same
-code that equals its sampler index for index, and a plan without grouping. Lengths are drawn like
-LLaVA-1.5's: 576 image tokens and a log-normal text for all but 40,688 records.
+Beside our policies stand LLaVA's own order, made by the same code that equals its sampler index for
+index, prismatic's rule, and two that tell what keeping modalities apart does by itself: a
+permutation, and a permutation of each modality. The floor of the time is one sort of the lengths.
+
+Lengths are drawn like LLaVA-1.5's: 576 image tokens and a log-normal text for all but 40,688
+records. LLaVA and prismatic count words, not tokens: a sample's are drawn from its text tokens
+(without the template's) at 1.15 to 1.65 tokens a word. `--dataset` takes a built dataset's own.
 """
 
 from __future__ import annotations
@@ -10,19 +14,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.sampler import EpochPlan, Policy, assign, plan_epoch
+from lapilli.data.collate import choose_buckets
+from lapilli.data.dataset import open_dataset
+from lapilli.data.manifest import read_manifest
+from lapilli.data.sampler import EpochPlan, assign
 from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
+from pipelines.benchmarks.orders import ORDERS, Samples, Shape
+from pipelines.benchmarks.plot import Bar, Kind, draw_bars
 from pipelines.command import parse, say
 
 __all__ = ["PlanConfig", "main", "waste"]
 
 TEXT_ONLY = 40_688
-POLICIES = ("grouped", "llava", "random")
+IMAGE_TOKENS = 576
+TEMPLATE_TOKENS = 40
+OURS = ("random", "grouped")
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,10 @@ class PlanConfig:
         ranks: Workers.
         micro_batch: Samples a worker has at once.
         accumulation: Micro-batches of a worker in a step.
+        buckets: Shapes that batches may have in all.
         rounds: Turns that count.
+        dataset: A built dataset whose lengths, words and modalities are taken; empty draws them.
+        plot: A PNG, SVG or PDF file for the picture.
         save: Add rows to `results/plan.csv`.
     """
 
@@ -42,104 +58,176 @@ class PlanConfig:
     ranks: int = 8
     micro_batch: int = 16
     accumulation: int = 1
+    buckets: int = 16
     rounds: int = 7
+    dataset: str = ""
+    plot: str = ""
     save: bool = True
 
     @property
-    def global_batch(self) -> int:
-        """Samples of a step."""
-        return self.ranks * self.micro_batch * self.accumulation
+    def shape(self) -> Shape:
+        """How a step is shared."""
+        return Shape(self.ranks, self.micro_batch, self.accumulation)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, tell, and add a row for each policy."""
+    """Measure, tell, and add a row for each order."""
     config = parse(PlanConfig, argv, "The plan of an epoch: its time, its padding, its waiting.")
     head = provenance(("numpy",), "plan", argv)
-    rows = measure(config)
-    columns = ("policy", "seconds", "steps", "padded %", "waiting %", "tokens a step of LLaVA's")
-    names = ("policy", "seconds", "steps", "padded_percent", "waiting_percent", "of_llava")
-    title = f"{config.samples:,} samples, {config.ranks} ranks x {config.micro_batch}"
-    table(title, columns, [[row[name] for name in names] for row in rows])
+    samples = _of_dataset(config.dataset) if config.dataset else _drawn(config.samples)
+    rows = measure(config, samples)
+    columns = ("order", "s", "share", "pad %", "bucket", "wait %", "shapes", "/llava", "/none")
+    digits = {
+        "policy": 0, "seconds": 3, "assign_seconds": 2, "padded_percent": 1,
+        "bucket_padded_percent": 1, "waiting_percent": 1, "shapes": 0, "of_llava": 3,
+        "of_ungrouped": 3,
+    }  # fmt: skip
+    title = f"{samples.tokens.size:,} samples, {config.ranks} ranks x {config.micro_batch}"
+    shown = [[_short(row[name], places) for name, places in digits.items()] for row in rows]
+    table(title, columns, shown)
+    say(
+        "/: tokens that an epoch computes, padding and waiting in them, of those of LLaVA's order "
+        f"and of one without grouping; bucket: padding with {config.buckets} shapes in all"
+    )
+    if config.plot:
+        _draw(Path(config.plot), config, rows, int(samples.tokens.sum()))
     if config.save:
         path = [add_row("plan", head | row) for row in rows][-1]
         say(f"{len(rows)} rows added to {path}")
     return 0
 
 
-def measure(config: PlanConfig) -> list[dict[str, Any]]:
-    """Every policy by turns, then what its batches are like."""
-    lengths, has_image = _lengths(config.samples)
+def measure(config: PlanConfig, samples: Samples) -> list[dict[str, Any]]:
+    """Every order by turns, then what its batches are like."""
     clocks: dict[str, Callable[[], float]] = {
-        name: lambda name=name: _seconds(lambda: _plan(name, lengths, has_image, config))
-        for name in POLICIES
+        name: partial(_seconds, partial(order, samples, config.shape))
+        for name, order in ORDERS.items()
     }
-    clocks["one sort"] = lambda: _seconds(lambda: np.argsort(lengths, kind="stable"))
+    clocks["one sort"] = lambda: _seconds(lambda: np.argsort(samples.tokens, kind="stable"))
     spreads = by_turns(clocks, config.rounds)
-    costs = {
-        name: waste(_plan(name, lengths, has_image, config), lengths, config) for name in POLICIES
-    }
-    return [_row(name, spread, costs, config) for name, spread in spreads.items()]
+    costs = {name: waste(order(samples, config.shape), samples, config)
+             for name, order in ORDERS.items()}  # fmt: skip
+    return [_row(name, spread, costs, config, samples) for name, spread in spreads.items()]
+
+
+def _short(value: float | str, digits: int) -> float | str:
+    return round(value, digits) if isinstance(value, float) else value
 
 
 def _row(
-    name: str, spread: Spread, costs: dict[str, dict[str, float]], config: PlanConfig
+    name: str,
+    spread: Spread,
+    costs: dict[str, dict[str, float]],
+    config: PlanConfig,
+    samples: Samples,
 ) -> dict[str, Any]:
-    cost = costs.get(name, {})
+    cost = costs.get(name)
+
+    def of(other: str) -> float | str:
+        return round(cost["computed"] / costs[other]["computed"], 4) if cost else ""
+
     return {
-        "policy": name, "samples": config.samples, "ranks": config.ranks,
+        "policy": name, "samples": samples.tokens.size, "ranks": config.ranks,
         "micro_batch": config.micro_batch, "accumulation": config.accumulation,
         "rounds": config.rounds, "seconds": round(spread.median, 4),
         "low": round(spread.low, 4), "high": round(spread.high, 4),
         "steps": int(cost["steps"]) if cost else "",
         "padded_percent": round(100 * cost["padded"], 3) if cost else "",
         "waiting_percent": round(100 * cost["waiting"], 3) if cost else "",
-        "of_llava": round(cost["computed"] / costs["llava"]["computed"], 4) if cost else "",
+        "of_llava": of("llava"), "of_ungrouped": of("ungrouped"),
+        "bucket_padded_percent": round(100 * cost["bucket_padded"], 3) if cost else "",
+        "shapes": int(cost["shapes"]) if cost else "",
+        "bucket_shapes": int(cost["bucket_shapes"]) if cost else "",
+        "assign_seconds": round(cost["assign_seconds"], 4) if cost else "",
+        "computed_tokens": int(cost["computed"]) if cost else "",
     }  # fmt: skip
 
 
-def waste(plan: EpochPlan, lengths: NDArray[np.int64], config: PlanConfig) -> dict[str, float]:
+def waste(plan: EpochPlan, samples: Samples, config: PlanConfig) -> dict[str, float]:
     """What of an epoch is not work.
 
     Returns:
         `steps`; `padded`, the share of padding among the tokens of all micro-batches, each as long
         as its longest row; `waiting`, by how much all ranks together would compute more if each had
         as many tokens as the one with most in its micro-step; `computed`, tokens an epoch takes
-        with both, which is what its time follows.
+        with both, which is what its time follows; `bucket_padded`, the share of padding where a
+        micro-batch is as long as the bucket that holds it; `shapes` and `bucket_shapes`, pairs of
+        length and modality that occur without and with buckets; `assign_seconds`, how long it takes
+        to share all steps of the epoch.
     """
-    held = real = computed = 0
-    for step in range(plan.num_steps):
-        ranks = assign(plan, step, lengths, world_size=config.ranks, micro_batch=config.micro_batch)
-        ids = np.array([[np.pad(m, (0, config.micro_batch - len(m)), constant_values=-1)
-                         for m in rank] for rank in ranks])  # fmt: skip
-        tokens = np.where(ids >= 0, lengths[ids], 0)
-        micro = tokens.max(axis=2) * config.micro_batch  # [ranks, accumulation]
-        real += int(tokens.sum())
-        held += int(micro.sum())
-        computed += int(micro.max(axis=0).sum()) * config.ranks
+    share = partial(
+        assign, plan, lengths=samples.tokens, world_size=config.ranks,
+        micro_batch=config.micro_batch,
+    )  # fmt: skip
+    started = time.perf_counter()
+    shared = [share(step) for step in range(plan.num_steps)]
+    assign_seconds = time.perf_counter() - started
+    ids = np.array(shared).swapaxes(1, 2)  # [steps, accumulation, ranks, micro-batch]
+    tokens = np.where(ids >= 0, samples.tokens[ids], 0)
+    pictured = (ids >= 0) & samples.has_image[ids]
+    with_image: NDArray[np.bool_] = np.any(pictured, axis=-1)
+    longest = tokens.max(axis=-1)
+    in_bucket = _in_buckets(longest, with_image, config.buckets)
+    real, held = int(tokens.sum()), int(longest.sum()) * config.micro_batch
+    computed = int(longest.max(axis=-1).sum()) * config.ranks * config.micro_batch
     return {
         "steps": plan.num_steps, "padded": 1 - real / held, "waiting": computed / held - 1,
         "computed": computed,
+        "bucket_padded": 1 - real / (int(in_bucket.sum()) * config.micro_batch),
+        "shapes": _distinct(longest, with_image), "bucket_shapes": _distinct(in_bucket, with_image),
+        "assign_seconds": assign_seconds,
     }  # fmt: skip
 
 
-def _plan(
-    name: str, lengths: NDArray[np.int64], has_image: NDArray[np.bool_], config: PlanConfig
-) -> EpochPlan:
-    is_llava = name == "llava"
-    return plan_epoch(
-        lengths, has_image, global_batch=config.global_batch, seed=0, epoch=0,
-        policy=cast("Policy", name), llava_micro_batch=config.micro_batch if is_llava else None,
-    )  # fmt: skip
+def _in_buckets(
+    longest: NDArray[np.int64], with_image: NDArray[np.bool_], count: int
+) -> NDArray[np.int64]:
+    """The bucket of each micro-batch; what is empty keeps its length of 0."""
+    text_only = ~with_image & (longest > 0)
+    padded = np.zeros_like(longest)
+    buckets = choose_buckets(longest[with_image], longest[text_only], count=count)
+    for these, ends in zip((with_image, text_only), buckets, strict=True):
+        padded[these] = np.array(ends)[np.searchsorted(ends, longest[these])] if ends else 0
+    return padded
 
 
-def _lengths(samples: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _distinct(lengths: NDArray[np.int64], with_image: NDArray[np.bool_]) -> int:
+    return np.unique(np.where(with_image, lengths, -lengths)[lengths > 0]).size
+
+
+def _drawn(count: int) -> Samples:
     draw = np.random.default_rng(0)
-    has_image = draw.permutation(samples) >= round(samples * TEXT_ONLY / 665_298)
-    text = np.where(
-        has_image, draw.lognormal(5.4, 0.65, samples), draw.lognormal(6.9, 0.7, samples)
-    )
-    lengths = np.minimum(text.astype(np.int64) + 8 + 576 * has_image, 2048)
-    return lengths, has_image
+    has_image = draw.permutation(count) >= round(count * TEXT_ONLY / 665_298)
+    text = np.where(has_image, draw.lognormal(5.4, 0.65, count), draw.lognormal(6.9, 0.7, count))
+    tokens = np.minimum(text.astype(np.int64) + 8 + IMAGE_TOKENS * has_image, 2048)
+    said = np.maximum(text - TEMPLATE_TOKENS, 2) / draw.uniform(1.15, 1.65, count)
+    return Samples(tokens, np.maximum(said.astype(np.int64), 1), has_image)
+
+
+def _of_dataset(path: str) -> Samples:
+    view = next(iter(read_manifest(Path(path)).views))
+    dataset = open_dataset(path, view=view, image_tokens=IMAGE_TOKENS, max_length=2048)
+    tokens = dataset.lengths.astype(np.int64)
+    return Samples(tokens, np.abs(dataset.llava_lengths).astype(np.int64), dataset.has_images)
+
+
+def _draw(path: Path, config: PlanConfig, rows: Sequence[dict[str, Any]], real: int) -> None:
+    def kind(name: str) -> Kind:
+        return "ours" if name in OURS else "other"
+
+    bars = [Bar("every token once", Spread(real / 1e6, real / 1e6, real / 1e6), "floor")]
+    counted = sorted((row for row in rows if row["steps"]), key=lambda row: row["computed_tokens"])
+    for row in counted:
+        millions = row["computed_tokens"] / 1e6
+        label = f"lapilli, {row['policy']}" if row["policy"] in OURS else row["policy"]
+        note = f"x {millions * 1e6 / real:.2f}"
+        bars.append(Bar(label, Spread(millions, millions, millions), kind(row["policy"]), note))
+    draw_bars(
+        path, f"What an epoch of {rows[0]['samples']:,} samples computes", "million tokens", bars,
+        f"{config.ranks} ranks x {config.micro_batch} samples x {config.accumulation}; padding to "
+        "the longest of a micro-batch and waiting for the rank with most are in it. "
+        f"Lengths: {'a dataset' if config.dataset else 'drawn like LLaVA-1.5'}'s.",
+    )  # fmt: skip
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -19,6 +19,8 @@ from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.build_sides import write_alone
 from pipelines.benchmarks.harness import Spread, by_turns
 from pipelines.benchmarks.image_sides import FILL, SIZE, llava_pixels, llava_square
+from pipelines.benchmarks.large import write_large
+from pipelines.benchmarks.orders import ORDERS, Samples, Shape
 from pipelines.benchmarks.photos import write_photos
 from pipelines.benchmarks.plot import Bar, draw_bars
 from pipelines.command import UsageError
@@ -52,12 +54,13 @@ def rows_of(results: Path, topic: str) -> list[dict[str, str]]:
 
 def test_images_tells_each_side_of_each_size(tmp_path: Path, results: Path) -> None:
     picture = tmp_path / "images.png"
-    flags = ["--sizes", '["64x48","48x64"]', "--photos=2", "--rounds=1", f"--plot={picture}"]
+    # One size: each starts its own processes, most of the time of this test.
+    flags = ["--sizes", '["64x48"]', "--photos=2", "--rounds=1", f"--plot={picture}"]
     assert main(["images", *flags]) == 0
     rows = rows_of(results, "images")
     sides = {row["side"] for row in rows}
     assert sides >= {"llava", "floor torch", "floor pillow", "lapilli torch exact"}
-    assert len(rows) == 2 * len(sides)
+    assert len(rows) == len(sides)
     ours = next(row for row in rows if row["side"] == "lapilli torch exact")
     assert float(ours["of_llava"]) > 0
     assert float(ours["time_of_floor"]) > 0
@@ -110,29 +113,88 @@ def test_the_bare_loop_writes_the_squares_one_after_the_other(tmp_path: Path) ->
         np.testing.assert_array_equal(square, np.asarray(llava_square(path.read_bytes())))
 
 
-def test_open_and_read_and_plan_add_their_rows(tmp_path: Path, results: Path) -> None:
-    assert main(["open", "--records=300", "--shards=5", "--rounds=1"]) == 0
+def test_open_and_read_add_their_rows(tmp_path: Path, results: Path) -> None:
+    picture = tmp_path / "open.png"
+    small = ["--records=300", "--shards=5", "--rounds=1", "--warm=false"]
+    assert main(["open", *small, f"--plot={picture}"]) == 0
     assert [row["side"] for row in rows_of(results, "open")] == ["lapilli", "bare"]
+    with Image.open(picture) as drawn:
+        assert drawn.width >= 1200
     assert main(["read", "--images=5", "--reads=8", "--rounds=1"]) == 0
     sides = {row["side"] for row in rows_of(results, "read")}
     assert sides >= {"numpy map, copied", "lapilli, copied", "lapilli, by reference"}
-    assert main(["plan", "--samples=600", "--rounds=1", "--ranks=2", "--micro_batch=4"]) == 0
+
+
+def test_plan_adds_a_row_for_each_order(tmp_path: Path, results: Path) -> None:
+    flags = ["--samples=600", "--rounds=1", "--ranks=2", "--micro_batch=4", "--buckets=4"]
+    assert main(["plan", *flags, f"--plot={tmp_path / 'plan.png'}"]) == 0
     rows = {row["policy"]: row for row in rows_of(results, "plan")}
-    assert rows["llava"]["steps"] == "75"
-    assert int(rows["grouped"]["steps"]) in (75, 76)  # each modality has a tail of its own
-    assert rows["llava"]["of_llava"] == "1.0"
+    assert set(rows) == {*ORDERS, "one sort"}
+    assert rows["llava"]["steps"] == rows["ungrouped"]["steps"] == "75"
+    for order in ("grouped", "modality", "prismatic"):  # each modality has a tail of its own
+        assert int(rows[order]["steps"]) in (75, 76)
+    assert rows["llava"]["of_llava"] == rows["ungrouped"]["of_ungrouped"] == "1.0"
+    for order in ORDERS:
+        row = rows[order]
+        assert int(row["bucket_shapes"]) <= 4 < int(row["shapes"])
+        assert float(row["bucket_padded_percent"]) >= float(row["padded_percent"])
+    # A dataset that was built tells its own lengths and words.
+    write_large(tmp_path / "built", records=100, size=8)
+    flags = ["--rounds=1", "--ranks=2", "--micro_batch=4", "--save=false"]
+    assert main(["plan", f"--dataset={tmp_path / 'built'}", *flags]) == 0
+
+
+def test_prismatics_batches_are_dealt_as_its_code_deals_them() -> None:
+    shape = Shape(ranks=2, micro_batch=2, accumulation=2)
+    draw = np.random.default_rng(5)
+    has_image = draw.random(100) < 0.7
+    words = draw.integers(1, 500, 100)
+    plan = ORDERS["prismatic"](Samples(words, words, has_image), shape)
+    batches = plan.order.reshape(-1, 8)
+    assert set(plan.order.tolist()) == set(range(100))
+    full = [-(-int(kind.sum()) // 8) for kind in (has_image, ~has_image)]
+    assert len(batches) == sum(full)
+    for batch in batches:
+        assert len(set(has_image[batch].tolist())) == 1
+        # micro-step, rank, micro-batch: a rank's share is its micro-batches one after the other
+        found = [words[share.reshape(-1)].tolist() for share in
+                 batch.reshape(2, 2, 2).swapaxes(0, 1)]  # fmt: skip
+        assert found == dealt_by_hand(sorted(words[batch].tolist(), reverse=True), ranks=2)
+
+
+def dealt_by_hand(lengths: list[int], ranks: int) -> list[list[int]]:
+    """What `SplitModalitySampler.reindex_batch` does: the emptiest rank that has room is next."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for length in lengths:
+        room = [share for share in shares if len(share) < len(lengths) // ranks]
+        min(room, key=sum).append(length)
+    return shares
+
+
+def test_modalities_apart_are_permuted_and_nothing_else() -> None:
+    shape = Shape(ranks=2, micro_batch=2, accumulation=1)
+    has_image = np.arange(23) % 3 > 0
+    lengths = np.arange(1, 24)
+    plan = ORDERS["modality"](Samples(lengths, lengths, has_image), shape)
+    assert sorted(plan.order[plan.order >= 0].tolist()) == list(range(23))
+    for batch in plan.order.reshape(-1, 4):
+        assert len(set(has_image[batch[batch >= 0]].tolist())) == 1
 
 
 def test_waste_is_what_a_hand_counts() -> None:
-    config = planning.PlanConfig(samples=8, ranks=2, micro_batch=2)
+    config = planning.PlanConfig(samples=8, ranks=2, micro_batch=2, buckets=2)
     plan = EpochPlan(np.arange(8), np.array([0, 4, 8]), fixed_micro_batch=2)
-    lengths = np.array([1, 3, 2, 2, 5, 5, 1, -1])
-    lengths[7] = 4
-    found = planning.waste(plan, lengths, config)
+    lengths = np.array([1, 3, 2, 2, 5, 5, 1, 4])
+    samples = Samples(lengths, lengths, np.array([True] * 4 + [False] * 4))
+    found = planning.waste(plan, samples, config)
     # micro-batches (1 3) (2 2) | (5 5) (1 4): 6 and 4, 10 and 8 tokens with padding
     assert found["padded"] == pytest.approx(1 - 23 / 28)
     assert found["computed"] == 2 * 6 + 2 * 10
     assert found["waiting"] == pytest.approx(32 / 28 - 1)
+    assert found["shapes"] == 4
+    # A bucket of 8 for each modality, since lengths are multiples of 8.
+    assert found["bucket_shapes"] == 2
+    assert found["bucket_padded"] == pytest.approx(1 - 23 / 64)
 
 
 def test_the_calculation_is_that_of_a_hand() -> None:

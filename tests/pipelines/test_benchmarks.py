@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lapilli.data.checks import check_record
-from pipelines.benchmarks import harness, tokens, training
+from pipelines.benchmarks import figures, harness, photos, tokens, training
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.corpus import KINDS, conversations
 from pipelines.benchmarks.photos import photo_name, write_photos
@@ -91,8 +91,29 @@ def test_a_command_is_watched_line_by_line() -> None:
         watch([sys.executable, "-c", "print('no more'); raise SystemExit(3)"])
 
 
+def test_readme_has_the_newest_figures() -> None:
+    readme = figures.README.read_text(encoding="utf-8")
+    assert readme == figures.with_table(readme), (
+        "run `python -m pipelines.benchmarks.figures` and commit README"
+    )
+
+
+def test_the_last_row_that_fits_is_the_newest_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = figures.Figure("speed", "{n} things", "{rate}/s", {"side": "ours"})
+    monkeypatch.setattr(figures, "FIGURES", (figure,))
+    rows = ["date,processor,side,n,rate", "1,a,ours,5,10", "2,b,ours,6,20", "3,c,other,7,30"]
+    (tmp_path / "speed.csv").write_text("\n".join(rows) + "\n")
+    assert figures.newest_table(tmp_path).splitlines()[2] == "| `speed` | 6 things | 20/s | 2, b |"
+    (tmp_path / "speed.csv").write_text(rows[0] + "\n")
+    with pytest.raises(UsageError, match=r"no row with \{'side': 'ours'\}; run the topic"):
+        figures.newest_table(tmp_path)
+
+
 def test_photos_are_distinct_and_follow_from_the_seed(tmp_path: Path) -> None:
-    pytest.importorskip("skimage", reason="scikit-image, for its photos, is in the bench extra")
+    for package in ("skimage", "sklearn"):
+        pytest.importorskip(package, reason=f"{package}, for its photos, is in the bench extra")
     taken = write_photos(tmp_path / "a", 5, (64, 48))
     write_photos(tmp_path / "b", 5, (64, 48))
     first, second = (
@@ -103,3 +124,18 @@ def test_photos_are_distinct_and_follow_from_the_seed(tmp_path: Path) -> None:
     assert taken == sum(map(len, first))
     with Image.open(tmp_path / "a" / photo_name(0)) as image:
         assert (image.size, image.format) == ((64, 48), "JPEG")
+
+
+def test_photos_come_from_both_packages_and_a_missing_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "PHOTOS", {"sklearn_that_is_not_there": ("a.jpg",)})
+    monkeypatch.setattr(photos, "NAMES", {"sklearn_that_is_not_there": "scikit-learn"})
+    photos.sources.cache_clear()
+    with pytest.raises(UsageError, match="scikit-learn is not installed; pip install -e"):
+        write_photos(tmp_path, 1, (64, 48))
+    monkeypatch.undo()
+    pytest.importorskip("sklearn", reason="scikit-learn, for its photos, is in the bench extra")
+    names = {path.name for path in photos.sources()}
+    assert {"china.jpg", "flower.jpg", "astronaut.png"} <= names
+    assert all(path.is_file() for path in photos.sources())

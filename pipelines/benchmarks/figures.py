@@ -1,0 +1,95 @@
+"""The newest figure of each topic as a table, put into README between two marks.
+
+`python -m pipelines.benchmarks.figures` writes it anew; a test compares it with the rows.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.benchmarks.harness import RESULTS
+from pipelines.command import UsageError
+
+__all__ = ["FIGURES", "Figure", "newest_table", "with_table"]
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- newest figures: begin -->\n", "<!-- newest figures: end -->\n"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table.
+
+    Attributes:
+        topic: Its rows are those of `results/TOPIC.csv`.
+        what: What was measured.
+        text: The figure, a format over the row's columns.
+        where: Columns that the row must have so; the last such row counts.
+    """
+
+    topic: str
+    what: str
+    text: str
+    where: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+FIGURES = (
+    Figure("images", "640x480 photo to 336 px on one core", "{images_per_cpu_second} images/s, "
+           "{of_llava} x LLaVA's path, {time_of_floor} of the floor's time",
+           {"size": "640x480", "side": "lapilli torch exact"}),
+    Figure("build", "photos to shards on Ray Data", "{images_per_second} images/s on {workers} "
+           "cores, {of_two_bare} of two bare loops", {"side": "lapilli, Ray Data"}),
+    Figure("read", "warm random reads, copied", "{samples_per_second} samples/s, {of_floor} of a "
+           "bare numpy map", {"side": "lapilli, copied"}),
+    Figure("open", "opening {records} records", "{seconds} s, {megabytes} MB", {"side": "lapilli"}),
+    Figure("open", "the same by bare pyarrow", "{seconds} s, {megabytes} MB", {"side": "bare"}),
+    Figure("plan", "tokens computed in an epoch, `grouped`", "{of_llava} of LLaVA's; planned in "
+           "{seconds} s", {"policy": "grouped"}),
+    Figure("plan", "the same, prismatic's rule", "{of_llava} of LLaVA's", {"policy": "prismatic"}),
+    Figure("plan", "the same, modalities apart and no more", "{of_ungrouped} of no grouping",
+           {"policy": "modality"}),
+    Figure("tokens", "records to token shards on one core", "{tokens_per_cpu_second} tokens/s, "
+           "{ratio} of the bare tokenizer"),
+    Figure("feed", "samples from shards, two threads", "{per_second} samples/s, {of_llava} x "
+           "LLaVA's dataset", {"way": "ours, 2 threads"}),
+    Figure("whole", "{records} records and {images} photos through `preprocess`", "{seconds} s"),
+    Figure("check", "`check` on {records} records and {files} files", "{seconds} s, {peak_mb} MB"),
+)  # fmt: skip
+
+
+def newest_table(folder: Path = RESULTS) -> str:
+    """The table in Markdown.
+
+    Raises:
+        UsageError: A topic has no such row.
+    """
+    lines = ["| topic | what | newest figure | when, where |", "|---|---|---|---|"]
+    for figure in FIGURES:
+        row = _newest(folder / f"{figure.topic}.csv", figure.where)
+        what, text = figure.what.format(**row), figure.text.format(**row)
+        lines.append(f"| `{figure.topic}` | {what} | {text} | {row['date']}, {row['processor']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _newest(path: Path, where: Mapping[str, str]) -> dict[str, str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if where.items() <= row.items()]
+    if not rows:
+        raise UsageError(f"{path}: no row with {dict(where)}; run the topic")
+    return rows[-1]
+
+
+def with_table(readme: str, folder: Path = RESULTS) -> str:
+    """README's text with the table of the rows as they are."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UsageError(f"{README}: the marks {BEGIN.strip()} and {END.strip()} are not there")
+    return before + begin + newest_table(folder) + end + after
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
