@@ -16,6 +16,7 @@ from lapilli.data.shards import (
     IMAGE_SCHEMA,
     TOKEN_SCHEMA,
     ShardFacts,
+    begin_shard,
     finished_facts,
     open_table,
     sha256_file,
@@ -34,6 +35,19 @@ ROWS: dict[str, list[Any]] = {
     "pixels": [bytes(range(48)), None],
 }
 NAME = "images/view/00000.arrow"
+
+
+def test_a_shard_that_was_begun_has_no_name_until_it_is_finished(tmp_path: Path) -> None:
+    finish = begin_shard(tmp_path, NAME, ROWS, IMAGE_SCHEMA)
+    begun = [path.name for path in (tmp_path / NAME).parent.iterdir()]
+    assert len(begun) == 1
+    assert begun[0].endswith(".tmp")
+    assert finished_facts(tmp_path, NAME) is None
+    facts = finish()
+    assert (
+        finished_facts(tmp_path, NAME) == facts == write_shard(tmp_path, NAME, ROWS, IMAGE_SCHEMA)
+    )
+    assert not list((tmp_path / NAME).parent.glob(".*"))
 
 
 def test_a_shard_is_an_arrow_file_that_others_read(tmp_path: Path) -> None:

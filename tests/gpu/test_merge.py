@@ -17,6 +17,7 @@ from tests.model.triton_merge import case  # noqa: E402
 
 
 def test_never_waits_for_the_device() -> None:
+    """In mode `error` torch raises where something waits."""
     ids, index, embedding, features = case(0, 4, 200, 300, 128, dtype=torch.bfloat16)
     merge(ids, index, embedding, features, implementation="triton").sum().backward()
     torch.cuda.set_sync_debug_mode("error")

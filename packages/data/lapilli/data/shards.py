@@ -156,11 +156,13 @@ def begin_atomic(path: Output, write: Callable[[Path], None]) -> Callable[[], Sh
 
     def finish() -> ShardFacts:
         with _removed_if_failed(path, temporary):
-            size, sha256 = temporary.stat().st_size, _flush_and_hash(temporary)
-            if isinstance(path, RemotePath):
+            size = temporary.stat().st_size
+            if isinstance(path, RemotePath):  # nothing is flushed that is removed again
+                sha256 = sha256_file(temporary)
                 path.put(temporary)
                 temporary.unlink()
             else:
+                sha256 = _flush_and_hash(temporary)
                 temporary.replace(path)
         return ShardFacts(path.name, 0, size, sha256)
 
@@ -190,10 +192,14 @@ def _flush_and_hash(path: Path) -> str:
         flushed = pool.submit(os.fsync, file.fileno())
         digest = sha256_file(path)
         flushed.result()
-        # Nobody reads it again soon: the memory is for the photos, and for the next shard.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digest
+
+
+def _give_up_cache(path: Path) -> None:
+    """Leave the page cache to the photos and to the next shard: it takes the same pages."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_json(path: Output, value: Any) -> None:
@@ -236,11 +242,14 @@ def begin_shard(
         ):
             writer.write_batch(batch)
 
-    finish_file = begin_atomic(output / name, write)
+    target = output / name
+    finish_file = begin_atomic(target, write)
 
     def finish() -> ShardFacts:
         facts = replace(finish_file(), path=name, rows=rows)
-        write_json(_facts_path(output / name), asdict(facts))
+        write_json(_facts_path(target), asdict(facts))
+        if isinstance(target, Path):
+            _give_up_cache(target)
         return facts
 
     return finish

@@ -12,8 +12,8 @@ __all__ = ["PEAKS", "measured_peak", "peak_flops"]
 # Operations a second in bf16 with fp32 sums, dense. What a data sheet gives "with sparsity" is
 # halved. Names as torch reports them, the special before the general.
 PEAKS: tuple[tuple[str, float], ...] = (
-    (r"GB200|B300", 2500e12),
-    (r"B200", 2250e12),
+    (r"GB[23]00", 2500e12),
+    (r"B[23]00", 2250e12),
     (r"B100", 1750e12),
     (r"H[12]00 NVL", 835e12),
     (r"H100 PCIe", 756e12),

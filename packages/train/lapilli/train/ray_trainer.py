@@ -11,7 +11,7 @@ __all__ = ["Trainer"]
 
 
 class Trainer(TorchTrainer):
-    """Starts fewer helpers; each takes 1.5 s of a core while the workers start."""
+    """Leaves out two helpers; `tests/train/test_ray_trainer.py` tells when Ray renames them."""
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = {"DatasetsCallback"}  # the feed is ours

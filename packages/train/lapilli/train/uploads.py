@@ -88,7 +88,7 @@ class Uploads:
 
     def __exit__(self, *raised: object) -> None:
         with self._changed:
-            waiting = self.held_names()
+            waiting = self._held_names()
             self._tries_left = LAST_TRIES if raised[0] is None else 1
             self._retry_at = 0.0
             self._changed.notify()
@@ -105,7 +105,7 @@ class Uploads:
         if steps:  # what was held here while it was copied
             forget_old(self._run, int(steps[-1].partition("-")[2]), self._keep)
 
-    def held_names(self) -> list[str]:
+    def _held_names(self) -> list[str]:
         """What is still to be copied, to be read by a person; called with the lock held."""
         paths = [*([self._current] if self._current else []), *self._pending]
         return [f"{path.parent.name}/{path.name}" for path in paths]
