@@ -19,7 +19,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -215,6 +215,11 @@ def _plain_ray(job: Job) -> Timed:
         ray.shutdown()
 
 
+def _plain_pillow(job: Job) -> Timed:
+    """The same with what people put into it: Pillow's padding and bicubic."""
+    return _plain_ray(replace(job, work="pillow"))
+
+
 def _square_of(data: bytes, work: str) -> np.ndarray:
     return prepare(data, SPEC) if work == "best" else np.asarray(llava_square(data))
 
@@ -311,6 +316,7 @@ SIDES: dict[str, tuple[str, Side]] = {
     "here": ("lapilli, one process", _here),
     "lapilli": ("lapilli, Ray Data", _lapilli),
     "plain_ray": ("plain Ray Data", _plain_ray),
+    "plain_pillow": ("plain Ray Data on Pillow", _plain_pillow),
     "datasets": ("datasets.map", _datasets),
     "webdataset": ("WebDataset", _webdataset),
     "mosaic": ("mosaicml-streaming", _mosaic),
