@@ -6,11 +6,13 @@ A runner takes tasks and yields the facts of finished shards, in any order.
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -31,6 +33,7 @@ from lapilli.data.tasks import begin_task, finished_task, run_task
 __all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
+LOOK_EVERY = 0.05  # seconds between two looks of Ray Data at the cluster's size
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
@@ -84,6 +87,7 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    _begin_at_once()
     context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
     slots = workers or int(ray.cluster_resources().get("CPU", 1))
     blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
@@ -91,6 +95,17 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     return ray.data.from_arrow(blocks).map_batches(
         _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
     )
+
+
+def _begin_at_once() -> None:
+    """Have Ray Data fill all slots in its first second too.
+
+    It asks how large the cluster is, goes by "nothing is known yet", which leaves one slot, and
+    looks again only after a second. A Ray without this setting begins as it likes.
+    """
+    with suppress(ImportError, AttributeError):
+        module = importlib.import_module("ray.data._internal.execution.resource_manager")
+        module.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LOOK_EVERY
 
 
 def group_sizes(shards: int, slots: int) -> Iterator[int]:
