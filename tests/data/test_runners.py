@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.data.runners import LOOK_EVERY, MOST_SHARDS, group_sizes
+from lapilli.data.runners import MOST_SHARDS, USUAL, group_sizes
 
 
 @given(st.integers(0, 4000), st.integers(1, 1024))
@@ -26,4 +26,4 @@ def test_a_build_ends_with_single_shards_for_every_slot() -> None:
 def test_the_tested_ray_has_what_a_builds_first_second_depends_on() -> None:
     """A Ray that calls it otherwise would leave slots empty without a word."""
     module = importlib.import_module("ray.data._internal.execution.resource_manager")
-    assert module.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S in (1, LOOK_EVERY)
+    assert module.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S == USUAL

@@ -33,7 +33,7 @@ from lapilli.data.tasks import begin_task, finished_task, run_task
 __all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
-LOOK_EVERY = 0.05  # seconds between two looks of Ray Data at the cluster's size
+SOON, USUAL = 0.05, 1.0  # seconds between two looks of Ray Data at the cluster's size
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
@@ -70,11 +70,13 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
             for row in watched(lambda: _mapped(rows, workers).iter_rows()):
                 if row["error"]:
                     raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
+                _look_at_cluster(USUAL)
                 left -= 1
                 yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
     except RayDied as error:
         raise DataError(f"{error}, it goes on with the {left} shards that are missing") from None
     finally:
+        _look_at_cluster(USUAL)
         _clear(output, tasks)
 
 
@@ -87,7 +89,7 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    _begin_at_once()
+    _look_at_cluster(SOON)
     context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
     slots = workers or int(ray.cluster_resources().get("CPU", 1))
     blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
@@ -97,15 +99,16 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     )
 
 
-def _begin_at_once() -> None:
-    """Have Ray Data fill all slots in its first second too.
+def _look_at_cluster(every: float) -> None:
+    """Set how often Ray Data looks at the cluster's size, in seconds.
 
-    It asks how large the cluster is, goes by "nothing is known yet", which leaves one slot, and
-    looks again only after a second. A Ray without this setting begins as it likes.
+    It asks for it, goes by "nothing is known yet", which leaves all slots but one empty, and looks
+    again only after a second. Looking often costs the driver a tenth of a core. A Ray without this
+    setting begins as it likes.
     """
     with suppress(ImportError, AttributeError):
         module = importlib.import_module("ray.data._internal.execution.resource_manager")
-        module.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LOOK_EVERY
+        module.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = every
 
 
 def group_sizes(shards: int, slots: int) -> Iterator[int]:
