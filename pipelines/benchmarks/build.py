@@ -201,5 +201,6 @@ def _draw(
     cores = config.workers or os.cpu_count()
     draw_bars(
         path, f"640x480 photos to shards of 336 px on {cores} cores", "images a second", bars,
-        f"{processor}. The same work for all ({config.work}). Line: least and most of a side.",
+        f"{processor}. The same work for all ({config.work}) but where Pillow is named. "
+        "Line: least and most of a side.",
     )  # fmt: skip
