@@ -18,14 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
-
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, TextPart, Turn
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import Decoding
 from lapilli.train.ask import Assistant, Question, open_assistant
-from lapilli.train.device import choose_device
+from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
 from pipelines.command import first_as, parse, run, say
 
@@ -50,14 +48,14 @@ class ChatConfig:
         model: Folder of a run, or of an export with `--to hf`.
         host: Address to listen on; another than this machine's own lets the network in.
         port: 0 takes a free one.
-        device: `auto` takes a GPU when there is one.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         decoding: How answers are written.
     """
 
     model: str
     host: str = "127.0.0.1"
     port: int = 8080
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     decoding: Decoding = field(default_factory=Decoding)
 
 
@@ -217,7 +215,7 @@ def chat(config: ChatConfig) -> None:
         import uvicorn
     except ImportError:
         raise TrainError("chat needs starlette and uvicorn; pip install 'lapilli[chat]'") from None
-    device = choose_device(config.device, torch.cuda.device_count())
+    device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(Path(config.model), device)
     with listen(config.host, config.port) as taken:
         port = taken.getsockname()[1]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lapilli.data.page import Page
-from lapilli.train.launch import CONFIG
+from lapilli.train.folders import CONFIG
 from lapilli.train.metrics import read_metrics
 from lapilli.train.report import curves, flat_settings, smoothed
 from pipelines.describe import read_json

@@ -21,9 +21,10 @@ from lapilli.data.manifest import PLAN, Manifest, ViewFacts, read_manifest
 from lapilli.data.shards import ShardFacts, open_table
 from lapilli.train.checkpoint import find_checkpoints
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import FOLDER, MILESTONES, folder_bytes
-from lapilli.train.launch import CONFIG, FACTS, MISTAKE
+from lapilli.train.folders import CONFIG, FACTS, FOLDER, MILESTONES, folder_bytes
 from lapilli.train.metrics import METRICS, read_metrics
+from lapilli.train.starts import read_starts
+from lapilli.train.workers import MISTAKE
 
 __all__ = [
     "Description",
@@ -202,6 +203,7 @@ def describe_run(path: Path) -> Description:
         "loss": _loss(metrics),
         "held-out loss": _held_out(metrics),
         "speed": _speed(metrics),
+        **_starts(path),
         "parameters": _parts(found.get("parameters", {})),
         "global batch": (
             f"{config['global_batch']:,} samples",
@@ -271,6 +273,25 @@ def _utilisation(metrics: Sequence[Mapping[str, Any]]) -> Lines:
         *((f"{float(np.median(speeds)):,.0f} tokens/s",) if speeds else ()),
         *((f"MFU {float(np.median(mfus)):.1%}",) if mfus else ()),
     )
+
+
+def _starts(path: Path) -> dict[str, Lines]:
+    """How often a run was started, and what it cost; a run that was not restarted says nothing."""
+    starts = read_starts(path)
+    if len(starts) < 2:
+        return {}
+    lost = sum(start.reason == "loss" for start in starts)
+    again, seconds = (
+        sum(start.again for start in starts),
+        sum(start.again_seconds for start in starts),
+    )
+    return {
+        "starts": (
+            f"{len(starts)}, {lost} after a loss of workers",
+            f"{duration_text(sum(start.seconds for start in starts))} until workers were ready",
+            f"{counted(again, 'step')} taken again, {duration_text(seconds)}",
+        )
+    }
 
 
 def _parts(parameters: Mapping[str, Sequence[int]]) -> Lines:

@@ -85,6 +85,11 @@ def _stages(config: RunConfig, estimate: Estimate) -> Table:
     table.add_row("a worker", "", "", *sums, style="bold")
     table.caption = f"zero_stage is {config.zero_stage}, {config.precision}"
     if config.offload != "none":
-        hosts = [sum(part.host for part in parts.values()) for parts in estimate.states.values()]
-        table.add_row("in the host's memory", "", "", *[bytes_text(host) for host in hosts])
+        for what, name in (("in the host's memory", "host"), ("on its disk", "disk")):
+            sizes = [
+                sum(getattr(part, name) for part in parts.values())
+                for parts in estimate.states.values()
+            ]
+            if any(sizes):
+                table.add_row(what, "", "", *[bytes_text(size) for size in sizes])
     return table

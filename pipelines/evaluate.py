@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_atomic, write_json
 from lapilli.train.checkpoint import WEIGHTS, newest_weights
-from lapilli.train.device import choose_device
+from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
 from pipelines.command import parse, progress_bar, run, say
@@ -33,7 +31,7 @@ class EvaluateConfig:
         dataset: Folder of a dataset of questions; each record's first answer is expected.
         view: The dataset's view; empty for its only one.
         split: Of a dataset with a part held out by its mixture, that part or the rest.
-        device: `auto` takes a GPU when there is one.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         shuffle_images: Show each question the images of another record: what is left is what the
             model knows without looking.
         output: File for the answers, one JSON object a line; empty for none.
@@ -43,7 +41,7 @@ class EvaluateConfig:
     dataset: str
     view: str = ""
     split: Literal["train", "held_out"] = "train"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     shuffle_images: bool = False
     output: str = ""
 
@@ -52,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     """Answer every question and count."""
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise TrainError(f"output: {config.output} is in no folder; make the folder first")
-    device = choose_device(config.device, torch.cuda.device_count())
+    device = torch_device(choose_device(config.device, visible_devices()))
     trained = load_trained(Path(config.run), device)
     view = config.view or _only_view(Path(config.dataset))
     dataset = open_test(Path(config.dataset), view, trained, config.split)

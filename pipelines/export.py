@@ -34,7 +34,7 @@ from lapilli.model.interop.lora_run import write_lora_run
 from lapilli.model.interop.weights import Progress
 from lapilli.train.ask import Assistant, open_assistant
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import CONFIG as RUN_CONFIG
+from lapilli.train.folders import CONFIG as RUN_CONFIG
 from pipelines.command import first_as, parse, progress_bar, run, say
 
 

@@ -14,14 +14,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
+from typing import Any, cast
 
 from lapilli.data.errors import DataError
 from lapilli.model.generate import Decoding
 from lapilli.train.ask import Assistant, Question, open_assistant
-from lapilli.train.device import choose_device
+from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from pipelines.command import first_as, parse, progress_bar, run, say
 
 ROW = ("question_id", "prompt", "text", "model_id", "metadata")
@@ -41,7 +39,7 @@ class GenerateConfig:
         output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
             answers. Questions that it answers already are not asked again.
         batch: Questions at once.
-        device: `auto` takes a GPU when there is one.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         decoding: How answers are written.
     """
 
@@ -52,7 +50,7 @@ class GenerateConfig:
     images: str = "."
     output: str = ""
     batch: int = 16
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     decoding: Decoding = field(default_factory=Decoding)
 
 
@@ -138,7 +136,7 @@ def generate(config: GenerateConfig) -> list[str]:
     output = Path(config.output) if config.output else None
     if output and not output.absolute().parent.is_dir():
         raise DataError(f"output: {output} is in no folder; make the folder first")
-    device = choose_device(config.device, torch.cuda.device_count())
+    device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(Path(config.model), device)
     if output:
         return _to_file(assistant, asked, config, output)

@@ -23,11 +23,13 @@ from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import CONFIG, Preflight, finished_steps, launch, preflight
+from lapilli.train.folders import CONFIG
+from lapilli.train.launch import Preflight, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
 from lapilli.train.replay import read_kept
 from lapilli.train.report import write_run_report
 from lapilli.train.rerun import Finding, rerun
+from lapilli.train.uploads import copy_rest
 from pipelines.command import console, parse, progress_bar, read_arguments, run, say
 from pipelines.describe import bytes_text, duration_text
 from pipelines.estimate import ESTIMATE, tell_estimate
@@ -42,6 +44,8 @@ QUIET = 30.0  # seconds between lines where there is no terminal to redraw one o
 def train(config: RunConfig) -> list[dict[str, Any]]:
     """Check everything, then run to the end; returns every step's metrics."""
     if steps := finished_steps(config):
+        for line in copy_rest(config, steps) if config.mirror else ():
+            say(line)
         say(f"{config.output}: finished already, at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
     with ray_session() if config.launcher == "ray" else contextlib.nullcontext():
@@ -120,6 +124,8 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     )
     if host := sum(memory.host for memory in ready.memory.values()):
         say(f"offload: {bytes_text(host)} a worker lie in the host's memory")
+    if disk := sum(memory.disk for memory in ready.memory.values()):
+        say(f"offload: {bytes_text(disk)} a worker lie in {config.offload_path}")
     left_out = (
         f", {ready.too_long} longer than {config.max_length} left out" if ready.too_long else ""
     )

@@ -158,7 +158,7 @@ def test_a_blind_answer_is_the_commonest_to_the_same_question(tmp_path: Path) ->
 
 
 def answer_to(question: str) -> Answer:
-    return Answer("kind/1", 0, 0, "kind", question, "", "?")
+    return Answer("kind/1", question, "", "?", 0, 0, "kind")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def story(folder: Path, tmp_path: Path) -> Story:
     for name in ("finetune", "test"):
         build = build_dataset(mixture, tmp_path / "datasets" / name, tokenizer)
     answers = [
-        Answer(f"color/{i}", i, i, "color", "what color?", "red", "red" if i % 2 else "blue")
+        Answer(f"color/{i}", "what color?", "red", "red" if i % 2 else "blue", i, i, "color")
         for i in range(20)
     ]
     summary = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.train.checkpoint import latest_checkpoint
-from lapilli.train.launch import FACTS
+from lapilli.train.folders import FACTS
 from lapilli.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

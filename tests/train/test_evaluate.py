@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def answer(source: str, expected: str, given: str) -> Answer:
-    return Answer(f"{source}/1", 0, 0, source, "?", expected, given)
+    return Answer(f"{source}/1", "?", expected, given, 0, 0, source)
 
 
 def test_scores_are_shares_over_all_and_by_source() -> None:

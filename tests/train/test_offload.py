@@ -150,6 +150,55 @@ def test_a_run_that_does_not_fit_is_told_to_offload() -> None:
     assert follow(offloaded, device, lambda: needed).micro_batch == 1
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"zero_stage": 2, "offload": "nvme", "offload_path": "/nvme"}, "set zero_stage 3"),
+        ({"zero_stage": 3, "offload": "nvme"}, "needs a folder on a disk"),
+        ({"zero_stage": 3, "offload": "cpu", "offload_path": "/nvme"}, "the others take none"),
+    ],
+)
+def test_a_disk_to_offload_to_is_named_and_takes_stage_3(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainError, match=rf"offload: .*{said}"):
+        replace(CONFIG, **values)
+
+
+def swapping(folder: Path) -> None:
+    config = replace(
+        CONFIG, zero_stage=3, offload="nvme", offload_path=str(folder), output=str(folder / "run")
+    )
+    prepare_process("cpu")
+    model = build_model(config.model)
+    settings = deepspeed_engine.deepspeed_settings(config)
+    deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(TrainError, match=r"offload_path: .*/file/.* choose a folder on a disk"):
+        swapping(tmp_path / "file")
+
+
+def test_an_operator_that_cannot_be_compiled_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "false")  # a compiler that compiles nothing
+    with pytest.raises(TrainError, match=r"offload: nvme needs .* apt-get install .*libaio-dev"):
+        swapping(tmp_path)
+    assert not [*tmp_path.rglob("probe*")]
+
+
+def test_the_estimate_says_what_lies_on_the_disk() -> None:
+    """Weights stay in the host's memory; state and gradient, 16 bytes a number, go."""
+    known: dict[str, Any] = {"stage": 3, "workers": 4, "precision": "bf16"}
+    host = state_bytes(1000, 800, offload="cpu", **known)
+    disk = state_bytes(1000, 800, offload="nvme", **known)
+    assert disk.disk == 16 * 800 // 4
+    assert disk.host + disk.disk == host.host
+    assert (disk.weights, disk.gradients) == (host.weights, host.gradients)
+    assert state_bytes(1000, 800, offload="nvme", stage=2, workers=4, precision="bf16").disk == 0
+
+
 def test_stage_0_has_nothing_to_offload() -> None:
     with pytest.raises(TrainError, match=r"offload: cpu with zero_stage 0.*set zero_stage 1 to 3"):
         replace(CONFIG, zero_stage=0, offload="cpu")

@@ -83,6 +83,20 @@ def test_another_setting_in_the_same_folder_is_named(finished: RunConfig) -> Non
         preflight(replace(finished, seed=7))
 
 
+@pytest.mark.parametrize("own", [{"policy": "llava"}, {"loss": "means"}])
+def test_micro_batches_that_decide_the_loss_may_not_change(
+    own: dict[str, str], dataset: Path, tmp_path: Path
+) -> None:
+    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process", max_steps=1, **own)
+    launch(preflight(config))
+    with pytest.raises(TrainError, match=r"micro_batch: .* was started with 2, now 4"):
+        preflight(replace(config, micro_batch=4))
+    # without them it is the machine's affair
+    other = small_run(dataset, tmp_path / "other", workers=1, launcher="process", max_steps=1)
+    launch(preflight(other))
+    assert preflight(replace(other, micro_batch=4)).is_done
+
+
 @pytest.mark.faults
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(
     finished: RunConfig, dataset: Path, tmp_path: Path

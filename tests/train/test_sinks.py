@@ -6,16 +6,19 @@ import importlib
 import json
 import struct
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lapilli.train.answers import Asked
 from lapilli.train.notes import NOTES
 from lapilli.train.sinks import MlflowSink, SinkThread, TensorboardSink, WandbSink
 
 CONFIG = {"global_batch": 8, "seed": 3}
+ANSWERS = [Asked("a/7", "What colour?", "red", "blue"), Asked("b/1", "A dog?", "no", "no")]
 
 
 def write_and_resume(sink: Any, run: Path) -> None:
@@ -25,6 +28,7 @@ def write_and_resume(sink: Any, run: Path) -> None:
         opened = sink(run, start, CONFIG)
         for step in range(start, end):
             opened.write(step, {"loss": 10.0 - step, "loss_by_source/a": 0.5})
+        opened.show(4, ANSWERS)
         opened.close()
 
 
@@ -36,6 +40,10 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(step, 10.0 - step) for step in range(8)]
     assert "loss_by_source/a" in events.Tags()["scalars"]
+    *_, told = events.Tensors("held_out/a/7/text_summary")  # its reader purges figures only
+    text = told.tensor_proto.string_val[0].decode()
+    assert told.step == 4
+    assert all(words in text for words in ("What colour?", "**expected** red", "**given** blue"))
 
 
 def test_mlflow_has_each_step_once_after_a_resume(
@@ -52,6 +60,10 @@ def test_mlflow_has_each_step_once_after_a_resume(
     history = client.get_metric_history(kept.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(s, 10.0 - s) for s in range(8)]
     assert kept.data.params["global_batch"] == "8"
+    (told,) = client.list_artifacts(kept.info.run_id, "held_out")
+    text = Path(client.download_artifacts(kept.info.run_id, told.path)).read_text(encoding="utf-8")
+    assert told.path == "held_out/step-00000004.md"
+    assert all(words in text for words in ("# b/1", "A dog?", "**given** no", "**given** blue"))
 
 
 def test_wandb_is_offline_without_a_key_and_keeps_its_id(
@@ -65,10 +77,36 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
     sink = WandbSink(run, 0, CONFIG)
     for step in range(4):
         sink.write(step, {"loss": 10.0 - step})
+    sink.show(3, ANSWERS)
     sink.close()
     identity = (run / "wandb.id").read_text(encoding="utf-8")
     (file,) = (run / "wandb").glob(f"offline-run-*/run-{identity}.wandb")
     assert wandb_losses(file) == [10.0, 9.0, 8.0, 7.0]
+    (table,) = file.parent.glob("files/media/table/held_out_*.json")
+    shown = json.loads(table.read_text(encoding="utf-8"))
+    assert shown["columns"] == ["sample_id", "question", "expected", "given"]
+    assert shown["data"] == [[a.sample_id, a.question, a.expected, a.given] for a in ANSWERS]
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline each try is a file of its own; the run in it is one, so a sync joins them."""
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    for start in (0, 2):
+        sink = WandbSink(run, start, CONFIG)
+        for step in range(start, start + 4):
+            sink.write(step, {"loss": 10.0 - step})
+        sink.close()
+        time.sleep(1.1)  # folders have names to the second
+    identity = (run / "wandb.id").read_text(encoding="utf-8")
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{identity}.wandb"] * 2
+    assert [wandb_losses(file) for file in files] == [[10.0, 9.0, 8.0, 7.0], [8.0, 7.0, 6.0, 5.0]]
 
 
 def wandb_losses(file: Path) -> list[float]:
@@ -109,6 +147,9 @@ def test_a_sink_that_hangs_holds_up_no_step(tmp_path: Path) -> None:
         def write(self, step: int, figures: Mapping[str, float]) -> None:
             goes_on.wait()
             got.append(step)
+
+        def show(self, step: int, answers: Sequence[Asked]) -> None:
+            pass
 
         def close(self) -> None:
             pass

@@ -17,6 +17,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import read_metrics
+from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_saving import started
@@ -135,8 +136,9 @@ def test_a_store_that_fails_now_and_then_is_tried_again(
 def test_a_store_that_is_gone_does_not_end_the_run(
     dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what it has not got is copied when the same command is given again."""
     monkeypatch.setattr("lapilli.data.output.ATTEMPTS", 1)
-    config = mirrored(dataset, tmp_path / "run")
+    config = mirrored(dataset, tmp_path / "run", milestone_every=3)
     is_gone = False
     with failing_proxy(port, lambda i: is_gone) as (proxy, _), use_endpoint(proxy):
         ready = preflight(config)
@@ -149,7 +151,12 @@ def test_a_store_that_is_gone_does_not_end_the_run(
         launch(ready, lose, on_note=told.append)
     assert find_checkpoints(Path(config.output))[-1].step == 6
     assert len([line for line in told if "cannot be stored" in line]) == 1  # said once
-    assert told[-1].startswith(f"checkpoints/step-00000006 is not at {STORE}; it is whole in")
+    assert any(f"checkpoints/step-00000006 is not at {STORE}; it is whole in" in x for x in told)
+    assert 6 not in [c.step for c in find_checkpoints(bucket / "runs" / "one")]
+    train(config)
+    assert [c.step for c in find_checkpoints(bucket / "runs" / "one")][-1] == 6
+    milestones = bucket / "runs" / "one" / "milestones"
+    assert files_below(milestones) == files_below(Path(config.output) / "milestones")
 
 
 def test_what_cannot_be_stored_is_said_before_the_first_step(

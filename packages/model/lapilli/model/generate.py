@@ -55,6 +55,7 @@ def generate(
     end_ids: Sequence[int],
     on_tokens: Callable[[list[int]], None] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
+    synced: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt until one of `end_ids`.
 
@@ -67,6 +68,8 @@ def generate(
         on_tokens: Called with the newest id of every prompt after each step.
         stop: Asked after each step with an answer's ids so far; True ends that answer, which is
             how a text that spans several tokens ends one.
+        synced: All ranks of the process group call this, and take as many steps as the last of
+            them: for weights that ranks share among them.
 
     Returns:
         The new ids of each prompt, without what ended it.
@@ -93,6 +96,7 @@ def generate(
             attention_mask=mask.to(device),
             generation_config=_settings(decoding, end_ids),
             stopping_criteria=[_watch(on_tokens, stop)],
+            synced_gpus=synced,
         )
     return [_until(row, end_ids) for row in produced.tolist()]
 

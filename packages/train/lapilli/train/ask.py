@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, prepare
@@ -24,7 +25,7 @@ from lapilli.model.interop.hf import FACTS, read_facts, read_hf
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
-from lapilli.train.launch import CONFIG
+from lapilli.train.folders import CONFIG
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,7 +161,7 @@ class _Stream:
             self._said = len(text)
 
 
-def open_assistant(path: Path, device: str = "cpu") -> Assistant:
+def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
     """The model of a run's folder, or of a folder that `pipelines.export --to hf` wrote.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lapilli.model.config import ModelConfig
 from lapilli.model.trainable import GROUPS
+from lapilli.train.device import DeviceChoice
 from lapilli.train.errors import TrainError
 from lapilli.train.sinks import LoggerName
 
@@ -87,11 +88,13 @@ class RunConfig:
         seed: Seed of the order and of whatever is random in the model.
         zero_stage: DeepSpeed's ZeRO stage.
         offload: What the device has no room for lies in the host's memory (`cpu`): the optimizer's
-            state, and at ZeRO stage 3 the weights too. Needs ZeRO stage 1 to 3.
+            state, and at ZeRO stage 3 the weights too. Needs ZeRO stage 1 to 3. With `nvme` the
+            optimizer's state lies on a disk and the weights in the host's memory, at stage 3.
+        offload_path: Where on a disk: a folder that every worker's machine has for itself.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
         workers: Processes, one a device; on a CPU, one a core or fewer.
-        device: `auto` takes GPUs when there are any.
+        device: `auto` takes GPUs when there are any, else Gaudi's HPUs (`hpu`), else the CPU.
         launcher: `ray`, or `process`: one worker in the process that was started, without Ray,
             for a profiler, a debugger or a machine that has no Ray.
         save_every: Steps between checkpoints.
@@ -112,6 +115,10 @@ class RunConfig:
         eval_every: Steps between two looks at the loss on held-out samples; 0 for none.
         eval_samples: How many of them, from all over; the same ones each time.
         eval_dataset: Where they are from; left out, from what `dataset` holds out.
+        generate_every: Steps between two times that the model answers some held-out samples' first
+            questions, greedily; 0 for none.
+        generate_samples: How many of them, from all over; the same ones each time.
+        generate_tokens: Longest answer; one ends sooner at the longest expected answer's length.
     """
 
     dataset: str
@@ -130,10 +137,11 @@ class RunConfig:
     loss: Literal["tokens", "means"] = "tokens"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "cpu"] = "none"
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_path: str = ""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     launcher: Literal["ray", "process"] = "ray"
     save_every: int = 500
     keep: int = 2
@@ -149,17 +157,20 @@ class RunConfig:
     eval_every: int = 0
     eval_samples: int = 256
     eval_dataset: str = ""
+    generate_every: int = 0
+    generate_samples: int = 8
+    generate_tokens: int = 128
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         for name in ("global_batch", "epochs", "workers", "save_every", "keep",
-            "max_length", "buckets", "eval_samples",
+            "max_length", "buckets", "eval_samples", "generate_samples", "generate_tokens",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
         for name in (
             "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds",
-            "max_spike", "eval_every", "milestone_every",
+            "max_spike", "eval_every", "milestone_every", "generate_every",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
@@ -192,6 +203,16 @@ def _check_weights(config: RunConfig) -> None:
         raise TrainError(
             f"offload: {config.offload} with zero_stage 0, which keeps all where it is; set "
             "zero_stage 1 to 3"
+        )
+    if config.offload == "nvme" and config.zero_stage != 3:
+        raise TrainError(
+            f"offload: nvme with zero_stage {config.zero_stage}; DeepSpeed does it at stage 3; set "
+            "zero_stage 3, or offload: cpu"
+        )
+    if (config.offload == "nvme") != bool(config.offload_path):
+        raise TrainError(
+            f"offload: {config.offload} with offload_path {config.offload_path!r}; nvme needs a "
+            "folder on a disk of the worker's machine, the others take none"
         )
     if config.zero_stage == 3 and config.model.language.quantize != "none":
         raise TrainError(

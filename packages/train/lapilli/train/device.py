@@ -1,42 +1,114 @@
-"""The device a worker computes on, and what must be set before DeepSpeed is imported."""
+"""The device a worker computes on, and what must be set before DeepSpeed is imported.
+
+Intel Gaudi (`hpu`) has its names here; no step has been taken on one.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import resource
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "Device", "check_precision", "choose_device", "device_memory", "peak_memory",
+    "BACKEND",
+    "NO_HABANA",
+    "RESOURCE",
+    "Device",
+    "DeviceChoice",
+    "check_precision",
+    "choose_device",
+    "device_memory",
+    "device_name",
+    "has_habana",
+    "peak_memory",
     "prepare_process",
-]  # fmt: skip
+    "synchronize",
+    "torch_device",
+    "visible_devices",
+]
 
-Device = Literal["cpu", "cuda"]
+Device = Literal["cpu", "cuda", "hpu"]
+DeviceChoice = Literal["auto", "cpu", "cuda", "hpu"]
+RESOURCE: Mapping[Device, str] = {"cpu": "CPU", "cuda": "GPU", "hpu": "HPU"}  # Ray's names
+BACKEND: Mapping[Device, str] = {"cpu": "gloo", "cuda": "nccl", "hpu": "hccl"}  # torch's
+HABANA = "habana_frameworks"
+NO_HABANA = (
+    f"device: hpu needs {HABANA}, which is not installed where the workers are; start from Intel's "
+    "Gaudi image, or set device: cpu"
+)
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"], gpus: int) -> Device:
-    """The device a setting stands for, where Ray or torch sees `gpus` GPUs.
+def choose_device(wanted: DeviceChoice, there: Mapping[Device, int]) -> Device:
+    """The device a setting stands for.
+
+    Args:
+        wanted: `auto` takes GPUs, else HPUs, else the CPU.
+        there: How many of each Ray or torch sees.
 
     Raises:
-        TrainError: GPUs asked for and none there.
+        TrainError: What is asked for is not there.
     """
     if wanted == "auto":
-        return "cuda" if gpus else "cpu"
-    if wanted == "cuda" and not gpus:
-        raise TrainError("device: cuda asked for, no GPU is visible; set device: cpu or add GPUs")
+        return "cuda" if there.get("cuda") else "hpu" if there.get("hpu") else "cpu"
+    if wanted != "cpu" and not there.get(wanted):
+        name = RESOURCE[wanted]
+        raise TrainError(
+            f"device: {wanted} asked for, no {name} is visible; set device: cpu or add {name}s"
+        )
     return wanted
+
+
+def has_habana() -> bool:
+    """Whether this machine's torch can be told of Gaudi."""
+    return importlib.util.find_spec(HABANA) is not None
+
+
+def visible_devices() -> dict[Device, int]:
+    """The GPUs and HPUs of this machine."""
+    if not has_habana():
+        return {"cuda": torch.cuda.device_count()}
+    torch_device("hpu")
+    hpu: Any = torch.hpu  # pyright: ignore[reportAttributeAccessIssue]
+    return {"cuda": torch.cuda.device_count(), "hpu": hpu.device_count()}
+
+
+def torch_device(device: Device) -> torch.device:
+    """Torch's device, after what makes it known.
+
+    Raises:
+        TrainError: Gaudi's software is not there.
+    """
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    if device == "hpu":
+        if not has_habana():
+            raise TrainError(NO_HABANA)
+        importlib.import_module(f"{HABANA}.torch.core")  # registers the device
+    return torch.device(device)
 
 
 def prepare_process(device: Device) -> torch.device:
     """Set DeepSpeed's accelerator for this process; call before it is imported."""
     os.environ["DS_ACCELERATOR"] = device
-    if device == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return torch_device(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU or HPU."""
+    return str(getattr(torch, device.type).get_device_name(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def check_precision(device: Device, precision: str) -> None:
@@ -61,10 +133,12 @@ def device_memory(device: Device) -> int | None:
     """Bytes of a GPU of this machine; None for a CPU.
 
     Raises:
-        TrainError: The run's GPUs are on other machines.
+        TrainError: It is not known: the run's GPUs are on other machines, or HPUs.
     """
     if device == "cpu":
         return None
+    if device == "hpu":
+        raise TrainError("micro_batch: 0 follows the memory of a GPU, not of an HPU; set it")
     if not torch.cuda.is_available():
         raise TrainError(
             "micro_batch: 0 follows the memory of a GPU, and this machine has none; set it"
@@ -73,7 +147,7 @@ def device_memory(device: Device) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: on a GPU torch's tensors there, else the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Most bytes held so far: on a GPU or HPU torch's tensors there, else by this process."""
+    if device.type != "cpu":
+        return int(getattr(torch, device.type).max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import subprocess
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lapilli.data.record import excerpt
 from lapilli.model.pretrained import Loading
 from lapilli.model.trainable import GROUPS, parameter_groups, trainable_parameters
 from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
 
 __all__ = [
     "MOMENTS",
     "assign",
     "deepspeed_settings",
+    "forget_swapped",
     "gathered",
     "initialize",
     "loading_of",
@@ -32,11 +40,13 @@ __all__ = [
     "restore_scale",
     "scale_state",
     "set_learning_rate",
+    "swap_folder",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # fp16: halved at every overflow, doubled after so many steps without one
 SCALING = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1}
+SWAPPED = 2 * 10**7  # numbers that are read from a disk and written to it at once
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 
 
@@ -58,11 +68,22 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _offloading(config: RunConfig) -> dict[str, Any]:
-    """What lies in the host's memory: optimizer state, at stage 3 weights too."""
+    """What lies elsewhere: optimizer state, at stage 3 weights too."""
     if config.offload == "none":
         return {}
-    whats = ["offload_optimizer", *(["offload_param"] if config.zero_stage == 3 else [])]
-    return {what: {"device": config.offload} for what in whats}
+    found: dict[str, Any] = {"offload_optimizer": {"device": config.offload}}
+    if config.zero_stage == 3:
+        found["offload_param"] = {"device": "cpu"}
+    if config.offload == "nvme":
+        found["offload_optimizer"]["nvme_path"] = str(swap_folder(config))
+        found["sub_group_size"] = SWAPPED
+    return found
+
+
+def swap_folder(config: RunConfig) -> Path:
+    """Where a run's workers keep optimizer state on a disk; no other run's."""
+    name = hashlib.sha256(config.output.encode()).hexdigest()[:12]
+    return Path(config.offload_path) / f"lapilli-{name}"
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
@@ -70,6 +91,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     import deepspeed
 
     _quieten()
+    if nvme_path := settings["zero_optimization"].get("offload_optimizer", {}).get("nvme_path"):
+        _prepare_swapping(Path(nvme_path))
     engine: Any
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -92,6 +115,47 @@ def _quieten() -> None:
     deepspeed.logger.setLevel("ERROR")
     # torch's new names for two collectives; DeepSpeed calls the old ones at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+
+
+def _prepare_swapping(folder: Path) -> None:
+    """What offloading to a disk takes, on every worker.
+
+    Raises:
+        TrainError: The folder cannot be written past the cache, or the operator not be compiled.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    probe = folder / f"probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+        probe.unlink()
+    except OSError as error:
+        raise TrainError(
+            f"offload_path: {folder} cannot be written past the cache ({error.strerror}); choose a "
+            "folder on a disk of the worker's machine"
+        ) from None
+    accelerator: Any = get_accelerator()
+    builder = accelerator.get_op_builder("AsyncIOBuilder")()
+    why = "libaio is not found"
+    if builder.is_compatible(verbose=False):
+        try:
+            builder.load(verbose=False)
+            return
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            why = excerpt(str(error), 200)
+    raise TrainError(
+        "offload: nvme needs DeepSpeed's async_io operator, which it compiles where a worker runs, "
+        f"with g++, ninja and libaio's headers ({why}); apt-get install g++ ninja-build libaio-dev"
+    )
+
+
+def forget_swapped(config: RunConfig, rank: int) -> None:
+    """Remove what a worker has kept on its disk; a run that was killed leaves it until its end."""
+    if config.offload == "nvme":
+        shutil.rmtree(
+            swap_folder(config) / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True
+        )
 
 
 def loading_of(config: RunConfig) -> Loading:
@@ -288,11 +352,25 @@ def restore(
 def _create_moments(engine: Any) -> None:
     """Make the inner optimizer's state, which DeepSpeed and torch only make at the first step."""
     inner = _inner_optimizer(engine)
-    for tensor in _optimized_tensors(engine):
-        inner.state[tensor] = {"step": torch.tensor(0.0)}
-        inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
+    for number, tensor in enumerate(_optimized_tensors(engine)):
+        with _swapped_in(engine, number):
+            inner.state[tensor] = {"step": torch.tensor(0.0)}
+            inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _swapped_in(engine: Any, number: int) -> Generator[None]:
+    """Have a piece of what the optimizer updates in memory inside, if it lies on a disk."""
+    zero = engine.optimizer
+    swaps = getattr(zero, "swap_optimizer", False)
+    is_on_disk = swaps and zero._swappable_optimizer_subgroup(number)
+    if is_on_disk:
+        zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if is_on_disk:
+        zero._optimizer_states_and_gradient_swap_out(number)
 
 
 def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:

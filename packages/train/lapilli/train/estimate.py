@@ -38,12 +38,14 @@ class StateBytes:
         gradients: On the device.
         optimizer: On the device.
         host: In the host's memory, where something is offloaded.
+        disk: On the worker's disk, likewise.
     """
 
     weights: int
     gradients: int
     optimizer: int
     host: int = 0
+    disk: int = 0
 
     @property
     def total(self) -> int:
@@ -58,7 +60,7 @@ def state_bytes(
     stage: Literal[0, 1, 2, 3],
     workers: int,
     precision: Literal["fp32", "bf16", "fp16"],
-    offload: Literal["none", "cpu"] = "none",
+    offload: Literal["none", "cpu", "nvme"] = "none",
 ) -> StateBytes:
     """Memory of weights, gradients and AdamW's state on one worker.
 
@@ -72,13 +74,14 @@ def state_bytes(
         stage: DeepSpeed's ZeRO stage.
         workers: Among whom is shared.
         precision: Of weights and gradients.
-        offload: `RunConfig.offload`.
+        offload: `RunConfig.offload`; `nvme` counts at stage 3, where DeepSpeed can do it.
     """
     size = 4 if precision == "fp32" else 2
     has_master = precision != "fp32" or stage > 0  # plain fp32 is updated in place
     state = trained * (MOMENTS_BYTES + MASTER_BYTES * has_master)
-    if offload == "cpu" and stage > 0:
-        return _offloaded(parameters, trained, stage=stage, workers=workers, size=size)
+    if (offload == "cpu" and stage > 0) or (offload == "nvme" and stage == 3):
+        found = _offloaded(parameters, trained, stage=stage, workers=workers, size=size)
+        return _swapped(found, trained, workers=workers) if offload == "nvme" else found
     return StateBytes(
         weights=size * parameters // (workers if stage == 3 else 1),
         gradients=size * trained // (workers if stage >= 2 else 1),
@@ -100,6 +103,15 @@ def _offloaded(parameters: int, trained: int, *, stage: int, workers: int, size:
         optimizer=0,
         host=(host + (size * parameters if stage == 3 else 0)) // workers,
     )
+
+
+def _swapped(held: StateBytes, trained: int, *, workers: int) -> StateBytes:
+    """What is offloaded with the optimizer's state and its fp32 gradient on a disk.
+
+    Some buffers of `engine.SWAPPED` numbers, in the host's memory, are not counted.
+    """
+    disk = trained * (MOMENTS_BYTES + MASTER_BYTES + 4) // workers
+    return replace(held, host=held.host - disk, disk=disk)
 
 
 @dataclass(frozen=True)

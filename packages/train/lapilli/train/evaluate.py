@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.mixture import TRAIN
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
-from lapilli.model.generate import generate_greedy
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
+from lapilli.train.answers import Asked, ask_first, end_ids
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import CONFIG
+from lapilli.train.folders import CONFIG
 from lapilli.train.loop import check_model, data_facts
 
 if TYPE_CHECKING:
@@ -38,26 +39,18 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Asked):
     """One question of the test data.
 
     Attributes:
-        sample_id: Its record.
         index: Its place in the dataset.
         image_index: The sample whose images were shown; `index` unless images are shuffled.
         source: The record's source: the kind of the question.
-        question: The prompt, decoded, images and special tokens left out.
-        expected: The record's own answer.
-        given: The model's.
     """
 
-    sample_id: str
     index: int
     image_index: int
     source: str
-    question: str
-    expected: str
-    given: str
 
     @property
     def right(self) -> bool:
@@ -83,7 +76,7 @@ class Trained:
     step: int = 0
 
 
-def load_trained(run: Path, device: str = "cpu") -> Trained:
+def load_trained(run: Path, device: str | torch.device = "cpu") -> Trained:
     """The model of a run with its newest checkpoint's weights, or a milestone's.
 
     Raises:
@@ -151,29 +144,18 @@ def answer_dataset(
         One answer a record, in the dataset's order.
     """
     tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
-    end_id = _end_id(dataset)
+    ends = [_end_id(dataset)]
     shown = image_order(dataset.num_images, shuffle_images)
     answers: list[Answer | None] = [None] * len(dataset)
     done = 0
     for indices in _batches(dataset.lengths, batch):
         samples = [dataset.sample(int(i)) for i in indices]
-        prompts = [s.input_ids[: s.label_spans[0, 0]].astype(np.int64) for s in samples]
-        places = [int((ids < 0).sum()) for ids in prompts]  # later turns may have images too
-        pixels = [
-            dataset.sample(int(shown[i])).pixels[:count]
-            for i, count in zip(indices, places, strict=True)
-        ]
-        longest = max(int(s.label_spans[0, 1] - s.label_spans[0, 0]) for s in samples)
-        produced = generate_greedy(model, prompts, pixels, end_id=end_id, max_new_tokens=longest)
-        for index, sample, ids in zip(indices, samples, produced, strict=True):
-            start, end = sample.label_spans[0]
-            question, expected, given = (
-                tokenizer.decode([int(i) for i in part if i >= 0], skip_special_tokens=True).strip()
-                for part in (sample.input_ids[:start], sample.input_ids[start:end], ids)
-            )
-            source = sample.sample_id.partition("/")[0]
+        pixels = [dataset.sample(int(shown[i])).pixels for i in indices]
+        asked = ask_first(model, samples, tokenizer, ends=ends, pixels=pixels)
+        for index, one in zip(indices, asked, strict=True):
+            source = one.sample_id.partition("/")[0]
             answers[index] = Answer(
-                sample.sample_id, int(index), int(shown[index]), source, question, expected, given
+                **asdict(one), index=int(index), image_index=int(shown[index]), source=source
             )
         done += len(indices)
         on_progress(done, len(dataset))
@@ -186,16 +168,13 @@ def _end_id(dataset: Dataset) -> int:
     Raises:
         TrainError: Answers end differently.
     """
-    ends: set[int] = set()
-    for index in range(len(dataset)):
-        sample = dataset.sample(index)
-        ends.add(int(sample.input_ids[sample.label_spans[0, 1] - 1]))
+    ends = end_ids(dataset.sample(index) for index in range(len(dataset)))
     if len(ends) != 1:
         raise TrainError(
             f"{dataset.path}: answers end with {len(ends)} different tokens; expected one that the "
             f"template {dataset.manifest.template!r} ends every answer with"
         )
-    return ends.pop()
+    return ends[0]
 
 
 def image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:

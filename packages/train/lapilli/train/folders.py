@@ -22,7 +22,7 @@ from lapilli.data.shards import sha256_file
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "CONFIG", "CUT", "FILES", "FOLDER", "MILESTONES", "MOMENTS", "STATE", "WEIGHTS",
+    "CONFIG", "CUT", "FACTS", "FILES", "FOLDER", "MILESTONES", "MOMENTS", "STATE", "WEIGHTS",
     "folder_bytes", "forget_old", "outdated", "put_in_place", "step_name", "tidy",
     "write_checkpoint",
 ]  # fmt: skip
@@ -30,6 +30,7 @@ __all__ = [
 FOLDER, MILESTONES = "checkpoints", "milestones"
 WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
 STATE, CONFIG = "state.json", "config.json"
+FACTS = "facts.json"  # what `preflight` found when the run was last started
 CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
 
 

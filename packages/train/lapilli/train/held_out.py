@@ -27,12 +27,12 @@ def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
     """The samples a run is measured on: another dataset's, else what its own holds out.
 
     Returns:
-        None where `eval_every` is 0.
+        None where nothing asks for them.
 
     Raises:
         DataError: It cannot be opened, or nothing is held out.
     """
-    if not config.eval_every:
+    if not (config.eval_every or config.generate_every):
         return None
     return open_dataset(
         config.eval_dataset or config.dataset,

@@ -9,6 +9,7 @@ from typing import Any
 
 from lapilli.train.config import RunConfig
 from lapilli.train.feed import StepBatches
+from lapilli.train.generations import generations_of
 from lapilli.train.measure import StepMeter, Worst, group_means
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.sinks import open_sinks
@@ -20,7 +21,7 @@ class Journal:
     """A run's written record, from `start` on; what an earlier try wrote of later steps goes."""
 
     def __init__(self, config: RunConfig, start: int, meter: StepMeter) -> None:
-        run = Path(config.output)
+        self._run = run = Path(config.output)
         self._metrics = MetricsFile(run, start)
         self._worst = Worst(run, start)
         self._meter = meter
@@ -40,6 +41,8 @@ class Journal:
         self._metrics.write(whole)
         for sink in self._sinks:
             sink.write(whole)
+            if "generated_seconds" in row:
+                sink.show(row["step"], generations_of(self._run, row["step"]))
         self._worst.add(samples)
 
     def close(self) -> None:

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import errno
 import importlib.util
 import json
-import logging
-import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
-from lapilli.data.cluster import RayDied, watched
-from lapilli.data.errors import DataError
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_json
-from lapilli.model.errors import ModelError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import checkpoint
 from lapilli.train.config import RunConfig
-from lapilli.train.device import Device, choose_device, device_memory
+from lapilli.train.device import (
+    NO_HABANA,
+    RESOURCE,
+    Device,
+    choose_device,
+    device_memory,
+    has_habana,
+    visible_devices,
+)
 from lapilli.train.errors import TrainError
 from lapilli.train.estimate import (
     StateBytes,
@@ -39,36 +36,32 @@ from lapilli.train.estimate import (
     time_micro_batch,
 )
 from lapilli.train.feed import Feed
-from lapilli.train.folders import CONFIG, STATE
-from lapilli.train.hang import hang_line
+from lapilli.train.folders import CONFIG, FACTS, STATE
+from lapilli.train.generations import choose_questions
 from lapilli.train.held_out import check_same_tokenizer, open_held_out
-from lapilli.train.loop import build_start, check_model, check_start, fit, open_for, setup
+from lapilli.train.loop import build_start, check_model, check_start, open_for
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
 from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
 from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
 from lapilli.train.uploads import fetch_newest, store_config, stored_config
+from lapilli.train.workers import fit_here, fit_on_ray
 
 __all__ = [
-    "CONFIG",
-    "FACTS",
-    "MISTAKE",
     "Preflight",
     "finished_steps",
-    "join_alone",
     "launch",
     "preflight",
 ]
 
-FACTS = "facts.json"  # what `Preflight` found, for those who look at a run from outside
-MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
-    "output", "dataset", "micro_batch", "zero_stage", "offload", "workers", "device", "save_every",
-    "keep", "max_failures", "launcher", "min_workers", "hang_seconds", "max_spike", "loggers",
-    "eval_every", "eval_samples", "eval_dataset", "milestone_every", "mirror",
+    "output", "dataset", "micro_batch", "zero_stage", "offload", "offload_path", "workers",
+    "device", "save_every", "keep", "max_failures", "launcher", "min_workers", "hang_seconds",
+    "max_spike", "loggers", "eval_every", "eval_samples", "eval_dataset", "milestone_every",
+    "mirror", "generate_every", "generate_samples", "generate_tokens",
 }  # fmt: skip
 Progress = Callable[[dict[str, Any], int], None]
 
@@ -133,6 +126,8 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     if held_out := open_held_out(config, dataset.image_tokens):
         check_model(model, held_out)
         check_same_tokenizer(dataset, held_out)
+        if config.generate_every:
+            choose_questions(held_out, config.generate_samples)
     longest = int(dataset.lengths.max())
     config = follow(
         config, None if config.micro_batch else device_memory(device),
@@ -189,18 +184,25 @@ def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpo
 def _find_device(config: RunConfig) -> Device:
     """What the workers compute on, of which there must be enough."""
     if config.launcher == "process":
-        return choose_device(config.device, torch.cuda.device_count())
+        return choose_device(config.device, visible_devices())
     import ray
 
-    available = ray.cluster_resources()
-    device = choose_device(config.device, int(available.get("GPU", 0)))
-    slots = int(available.get("GPU" if device == "cuda" else "CPU", 0))
+    resources = ray.cluster_resources()
+    available: dict[Device, int] = {
+        name: int(resources.get(RESOURCE[name], 0)) for name in RESOURCE
+    }
+    device = choose_device(config.device, available)
+    slots = available[device]
     fewest = config.min_workers or config.workers
     if fewest > slots:
         raise TrainError(
             f"{'min_workers' if config.min_workers else 'workers'}: {fewest}; Ray has {slots} "
-            f"{'GPUs' if device == 'cuda' else 'cores'}; lower it or add nodes"
+            f"{'cores' if device == 'cpu' else f'{RESOURCE[device]}s'}; lower it or add nodes"
         )
+    if device == "hpu":
+        asked = ray.remote(num_cpus=0, resources={RESOURCE[device]: 1})(has_habana)
+        if not ray.get(asked.remote()):
+            raise TrainError(NO_HABANA)
     return device
 
 
@@ -335,7 +337,7 @@ def launch(
         follower.start()
         try:
             with stops_on_signals(run, on_stop):
-                fit_on = _fit_on_ray if ready.config.launcher == "ray" else _fit_here
+                fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
                 fit_on(ready.config, ready.device)
         finally:
             stop.set()
@@ -366,120 +368,3 @@ def _follow(
             if row["step"] > seen:
                 seen = row["step"]
                 on_step(row, ready.total_steps)
-
-
-def _fit_on_ray(config: RunConfig, device: Device) -> None:
-    import ray.train
-    from ray.train.torch import TorchConfig
-
-    from lapilli.train.ray_trainer import Trainer
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    resources = {"CPU": 1, **({"GPU": 1} if device == "cuda" else {})}
-    trainer = Trainer(
-        _worker,
-        train_loop_config={"config": config, "device": device},
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(config.min_workers, config.workers)
-            if config.min_workers
-            else config.workers,
-            use_gpu=device == "cuda",
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=config.output,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-        ),
-    )
-    run, started = Path(config.output), time.time()
-    mistake = run / MISTAKE
-    mistake.unlink(missing_ok=True)
-    try:
-        # In the main thread Ray would take Ctrl-C for itself.
-        list(watched(lambda: [trainer.fit()], leave=0))
-    except RayDied as error:
-        raise TrainError(f"{error}, it goes on from the last checkpoint") from None
-    except Exception as error:
-        if mistake.exists():
-            raise TrainError(_read_mistake(mistake)) from None
-        if hung := hang_line(run, started):
-            raise TrainError(hung) from None
-        if _is_bug(error):
-            raise
-        raise TrainError(
-            f"workers were lost more than max_failures = {config.max_failures} times; the same "
-            f"command goes on from the last checkpoint; Ray says: {error}"
-        ) from error
-
-
-def _read_mistake(path: Path) -> str:
-    """The line a worker left; on a full disk there was no room for it and the file is empty."""
-    said = path.read_text(encoding="utf-8")
-    return said or f"output: {path.parent} is on a full disk; free space and run the same again"
-
-
-def _write_mistake(path: Path, error: Exception) -> None:
-    with contextlib.suppress(OSError):
-        path.write_text(str(error), encoding="utf-8")
-
-
-def _is_bug(error: Exception) -> bool:
-    """Whether code of ours raised in every worker; when one is killed, Ray reports that loss."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    raised = [type(failure).__name__.startswith("UserException") for failure in failures.values()]
-    return not raised or all(raised)
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    """One Ray Train worker: its process group is there already.
-
-    Ray restarts workers whatever they stopped for. A user's mistake is written down, so that the
-    next start ends at once instead of coming to it again.
-    """
-    import ray.train
-
-    config: RunConfig = settings["config"]
-    mistake = Path(config.output) / MISTAKE
-    if mistake.exists():
-        raise TrainError(_read_mistake(mistake))
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    config = replace(config, workers=world_size)  # Ray may have started fewer, see `min_workers`
-    try:
-        _train(config, settings["device"], rank, world_size)
-    except (DataError, ModelError, TrainError) as error:
-        _write_mistake(mistake, error)
-        raise
-
-
-def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> None:
-    """One worker's part of a run; a full disk is a user's mistake."""
-    try:
-        fit(setup(config, device, rank=rank, world_size=world_size))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise TrainError(
-            f"{config.output}: {error.strerror}; free space and run the same again"
-        ) from None
-
-
-def _fit_here(config: RunConfig, device: Device) -> None:
-    """The only worker, in this process; DeepSpeed wants a process group even of one.
-
-    The group stays until the process ends: DeepSpeed keeps it in places that a second run of the
-    same process would find.
-    """
-    join_alone(device)
-    _train(config, device, rank=0, world_size=1)
-
-
-def join_alone(device: Device) -> None:
-    """A process group of this process alone, if there is none yet."""
-    if not dist.is_initialized():
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)

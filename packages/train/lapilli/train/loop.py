@@ -29,11 +29,13 @@ from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
 from lapilli.train.folders import FOLDER, MILESTONES, tidy
+from lapilli.train.generations import Generations, forget_generations
 from lapilli.train.held_out import HeldOut, open_held_out
 from lapilli.train.journal import Journal
 from lapilli.train.measure import StepMeter, slot_losses
 from lapilli.train.notes import note
 from lapilli.train.optim import build_optimizer, learning_rate
+from lapilli.train.starts import record_start
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
 from lapilli.train.transfer import SentStep, send_ahead
@@ -58,6 +60,7 @@ class Setup:
     rank: int
     world_size: int
     held_out: HeldOut | None = None
+    generations: Generations | None = None
 
     @property
     def is_writer(self) -> bool:
@@ -157,13 +160,16 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     if found:
         checkpoint.load_into(built, found)
         engine.restore_scale(built, found.state.get("loss_scale", {}))
-    if torch_device.type == "cuda":  # a CPU's shapes cost nothing the first time
+    if torch_device.type != "cpu":  # whose shapes cost nothing the first time
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
-    samples = open_held_out(config, dataset.image_tokens)
-    held_out = HeldOut(samples, config, feed.shape, (rank, world_size)) if samples else None
-    return Setup(config, torch_device, feed, built, start, state, rank, world_size, held_out)
+    ready = Setup(config, torch_device, feed, built, start, state, rank, world_size)
+    if samples := open_held_out(config, dataset.image_tokens):
+        place = rank, world_size
+        ready.held_out = HeldOut(samples, config, feed.shape, place) if config.eval_every else None
+        ready.generations = Generations(samples, config, place) if config.generate_every else None
+    return ready
 
 
 def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
@@ -237,6 +243,7 @@ def fit(ready: Setup) -> None:
         run = Path(ready.config.output)
         for line in tidy(run, ready.start):
             note(run, line)
+        forget_generations(run, ready.start)
     journal = _open_journal(ready) if ready.is_writer else None
     uploads = _open_uploads(ready)
     clock = time.monotonic()
@@ -252,8 +259,10 @@ def fit(ready: Setup) -> None:
             row, stops, losses = one_step(ready, batches, wants_stop=_wants_stop(ready))
             guard.check(batches, row["loss"], row["grad_norm"])
             guard.end(batches.step)
-            row.update(_held_out_loss(ready, batches.step + 1))
-            seconds = time.monotonic() - clock - row.get("held_out_seconds", 0.0)
+            row.update(_held_out_loss(ready, batches.step))
+            row.update(_generated(ready, batches.step))
+            aside = row.get("held_out_seconds", 0.0) + row.get("generated_seconds", 0.0)
+            seconds = time.monotonic() - clock - aside
             if journal:
                 memory = peak_memory(ready.device)
                 timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
@@ -263,6 +272,7 @@ def fit(ready: Setup) -> None:
             if stops:
                 break
             clock = time.monotonic()
+    engine.forget_swapped(ready.config, ready.rank)
 
 
 def _open_uploads(ready: Setup) -> Uploads | None:
@@ -273,18 +283,39 @@ def _open_uploads(ready: Setup) -> Uploads | None:
 
 
 def _open_journal(ready: Setup) -> Journal:
+    config = ready.config
+    start = record_start(Path(config.output), ready.start, ready.world_size)
+    if start.reason == "loss":
+        note(
+            Path(config.output),
+            f"workers were lost; the run goes on from step {start.step} with {start.workers} after "
+            f"{start.seconds:.0f} s; {start.again} steps are taken again",
+        )
     meter = StepMeter(ready.feed, ready.engine.module, ready.device)
-    return Journal(ready.config, ready.start, meter)
+    return Journal(config, ready.start, meter)
 
 
-def _held_out_loss(ready: Setup, done: int) -> dict[str, float]:
-    """The held-out loss where it is due: every `eval_every` steps and at the end. Collective."""
-    due = ready.config.eval_every
-    if not ready.held_out or (done % due and done != ready.feed.total_steps):
+def _held_out_loss(ready: Setup, step: int) -> dict[str, float]:
+    """The held-out loss after a step, where it is due. Collective."""
+    if not (ready.held_out and _is_due(ready, step, ready.config.eval_every)):
         return {}
     start = time.monotonic()
     loss = ready.held_out.loss(ready.engine, ready.device)
     return {"held_out_loss": loss, "held_out_seconds": time.monotonic() - start}
+
+
+def _generated(ready: Setup, step: int) -> dict[str, float]:
+    """Have held-out questions answered after a step, where it is due. Collective."""
+    if not (ready.generations and _is_due(ready, step, ready.config.generate_every)):
+        return {}
+    start = time.monotonic()
+    ready.generations.ask(ready.engine, step)
+    return {"generated_seconds": time.monotonic() - start}
+
+
+def _is_due(ready: Setup, step: int, every: int) -> bool:
+    """Every so many steps, and after the last."""
+    return (step + 1) % every == 0 or step + 1 == ready.feed.total_steps
 
 
 def _wants_stop(ready: Setup) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.device import device_name
 from lapilli.train.feed import Feed, StepBatches
 from lapilli.train.step import DeviceBatch
 
@@ -107,8 +108,8 @@ class StepMeter:
         self._numbers = model_numbers(module)
         is_eager = getattr(module.language.config, "_attn_implementation", "") == "eager"
         self._attention: Literal["eager", "flash"] = "eager" if is_eager else "flash"
-        is_gpu = device.type == "cuda"
-        peak = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else measured_peak(device)
+        is_cpu = device.type == "cpu"
+        peak = measured_peak(device) if is_cpu else peak_flops(device_name(device))
         self._peak = peak and peak * feed.world_size
 
     def speed(self, step: StepBatches, seconds: float) -> dict[str, Any]:

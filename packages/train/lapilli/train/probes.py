@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lapilli.data.shards import write_json
+from lapilli.train.device import synchronize
 from lapilli.train.notes import note
 
 __all__ = ["WORKERS", "Worker", "probe_line", "probe_warnings", "probe_workers", "save_warning"]
@@ -77,17 +78,12 @@ def probe_workers(run: Path, device: torch.device, rank: int, world_size: int) -
     return workers
 
 
-def _wait_for_device(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _clock(device: torch.device, rank: int, world_size: int) -> float:
     """This clock's lead over rank 0's: both are read after an all-reduce, the median of five."""
     leads: list[float] = []
     for _ in range(5):
         dist.all_reduce(torch.zeros(1, device=device))
-        _wait_for_device(device)
+        synchronize(device)
         times: list[Any] = [None] * world_size
         dist.all_gather_object(times, time.time())
         leads.append(times[rank] - times[0])
@@ -99,10 +95,10 @@ def _reduce(device: torch.device, world_size: int) -> float:
     for size in SIZES:
         values = torch.zeros(size // 4, device=device)
         for _ in range(REPEATS):
-            _wait_for_device(device)
+            synchronize(device)
             start = time.monotonic()
             dist.all_reduce(values)
-            _wait_for_device(device)
+            synchronize(device)
             seconds = time.monotonic() - start
             best = max(best, size * 2 * (world_size - 1) / world_size / seconds)
     return best
@@ -115,14 +111,14 @@ def _receive(device: torch.device, rank: int, world_size: int) -> float:
     received = torch.empty_like(sent)
     after, before = (rank + 1) % world_size, (rank - 1) % world_size
     for _ in range(REPEATS):
-        _wait_for_device(device)
+        synchronize(device)
         start = time.monotonic()
         works = dist.batch_isend_irecv(
             [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
         )
         for work in works:
             work.wait()
-        _wait_for_device(device)
+        synchronize(device)
         best = max(best, SIZES[1] / (time.monotonic() - start))
     return best
 

@@ -12,19 +12,24 @@ from numpy.typing import NDArray
 
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.page import Figure, GalleryItem, Page
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.data.transcript import transcript
 from lapilli.train.errors import TrainError
+from lapilli.train.generations import Generation, read_generations
 from lapilli.train.measure import SampleLoss, read_worst
 from lapilli.train.metrics import read_metrics
 from lapilli.train.notes import notes_from
+from lapilli.train.starts import Start, read_starts
 
-__all__ = ["REPORT", "curves", "flat_settings", "smoothed", "write_run_report"]
+__all__ = ["REPORT", "curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
 
 REPORT = "report.html"
 SHOWN = 8  # of the worst samples, with their conversation
 MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
+ASKED_STEPS = 5  # times at which answers to held-out questions are shown
+WHY = {"command": "the command", "loss": "workers were lost"}
 SHARE = 0.1  # of a short run's steps that its own curve is smoothed over
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -75,7 +80,8 @@ def write_run_report(run: Path) -> Path:
     page = Page(f"Run {run.name}", f"{config['dataset']}, view {config['view']}")
     page.figures(_figures(rows, facts))
     _add_loss(page, rows)
-    _add_speed(page, rows)
+    _add_speed(page, rows, read_starts(run))
+    _add_answers(page, run, config, facts)
     _add_worst(page, run, config, facts)
     _add_notes(page, run)
     page.section("Settings").key_values(flat_settings(config))
@@ -148,20 +154,24 @@ def _group_rows(groups: Mapping[str, Curve]) -> list[list[object]]:
     return [[name, f"{values[-1]:.4f}", len(steps)] for name, (steps, values) in groups.items()]
 
 
-def _add_speed(page: Page, rows: Rows) -> None:
+def _add_speed(page: Page, rows: Rows, starts: Sequence[Start]) -> None:
     page.section("Speed")
-    waited, seconds = (sum(row[name] for row in rows) for name in ("wait_seconds", "seconds"))
-    parts = {
-        "computing": seconds - waited,
-        "waiting for data": waited,
-        "held-out loss": sum(row.get("held_out_seconds", 0.0) for row in rows),
-    }
+    parts = time_parts(rows, starts)
     whole = sum(parts.values())
     page.table(
-        ["of all steps", "seconds", "share"],
+        ["what", "seconds", "share"],
         [[name, f"{part:,.1f}", f"{part / whole:.1%}"] for name, part in parts.items()],
-        "Where the time went; what restarts cost is not in it",
+        "Where the time went",
     )
+    if len(starts) > 1:
+        page.table(
+            ["start", "at step", "workers", "why", "seconds until ready", "steps taken again"],
+            [
+                [number, s.step, s.workers, WHY[s.reason], f"{s.seconds:,.1f}", s.again]
+                for number, s in enumerate(starts, 1)
+            ],
+            "Every start of the run",
+        )
     charts = [
         ("tokens_per_second", 1.0, "tokens/s", "Tokens with the images' own"),
         ("mfu", 100.0, "%", "Model FLOPs utilisation: real tokens, nothing twice"),
@@ -177,6 +187,28 @@ def _add_speed(page: Page, rows: Rows) -> None:
     page.line_chart({"": (steps, shares)}, "step", "%", "Share of a step spent waiting for data")
 
 
+def time_parts(rows: Rows, starts: Sequence[Start]) -> dict[str, float]:
+    """Seconds of a run by what they were spent on; what took none is left out.
+
+    Args:
+        rows: Its metrics.
+        starts: Its starts.
+    """
+
+    def total(name: str) -> float:
+        return sum(row.get(name, 0.0) for row in rows)
+
+    parts = {
+        "computing": total("seconds") - total("wait_seconds"),
+        "waiting for data": total("wait_seconds"),
+        "held-out loss": total("held_out_seconds"),
+        "held-out answers": total("generated_seconds"),
+        "starting workers": sum(start.seconds for start in starts),
+        "steps taken again": sum(start.again_seconds for start in starts),
+    }
+    return {name: part for name, part in parts.items() if part or name == "waiting for data"}
+
+
 def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
     worst = read_worst(run)
     if not worst:
@@ -187,17 +219,52 @@ def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, A
         [[s.sample_id, f"{s.mean:.4f}", s.step, s.tokens] for s in worst],
         "Mean over a sample's trained tokens, when it was trained on",
     )
-    try:
-        dataset = open_dataset(
-            config["dataset"], view=config["view"], image_tokens=facts["image_tokens"],
-            max_length=config["max_length"],
-        )  # fmt: skip
-    except DataError as error:
-        page.text(f"Their conversations are not shown: {error}")
+    dataset = _open(page, config, facts, config["dataset"], TRAIN)
+    if dataset is None:
         return
     tokenizer = load_tokenizer(dataset.path / "tokenizer")
     for sample in worst[:SHOWN]:
         _add_sample(page, dataset, tokenizer, sample)
+
+
+def _open(
+    page: Page, config: Mapping[str, Any], facts: Mapping[str, Any], path: str, split: str
+) -> Dataset | None:
+    """A dataset as the run saw it; says on the page why it cannot be opened."""
+    try:
+        return open_dataset(
+            path, view=config["view"], image_tokens=facts["image_tokens"],
+            max_length=config["max_length"], split=split,
+        )  # fmt: skip
+    except DataError as error:
+        page.text(f"What is in the samples is not shown: {error}")
+        return None
+
+
+def _add_answers(page: Page, run: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """What was answered to each held-out question: at first, at last and some times between."""
+    found = read_generations(run)
+    if not found:
+        return
+    steps = sorted({one.step for one in found})
+    places = np.linspace(0, len(steps) - 1, min(ASKED_STEPS, len(steps))).astype(int)
+    shown = {steps[place] for place in places}
+    other = config.get("eval_dataset", "")
+    page.section("Answers to held-out questions")
+    dataset = _open(page, config, facts, other or config["dataset"], TRAIN if other else HELD_OUT)
+    by_sample: dict[str, list[Generation]] = {}
+    for one in found:
+        if one.step in shown:
+            by_sample.setdefault(one.sample_id, []).append(one)
+    for name, answers in by_sample.items():
+        index = answers[0].index
+        if dataset and index < len(dataset) and dataset.sample_id(index) == name:
+            page.gallery([GalleryItem(picture) for picture in dataset.sample(index).pixels])
+        rows = [[f"step {one.step + 1:,}", one.given] for one in answers]
+        page.table(
+            ["after", "answer"], [["expected", answers[0].expected], *rows],
+            f"{name}: {answers[0].question}",
+        )  # fmt: skip
 
 
 def _add_sample(page: Page, dataset: Dataset, tokenizer: Any, found: SampleLoss) -> None:

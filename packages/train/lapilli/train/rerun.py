@@ -15,14 +15,14 @@ from lapilli.data.collate import Batch, collate
 from lapilli.model.trainable import set_modes
 from lapilli.train.checkpoint import latest_checkpoint
 from lapilli.train.config import RunConfig
-from lapilli.train.device import choose_device
+from lapilli.train.device import choose_device, visible_devices
 from lapilli.train.errors import TrainError
 from lapilli.train.feed import Feed
-from lapilli.train.launch import join_alone
 from lapilli.train.loop import Setup, build_start, one_step, setup
 from lapilli.train.replay import KeptStep
 from lapilli.train.step import seed_step, to_device
 from lapilli.train.transfer import send_ahead
+from lapilli.train.workers import join_alone
 
 __all__ = ["Finding", "examine", "rerun"]
 
@@ -71,9 +71,9 @@ def rerun(
         )
     config = replace(
         config, output=str(kept.run), workers=1, min_workers=0, launcher="process",
-        zero_stage=0 if config.precision == "fp32" else 1, offload="none",
+        zero_stage=0 if config.precision == "fp32" else 1, offload="none", offload_path="",
     )  # fmt: skip
-    device = choose_device(config.device, torch.cuda.device_count())
+    device = choose_device(config.device, visible_devices())
     join_alone(device)
     ready = setup(config, device, rank=0, world_size=1)
     _step_to(ready, kept.step, on_step)

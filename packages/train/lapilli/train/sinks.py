@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lapilli.train.answers import Asked
 from lapilli.train.notes import note
 
 __all__ = ["LoggerName", "MlflowSink", "SinkThread", "TensorboardSink", "WandbSink", "open_sinks"]
@@ -31,6 +32,10 @@ class Sink(Protocol):
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Take one step's figures."""
+        ...
+
+    def show(self, step: int, answers: Sequence[Asked]) -> None:
+        """Take the answers to held-out questions after a step."""
         ...
 
     def close(self) -> None:
@@ -49,6 +54,11 @@ class TensorboardSink:
         """Take one step's figures."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, answers: Sequence[Asked]) -> None:
+        """Take the answers to held-out questions after a step."""
+        for one in answers:
+            self._writer.add_text(f"held_out/{one.sample_id}", _as_markdown(one), step)
 
     def close(self) -> None:
         """Take what is left."""
@@ -75,6 +85,13 @@ class WandbSink:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Take one step's figures."""
         self._run.log(dict(figures), step=step)
+
+    def show(self, step: int, answers: Sequence[Asked]) -> None:
+        """Take the answers to held-out questions after a step."""
+        wandb: Any = importlib.import_module("wandb")
+        columns = ["sample_id", "question", "expected", "given"]
+        rows = [[getattr(one, name) for name in columns] for one in answers]
+        self._run.log({"held_out": wandb.Table(columns=columns, data=rows)}, step=step)
 
     def close(self) -> None:
         """Take what is left."""
@@ -114,6 +131,11 @@ class MlflowSink:
         metrics = [self._metric(name, value, now, step) for name, value in figures.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
+    def show(self, step: int, answers: Sequence[Asked]) -> None:
+        """Take the answers to held-out questions after a step; a repeated step replaces its own."""
+        text = "\n\n---\n\n".join(f"# {one.sample_id}\n\n{_as_markdown(one)}" for one in answers)
+        self._client.log_text(self._id, text, f"held_out/step-{step:08d}.md")
+
     def close(self) -> None:
         """Take what is left."""
         self._client.set_terminated(self._id)
@@ -122,6 +144,10 @@ class MlflowSink:
 SINKS: dict[LoggerName, Callable[[Path, int, Mapping[str, Any]], Sink]] = {
     "tensorboard": TensorboardSink, "wandb": WandbSink, "mlflow": MlflowSink,
 }  # fmt: skip
+
+
+def _as_markdown(one: Asked) -> str:
+    return f"{one.question}\n\n**expected** {one.expected}\n\n**given** {one.given}"
 
 
 def _kept_id(path: Path) -> str:
@@ -143,7 +169,7 @@ class SinkThread:
     def __init__(self, name: str, make: Callable[[], Sink], run: Path) -> None:
         self._name = name
         self._run = run
-        self._rows: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING)
+        self._told: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(WAITING)
         self._failed = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(make,), name=f"sink {name}", daemon=True
@@ -153,8 +179,8 @@ class SinkThread:
     def _work(self, make: Callable[[], Sink]) -> None:
         try:
             sink = make()
-            while (item := self._rows.get()) is not None:
-                sink.write(*item)
+            while (told := self._told.get()) is not None:
+                told(sink)
             sink.close()
         except Exception as error:
             self._failed.set()
@@ -166,9 +192,17 @@ class SinkThread:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Hand a metrics row over, or drop it where too many wait."""
+        step, figures = int(row["step"]), figures_of(row)
+        self._tell(lambda sink: sink.write(step, figures))
+
+    def show(self, step: int, answers: Sequence[Asked]) -> None:
+        """Hand the answers to held-out questions over, likewise."""
+        self._tell(lambda sink: sink.show(step, answers))
+
+    def _tell(self, told: Callable[[Sink], None]) -> None:
         if not self._failed.is_set():
             try:
-                self._rows.put_nowait((int(row["step"]), figures_of(row)))
+                self._told.put_nowait(told)
             except queue.Full:
                 self._failed.set()
                 note(self._run, f"{self._name}: too slow, {WAITING} steps wait; it gets no more")
@@ -176,7 +210,7 @@ class SinkThread:
     def close(self) -> None:
         """Let it take what is left, for a while."""
         try:
-            self._rows.put(None, timeout=PATIENCE)
+            self._told.put(None, timeout=PATIENCE)
         except queue.Full:
             return
         self._thread.join(PATIENCE)

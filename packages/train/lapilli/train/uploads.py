@@ -19,6 +19,7 @@ from typing import Any
 from lapilli.data.output import COPY_BYTES, RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards import sha256_file
+from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import (
     CONFIG,
@@ -33,9 +34,9 @@ from lapilli.train.folders import (
     step_name,
 )
 from lapilli.train.metrics import METRICS
-from lapilli.train.notes import note
+from lapilli.train.notes import note, notes_end, notes_from
 
-__all__ = ["Uploads", "fetch_newest", "store_config", "stored_config"]
+__all__ = ["Uploads", "copy_rest", "fetch_newest", "store_config", "stored_config"]
 
 RETRY = 60.0  # seconds until an upload that failed is tried again; a new checkpoint is at once
 LAST_TRIES = 3  # of what is not there yet when the run ends, each with `RemotePath`'s own
@@ -99,7 +100,7 @@ class Uploads:
             note(
                 self._run,
                 f"{path.parent.name}/{path.name} is not at {self._address}; it is whole in "
-                f"{path.parent}: copy it from there, {STATE} last",
+                f"{path.parent}; the same command copies it",
             )
         steps = sorted(path.name for path in (self._run / FOLDER).glob("step-*"))
         if steps:  # what was held here while it was copied
@@ -168,6 +169,23 @@ class Uploads:
                 (RemotePath(self._address) / name).put(self._run / name)
         if path.parent.name == FOLDER:
             _prune(self._address, path.name, self._keep)
+
+
+def copy_rest(config: RunConfig, step: int) -> list[str]:
+    """Copy what an ended run could not; what is there already stays.
+
+    Args:
+        config: The run's settings.
+        step: Its newest checkpoint.
+
+    Returns:
+        What there is to say.
+    """
+    run = Path(config.output)
+    before = notes_end(run)
+    with Uploads(run, config.mirror, keep=config.keep, start=step):
+        pass  # its end waits for the copies
+    return notes_from(run, before)[0]
 
 
 def _put(file: Path, target: RemotePath) -> None:

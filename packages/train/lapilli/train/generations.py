@@ -1,0 +1,121 @@
+"""What a model answers to held-out samples while it is trained: `generations.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapilli.data.dataset import Dataset, Sample
+from lapilli.data.templates import get_template
+from lapilli.data.tokenize import load_tokenizer
+from lapilli.model.trainable import set_modes
+from lapilli.train.answers import Asked, ask_first, end_ids
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.folders import CONFIG
+
+__all__ = [
+    "GENERATIONS", "Generation", "Generations", "choose_questions", "forget_generations",
+    "generations_of", "read_generations",
+]  # fmt: skip
+
+GENERATIONS = "generations.jsonl"
+
+
+@dataclass(frozen=True)
+class Generation(Asked):
+    """An answer at some step.
+
+    Attributes:
+        step: The step after which it was asked.
+        index: The sample's place among those that are held out.
+    """
+
+    step: int
+    index: int
+
+
+def choose_questions(dataset: Dataset, count: int) -> dict[int, Sample]:
+    """Samples by their place in a dataset, from all over it.
+
+    Raises:
+        TrainError: They have no questions: their template trains the whole of a conversation.
+    """
+    settings: dict[str, Any] = json.loads((dataset.path / CONFIG).read_text(encoding="utf-8"))
+    if get_template(settings["template"]).trains == "all":
+        raise TrainError(
+            f"generate_every: the template of {dataset.path}, {settings['template']}, trains whole "
+            "conversations, so that no question stands before an answer; set generate_every: 0"
+        )
+    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
+    return {int(i): dataset.sample(int(i)) for i in np.unique(places.astype(np.int64))}
+
+
+class Generations:
+    """Asks a few held-out samples the same first question each time.
+
+    Every rank asks all of them, since under ZeRO-3 a forward needs every rank; rank 0 writes.
+
+    Args:
+        dataset: The samples, of which `config.generate_samples` from all over it are asked.
+        config: The run's settings.
+        place: Rank and world size.
+    """
+
+    def __init__(self, dataset: Dataset, config: RunConfig, place: tuple[int, int]) -> None:
+        rank, world_size = place
+        chosen = choose_questions(dataset, config.generate_samples)
+        self._indices, self._samples = [*chosen.keys()], [*chosen.values()]
+        self._ends = end_ids(self._samples)
+        self._tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
+        self._most_tokens = config.generate_tokens
+        self._is_synced = config.zero_stage == 3 and world_size > 1
+        self._run = Path(config.output) if rank == 0 else None
+
+    def ask(self, engine: Any, step: int) -> None:
+        """Ask after a step, and write down. Collective at ZeRO stage 3."""
+        engine.module.eval()
+        asked = ask_first(
+            engine.module, self._samples, self._tokenizer, ends=self._ends,
+            most_tokens=self._most_tokens, synced=self._is_synced,
+        )  # fmt: skip
+        set_modes(engine.module)
+        if self._run:
+            found = [
+                Generation(**asdict(one), step=step, index=index)
+                for one, index in zip(asked, self._indices, strict=True)
+            ]
+            _write(self._run, [*read_generations(self._run), *found])
+
+
+def forget_generations(run: Path, start: int) -> None:
+    """Forget what an earlier try wrote of a step and later ones."""
+    found = read_generations(run)
+    if found and found[-1].step >= start:
+        _write(run, [one for one in found if one.step < start])
+
+
+def _write(run: Path, generations: Sequence[Generation]) -> None:
+    temporary = run / f"{GENERATIONS}.tmp"
+    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in generations]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(run / GENERATIONS)
+
+
+def read_generations(run: Path) -> list[Generation]:
+    """What `generations.jsonl` holds, first steps first; nothing where there is none."""
+    try:
+        lines = (run / GENERATIONS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [Generation(**json.loads(line)) for line in lines]
+
+
+def generations_of(run: Path, step: int) -> list[Generation]:
+    """What was answered after a step."""
+    return [one for one in read_generations(run) if one.step == step]

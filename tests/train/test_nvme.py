@@ -1,0 +1,122 @@
+"""Optimizer state on a disk: the run without it, saved there, resumed there and elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from lapilli.model.vlm import build_model
+from lapilli.train import checkpoint
+from lapilli.train import engine as deepspeed_engine
+from lapilli.train.config import RunConfig
+from lapilli.train.device import prepare_process
+from lapilli.train.estimate import state_bytes
+from lapilli.train.optim import build_optimizer
+from lapilli.train.step import to_device, train_step
+from tests.train.tiny import global_tokens, model_config, random_steps, run_config
+
+pytestmark = pytest.mark.long  # the operator is compiled first
+STEPS, SAVED = 8, 4
+PIECE = 600_000  # numbers; what is below 1 MiB a worker stays in memory
+CPU = torch.device("cpu")
+
+
+def run_at(folder: Path, **values: Any) -> RunConfig:
+    """A language model some of whose parts are large enough for a disk."""
+    model = model_config("vision", "projector", "language")
+    model.language.settings.update(hidden_size=256, intermediate_size=1024, vocab_size=4096)
+    return run_config(model, zero_stage=3, output=str(folder / "run"), **values)
+
+
+def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Any:
+    prepare_process("cpu")
+    model = build_model(config.model)
+    if found:
+        checkpoint.load_weights(found, model)
+    settings = deepspeed_engine.deepspeed_settings(config)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition all
+    if config.offload == "nvme":
+        settings["zero_optimization"]["sub_group_size"] = PIECE
+    engine = deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
+    if found:
+        checkpoint.load_into(engine, found)
+    return engine
+
+
+def go_on(engine: Any, rank: int, steps: range) -> list[float]:
+    losses: list[float] = []
+    for ranks in random_steps(STEPS, seed=0)[steps.start : steps.stop]:
+        batches = [to_device(batch, CPU) for batch in ranks[rank]]
+        tokens = global_tokens(ranks)
+        loss = train_step(engine, batches, global_tokens=tokens, world_size=2)
+        dist.all_reduce(loss)
+        losses.append(float(loss) / tokens)
+    return losses
+
+
+def worker(rank: int, place: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", f"file://{place}/store", rank=rank, world_size=2)
+    folder = Path(place)
+    plain = run_at(folder)
+    swapped = replace(plain, offload="nvme", offload_path=str(folder / "disk"))
+    found: dict[str, Any] = {"none": go_on(start(plain), rank, range(STEPS))}
+    engine = start(swapped)
+    zero = engine.optimizer
+    found["pieces"] = sum(map(zero._swappable_optimizer_subgroup, range(len(zero.fp16_groups))))
+    first = go_on(engine, rank, range(SAVED))
+    state = {"dataset": "", "frozen": ""}
+    checkpoint.save(engine, folder / "run", SAVED, state, keep=1, is_writer=rank == 0)
+    found["swapped"] = first + go_on(engine, rank, range(SAVED, STEPS))
+    own = deepspeed_engine.swap_folder(swapped) / "zero_stage_3" / "optimizer" / f"rank{rank}"
+    found["bytes"] = sum(path.stat().st_size for path in own.iterdir())
+    dist.barrier()
+    newest = checkpoint.latest_checkpoint(folder / "run")
+    found["resumed"] = first + go_on(start(swapped, newest), rank, range(SAVED, STEPS))
+    found["back"] = first + go_on(start(plain, newest), rank, range(SAVED, STEPS))
+    deepspeed_engine.forget_swapped(swapped, rank)
+    assert not own.exists()
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    prepare_process("cpu")
+    builders: Any = importlib.import_module("deepspeed.ops.op_builder.cpu")
+    if not builders.AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio's headers are absent: apt-get install libaio-dev")
+    folder = tmp_path_factory.mktemp("nvme")
+    spawn(worker, (str(folder),), nprocs=2)
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def test_losses_are_those_without_it(found: dict[str, Any]) -> None:
+    assert found["pieces"] >= 3, "nothing was large enough to be swapped"
+    assert found["swapped"] == pytest.approx(found["none"], abs=1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(found: dict[str, Any]) -> None:
+    assert found["resumed"] == found["swapped"]
+    assert found["back"] == pytest.approx(found["none"], abs=1e-5)
+
+
+def test_the_estimate_is_what_lies_on_the_disk(found: dict[str, Any], tmp_path: Path) -> None:
+    parameters = [p.numel() for p in build_model(run_at(tmp_path).model).parameters()]
+    count = sum(parameters)
+    expected = state_bytes(
+        count, count, stage=3, workers=2, precision="fp32", offload="nvme"
+    )  # fmt: skip
+    # what is small stays in memory, and gradients below 1 MiB do
+    assert found["bytes"] == pytest.approx(expected.disk, rel=0.15)

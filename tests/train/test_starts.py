@@ -1,0 +1,119 @@
+"""What restarts cost: from the files of a run that was killed, in `show` and in the report."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from lapilli.data.shards import write_json
+from lapilli.train.folders import FACTS
+from lapilli.train.launch import launch, preflight
+from lapilli.train.metrics import METRICS, MetricsFile, read_metrics
+from lapilli.train.notes import NOTES
+from lapilli.train.report import time_parts
+from lapilli.train.starts import STARTS, Start, read_starts, record_start
+from pipelines.describe import describe_run
+from tests.train.gang import train_together
+from tests.train.small_run import small_dataset, small_run
+
+
+def rows(run: Path, count: int) -> None:
+    metrics = MetricsFile(run, 0)
+    for step in range(count):
+        metrics.write({"step": step, "seconds": 2.0})
+    metrics.close()
+
+
+def changed(path: Path, ago: float) -> None:
+    then = time.time() - ago
+    os.utime(path, (then, then))
+
+
+def test_a_first_start_is_counted_from_the_command(tmp_path: Path) -> None:
+    write_json(tmp_path / FACTS, {})
+    changed(tmp_path / FACTS, 30)
+    start = record_start(tmp_path, 0, 4)
+    assert (start.step, start.workers, start.reason, start.again) == (0, 4, "command", 0)
+    assert start.seconds == pytest.approx(30, abs=5)
+
+
+def test_lost_workers_are_counted_from_their_last_sign(tmp_path: Path) -> None:
+    write_json(tmp_path / FACTS, {})
+    rows(tmp_path, 7)
+    changed(tmp_path / FACTS, 1000)
+    changed(tmp_path / METRICS, 60)
+    start = record_start(tmp_path, 4, 2)
+    assert (start.step, start.reason, start.again, start.again_seconds) == (4, "loss", 3, 6.0)
+    assert start.seconds == pytest.approx(60, abs=5)
+
+
+def test_a_command_that_comes_later_is_not_blamed_for_the_night(tmp_path: Path) -> None:
+    write_json(tmp_path / FACTS, {})
+    rows(tmp_path, 7)
+    changed(tmp_path / METRICS, 30_000)
+    changed(tmp_path / FACTS, 20)
+    start = record_start(tmp_path, 4, 2)
+    assert (start.reason, start.again) == ("command", 3)
+    assert start.seconds == pytest.approx(20, abs=5)
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    first = record_start(tmp_path, 0, 1)
+    with (tmp_path / STARTS).open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "wor')
+    assert read_starts(tmp_path) == [first]
+    assert read_starts(tmp_path / "nowhere") == []
+
+
+def test_the_parts_of_the_time_are_those_of_steps_and_starts() -> None:
+    steps = [
+        {"seconds": 3.0, "wait_seconds": 1.0, "held_out_seconds": 0.5},
+        {"seconds": 2.0, "wait_seconds": 0.0, "generated_seconds": 0.25},
+    ]
+    starts = [Start(0, 2, "command", 7.0, 0, 0.0), Start(1, 1, "loss", 9.0, 2, 4.0)]
+    assert time_parts(steps, starts) == {
+        "computing": 4.0, "waiting for data": 1.0, "held-out loss": 0.5,
+        "held-out answers": 0.25, "starting workers": 16.0, "steps taken again": 4.0,
+    }  # fmt: skip
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_in_the_runs_own_account(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path)
+    config = small_run(dataset, tmp_path / "run", max_steps=9)
+    write_json(tmp_path / "run" / "config.json", asdict(config))
+    write_json(tmp_path / "run" / FACTS, {"total_steps": 9})
+    train_together(config, kill_at=6)
+    seen = read_metrics(tmp_path / "run")
+    assert train_together(config) == [0, 0]
+    first, second = read_starts(tmp_path / "run")
+    assert (first.step, first.reason, first.again) == (0, "command", 0)
+    assert (second.step, second.reason, second.again) == (4, "loss", len(seen) - 4)
+    assert second.again_seconds == pytest.approx(sum(row["seconds"] for row in seen[4:]))
+    assert second.seconds > 0
+    assert "workers were lost; the run goes on from step 4" in (tmp_path / "run" / NOTES).read_text(
+        encoding="utf-8"
+    )
+    shown = describe_run(tmp_path / "run").facts["starts"]
+    assert shown[0] == "2, 1 after a loss of workers"
+    assert shown[2].startswith(f"{counted(second.again)} taken again")
+
+
+def counted(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps} steps"
+
+
+def test_a_run_that_was_never_restarted_says_nothing(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path, images=8, text_only=0)
+    config = small_run(
+        dataset, tmp_path / "run", workers=1, launcher="process", micro_batch=4, max_steps=2
+    )
+    launch(preflight(config))
+    (start,) = read_starts(tmp_path / "run")
+    assert (start.step, start.reason) == (0, "command")
+    assert 0 < start.seconds < 300
+    assert "starts" not in describe_run(tmp_path / "run").facts
