@@ -128,8 +128,9 @@ def make_batch(model: VisionLanguageModel, rows: int, text_tokens: int) -> Batch
     draw = np.random.default_rng(0)
     side, tokens = model.vision.image_size, model.vision.num_tokens
     samples: list[Sample] = []
+    last = model.vocab_size - 1  # an image's place in the model that `trainer_way` times
     for row in range(rows):
-        ids = draw.integers(1, model.vocab_size, text_tokens + 1).astype(np.int32)
+        ids = draw.integers(1, last, text_tokens + 1).astype(np.int32)
         ids[1] = -200
         spans = np.array([[1 + text_tokens // 2, text_tokens + 1]], np.int32)
         pixels = draw.integers(0, 256, (1, side, side, 3)).astype(np.uint8)

@@ -54,11 +54,11 @@ def test_train_adds_a_row_without_ray_and_deepspeed(
     monkeypatch.setattr(training, "add_row", lambda t, row: harness.add_row(t, row, tmp_path))
     for name in ("ray", "deepspeed"):
         monkeypatch.setitem(sys.modules, name, None)
-    flags = ["--size=tiny", "--modes=[lora]", "--micro_batch=1", "--text_tokens=16", "--steps=1"]
+    flags = ["--size=tiny", "--modes=[lora]", "--steps=1"]
     assert main(["train", *flags, f"--trace={tmp_path / 'trace'}"]) == 0
     with (tmp_path / "train.csv").open(newline="") as file:
         [row] = csv.DictReader(file)
-    assert (row["mode"], row["length"]) == ("lora", "32")
+    assert (row["mode"], row["length"]) == ("lora", "240")
     assert min(float(row[name]) for name in ("seconds", "mfu", "hfu", "trainer_seconds")) > 0
     assert len(row["costs"].split("; ")) == 3
     assert (tmp_path / "trace" / "lora.json").stat().st_size > 0
