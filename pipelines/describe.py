@@ -280,16 +280,14 @@ def _starts(path: Path) -> dict[str, Lines]:
     starts = read_starts(path)
     if len(starts) < 2:
         return {}
-    lost = sum(start.reason == "loss" for start in starts)
-    again, seconds = (
-        sum(start.again for start in starts),
-        sum(start.again_seconds for start in starts),
-    )
+    restarts = sum(start.reason == "restart" for start in starts)
+    repeated = sum(start.repeated for start in starts)
+    seconds = sum(start.repeated_seconds for start in starts)
     return {
         "starts": (
-            f"{len(starts)}, {lost} after a loss of workers",
+            f"{len(starts)}, {restarts} of them by Ray",
             f"{duration_text(sum(start.seconds for start in starts))} until workers were ready",
-            f"{counted(again, 'step')} taken again, {duration_text(seconds)}",
+            f"{counted(repeated, 'step')} repeated, {duration_text(seconds)}",
         )
     }
 

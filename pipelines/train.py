@@ -24,12 +24,11 @@ from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG
-from lapilli.train.launch import Preflight, finished_steps, launch, preflight
+from lapilli.train.launch import Preflight, copy_rest, finished_steps, launch, preflight
 from lapilli.train.metrics import read_metrics
 from lapilli.train.replay import read_kept
 from lapilli.train.report import write_run_report
 from lapilli.train.rerun import Finding, rerun
-from lapilli.train.uploads import copy_rest
 from pipelines.command import console, parse, progress_bar, read_arguments, run, say
 from pipelines.describe import bytes_text, duration_text
 from pipelines.estimate import ESTIMATE, tell_estimate

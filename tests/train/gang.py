@@ -7,10 +7,12 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lapilli.train import engine
 from lapilli.train.config import RunConfig
 from lapilli.train.loop import fit, setup
 from lapilli.train.metrics import read_metrics
@@ -20,18 +22,21 @@ __all__ = ["train_together"]
 PATIENCE = 300  # seconds without a step; a machine may have other work
 
 
-def train_together(config: RunConfig, *, kill_at: int | None = None) -> list[int | None]:
+def train_together(
+    config: RunConfig, *, kill_at: int | None = None, cuts_all: bool = False
+) -> list[int | None]:
     """Run `config.workers` processes to their end; returns their exit codes.
 
     Args:
         config: The run.
         kill_at: kill -9 the last worker once this step is done; the others are ended then.
+        cuts_all: At ZeRO stage 3 share every parameter, also those that DeepSpeed finds too small.
     """
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     store = f"{tempfile.mkdtemp(dir=run.parent)}/store"
     spawn = multiprocessing.get_context("spawn")
-    places = [(config, rank, store) for rank in range(config.workers)]
+    places = [(config, rank, store, cuts_all) for rank in range(config.workers)]
     workers = [spawn.Process(target=_work, args=place) for place in places]
     for worker in workers:
         worker.start()
@@ -49,11 +54,20 @@ def train_together(config: RunConfig, *, kill_at: int | None = None) -> list[int
     return [worker.exitcode for worker in workers]
 
 
-def _work(config: RunConfig, rank: int, store: str) -> None:
+def _work(config: RunConfig, rank: int, store: str, cuts_all: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.workers))
     torch.set_num_threads(1)
     size = config.workers
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
+    settings = engine.deepspeed_settings
+    if cuts_all:
+        small = {"stage3_param_persistence_threshold": 0}
+
+        def cutting(config: RunConfig) -> dict[str, Any]:
+            found = settings(config)
+            return {**found, "zero_optimization": found["zero_optimization"] | small}
+
+        engine.deepspeed_settings = cutting
     fit(setup(config, "cpu", rank=rank, world_size=size))
     dist.barrier()
     dist.destroy_process_group()

@@ -15,7 +15,12 @@ from lapilli.model.generate import generate_greedy
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
-from lapilli.train.generations import Generation, read_generations
+from lapilli.train.generations import (
+    Generation,
+    forget_generations,
+    read_generations,
+    write_generations,
+)
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import read_metrics
 from lapilli.train.report import write_run_report
@@ -32,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_dataset(tmp_path_factory.mktemp("generations"), images=16, text_only=8)
 
 
-def asking(dataset: Path, output: Path, **values: object) -> RunConfig:
+def asking(dataset: Path, output: Path, **values: Any) -> RunConfig:
     """Asks five samples after steps 3 and 6, whose weights it keeps."""
     settings = {
         "eval_dataset": str(dataset), "generate_every": 3, "generate_samples": 5,
@@ -95,12 +100,27 @@ def test_losses_do_not_depend_on_them(finished: RunConfig, dataset: Path, tmp_pa
 
 
 def test_workers_that_share_the_weights_answer_together(dataset: Path, tmp_path: Path) -> None:
-    """ZeRO-3: answers end at different lengths, and every forward needs both ranks."""
-    config = asking(dataset, tmp_path / "run", workers=2, zero_stage=3)
-    assert train_together(config) == [0, 0]
+    """ZeRO-3 with every parameter cut: each forward needs both ranks, also the steps after it."""
+    values = {"workers": 2, "zero_stage": 3, "eval_every": 3}
+    config = asking(dataset, tmp_path / "run", **values)
+    quiet = asking(dataset, tmp_path / "quiet", **values, generate_every=0)
+    for one in (config, quiet):
+        assert train_together(one, cuts_all=True) == [0, 0]
     found = read_generations(tmp_path / "run")
     for step in (3, 6):
         assert given(found, step) == answered(tmp_path / "run", step, dataset)
+    rows = [read_metrics(Path(one.output)) for one in (config, quiet)]
+    for name in ("loss", "held_out_loss"):
+        assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]]
+
+
+def test_whatever_a_model_says_is_read_back(tmp_path: Path) -> None:
+    """Line separators that JSON need not escape, an emoji, half of one."""
+    said = [Generation("a/1", "q\u2028\x85?", "\n", "\ud83d \U0001f600\x0b", 4, 0)]
+    write_generations(tmp_path, said)
+    assert read_generations(tmp_path) == said
+    forget_generations(tmp_path, 4)
+    assert read_generations(tmp_path) == []
 
 
 @pytest.mark.faults

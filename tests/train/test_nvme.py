@@ -19,12 +19,17 @@ from lapilli.train import engine as deepspeed_engine
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.estimate import state_bytes
+from lapilli.train.launch import launch, preflight
+from lapilli.train.metrics import read_metrics
 from lapilli.train.optim import build_optimizer
 from lapilli.train.step import to_device, train_step
+from tests.train.small_run import small_dataset, small_run
+from tests.train.test_zero import Probe
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config
 
 pytestmark = pytest.mark.long  # the operator is compiled first
 STEPS, SAVED = 8, 4
+KINDS = ("none", "swapped", "resumed", "back")
 PIECE = 600_000  # numbers; what is below 1 MiB a worker stays in memory
 CPU = torch.device("cpu")
 
@@ -36,7 +41,7 @@ def run_at(folder: Path, **values: Any) -> RunConfig:
     return run_config(model, zero_stage=3, output=str(folder / "run"), **values)
 
 
-def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Any:
+def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Probe:
     prepare_process("cpu")
     model = build_model(config.model)
     if found:
@@ -48,18 +53,19 @@ def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Any:
     engine = deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
     if found:
         checkpoint.load_into(engine, found)
-    return engine
+    return Probe(engine)
 
 
-def go_on(engine: Any, rank: int, steps: range) -> list[float]:
-    losses: list[float] = []
+def go_on(probe: Probe, rank: int, steps: range) -> list[Any]:
+    """Loss, whole gradient and norms by part of each step."""
+    seen: list[Any] = []
     for ranks in random_steps(STEPS, seed=0)[steps.start : steps.stop]:
         batches = [to_device(batch, CPU) for batch in ranks[rank]]
         tokens = global_tokens(ranks)
-        loss = train_step(engine, batches, global_tokens=tokens, world_size=2)
+        loss = train_step(probe, batches, global_tokens=tokens, world_size=2)
         dist.all_reduce(loss)
-        losses.append(float(loss) / tokens)
-    return losses
+        seen.append((float(loss) / tokens, probe.gradients, probe.norms))
+    return seen
 
 
 def worker(rank: int, place: str) -> None:
@@ -70,13 +76,13 @@ def worker(rank: int, place: str) -> None:
     plain = run_at(folder)
     swapped = replace(plain, offload="nvme", offload_path=str(folder / "disk"))
     found: dict[str, Any] = {"none": go_on(start(plain), rank, range(STEPS))}
-    engine = start(swapped)
-    zero = engine.optimizer
+    probe = start(swapped)
+    zero = probe.engine.optimizer
     found["pieces"] = sum(map(zero._swappable_optimizer_subgroup, range(len(zero.fp16_groups))))
-    first = go_on(engine, rank, range(SAVED))
+    first = go_on(probe, rank, range(SAVED))
     state = {"dataset": "", "frozen": ""}
-    checkpoint.save(engine, folder / "run", SAVED, state, keep=1, is_writer=rank == 0)
-    found["swapped"] = first + go_on(engine, rank, range(SAVED, STEPS))
+    checkpoint.save(probe.engine, folder / "run", SAVED, state, keep=1, is_writer=rank == 0)
+    found["swapped"] = first + go_on(probe, rank, range(SAVED, STEPS))
     own = deepspeed_engine.swap_folder(swapped) / "zero_stage_3" / "optimizer" / f"rank{rank}"
     found["bytes"] = sum(path.stat().st_size for path in own.iterdir())
     dist.barrier()
@@ -104,12 +110,35 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_losses_are_those_without_it(found: dict[str, Any]) -> None:
     assert found["pieces"] >= 3, "nothing was large enough to be swapped"
-    assert found["swapped"] == pytest.approx(found["none"], abs=1e-5)
+    for (loss, gradients, norms), swapped in zip(found["none"], found["swapped"], strict=True):
+        assert swapped[0] == pytest.approx(loss, abs=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(swapped[1][name], gradient, atol=1e-5, rtol=0)
+        # of what it offloads DeepSpeed takes the norms itself, in fp32
+        torch.testing.assert_close(swapped[2], norms, atol=1e-5, rtol=1e-4)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(found: dict[str, Any]) -> None:
-    assert found["resumed"] == found["swapped"]
-    assert found["back"] == pytest.approx(found["none"], abs=1e-5)
+    losses = {kind: [step[0] for step in found[kind]] for kind in KINDS}
+    assert losses["resumed"] == losses["swapped"]
+    assert losses["back"] == pytest.approx(losses["none"], abs=1e-5)
+
+
+def test_a_run_leaves_nothing_on_the_disk(found: dict[str, Any], tmp_path: Path) -> None:
+    """And begins without what a killed one left there."""
+    del found  # the operator is there
+    dataset = small_dataset(tmp_path, images=8, text_only=0)
+    disk = tmp_path / "disk"
+    config = small_run(
+        dataset, tmp_path / "run", workers=1, launcher="process", micro_batch=4, max_steps=2,
+        zero_stage=3, offload="nvme", offload_path=str(disk),
+    )  # fmt: skip
+    left = deepspeed_engine.swap_folder(config) / "zero_stage_3" / "optimizer" / "rank7"
+    left.mkdir(parents=True)
+    (left / "5_6.tensor.swp").write_bytes(bytes(100))
+    launch(preflight(config))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+    assert [*disk.iterdir()] == []
 
 
 def test_the_estimate_is_what_lies_on_the_disk(found: dict[str, Any], tmp_path: Path) -> None:

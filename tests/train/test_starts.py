@@ -37,7 +37,7 @@ def test_a_first_start_is_counted_from_the_command(tmp_path: Path) -> None:
     write_json(tmp_path / FACTS, {})
     changed(tmp_path / FACTS, 30)
     start = record_start(tmp_path, 0, 4)
-    assert (start.step, start.workers, start.reason, start.again) == (0, 4, "command", 0)
+    assert (start.step, start.workers, start.reason, start.repeated) == (0, 4, "command", 0)
     assert start.seconds == pytest.approx(30, abs=5)
 
 
@@ -47,7 +47,12 @@ def test_lost_workers_are_counted_from_their_last_sign(tmp_path: Path) -> None:
     changed(tmp_path / FACTS, 1000)
     changed(tmp_path / METRICS, 60)
     start = record_start(tmp_path, 4, 2)
-    assert (start.step, start.reason, start.again, start.again_seconds) == (4, "loss", 3, 6.0)
+    assert (start.step, start.reason, start.repeated, start.repeated_seconds) == (
+        4,
+        "restart",
+        3,
+        6.0,
+    )
     assert start.seconds == pytest.approx(60, abs=5)
 
 
@@ -57,16 +62,30 @@ def test_a_command_that_comes_later_is_not_blamed_for_the_night(tmp_path: Path) 
     changed(tmp_path / METRICS, 30_000)
     changed(tmp_path / FACTS, 20)
     start = record_start(tmp_path, 4, 2)
-    assert (start.reason, start.again) == ("command", 3)
+    assert (start.reason, start.repeated) == ("command", 3)
     assert start.seconds == pytest.approx(20, abs=5)
 
 
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_kill_leaves_all_starts_or_the_one_before(tmp_path: Path) -> None:
+    """The file is replaced; what a kill leaves of the next one is passed over."""
     first = record_start(tmp_path, 0, 1)
-    with (tmp_path / STARTS).open("a", encoding="utf-8") as file:
-        file.write('{"step": 3, "wor')
+    (tmp_path / f"{STARTS}.tmp").write_text('{"step": 3, "wor', encoding="utf-8")
     assert read_starts(tmp_path) == [first]
+    second = record_start(tmp_path, 3, 2)
+    assert read_starts(tmp_path) == [first, second]
     assert read_starts(tmp_path / "nowhere") == []
+
+
+def test_workers_lost_before_their_first_step_are_counted_once_each(tmp_path: Path) -> None:
+    write_json(tmp_path / FACTS, {})
+    changed(tmp_path / FACTS, 90)
+    first = record_start(tmp_path, 0, 2)
+    MetricsFile(tmp_path, 0).close()  # what a worker does next
+    changed(tmp_path / METRICS, 40)
+    second = record_start(tmp_path, 0, 1)
+    assert (first.reason, second.reason, second.workers) == ("command", "restart", 1)
+    assert first.seconds == pytest.approx(90, abs=5)
+    assert second.seconds == pytest.approx(40, abs=5)
 
 
 def test_the_parts_of_the_time_are_those_of_steps_and_starts() -> None:
@@ -74,10 +93,10 @@ def test_the_parts_of_the_time_are_those_of_steps_and_starts() -> None:
         {"seconds": 3.0, "wait_seconds": 1.0, "held_out_seconds": 0.5},
         {"seconds": 2.0, "wait_seconds": 0.0, "generated_seconds": 0.25},
     ]
-    starts = [Start(0, 2, "command", 7.0, 0, 0.0), Start(1, 1, "loss", 9.0, 2, 4.0)]
+    starts = [Start(0, 2, "command", 7.0, 0, 0.0), Start(1, 1, "restart", 9.0, 2, 4.0)]
     assert time_parts(steps, starts) == {
         "computing": 4.0, "waiting for data": 1.0, "held-out loss": 0.5,
-        "held-out answers": 0.25, "starting workers": 16.0, "steps taken again": 4.0,
+        "held-out answers": 0.25, "starting workers": 16.0, "steps repeated": 4.0,
     }  # fmt: skip
 
 
@@ -91,16 +110,16 @@ def test_a_killed_worker_is_in_the_runs_own_account(tmp_path: Path) -> None:
     seen = read_metrics(tmp_path / "run")
     assert train_together(config) == [0, 0]
     first, second = read_starts(tmp_path / "run")
-    assert (first.step, first.reason, first.again) == (0, "command", 0)
-    assert (second.step, second.reason, second.again) == (4, "loss", len(seen) - 4)
-    assert second.again_seconds == pytest.approx(sum(row["seconds"] for row in seen[4:]))
+    assert (first.step, first.reason, first.repeated) == (0, "command", 0)
+    assert (second.step, second.reason, second.repeated) == (4, "restart", len(seen) - 4)
+    assert second.repeated_seconds == pytest.approx(sum(row["seconds"] for row in seen[4:]))
     assert second.seconds > 0
-    assert "workers were lost; the run goes on from step 4" in (tmp_path / "run" / NOTES).read_text(
-        encoding="utf-8"
-    )
+    assert "the workers were started again; the run goes on from step 4 with 2" in (
+        tmp_path / "run" / NOTES
+    ).read_text(encoding="utf-8")
     shown = describe_run(tmp_path / "run").facts["starts"]
-    assert shown[0] == "2, 1 after a loss of workers"
-    assert shown[2].startswith(f"{counted(second.again)} taken again")
+    assert shown[0] == "2, 1 of them by Ray"
+    assert shown[2].startswith(f"{counted(second.repeated)} repeated")
 
 
 def counted(steps: int) -> str:

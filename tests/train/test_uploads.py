@@ -173,6 +173,10 @@ def test_what_cannot_be_stored_is_said_before_the_first_step(
     run(config)
     with pytest.raises(TrainError, match=r"seed: s3://.* started with 42, now 7; .* --mirror"):
         preflight(replace(config, seed=7, output=str(tmp_path / "other")))
+    finished = replace(config, seed=7, output=str(tmp_path / "finished"), mirror="")
+    run(finished)
+    with pytest.raises(TrainError, match=r"seed: s3://.* started with 42, now 7; .* --mirror"):
+        train(replace(finished, mirror=STORE))  # has nothing to do but to copy
     with pytest.raises(TrainError, match="expected an address like s3"):
         replace(config, mirror="bucket/run")
 

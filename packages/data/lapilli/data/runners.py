@@ -10,9 +10,9 @@ import importlib
 import logging
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -30,10 +30,11 @@ from lapilli.data.shards import ShardFacts
 from lapilli.data.spool import TASKS, read_task, write_tasks
 from lapilli.data.tasks import begin_task, finished_task, run_task
 
-__all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
+__all__ = ["Runner", "full_at_once", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
-SOON, USUAL = 0.05, 1.0  # seconds between two looks of Ray Data at the cluster's size
+LOOKS = "GLOBAL_LIMITS_UPDATE_INTERVAL_S"  # between Ray Data's looks at the cluster's size
+SOON = 0.05  # seconds
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
@@ -66,17 +67,16 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         for task, place in zip(tasks, places, strict=True)
     ]
     try:
-        with ray_session():
+        with ray_session(), full_at_once() as begun:
             for row in watched(lambda: _mapped(rows, workers).iter_rows()):
                 if row["error"]:
                     raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
-                _look_at_cluster(USUAL)
+                begun()
                 left -= 1
                 yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
     except RayDied as error:
         raise DataError(f"{error}, it goes on with the {left} shards that are missing") from None
     finally:
-        _look_at_cluster(USUAL)
         _clear(output, tasks)
 
 
@@ -89,7 +89,6 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    _look_at_cluster(SOON)
     context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
     slots = workers or int(ray.cluster_resources().get("CPU", 1))
     blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
@@ -99,16 +98,26 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     )
 
 
-def _look_at_cluster(every: float) -> None:
-    """Set how often Ray Data looks at the cluster's size, in seconds.
+@contextmanager
+def full_at_once() -> Generator[Callable[[], None]]:
+    """Have Ray Data fill all slots in its first second too, until what is yielded is called.
 
-    It asks for it, goes by "nothing is known yet", which leaves all slots but one empty, and looks
-    again only after a second. Looking often costs the driver a tenth of a core. A Ray without this
-    setting begins as it likes.
+    It asks how large the cluster is, goes by "nothing is known yet", which leaves all slots but one
+    empty, and looks again only after a second. Looking often all the time would cost the driver a
+    tenth of a core. A Ray without this setting begins as it likes.
     """
-    with suppress(ImportError, AttributeError):
-        module = importlib.import_module("ray.data._internal.execution.resource_manager")
-        module.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = every
+    manager: Any = None
+    with suppress(ImportError):
+        manager = importlib.import_module("ray.data._internal.execution.resource_manager")
+    usual = getattr(getattr(manager, "ResourceManager", None), LOOKS, None)
+    if usual is None:
+        yield lambda: None
+        return
+    setattr(manager.ResourceManager, LOOKS, SOON)
+    try:
+        yield lambda: setattr(manager.ResourceManager, LOOKS, usual)
+    finally:
+        setattr(manager.ResourceManager, LOOKS, usual)
 
 
 def group_sizes(shards: int, slots: int) -> Iterator[int]:

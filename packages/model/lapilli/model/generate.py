@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from lapilli.model.vlm import VisionLanguageModel
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Decoding", "generate", "generate_greedy"]
+__all__ = ["Decoding", "Gathering", "generate", "generate_greedy"]
+
+Gathering: TypeAlias = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def generate(
     end_ids: Sequence[int],
     on_tokens: Callable[[list[int]], None] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
-    synced: bool = False,
+    gathered: Gathering | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until one of `end_ids`.
 
@@ -68,8 +71,8 @@ def generate(
         on_tokens: Called with the newest id of every prompt after each step.
         stop: Asked after each step with an answer's ids so far; True ends that answer, which is
             how a text that spans several tokens ends one.
-        synced: All ranks of the process group call this, and take as many steps as the last of
-            them: for weights that ranks share among them.
+        gathered: For weights that the ranks of a process group have shared out: makes some whole
+            inside. All ranks call this, and take as many steps as the last of them.
 
     Returns:
         The new ids of each prompt, without what ended it.
@@ -87,7 +90,9 @@ def generate(
     device = model.language.device
     input_ids, merge_index, mask = _left_pad(prompts, model.vision.num_tokens)
     stacked = torch.from_numpy(np.concatenate(pixels)).to(device)
-    embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
+    table = model.language.get_input_embeddings().weight  # `embed` reads it past its module
+    with gathered([table]) if gathered else nullcontext():
+        embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(decoding.seed)
@@ -96,7 +101,7 @@ def generate(
             attention_mask=mask.to(device),
             generation_config=_settings(decoding, end_ids),
             stopping_criteria=[_watch(on_tokens, stop)],
-            synced_gpus=synced,
+            synced_gpus=gathered is not None,
         )
     return [_until(row, end_ids) for row in produced.tolist()]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lapilli.data.dataset import Sample
-from lapilli.model.generate import Decoding, generate
+from lapilli.model.generate import Decoding, Gathering, generate
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def ask_first(
     ends: Sequence[int],
     pixels: Sequence[NDArray[np.uint8]] = (),
     most_tokens: int = 0,
-    synced: bool = False,
+    gathered: Gathering | None = None,
 ) -> list[Asked]:
     """Ask each sample's first question, all in one batch.
 
@@ -54,7 +54,7 @@ def ask_first(
         ends: Ids that end an answer.
         pixels: Images to show, uint8 [images, size, size, 3] each; left out, the samples' own.
         most_tokens: Longest answer; 0 for the longest expected one's length.
-        synced: See `generate`.
+        gathered: See `generate`.
     """
     prompts = [s.input_ids[: s.label_spans[0, 0]].astype(np.int64) for s in samples]
     places = [int((ids < 0).sum()) for ids in prompts]  # later turns may have images too
@@ -64,7 +64,7 @@ def ask_first(
     ]
     longest = max(int(s.label_spans[0, 1] - s.label_spans[0, 0]) for s in samples)
     decoding = Decoding(min(longest, most_tokens) if most_tokens else longest)
-    produced = generate(model, prompts, shown, decoding, end_ids=ends, synced=synced)
+    produced = generate(model, prompts, shown, decoding, end_ids=ends, gathered=gathered)
     return [
         Asked(sample.sample_id, *_texts(sample, given, tokenizer))
         for sample, given in zip(samples, produced, strict=True)

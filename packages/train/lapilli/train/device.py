@@ -27,6 +27,7 @@ __all__ = [
     "device_memory",
     "device_name",
     "has_habana",
+    "know_collectives",
     "peak_memory",
     "prepare_process",
     "synchronize",
@@ -98,6 +99,13 @@ def prepare_process(device: Device) -> torch.device:
     """Set DeepSpeed's accelerator for this process; call before it is imported."""
     os.environ["DS_ACCELERATOR"] = device
     return torch_device(device)
+
+
+def know_collectives(device: Device) -> None:
+    """Make torch know the device's backend, which Gaudi's is not by itself; Ray does it too."""
+    if device == "hpu":
+        torch_device(device)
+        importlib.import_module(f"{HABANA}.torch.distributed.hccl")
 
 
 def device_name(device: torch.device) -> str:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ __all__ = [
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # fp16: halved at every overflow, doubled after so many steps without one
 SCALING = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1}
-SWAPPED = 2 * 10**7  # numbers that are read from a disk and written to it at once
+SUB_GROUP = 2 * 10**7  # numbers that are read from a disk and written to it at once
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 
 
@@ -76,7 +76,7 @@ def _offloading(config: RunConfig) -> dict[str, Any]:
         found["offload_param"] = {"device": "cpu"}
     if config.offload == "nvme":
         found["offload_optimizer"]["nvme_path"] = str(swap_folder(config))
-        found["sub_group_size"] = SWAPPED
+        found["sub_group_size"] = SUB_GROUP
     return found
 
 
@@ -92,7 +92,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
 
     _quieten()
     if nvme_path := settings["zero_optimization"].get("offload_optimizer", {}).get("nvme_path"):
-        _prepare_swapping(Path(nvme_path))
+        _prepare_swapping(Path(nvme_path), model)
     engine: Any
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -117,24 +117,40 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 
 
-def _prepare_swapping(folder: Path) -> None:
-    """What offloading to a disk takes, on every worker.
+def _prepare_swapping(folder: Path, model: nn.Module) -> None:
+    """What offloading to a disk takes, on every worker. Collective.
 
     Raises:
-        TrainError: The folder cannot be written past the cache, or the operator not be compiled.
+        TrainError: The folder cannot be written past the cache, its disk is too small, or the
+            operator cannot be compiled.
     """
     from deepspeed.accelerator import get_accelerator
 
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if is_first:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if dist.is_initialized():
+        dist.barrier()
     probe = folder / f"probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
-        probe.unlink()
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise TrainError(
             f"offload_path: {folder} cannot be written past the cache ({error.strerror}); choose a "
             "folder on a disk of the worker's machine"
         ) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    needed = 16 * numbers // (dist.get_world_size() if dist.is_initialized() else 1)
+    if needed > free:
+        raise TrainError(
+            f"offload_path: {folder} has {free / 1e9:.1f} GB free, each worker on this machine "
+            f"needs {needed / 1e9:.1f}; free space or choose another folder"
+        )
     accelerator: Any = get_accelerator()
     builder = accelerator.get_op_builder("AsyncIOBuilder")()
     why = "libaio is not found"
@@ -151,11 +167,15 @@ def _prepare_swapping(folder: Path) -> None:
 
 
 def forget_swapped(config: RunConfig, rank: int) -> None:
-    """Remove what a worker has kept on its disk; a run that was killed leaves it until its end."""
-    if config.offload == "nvme":
-        shutil.rmtree(
-            swap_folder(config) / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True
-        )
+    """Remove what a worker has kept on its disk, and the folders once they are empty."""
+    if config.offload != "nvme":
+        return
+    run = swap_folder(config)
+    own = run / "zero_stage_3" / "optimizer" / f"rank{rank}"
+    shutil.rmtree(own, ignore_errors=True)
+    for folder in (own.parent, run / "zero_stage_3", run):
+        with suppress(OSError):  # others are still in it
+            folder.rmdir()
 
 
 def loading_of(config: RunConfig) -> Loading:
@@ -362,7 +382,10 @@ def _create_moments(engine: Any) -> None:
 
 @contextmanager
 def _swapped_in(engine: Any, number: int) -> Generator[None]:
-    """Have a piece of what the optimizer updates in memory inside, if it lies on a disk."""
+    """Have a piece of what the optimizer updates in memory inside, if it lies on a disk.
+
+    An error inside leaves the disk as it was.
+    """
     zero = engine.optimizer
     swaps = getattr(zero, "swap_optimizer", False)
     is_on_disk = swaps and zero._swappable_optimizer_subgroup(number)

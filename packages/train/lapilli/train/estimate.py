@@ -108,7 +108,7 @@ def _offloaded(parameters: int, trained: int, *, stage: int, workers: int, size:
 def _swapped(held: StateBytes, trained: int, *, workers: int) -> StateBytes:
     """What is offloaded with the optimizer's state and its fp32 gradient on a disk.
 
-    Some buffers of `engine.SWAPPED` numbers, in the host's memory, are not counted.
+    Some buffers of `engine.SUB_GROUP` numbers, in the host's memory, are not counted.
     """
     disk = trained * (MOMENTS_BYTES + MASTER_BYTES + 4) // workers
     return replace(held, host=held.host - disk, disk=disk)

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.data.dataset import Dataset, Sample
+from lapilli.data.dataset import Dataset
 from lapilli.data.templates import get_template
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.model.trainable import set_modes
 from lapilli.train.answers import Asked, ask_first, end_ids
 from lapilli.train.config import RunConfig
+from lapilli.train.engine import gathered
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG
 
 __all__ = [
     "GENERATIONS", "Generation", "Generations", "choose_questions", "forget_generations",
-    "generations_of", "read_generations",
+    "read_generations", "write_generations",
 ]  # fmt: skip
 
 GENERATIONS = "generations.jsonl"
@@ -40,8 +41,8 @@ class Generation(Asked):
     index: int
 
 
-def choose_questions(dataset: Dataset, count: int) -> dict[int, Sample]:
-    """Samples by their place in a dataset, from all over it.
+def choose_questions(dataset: Dataset, count: int) -> list[int]:
+    """Places of samples in a dataset, from all over it, whose questions are asked.
 
     Raises:
         TrainError: They have no questions: their template trains the whole of a conversation.
@@ -53,7 +54,7 @@ def choose_questions(dataset: Dataset, count: int) -> dict[int, Sample]:
             "conversations, so that no question stands before an answer; set generate_every: 0"
         )
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
-    return {int(i): dataset.sample(int(i)) for i in np.unique(places.astype(np.int64))}
+    return np.unique(places.astype(np.int64)).tolist()
 
 
 class Generations:
@@ -69,40 +70,47 @@ class Generations:
 
     def __init__(self, dataset: Dataset, config: RunConfig, place: tuple[int, int]) -> None:
         rank, world_size = place
-        chosen = choose_questions(dataset, config.generate_samples)
-        self._indices, self._samples = [*chosen.keys()], [*chosen.values()]
-        self._ends = end_ids(self._samples)
+        self._dataset = dataset
+        self._indices = choose_questions(dataset, config.generate_samples)
+        self._ends = end_ids(map(dataset.sample, self._indices))
+        self._rows = config.micro_batch
         self._tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
         self._most_tokens = config.generate_tokens
-        self._is_synced = config.zero_stage == 3 and world_size > 1
+        is_shared = config.zero_stage == 3 and world_size > 1
+        self._gathered = gathered if is_shared else None
         self._run = Path(config.output) if rank == 0 else None
 
-    def ask(self, engine: Any, step: int) -> None:
-        """Ask after a step, and write down. Collective at ZeRO stage 3."""
+    def ask(self, engine: Any, step: int) -> list[Generation]:
+        """Ask after a step, a micro-batch at a time, and write down. Collective at ZeRO stage 3."""
         engine.module.eval()
-        asked = ask_first(
-            engine.module, self._samples, self._tokenizer, ends=self._ends,
-            most_tokens=self._most_tokens, synced=self._is_synced,
-        )  # fmt: skip
+        asked: list[Asked] = []
+        for start in range(0, len(self._indices), self._rows):
+            samples = map(self._dataset.sample, self._indices[start : start + self._rows])
+            asked += ask_first(
+                engine.module, [*samples], self._tokenizer, ends=self._ends,
+                most_tokens=self._most_tokens, gathered=self._gathered,
+            )  # fmt: skip
         set_modes(engine.module)
+        found = [
+            Generation(**asdict(one), step=step, index=index)
+            for one, index in zip(asked, self._indices, strict=True)
+        ]
         if self._run:
-            found = [
-                Generation(**asdict(one), step=step, index=index)
-                for one, index in zip(asked, self._indices, strict=True)
-            ]
-            _write(self._run, [*read_generations(self._run), *found])
+            write_generations(self._run, [*read_generations(self._run), *found])
+        return found
 
 
 def forget_generations(run: Path, start: int) -> None:
     """Forget what an earlier try wrote of a step and later ones."""
     found = read_generations(run)
     if found and found[-1].step >= start:
-        _write(run, [one for one in found if one.step < start])
+        write_generations(run, [one for one in found if one.step < start])
 
 
-def _write(run: Path, generations: Sequence[Generation]) -> None:
+def write_generations(run: Path, generations: Sequence[Generation]) -> None:
+    """Replace the file: a kill leaves the one before or this one."""
     temporary = run / f"{GENERATIONS}.tmp"
-    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in generations]
+    lines = [json.dumps(asdict(one)) + "\n" for one in generations]
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(run / GENERATIONS)
 
@@ -114,8 +122,3 @@ def read_generations(run: Path) -> list[Generation]:
     except FileNotFoundError:
         return []
     return [Generation(**json.loads(line)) for line in lines]
-
-
-def generations_of(run: Path, step: int) -> list[Generation]:
-    """What was answered after a step."""
-    return [one for one in read_generations(run) if one.step == step]

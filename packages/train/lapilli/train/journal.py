@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lapilli.train.answers import Asked
 from lapilli.train.config import RunConfig
 from lapilli.train.feed import StepBatches
-from lapilli.train.generations import generations_of
 from lapilli.train.measure import StepMeter, Worst, group_means
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.sinks import open_sinks
@@ -21,19 +21,26 @@ class Journal:
     """A run's written record, from `start` on; what an earlier try wrote of later steps goes."""
 
     def __init__(self, config: RunConfig, start: int, meter: StepMeter) -> None:
-        self._run = run = Path(config.output)
+        run = Path(config.output)
         self._metrics = MetricsFile(run, start)
         self._worst = Worst(run, start)
         self._meter = meter
         self._sinks = open_sinks(run, start, config.loggers, asdict(config))
 
-    def write(self, step: StepBatches, row: dict[str, Any], losses: Sequence[float]) -> None:
+    def write(
+        self,
+        step: StepBatches,
+        row: dict[str, Any],
+        losses: Sequence[float],
+        answers: Sequence[Asked] = (),
+    ) -> None:
         """Add a step.
 
         Args:
             step: Its samples.
             row: What has been measured, `seconds` among it.
             losses: Every sample's summed loss by its place in the global batch.
+            answers: To held-out questions, if any were asked after this step.
         """
         samples = self._meter.samples(step, losses)
         groups = {f"loss_by_{by}": group_means(samples, by) for by in ("source", "modality")}
@@ -41,8 +48,8 @@ class Journal:
         self._metrics.write(whole)
         for sink in self._sinks:
             sink.write(whole)
-            if "generated_seconds" in row:
-                sink.show(row["step"], generations_of(self._run, row["step"]))
+            if answers:
+                sink.show(row["step"], answers)
         self._worst.add(samples)
 
     def close(self) -> None:

@@ -45,16 +45,18 @@ from lapilli.train.notes import notes_end, notes_from
 from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
 from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
-from lapilli.train.uploads import fetch_newest, store_config, stored_config
+from lapilli.train.uploads import Uploads, fetch_newest, store_config, stored_config
 from lapilli.train.workers import fit_here, fit_on_ray
 
 __all__ = [
     "Preflight",
+    "copy_rest",
     "finished_steps",
     "launch",
     "preflight",
 ]
 
+FREE_WITHIN = 60.0  # seconds to wait for an HPU that can be asked for its software
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
 # What may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE = {
@@ -186,6 +188,7 @@ def _find_device(config: RunConfig) -> Device:
     if config.launcher == "process":
         return choose_device(config.device, visible_devices())
     import ray
+    from ray.exceptions import GetTimeoutError
 
     resources = ray.cluster_resources()
     available: dict[Device, int] = {
@@ -201,7 +204,14 @@ def _find_device(config: RunConfig) -> Device:
         )
     if device == "hpu":
         asked = ray.remote(num_cpus=0, resources={RESOURCE[device]: 1})(has_habana)
-        if not ray.get(asked.remote()):
+        try:
+            has_software = ray.get(asked.remote(), timeout=FREE_WITHIN)
+        except GetTimeoutError:
+            raise TrainError(
+                f"device: hpu; no HPU of {slots} was free within {FREE_WITHIN:.0f} s; wait for "
+                "what runs there, or set device: cpu"
+            ) from None
+        if not has_software:
             raise TrainError(NO_HABANA)
     return device
 
@@ -244,6 +254,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         dataset=str(Path(config.dataset).resolve()),
         output=str(Path(config.output).resolve()),
         start_from=_existing(config.start_from),
+        offload_path=str(Path(config.offload_path).resolve()) if config.offload_path else "",
         eval_dataset=local(config.eval_dataset),
         model=replace(
             model,
@@ -283,6 +294,30 @@ def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int
     _check_same(before, config, config.mirror)
     write_json(run / CONFIG, asdict(config))  # the folder is this run's, whatever comes of it
     return fetch_newest(run, config.mirror, start, on_note)
+
+
+def copy_rest(config: RunConfig, step: int) -> list[str]:
+    """Copy to its mirror what a run that has ended could not; what is there already stays.
+
+    Args:
+        config: The run's settings.
+        step: Its newest checkpoint.
+
+    Returns:
+        What there is to say.
+
+    Raises:
+        DataError: The address cannot be read or written.
+        TrainError: It is another run's.
+    """
+    config = _absolute(config)
+    run = Path(config.output)
+    if before := stored_config(config.mirror):
+        _check_same(before, config, config.mirror)
+    said = notes_end(run)
+    with Uploads(run, config.mirror, keep=config.keep, start=step):
+        pass  # its end waits for the copies
+    return notes_from(run, said)[0]
 
 
 def _check_same(before: dict[str, Any], config: RunConfig, where: Path | str) -> None:

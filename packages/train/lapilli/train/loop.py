@@ -29,7 +29,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
 from lapilli.train.folders import FOLDER, MILESTONES, tidy
-from lapilli.train.generations import Generations, forget_generations
+from lapilli.train.generations import Generation, Generations, forget_generations
 from lapilli.train.held_out import HeldOut, open_held_out
 from lapilli.train.journal import Journal
 from lapilli.train.measure import StepMeter, slot_losses
@@ -260,19 +260,19 @@ def fit(ready: Setup) -> None:
             guard.check(batches, row["loss"], row["grad_norm"])
             guard.end(batches.step)
             row.update(_held_out_loss(ready, batches.step))
-            row.update(_generated(ready, batches.step))
+            generated, answers = _generated(ready, batches.step)
+            row.update(generated)
             aside = row.get("held_out_seconds", 0.0) + row.get("generated_seconds", 0.0)
             seconds = time.monotonic() - clock - aside
             if journal:
                 memory = peak_memory(ready.device)
                 timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
-                journal.write(batches, {**row, **timing}, losses)
+                journal.write(batches, {**row, **timing}, losses, answers)
             writer.check()
             _save(ready, batches.step + 1, writer, uploads, now=stops)
             if stops:
                 break
             clock = time.monotonic()
-    engine.forget_swapped(ready.config, ready.rank)
 
 
 def _open_uploads(ready: Setup) -> Uploads | None:
@@ -285,11 +285,11 @@ def _open_uploads(ready: Setup) -> Uploads | None:
 def _open_journal(ready: Setup) -> Journal:
     config = ready.config
     start = record_start(Path(config.output), ready.start, ready.world_size)
-    if start.reason == "loss":
+    if start.reason == "restart":
         note(
             Path(config.output),
-            f"workers were lost; the run goes on from step {start.step} with {start.workers} after "
-            f"{start.seconds:.0f} s; {start.again} steps are taken again",
+            f"the workers were started again; the run goes on from step {start.step} with "
+            f"{start.workers} after {start.seconds:.0f} s; {start.repeated} steps are repeated",
         )
     meter = StepMeter(ready.feed, ready.engine.module, ready.device)
     return Journal(config, ready.start, meter)
@@ -304,13 +304,13 @@ def _held_out_loss(ready: Setup, step: int) -> dict[str, float]:
     return {"held_out_loss": loss, "held_out_seconds": time.monotonic() - start}
 
 
-def _generated(ready: Setup, step: int) -> dict[str, float]:
+def _generated(ready: Setup, step: int) -> tuple[dict[str, float], list[Generation]]:
     """Have held-out questions answered after a step, where it is due. Collective."""
     if not (ready.generations and _is_due(ready, step, ready.config.generate_every)):
-        return {}
+        return {}, []
     start = time.monotonic()
-    ready.generations.ask(ready.engine, step)
-    return {"generated_seconds": time.monotonic() - start}
+    answers = ready.generations.ask(ready.engine, step)
+    return {"generated_seconds": time.monotonic() - start}, answers
 
 
 def _is_due(ready: Setup, step: int, every: int) -> bool:

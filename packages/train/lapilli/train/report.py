@@ -29,7 +29,7 @@ REPORT = "report.html"
 SHOWN = 8  # of the worst samples, with their conversation
 MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
 ASKED_STEPS = 5  # times at which answers to held-out questions are shown
-WHY = {"command": "the command", "loss": "workers were lost"}
+WHY = {"command": "the command", "restart": "Ray started the workers again"}
 SHARE = 0.1  # of a short run's steps that its own curve is smoothed over
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -165,9 +165,9 @@ def _add_speed(page: Page, rows: Rows, starts: Sequence[Start]) -> None:
     )
     if len(starts) > 1:
         page.table(
-            ["start", "at step", "workers", "why", "seconds until ready", "steps taken again"],
+            ["start", "at step", "workers", "why", "seconds until ready", "steps repeated"],
             [
-                [number, s.step, s.workers, WHY[s.reason], f"{s.seconds:,.1f}", s.again]
+                [number, s.step, s.workers, WHY[s.reason], f"{s.seconds:,.1f}", s.repeated]
                 for number, s in enumerate(starts, 1)
             ],
             "Every start of the run",
@@ -204,7 +204,7 @@ def time_parts(rows: Rows, starts: Sequence[Start]) -> dict[str, float]:
         "held-out loss": total("held_out_seconds"),
         "held-out answers": total("generated_seconds"),
         "starting workers": sum(start.seconds for start in starts),
-        "steps taken again": sum(start.again_seconds for start in starts),
+        "steps repeated": sum(start.repeated_seconds for start in starts),
     }
     return {name: part for name, part in parts.items() if part or name == "waiting for data"}
 
@@ -259,11 +259,13 @@ def _add_answers(page: Page, run: Path, config: dict[str, Any], facts: dict[str,
     for name, answers in by_sample.items():
         index = answers[0].index
         if dataset and index < len(dataset) and dataset.sample_id(index) == name:
-            page.gallery([GalleryItem(picture) for picture in dataset.sample(index).pixels])
-        rows = [[f"step {one.step + 1:,}", one.given] for one in answers]
+            sample = dataset.sample(index)
+            asked = sample.input_ids[: sample.label_spans[0, 0]]  # later turns may have images too
+            if count := int((asked < 0).sum()):
+                page.gallery([GalleryItem(picture) for picture in sample.pixels[:count]])
         page.table(
-            ["after", "answer"], [["expected", answers[0].expected], *rows],
-            f"{name}: {answers[0].question}",
+            ["after", "answer"], [[f"step {one.step + 1:,}", one.given] for one in answers],
+            f"{name}: {answers[0].question} Expected: {answers[0].expected}",
         )  # fmt: skip
 
 

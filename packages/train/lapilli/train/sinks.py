@@ -169,7 +169,7 @@ class SinkThread:
     def __init__(self, name: str, make: Callable[[], Sink], run: Path) -> None:
         self._name = name
         self._run = run
-        self._told: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(WAITING)
+        self._items: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(WAITING)
         self._failed = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(make,), name=f"sink {name}", daemon=True
@@ -179,8 +179,8 @@ class SinkThread:
     def _work(self, make: Callable[[], Sink]) -> None:
         try:
             sink = make()
-            while (told := self._told.get()) is not None:
-                told(sink)
+            while (item := self._items.get()) is not None:
+                item(sink)
             sink.close()
         except Exception as error:
             self._failed.set()
@@ -193,16 +193,24 @@ class SinkThread:
     def write(self, row: Mapping[str, Any]) -> None:
         """Hand a metrics row over, or drop it where too many wait."""
         step, figures = int(row["step"]), figures_of(row)
-        self._tell(lambda sink: sink.write(step, figures))
+        self._put(lambda sink: sink.write(step, figures))
 
     def show(self, step: int, answers: Sequence[Asked]) -> None:
-        """Hand the answers to held-out questions over, likewise."""
-        self._tell(lambda sink: sink.show(step, answers))
+        """Hand the answers to held-out questions over; figures go on where these cannot be kept."""
 
-    def _tell(self, told: Callable[[Sink], None]) -> None:
+        def show(sink: Sink) -> None:
+            try:
+                sink.show(step, answers)
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error)[:200]}"
+                note(self._run, f"{self._name}: no answers of step {step}: {said}")
+
+        self._put(show)
+
+    def _put(self, item: Callable[[Sink], None]) -> None:
         if not self._failed.is_set():
             try:
-                self._told.put_nowait(told)
+                self._items.put_nowait(item)
             except queue.Full:
                 self._failed.set()
                 note(self._run, f"{self._name}: too slow, {WAITING} steps wait; it gets no more")
@@ -210,7 +218,7 @@ class SinkThread:
     def close(self) -> None:
         """Let it take what is left, for a while."""
         try:
-            self._told.put(None, timeout=PATIENCE)
+            self._items.put(None, timeout=PATIENCE)
         except queue.Full:
             return
         self._thread.join(PATIENCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,33 +22,37 @@ class Start:
     Attributes:
         step: The first step it takes.
         workers: How many there are.
-        reason: `command`, or `loss` where workers were lost and replaced.
-        seconds: Until the workers are ready, from the command's checks on, or from the last sign
-            of those that were lost.
-        again: Steps that were done before and are taken again, since no checkpoint has them.
-        again_seconds: What they had taken.
+        reason: `command`, or `restart` where Ray replaced lost workers or changed their number.
+        seconds: Until the workers are ready, from the end of the command's checks on, or from the
+            last step of the workers before.
+        repeated: Steps that were done before and are taken again, since no checkpoint has them.
+        repeated_seconds: What they had taken.
     """
 
     step: int
     workers: int
-    reason: Literal["command", "loss"]
+    reason: Literal["command", "restart"]
     seconds: float
-    again: int
-    again_seconds: float
+    repeated: int
+    repeated_seconds: float
 
 
 def record_start(run: Path, step: int, workers: int) -> Start:
     """Write down that a run starts now with a step; called before its metrics are cut there."""
+    before = read_starts(run)
+    temporary = run / f"{STARTS}.tmp"
+    temporary.touch()
+    now = _changed(temporary)  # by the clock of the other files' disk
     told, seen = _changed(run / FACTS), _changed(run / METRICS)
-    undone = [row["seconds"] for row in read_metrics(run) if row["step"] >= step]
-    now = time.time()
     since = max(told, seen) or now
+    undone = [row["seconds"] for row in read_metrics(run) if row["step"] >= step]
     start = Start(
-        step, workers, "loss" if seen > told else "command",
+        step, workers, "restart" if seen > told else "command",
         max(0.0, now - since), len(undone), sum(undone),
     )  # fmt: skip
-    with (run / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(start)) + "\n")
+    lines = [json.dumps(asdict(one)) + "\n" for one in (*before, start)]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(run / STARTS)
     return start
 
 
@@ -59,10 +62,9 @@ def _changed(path: Path) -> float:
 
 
 def read_starts(run: Path) -> list[Start]:
-    """All whole lines so far; one cut short by a kill is left out."""
+    """All starts so far; nothing where there is no such file."""
     try:
-        data = (run / STARTS).read_bytes()
+        lines = (run / STARTS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    whole = data[: data.rfind(b"\n") + 1]
-    return [Start(**json.loads(line)) for line in whole.splitlines()]
+    return [Start(**json.loads(line)) for line in lines]

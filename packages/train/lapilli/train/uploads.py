@@ -1,8 +1,8 @@
 """Checkpoints copied to an object store while the training goes on, and fetched from there.
 
 The store holds what the run's folder does: `checkpoints/step-.../`, `milestones/step-.../`,
-`config.json` and `metrics.jsonl`. A step's `state.json` is stored last and removed first, so that a
-step is whole there or has none.
+`config.json` and the files of `RECORDS`. A step's `state.json` is stored last and removed first, so
+that a step is whole there or has none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 from lapilli.data.output import COPY_BYTES, RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards import sha256_file
-from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import (
     CONFIG,
@@ -33,11 +32,14 @@ from lapilli.train.folders import (
     put_in_place,
     step_name,
 )
+from lapilli.train.generations import GENERATIONS
 from lapilli.train.metrics import METRICS
-from lapilli.train.notes import note, notes_end, notes_from
+from lapilli.train.notes import note
+from lapilli.train.starts import STARTS
 
-__all__ = ["Uploads", "copy_rest", "fetch_newest", "store_config", "stored_config"]
+__all__ = ["Uploads", "fetch_newest", "store_config", "stored_config"]
 
+RECORDS = (METRICS, STARTS, GENERATIONS)
 RETRY = 60.0  # seconds until an upload that failed is tried again; a new checkpoint is at once
 LAST_TRIES = 3  # of what is not there yet when the run ends, each with `RemotePath`'s own
 
@@ -164,28 +166,11 @@ class Uploads:
                 if file.name != STATE:
                     _put(file, target / file.name)
             _put(path / STATE, target / STATE)
-        for name in (CONFIG, METRICS):
+        for name in (CONFIG, *RECORDS):
             if (self._run / name).exists():
                 (RemotePath(self._address) / name).put(self._run / name)
         if path.parent.name == FOLDER:
             _prune(self._address, path.name, self._keep)
-
-
-def copy_rest(config: RunConfig, step: int) -> list[str]:
-    """Copy what an ended run could not; what is there already stays.
-
-    Args:
-        config: The run's settings.
-        step: Its newest checkpoint.
-
-    Returns:
-        What there is to say.
-    """
-    run = Path(config.output)
-    before = notes_end(run)
-    with Uploads(run, config.mirror, keep=config.keep, start=step):
-        pass  # its end waits for the copies
-    return notes_from(run, before)[0]
 
 
 def _put(file: Path, target: RemotePath) -> None:
@@ -274,9 +259,10 @@ def fetch_newest(
             break
         path = run / FOLDER / name
         if STATE in found[name] and _fetch(RemotePath(address) / FOLDER / name, path):
-            with contextlib.suppress(FileNotFoundError):  # its rows go at least to this step
-                _download(RemotePath(address) / METRICS, run / f".{METRICS}{CUT}")
-                (run / f".{METRICS}{CUT}").replace(run / METRICS)
+            for record in RECORDS:  # they go at least to this step
+                with contextlib.suppress(FileNotFoundError):
+                    _download(RemotePath(address) / record, run / f".{record}{CUT}")
+                    (run / f".{record}{CUT}").replace(run / record)
             on_note(f"{address}: fetched {FOLDER}/{name}")
             return int(name.partition("-")[2])
         on_note(f"{address}: {FOLDER}/{name} is cut short or damaged there; passed over")

@@ -19,7 +19,8 @@ from lapilli.data.cluster import RayDied, watched
 from lapilli.data.errors import DataError
 from lapilli.model.errors import ModelError
 from lapilli.train.config import RunConfig
-from lapilli.train.device import BACKEND, RESOURCE, Device
+from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
+from lapilli.train.engine import forget_swapped
 from lapilli.train.errors import TrainError
 from lapilli.train.hang import hang_line
 from lapilli.train.loop import fit, setup
@@ -130,6 +131,8 @@ def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> Non
         raise TrainError(
             f"{config.output}: {error.strerror}; free space and run the same again"
         ) from None
+    finally:
+        forget_swapped(config, rank)
 
 
 def fit_here(config: RunConfig, device: Device) -> None:
@@ -146,5 +149,6 @@ def join_alone(device: Device) -> None:
     """A process group of this process alone, if there is none yet."""
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
+        know_collectives(device)
         dist.init_process_group(BACKEND[device], store=HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
