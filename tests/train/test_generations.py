@@ -99,13 +99,16 @@ def test_losses_do_not_depend_on_them(finished: RunConfig, dataset: Path, tmp_pa
     assert losses[0] == losses[1]
 
 
-def test_workers_that_share_the_weights_answer_together(dataset: Path, tmp_path: Path) -> None:
-    """ZeRO-3 with every parameter cut: each forward needs both ranks, also the steps after it."""
-    values = {"workers": 2, "zero_stage": 3, "eval_every": 3}
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_share_the_weights_answer_together(
+    workers: int, dataset: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 with every parameter cut: each forward needs all ranks, also the steps after it."""
+    values = {"workers": workers, "zero_stage": 3, "eval_every": 3}
     config = asking(dataset, tmp_path / "run", **values)
     quiet = asking(dataset, tmp_path / "quiet", **values, generate_every=0)
     for one in (config, quiet):
-        assert train_together(one, cuts_all=True) == [0, 0]
+        assert train_together(one, cuts_all=True) == [0] * workers
     found = read_generations(tmp_path / "run")
     for step in (3, 6):
         assert given(found, step) == answered(tmp_path / "run", step, dataset)

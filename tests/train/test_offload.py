@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(TrainError, match=r"offload_path: .*/file/.* choose a folder on a disk"):
         swapping(tmp_path / "file")
+
+
+def test_a_disk_that_is_too_small_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(TrainError, match=r"offload_path: .* has 0\.0 GB free, .* need 0\.0"):
+        swapping(tmp_path)
 
 
 def test_an_operator_that_cannot_be_compiled_is_one_line(

@@ -124,13 +124,18 @@ def _prepare_swapping(folder: Path, model: nn.Module) -> None:
         TrainError: The folder cannot be written past the cache, its disk is too small, or the
             operator cannot be compiled.
     """
-    from deepspeed.accelerator import get_accelerator
-
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if is_first:
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    if dist.is_initialized():
+    if workers > 1:
         dist.barrier()
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _check_disk(folder, 16 * numbers * workers_here // workers)  # fp32: weight, two moments, slope
+    _load_async_io()
+
+
+def _check_disk(folder: Path, needed: int) -> None:
     probe = folder / f"probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,13 +149,16 @@ def _prepare_swapping(folder: Path, model: nn.Module) -> None:
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    needed = 16 * numbers // (dist.get_world_size() if dist.is_initialized() else 1)
     if needed > free:
         raise TrainError(
-            f"offload_path: {folder} has {free / 1e9:.1f} GB free, each worker on this machine "
-            f"needs {needed / 1e9:.1f}; free space or choose another folder"
+            f"offload_path: {folder} has {free / 1e9:.1f} GB free, this machine's workers need "
+            f"{needed / 1e9:.1f}; free space or choose another folder"
         )
+
+
+def _load_async_io() -> None:
+    from deepspeed.accelerator import get_accelerator
+
     accelerator: Any = get_accelerator()
     builder = accelerator.get_op_builder("AsyncIOBuilder")()
     why = "libaio is not found"

@@ -65,19 +65,17 @@ class Generations:
     Args:
         dataset: The samples, of which `config.generate_samples` from all over it are asked.
         config: The run's settings.
-        place: Rank and world size.
+        rank: This worker's.
     """
 
-    def __init__(self, dataset: Dataset, config: RunConfig, place: tuple[int, int]) -> None:
-        rank, world_size = place
+    def __init__(self, dataset: Dataset, config: RunConfig, rank: int) -> None:
         self._dataset = dataset
         self._indices = choose_questions(dataset, config.generate_samples)
         self._ends = end_ids(map(dataset.sample, self._indices))
         self._rows = config.micro_batch
         self._tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
         self._most_tokens = config.generate_tokens
-        is_shared = config.zero_stage == 3 and world_size > 1
-        self._gathered = gathered if is_shared else None
+        self._gathered = gathered if config.zero_stage == 3 else None
         self._run = Path(config.output) if rank == 0 else None
 
     def ask(self, engine: Any, step: int) -> list[Generation]:

@@ -166,9 +166,10 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     start = found.step if found else 0
     ready = Setup(config, torch_device, feed, built, start, state, rank, world_size)
     if samples := open_held_out(config, dataset.image_tokens):
-        place = rank, world_size
-        ready.held_out = HeldOut(samples, config, feed.shape, place) if config.eval_every else None
-        ready.generations = Generations(samples, config, place) if config.generate_every else None
+        if config.eval_every:
+            ready.held_out = HeldOut(samples, config, feed.shape, (rank, world_size))
+        if config.generate_every:
+            ready.generations = Generations(samples, config, rank)
     return ready
 
 
