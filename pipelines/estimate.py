@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich import box
 from rich.table import Table
 
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import NAME as MANIFEST
+from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
+from lapilli.model.peak import peak_flops
 from lapilli.train.config import RunConfig
 from lapilli.train.device import device_memory
 from lapilli.train.estimate import Estimate, estimate_run, follow, sketch_run
 from lapilli.train.sketch import Sketch
 from pipelines.command import console, say
-from pipelines.describe import bytes_text
+from pipelines.describe import bytes_text, duration_text
 
-__all__ = ["ESTIMATE", "tell_estimate"]
+__all__ = ["ESTIMATE", "sample_operations", "tell_estimate"]
 
 ESTIMATE = "--estimate"
+USUAL_MFU = 0.4  # an assumption, said with the time that follows from it
+LOOKED_AT = 2000  # samples
 
 
 def tell_estimate(config: RunConfig) -> None:
-    """Say memory by part and ZeRO stage, what a micro-batch adds, and disk."""
+    """Say memory by part and ZeRO stage, what a micro-batch adds, disk, and time."""
     sketch = sketch_run(config)
-    length, samples = _longest(config, sketch)
+    dataset = _open(config, sketch)
+    length = int(dataset.lengths.max()) if dataset else config.max_length
     estimate = estimate_run(config, sketch, length=length)
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
     device_bytes = device_memory("cuda") if has_gpu and not config.micro_batch else None
@@ -48,22 +54,59 @@ def tell_estimate(config: RunConfig) -> None:
     if every := config.milestone_every:
         size = bytes_text(estimate.checkpoint_bytes // 3)
         say(f"disk: {size} more every {every:,} steps, for a milestone")
-    if samples:
-        steps = -(-samples // config.global_batch) * config.epochs
-        steps = min(steps, config.max_steps) if config.max_steps else steps
-        say(f"{samples:,} samples x {config.epochs} epochs: about {steps:,} steps")
+    if dataset:
+        _tell_time(config, sketch, dataset)
 
 
-def _longest(config: RunConfig, sketch: Sketch) -> tuple[int, int]:
-    """Tokens of the longest sample and number of samples; `max_length` and 0 without a dataset."""
+def _tell_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
+    """Steps, operations, and the hours that these take at a rate."""
+    samples = len(dataset)
+    steps = -(-samples // config.global_batch) * config.epochs
+    steps = min(steps, config.max_steps) if config.max_steps else steps
+    operations = sample_operations(sketch, dataset) * steps * config.global_batch
+    say(
+        f"{samples:,} samples x {config.epochs} epochs: about {steps:,} steps, "
+        f"{operations:.2g} operations"
+    )
+    is_gpu = config.device != "cpu" and torch.cuda.is_available()
+    peak = peak_flops(torch.cuda.get_device_name()) if is_gpu else None
+    if peak:
+        seconds = operations / (config.workers * peak * USUAL_MFU)
+        say(
+            f"time: about {duration_text(seconds)} where {config.workers} workers reach "
+            f"{USUAL_MFU:.0%} MFU of {peak / 1e12:,.0f} TFLOP/s each"
+        )
+    else:
+        seconds = operations / 1e14
+        say(f"time: about {duration_text(seconds)} for each 100 TFLOP/s that all workers reach")
+
+
+def sample_operations(sketch: Sketch, dataset: Dataset) -> float:
+    """Operations of an average sample's forward and backward, without padding.
+
+    Args:
+        sketch: The run's model.
+        dataset: Its samples, of which some from all over are looked at.
+    """
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
+    lengths = dataset.lengths[chosen].tolist()
+    images, targets = (int(of[chosen].sum()) for of in (dataset.num_images, dataset.num_trained))
+    numbers = BatchNumbers(
+        row_lengths=lengths, images=images, targets=targets, padded_rows=len(lengths),
+        padded_length=max(lengths), padded_images=images, padded_targets=targets,
+    )  # fmt: skip
+    return step_flops(model_numbers(sketch.model), numbers).model.total / len(lengths)
+
+
+def _open(config: RunConfig, sketch: Sketch) -> Dataset | None:
+    """The run's dataset as its model sees it, if it is there yet."""
     if not (Path(config.dataset) / MANIFEST).exists():
         say(f"{config.dataset} is no dataset yet: rows of max_length, {config.max_length} tokens")
-        return config.max_length, 0
+        return None
     tokens = sketch.model.vision.num_tokens
-    dataset = open_dataset(
+    return open_dataset(
         config.dataset, view=config.view, image_tokens=tokens, max_length=config.max_length
     )
-    return int(dataset.lengths.max()), len(dataset)
 
 
 def _stages(config: RunConfig, estimate: Estimate) -> Table:

@@ -195,9 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [word for word in words if word != ESTIMATE]
     config = parse(
         RunConfig, given,
-        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory and disk, then end. "
-        "With --replay RUN/replay/step-N alone: look into a step whose loss was no number or a "
-        "spike.",
+        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory, disk and time, "
+        "then end. With --replay RUN/replay/step-N alone: look into a step whose loss was no "
+        "number or a spike.",
     )  # fmt: skip
     if len(given) < len(words):
         tell_estimate(config)

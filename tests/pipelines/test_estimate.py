@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.data.dataset import open_dataset
+from lapilli.train.estimate import sketch_run
+from lapilli.train.launch import launch, preflight
+from lapilli.train.metrics import read_metrics
+from pipelines.estimate import sample_operations, tell_estimate
 from pipelines.train import main
+from tests.train.small_run import small_dataset, small_run
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"
 
@@ -25,3 +31,20 @@ def test_it_tells_memory_and_disk_and_starts_nothing(
     assert "global batch 32 = 2 workers x micro-batch 8 x accumulation 2" in said
     assert "a checkpoint" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_its_operations_are_those_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An epoch's, added up from the rows that a run writes."""
+    dataset = small_dataset(tmp_path, images=16, text_only=8)
+    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process", epochs=1)
+    launch(preflight(config))
+    taken = sum(row["flops"] for row in read_metrics(tmp_path / "run"))
+    opened = open_dataset(dataset, view=config.view, image_tokens=4)
+    found = sample_operations(sketch_run(config), opened) * len(opened)
+    assert found == pytest.approx(taken, rel=1e-9)
+    tell_estimate(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"about 3 steps, {taken:.2g} operations" in said
+    assert "for each 100 TFLOP/s that all workers reach" in said
