@@ -17,7 +17,10 @@ from tests.train.disturbed import driver, ends, kill_at
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 
-EPOCHS, STEPS = 6, 42  # 4 global batches with images and 3 without, six times
+EPOCHS, STEPS = (
+    9,
+    63,
+)  # 4 global batches with images and 3 without; the kills come well before the end
 
 
 @pytest.fixture(scope="module")
