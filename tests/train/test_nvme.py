@@ -21,14 +21,11 @@ from lapilli.train.device import prepare_process
 from lapilli.train.estimate import state_bytes
 from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import read_metrics
-from lapilli.train.optim import build_optimizer
-from lapilli.train.step import to_device, train_step
 from tests.train.small_run import small_dataset, small_run
-from tests.train.test_zero import Probe
-from tests.train.tiny import global_tokens, model_config, random_steps, run_config
+from tests.train.test_offload import SAVED, STEPS, go_on, start
+from tests.train.tiny import model_config, run_config
 
 pytestmark = pytest.mark.long  # the operator is compiled first
-STEPS, SAVED = 8, 4
 KINDS = ("none", "swapped", "resumed", "back")
 PIECE = 600_000  # numbers; what is below 1 MiB a worker stays in memory
 CPU = torch.device("cpu")
@@ -41,33 +38,6 @@ def run_at(folder: Path, **values: Any) -> RunConfig:
     return run_config(model, zero_stage=3, output=str(folder / "run"), **values)
 
 
-def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Probe:
-    prepare_process("cpu")
-    model = build_model(config.model)
-    if found:
-        checkpoint.load_weights(found, model)
-    settings = deepspeed_engine.deepspeed_settings(config)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition all
-    if config.offload == "nvme":
-        settings["zero_optimization"]["sub_group_size"] = PIECE
-    engine = deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
-    if found:
-        checkpoint.load_into(engine, found)
-    return Probe(engine)
-
-
-def go_on(probe: Probe, rank: int, steps: range) -> list[Any]:
-    """Loss, whole gradient and norms by part of each step."""
-    seen: list[Any] = []
-    for ranks in random_steps(STEPS, seed=0)[steps.start : steps.stop]:
-        batches = [to_device(batch, CPU) for batch in ranks[rank]]
-        tokens = global_tokens(ranks)
-        loss = train_step(probe, batches, global_tokens=tokens, world_size=2)
-        dist.all_reduce(loss)
-        seen.append((float(loss) / tokens, probe.gradients, probe.norms))
-    return seen
-
-
 def worker(rank: int, place: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -76,7 +46,7 @@ def worker(rank: int, place: str) -> None:
     plain = run_at(folder)
     swapped = replace(plain, offload="nvme", offload_path=str(folder / "disk"))
     found: dict[str, Any] = {"none": go_on(start(plain), rank, range(STEPS))}
-    probe = start(swapped)
+    probe = start(swapped, piece=PIECE)
     zero = probe.engine.optimizer
     found["pieces"] = sum(map(zero._swappable_optimizer_subgroup, range(len(zero.fp16_groups))))
     first = go_on(probe, rank, range(SAVED))
@@ -87,7 +57,7 @@ def worker(rank: int, place: str) -> None:
     found["bytes"] = sum(path.stat().st_size for path in own.iterdir())
     dist.barrier()
     newest = checkpoint.latest_checkpoint(folder / "run")
-    found["resumed"] = first + go_on(start(swapped, newest), rank, range(SAVED, STEPS))
+    found["resumed"] = first + go_on(start(swapped, newest, PIECE), rank, range(SAVED, STEPS))
     found["back"] = first + go_on(start(plain, newest), rank, range(SAVED, STEPS))
     deepspeed_engine.forget_swapped(swapped, rank)
     assert not own.exists()

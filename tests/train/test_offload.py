@@ -34,13 +34,16 @@ CONFIG = run_config(model_config("vision", "projector", "language", tied=True))
 STAGES = (1, 2, 3)
 
 
-def start(config: RunConfig, found: checkpoint.Checkpoint | None = None) -> Probe:
+def start(config: RunConfig, found: checkpoint.Checkpoint | None = None, piece: int = 0) -> Probe:
+    """An engine; `piece`: numbers that go to a disk at once."""
     prepare_process("cpu")
     model = build_model(config.model)
     if found:
         checkpoint.load_weights(found, model)
     settings = deepspeed_engine.deepspeed_settings(config)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition all
+    if piece:
+        settings["zero_optimization"]["sub_group_size"] = piece
     engine = deepspeed_engine.initialize(model, build_optimizer(model, config.optim), settings)
     if found:
         checkpoint.load_into(engine, found)

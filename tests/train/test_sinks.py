@@ -66,14 +66,19 @@ def test_mlflow_has_each_step_once_after_a_resume(
     assert all(words in text for words in ("# b/1", "A dog?", "**given** no", "**given** blue"))
 
 
-def test_wandb_is_offline_without_a_key_and_keeps_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder where nothing says that wandb may use a network."""
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"
     run.mkdir()
+    return run
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(offline_run: Path) -> None:
+    run = offline_run
     sink = WandbSink(run, 0, CONFIG)
     for step in range(4):
         sink.write(step, {"loss": 10.0 - step})
@@ -88,15 +93,9 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
     assert shown["data"] == [[a.sample_id, a.question, a.expected, a.given] for a in ANSWERS]
 
 
-def test_a_resumed_run_is_the_same_run_of_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_the_same_run_of_wandb(offline_run: Path) -> None:
     """Offline each try is a file of its own; the run in it is one, so a sync joins them."""
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    run = tmp_path / "run"
-    run.mkdir()
+    run = offline_run
     for start in (0, 2):
         sink = WandbSink(run, start, CONFIG)
         for step in range(start, start + 4):

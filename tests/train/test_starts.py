@@ -15,7 +15,7 @@ from lapilli.train.launch import launch, preflight
 from lapilli.train.metrics import METRICS, MetricsFile, read_metrics
 from lapilli.train.notes import NOTES
 from lapilli.train.report import time_parts
-from lapilli.train.starts import STARTS, Start, read_starts, record_start
+from lapilli.train.starts import Start, read_starts, record_start
 from pipelines.describe import describe_run
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
@@ -69,7 +69,7 @@ def test_a_command_that_comes_later_is_not_blamed_for_the_night(tmp_path: Path) 
 def test_a_kill_leaves_all_starts_or_the_one_before(tmp_path: Path) -> None:
     """The file is replaced; what a kill leaves of the next one is passed over."""
     first = record_start(tmp_path, 0, 1)
-    (tmp_path / f"{STARTS}.tmp").write_text('{"step": 3, "wor', encoding="utf-8")
+    (tmp_path / "starts.tmp").write_text('{"step": 3, "wor', encoding="utf-8")
     assert read_starts(tmp_path) == [first]
     second = record_start(tmp_path, 3, 2)
     assert read_starts(tmp_path) == [first, second]

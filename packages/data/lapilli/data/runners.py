@@ -103,8 +103,7 @@ def full_at_once() -> Generator[Callable[[], None]]:
     """Have Ray Data fill all slots in its first second too, until what is yielded is called.
 
     It asks how large the cluster is, goes by "nothing is known yet", which leaves all slots but one
-    empty, and looks again only after a second. Looking often all the time would cost the driver a
-    tenth of a core. A Ray without this setting begins as it likes.
+    empty, and looks again only after a second. A Ray without this setting begins as it likes.
     """
     manager: Any = None
     with suppress(ImportError):

@@ -19,6 +19,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.engine import gathered
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG
+from lapilli.train.json_lines import read_lines, write_lines
 
 __all__ = [
     "GENERATIONS", "Generation", "Generations", "choose_questions", "forget_generations",
@@ -106,17 +107,10 @@ def forget_generations(run: Path, start: int) -> None:
 
 
 def write_generations(run: Path, generations: Sequence[Generation]) -> None:
-    """Replace the file: a kill leaves the one before or this one."""
-    temporary = run / f"{GENERATIONS}.tmp"
-    lines = [json.dumps(asdict(one)) + "\n" for one in generations]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(run / GENERATIONS)
+    """Replace the file."""
+    write_lines(run / GENERATIONS, map(asdict, generations))
 
 
 def read_generations(run: Path) -> list[Generation]:
     """What `generations.jsonl` holds, first steps first; nothing where there is none."""
-    try:
-        lines = (run / GENERATIONS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [Generation(**json.loads(line)) for line in lines]
+    return [Generation(**row) for row in read_lines(run / GENERATIONS)]

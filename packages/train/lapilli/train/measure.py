@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.device import device_name
 from lapilli.train.feed import Feed, StepBatches
+from lapilli.train.json_lines import read_lines, write_lines
 from lapilli.train.step import DeviceBatch
 
 __all__ = [
@@ -224,16 +224,14 @@ class Worst:
     def write(self) -> None:
         """Replace the file."""
         highest = _highest([sample for step in self._steps for sample in step])
-        lines = [
-            json.dumps({
+        rows: list[dict[str, Any]] = [
+            {
                 "sample_id": s.sample_id, "loss": s.mean, "step": s.step,
                 "trained_tokens": s.tokens, "index": s.index, "has_images": s.has_images,
-            })
+            }
             for s in highest
         ]  # fmt: skip
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self._path)
+        write_lines(self._path, rows)
 
 
 def _highest(samples: Sequence[SampleLoss]) -> list[SampleLoss]:
@@ -248,15 +246,10 @@ def _highest(samples: Sequence[SampleLoss]) -> list[SampleLoss]:
 
 def read_worst(run: Path) -> list[SampleLoss]:
     """What `worst.jsonl` holds, highest first; nothing where there is none."""
-    try:
-        lines = (run / WORST).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     return [
         SampleLoss(
             r["step"], r["index"], r["sample_id"], r["has_images"],
             r["loss"] * r["trained_tokens"], r["trained_tokens"],
         )
-        for r in rows
+        for r in read_lines(run / WORST)
     ]  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from lapilli.train.folders import FACTS
+from lapilli.train.json_lines import read_lines, write_lines
 from lapilli.train.metrics import METRICS, read_metrics
 
 __all__ = ["STARTS", "Start", "read_starts", "record_start"]
@@ -40,9 +40,8 @@ class Start:
 def record_start(run: Path, step: int, workers: int) -> Start:
     """Write down that a run starts now with a step; called before its metrics are cut there."""
     before = read_starts(run)
-    temporary = run / f"{STARTS}.tmp"
-    temporary.touch()
-    now = _changed(temporary)  # by the clock of the other files' disk
+    (run / STARTS).touch()
+    now = _changed(run / STARTS)  # by the clock of the other files' disk
     told, seen = _changed(run / FACTS), _changed(run / METRICS)
     since = max(told, seen) or now
     undone = [row["seconds"] for row in read_metrics(run) if row["step"] >= step]
@@ -50,9 +49,7 @@ def record_start(run: Path, step: int, workers: int) -> Start:
         step, workers, "restart" if seen > told else "command",
         max(0.0, now - since), len(undone), sum(undone),
     )  # fmt: skip
-    lines = [json.dumps(asdict(one)) + "\n" for one in (*before, start)]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(run / STARTS)
+    write_lines(run / STARTS, map(asdict, (*before, start)))
     return start
 
 
@@ -63,8 +60,4 @@ def _changed(path: Path) -> float:
 
 def read_starts(run: Path) -> list[Start]:
     """All starts so far; nothing where there is no such file."""
-    try:
-        lines = (run / STARTS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [Start(**json.loads(line)) for line in lines]
+    return [Start(**row) for row in read_lines(run / STARTS)]
