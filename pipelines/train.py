@@ -128,7 +128,8 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     left_out = (
         f", {ready.too_long} longer than {config.max_length} left out" if ready.too_long else ""
     )
-    samples = f"{ready.samples:,} samples{left_out}"
+    cut = f", {ready.num_cut} cut at {config.max_length} tokens" if ready.num_cut else ""
+    samples = f"{ready.samples:,} samples{cut}{left_out}"
     say(f"{samples} x {config.epochs} epochs: {ready.total_steps:,} steps")
     if config.start_from:
         say(f"starts from the weights of {config.start_from}")

@@ -95,6 +95,36 @@ def test_what_is_too_long_is_left_out_and_counted(folder: Path, dataset: Dataset
     assert all_fit.too_long == 0
 
 
+def test_what_is_too_long_is_cut_behind_its_images_rows(folder: Path, dataset: Dataset) -> None:
+    """Against the expanded rows of the whole samples, cut by hand."""
+    limit = int(np.sort(dataset.lengths)[len(dataset) // 2])
+    cut = open_dataset(
+        folder / "out", view=VIEW, image_tokens=IMAGE_TOKENS, max_length=limit, truncate=True
+    )
+    lost = {*dataset.rows.tolist()} - {*cut.rows.tolist()}
+    assert len(lost) == cut.too_long
+    assert cut.num_cut == int((dataset.lengths > limit).sum()) - cut.too_long > 0
+    whole = {int(row): index for index, row in enumerate(dataset.rows)}
+    for index, row in enumerate(cut.rows.tolist()):
+        before, after = dataset.sample(whole[row]), cut.sample(index)
+        expanded = _expanded(before.input_ids)[:limit]
+        assert _expanded(after.input_ids) == expanded
+        assert cut.lengths[index] == len(expanded) <= limit
+        assert np.array_equal(before.pixels, after.pixels)
+        labels = np.zeros(len(before.input_ids), np.bool_)
+        for start, end in before.label_spans:
+            labels[start:end] = True
+        kept = labels[: len(after.input_ids)]
+        assert cut.num_trained[index] == kept.sum()
+        assert sum(end - start for start, end in after.label_spans) == kept.sum()
+    for row in lost:
+        assert -200 in _expanded(dataset.sample(whole[row]).input_ids)[limit:]
+
+
+def _expanded(ids: Any) -> list[int]:
+    return [i for one in ids.tolist() for i in [one] * (IMAGE_TOKENS if one == -200 else 1)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

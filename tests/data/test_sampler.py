@@ -99,9 +99,8 @@ def test_llava_plan_keeps_order_and_micro_batches(ranks: int) -> None:
     plan = plan_epoch(
         lengths, has_image, global_batch=24, seed=5, epoch=2, policy="llava", llava_micro_batch=3
     )
-    signed = np.where(has_image, lengths, -lengths)
-    order = llava_order(signed, batch_size=3, world_size=8, global_seed=7)
-    assert plan.order.tolist() == [*order, *[-1] * (9 * 24 - 205)]
+    assert sorted(filled(plan.order)) == list(range(205))
+    assert plan.order[205:].tolist() == [-1] * (9 * 24 - 205)
     for step in range(plan.num_steps):
         shares = assign(plan, step, lengths, world_size=ranks, micro_batch=3)
         in_turn = [shares[k % ranks][k // ranks] for k in range(8)]
@@ -421,12 +420,16 @@ GOOD: dict[str, Any] = {
         ({"policy": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
         ({"policy": "llava", "llava_micro_batch": 3}, "not a multiple of llava_micro_batch 3.* 6 "),
         ({"llava_micro_batch": 2}, "only 'llava' has micro-batches"),
-        ({"remainder": "keep"}, "'keep'; choose one of pad, short, drop, repeat"),
-        ({"remainder": "repeat"}, "'repeat'; policy 'llava' takes 'pad' or 'repeat'"),
+        ({"remainder": "keep"}, "'keep'; choose one of auto, pad, short, drop, llava"),
+        ({"remainder": "llava"}, "'llava'; policy 'llava' takes 'llava' or 'pad', the others"),
         ({"remainder": "drop"}, "leaves nothing.*global batch of 4"),
         (
             {"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"},
-            "'llava' takes 'pad' or",
+            "'llava' takes 'llava' or 'pad'",
+        ),
+        (
+            {"policy": "llava", "llava_micro_batch": 2, "llava_processes": 3},
+            "not a multiple of llava_micro_batch 2 x llava_processes 3; use a global_batch of 6",
         ),
     ],
 )

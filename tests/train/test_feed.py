@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler
 
 from lapilli.data.collate import Batch
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.llava_sampler import llava_order
+from lapilli.data.llava_sampler import llava_steps
 from lapilli.model.trainable import set_modes
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import feed as feed_module
@@ -54,7 +52,8 @@ def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
 ) -> None:
     config = config_for(workers, policy=policy, remainder=remainder)
     feeds = [Feed(dataset, config, rank=r, world_size=workers) for r in range(workers)]
-    alone_config = config_for(1, policy=policy, remainder=remainder)
+    processes = workers if policy == "llava" else 0
+    alone_config = config_for(1, policy=policy, remainder=remainder, llava_processes=processes)
     alone = Feed(dataset, alone_config, rank=0, world_size=1)
     by_rank = [sample_ids(feed) for feed in feeds]
     expected = [sorted(ids) for ids in sample_ids(alone)]
@@ -65,23 +64,37 @@ def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_llavas_micro_batches_are_dealt_as_accelerate_deals_them(
+def test_llavas_micro_batches_are_dealt_to_the_ranks_in_turn(
     dataset: Dataset, workers: int
 ) -> None:
-    config = config_for(workers, policy="llava", remainder="repeat", epochs=1)
+    config = config_for(workers, policy="llava", epochs=2)
     signed = np.where(dataset.has_images, dataset.llava_lengths, -dataset.llava_lengths)
-    order = llava_order(signed, batch_size=2, world_size=4, global_seed=config.seed)
-    names = [dataset.sample(int(i)).sample_id for i in order]
-    assert len(names) % 8  # the last batch is filled
+    blocks = [
+        llava_steps(
+            signed, micro_batch=2, processes=workers, accumulation=config.accumulation,
+            seed=config.seed, epoch=epoch,
+        )
+        for epoch in range(2)
+    ]  # fmt: skip
+    dealt = np.concatenate(blocks).reshape(-1, workers, 2)
     for rank in range(workers):
         feed = Feed(dataset, config, rank=rank, world_size=workers)
-        found = [list(batch.sample_ids) for step in feed.steps(0) for batch in step.batches]
-        sampler = BatchSampler(range(len(order)), batch_size=2, drop_last=False)
-        dealt = BatchSamplerShard(sampler, workers, rank)
-        theirs = [[names[place] for place in batch or []] for batch in dealt]
-        assert found[: len(theirs)] == theirs
-        # Accelerate fills a micro-step of all ranks, which is the step where there is one
-        assert len(theirs) == len(found) or config.accumulation > 1
+        found = [batch.sample_ids for step in feed.steps(0) for batch in step.batches]
+        assert found == [
+            tuple(dataset.sample_id(int(i)) for i in ids if i >= 0) for ids in dealt[:, rank]
+        ]
+
+
+def test_other_workers_go_on_in_the_order_of_llavas_processes(dataset: Dataset) -> None:
+    config = config_for(1, policy="llava", llava_processes=4)
+    four = config_for(4, policy="llava")
+    alone = Feed(dataset, config, rank=0, world_size=1)
+    together = [Feed(dataset, four, rank=rank, world_size=4) for rank in range(4)]
+    assert alone.total_steps == together[0].total_steps
+    for step in (0, alone.total_steps - 1):
+        found = sorted(i for batch in alone.make(step).batches for i in batch.sample_ids)
+        parts = [feed.make(step).batches for feed in together]
+        assert found == sorted(i for part in parts for batch in part for i in batch.sample_ids)
 
 
 @pytest.mark.parametrize("policy", ["grouped", "llava"])

@@ -31,6 +31,8 @@ def test_equals_transformers_schedule(name: Any, schedule: Callable[..., Any]) -
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+    from_zero = [learning_rate(config, step, total, starts_at_zero=True) for step in range(total)]
+    assert from_zero == pytest.approx(theirs)
     ours = [learning_rate(config, step, total) for step in range(total)]
     # transformers spends its first step at rate 0; ours already moves
     assert ours[: warmup - 1] == pytest.approx(theirs[1:warmup])

@@ -19,7 +19,7 @@ from tests.train.small_run import small_dataset, small_run
 
 ORDERS = [
     ("grouped", "pad"), ("random", "pad"), ("llava", "pad"), ("grouped", "short"),
-    ("random", "drop"), ("llava", "repeat"),
+    ("random", "drop"), ("llava", "llava"),
 ]  # fmt: skip
 SIZES = ("images", "targets", "padded_rows", "padded_length", "padded_images", "padded_targets")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -64,6 +64,9 @@ class Dataset:
         num_trained: int64 [len], tokens that the loss counts.
         num_images: int64 [len].
         too_long: Samples left out because they exceed the length asked for.
+        cut_at: Most tokens of a sample, images' tokens included; the rest of its text is cut off.
+            0 cuts nothing.
+        num_cut: Samples that are cut.
         mirror: Where shards of a remote dataset are copied from; None for a local one.
     """
 
@@ -76,6 +79,8 @@ class Dataset:
     num_trained: NDArray[np.int64]
     num_images: NDArray[np.int64]
     too_long: int
+    cut_at: int = 0
+    num_cut: int = 0
     mirror: Mirror | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,11 +162,47 @@ class Dataset:
         row = int(rows[selected])
         names, input_ids, label_spans = self._token_columns(int(shards[selected]))
         images = [self._pixels(slot) for slot in _at(slots, selected).tolist()]
+        ids, spans = _at(input_ids, row), _at(label_spans, row).reshape(-1, 2)
+        if self.cut_at:
+            kept = max(0, self.cut_at - len(images) * (self.image_tokens - 1))
+            ids, spans = ids[:kept], _clipped(spans, kept)
         return Sample(
-            _at(names, row).tobytes().decode(),
-            _at(input_ids, row),
-            _at(label_spans, row).reshape(-1, 2),
-            _stack(images, self.image_size),
+            _at(names, row).tobytes().decode(), ids, spans, _stack(images, self.image_size)
+        )
+
+    def cut(self, most: int) -> Dataset:
+        """The same samples, each of at most `most` tokens with its images' tokens.
+
+        Text behind the limit is cut off, as LLaVA's model does it once an image's rows are in. A
+        sample whose image would be cut is left out and counted in `too_long`.
+
+        Raises:
+            DataError: Nothing is left.
+        """
+        shards, places, _ = self._places
+        num_trained, fits = self.num_trained.copy(), np.ones(len(self), np.bool_)
+        long = np.flatnonzero(self.lengths > most)
+        for index in long:
+            selected = int(self.rows[index])
+            _, input_ids, label_spans = self._token_columns(int(shards[selected]))
+            ids = _at(input_ids, int(places[selected]))
+            kept = len(ids) - int(self.lengths[index]) + most
+            fits[index] = kept > np.flatnonzero(ids < 0).max(initial=0)
+            spans = _clipped(_at(label_spans, int(places[selected])).reshape(-1, 2), kept)
+            num_trained[index] = (spans[:, 1] - spans[:, 0]).sum()
+        if not fits.any():
+            raise DataError(
+                f"max_length: {most} tokens cut the image of every sample of {self.path}; raise it"
+            )
+        return replace(
+            self,
+            rows=self.rows[fits],
+            lengths=np.minimum(self.lengths, most)[fits],
+            num_trained=num_trained[fits],
+            num_images=self.num_images[fits],
+            too_long=self.too_long + int((~fits).sum()),
+            cut_at=most,
+            num_cut=int(fits[long].sum()),
         )
 
     def _pixels(self, slot: int) -> NDArray[np.uint8]:
@@ -177,6 +218,11 @@ class Dataset:
 def _at(column: Column, row: int) -> NDArray[Any]:
     offsets, values = column
     return values[offsets[row] : offsets[row + 1]]
+
+
+def _clipped(spans: NDArray[np.int32], end: int) -> NDArray[np.int32]:
+    """Trained spans [m, 2] before `end`."""
+    return np.minimum(spans, np.int32(end))[spans[:, 0] < end]
 
 
 def _lists(table: pa.Table, name: str) -> Column:
@@ -206,6 +252,7 @@ def open_dataset(
     view: str,
     image_tokens: int,
     max_length: int | None = None,
+    truncate: bool = False,
     split: str = TRAIN,
     cache: str | Path | None = None,
     cache_limit: str | int | None = None,
@@ -217,6 +264,7 @@ def open_dataset(
         view: Name of the view the tower reads.
         image_tokens: Tokens an image takes in the sequence, e.g. 576 for CLIP-L/14 at 336 px.
         max_length: Longest sequence, in tokens; a longer sample is left out and counted.
+        truncate: Cut a longer sample's text instead (`Dataset.cut`).
         split: `train` or `held_out`.
         cache: Folder of this node that an address's shards are copied to when they are first
             read, shared by its processes; left out, `$LAPILLI_CACHE`, else `~/.cache/lapilli`.
@@ -244,14 +292,15 @@ def open_dataset(
     images = np.diff(_lists(table, "image_slots")[0])
     lengths = _column(table, "text_length") + images * image_tokens
     rows = _rows_of(table, split, path)
-    fits = lengths[rows] <= (np.iinfo(np.int64).max if max_length is None else max_length)
+    most = np.iinfo(np.int64).max if max_length is None or truncate else max_length
+    fits = lengths[rows] <= most
     if not fits.any():
         raise DataError(
             f"max_length: {max_length} tokens; the shortest of {len(rows)} samples in {path} "
             f"has {lengths[rows].min()}; raise it"
         )
     kept = rows[fits]
-    return Dataset(
+    dataset = Dataset(
         path, manifest, view, image_tokens,
         rows=kept,
         lengths=lengths[kept],
@@ -260,6 +309,7 @@ def open_dataset(
         too_long=int((~fits).sum()),
         mirror=mirror,
     )  # fmt: skip
+    return dataset.cut(max_length) if truncate and max_length is not None else dataset
 
 
 def _check_view(path: Path, manifest: Manifest, view: str) -> None:

@@ -19,17 +19,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lapilli.data.errors import DataError
-from lapilli.data.llava_sampler import llava_order
+from lapilli.data.llava_sampler import EMPTY, llava_steps
 
 __all__ = ["EpochPlan", "Policy", "Remainder", "assign", "longest_rows", "plan_epoch"]
 
 Policy = Literal["grouped", "random", "llava"]
-Remainder = Literal["pad", "short", "drop", "repeat"]
+Remainder = Literal["auto", "pad", "short", "drop", "llava"]
 
 Ids = NDArray[np.int64]
 IntArray = NDArray[np.integer[Any]]
-
-EMPTY = -1
 
 # In a large window ranks wait less for each other; a window of the whole dataset gives nearly the
 # same batches every epoch. On 665K made-up lengths like LLaVA-1.5's, 8 ranks x 16, padded tokens
@@ -90,6 +88,8 @@ def plan_epoch(
     policy: Policy,
     window: int | None = None,
     llava_micro_batch: int | None = None,
+    llava_processes: int = 1,
+    group_by_modality_length: bool = True,
     remainder: Remainder = "pad",
 ) -> EpochPlan:
     """Order every sample exactly once into global batches of `global_batch` slots.
@@ -102,21 +102,25 @@ def plan_epoch(
         modalities: bool or int [n]; `grouped` keeps different values apart; for `llava` true (or
             non-zero) means that the sample has an image; `random` does not look at it.
         global_batch: slots of a global batch, over all ranks and accumulation steps.
-        seed: >= 0; with `epoch` it decides every draw. For `llava` their sum seeds the generator.
+        seed: >= 0; with `epoch` it decides every draw. For `llava` it is LLaVA's `--seed`.
         epoch: >= 0.
         policy: `grouped`, one modality a global batch (the tails included), similar lengths in it,
             the batch with the longest sample first so that what does not fit in memory fails at
-            once; `random`, a permutation; `llava`, the order of LLaVA's own sampler (`llava_order`
-            without a second generator, as its trainer calls it).
+            once; `random`, a permutation; `llava`, the order of LLaVA's own trainer
+            (`llava_steps`).
         window: `grouped` sorts by length within this many randomly drawn global batches. None
             takes `DEFAULT_WINDOW`, or less where an epoch would have under `LEAST_WINDOWS`.
         llava_micro_batch: samples of one rank's micro-batch; `llava` needs it, no other takes it.
+        llava_processes: processes of the LLaVA run whose order `llava` is; with the micro-batch
+            they give its accumulation. Its order differs between one process and several.
+        group_by_modality_length: LLaVA's flag; false is its order without it (its pretrain
+            script). Only `llava` looks at it.
         remainder: what becomes of a batch that the samples (with `grouped`, of a modality) do not
             fill: `pad` keeps its size with empty slots, `short` makes it smaller, so that the
             ranks do fewer micro-steps, `drop` leaves its samples out of this epoch (others the
-            next time). `llava` takes `pad`, or `repeat`, which fills the last batch with the
-            epoch's first samples, as Accelerate's loader does under LLaVA's trainer: the one case
-            in which a sample stands twice in an epoch.
+            next time). `llava`, for policy `llava`, is what its trainer does (`llava_steps`): the
+            one case in which a sample may stand twice in an epoch. `auto` is `llava` for policy
+            `llava` and `pad` for the others.
 
     Raises:
         DataError: an argument that no plan can be made of.
@@ -128,11 +132,19 @@ def plan_epoch(
     _check_at_least("epoch", epoch, 0)
     if window is None:
         window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch * LEAST_WINDOWS)))
-    _check_policy(policy, window, llava_micro_batch, global_batch)
+    _check_policy(policy, window, llava_micro_batch, llava_processes, global_batch)
+    remainder = _checked_remainder(remainder, policy)
     if llava_micro_batch is not None:
-        signed = np.where(kinds != 0, token_counts, -token_counts)
-        batches = _llava(signed, global_batch, llava_micro_batch, seed + epoch)
-    elif policy == "grouped":
+        steps = llava_steps(
+            np.where(kinds != 0, token_counts, -token_counts),
+            micro_batch=llava_micro_batch,
+            processes=llava_processes,
+            accumulation=global_batch // (llava_micro_batch * llava_processes),
+            seed=seed, epoch=epoch, group_by_modality_length=group_by_modality_length,
+            pads=remainder == "pad",
+        )  # fmt: skip
+        return _cut_off(steps, remainder, llava_micro_batch)
+    if policy == "grouped":
         batches = _grouped(token_counts, kinds, global_batch, window, _bits(seed, epoch))
     else:
         batches = _filled_batches(_permutation(kinds.size, _bits(seed, epoch)), global_batch)
@@ -140,20 +152,24 @@ def plan_epoch(
     return _cut_off(batches, remainder, llava_micro_batch)
 
 
-def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) -> EpochPlan:
-    """A plan of batches [steps, G] with its incomplete ones treated as `remainder` says."""
+def _checked_remainder(remainder: Remainder, policy: Policy) -> Remainder:
+    """What `auto` stands for; anything but a name that the policy takes is refused."""
     if remainder not in get_args(Remainder):
         raise DataError(
             f"remainder is {remainder!r}; choose one of {', '.join(get_args(Remainder))}"
         )
-    is_llava = llava_micro_batch is not None
-    if (remainder == "repeat" and not is_llava) or (remainder in ("short", "drop") and is_llava):
+    if remainder == "auto":
+        return "llava" if policy == "llava" else "pad"
+    if remainder not in (("llava", "pad") if policy == "llava" else ("pad", "short", "drop")):
         raise DataError(
-            f"remainder is {remainder!r}; policy 'llava' takes 'pad' or 'repeat', the others "
+            f"remainder is {remainder!r}; policy 'llava' takes 'llava' or 'pad', the others "
             "'pad', 'short' or 'drop'"
         )
-    if remainder == "repeat":
-        batches = _repeated(batches)
+    return remainder
+
+
+def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) -> EpochPlan:
+    """A plan of batches [steps, G] with its incomplete ones treated as `remainder` says."""
     if remainder == "drop":
         batches = batches[(batches != EMPTY).all(axis=1)]
         if not len(batches):
@@ -168,13 +184,6 @@ def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) 
         order = order[order != EMPTY]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return EpochPlan(order, offsets, llava_micro_batch, batches.shape[1])
-
-
-def _repeated(batches: Ids) -> Ids:
-    """Batches [steps, G] whose empty slots, all at the end, hold the first samples again."""
-    order = batches.reshape(-1)
-    count = int((order != EMPTY).sum())
-    return np.concatenate([order[:count], order[: order.size - count]]).reshape(batches.shape)
 
 
 def assign(
@@ -276,17 +285,6 @@ def _grouped(
     batches = np.concatenate(of_each_kind)
     batches = batches[_permutation(len(batches), bits)]
     return _longest_first(batches, lengths)
-
-
-def _llava(signed: Ids, global_batch: int, micro_batch: int, seed: int) -> Ids:
-    """LLaVA's order as global batches [steps, G]."""
-    order = llava_order(
-        signed,
-        batch_size=micro_batch,
-        world_size=global_batch // micro_batch,
-        global_seed=seed,
-    )
-    return _filled_batches(order, global_batch)
 
 
 def _sorted_in_windows(lengths: Ids, global_batch: int, window: int) -> Ids:
@@ -399,7 +397,11 @@ def _checked_samples(
 
 
 def _check_policy(
-    policy: Policy, window: int, llava_micro_batch: int | None, global_batch: int
+    policy: Policy,
+    window: int,
+    llava_micro_batch: int | None,
+    llava_processes: int,
+    global_batch: int,
 ) -> None:
     """Afterwards `llava_micro_batch` is set under policy `llava` and under no other."""
     if policy not in get_args(Policy):
@@ -418,9 +420,12 @@ def _check_policy(
             "micro-batches in its order: leave it out or choose policy 'llava'"
         )
     _check_at_least("llava_micro_batch", llava_micro_batch, 1)
-    if global_batch % llava_micro_batch:
-        above = -(-global_batch // llava_micro_batch) * llava_micro_batch
+    _check_at_least("llava_processes", llava_processes, 1)
+    micro_step = llava_micro_batch * llava_processes
+    if global_batch % micro_step:
+        above = -(-global_batch // micro_step) * micro_step
         raise DataError(
             f"global_batch {global_batch} is not a multiple of llava_micro_batch "
-            f"{llava_micro_batch}; use a global_batch of {above} or a micro-batch that divides it"
+            f"{llava_micro_batch} x llava_processes {llava_processes}; use a global_batch of "
+            f"{above} or a micro-batch that divides it"
         )

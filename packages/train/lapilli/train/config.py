@@ -75,13 +75,19 @@ class RunConfig:
         epochs: Passes over the dataset.
         max_steps: End earlier, after so many steps; 0 for the whole epochs.
         max_length: Longest sequence with its image tokens; longer samples are left out, counted.
+        truncate: Cut the text of longer samples instead. Left out, true under policy `llava`.
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA.
-        policy: Order of an epoch (`lapilli.data.sampler`). `llava` is LLaVA's own, in which the
-            micro-batches are part of the order.
+        policy: Order of an epoch (`lapilli.data.sampler`). `llava` is that of LLaVA's trainer, in
+            which the micro-batches are part of the order; the learning rate then starts at 0 too.
+        group_by_modality_length: LLaVA's flag, for policy `llava`; false for its order without it,
+            which its pretrain script has. Left out, true.
+        llava_processes: For policy `llava`, how many processes the LLaVA run has whose order and
+            end of an epoch are taken; 0 for `workers`. Set it to go on with other workers.
         remainder: What becomes of a global batch that the samples do not fill: `pad` with empty
-            slots, `short` with fewer micro-steps, or `drop` until another epoch. `llava` takes
-            `pad`, or `repeat`, which fills it with the epoch's first samples.
+            slots, `short` with fewer micro-steps, or `drop` until another epoch. Policy `llava`
+            takes `pad`, or `llava`: what LLaVA's trainer does, which repeats or drops samples.
+            `auto` is `llava` for that policy and `pad` for the others.
         loss: What is averaged: `tokens`, over all trained tokens of the global batch, or `means`,
             over the means of its micro-batches, as LLaVA's trainer does. With `means` or policy
             `llava` a resumed run keeps its `micro_batch`.
@@ -132,8 +138,11 @@ class RunConfig:
     epochs: int = 1
     max_steps: int = 0
     max_length: int = 2048
+    truncate: bool | None = None
     policy: Literal["grouped", "random", "llava"] = "grouped"
-    remainder: Literal["pad", "short", "drop", "repeat"] = "pad"
+    group_by_modality_length: bool | None = None
+    llava_processes: int = 0
+    remainder: Literal["auto", "pad", "short", "drop", "llava"] = "auto"
     loss: Literal["tokens", "means"] = "tokens"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -170,7 +179,7 @@ class RunConfig:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected at least 1")
         for name in (
             "micro_batch", "max_steps", "max_failures", "seed", "min_workers", "hang_seconds",
-            "max_spike", "eval_every", "milestone_every", "generate_every",
+            "max_spike", "eval_every", "milestone_every", "generate_every", "llava_processes",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}: {getattr(self, name)}; expected 0 or more")
@@ -185,6 +194,12 @@ class RunConfig:
             )
         _check_weights(self)
         _check_workers(self)
+        _check_order(self)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether samples longer than `max_length` are cut and not left out."""
+        return self.policy == "llava" if self.truncate is None else self.truncate
 
     @property
     def accumulation(self) -> int:
@@ -224,6 +239,29 @@ def _check_weights(config: RunConfig) -> None:
         raise TrainError(
             f"model.dtype: bf16 with precision {config.precision} would compute with weights "
             "rounded to bf16; set precision bf16, or model.dtype fp32"
+        )
+
+
+def _check_order(config: RunConfig) -> None:
+    """LLaVA's flags go with its order, and its processes cut the global batch."""
+    grouping = config.group_by_modality_length
+    if config.policy != "llava":
+        if config.llava_processes:
+            raise TrainError(
+                f"llava_processes: {config.llava_processes} with policy {config.policy}; only "
+                "policy llava has LLaVA's processes; leave it out"
+            )
+        if grouping is not None and grouping != (config.policy == "grouped"):
+            raise TrainError(
+                f"group_by_modality_length: {str(grouping).lower()} with policy {config.policy}; "
+                "leave it out, or set policy llava"
+            )
+        return
+    rows = (config.llava_processes or config.workers) * config.micro_batch
+    if config.global_batch % rows:
+        raise TrainError(
+            f"llava_processes: {config.llava_processes} x micro_batch {config.micro_batch} = "
+            f"{rows} does not divide global_batch {config.global_batch}; set one that does"
         )
 
 

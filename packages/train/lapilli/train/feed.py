@@ -111,6 +111,8 @@ class Feed:
             policy=self.config.policy,
             remainder=self.config.remainder,
             llava_micro_batch=self.config.micro_batch if is_llava else None,
+            llava_processes=self.config.llava_processes or self.config.workers,
+            group_by_modality_length=self.config.group_by_modality_length is not False,
         )
 
     def _locate(self, step: int) -> tuple[EpochPlan, int]:

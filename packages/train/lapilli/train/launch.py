@@ -84,6 +84,7 @@ class Preflight:
             machine; None where workers compute on something else.
         device: What the workers compute on.
         image_tokens: Tokens an image takes in the sequence.
+        num_cut: Samples whose text is cut at `max_length`.
     """
 
     config: RunConfig
@@ -96,6 +97,7 @@ class Preflight:
     step_seconds: float | None
     device: Device
     image_tokens: int
+    num_cut: int = 0
 
     @property
     def is_done(self) -> bool:
@@ -167,7 +169,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         step_seconds = _time_step(model, feed)
     return Preflight(
         config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
-        step_seconds, device, dataset.image_tokens,
+        step_seconds, device, dataset.image_tokens, dataset.num_cut,
     )  # fmt: skip
 
 
@@ -322,6 +324,9 @@ def copy_rest(config: RunConfig, step: int) -> list[str]:
 
 def _check_same(before: dict[str, Any], config: RunConfig, where: Path | str) -> None:
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    if config.policy == "llava":  # the order is that of so many processes, whoever computes it
+        before = {**before, "llava_processes": before["llava_processes"] or before["workers"]}
+        now["llava_processes"] = config.llava_processes or config.workers
     is_cut_fixed = config.policy == "llava" or config.loss == "means"
     may_change = RESUMABLE - ({"micro_batch"} if is_cut_fixed else set())
     changed = [key for key in now if key not in may_change and before.get(key) != now[key]]

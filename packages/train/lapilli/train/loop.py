@@ -95,6 +95,7 @@ def open_for(model: VisionLanguageModel, config: RunConfig) -> Dataset:
         view=config.view,
         image_tokens=model.vision.num_tokens,
         max_length=config.max_length,
+        truncate=config.truncates,
     )
     check_model(model, dataset)
     _check_tokenizer(config.model.language.pretrained, dataset)
@@ -351,7 +352,10 @@ def one_step(
         What is worth writing down; whether any rank stops; every sample's summed loss by its place
         in the global batch.
     """
-    rate = learning_rate(ready.config.optim, batches.step, ready.feed.total_steps)
+    rate = learning_rate(
+        ready.config.optim, batches.step, ready.feed.total_steps,
+        starts_at_zero=ready.config.policy == "llava",
+    )  # fmt: skip
     engine.set_learning_rate(ready.engine, rate)
     total, squares, scaling = _take(ready, batches)
     taken = sample_lanes(batch.sample_ids for batch in batches.batches)
@@ -363,7 +367,7 @@ def one_step(
     lanes, rest = rest[: len(taken)], rest[len(taken) :]
     squared, by_slot = rest[: len(squares)], rest[len(squares) :]
     loss = summed / max(1, batches.global_tokens)
-    norm = _norm(ready.engine)
+    norm = _norm(ready.engine, squared)
     row = {
         "step": batches.step,
         "loss": loss,
@@ -420,6 +424,10 @@ def _by_part(built: Any, squares: list[float]) -> dict[str, float]:
     }
 
 
-def _norm(built: Any) -> float | None:
+def _norm(built: Any, squares: list[float]) -> float:
+    """The whole gradient's norm before clipping; DeepSpeed has none at ZeRO stage 0."""
     norm = built.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    if norm is not None:
+        return float(norm)
+    whole = sum(squares)
+    return math.sqrt(whole) if whole >= 0 else math.nan

@@ -13,14 +13,18 @@ from lapilli.train.config import OptimConfig
 __all__ = ["build_optimizer", "learning_rate"]
 
 
-def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+def learning_rate(
+    config: OptimConfig, step: int, total: int, *, starts_at_zero: bool = False
+) -> float:
     """The rate of optimizer step `step` of `total`, counted from 0.
 
-    Warm-up takes its steps, or its share of all, rounded up; the decay reaches 0 after the last.
+    Warm-up takes n steps, or their share of all, rounded up; the decay reaches 0 after the last.
+    Step k of the warm-up has (k + 1) / n of the rate, or k / n where it `starts_at_zero`, as under
+    transformers' Trainer, whose first update changes nothing.
     """
     warmup = min(config.warmup_steps or math.ceil(config.warmup_ratio * total), total)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * (step + (not starts_at_zero)) / warmup
     if config.schedule == "constant":
         return config.lr
     done = (step - warmup) / max(1, total - warmup)
