@@ -40,6 +40,9 @@ test-faults: install  ## tests that kill processes, cut files or take long
 test-long: install  ## tests that take minutes each or need the extra real-weights
 	$(BIN)/python -m pytest -m long
 
+test-llava: install  ## LLaVA's own trainer beside ours, in an environment of its own (.venv-readers)
+	$(BIN)/python -m pytest -m llava
+
 gpu-test: install  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
@@ -72,4 +75,4 @@ clean:  ## remove caches and built wheels; the virtual environment and outputs s
 	rm -rf dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd peers quickstart test test-faults test-long gpu-test lint format public-names constraints wheel clean
+.PHONY: help install simd peers quickstart test test-faults test-long test-llava gpu-test lint format public-names constraints wheel clean

@@ -1,0 +1,1 @@
+"""What programs of others read and compute, in environments of their own."""
