@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from lapilli.data.errors import DataError
 
 __all__ = [
     "FULL", "blame", "cannot_read", "exists", "is_denied", "is_file", "is_folder", "is_missing",
-    "naming", "require_readable", "subpaths",
+    "naming", "require_listable", "require_readable", "subpaths",
+    "system_error",
 ]  # fmt: skip
 
 MISSING = (errno.ENOENT, errno.ENOTDIR)
@@ -32,6 +34,7 @@ MACHINE = {
     errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EREMOTEIO,
     errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.EBADMSG,
 }  # fmt: skip
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 REMEDIES = {
     errno.EROFS: "it is on a read-only disk; choose another folder",
     errno.EACCES: "ask its owner for the right, or choose another folder",
@@ -72,6 +75,14 @@ def blame(error: OSError, path: object = None) -> str | None:
     return (
         f"{os.fsdecode(named) if isinstance(named, bytes) else named}: {error.strerror}; {remedy}"
     )
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The system's error that an exception is or tells of: Rust's end with `(os error 28)`."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = OS_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def cannot_read(path: object, error: OSError) -> str:
@@ -156,12 +167,34 @@ def require_readable(path: Path) -> None:
                 raise DataError(cannot_read(file, error)) from None
 
 
+def require_listable(folder: Path) -> None:
+    """List a folder and all below it, before `rglob` does, which passes over what it may not list.
+
+    Raises:
+        DataError: Names the first folder that cannot be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        if is_denied(error):
+            raise DataError(cannot_read(error.filename, error)) from None
+
+    for _ in os.walk(folder, onerror=stop):
+        pass
+
+
 @contextmanager
 def naming(path: Path) -> Generator[None]:
-    """Let errors of the system that name no file, as those of `write` are, name this one."""
+    """Let errors of the system that name no file, as those of `write` are, name this one.
+
+    So do those of libraries in Rust, which come as bare exceptions (see `system_error`).
+    """
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        if (found := system_error(error)) is None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error

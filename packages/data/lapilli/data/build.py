@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.access import cannot_read, exists, is_folder
+from lapilli.data.access import cannot_read, exists, is_folder, naming
 from lapilli.data.amend import UNUSED_STAMP, input_columns
 from lapilli.data.encoding import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.errors import DataError
@@ -265,7 +265,8 @@ def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
 def _save_tokenizer(plan: BuildPlan, output: Output) -> None:
     tokenizer, target = load_tokenizer(plan.config.tokenizer), output / TOKENIZER
     if isinstance(target, Path):
-        tokenizer.save_pretrained(str(target))
+        with naming(target):
+            tokenizer.save_pretrained(str(target))
         return
     with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
         tokenizer.save_pretrained(folder)
