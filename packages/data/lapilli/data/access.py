@@ -70,11 +70,15 @@ def blame(error: OSError, path: object = None) -> str | None:
         return None
     remedy = REMEDIES.get(error.errno, "see to the disk or its server and run the same again")
     named = error.filename2 or error.filename or path
+    cause = _cause(error)
     if isinstance(named, int) or not named:  # a descriptor says nothing to a reader
-        return f"{error.strerror}; {remedy}"
-    return (
-        f"{os.fsdecode(named) if isinstance(named, bytes) else named}: {error.strerror}; {remedy}"
-    )
+        return f"{cause}; {remedy}"
+    return f"{os.fsdecode(named) if isinstance(named, bytes) else named}: {cause}; {remedy}"
+
+
+def _cause(error: OSError) -> str:
+    """The system's own words: some libraries put a paragraph in their place."""
+    return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
 
 
 def system_error(error: Exception) -> OSError | None:
@@ -87,9 +91,8 @@ def system_error(error: Exception) -> OSError | None:
 
 def cannot_read(path: object, error: OSError) -> str:
     """One line for a file that is there, or may be, and cannot be read."""
-    why = error.strerror or str(error) or type(error).__name__
     remedy = "nothing was changed; give this user the right to read it, or see to the disk"
-    return f"{path}: cannot be read ({why}); {remedy}"
+    return f"{path}: cannot be read ({_cause(error)}); {remedy}"
 
 
 class Place(Protocol):
