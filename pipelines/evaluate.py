@@ -36,7 +36,8 @@ class EvaluateConfig:
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         shuffle_images: Show each question the images of another record: what is left is what the
             model knows without looking.
-        output: File for the answers, one JSON object a line; empty for none.
+        output: File for the answers, one JSON object a line, written by one process at a time;
+            empty for none.
     """
 
     run: str

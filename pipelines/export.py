@@ -52,7 +52,7 @@ class ExportConfig:
             processor load. `llava`: LLaVA's checkpoint, and the projector as `mm_projector.bin`.
             Both have adapters merged into the weights. `peft`: the adapters by themselves, as
             PEFT and LLaVA load them, with whatever else learnt in `non_lora_trainables.bin`.
-        output: Folder to write; a model's must be empty or not there.
+        output: Folder to write, by one process at a time; a model's must be empty or not there.
         run: Folder of a training run; its newest checkpoint is taken.
         dtype: Of a model's weights; an adapter's stay float32.
         shard_size: Most bytes in one file of weights, such as `5GB`.

@@ -39,7 +39,8 @@ class GenerateConfig:
         questions: JSONL with `question_id`, `text` and, if there is one, `image`.
         images: Folder that the images of `questions` are in.
         output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
-            answers. Questions that it answers already are not asked again.
+            answers. Questions that it answers already are not asked again. One process at a time
+            writes it.
         batch: Questions at once.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         decoding: How answers are written.

@@ -53,7 +53,7 @@ class QuickstartConfig:
     """How long and where to.
 
     Attributes:
-        output: Folder for everything the quickstart makes.
+        output: Folder for everything the quickstart makes; one process at a time.
         epochs: Passes over the data in each stage; 0 takes the recipes'.
         questions: What the model is asked: the `test` questions, or, for choosing settings, those
             of training images that are then held out (`validation`).
