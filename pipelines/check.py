@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from lapilli.data.access import is_folder
 from lapilli.data.codecs import resolve_codecs
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, decode, square
+from lapilli.data.lock import only_writer
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.published import ANNOTATIONS
 from lapilli.data.record import Entry, Verdict
@@ -71,7 +73,7 @@ class CheckConfig(BuildConfig):
 def check(config: CheckConfig) -> Survey:
     """Look, and tell what there is."""
     root = Path(config.root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     config = config if config.sources else find_published(config)
     started = time.monotonic()
@@ -147,14 +149,18 @@ def _quarantine(output: str) -> Generator[Callable[[Entry], None]]:
     if not output:
         yield lambda entry: None
         return
+    with only_writer(Path(output), "written", beside=True), _rows_to(Path(output)) as write:
+        yield write
+
+
+@contextmanager
+def _rows_to(path: Path) -> Generator[Callable[[Entry], None]]:
     rows: list[Entry] = []
-    path = Path(output)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         writer: Any = pq.ParquetWriter(temporary, quarantine_table([]).schema)
     except OSError as error:
-        raise DataError(f"output: {output}: {error.strerror}; choose another --output") from None
+        raise DataError(f"output: {path}: {error.strerror}; choose another --output") from None
 
     def move(target: Path) -> None:
         temporary.replace(target)
@@ -171,7 +177,8 @@ def _quarantine(output: str) -> Generator[Callable[[Entry], None]]:
         writer.close()
         write_atomic(path, move)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what is told
+            temporary.unlink(missing_ok=True)
 
 
 def tell(config: CheckConfig, found: Survey) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import warnings
 from argparse import ArgumentError
@@ -15,6 +14,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lapilli.data.access import blame, system_error
 from lapilli.data.errors import DataError
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
@@ -85,17 +85,21 @@ def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one."""
+    """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one.
+
+    So does what rights, a disk or a server refuse; any other error keeps its traceback.
+    """
     warnings.formatwarning = warning_line
     try:
         code = main()
     except (DataError, ModelError, TrainError, UsageError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = USERS_MISTAKE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        found = system_error(error)
+        if found is None or (line := blame(found)) is None:
             raise
-        print(f"error: {error}; free space and run the same command again", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         code = USERS_MISTAKE
     except KeyboardInterrupt as stopped:
         where = f"{stopped}; " if str(stopped) else ""

@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lapilli.data.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME as MANIFEST
 from lapilli.data.manifest import PLAN, Manifest, ViewFacts, read_manifest
 from lapilli.data.shards import ShardFacts, open_table
 from lapilli.train.checkpoint import find_checkpoints
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG, FACTS, FOLDER, MILESTONES, folder_bytes
+from lapilli.train.folders import CONFIG, FACTS, FOLDER, MILESTONES, folder_bytes, steps_in
 from lapilli.train.metrics import METRICS, read_metrics
 from lapilli.train.starts import read_starts
 from lapilli.train.workers import MISTAKE
@@ -78,9 +79,9 @@ def kind_of(path: Path) -> Literal["dataset", "run"]:
     Raises:
         DataError: It is neither.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         raise DataError(f"{path}: no such folder; expected the --output of preprocess or train")
-    if (path / MANIFEST).exists() or (path / PLAN).exists():
+    if exists(path / MANIFEST) or exists(path / PLAN):
         return "dataset"
     if "global_batch" in read_json(path / CONFIG):
         return "run"
@@ -132,6 +133,8 @@ def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
         try:
             table = pq.read_table(file, columns=["source", "reason"])
         except (OSError, pa.ArrowException) as error:
+            if is_denied(error):
+                raise DataError(cannot_read(file, error)) from None
             raise DataError(
                 f"{file}: missing or damaged ({type(error).__name__}); "
                 "run the same preprocess again, it rebuilds it"
@@ -226,7 +229,7 @@ def _state(path: Path, metrics: Sequence[Mapping[str, Any]], total: int | None) 
     mistake = path / MISTAKE
     if total and done >= total:
         return "finished", of
-    if mistake.exists():
+    if exists(mistake):
         why = " ".join(mistake.read_text(encoding="utf-8", errors="replace").split())
         return "stopped", of, why
     if not metrics:
@@ -322,7 +325,7 @@ def _checkpoints(steps: Sequence[int], run: Path) -> Lines:
 
 
 def _milestones(run: Path) -> dict[str, Lines]:
-    steps = sorted(int(path.name.partition("-")[2]) for path in (run / MILESTONES).glob("step-*"))
+    steps = [int(path.name.partition("-")[2]) for path in steps_in(run / MILESTONES)]
     if not steps:
         return {}
     ends = f"step {steps[0]:,}" if len(steps) == 1 else f"step {steps[0]:,} to {steps[-1]:,}"
@@ -371,9 +374,15 @@ def _versions(versions: Mapping[str, str]) -> Lines:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none to be read."""
+    """A JSON object; an empty one where there is none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
         return {}
     return value if isinstance(value, dict) else {}

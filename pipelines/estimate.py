@@ -9,6 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from lapilli.data.access import exists
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import NAME as MANIFEST
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
@@ -100,7 +101,7 @@ def sample_operations(sketch: Sketch, dataset: Dataset) -> float:
 
 def _open(config: RunConfig, sketch: Sketch) -> Dataset | None:
     """The run's dataset as its model sees it, if it is there yet."""
-    if not (Path(config.dataset) / MANIFEST).exists():
+    if not exists(Path(config.dataset) / MANIFEST):
         say(f"{config.dataset} is no dataset yet: rows of max_length, {config.max_length} tokens")
         return None
     tokens = sketch.model.vision.num_tokens

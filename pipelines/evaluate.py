@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lapilli.data.access import cannot_read, is_denied, is_folder
+from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_atomic, write_json
 from lapilli.train.checkpoint import WEIGHTS, newest_weights
@@ -34,7 +36,8 @@ class EvaluateConfig:
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         shuffle_images: Show each question the images of another record: what is left is what the
             model knows without looking.
-        output: File for the answers, one JSON object a line; empty for none.
+        output: File for the answers, one JSON object a line, written by one process at a time;
+            empty for none.
     """
 
     run: str
@@ -47,9 +50,21 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
-    """Answer every question and count."""
-    if config.output and not Path(config.output).absolute().parent.is_dir():
+    """Answer every question and count; `output` is this process's own meanwhile.
+
+    Raises:
+        DataError: Another process writes the output, or it cannot be written.
+        DataError, ModelError, TrainError: Run and dataset cannot be opened or do not fit.
+    """
+    if not config.output:
+        return _evaluate(config)
+    if not is_folder(Path(config.output).absolute().parent):
         raise TrainError(f"output: {config.output} is in no folder; make the folder first")
+    with only_writer(Path(config.output), "written", beside=True):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = torch_device(choose_device(config.device, visible_devices()))
     trained = load_trained(Path(config.run), device)
     view = config.view or _only_view(Path(config.dataset))
@@ -78,7 +93,9 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
     try:
         is_same = json.loads(beside.read_text(encoding="utf-8")) == asked
         lines = output.read_text(encoding="utf-8").splitlines() if is_same else []
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_denied(error):
+            raise TrainError(cannot_read(error.filename or output, error)) from None
         lines = []
     if lines:
         say(f"{len(lines)} answers of the same weights to the same questions reused: {output}")

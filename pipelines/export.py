@@ -7,6 +7,7 @@ python -m pipelines.export runs/lora --to peft --output exports/lora
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Generator, Sequence
@@ -17,10 +18,12 @@ from typing import Any, Literal
 
 import torch
 
+from lapilli.data.access import FULL, exists, is_denied, is_folder, naming, subpaths
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.export import export_webdataset
 from lapilli.data.jinja import chat_template
+from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.record import ImagePart, TextPart, Turn
 from lapilli.model.interop.hf import FACTS, Preprocessing, write_hf, write_processor
@@ -36,6 +39,7 @@ from lapilli.train.ask import Assistant, open_assistant
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG as RUN_CONFIG
 from pipelines.command import first_as, parse, progress_bar, run, say
+from pipelines.describe import bytes_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class ExportConfig:
             processor load. `llava`: LLaVA's checkpoint, and the projector as `mm_projector.bin`.
             Both have adapters merged into the weights. `peft`: the adapters by themselves, as
             PEFT and LLaVA load them, with whatever else learnt in `non_lora_trainables.bin`.
-        output: Folder to write; a model's must be empty or not there.
+        output: Folder to write, by one process at a time; a model's must be empty or not there.
         run: Folder of a training run; its newest checkpoint is taken.
         dtype: Of a model's weights; an adapter's stay float32.
         shard_size: Most bytes in one file of weights, such as `5GB`.
@@ -77,7 +81,7 @@ def to_webdataset(config: ExportConfig) -> None:
     read_manifest(dataset)  # no dataset, no settings
     build = parse(BuildConfig, [f"--config={dataset / 'config.json'}"], "")
     root = Path(config.root or build.root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     with progress_bar() as bar:
         task = bar.add_task("samples", total=None)
@@ -101,7 +105,7 @@ def to_hf(config: ExportConfig) -> None:
     how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.fill, source)
     tokenizer = asked.tokenizer
     expected = [asked.prompt(turns) for turns in TRIALS]  # before the tokenizer gets <image>
-    with _filled(Path(config.output)) as folder:
+    with _filled(config, asked) as folder:
         image_id = write_processor(tokenizer, asked.model, how, folder)
         for turns, ids in zip(TRIALS, expected, strict=True):
             _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
@@ -157,7 +161,7 @@ def _check_ids(tokenizer: Any, source: str, turns: tuple[Turn, ...], ids: list[i
 def to_llava(config: ExportConfig) -> None:
     """Write LLaVA's checkpoint with its tokenizer, and the projector by itself."""
     asked, output = _open_run(config), Path(config.output)
-    with _filled(output) as folder:
+    with _filled(config, asked) as folder:
         with _told() as on_progress:
             write_llava(
                 asked.model, folder, dtype=getattr(torch, config.dtype), form=config.files,
@@ -172,7 +176,7 @@ def to_peft(config: ExportConfig) -> None:
     """Write a run's adapters, what else learnt, and what LLaVA's loader wants beside them."""
     asked, output = _open_run(config), Path(config.output)
     base = _base(Path(config.run), asked)
-    with _filled(output) as folder:
+    with _filled(config, asked) as folder:
         found = write_lora_run(asked.model, folder, base=base)
         if asked.model.config.vision.tower == "clip":  # LLaVA has no other
             write_llava_config(asked.model, folder, aspect=_aspect(asked))
@@ -209,29 +213,71 @@ def _told() -> Generator[Progress]:
 
 
 @contextmanager
-def _filled(output: Path) -> Generator[Path]:
-    """A folder beside `output` to fill, which becomes it when all is there and goes if not."""
+def _filled(config: ExportConfig, asked: Assistant) -> Generator[Path]:
+    """A folder beside `output` to fill, which becomes it when all is there and goes if not.
+
+    Raises:
+        TrainError: There is no room for it, or it cannot be written.
+    """
+    output = Path(config.output)
     temporary = output.absolute().with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    needed = _least_bytes(config, asked)
     try:
-        yield temporary
-        if output.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        temporary.mkdir(parents=True)
+        _check_room(output, temporary, needed)
+        with naming(temporary):
+            yield temporary
+        if is_folder(output):
             output.rmdir()  # empty: `_open_run` has looked
         temporary.rename(output)
+    except OSError as error:
+        if error.errno in FULL:
+            raise _no_room(output, temporary, needed) from None
+        if is_denied(error) or error.errno == errno.ENOTEMPTY:
+            raise TrainError(
+                f"output: {output} cannot be written ({error.strerror}); choose another --output"
+            ) from None
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _least_bytes(config: ExportConfig, asked: Assistant) -> int:
+    """Bytes of the weights that are written; the tokenizer's files and a few settings come on top.
+
+    A part that the form has no place for is counted too.
+    """
+    size = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    named = asked.model.named_parameters()
+    if config.to == "peft":  # fp32, as it was trained
+        return sum(4 * value.numel() for _, value in named if value.requires_grad)
+    return sum(size * value.numel() for name, value in named if ".lora_" not in name)
+
+
+def _check_room(output: Path, folder: Path, needed: int) -> None:
+    """Stop before weights are merged if what is written does not fit on the disk."""
+    if needed > shutil.disk_usage(folder).free:
+        raise _no_room(output, folder, needed)
+
+
+def _no_room(output: Path, folder: Path, needed: int) -> TrainError:
+    free = shutil.disk_usage(folder.parent).free
+    return TrainError(
+        f"output: {output} has {bytes_text(free)} free, the export needs {bytes_text(needed)} and "
+        "its tokenizer's files; free space or choose another --output"
+    )
 
 
 def _open_run(config: ExportConfig) -> Assistant:
     if not config.run:
         raise TrainError("run: nothing named; pass the folder of a training run")
     output = Path(config.output)
-    if output.is_dir() and any(output.iterdir()):
-        raise TrainError(f"output: {output} is not empty; choose another folder")
-    if output.exists() and not output.is_dir():
+    if exists(output) and not is_folder(output):
         raise TrainError(f"output: {output} is a file; choose another name")
-    if (Path(config.run) / FACTS).exists():
+    if subpaths(output):
+        raise TrainError(f"output: {output} is not empty; choose another folder")
+    if exists(Path(config.run) / FACTS):
         raise TrainError(
             f"run: {config.run} is an export already; expected a training run's folder"
         )
@@ -253,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if config.to not in FORMS:
         raise DataError(f"to: {config.to!r} is no form; expected one of {', '.join(FORMS)}")
-    FORMS[config.to](config)
+    with only_writer(Path(config.output), "written", beside=True):
+        FORMS[config.to](config)
     return 0
 
 

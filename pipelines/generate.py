@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from lapilli.data.access import exists, is_file, is_folder, naming, require_listable
 from lapilli.data.errors import DataError
+from lapilli.data.lock import only_writer
 from lapilli.model.generate import Decoding
 from lapilli.train.ask import Assistant, Question, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
@@ -37,7 +39,8 @@ class GenerateConfig:
         questions: JSONL with `question_id`, `text` and, if there is one, `image`.
         images: Folder that the images of `questions` are in.
         output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
-            answers. Questions that it answers already are not asked again.
+            answers. Questions that it answers already are not asked again. One process at a time
+            writes it.
         batch: Questions at once.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         decoding: How answers are written.
@@ -80,8 +83,9 @@ def collect(config: GenerateConfig) -> list[Asked]:
     if not config.image:
         return [Asked(0, config.question, None)]
     image = Path(config.image)
-    if not image.is_dir():
+    if not is_folder(image):
         return [Asked(image.name, config.question, _existing(image, "image"))]
+    require_listable(image)
     found = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise DataError(
@@ -116,13 +120,16 @@ def _read_questions(path: Path, images: Path) -> list[Asked]:
 
 
 def _existing(path: Path, what: str) -> Path:
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{what}: {path} is not there; expected a file")
     return path
 
 
 def _question(asked: Asked) -> Question:
-    images = [asked.image.read_bytes()] if asked.image else []
+    images: list[bytes] = []
+    if asked.image:
+        with naming(asked.image):
+            images.append(asked.image.read_bytes())
     return Question.of(asked.text, *images, name=str(asked.image or asked.question_id))
 
 
@@ -131,11 +138,22 @@ def generate(config: GenerateConfig) -> list[str]:
 
     Returns:
         The answers, those that the output had already included, in the order of the questions.
+
+    Raises:
+        DataError: Another process writes the output, or it cannot be written; questions that
+            cannot be asked.
     """
     asked = collect(config)
-    output = Path(config.output) if config.output else None
-    if output and not output.absolute().parent.is_dir():
+    if not config.output:
+        return _generate(config, asked, None)
+    output = Path(config.output)
+    if not is_folder(output.absolute().parent):
         raise DataError(f"output: {output} is in no folder; make the folder first")
+    with only_writer(output, "written", beside=True):
+        return _generate(config, asked, output)
+
+
+def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -> list[str]:
     device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(Path(config.model), device)
     if output:
@@ -168,7 +186,7 @@ def _to_file(
     if known:
         say(f"{len(known)} of {len(asked)} answers are in {output} already")
     numbers = iter(missing)
-    with output.open("a", encoding="utf-8") as file:
+    with naming(output), output.open("a", encoding="utf-8") as file:
         for batch, texts in _batches(assistant, [asked[number] for number in missing], config):
             for one, text in zip(batch, texts, strict=True):
                 known[keys[next(numbers)]] = text
@@ -199,7 +217,7 @@ def _read_answers(output: Path, how: dict[str, Any]) -> dict[Key, str]:
     Raises:
         DataError: A file of something else, or of another model or decoding.
     """
-    if not output.exists():
+    if not exists(output):
         return {}
     data = output.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]

@@ -20,9 +20,11 @@ from typing import Any, Literal
 
 import torch
 
+from lapilli.data.access import exists
 from lapilli.data.cluster import ray_session
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset import open_dataset
+from lapilli.data.lock import only_writer
 from lapilli.data.shards import write_json
 from lapilli.data.tokenize import train_tokenizer
 from lapilli.train.config import RunConfig
@@ -51,7 +53,7 @@ class QuickstartConfig:
     """How long and where to.
 
     Attributes:
-        output: Folder for everything the quickstart makes.
+        output: Folder for everything the quickstart makes; one process at a time.
         epochs: Passes over the data in each stage; 0 takes the recipes'.
         questions: What the model is asked: the `test` questions, or, for choosing settings, those
             of training images that are then held out (`validation`).
@@ -84,13 +86,21 @@ class Phases:
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
-    """Go the whole way; returns the summary that is also written."""
-    output = Path(config.output)
+    """Go the whole way; returns the summary that is also written.
+
+    Raises:
+        DataError: Another process writes there, or it cannot be written.
+    """
+    with only_writer(Path(config.output), "written"):
+        return _quickstart(config, Path(config.output))
+
+
+def _quickstart(config: QuickstartConfig, output: Path) -> dict[str, Any]:
     phases = Phases()
     with phases.phase("data", "1/6  easy-vqa as a LLaVA-format folder, and a tokenizer for it"):
         _write_data(config, output)
     # One Ray for all that is to do, and none where an earlier run has done it.
-    is_complete = (output / SUMMARY).exists()
+    is_complete = exists(output / SUMMARY)
     with contextlib.nullcontext() if is_complete else ray_session():
         title = "2/6  Ray Data: decode each image once, write Arrow shards"
         with phases.phase("preprocess", title):

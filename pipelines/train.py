@@ -24,7 +24,14 @@ from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG
-from lapilli.train.launch import Preflight, copy_rest, finished_steps, launch, preflight
+from lapilli.train.launch import (
+    Preflight,
+    copy_rest,
+    finished_steps,
+    launch,
+    only_trainer,
+    preflight,
+)
 from lapilli.train.metrics import read_metrics
 from lapilli.train.replay import read_kept
 from lapilli.train.report import write_run_report
@@ -47,14 +54,19 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
             say(line)
         say(f"{config.output}: finished already, at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
-    with ray_session() if config.launcher == "ray" else contextlib.nullcontext():
+    # Ray is started after the lock is taken: a second command is told at once.
+    session = ray_session() if config.launcher == "ray" else contextlib.nullcontext()
+    with only_trainer(config), session:
         ready = preflight(config, say)
         tell_preflight(config, ready)
         run_folder = Path(ready.config.output)
         try:
             metrics = read_metrics(run_folder) if ready.is_done else follow(ready)
-        finally:
-            _tell_report(run_folder)
+        except BaseException:
+            with contextlib.suppress(Exception):  # why the run ended is what is told
+                _tell_report(run_folder)
+            raise
+        _tell_report(run_folder)
     last = metrics[-1]
     say(f"loss {metrics[0]['loss']:.4f} at step 0, {last['loss']:.4f} at step {last['step']}")
     return metrics

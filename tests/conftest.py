@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from tests.browser import Chromium, find_chromium
 
 ROOT = Path(__file__).parents[1]
+NOBODY = 65534
 
 # Both are inherited by every process a test starts, Ray's workers too.
 # A test that would download something fails at once, on every machine alike; set before anything
@@ -53,6 +56,37 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a file system of 20 MB cannot be mounted here; it takes root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's own are for their owner alone."""
+    with tempfile.TemporaryDirectory(prefix="lapilli-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+@contextmanager
+def _as_nobody() -> Iterator[None]:
+    os.setresgid(NOBODY, NOBODY, 0)
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setresuid(NOBODY, NOBODY, 0)  # the saved id is the way back
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setgroups(groups)
+        os.setresgid(0, 0, 0)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which this process is a user without rights: what the kernel refuses is real."""
+    if os.geteuid() != 0:
+        pytest.skip("to become another user takes root")
+    return _as_nobody
 
 
 @pytest.fixture(scope="session")

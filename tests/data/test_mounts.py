@@ -133,7 +133,7 @@ def test_a_file_that_may_not_be_read_is_missing(
 
     monkeypatch.setattr(os, "access", access)
     verdict = refused(Mount(root, "images"), "a.jpg")
-    assert verdict == Verdict(Reason.IMAGE_MISSING, "'images/a.jpg': no permission to read it")
+    assert verdict == Verdict(Reason.IMAGE_UNREADABLE, "'images/a.jpg': no permission to read it")
 
 
 def test_a_name_that_is_no_utf8_is_not_taken_by_a_repair(root: Path) -> None:

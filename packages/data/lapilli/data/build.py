@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lapilli.data.access import cannot_read, exists, is_folder, naming
 from lapilli.data.amend import UNUSED_STAMP, input_columns
 from lapilli.data.encoding import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.errors import DataError
-from lapilli.data.lock import LOCK, only_build
+from lapilli.data.lock import LOCK, only_writer
 from lapilli.data.manifest import (
     FORMAT,
     PLAN,
@@ -95,7 +96,7 @@ def build(
             quarantined.
     """
     output = open_output(plan.config.output)
-    with only_build(output):
+    with only_writer(output, "built"):
         return _build(plan, output, on_progress, runner)
 
 
@@ -122,10 +123,10 @@ def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runne
 def _check_output(output: Output, plan: BuildPlan) -> None:
     """The output is new, of the same plan, or to be amended; nothing else is mixed in."""
     path, digests = output / PLAN, plan.digests
-    if output.exists() and not output.is_dir():
+    if exists(output) and not is_folder(output):
         raise DataError(f"output: {output} is a file; expected a folder; choose another --output")
-    if not path.exists():
-        if output.exists() and any(path.name != LOCK for path in output.iterdir()):
+    if not exists(path):
+        if exists(output) and any(path.name != LOCK for path in output.iterdir()):
             raise DataError(
                 f"output: {output} is not empty and no dataset; choose another --output"
             )
@@ -133,9 +134,11 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
         before = plan.previous.manifest.plan if plan.previous else before
-    except (OSError, ValueError, TypeError):
+    except OSError as error:
+        raise DataError(cannot_read(path, error)) from None
+    except (ValueError, TypeError):
         raise DataError(
-            f"output: {path} cannot be read; remove {output} or choose another --output"
+            f"output: {path} is damaged; remove {output} or choose another --output"
         ) from None
     changes = [
         _describe_change(name, before.get(name), digests.get(name))
@@ -159,7 +162,7 @@ def _describe_change(name: str, before: Any, now: Any) -> str:
 
 def _finished(tasks: list[Task], output: Output) -> dict[str, ShardFacts]:
     """Facts of the shards that an earlier run finished, by name; clears what it left half-done."""
-    if not output.exists():
+    if not exists(output):
         return {}
     if isinstance(output, Path):
         for temporary in output.rglob(f".*{TEMPORARY}"):
@@ -179,7 +182,7 @@ def check_disk(output: Output, missing: Iterable[Task]) -> None:
         return  # no store says how much it has left
     needed = sum(map(task_bytes, missing))
     existing = next(
-        folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists()
+        folder for folder in (output.absolute(), *output.absolute().parents) if exists(folder)
     )
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -240,7 +243,7 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
 
 
 def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
-    """Every image was there when the build was planned; one that is not is no case for quarantine.
+    """Every image could be read when the build was planned; one that cannot is not quarantined.
 
     Its shard is made again by the next run.
     """
@@ -251,12 +254,19 @@ def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
             "bring them back and run the same command again, or take them as they are now into "
             "another --output"
         )
+    kept_back = [v.detail for v in bad_images.values() if v.reason == Reason.IMAGE_UNREADABLE]
+    if kept_back:
+        raise DataError(
+            f"{len(kept_back)} images could not be read while the build ran, first {kept_back[0]}; "
+            "see to their rights or their disk and run the same command again"
+        )
 
 
 def _save_tokenizer(plan: BuildPlan, output: Output) -> None:
     tokenizer, target = load_tokenizer(plan.config.tokenizer), output / TOKENIZER
     if isinstance(target, Path):
-        tokenizer.save_pretrained(str(target))
+        with naming(target):
+            tokenizer.save_pretrained(str(target))
         return
     with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
         tokenizer.save_pretrained(folder)

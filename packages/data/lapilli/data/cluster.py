@@ -7,17 +7,25 @@ import os
 import queue
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lapilli.data.access import blame
 from lapilli.data.errors import DataError
+from lapilli.data.record import excerpt
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = ["RayDied", "ray_session", "watched"]
 
 Item = TypeVar("Item")
 
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 ASK_EVERY = 1.0  # seconds
+REAP = 5.0  # seconds that a process that was killed has to be gone
 LEAVE = 30.0  # seconds that what waits for Ray has to take notice that nobody listens
 
 
@@ -30,7 +38,11 @@ def ray_session() -> Generator[None]:
     """Use the Ray that is already here (a job's, a test's), or start one and stop it after.
 
     `RAY_ADDRESS` names a cluster (`ray job submit` sets it). Without it a local Ray is started on
-    this machine; one left over from somebody else's script is never joined.
+    this machine; one left over from somebody else's script is never joined. One that does not come
+    up in time, as on a busy machine, is tried once more.
+
+    Raises:
+        DataError: It does not come up, or `RAY_ADDRESS` is no address.
     """
     # A thread that still asks a Ray that is gone must not start another one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -41,15 +53,83 @@ def ray_session() -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
-    else:
-        ray.init("local", include_dashboard=False, **quiet)
+    _start()
     try:
         yield
-    finally:
-        ray.shutdown()
+    except BaseException:
+        with suppress(Exception):  # what went wrong first is what is told
+            ray.shutdown()
+        raise
+    ray.shutdown()
+
+
+def _start() -> None:
+    """Join the cluster that is named, or start a Ray here; a second time if it is late."""
+    import ray
+
+    for is_last in (False, True):
+        before = set(_children())
+        try:
+            if "RAY_ADDRESS" in os.environ:
+                ray.init(**QUIET)
+            else:
+                ray.init("local", include_dashboard=False, **QUIET)
+            return
+        except Exception as error:
+            with suppress(Exception):
+                ray.shutdown()
+            _end_left_over(before)
+            line = _why_not(error)
+            if is_last or not _may_be_late(error):
+                raise line from error
+            warnings.warn("Ray did not come up in time; it is tried once more", stacklevel=2)
+
+
+def _why_not(error: Exception) -> DataError:
+    """The line for what `ray.init` raises; a fault of the program is raised as it is."""
+    why = excerpt(" ".join(str(error).split()) or type(error).__name__, 200)
+    address = os.environ.get("RAY_ADDRESS")
+    if isinstance(error, ValueError) and address is not None:
+        return DataError(f"RAY_ADDRESS: {address!r} is no address ({why}); expected HOST:PORT")
+    if isinstance(error, OSError) and not _may_be_late(error):
+        return DataError(f"Ray cannot start: {blame(error) or why}")
+    if not _may_be_late(error):
+        raise error
+    if address is not None:
+        return DataError(
+            f"RAY_ADDRESS: no Ray came up at {address!r} in time ({why}); see that its head runs "
+            "and can be reached"
+        )
+    return DataError(
+        f"Ray did not come up in time on this machine ({why}); it may be busy: run the same "
+        "command again when there is less to do"
+    )
+
+
+def _may_be_late(error: Exception) -> bool:
+    """Whether an error is one that `ray.init` raises where processes are slower than it waits."""
+    from ray.exceptions import RayError
+
+    # For a raylet that is late it raises `Exception` itself.
+    late = (RayError, RuntimeError, ConnectionError, TimeoutError)
+    return isinstance(error, late) or type(error) is Exception
+
+
+def _children() -> list[psutil.Process]:
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _end_left_over(before: set[psutil.Process]) -> None:
+    """End what a start that failed has left running: Ray forgets the processes it waited for."""
+    import psutil
+
+    for process in _children():
+        with suppress(psutil.Error):
+            if process not in before and any("/ray/" in word for word in process.cmdline()):
+                process.kill()
+                process.wait(REAP)
 
 
 def watched(results: Callable[[], Iterable[Item]], *, leave: float = LEAVE) -> Iterator[Item]:

@@ -59,7 +59,7 @@ def replaced_simd() -> str:
     """One line if pillow-simd was built here and another Pillow is loaded; else ""."""
     try:
         built = (Path(sys.prefix) / SIMD_NOTE).read_text(encoding="utf-8").strip()
-    except OSError:
+    except FileNotFoundError:
         return ""
     if built == PIL.__version__:
         return ""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lapilli.data.access import cannot_read, is_denied
 from lapilli.data.encoding import ORIGINAL, decode_pixels
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
@@ -348,7 +349,9 @@ def _check_sizes(path: Path, shards: Iterable[ShardFacts]) -> None:
         file = path / shard.path
         try:
             is_whole = file.stat().st_size == shard.bytes
-        except OSError:
+        except OSError as error:
+            if is_denied(error):
+                raise DataError(cannot_read(file, error)) from None
             is_whole = False
         if not is_whole:
             raise DataError(

@@ -18,10 +18,12 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
+from lapilli.data.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.checks import read_entries
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage
+from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.mounts import Located, read_image
@@ -78,11 +80,18 @@ def export_webdataset(
         on_progress: Called with samples done and in all.
 
     Raises:
-        DataError: No dataset, another export in `output`, sources that have changed since the
-            dataset was built, an image that cannot be read, or a full disk.
+        DataError: No dataset, another export in `output` or somebody who writes there, sources that
+            have changed since the dataset was built, an image that cannot be read, or a full disk.
     """
     if samples_per_tar < 1:
         raise DataError(f"samples_per_tar: {samples_per_tar}; expected at least 1")
+    with only_writer(output, "written", beside=True):
+        return _export(dataset, config, output, samples_per_tar, on_progress)
+
+
+def _export(
+    dataset: Path, config: BuildConfig, output: Path, samples_per_tar: int, on_progress: Progress
+) -> ExportReport:
     manifest = read_manifest(dataset)
     table = open_table(dataset, manifest.selection)
     facts = {"dataset": manifest.fingerprint, "samples_per_tar": samples_per_tar}
@@ -111,11 +120,13 @@ def export_webdataset(
 
 def _check_output(output: Path, facts: dict[str, Any]) -> None:
     """The output is new or of the same export."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not exists(output) or (is_folder(output) and not any(output.iterdir())):
         return
     try:
         before = json.loads((output / EXPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(output / EXPORT, error)) from None
         raise DataError(f"output: {output} is not empty and no export; choose another") from None
     if before != facts:
         raise DataError(
@@ -174,7 +185,7 @@ class _SplitWriter:
         first = self.samples
         self.samples += len(samples)
         path = self._output / f"{self._split}-{first // self._size:06d}.tar"
-        if path.exists():
+        if exists(path):
             self.reused += 1
             return
         write_atomic(path, lambda temporary: _write_tar(temporary, samples, first, self._root))

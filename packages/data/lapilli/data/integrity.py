@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lapilli.data.access import cannot_read, is_denied, is_missing
 from lapilli.data.build import CONFIG, TOKENIZER, build
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
@@ -70,7 +71,7 @@ def verify_dataset(
         on_progress: Called with the bytes hashed and those in all, after every file.
 
     Raises:
-        DataError: No dataset, or a manifest that cannot be read.
+        DataError: No dataset, or a file that cannot be read: it may be whole.
     """
     manifest = read_manifest(path)
     shards = _shards(manifest)
@@ -104,20 +105,27 @@ def _problem(path: Path, shard: ShardFacts) -> Problem | None:
         if size != shard.bytes:
             return "cut short" if size < shard.bytes else "too long"
         return None if sha256_file(file) == shard.sha256 else "damaged"
-    except FileNotFoundError:
-        return "missing"
-    except OSError:
-        return "damaged"  # a disk that cannot read it, or a folder under its name
+    except OSError as error:
+        return _why_not(file, error)
+
+
+def _why_not(file: Path, error: OSError) -> Problem:
+    """What an error says of a file; one that cannot be read is not made again, it may be whole."""
+    if is_denied(error):
+        raise DataError(cannot_read(file, error)) from None
+    return "missing" if is_missing(error) else "damaged"  # a folder under its name, say
 
 
 def _quarantine_problem(path: Path, manifest: Manifest) -> Problem | None:
     """Parquet has a checksum for each of its pages; the manifest has the number of rows."""
     file = path / QUARANTINE
-    if not file.exists():
-        return "missing"
     try:
         table = pq.read_table(file, page_checksum_verification=True)
-    except (OSError, pa.ArrowException):
+    except (
+        OSError
+    ) as error:  # pyarrow's own kind of it, for bytes that make no sense, has no number
+        return _why_not(file, error)
+    except pa.ArrowException:
         return "damaged"
     return None if len(table) == manifest.counts["quarantined"] else "damaged"
 

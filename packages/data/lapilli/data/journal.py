@@ -95,7 +95,7 @@ class Journal:
             )
         number = 1 + max((int(path.name[-6:]) for path in self._earlier), default=0)
         path = folder / f"attempt-{number:06d}"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         self._convicted: dict[int, str] = {}
         self._row = 0
 

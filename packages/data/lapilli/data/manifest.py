@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lapilli.data.access import cannot_read, exists, is_denied
 from lapilli.data.errors import DataError
 from lapilli.data.output import Output
 from lapilli.data.record import excerpt
@@ -112,7 +113,7 @@ def read_manifest(output: Output) -> Manifest:
             )
         return _parse(fields)
     except FileNotFoundError:
-        unfinished = (output / PLAN).exists()
+        unfinished = exists(output / PLAN)
         what = (
             "an unfinished build: run the same preprocess again"
             if unfinished
@@ -120,6 +121,8 @@ def read_manifest(output: Output) -> Manifest:
         )
         raise DataError(f"{output}: {what} (no {NAME})") from None
     except OSError as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
         raise DataError(f"{path}: {error.strerror}; check the path") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.access import blame, exists, naming
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME, read_manifest
 from lapilli.data.mounts.storage import open_storage, split_address
@@ -76,7 +77,8 @@ class Mirror:
         with _lock(_lock_path(path)):
             try:
                 if path.stat().st_size == shard.bytes:
-                    os.utime(path)  # when it was read last
+                    with contextlib.suppress(PermissionError):  # another user's copy
+                        os.utime(path)  # when it was read last
                     yield self.folder
                     return
             except FileNotFoundError:
@@ -134,7 +136,10 @@ class Mirror:
                 if attempt < TRIES - 1:
                     time.sleep(0.5 * 2**attempt)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what went wrong first is what is told
+                temporary.unlink(missing_ok=True)
+        if error is not None and error.filename == str(temporary):  # this machine's disk
+            raise DataError(f"cache: {blame(error) or error}") from None
         if error is not None:
             raise self._unreadable(shard.path, error)
         raise DataError(
@@ -158,9 +163,11 @@ class Mirror:
         ):
             while part := remote.read(PART):
                 sha256.update(part)
-                file.write(part)
-            file.truncate()
-            os.fsync(file.fileno())
+                with naming(temporary):
+                    file.write(part)
+            with naming(temporary):
+                file.truncate()
+                os.fsync(file.fileno())
         return sha256.hexdigest()
 
     def _reserve(self, shard: ShardFacts, temporary: Path) -> None:
@@ -218,7 +225,7 @@ def open_mirror(
     # Its bytes name the folder: the fingerprint alone leaves out how much of an epoch is what.
     name = f"{address.rpartition('/')[2]}-{hashlib.sha256(data).hexdigest()[:16]}"
     folder = root / name
-    if not (folder / NAME).exists():
+    if not exists(folder / NAME):
         write_atomic(folder / NAME, lambda path: _write(path, data))
     read_manifest(folder)
     return Mirror(address, root, folder, mirror.limit)
@@ -279,12 +286,19 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's: holding it takes no right to write
+        return os.open(path, os.O_RDONLY)
+
+
 @contextlib.contextmanager
 def _lock(path: Path, *, wait: bool = True) -> Generator[None]:
     """Hold a file's lock; the kernel gives it back when its holder dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_lock(path)
     except OSError as error:
         raise DataError(
             f"cache: {path.parent} cannot be written ({error.strerror}); choose another folder"

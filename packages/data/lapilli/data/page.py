@@ -12,6 +12,7 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -362,5 +363,6 @@ class Page:
             part.write_text(text, encoding="utf-8")
             part.replace(target)
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong first is what is told
+                part.unlink(missing_ok=True)
         return target

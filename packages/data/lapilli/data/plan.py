@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lapilli.data.access import is_folder
 from lapilli.data.amend import (
     UNUSED_STAMP,
     Previous,
@@ -270,7 +271,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
             more quarantined than `max_quarantined`.
     """
     root = Path(config.root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
     loaded = load_tokenizer(config.tokenizer)

@@ -89,6 +89,7 @@ class Reason(StrEnum):
     EMPTY_ANSWER = "empty_answer"
     IMAGE_MARKER_COUNT = "image_marker_count"
     IMAGE_MISSING = "image_missing"
+    IMAGE_UNREADABLE = "image_unreadable"
     IMAGE_OUTSIDE_ROOT = "image_outside_root"
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_TOO_LARGE = "image_too_large"

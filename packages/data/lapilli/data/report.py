@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from lapilli.data.access import cannot_read, is_denied
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset import open_dataset
 from lapilli.data.errors import DataError
@@ -51,6 +52,7 @@ REMEDIES = {
     "unknown_role": "use the roles human, gpt and system, or those of messages",
     "empty_answer": "write the answer, or delete the record",
     "image_marker_count": "mark each image once, in order, with <image> in a question",
+    "image_unreadable": "give the user that builds the right to read it, or see to its disk",
     "image_missing": "put the file where its key says, or set `images` or `aliases`",
     "image_outside_root": "use a key below the root, or name the folder in `extra_roots`",
     "image_undecodable": "get the file again; it is damaged or no image",
@@ -312,6 +314,8 @@ def _examples(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         reasons = pq.read_table(file, columns=["reason"])["reason"].combine_chunks()
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(file, error)) from None
         raise DataError(
             f"{file}: missing or damaged ({type(error).__name__}); run "
             f"`python -m pipelines.show {path} --repair`"

@@ -5,7 +5,6 @@ A runner takes tasks and yields the facts of finished shards, in any order.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import shutil
@@ -21,6 +20,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from lapilli.data.access import blame, system_error
 from lapilli.data.cluster import RayDied, ray_session, watched
 from lapilli.data.errors import DataError
 from lapilli.data.journal import WORK, Journal, journal_folder
@@ -201,9 +201,8 @@ def _finish_row(row: dict[str, Any], journal: Journal, finish: Callable[[], Shar
 def _failed(row: dict[str, Any], error: Exception) -> Result:
     expected = isinstance(error, DataError)
     said = str(error) if expected else "".join(traceback.format_exception(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        said = f"{row['output']}: {error}; free space and run the same command again"
-        expected = True
+    if (found := system_error(error)) and (line := blame(found, row["output"])):
+        said, expected = line, True
     return {"path": "", "rows": 0, "bytes": 0, "sha256": "", "error": said, "expected": expected}
 
 

@@ -15,13 +15,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from lapilli.data.access import FULL, cannot_read, is_denied
 from lapilli.data.errors import DataError
 from lapilli.data.output import Output, RemotePath
 
@@ -174,10 +175,11 @@ def _removed_if_failed(path: Output, temporary: Path) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what is told
+            temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        remedy = "free space or choose another --output"
+        remedy = f"{'free space or ' * (error.errno in FULL)}choose another --output"
         if isinstance(path, RemotePath):
             remedy = (
                 f"free space in {temporary.parent}, where shards lie until they are stored, or set "
@@ -309,6 +311,9 @@ def finished_facts(output: Output, name: str) -> ShardFacts | None:
     """The facts of a shard that an earlier run finished, or None if it is missing or damaged.
 
     In a store only the size is compared: the store has checksums of its own.
+
+    Raises:
+        DataError: It cannot be read: it may be whole, and is not made again.
     """
     path = output / name
     try:
@@ -317,7 +322,9 @@ def finished_facts(output: Output, name: str) -> ShardFacts | None:
             whole = path.size == facts.bytes
         else:
             whole = path.stat().st_size == facts.bytes and sha256_file(path) == facts.sha256
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(error.filename or path, error)) from None
         return None
     return facts if whole and facts.path == name else None
 
@@ -333,7 +340,9 @@ def open_table(output: Output, facts: ShardFacts, columns: Sequence[str] | None 
     path = output / facts.path
     try:
         size = path.size if isinstance(path, RemotePath) else path.stat().st_size
-    except OSError:
+    except OSError as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
         size = None
     if size is None:
         raise DataError(
@@ -351,6 +360,8 @@ def open_table(output: Output, facts: ShardFacts, columns: Sequence[str] | None 
             table = pa.ipc.open_file(file).read_all()
         return table if columns is None else table.select(list(columns))
     except (pa.ArrowException, OSError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
         raise DataError(
             f"{path}: damaged ({type(error).__name__}); run preprocess again, it rebuilds it"
         ) from None

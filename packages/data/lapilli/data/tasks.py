@@ -46,13 +46,13 @@ _ROOM = Room()  # a process makes one shard at a time
 def finished_task(task: Task, output: Output) -> ShardFacts | None:
     """The facts of a task's shard if an earlier run finished it, or None if it is to be made.
 
-    The plan saw every file, so a file that was gone when it was read leaves a shard that does not
-    follow from the plan: it is made again.
+    The plan saw every file, so a file that was gone, or could not be read, when its turn came
+    leaves a shard that does not follow from the plan: it is made again.
     """
     facts = finished_facts(output, task.name)
     if facts is not None and isinstance(task, ImageTask):
         statuses: set[Any] = set(open_table(output, facts, ["status"])["status"].to_pylist())
-        if str(Reason.IMAGE_MISSING) in statuses:
+        if statuses & {str(Reason.IMAGE_MISSING), str(Reason.IMAGE_UNREADABLE)}:
             return None
     return facts
 

@@ -24,6 +24,7 @@ from tokenizers import (
     trainers,
 )
 
+from lapilli.data.access import exists, is_folder, require_readable, subpaths
 from lapilli.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ QWEN_CUTS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How the names of files begin that transformers reads a tokenizer from, and passes over unread.
+BEGINNINGS = (
+    "tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "chat_template",
+    "config.json", "tekken", "spiece", TIKTOKEN,
+)  # fmt: skip
 QWEN_SPECIALS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)),
 ]  # fmt: skip
@@ -161,15 +167,20 @@ def _check_folder(name_or_dir: str | Path) -> None:
     # A name on the hub has one slash at most.
     starts_like_path = path.is_absolute() or str(name_or_dir).startswith((".", "~"))
     looks_like_path = starts_like_path or len(path.parts) > 2
-    if looks_like_path and not path.is_dir():
+    if looks_like_path and not is_folder(path):
         raise DataError(f"tokenizer folder {path} does not exist; check --tokenizer")
     # Its settings alone are not enough: transformers 5 would make an empty tokenizer of them.
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", TIKTOKEN)
-    if path.is_dir() and not any((path / name).exists() for name in files):
+    if not is_folder(path):
+        return
+    if not any(exists(path / name) for name in files):
         raise DataError(
             f"tokenizer folder {path} holds no tokenizer (none of {', '.join(files)}); "
             "copy the model's tokenizer files there"
         )
+    for file in subpaths(path):
+        if file.name.startswith(BEGINNINGS):
+            require_readable(file)
 
 
 def _sentencepiece_file(tokenizer: Any) -> Path | None:

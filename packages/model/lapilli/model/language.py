@@ -9,7 +9,7 @@ import torch
 
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.pretrained import Loading, check_settings, one_line, whole
+from lapilli.model.pretrained import Loading, check_readable, check_settings, one_line, whole
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -45,6 +45,7 @@ def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
         f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
         "a folder with a causal language model in safetensors"
     ):
+        check_readable(config.pretrained)
         return AutoModelForCausalLM.from_pretrained(
             config.pretrained,
             use_safetensors=None if config.allow_pickle else True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lapilli.model.errors import ModelError
@@ -11,7 +13,9 @@ from lapilli.model.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Loading", "check_settings", "one_line", "whole"]
+__all__ = [
+    "Loading", "check_readable", "check_settings", "one_line", "require_missing", "whole",
+]  # fmt: skip
 
 # What a language model's weights are loaded in: nothing, or what shares them among processes while
 # they are read. A model must not know DeepSpeed, so the trainer brings it.
@@ -35,6 +39,42 @@ def check_settings(name: str, settings: Mapping[str, Any], known: PreTrainedConf
         raise ModelError(
             f"{name}: {unknown[0]!r} is unknown; expected settings of {type(known).__name__}"
         )
+
+
+def check_readable(name: str | Path) -> None:
+    """Open every file of a local folder: transformers passes over some that it may not read.
+
+    Args:
+        name: The folder, or a hub's name, of which nothing is known here.
+
+    Raises:
+        ModelError: Names the first file that cannot be read, and the cause.
+    """
+    folder = Path(name)
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        require_missing(folder, error)
+        return
+    for file in files:
+        try:
+            if not file.is_dir():
+                file.open("rb").close()
+        except OSError as error:
+            require_missing(file, error)
+
+
+def require_missing(path: Path, error: OSError) -> None:
+    """Let an error pass that says that nothing is there, and no other.
+
+    Raises:
+        ModelError: The file is there, or may be, and cannot be read.
+    """
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); give this user the right to read it, or "
+            "see to the disk"
+        ) from None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.extension import load_builder
-from lapilli.model.pretrained import check_settings, one_line
+from lapilli.model.pretrained import check_readable, check_settings, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -156,6 +156,7 @@ def _load(name: str, family: Family, config: VisionConfig) -> PreTrainedModel:
         f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
         f"folder with a {name} vision model in safetensors"
     ):
+        check_readable(config.pretrained)
         _check_kind(name, config.pretrained)
         return model_class.from_pretrained(
             config.pretrained,
@@ -195,6 +196,7 @@ def _preprocessing(pretrained: str) -> dict[str, Any]:
         return {}
     from transformers.image_processing_base import ImageProcessingMixin
 
+    check_readable(pretrained)
     try:
         return ImageProcessingMixin.get_image_processor_dict(pretrained)[0]
     except OSError:

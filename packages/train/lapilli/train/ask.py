@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lapilli.data.access import exists
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, prepare
 from lapilli.data.manifest import read_manifest
@@ -167,7 +168,7 @@ def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
     Raises:
         TrainError, DataError, ModelError: Neither is there, or what its data were like is not.
     """
-    if (path / FACTS).exists():
+    if exists(path / FACTS):
         facts = read_facts(path)
         template = Template(**facts["template"])
         return Assistant(

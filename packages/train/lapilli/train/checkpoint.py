@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lapilli.data.access import cannot_read, exists, is_denied, is_file, is_folder
 from lapilli.data.shards import sha256_file
+from lapilli.model.interop.files import read_safetensors
 from lapilli.model.interop.foreign import load_foreign
 from lapilli.model.trainable import base_name, group_of, shape_of, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel
@@ -38,6 +39,7 @@ from lapilli.train.folders import (
     folder_bytes,
     forget_old,
     step_name,
+    steps_in,
     write_checkpoint,
 )
 
@@ -203,21 +205,28 @@ def save(
 
 def is_run(run: Path) -> bool:
     """Whether a folder is that of a run that has saved, or one of its checkpoints."""
-    return (run / FOLDER).is_dir() or (run / STATE).is_file()
+    return is_folder(run / FOLDER) or is_file(run / STATE)
 
 
 def find_checkpoints(run: Path, *, hashed: bool = True) -> list[Checkpoint]:
     """The whole checkpoints of a run, oldest first; one cut short or changed is left out.
 
     Without `hashed` only sizes are compared: a look from outside need not read every weight.
+
+    Raises:
+        TrainError: One cannot be read: it may be whole.
     """
-    found = [_read(path, hashed=hashed) for path in sorted((run / FOLDER).glob("step-*"))]
+    found = [_read(path, hashed=hashed) for path in steps_in(run / FOLDER)]
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None."""
-    for path in sorted((run / FOLDER).glob("step-*"), reverse=True):
+    """The newest whole checkpoint, or None.
+
+    Raises:
+        TrainError: One that is newer than it cannot be read: it may be whole.
+    """
+    for path in reversed(steps_in(run / FOLDER)):
         if checkpoint := _read(path):
             return checkpoint
     return None
@@ -228,7 +237,7 @@ def newest_weights(path: Path) -> Checkpoint | None:
 
     `path` may also be the folder of one checkpoint or milestone.
     """
-    if (path / STATE).is_file():
+    if is_file(path / STATE):
         return _read(path, needed=(WEIGHTS,))
     return latest_checkpoint(path)
 
@@ -242,7 +251,9 @@ def at_step(run: Path, step: int) -> Checkpoint:
     path = run / FOLDER / step_name(step)
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_denied(error):
+            raise TrainError(f"{platform.node()}: {cannot_read(path / STATE, error)}") from None
         raise TrainError(
             f"output: {path} is not visible on {platform.node()}; expected a folder on a file "
             "system that all nodes share"
@@ -261,8 +272,22 @@ def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -
             if hashed and sha256_file(path / name) != facts["sha256"]:
                 return None
         return Checkpoint(path, int(state["step"]), state)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if is_denied(error):  # it may be whole: nothing is removed and nothing begun anew
+            raise TrainError(cannot_read(error.filename or path, error)) from None
         return None
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that was whole a moment ago."""
+    try:
+        return read_safetensors(file)
+    except FileNotFoundError:
+        raise TrainError(
+            f"{file}: was replaced by a newer one while it was read; run the same again"
+        ) from None
+    except OSError as error:
+        raise TrainError(cannot_read(file, error)) from None
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -271,7 +296,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     Raises:
         TrainError: Other parameters than the model's trainable ones, or other shapes.
     """
-    weights = load_file(checkpoint.path / WEIGHTS)
+    weights = _load(checkpoint.path / WEIGHTS)
     _check_names(checkpoint, model, weights)
     deepspeed_engine.assign(model, weights)
 
@@ -296,7 +321,7 @@ def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
         )
     if earlier := found.state["config"]["start_from"]:
         load_start(Path(earlier), model)  # what learnt there and was frozen in `run` is only there
-    weights = load_file(found.path / WEIGHTS)
+    weights = _load(found.path / WEIGHTS)
     there = dict(model.named_parameters())
     here = {base_name(name): name for name in there}  # this run may put adapters around its layers
     weights = {here.get(name, name): value for name, value in weights.items()}
@@ -319,8 +344,8 @@ def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
 
 def load_into(engine: Any, checkpoint: Checkpoint) -> None:
     """Set an engine's weights, moments and step count to a checkpoint's. All ranks call it."""
-    weights = load_file(checkpoint.path / WEIGHTS)
-    flat = load_file(checkpoint.path / MOMENTS)
+    weights = _load(checkpoint.path / WEIGHTS)
+    flat = _load(checkpoint.path / MOMENTS)
     _check_names(checkpoint, engine.module, weights)
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     for key, value in flat.items():
@@ -379,7 +404,7 @@ def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> N
     numbers = sum(math.prod(shape_of(p)) for p in trainable_parameters(model).values())
     needed = 12 * numbers * (keep + 1) + 4 * numbers * milestones  # fp32, with two moments or none
     there = sum(folder_bytes(run / form) for form in (FOLDER, MILESTONES))  # of a resumed run
-    existing = next(folder for folder in (run, *run.parents) if folder.exists())
+    existing = next(folder for folder in (run, *run.parents) if exists(folder))
     free = shutil.disk_usage(existing).free
     if needed > free + there:
         beside = f" and {milestones} milestones" if milestones else ""

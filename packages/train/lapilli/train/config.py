@@ -65,7 +65,7 @@ class RunConfig:
 
     Attributes:
         dataset: Folder of a dataset.
-        output: Folder of the run.
+        output: Folder of the run; one process at a time trains in it.
         view: The dataset's view that the tower reads.
         model: The model.
         optim: The optimizer.

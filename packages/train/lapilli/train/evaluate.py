@@ -20,7 +20,7 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
 from lapilli.train.answers import Asked, ask_first, end_ids
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG
+from lapilli.train.folders import CONFIG, require_missing
 from lapilli.train.loop import check_model, data_facts
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def load_trained(run: Path, device: str | torch.device = "cpu") -> Trained:
     """
     try:
         config: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError):
+            require_missing(run / CONFIG, error)
         raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
     fields: dict[str, Any] = config["model"]
     found = checkpoint.newest_weights(run)

@@ -5,7 +5,6 @@ What is read here is either whole or not there, whenever the process was killed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -14,17 +13,18 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lapilli.data.access import FULL, cannot_read, exists, is_missing, subpaths
 from lapilli.data.shards import sha256_file
+from lapilli.model.interop.files import save_tensors
 from lapilli.train.errors import TrainError
+from lapilli.train.notes import note
 
 __all__ = [
     "CONFIG", "CUT", "FACTS", "FILES", "FOLDER", "MILESTONES", "MOMENTS", "STATE", "WEIGHTS",
-    "folder_bytes", "forget_old", "outdated", "put_in_place", "step_name", "tidy",
-    "write_checkpoint",
+    "folder_bytes", "forget_old", "outdated", "put_in_place", "require_missing", "step_name",
+    "steps_in", "tidy", "write_checkpoint",
 ]  # fmt: skip
 
 FOLDER, MILESTONES = "checkpoints", "milestones"
@@ -57,7 +57,7 @@ def write_checkpoint(
     try:
         temporary.mkdir(parents=True)
         for name, values in tensors.items():
-            save_file(values, temporary / name)
+            save_tensors(values, temporary / name)
         files = {
             name: {
                 "bytes": (temporary / name).stat().st_size,
@@ -71,8 +71,9 @@ def write_checkpoint(
             config = json.dumps(state["config"], indent=1)
             (temporary / CONFIG).write_text(config, encoding="utf-8")
         put_in_place(temporary, path)
-    except (OSError, SafetensorError) as error:  # the second on a full disk
-        raise TrainError(f"{path}: cannot be written ({error}); free space and resume") from None
+    except OSError as error:
+        remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
+        raise TrainError(f"{path}: cannot be written ({error}); {remedy} and resume") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,7 +104,7 @@ def _flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; a kill in between leaves none that looks whole or damaged."""
-    if path.exists():
+    if exists(path):
         gone = path.with_name(f".{path.name}{GONE}")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
@@ -122,10 +123,12 @@ def outdated(names: Iterable[str], step: int, keep: int) -> set[str]:
 
 def forget_old(run: Path, step: int, keep: int, *, held: Collection[Path] = ()) -> None:
     """Remove the checkpoints that are `outdated`, but not what is `held`: it is being copied."""
-    paths = {path.name: path for path in (run / FOLDER).glob("step-*")}
+    paths = {path.name: path for path in steps_in(run / FOLDER)}
     for path in {paths[name] for name in outdated(paths, step, keep)} - {*held}:
-        with contextlib.suppress(OSError):
+        try:
             _remove(path)
+        except OSError as error:
+            note(run, f"{FOLDER}/{path.name}: cannot be removed ({error.strerror}); it takes room")
 
 
 def tidy(run: Path, step: int) -> list[str]:
@@ -141,24 +144,52 @@ def tidy(run: Path, step: int) -> list[str]:
     said: list[str] = []
     goes_on = f"the run goes on from step {step}" if step else "the run starts at step 0"
     for folder in (FOLDER, MILESTONES):
-        for path in sorted((run / folder).glob(".step-*")):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in subpaths(run / folder, ".step-"):
+            removed = _clear(path)
             if path.name.endswith(CUT):
                 name = path.name.removeprefix(".").removesuffix(CUT)
-                said.append(f"{folder}/{name}: cut short while it was saved; removed, {goes_on}")
-    for path in sorted((run / FOLDER).glob("step-*")):
+                said.append(f"{folder}/{name}: cut short while it was saved; {removed}, {goes_on}")
+    for path in steps_in(run / FOLDER):
         if path.name > step_name(step):
             said.append(
                 f"{FOLDER}/{path.name}: damaged, or without optimizer moments; passed over, "
                 f"{goes_on} and removes it at the next save"
             )
-    milestones = sorted((run / MILESTONES).glob("step-*"))
+    milestones = steps_in(run / MILESTONES)
     if milestones and not step:
         said.append(
             f"no checkpoint to go on from, {goes_on}: a milestone has weights and no optimizer "
             f"moments; start_from: {milestones[-1]} starts another run with the newest one's"
         )
     return said
+
+
+def _clear(path: Path) -> str:
+    """Remove what a kill left; what became of it."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        return f"cannot be removed ({error.strerror})"
+    return "removed"
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The folders of steps, first ones first, whole or not; none where there is no such folder.
+
+    Raises:
+        DataError: The folder may not be listed: what is in it is not known.
+    """
+    return subpaths(folder, "step-")
+
+
+def require_missing(path: Path, error: OSError) -> None:
+    """Let an error pass that says that nothing is there, and no other.
+
+    Raises:
+        TrainError: The file is there, or may be, and cannot be read.
+    """
+    if not is_missing(error):
+        raise TrainError(cannot_read(path, error)) from None
 
 
 def folder_bytes(folder: Path) -> int:

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -74,10 +75,11 @@ class HangWatch:
             return
         self._stop.set()
         faulthandler.cancel_dump_traceback_later()
-        is_empty = self._file.tell() == 0
-        self._file.close()
-        if is_empty:
-            stack_path(self._run, self._rank).unlink(missing_ok=True)
+        with suppress(OSError):  # an empty file is no reason to fail
+            is_empty = self._file.tell() == 0
+            self._file.close()
+            if is_empty:
+                stack_path(self._run, self._rank).unlink(missing_ok=True)
 
     def _wait(self) -> None:
         while not self._stop.wait(min(1.0, self._seconds / 4)):

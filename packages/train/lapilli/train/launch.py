@@ -6,12 +6,15 @@ import importlib.util
 import json
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lapilli.data.access import exists, is_folder, subpaths
+from lapilli.data.lock import LOCK, only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_json
 from lapilli.model.vlm import VisionLanguageModel
@@ -53,6 +56,7 @@ __all__ = [
     "copy_rest",
     "finished_steps",
     "launch",
+    "only_trainer",
     "preflight",
 ]
 
@@ -225,6 +229,17 @@ def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
     return time_micro_batch(model, batch) * len(middle.batches)
 
 
+def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
+    """Hold a run's folder for this process; `launch` does, and who looks before it starts may.
+
+    Two in one folder would remove each other's checkpoints. Who only reads the run is not held up.
+
+    Raises:
+        DataError: On entering, where another process trains there, or the folder cannot be written.
+    """
+    return only_writer(Path(config.output), "trained")
+
+
 def finished_steps(config: RunConfig) -> int | None:
     """Steps of the run, if an earlier one with the same settings and data came to its end.
 
@@ -237,7 +252,7 @@ def finished_steps(config: RunConfig) -> int | None:
     run = Path(config.output)
     _check_config(run, config)
     found = checkpoint.latest_checkpoint(run)
-    if found is None or not (run / FACTS).exists():
+    if found is None or not exists(run / FACTS):
         return None
     total: int = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
     is_same = found.state["dataset"] == read_manifest(Path(config.dataset)).fingerprint
@@ -248,7 +263,7 @@ def _absolute(config: RunConfig) -> RunConfig:
     """Make every path of this machine absolute; a name that is no folder here may be a hub's."""
 
     def local(name: str) -> str:
-        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+        return str(Path(name).resolve()) if name and is_folder(Path(name)) else name
 
     model = config.model
     return replace(
@@ -268,21 +283,21 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 def _existing(path: str) -> str:
     """Absolute where it is there: a folder, or a file such as `mm_projector.bin`."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
+    return str(Path(path).resolve()) if path and exists(Path(path)) else path
 
 
 def _check_config(run: Path, config: RunConfig) -> None:
     """A run folder belongs to one config; what decides the loss may not change."""
     path = run / CONFIG
-    if (run / STATE).exists():
+    if exists(run / STATE):
         raise TrainError(
             f"output: {run} is a checkpoint and no run; a milestone has no optimizer moments to go "
             f"on from; set start_from: {run} and choose another --output"
         )
-    if run.exists() and not run.is_dir():
+    if exists(run) and not is_folder(run):
         raise TrainError(f"output: {run} is a file; expected a folder; choose another --output")
-    if not path.exists():
-        if run.exists() and any(run.iterdir()):
+    if not exists(path):
+        if any(found.name != LOCK for found in subpaths(run)):
             raise TrainError(f"output: {run} is not empty and no run; choose another --output")
         return
     _check_same(json.loads(path.read_text(encoding="utf-8")), config, run)
@@ -317,7 +332,7 @@ def copy_rest(config: RunConfig, step: int) -> list[str]:
     if before := stored_config(config.mirror):
         _check_same(before, config, config.mirror)
     said = notes_end(run)
-    with Uploads(run, config.mirror, keep=config.keep, start=step):
+    with only_trainer(config), Uploads(run, config.mirror, keep=config.keep, start=step):
         pass  # its end waits for the copies
     return notes_from(run, said)[0]
 
@@ -359,10 +374,22 @@ def launch(
         The metrics of every step.
 
     Raises:
+        DataError: Another process trains in the run's folder.
         TrainError: A user's mistake that a worker came to, or too many workers lost.
         KeyboardInterrupt: The run was stopped; says at which step it was saved.
     """
     run = Path(ready.config.output)
+    with only_trainer(ready.config):
+        return _launch(run, ready, on_step, on_stop, on_note)
+
+
+def _launch(
+    run: Path,
+    ready: Preflight,
+    on_step: Progress,
+    on_stop: Callable[[], None],
+    on_note: Callable[[str], None],
+) -> list[dict[str, Any]]:
     found = asdict(ready)
     write_json(run / CONFIG, found.pop("config"))
     write_json(run / FACTS, found)

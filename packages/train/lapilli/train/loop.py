@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import math
 import time
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def fit(ready: Setup) -> None:
     guard = StepGuard(
         ready.config, ready.engine.module, ready.device, (ready.rank, ready.world_size), ready.start
     )
-    closed = contextlib.closing(journal) if journal else contextlib.nullcontext()
+    closed = _closed(journal) if journal else contextlib.nullcontext()
     copied = uploads or contextlib.nullcontext()
     with copied, closed, checkpoint.Writer() as writer, guard:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
@@ -275,6 +276,18 @@ def fit(ready: Setup) -> None:
             if stops:
                 break
             clock = time.monotonic()
+
+
+@contextlib.contextmanager
+def _closed(journal: Journal) -> Generator[None]:
+    """Close a journal at the end; what ended the training is what is told."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            journal.close()
+        raise
+    journal.close()
 
 
 def _open_uploads(ready: Setup) -> Uploads | None:

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -138,7 +139,8 @@ def _write(run: Path) -> float:
     except OSError:
         return 0.0  # a full disk; what it stops is told where it stops it
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def probe_line(workers: Sequence[Worker]) -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lapilli.data.collate import Batch
 from lapilli.data.shards import write_json
 from lapilli.train.errors import TrainError
+from lapilli.train.folders import require_missing
 
 __all__ = ["KEPT", "KeptStep", "is_wrong", "keep_step", "read_kept"]
 
@@ -151,7 +152,9 @@ def read_kept(path: Path) -> KeptStep:
     try:
         values: dict[str, Any] = json.loads((path / KEPT).read_text(encoding="utf-8"))
         return KeptStep(path=path, **values)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError):
+            require_missing(path / KEPT, error)
         raise TrainError(
             f"replay: {path} holds no kept step; expected a folder replay/step-N of a run"
         ) from None

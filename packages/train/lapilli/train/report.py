@@ -17,6 +17,7 @@ from lapilli.data.page import Figure, GalleryItem, Page
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.data.transcript import transcript
 from lapilli.train.errors import TrainError
+from lapilli.train.folders import require_missing
 from lapilli.train.generations import Generation, read_generations
 from lapilli.train.measure import SampleLoss, read_worst
 from lapilli.train.metrics import read_metrics
@@ -72,7 +73,9 @@ def write_run_report(run: Path) -> Path:
     try:
         config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
         facts: dict[str, Any] = json.loads((run / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError):
+            require_missing(run / "config.json", error)
         raise TrainError(f"{run}: no run; expected the --output of train") from None
     rows = read_metrics(run)
     if not rows:

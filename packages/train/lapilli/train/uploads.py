@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.access import FULL
+from lapilli.data.errors import DataError
 from lapilli.data.output import COPY_BYTES, RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards import sha256_file
@@ -31,6 +33,7 @@ from lapilli.train.folders import (
     outdated,
     put_in_place,
     step_name,
+    steps_in,
 )
 from lapilli.train.generations import GENERATIONS
 from lapilli.train.metrics import METRICS
@@ -65,7 +68,7 @@ class Uploads:
         self._retry_at = 0.0
         self._tries_left: int | None = None  # until the run ends, any number
         self._said = False
-        for path in sorted((run / MILESTONES).glob("step-*")):
+        for path in steps_in(run / MILESTONES):
             self.offer(path)
         if start:
             self.offer(run / FOLDER / step_name(start))
@@ -104,9 +107,10 @@ class Uploads:
                 f"{path.parent.name}/{path.name} is not at {self._address}; it is whole in "
                 f"{path.parent}; the same command copies it",
             )
-        steps = sorted(path.name for path in (self._run / FOLDER).glob("step-*"))
-        if steps:  # what was held here while it was copied
-            forget_old(self._run, int(steps[-1].partition("-")[2]), self._keep)
+        with contextlib.suppress(DataError) if raised[0] else contextlib.nullcontext():
+            steps = [path.name for path in steps_in(self._run / FOLDER)]
+            if steps:  # what was held here while it was copied
+                forget_old(self._run, int(steps[-1].partition("-")[2]), self._keep)
 
     def _held_names(self) -> list[str]:
         """What is still to be copied, to be read by a person; called with the lock held."""
@@ -140,7 +144,7 @@ class Uploads:
             if error is None:
                 self._said = False
                 return
-            if not path.is_dir():  # nobody has it any more
+            if isinstance(error, FileNotFoundError) and not path.is_dir():  # nobody has it any more
                 note(self._run, f"{path}: removed before it was at {self._address}")
                 return
             is_newest = not any(p.parent == path.parent for p in self._pending)
@@ -287,8 +291,9 @@ def _fetch(source: RemotePath, path: Path) -> bool:
     except (FileNotFoundError, ValueError, KeyError):
         return False
     except OSError as error:
+        remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
         raise TrainError(
-            f"{path}: cannot be fetched from {source} ({error}); free space and run the same again"
+            f"{path}: cannot be fetched from {source} ({error}); {remedy} and run the same again"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

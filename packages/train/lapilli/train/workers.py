@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from lapilli.data.access import blame
 from lapilli.data.cluster import RayDied, watched
 from lapilli.data.errors import DataError
 from lapilli.model.errors import ModelError
@@ -122,15 +122,13 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> None:
-    """One worker's part of a run; a full disk is a user's mistake."""
+    """One worker's part of a run; a full disk, or rights that are missing, are a user's mistake."""
     try:
         fit(setup(config, device, rank=rank, world_size=world_size))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (line := blame(error, config.output)) is None:
             raise
-        raise TrainError(
-            f"{config.output}: {error.strerror}; free space and run the same again"
-        ) from None
+        raise TrainError(line) from None
     finally:
         forget_swapped(config, rank)
 

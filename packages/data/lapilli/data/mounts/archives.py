@@ -12,8 +12,9 @@ import zipfile
 from collections.abc import Iterator
 from typing import IO
 
+from lapilli.data.access import is_denied
 from lapilli.data.mounts.places import Member
-from lapilli.data.record import excerpt
+from lapilli.data.record import Reason, excerpt
 
 __all__ = ["BadArchive", "Index", "read_index"]
 
@@ -22,6 +23,10 @@ ENCRYPTED = 0x1  # bit of a zip member's flags
 
 class BadArchive(Exception):
     """An archive whose members cannot be reached: one line why, and what to do."""
+
+    def __init__(self, detail: str, reason: Reason = Reason.IMAGE_MISSING) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class Index:
@@ -58,6 +63,7 @@ def read_index(file: IO[bytes], name: str) -> Index:
 
     Raises:
         BadArchive: No whole zip or plain tar.
+        OSError: It cannot be read, and may be whole.
     """
     index = Index()
     members = _zip_members(file) if name.endswith(".zip") else _tar_members(file)
@@ -68,6 +74,8 @@ def read_index(file: IO[bytes], name: str) -> Index:
         zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError, OverflowError,
         NotImplementedError, struct.error,
     ) as error:  # fmt: skip
+        if is_denied(error):
+            raise
         kind = "zip" if name.endswith(".zip") else "uncompressed tar"
         raise BadArchive(
             f"'{excerpt(name)}' is no whole {kind} ({excerpt(str(error))}); download it again"

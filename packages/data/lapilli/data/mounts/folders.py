@@ -147,7 +147,7 @@ class LocalFolder(Folder):
             return LocalFolder(self.path / name, shown, self.boundary)
         place = self.locate(name, "")
         if isinstance(place, Verdict):
-            raise BadArchive(place.detail)
+            raise BadArchive(place.detail, place.reason or Reason.IMAGE_MISSING)
         with (self.path / name).open("rb") as file:
             return ArchiveFolder(place, _cached_index(file, str(self.path / name), place))
 
@@ -168,7 +168,7 @@ class LocalFolder(Folder):
             return Verdict(Reason.IMAGE_MISSING, detail)
         if not os.access(path, os.R_OK):
             detail = f"'{excerpt(shown)}': no permission to read it"
-            return Verdict(Reason.IMAGE_MISSING, detail)
+            return Verdict(Reason.IMAGE_UNREADABLE, detail)
         stat = os.stat(path)  # noqa: PTH116 - 200,000 times, and a Path takes twice as long
         if stat.st_size > LARGEST_FILE and not name.endswith(ARCHIVES):
             return _too_large(shown, stat.st_size)
@@ -200,7 +200,7 @@ class RemoteFolder(Folder):
             return RemoteFolder(f"{self.address}/{name}")
         place = self.locate(name, "")
         if isinstance(place, Verdict):
-            raise BadArchive(place.detail)
+            raise BadArchive(place.detail, place.reason or Reason.IMAGE_MISSING)
         scheme, path = split_address(place.container)
         with open_storage(scheme).open(path, "rb") as file:
             return ArchiveFolder(place, _cached_index(file, place.container, place))

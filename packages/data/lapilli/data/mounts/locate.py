@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from lapilli.data.access import blame, is_denied
 from lapilli.data.errors import DataError
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, open_folder
@@ -82,6 +83,8 @@ class Mount:
                 return
             why = reached.detail
         except (OSError, BadArchive) as error:
+            if is_denied(error):
+                raise DataError(f"images: {blame(error) or excerpt(str(error))}") from None
             why = excerpt(str(error))
         place = f"{self._shown_root}/{self._below}".rstrip("/")
         raise DataError(
@@ -105,10 +108,11 @@ class Mount:
         try:
             return self._find(key, *_split(path))
         except BadArchive as error:
-            return Verdict(Reason.IMAGE_MISSING, f"'{excerpt(key)}': {error}")
+            return Verdict(error.reason, f"'{excerpt(key)}': {error}")
         except (OSError, ValueError) as error:  # ValueError: a name the system cannot spell
             why = error.strerror if isinstance(error, OSError) else "no file can have this name"
-            return Verdict(Reason.IMAGE_MISSING, f"'{excerpt(key)}': {why or excerpt(str(error))}")
+            reason = Reason.IMAGE_UNREADABLE if is_denied(error) else Reason.IMAGE_MISSING
+            return Verdict(reason, f"'{excerpt(key)}': {why or excerpt(str(error))}")
 
     def _find(self, key: str, folder: str, name: str) -> Located | Verdict:
         """The file, tried from the least repair to the most."""

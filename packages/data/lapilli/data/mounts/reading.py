@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from lapilli.data.access import is_denied
 from lapilli.data.images import BadImage
 from lapilli.data.mounts.places import LARGEST_FILE, Located, Member, is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
@@ -28,7 +29,8 @@ def read_image(root: Path, place: Located) -> bytes:
 
     Raises:
         BadImage: `image_missing` where the container is gone or is not what it was when the plan
-            was made; `image_undecodable` where a member of an archive is damaged.
+            was made; `image_unreadable` where rights or a disk keep it back;
+            `image_undecodable` where a member of an archive is damaged.
     """
     try:
         if place.member is None:
@@ -37,7 +39,8 @@ def read_image(root: Path, place: Located) -> bytes:
     except OSError as error:
         # A library's error may name a request; two runs must write the same detail.
         detail = f"was there when the build was planned, now: {error.strerror or 'not readable'}"
-        raise BadImage(Reason.IMAGE_MISSING, detail) from None
+        reason = Reason.IMAGE_UNREADABLE if is_denied(error) else Reason.IMAGE_MISSING
+        raise BadImage(reason, detail) from None
 
 
 def _read_whole(root: Path, place: Located) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
+from lapilli.data.access import exists, is_denied, subpaths
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 
@@ -25,9 +27,10 @@ def annotation_files(config: SourceConfig, root: Path) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in config.patterns:
-        if (root / pattern).exists() or not glob.has_magic(pattern):
+        if not glob.has_magic(pattern) or exists(root / pattern):
             found.append(root / pattern)
             continue
+        _require_listable(root / pattern)
         # Path.glob takes no absolute pattern.
         names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
         if not names:
@@ -43,6 +46,29 @@ def annotation_files(config: SourceConfig, root: Path) -> list[Path]:
             "(`mixture.epochs` repeats a source)"
         )
     return found
+
+
+def _require_listable(pattern: Path) -> None:
+    """Stop at a folder that may not be listed: `glob` would find nothing in it and say nothing.
+
+    Raises:
+        DataError: Names the folder.
+    """
+    parts = pattern.parts
+    first = next(n for n, part in enumerate(parts) if glob.has_magic(part))
+    start = Path(*parts[:first])
+    if first == len(parts) - 1:
+        subpaths(start)
+        return
+
+    def stop(error: OSError) -> None:
+        if is_denied(error):
+            raise file_error(Path(error.filename or start), error) from None
+
+    deepest = None if "**" in parts else len(parts) - 1 - first
+    for folder, below, _ in os.walk(start, onerror=stop):
+        if deepest is not None and len(Path(folder).relative_to(start).parts) >= deepest:
+            below.clear()
 
 
 def what_it_is_instead(path: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from lapilli.data.access import naming
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.record import excerpt
@@ -87,6 +88,8 @@ def _stream(path: Path, elements: Callable[[TextIO], Iterator[Element]]) -> Iter
             for element in elements(file):
                 yield element
                 count += 1
+    except OSError as error:
+        raise file_error(path, error) from None
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"annotations: {path} is no valid JSON after {count} records ({_reason(error)}); "
@@ -196,7 +199,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -15,10 +15,11 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.record import excerpt
-from lapilli.data.sources.files import annotation_files, what_it_is_instead
+from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
 from lapilli.data.sources.messages import LISTS
 
 __all__ = ["read"]
@@ -38,6 +39,8 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
         try:
             yield from _rows(path)
         except (pa.ArrowException, OSError) as error:
+            if is_denied(error):
+                raise file_error(path, error) from None
             raise DataError(
                 f"annotations: {path} is no whole Parquet file ({excerpt(str(error))}); "
                 + (instead or "download or write it again")

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.mounts import EXTENSIONS
 from lapilli.data.record import Reason, Turn, Verdict, excerpt
 from lapilli.data.sources import rows
 from lapilli.data.sources.captions import caption_turns, draw_prompt
-from lapilli.data.sources.files import annotation_files, what_it_is_instead
+from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
 from lapilli.data.sources.turns import Turns
 
 __all__ = ["normalise", "read"]
@@ -61,6 +62,8 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
                 yield sample
                 count += 1
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if is_denied(error):
+            raise file_error(path, error) from None
         raise DataError(
             f"annotations: {path} is no whole tar after {count} samples "
             f"({excerpt(str(error.args[0] if error.args else error))}); "

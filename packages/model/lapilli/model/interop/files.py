@@ -6,18 +6,23 @@ Everything is read with `weights_only=True`: a pickle that would run code is ref
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
+from lapilli.model.pretrained import require_missing
 
-__all__ = ["PROJECTOR", "read_tensors"]
+__all__ = ["PROJECTOR", "read_safetensors", "read_tensors", "save_tensors", "share_as_usual"]
 
 PROJECTOR = "mm_projector.bin"
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -40,6 +45,10 @@ def _files(path: Path) -> Iterator[Path]:
         if (path / index).is_file():
             yield from _indexed(path / index)
             return
+    try:
+        next(path.iterdir(), None)
+    except OSError as error:  # `glob` finds nothing in a folder that may not be listed
+        require_missing(path, error)
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     found = found or sorted(path.glob(PROJECTOR))
     if not found:
@@ -52,8 +61,10 @@ def _indexed(index: Path) -> list[Path]:
     try:
         named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         found = [index.parent / name for name in sorted({*named.values()})]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(f"{index}: cannot be read; expected weight_map") from None
+    except OSError as error:
+        raise ModelError(f"{index}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ModelError(f"{index}: no index of weights; expected weight_map") from None
     missing = [file.name for file in found if not file.is_file()]
     if missing:
         raise ModelError(
@@ -65,11 +76,10 @@ def _indexed(index: Path) -> list[Path]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return read_safetensors(file)
         found = _read_pickle(file)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read ({_first_line(error)})") from None
@@ -81,6 +91,67 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise ModelError(f"{file}: a {type(found).__name__}; expected tensors by name")
     return {str(n): v for n, v in found.items() if isinstance(v, Tensor)}  # pyright: ignore
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        OSError: It is not there or cannot be read: safetensors calls both missing.
+    """
+    from safetensors.torch import load_file
+
+    file.open("rb").close()
+    return load_file(file)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, or as a pickle under any other suffix, with the usual mode.
+
+    Raises:
+        OSError: The disk is full or the file cannot be written; names it and the cause.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        if file.suffix == ".safetensors":
+            save_file(dict(tensors), file, metadata=metadata)
+            share_as_usual(file)
+        else:
+            with file.open("wb") as opened:
+                torch.save(dict(tensors), opened)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = _system_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(file)) from None
+
+
+def _system_number(error: BaseException) -> int | None:
+    """The system's number behind an error; safetensors has it in its text, torch below its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        cause = cause.__context__
+    found = OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+def share_as_usual(file: Path) -> None:
+    """Give a file the mode of any new file beside it: the umask's, or what the folder's ACL says.
+
+    safetensors writes under a temporary name that its owner alone may read, and keeps that mode.
+    """
+    probe = file.with_name(f".{file.name}.mode")
+    os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
+    try:
+        file.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _read_pickle(file: Path) -> object:

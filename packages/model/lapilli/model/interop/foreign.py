@@ -8,6 +8,7 @@ from pathlib import Path
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import read_hf
 from lapilli.model.interop.llava import is_llava, load_llava
+from lapilli.model.pretrained import require_missing
 from lapilli.model.trainable import base_name
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -36,7 +37,10 @@ def _is_hf(path: Path) -> bool:
     try:
         text = (path / "config.json").read_text(encoding="utf-8")
         return json.loads(text).get("model_type") == "llava"
-    except (OSError, ValueError, AttributeError):
+    except OSError as error:
+        require_missing(path / "config.json", error)
+        return False
+    except (ValueError, AttributeError):
         return False
 
 

@@ -20,7 +20,7 @@ from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.language import logit_scale, logit_softcap
-from lapilli.model.pretrained import one_line
+from lapilli.model.pretrained import check_readable, one_line, require_missing
 from lapilli.model.vision import FAMILIES
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
@@ -197,7 +197,11 @@ def _on_disk(name: str, tower: str) -> str:
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `write_hf` kept beside transformers' files; empty for a folder of others."""
     path = folder / FACTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        require_missing(path, error)
+        return {}
 
 
 def read_hf(folder: Path | str) -> VisionLanguageModel:
@@ -208,6 +212,7 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
     """
     from transformers import LlavaForConditionalGeneration
 
+    check_readable(folder)
     with one_line(
         f"{str(folder)!r} cannot be loaded; expected a folder that transformers' "
         "LlavaForConditionalGeneration wrote"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import PROJECTOR, read_tensors
+from lapilli.model.interop.files import PROJECTOR, read_tensors, save_tensors
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
+from lapilli.model.pretrained import require_missing
 from lapilli.model.trainable import base_name
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -56,7 +57,10 @@ def is_llava(path: Path) -> bool:
         return True
     try:
         settings: object = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError as error:
+        require_missing(path / "config.json", error)
+        return False
+    except ValueError:
         return False
     kind: object = settings.get("model_type") if isinstance(settings, dict) else None  # pyright: ignore
     return isinstance(kind, str) and kind.startswith("llava_")
@@ -109,7 +113,7 @@ def write_projector(model: VisionLanguageModel, output: Path) -> Path:
     """Write `mm_projector.bin` with LLaVA's names; `--pretrain_mm_mlp_adapter` takes it."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / PROJECTOR
-    torch.save(_llava_projector(model), path)
+    save_tensors(_llava_projector(model), path)
     return path
 
 

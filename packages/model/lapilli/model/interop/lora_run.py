@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import save_tensors
 from lapilli.model.interop.llava import LEFT_OVER, TOWER
 from lapilli.model.interop.peft import PREFIX, adapter_of, write_adapter
 from lapilli.model.interop.weights import adapted_layers
@@ -56,7 +56,7 @@ def write_lora_run(model: VisionLanguageModel, output: Path, *, base: str = "") 
             named = (config.vision.pretrained, "")
         write_adapter(adapter_of(module, config.lora, base=named[0], task=named[1]), folder)
         folders.append(folder)
-    torch.save(_left_over(model, adapted.keys()), output / LEFT_OVER)
+    save_tensors(_left_over(model, adapted.keys()), output / LEFT_OVER)
     return folders
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_tensors
+from lapilli.model.interop.files import read_tensors, save_tensors
 from lapilli.model.interop.weights import adapted_layers
 from lapilli.model.trainable import base_name
 
@@ -88,14 +88,12 @@ def read_adapter(folder: Path) -> Adapter:
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write a folder that PEFT's `PeftModel.from_pretrained` loads."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     named = {
         PREFIX + _inside(adapter, name): value.contiguous()
         for name, value in adapter.tensors.items()
     }
-    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(named, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(dict(adapter.settings), indent=2), encoding="utf-8")
 
 

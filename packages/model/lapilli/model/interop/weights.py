@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import save_tensors
 from lapilli.model.trainable import base_name
 
 __all__ = ["Progress", "Weight", "adapted_layers", "plain_weights", "write_weights"]
@@ -113,9 +114,9 @@ def write_weights(
 
     Raises:
         ModelError: A size that is none.
+        OSError: The disk is full or a file cannot be written; names it.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     planned = {n: torch.empty(w.shape, dtype=dtype, device="meta") for n, w in weights.items()}
     try:
@@ -127,10 +128,7 @@ def write_weights(
     total, done = sum(value.nbytes for value in planned.values()), 0
     for file, names in split.filename_to_tensors.items():
         made = {name: _cast(weights[name].make(), dtype) for name in names}
-        if form == "safetensors":
-            save_file(made, output / file, metadata={"format": "pt"})
-        else:
-            torch.save(made, output / file)
+        save_tensors(made, output / file, metadata={"format": "pt"})
         done += sum(value.nbytes for value in made.values())
         on_progress(done, total)
     if split.is_sharded:

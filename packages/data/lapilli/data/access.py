@@ -1,0 +1,203 @@
+"""What the system says of a path: not there, not readable, no room. One is never taken for another.
+
+`Path.exists` and its like raise for a folder that may not be searched up to Python 3.13 and say
+"not there" from 3.14 on; `Path.glob` finds nothing in a folder that may not be listed. Where the
+answer decides whether something is made anew, replaced or removed, these functions are asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeGuard
+
+from lapilli.data.errors import DataError
+
+__all__ = [
+    "FULL", "blame", "cannot_read", "exists", "is_denied", "is_file", "is_folder", "is_missing",
+    "naming", "require_listable", "require_readable", "subpaths",
+    "system_error",
+]  # fmt: skip
+
+MISSING = (errno.ENOENT, errno.ENOTDIR)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a name or bytes are to blame for. Any other number may come from a whole file.
+WRONG = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EEXIST, errno.ENOTEMPTY)
+# The machine's or its owner's doing, and neither a wrong name nor a fault of the program.
+MACHINE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV,
+    errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EREMOTEIO,
+    errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.EBADMSG,
+}  # fmt: skip
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+REMEDIES = {
+    errno.EROFS: "it is on a read-only disk; choose another folder",
+    errno.EACCES: "ask its owner for the right, or choose another folder",
+    errno.EPERM: "ask its owner for the right, or choose another folder",
+    **dict.fromkeys(FULL, "free space and run the same command again"),
+}
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether nothing is there, as far as the system could look."""
+    return isinstance(error, FileNotFoundError) or error.errno in MISSING
+
+
+def is_denied(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the system kept a path back or could not reach it: rights, a disk, a server.
+
+    What it keeps back may be whole: it is neither missing nor damaged. A library's own OSError for
+    bytes that make no sense has no number.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return False
+    return error.errno not in (*MISSING, *WRONG, *FULL)
+
+
+def blame(error: OSError, path: object = None) -> str | None:
+    """The line for an error of the machine's: path, cause and remedy; None for any other error.
+
+    Args:
+        error: What the system raised.
+        path: The file it is about, where the error itself does not name one.
+    """
+    if error.errno not in MACHINE and error.errno not in FULL:
+        return None
+    remedy = REMEDIES.get(error.errno, "see to the disk or its server and run the same again")
+    named = error.filename2 or error.filename or path
+    cause = _cause(error)
+    if isinstance(named, int) or not named:  # a descriptor says nothing to a reader
+        return f"{cause}; {remedy}"
+    return f"{os.fsdecode(named) if isinstance(named, bytes) else named}: {cause}; {remedy}"
+
+
+def _cause(error: OSError) -> str:
+    """The system's own words: some libraries put a paragraph in their place."""
+    return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The system's error that an exception is or tells of: Rust's end with `(os error 28)`."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = OS_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def cannot_read(path: object, error: OSError) -> str:
+    """One line for a file that is there, or may be, and cannot be read."""
+    remedy = "nothing was changed; give this user the right to read it, or see to the disk"
+    return f"{path}: cannot be read ({_cause(error)}); {remedy}"
+
+
+class Place(Protocol):
+    """What may be there: a `Path`, or a place in a store, which has errors of its own."""
+
+    def exists(self) -> bool: ...
+
+    def is_dir(self) -> bool: ...
+
+
+def exists(path: Place) -> bool:
+    """Whether a path is there.
+
+    Raises:
+        DataError: It cannot be known: a folder above may not be searched, or the disk fails.
+    """
+    return path.exists() if not isinstance(path, Path) else _mode(path) is not None
+
+
+def is_folder(path: Place) -> bool:
+    """Whether a path is a folder; raises as `exists` does."""
+    if not isinstance(path, Path):
+        return path.is_dir()
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a plain file; raises as `exists` does."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except ValueError:  # a NUL in it: no file can have this name
+        return None
+    except OSError as error:
+        if is_missing(error) or error.errno == errno.ELOOP:
+            return None
+        raise DataError(cannot_read(path, error)) from None
+
+
+def subpaths(folder: Path, prefix: str = "") -> list[Path]:
+    """What lies in a folder under names with this prefix, sorted; nothing where there is no folder.
+
+    Raises:
+        DataError: The folder may not be listed, or the disk fails.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        if is_missing(error):
+            return []
+        raise DataError(cannot_read(folder, error)) from None
+    return [path for path in found if path.name.startswith(prefix)]
+
+
+def require_readable(path: Path) -> None:
+    """Open a file, or every file directly in a folder, before a library reads it.
+
+    Libraries take a file that may not be read for one that is not there, or say so without its
+    name.
+
+    Raises:
+        DataError: Names the first that cannot be read, and the cause.
+    """
+    for file in subpaths(path) if is_folder(path) else [path]:
+        try:
+            if not file.is_dir():
+                file.open("rb").close()
+        except OSError as error:
+            if not is_missing(error):  # a link to nothing is for the library to tell
+                raise DataError(cannot_read(file, error)) from None
+
+
+def require_listable(folder: Path) -> None:
+    """List a folder and all below it, before `rglob` does, which passes over what it may not list.
+
+    Raises:
+        DataError: Names the first folder that cannot be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        if is_denied(error):
+            raise DataError(cannot_read(error.filename, error)) from None
+
+    for _ in os.walk(folder, onerror=stop):
+        pass
+
+
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Let errors of the system that name no file, as those of `write` are, name this one.
+
+    So do those of libraries in Rust, which come as bare exceptions (see `system_error`).
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if (found := system_error(error)) is None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
