@@ -161,6 +161,11 @@ class ModelConfig:
             raise ModelError("trainable: empty; expected some of vision, projector, language")
         if self.projector_std is not None and self.projector_std <= 0:
             raise ModelError(f"projector_std: {self.projector_std}; expected more than 0")
+        if self.lora is not None and not {"vision", "language"} & {*self.trainable}:
+            raise ModelError(
+                "lora: neither language nor vision is in trainable; expected the parts whose "
+                "adapters are to learn, or no lora"
+            )
         learns_whole = "language" in self.trainable and self.lora is None
         if self.language.quantize != "none" and learns_whole:
             raise ModelError(

@@ -128,11 +128,6 @@ def _is_target(path: str, target: str) -> bool:
 
 
 def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:
-    if not layers:
-        return (
-            "lora: neither language nor vision is in trainable; expected the parts whose adapters "
-            "are to learn"
-        )
     kinds = sorted({name.rpartition(".")[2] for names in layers.values() for name in names})
     example = next((f"{part}.{names[0]}" for part, names in layers.items() if names), "none")
     return (
