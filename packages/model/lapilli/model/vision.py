@@ -103,8 +103,10 @@ class TransformersTower(Tower):
     def __init__(self, name: str, config: VisionConfig, *, weights: bool = True) -> None:
         super().__init__()
         self._name, self._family = name, FAMILIES[name]
-        settings = _settings(name, self._family, config)
+        settings: Any = _settings(name, self._family, config)
         shape = _shape(name, settings, config)
+        if not config.pretrained:
+            settings.image_size = shape.image_size  # no positions to interpolate: all are random
         loaded: Any = _load(name, self._family, config, settings, weights=weights)
         self.own_size = int(loaded.config.image_size)
         if self.own_size != shape.image_size:
@@ -188,6 +190,12 @@ def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> Tower
             f"vision.features: cls_patch, but {name} has no class token; expected patch"
         )
     _kept_layers(config.layer, int(sizes.num_hidden_layers))
+    heads = int(sizes.num_attention_heads)
+    if heads < 1 or sizes.hidden_size % heads:
+        raise ModelError(
+            f"vision: {name} tower with num_attention_heads {heads}; expected a divisor of "
+            f"hidden_size {sizes.hidden_size}"
+        )
     for given in (sizes.image_size, sizes.patch_size):
         if not isinstance(given, int) or given < 1:
             raise ModelError(
@@ -215,13 +223,10 @@ def _settings(name: str, family: Family, config: VisionConfig) -> PreTrainedConf
     without_pooling = {"vision_use_head": False} if name == "siglip" else {}
     if not config.pretrained:
         check_settings("vision.settings", config.settings, settings_class())
-        given = {**config.settings, **without_pooling}
-        if config.image_size:
-            given["image_size"] = config.image_size  # positions are random: none to interpolate
         with one_line(
             f"vision.settings: no {name} tower can be built of {settings_text(config.settings)}"
         ):
-            return settings_class(**given)
+            return settings_class(**config.settings, **without_pooling)
     with one_line(
         f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
         f"folder with a {name} vision model in safetensors"

@@ -5,6 +5,7 @@ Nothing is allocated: torch's fake tensors have shapes and no memory, so 13B tak
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,9 +74,21 @@ class Sketch:
                 name: torch.empty(value.shape, dtype=getattr(torch, str(value.dtype)))
                 for name, value in inputs.items()
             }
-            with one_line("model: a batch cannot be computed with these settings"):
+            told = one_line("model: a batch cannot be computed with these settings")
+            with told, _quiet():
                 self.model(**fake)
         return counter.bytes()
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """An operation that cannot be is raised; torch would also log its stack."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Counter:
