@@ -19,7 +19,7 @@ from lapilli.model.flops import model_numbers
 from lapilli.model.language import build_language
 from lapilli.model.quantized import PACKED_BYTES, packed_numbers
 from lapilli.model.trainable import parameter_counts, set_modes
-from lapilli.model.vision import FAMILIES
+from lapilli.model.vision import FAMILIES, Tower
 from lapilli.model.vlm import build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
@@ -207,6 +207,46 @@ def test_frequencies_that_follow_the_length(rope: str) -> None:
     settings = {**twins.DECODER, "max_position_embeddings": 64, "rope_parameters": parameters}
     language = LanguageConfig("phi3" if half else "llama", settings=settings)
     assert_same(ModelConfig(VisionConfig(settings=twins.TOWER), language, head_chunk=4))
+
+
+class OwnTower(Tower):
+    """A tower of one's own whose code looks at numbers, and reads weights where it is told to."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.image_size, self.num_tokens, self.hidden_size = twins.SIDE, 10, 16
+        self.rates = torch.linspace(0, 0.1, 3).tolist()
+        self.scale = torch.tensor(255.0)
+        self.mean = nn.Buffer(torch.tensor([0.5, 0.5, 0.5]))
+        model: Any = transformers.CLIPVisionModel
+        self.clip: Any = (
+            model.from_pretrained(config.pretrained)
+            if config.pretrained
+            else model(transformers.CLIPVisionConfig(**twins.TOWER))
+        )
+
+    def forward(self, pixels_NHW3: torch.Tensor) -> torch.Tensor:
+        normal = (pixels_NHW3 / self.scale - self.mean).permute(0, 3, 1, 2)
+        return self.clip(normal.to(self.clip.dtype)).last_hidden_state
+
+
+def own_projector(inputs: int, outputs: int) -> nn.Module:
+    """Its initialisation takes numbers."""
+    made = nn.Linear(inputs, outputs)
+    made.weight.data *= 1 / float(made.weight.detach().norm())
+    return made
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_of_parts_of_ones_own(reads: bool, dtype: Literal["fp32", "bf16"], folders: Path) -> None:
+    vision = VisionConfig(f"{__name__}:OwnTower", str(folders / "clip") if reads else "")
+    config = ModelConfig(
+        vision, LanguageConfig(settings=twins.DECODER), projector=f"{__name__}:own_projector",
+        trainable=EVERYTHING, dtype=dtype, head_chunk=4,
+    )  # fmt: skip
+    assert_same(config)
+    assert_same(replace(config, lora=replace(LORA, target="q_proj|v_proj")))
 
 
 def test_a_forward_that_cannot_be_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.extension import load_builder
+from lapilli.model.extension import build_own, load_builder
 from lapilli.model.pretrained import check_settings, one_line, settings_text
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def build_tower(config: VisionConfig, *, weights: bool = True) -> Tower:
     builder = load_builder(config.tower, TOWERS, what="vision.tower")
     if config.tower in FAMILIES:
         return builder(config, weights=weights)
-    tower: Tower = builder(config)
+    tower: Tower = build_own(lambda: builder(config))
     if config.image_size not in (0, tower.image_size):
         raise ModelError(
             f"vision.image_size: {config.image_size}, but tower {config.tower} takes images of "
