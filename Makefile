@@ -62,7 +62,7 @@ public-names: install  ## accept the public names as they are now
 constraints:  ## renew constraints.txt: newest versions that pyproject.toml allows, tests not run
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PYTHON) -m venv "$$fresh"; \
-	"$$fresh/bin/python" -m pip install -e ".[dev,liger,qlora,real-weights]" $$(grep -E '^(torch|triton)==' constraints.txt); \
+	"$$fresh/bin/python" -m pip install -e ".[dev,liger,real-weights]" $$(grep -E '^(torch|triton)==' constraints.txt); \
 	grep '^#' constraints.txt > "$$fresh/constraints.txt"; \
 	"$$fresh/bin/python" -m pip freeze --all --exclude-editable \
 	    | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(pip==|nvidia-|cuda-)' >> "$$fresh/constraints.txt"; \

@@ -12,11 +12,15 @@ from rich.table import Table
 from lapilli.data.access import exists
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import NAME as MANIFEST
+from lapilli.model.attention import choose_attention
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
+from lapilli.model.language import language_settings
 from lapilli.model.peak import peak_flops
+from lapilli.model.vlm import read_outline
 from lapilli.train.config import RunConfig
 from lapilli.train.device import device_memory
 from lapilli.train.estimate import Estimate, estimate_run, follow, sketch_run
+from lapilli.train.loop import check_model
 from lapilli.train.sketch import Sketch
 from pipelines.command import console, say
 from pipelines.describe import bytes_text, duration_text
@@ -30,8 +34,11 @@ LOOKED_AT = 2000  # samples
 
 def tell_estimate(config: RunConfig) -> None:
     """Say memory by part and ZeRO stage, what a micro-batch adds, disk, and time."""
+    dataset = _open(config)
+    language = config.model.language
+    if note := choose_attention(language.attention, language_settings(language)).note:
+        say(note)
     sketch = sketch_run(config)
-    dataset = _open(config, sketch)
     length = int(dataset.lengths.max()) if dataset else config.max_length
     estimate = estimate_run(config, sketch, length=length)
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -99,15 +106,18 @@ def sample_operations(sketch: Sketch, dataset: Dataset) -> float:
     return step_flops(model_numbers(sketch.model), numbers).model.total / len(lengths)
 
 
-def _open(config: RunConfig, sketch: Sketch) -> Dataset | None:
+def _open(config: RunConfig) -> Dataset | None:
     """The run's dataset as its model sees it, if it is there yet."""
     if not exists(Path(config.dataset) / MANIFEST):
         say(f"{config.dataset} is no dataset yet: rows of max_length, {config.max_length} tokens")
         return None
-    tokens = sketch.model.vision.num_tokens
-    return open_dataset(
-        config.dataset, view=config.view, image_tokens=tokens, max_length=config.max_length
-    )
+    model = read_outline(config.model) or sketch_run(config).model
+    dataset = open_dataset(
+        config.dataset, view=config.view, image_tokens=model.vision.num_tokens,
+        max_length=config.max_length,
+    )  # fmt: skip
+    check_model(model, dataset)
+    return dataset
 
 
 def _stages(config: RunConfig, estimate: Estimate) -> Table:

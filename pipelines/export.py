@@ -26,9 +26,11 @@ from lapilli.data.jinja import chat_template
 from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.record import ImagePart, TextPart, Turn
+from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import FACTS, Preprocessing, write_hf, write_processor
 from lapilli.model.interop.llava import (
     LEFT_OVER,
+    check_llava,
     write_llava,
     write_llava_config,
     write_projector,
@@ -178,8 +180,11 @@ def to_peft(config: ExportConfig) -> None:
     base = _base(Path(config.run), asked)
     with _filled(config, asked) as folder:
         found = write_lora_run(asked.model, folder, base=base)
-        if asked.model.config.vision.tower == "clip":  # LLaVA has no other
+        try:
+            check_llava(asked.model)
             write_llava_config(asked.model, folder, aspect=_aspect(asked))
+        except ModelError as error:
+            say(f"no config.json for LLaVA's loader: {error}")
         asked.tokenizer.save_pretrained(folder)
         places = [output / path.relative_to(folder) for path in found]
     for place in places:

@@ -131,8 +131,10 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     say(
         f"global batch {config.global_batch} = {config.workers} workers x micro-batch "
         f"{config.micro_batch} x accumulation {config.accumulation} on {ready.device}, "
-        f"ZeRO-{config.zero_stage}, {config.precision}"
+        f"ZeRO-{config.zero_stage}, {config.precision}, {ready.attention.name} attention"
     )
+    if ready.attention.note:
+        say(ready.attention.note)
     if host := sum(memory.host for memory in ready.memory.values()):
         say(f"offload: {bytes_text(host)} a worker lie in the host's memory")
     if disk := sum(memory.disk for memory in ready.memory.values()):

@@ -24,6 +24,9 @@ class VisionConfig:
         layer: Which hidden state is taken, as LLaVA counts (-2: before the last layer). Layers
             after it are not run.
         features: `patch`, or `cls_patch` with the class token before the patches.
+        image_size: Side of the images in pixels, a multiple of the patch; 0 for the tower's own.
+            The positions of pretrained weights are interpolated to it (bicubic), as transformers'
+            `interpolate_pos_encoding` does.
         mean: Per channel, subtracted from pixels in 0 to 1; None takes what comes with the
             weights, else what the family was trained with.
         std: Per channel, what is then divided by; None likewise.
@@ -35,9 +38,18 @@ class VisionConfig:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     layer: int = -2
     features: Literal["patch", "cls_patch"] = "patch"
+    image_size: int = 0
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.image_size < 0:
+            raise ModelError(
+                f"vision.image_size: {self.image_size}; expected a side in pixels, or 0 for the "
+                "tower's own"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,8 @@ class LanguageConfig:
         model_type: transformers' name of the architecture, when there are no weights.
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the transformers config, when there are no weights.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation: `eager`, `sdpa`, `flash_attention_2`
+            ... `auto` takes `sdpa` where the architecture supports it, else `eager`.
         allow_pickle: Take weights that are not in safetensors too.
         trust_remote_code: Run the code that comes with the weights.
         vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new
@@ -60,7 +73,7 @@ class LanguageConfig:
     model_type: str = "llama"
     pretrained: str = ""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
-    attention: str = "sdpa"
+    attention: str = "auto"
     allow_pickle: bool = False
     trust_remote_code: bool = False
     vocab_size: int = 0
@@ -148,6 +161,11 @@ class ModelConfig:
             raise ModelError("trainable: empty; expected some of vision, projector, language")
         if self.projector_std is not None and self.projector_std <= 0:
             raise ModelError(f"projector_std: {self.projector_std}; expected more than 0")
+        if self.lora is not None and not {"vision", "language"} & {*self.trainable}:
+            raise ModelError(
+                "lora: neither language nor vision is in trainable; expected the parts whose "
+                "adapters are to learn, or no lora"
+            )
         learns_whole = "language" in self.trainable and self.lora is None
         if self.language.quantize != "none" and learns_whole:
             raise ModelError(

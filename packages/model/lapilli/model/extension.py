@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lapilli.model.errors import ModelError
 
-__all__ = ["load_builder"]
+__all__ = ["build_own", "load_builder"]
+
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def build_own(build: Callable[[], Part]) -> Part:
+    """Build a part of one's own, within a model of fake tensors too.
+
+    What its code does with numbers (a schedule, weights that it reads) takes real tensors. Where
+    fake ones are made, it gets those, and its tensors are then replaced by fake ones.
+    """
+    with unset_fake_temporarily() as mode:
+        part = build()
+    if mode is None:
+        return part
+    for module in part.modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            found = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+            held.update({name: mode.from_tensor(value) for name, value in found.items()})
+    return part
 
 
 def load_builder(

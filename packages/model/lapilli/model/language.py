@@ -2,48 +2,135 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lapilli.model.attention import AUTO, choose_attention
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.pretrained import Loading, check_readable, check_settings, one_line, whole
+from lapilli.model.pretrained import (
+    Loading,
+    check_readable,
+    check_settings,
+    one_line,
+    settings_text,
+    whole,
+)
+from lapilli.model.quantized import pack_shapes, quantization
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["build_language", "logit_scale", "logit_softcap", "text_scale"]
+__all__ = [
+    "build_language", "language_settings", "logit_scale", "logit_softcap", "text_scale",
+    "vocabulary_size",
+]  # fmt: skip
 
 
 def build_language(
-    config: LanguageConfig, dtype: torch.dtype = torch.float32, loading: Loading = whole
+    config: LanguageConfig,
+    dtype: torch.dtype = torch.float32,
+    loading: Loading = whole,
+    *,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """A causal language model, with weights or with random ones.
 
     Weights go from the file into the model once, in `dtype`; there is no second copy. `loading`
     stands around it; random weights, which are made everywhere alike, it does not concern.
 
+    Args:
+        config: The language model's settings.
+        dtype: Of its weights.
+        loading: Stands around the reading of pretrained weights.
+        weights: Whether pretrained weights are read; without, the model has their shapes and
+            random numbers, and layers in 4 bits have the shapes alone.
+
     Raises:
         ModelError: Unknown architecture, wrong settings, or weights that are not there.
     """
-    kind: dict[str, Any] = {"attn_implementation": config.attention, "dtype": dtype}
-    with loading() if config.pretrained else whole():
-        model = _load(config, kind) if config.pretrained else _random(config, kind)
+    settings = language_settings(config)
+    attention = choose_attention(config.attention, settings).name
+    kind: dict[str, Any] = {
+        "attn_implementation": None if attention == AUTO else attention, "dtype": dtype,
+    }  # fmt: skip
+    reads = weights and bool(config.pretrained)
+    with loading() if reads else whole():
+        build = _load if reads else _without_weights
+        model = build(config, settings, kind)
         if config.vocab_size > model.config.vocab_size:
             _grow(model, config.vocab_size)
     return model
 
 
-def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
+def language_settings(config: LanguageConfig) -> PreTrainedConfig:
+    """Transformers' config of the language model, from the recipe or beside the weights.
+
+    Raises:
+        ModelError: Unknown architecture, wrong settings, or no config that can be read.
+    """
+    from transformers import AutoConfig
+
+    if config.pretrained:
+        with one_line(
+            f"language.pretrained: {config.pretrained!r} has no config that can be read; expected "
+            "a hub name or a folder with a causal language model"
+        ):
+            return AutoConfig.from_pretrained(
+                config.pretrained, trust_remote_code=config.trust_remote_code
+            )
+    with one_line(f"language.model_type: {config.model_type!r} is no architecture of transformers"):
+        defaults = AutoConfig.for_model(config.model_type)
+    check_settings("language.settings", config.settings, defaults)
+    with one_line(
+        f"language.settings: no {config.model_type} can be built of "
+        f"{settings_text(config.settings)}"
+    ):
+        return AutoConfig.for_model(config.model_type, **config.settings)
+
+
+def vocabulary_size(config: LanguageConfig) -> int:
+    """Ids that the model will know, from its config alone.
+
+    Raises:
+        ModelError: As `language_settings`.
+    """
+    own = int(language_settings(config).get_text_config().vocab_size)
+    return max(own, config.vocab_size)
+
+
+@contextmanager
+def _naming_padding(field: str, settings: PreTrainedConfig) -> Generator[None]:
+    """Say it where an embedding asserts: its padding token must be a row (Phi-3's is 32000)."""
+    try:
+        yield
+    except AssertionError:
+        text: Any = settings.get_text_config()
+        padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if not isinstance(padding, int) or not isinstance(rows, int) or padding < rows:
+            raise
+        raise ModelError(
+            f"{field}: pad_token_id {padding} is no row of vocab_size {rows}; set pad_token_id "
+            f"to one of 0 to {rows - 1}, or vocab_size above {padding}"
+        ) from None
+
+
+def _load(
+    config: LanguageConfig, settings: PreTrainedConfig, kind: dict[str, Any]
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     if config.quantize != "none":
-        kind = {**kind, "quantization_config": _quantization(kind["dtype"])}
-    with one_line(
-        f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
-        "a folder with a causal language model in safetensors"
+        kind = {**kind, "quantization_config": quantization(kind["dtype"])}
+    with (
+        one_line(
+            f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
+            "a folder with a causal language model in safetensors"
+        ),
+        _naming_padding("language.pretrained", settings),
     ):
         check_readable(config.pretrained)
         return AutoModelForCausalLM.from_pretrained(
@@ -54,29 +141,26 @@ def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
         )
 
 
-def _quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    from transformers import BitsAndBytesConfig
+def _without_weights(
+    config: LanguageConfig, settings: PreTrainedConfig, kind: dict[str, Any]
+) -> PreTrainedModel:
+    """The model as its config has it, with random weights."""
+    from transformers import AutoModelForCausalLM
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "language.quantize: bitsandbytes is not installed; pip install 'lapilli[qlora]', or "
-            "set language.quantize none"
+    field, what = "pretrained", f"a {settings.model_type} like {config.pretrained!r}"
+    if not config.pretrained:
+        field, what = "settings", f"{config.model_type} of {settings_text(config.settings)}"
+    with (
+        one_line(f"language.{field}: no {what} can be built"),
+        _naming_padding(f"language.{field}", settings),
+    ):
+        model = AutoModelForCausalLM.from_config(
+            settings, trust_remote_code=config.trust_remote_code, **kind
         )
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )  # fmt: skip
-
-
-def _random(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with one_line(f"language.model_type: {config.model_type!r} is no architecture of transformers"):
-        defaults = AutoConfig.for_model(config.model_type)
-    check_settings("language.settings", config.settings, defaults)
-    with one_line(f"language.settings: no {config.model_type} can be built of them"):
-        settings = AutoConfig.for_model(config.model_type, **config.settings)
-        return AutoModelForCausalLM.from_config(settings, **kind)
+        model.tie_weights()  # which a caller's `no_init_weights` leaves out
+    if config.quantize != "none":
+        pack_shapes(model, kind["dtype"])
+    return model
 
 
 def _grow(model: PreTrainedModel, rows: int) -> None:

@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
+
 from lapilli.model.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "Loading", "check_readable", "check_settings", "one_line", "require_missing", "whole",
+    "Loading", "check_readable", "check_settings", "one_line", "require_missing", "settings_text",
+    "whole",
 ]  # fmt: skip
 
 # What a language model's weights are loaded in: nothing, or what shares them among processes while
@@ -77,17 +80,28 @@ def require_missing(path: Path, error: OSError) -> None:
         ) from None
 
 
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """A recipe's settings in one line: `vocab_size 512, hidden_act gelu`."""
+    return ", ".join(f"{name} {value!r}" for name, value in settings.items()) or "the defaults"
+
+
 @contextmanager
 def one_line(what: str) -> Generator[None]:
-    """Turn what transformers raises at wrong settings or absent weights into one line.
+    """Turn whatever transformers raises at wrong settings or unreadable weights into one line.
+
+    Its configs and models assert, index and divide by what they are given, so every exception
+    counts, except a full memory and a `ModelError`, which says it already.
 
     Raises:
         ModelError: `what`, and the first line of the reason.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what} ({lines[0]})") from None
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        if type(error) in (AssertionError, KeyError, IndexError, ZeroDivisionError) or not reason:
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        raise ModelError(f"{what} ({reason})") from None

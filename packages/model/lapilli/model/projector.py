@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lapilli.model.errors import ModelError
-from lapilli.model.extension import load_builder
+from lapilli.model.extension import build_own, load_builder
 
 __all__ = ["PROJECTORS", "build_projector", "set_scale"]
 
@@ -49,7 +49,12 @@ def build_projector(name: str, inputs: int, outputs: int) -> nn.Module:
     match = re.fullmatch(r"mlp([1-9])x_gelu", name)
     if match:
         return _mlp(int(match[1]))(inputs, outputs)
-    return load_builder(name, PROJECTORS, what="projector (or mlpNx_gelu)")(inputs, outputs)
+    builder = load_builder(name, PROJECTORS, what="projector (or mlpNx_gelu)")
+    return (
+        builder(inputs, outputs)
+        if name in PROJECTORS
+        else build_own(lambda: builder(inputs, outputs))
+    )
 
 
 def set_scale(projector: nn.Module, std: float) -> None:

@@ -10,13 +10,14 @@ from torch import nn
 
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.quantized import numbers_of
 
 if TYPE_CHECKING:
     from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
     "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
-    "parameter_groups", "set_modes", "shape_of", "trainable_parameters",
+    "parameter_counts", "parameter_groups", "set_modes", "shape_of", "trainable_parameters",
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
@@ -36,6 +37,20 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name; one shared by two modules stands once."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Numbers by part (direct children of `model`): all, and those that learn.
+
+    Weights in 4 bits count as the numbers they stand for.
+    """
+    return {
+        name: (
+            sum(numbers_of(p) for p in part.parameters()),
+            sum(numbers_of(p) for p in part.parameters() if p.requires_grad),
+        )
+        for name, part in model.named_children()
+    }
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -113,11 +128,6 @@ def _is_target(path: str, target: str) -> bool:
 
 
 def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:
-    if not layers:
-        return (
-            "lora: neither language nor vision is in trainable; expected the parts whose adapters "
-            "are to learn"
-        )
     kinds = sorted({name.rpartition(".")[2] for names in layers.values() for name in names})
     example = next((f"{part}.{names[0]}" for part, names in layers.items() if names), "none")
     return (

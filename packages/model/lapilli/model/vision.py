@@ -9,22 +9,22 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.extension import load_builder
-from lapilli.model.pretrained import check_readable, check_settings, one_line
+from lapilli.model.extension import build_own, load_builder
+from lapilli.model.pretrained import check_readable, check_settings, one_line, settings_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "FAMILIES", "TOWERS", "Family", "Tower", "TransformersTower", "build_tower",
-    "with_normalisation",
+    "FAMILIES", "TOWERS", "Family", "Tower", "TowerShape", "TransformersTower", "build_tower",
+    "tower_shape", "with_normalisation",
 ]  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class Family:
         prefix: Its classes are `{prefix}Config` and `{prefix}Model`.
         layers: Path of its list of layers.
         norm: Name of the norm after the last layer, which hidden states do not pass.
+        positions: Name of the position embeddings below `embeddings`.
         class_tokens: Tokens before the patches.
         mean: Per channel, what its weights were trained with.
         std: Per channel.
@@ -44,6 +45,7 @@ class Family:
     prefix: str
     layers: str
     norm: str
+    positions: str
     class_tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -51,15 +53,17 @@ class Family:
 
 FAMILIES = {
     "clip": Family(
-        "CLIPVision", "encoder.layers", "post_layernorm", 1,
+        "CLIPVision", "encoder.layers", "post_layernorm", "position_embedding.weight", 1,
         (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711),
     ),
     # also SigLIP 2 of fixed resolution, which is the same architecture
     "siglip": Family(
-        "SiglipVision", "encoder.layers", "post_layernorm", 0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        "SiglipVision", "encoder.layers", "post_layernorm", "position_embedding.weight", 0,
+        (0.5, 0.5, 0.5), (0.5, 0.5, 0.5),
     ),
     "dinov2": Family(
-        "Dinov2", "encoder.layer", "layernorm", 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        "Dinov2", "encoder.layer", "layernorm", "position_embeddings", 1,
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
     ),
 }  # fmt: skip
 
@@ -88,23 +92,31 @@ class TransformersTower(Tower):
 
     Only the layers up to that state are kept, no norm and no pooling after it: what does not
     reach the output would never get a gradient.
+
+    Attributes:
+        own_size: Side of the images that the weights were trained with, in pixels. Where
+            `image_size` is another, the positions were interpolated.
+        num_patches: Patches of an image.
+        class_tokens: Tokens before the patches.
     """
 
-    def __init__(self, name: str, config: VisionConfig) -> None:
+    def __init__(self, name: str, config: VisionConfig, *, weights: bool = True) -> None:
         super().__init__()
         self._name, self._family = name, FAMILIES[name]
-        if config.features == "cls_patch" and not self._family.class_tokens:
-            raise ModelError(
-                f"vision.features: cls_patch, but {name} has no class token; expected patch"
-            )
-        loaded: Any = _load(name, self._family, config)
+        settings: Any = _settings(name, self._family, config)
+        shape = _shape(name, settings, config)
+        if not config.pretrained:
+            settings.image_size = shape.image_size  # no positions to interpolate: all are random
+        loaded: Any = _load(name, self._family, config, settings, weights=weights)
+        self.own_size = int(loaded.config.image_size)
+        if self.own_size != shape.image_size:
+            _resize(loaded, self._family, shape.image_size)
         self._keep_layers(loaded, config.layer)
         self.add_module(name, loaded)
-        self._skipped = self._family.class_tokens if config.features == "patch" else 0
-        self.image_size = int(loaded.config.image_size)
-        self.num_patches = (self.image_size // int(loaded.config.patch_size)) ** 2
         self.class_tokens = self._family.class_tokens
-        self.num_tokens = self.num_patches + self.class_tokens - self._skipped
+        self._skipped = self.class_tokens if config.features == "patch" else 0
+        self.image_size, self.num_tokens = shape.image_size, shape.num_tokens
+        self.num_patches = shape.num_tokens - self.class_tokens + self._skipped
         self.hidden_size = int(loaded.config.hidden_size)
         mean, std = config.mean or self._family.mean, config.std or self._family.std
         # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
@@ -141,29 +153,130 @@ def _kept_layers(layer: int, layers: int) -> int:
     return kept
 
 
-def _load(name: str, family: Family, config: VisionConfig) -> PreTrainedModel:
+@dataclass(frozen=True)
+class TowerShape:
+    """What a dataset must fit, known from a config alone.
+
+    Attributes:
+        image_size: Side of the images, in pixels.
+        num_tokens: Feature rows an image gives.
+    """
+
+    image_size: int
+    num_tokens: int
+
+
+def tower_shape(config: VisionConfig) -> TowerShape | None:
+    """What images a tower takes and how many feature rows it gives; no weight is read.
+
+    Returns:
+        None for a tower of one's own, which has to be built to be asked.
+
+    Raises:
+        ModelError: No config that can be read, wrong settings, or an image size that the patch
+            does not divide.
+    """
+    family = FAMILIES.get(config.tower)
+    if family is None:
+        return None
+    return _shape(config.tower, _settings(config.tower, family, config), config)
+
+
+def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> TowerShape:
+    """Sizes of a tower at the size asked for."""
+    family, sizes = FAMILIES[name], cast(Any, settings)
+    if config.features == "cls_patch" and not family.class_tokens:
+        raise ModelError(
+            f"vision.features: cls_patch, but {name} has no class token; expected patch"
+        )
+    _kept_layers(config.layer, int(sizes.num_hidden_layers))
+    heads = int(sizes.num_attention_heads)
+    if heads < 1 or sizes.hidden_size % heads:
+        raise ModelError(
+            f"vision: {name} tower with num_attention_heads {heads}; expected a divisor of "
+            f"hidden_size {sizes.hidden_size}"
+        )
+    for given in (sizes.image_size, sizes.patch_size):
+        if not isinstance(given, int) or given < 1:
+            raise ModelError(
+                f"vision: {name} tower with image_size {sizes.image_size!r} and patch_size "
+                f"{sizes.patch_size!r}; expected a side in pixels each, of squares"
+            )
+    size, patch = config.image_size or int(sizes.image_size), int(sizes.patch_size)
+    if size != sizes.image_size and size % patch:
+        fitting = {size // patch * patch, -(-size // patch) * patch} - {0}
+        raise ModelError(
+            f"vision.image_size: {size} is no multiple of the tower's patch, {patch}; set "
+            f"{' or '.join(map(str, sorted(fitting)))}"
+        )
+    if size < patch:
+        raise ModelError(f"vision: images of {size} px are smaller than the patch, {patch}")
+    skipped = 0 if config.features == "cls_patch" else family.class_tokens
+    return TowerShape(size, (size // patch) ** 2 + family.class_tokens - skipped)
+
+
+def _settings(name: str, family: Family, config: VisionConfig) -> PreTrainedConfig:
+    """Read transformers' config of a tower, from the recipe or beside the weights."""
     import transformers
 
     settings_class: Any = getattr(transformers, f"{family.prefix}Config")
-    model_class: Any = getattr(transformers, f"{family.prefix}Model")
     without_pooling = {"vision_use_head": False} if name == "siglip" else {}
     if not config.pretrained:
-        known: PreTrainedConfig = settings_class()
-        check_settings("vision.settings", config.settings, known)
-        with one_line(f"vision.settings: no {name} tower can be built of them"):
-            return model_class(settings_class(**config.settings, **without_pooling))
+        check_settings("vision.settings", config.settings, settings_class())
+        with one_line(
+            f"vision.settings: no {name} tower can be built of {settings_text(config.settings)}"
+        ):
+            return settings_class(**config.settings, **without_pooling)
     with one_line(
         f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
         f"folder with a {name} vision model in safetensors"
     ):
         check_readable(config.pretrained)
         _check_kind(name, config.pretrained)
+        return settings_class.from_pretrained(config.pretrained, **without_pooling)
+
+
+def _load(
+    name: str, family: Family, config: VisionConfig, settings: PreTrainedConfig, *, weights: bool
+) -> PreTrainedModel:
+    import transformers
+
+    model_class: Any = getattr(transformers, f"{family.prefix}Model")
+    if not config.pretrained or not weights:
+        what = config.pretrained or settings_text(config.settings)
+        field = "pretrained" if config.pretrained else "settings"
+        with one_line(f"vision.{field}: no {name} tower can be built of {what}"):
+            return model_class(settings)
+    with one_line(
+        f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
+        f"folder with a {name} vision model in safetensors"
+    ):
         return model_class.from_pretrained(
             config.pretrained,
+            config=settings,
             dtype=torch.float32,
             use_safetensors=None if config.allow_pickle else True,
-            **without_pooling,
         )
+
+
+def _resize(loaded: Any, family: Family, size: int) -> None:
+    """Give a tower position embeddings for images of `size` px, interpolated as its family does.
+
+    transformers would do it anew for every batch; here it is done once, in fp32, and what learns
+    and what is written are the positions that are used.
+    """
+    old, patch = loaded.embeddings, int(loaded.config.patch_size)
+    patches = (size // patch) ** 2
+    with torch.no_grad():
+        like_1TC = torch.empty(1, patches + family.class_tokens, int(loaded.config.hidden_size))
+        positions_1TC = old.interpolate_pos_encoding(like_1TC, size, size)
+    loaded.config.image_size = size
+    with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+        made = type(old)(loaded.config)
+    shape = made.get_parameter(family.positions).shape
+    state = {**old.state_dict(), family.positions: positions_1TC.reshape(shape)}
+    made.load_state_dict(state)
+    loaded.embeddings = made.train(old.training)
 
 
 def _check_kind(name: str, pretrained: str) -> None:
@@ -203,15 +316,29 @@ def _preprocessing(pretrained: str) -> dict[str, Any]:
         return {}
 
 
-TOWERS: dict[str, Callable[[VisionConfig], Tower]] = {
+TOWERS: dict[str, Callable[..., Tower]] = {
     name: partial(TransformersTower, name) for name in FAMILIES
 }
 
 
-def build_tower(config: VisionConfig) -> Tower:
+def build_tower(config: VisionConfig, *, weights: bool = True) -> Tower:
     """The tower a config names.
 
+    Args:
+        config: The tower's settings.
+        weights: Whether pretrained weights are read; without, the tower has their shapes and
+            random numbers. A tower of one's own decides for itself.
+
     Raises:
-        ModelError: Unknown name, or weights that are not there.
+        ModelError: Unknown name, weights that are not there, or another image size than asked for.
     """
-    return load_builder(config.tower, TOWERS, what="vision.tower")(config)
+    builder = load_builder(config.tower, TOWERS, what="vision.tower")
+    if config.tower in FAMILIES:
+        return builder(config, weights=weights)
+    tower: Tower = build_own(lambda: builder(config))
+    if config.image_size not in (0, tower.image_size):
+        raise ModelError(
+            f"vision.image_size: {config.image_size}, but tower {config.tower} takes images of "
+            f"{tower.image_size} px; leave it out, or have the tower follow it"
+        )
+    return tower

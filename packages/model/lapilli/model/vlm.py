@@ -7,15 +7,23 @@ P trained positions.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.attention import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.language import build_language, logit_scale, logit_softcap, text_scale
+from lapilli.model.language import (
+    build_language,
+    language_settings,
+    logit_scale,
+    logit_softcap,
+    text_scale,
+    vocabulary_size,
+)
 from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
 from lapilli.model.pretrained import Loading, whole
@@ -26,9 +34,9 @@ from lapilli.model.trainable import (
     freeze,
     trainable_parameters,
 )
-from lapilli.model.vision import build_tower, with_normalisation
+from lapilli.model.vision import TowerShape, build_tower, tower_shape, with_normalisation
 
-__all__ = ["VisionLanguageModel", "build_model"]
+__all__ = ["Outline", "VisionLanguageModel", "build_model", "read_outline"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,11 +44,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class VisionLanguageModel(nn.Module):
     """A LLaVA-style model. `forward` gives the summed loss of a batch."""
 
-    def __init__(self, config: ModelConfig, loading: Loading = whole) -> None:
+    def __init__(
+        self, config: ModelConfig, loading: Loading = whole, *, weights: bool = True
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.vision = build_tower(config.vision)
-        self.language: Any = build_language(config.language, DTYPES[config.dtype], loading)
+        self.vision = build_tower(config.vision, weights=weights)
+        self.language: Any = build_language(
+            config.language, DTYPES[config.dtype], loading, weights=weights
+        )
+        chosen = str(self.language.config._attn_implementation)
+        self.config = replace(config, language=replace(config.language, attention=chosen))
         size = int(self.language.get_input_embeddings().embedding_dim)
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
         if config.projector_std is not None:
@@ -139,10 +152,44 @@ class VisionLanguageModel(nn.Module):
         return loss
 
 
-def build_model(config: ModelConfig, loading: Loading = whole) -> VisionLanguageModel:
+@dataclass(frozen=True)
+class Outline:
+    """What a dataset must fit, by the names that a `VisionLanguageModel` has for it.
+
+    Attributes:
+        vision: Image size and tokens an image.
+        vocab_size: Ids the model knows.
+    """
+
+    vision: TowerShape
+    vocab_size: int
+
+
+def read_outline(config: ModelConfig) -> Outline | None:
+    """What a model's images and ids will be, from configs alone: no weight is read.
+
+    Returns:
+        None for a tower of one's own, which has to be built to be asked.
+
+    Raises:
+        ModelError: A config that cannot be read, or wrong settings.
+    """
+    vocabulary = vocabulary_size(config.language)
+    choose_attention(config.language.attention, language_settings(config.language))
+    shape = tower_shape(config.vision)
+    return shape and Outline(shape, vocabulary)
+
+
+def build_model(
+    config: ModelConfig, loading: Loading = whole, *, weights: bool = True
+) -> VisionLanguageModel:
     """Build a model with `config.seed`'s random weights where there are no others, and freeze.
 
-    `loading` stands around the reading of the language model's weights.
+    Args:
+        config: The model's settings.
+        loading: Stands around the reading of the language model's weights.
+        weights: Whether pretrained weights are read; without, a model has their shapes alone,
+            which is what a model of fake tensors is made with.
 
     Raises:
         ModelError: A part that cannot be built.
@@ -150,7 +197,7 @@ def build_model(config: ModelConfig, loading: Loading = whole) -> VisionLanguage
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = VisionLanguageModel(
-            replace(config, vision=with_normalisation(config.vision)), loading
+            replace(config, vision=with_normalisation(config.vision)), loading, weights=weights
         )
         freeze(model, config.trainable)
         if config.lora:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lapilli.data.collate import BatchShape, collate
+from lapilli.model.quantized import PACKED_BYTES, packed_numbers
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.sketch import Sketch, sketch_model
@@ -61,6 +62,7 @@ def state_bytes(
     workers: int,
     precision: Literal["fp32", "bf16", "fp16"],
     offload: Literal["none", "cpu", "nvme"] = "none",
+    packed: int = 0,
 ) -> StateBytes:
     """Memory of weights, gradients and AdamW's state on one worker.
 
@@ -75,7 +77,14 @@ def state_bytes(
         workers: Among whom is shared.
         precision: Of weights and gradients.
         offload: `RunConfig.offload`; `nvme` counts at stage 3, where DeepSpeed can do it.
+        packed: How many of the parameters are held in 4 bits, which stage 3 cannot share.
     """
+    if packed:
+        whole = state_bytes(
+            parameters - packed, trained, stage=stage, workers=workers, precision=precision,
+            offload=offload,
+        )  # fmt: skip
+        return replace(whole, weights=whole.weights + int(packed * PACKED_BYTES))
     size = 4 if precision == "fp32" else 2
     has_master = precision != "fp32" or stage > 0  # plain fp32 is updated in place
     state = trained * (MOMENTS_BYTES + MASTER_BYTES * has_master)
@@ -120,6 +129,7 @@ class Estimate:
 
     Attributes:
         parameters: Parameters by part: all, and those that learn.
+        packed: By part, how many of all are held in 4 bits.
         states: By ZeRO stage and part: what one worker holds beside activations.
         length: Tokens of the longest sequence.
         row_bytes: What a row of that length with one image keeps for backward.
@@ -128,6 +138,7 @@ class Estimate:
     """
 
     parameters: dict[str, tuple[int, int]]
+    packed: dict[str, int]
     states: dict[int, dict[str, StateBytes]]
     length: int
     row_bytes: int
@@ -167,11 +178,13 @@ def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:
         is_short = config.model.gradient_checkpointing
         sizes.append(found.checkpointed if is_short else found.kept)
     parameters = sketch.parameters()
+    packed = {name: packed_numbers(part) for name, part in sketch.model.named_children()}
     row = sizes[1] - sizes[0]
     logits = 8 * config.model.head_chunk * sketch.model.vocab_size  # fp32, and their slope
     return Estimate(
         parameters=parameters,
-        states=_states(config, parameters),
+        packed=packed,
+        states=_states(config, parameters, packed),
         length=length,
         row_bytes=row,
         fixed_bytes=sizes[0] - row + logits,
@@ -180,15 +193,19 @@ def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:
 
 
 def _states(
-    config: RunConfig, parameters: dict[str, tuple[int, int]]
+    config: RunConfig,
+    parameters: dict[str, tuple[int, int]],
+    packed: dict[str, int],
+    offload: Literal["none", "cpu", "nvme"] | None = None,
 ) -> dict[int, dict[str, StateBytes]]:
-    """What a worker holds, by ZeRO stage and part."""
+    """What a worker holds, by ZeRO stage and part; `offload` in place of the run's own."""
     stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     return {
         stage: {
             name: state_bytes(
                 *counts, stage=stage, workers=config.workers,
-                precision=config.precision, offload=config.offload,
+                precision=config.precision, offload=offload or config.offload,
+                packed=packed[name],
             )
             for name, counts in parameters.items()
         }
@@ -220,18 +237,16 @@ def follow(
     sizes = [n for n in fitting if found.worker_bytes(stage, n) <= usable]
     if sizes:
         return replace(config, micro_batch=max(sizes))
+    stages = range(stage + 1, 3 if any(found.packed.values()) else 4)  # QLoRA has no stage 3
     remedies = [
-        f"zero_stage {higher}"
-        for higher in range(stage + 1, 4)
-        if found.worker_bytes(higher, 1) <= usable
+        f"zero_stage {higher}" for higher in stages if found.worker_bytes(higher, 1) <= usable
     ]
     if config.offload == "none":
-        elsewhere = replace(
-            found, states=_states(replace(config, zero_stage=3, offload="cpu"), found.parameters)
-        )
+        states = _states(config, found.parameters, found.packed, offload="cpu")
+        elsewhere = replace(found, states=states)
         remedies += [
             f"offload: cpu with zero_stage {higher}"
-            for higher in range(max(1, stage), 4)
+            for higher in range(max(1, stage), stages.stop)
             if elsewhere.worker_bytes(higher, 1) <= usable
         ][:1]
     if not config.model.gradient_checkpointing:

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 
 from lapilli.data.access import exists, is_folder, subpaths
+from lapilli.data.dataset import Dataset
 from lapilli.data.lock import LOCK, only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_json
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model.attention import Attention, choose_attention
+from lapilli.model.language import language_settings
+from lapilli.model.pretrained import one_line
+from lapilli.model.quantized import packed_numbers
+from lapilli.model.trainable import parameter_counts
+from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train import checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import (
@@ -88,6 +94,7 @@ class Preflight:
             machine; None where workers compute on something else.
         device: What the workers compute on.
         image_tokens: Tokens an image takes in the sequence.
+        attention: The language model's attention implementation.
         num_cut: Samples whose text is cut at `max_length`.
     """
 
@@ -101,6 +108,7 @@ class Preflight:
     step_seconds: float | None
     device: Device
     image_tokens: int
+    attention: Attention
     num_cut: int = 0
 
     @property
@@ -128,21 +136,23 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     _check_loggers(config)
     config = _absolute(config)
     device = _find_device(config)
+    run = Path(config.output)
+    _check_config(run, config)
+    # No weight is read before dataset, view and sizes are known to fit.
+    outline = read_outline(config.model)
+    dataset = _open_datasets(outline, config) if outline else None
+    attention = choose_attention(
+        config.model.language.attention, language_settings(config.model.language)
+    )
     model, start_weights = _look_at(config)
-    dataset = open_for(model, config)
+    dataset = _open_datasets(model, config) if dataset is None else dataset
+    check_model(model, dataset)
     check_start(start_weights, dataset)
-    if held_out := open_held_out(config, dataset.image_tokens):
-        check_model(model, held_out)
-        check_same_tokenizer(dataset, held_out)
-        if config.generate_every:
-            choose_questions(held_out, config.generate_samples)
     longest = int(dataset.lengths.max())
     config = follow(
         config, None if config.micro_batch else device_memory(device),
         lambda: estimate_run(config, sketch_run(config), length=longest),
     )  # fmt: skip
-    run = Path(config.output)
-    _check_config(run, config)
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
     every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
     checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
@@ -150,22 +160,17 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     start = found.step if found else 0
     if config.mirror:
         start = _fetch(config, start, on_note)
-    parameters = {
-        name: (
-            sum(p.numel() for p in part.parameters()),
-            sum(p.numel() for p in part.parameters() if p.requires_grad),
-        )
-        for name, part in model.named_children()
-    }
+    parameters = parameter_counts(model)
     memory = {
         name: state_bytes(
-            *counts,
+            *parameters[name],
             stage=config.zero_stage,
             workers=config.workers,
             precision=config.precision,
             offload=config.offload,
+            packed=packed_numbers(part),
         )
-        for name, counts in parameters.items()
+        for name, part in model.named_children()
     }
     is_small = sum(total for total, _ in parameters.values()) < MEASURED
     step_seconds = None
@@ -173,8 +178,19 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         step_seconds = _time_step(model, feed)
     return Preflight(
         config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
-        step_seconds, device, dataset.image_tokens, dataset.num_cut,
+        step_seconds, device, dataset.image_tokens, attention, dataset.num_cut,
     )  # fmt: skip
+
+
+def _open_datasets(model: VisionLanguageModel | Outline, config: RunConfig) -> Dataset:
+    """The run's dataset, after a look at it and at the held-out one."""
+    dataset = open_for(model, config)
+    if held_out := open_held_out(config, dataset.image_tokens):
+        check_model(model, held_out)
+        check_same_tokenizer(dataset, held_out)
+        if config.generate_every:
+            choose_questions(held_out, config.generate_samples)
+    return dataset
 
 
 def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
@@ -226,7 +242,11 @@ def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
     """Forward and backward of the step in the middle of the run: neither longest nor shortest."""
     middle = feed.make(feed.total_steps // 2)
     batch = to_device(middle.batches[0], torch.device("cpu"))
-    return time_micro_batch(model, batch) * len(middle.batches)
+    parts = (feed.config.model.vision, feed.config.model.language)
+    if all(part.pretrained for part in parts):
+        return time_micro_batch(model, batch) * len(middle.batches)
+    with one_line("model: a batch cannot be computed with these settings"):
+        return time_micro_batch(model, batch) * len(middle.batches)
 
 
 def only_trainer(config: RunConfig) -> AbstractContextManager[None]:

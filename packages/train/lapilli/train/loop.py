@@ -21,7 +21,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
 from lapilli.model.pretrained import Loading, whole
 from lapilli.model.trainable import GROUPS, set_modes, trainable_parameters
-from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.model.vlm import Outline, VisionLanguageModel, build_model
 from lapilli.train import checkpoint, engine
 from lapilli.train.batch_digest import lanes_text, sample_lanes
 from lapilli.train.config import RunConfig
@@ -84,7 +84,7 @@ def build_start(
     return model, start
 
 
-def open_for(model: VisionLanguageModel, config: RunConfig) -> Dataset:
+def open_for(model: VisionLanguageModel | Outline, config: RunConfig) -> Dataset:
     """Open a run's dataset as its model sees it, and check that they fit.
 
     Raises:
@@ -120,7 +120,7 @@ def _check_tokenizer(pretrained: str, dataset: Dataset) -> None:
         )
 
 
-def check_model(model: VisionLanguageModel, dataset: Dataset) -> None:
+def check_model(model: VisionLanguageModel | Outline, dataset: Dataset) -> None:
     """Compare the manifest's facts with the model's.
 
     Raises:

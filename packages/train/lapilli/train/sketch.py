@@ -5,18 +5,23 @@ Nothing is allocated: torch's fake tensors have shapes and no memory, so 13B tak
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lapilli.data.collate import Batch
+from lapilli.model.attention import AUTO, choose_attention
 from lapilli.model.config import ModelConfig
+from lapilli.model.language import language_settings
 from lapilli.model.pretrained import one_line
+from lapilli.model.trainable import parameter_counts, set_modes
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = ["ActivationBytes", "Sketch", "sketch_model"]
@@ -50,13 +55,7 @@ class Sketch:
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Parameters by part: all, and those that learn."""
-        return {
-            name: (
-                sum(p.numel() for p in part.parameters()),
-                sum(p.numel() for p in part.parameters() if p.requires_grad),
-            )
-            for name, part in self.model.named_children()
-        }
+        return parameter_counts(self.model)
 
     def activations(self, batch: Batch) -> ActivationBytes:
         """Bytes that autograd keeps for a batch of these shapes, each storage once.
@@ -75,8 +74,21 @@ class Sketch:
                 name: torch.empty(value.shape, dtype=getattr(torch, str(value.dtype)))
                 for name, value in inputs.items()
             }
-            self.model(**fake)
+            told = one_line("model: a batch cannot be computed with these settings")
+            with told, _quiet():
+                self.model(**fake)
         return counter.bytes()
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """An operation that cannot be is raised; torch would also log its stack."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Counter:
@@ -154,41 +166,54 @@ def _recomputable(model: VisionLanguageModel) -> Iterator[list[nn.Module]]:
 def sketch_model(config: ModelConfig) -> Sketch:
     """Build a config's model of fake tensors; of pretrained parts only the config is read.
 
+    It is the model that a run builds, in the modes that a run sets, but for what only a GPU can
+    run: the merge and the loss are torch's, and fused attention is torch's too where the
+    architecture has it, else eager.
+
     Raises:
         ModelError: A part that cannot be built.
     """
     mode = FakeTensorMode()
-    without = replace(_without_weights(config), gradient_checkpointing=False)
-    with mode:
-        return Sketch(build_model(without), mode)
+    settings = language_settings(config.language)
+    attention = choose_attention(config.language.attention, settings).name
+    if attention not in ("eager", "sdpa"):
+        attention = AUTO
+    on_cpu = replace(
+        config, language=replace(config.language, attention=attention),
+        gradient_checkpointing=False, merge="torch", loss="torch",
+    )  # fmt: skip
+    with mode, _no_values():
+        model = build_model(on_cpu, weights=False)
+    set_modes(model)
+    _fix_frequencies(model)
+    return Sketch(model, mode)
 
 
-def _without_weights(config: ModelConfig) -> ModelConfig:
-    """The same sizes from settings alone."""
-    vision, language = config.vision, config.language
-    if vision.pretrained:
-        found = _read_config("vision.pretrained", vision.pretrained, False)
-        found = getattr(found, "vision_config", found)
-        vision = replace(vision, pretrained="", settings=_settings(found))
-    if language.pretrained:
-        found = _read_config("language.pretrained", language.pretrained, language.trust_remote_code)
-        language = replace(
-            language, pretrained="", model_type=found.model_type, settings=_settings(found)
-        )
-    return replace(config, vision=vision, language=language)
+def _fix_frequencies(model: VisionLanguageModel) -> None:
+    """Rotary embeddings that follow the length (longrope, dynamic) look at the positions' values.
+
+    A fake tensor has none. The frequencies' shapes are those of every other kind.
+    """
+    for module in model.modules():
+        kind: Any = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"
+        elif isinstance(kind, dict):  # by the layers' type, as Gemma 3 has it
+            module.rope_type = dict.fromkeys(kind, "default")
 
 
-def _read_config(field: str, name: str, trusts: bool) -> Any:
-    from transformers import AutoConfig
+@contextmanager
+def _no_values() -> Generator[None]:
+    """What a model of fake tensors is built in: weights that are never drawn, `to` that works.
 
-    with one_line(
-        f"{field}: {name!r} has no config that can be read; expected a hub name or folder"
-    ):
-        return AutoConfig.from_pretrained(name, trust_remote_code=trusts)
+    Some of transformers' initialisations look at the numbers they draw. `Module.to` swaps fake
+    tensors with their successors, which fails where anything refers to one weakly, as torch
+    itself does; their data can be set.
+    """
+    from transformers.initialization import no_init_weights
 
+    def set_data(tensor: Tensor, successor: Tensor) -> None:
+        tensor.data = successor.data
 
-def _settings(config: Any) -> dict[str, Any]:
-    """What a recipe's `settings` may hold of transformers' config."""
-    known = type(config)().to_dict().keys()
-    own = {"model_type", "transformers_version", "dtype", "architectures", "_name_or_path"}
-    return {k: v for k, v in config.to_dict().items() if k in known and k not in own}
+    with no_init_weights(), patch("torch.utils.swap_tensors", set_data):
+        yield

@@ -17,6 +17,7 @@ from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_ada
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
 from lapilli.model.pretrained import require_missing
 from lapilli.model.trainable import base_name
+from lapilli.model.vision import TransformersTower
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
@@ -163,9 +164,14 @@ def check_llava(model: VisionLanguageModel) -> None:
     Raises:
         ModelError: Names the part.
     """
-    vision = model.config.vision
-    if vision.tower != "clip":
+    vision, tower = model.config.vision, model.vision
+    if vision.tower != "clip" or not isinstance(tower, TransformersTower):
         raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
+    if tower.image_size != tower.own_size:
+        raise ModelError(
+            f"vision.image_size: {tower.image_size}; LLaVA builds its tower from "
+            f"{vision.pretrained}, whose images have {tower.own_size} px; export with --to hf"
+        )
 
 
 def write_llava_config(

@@ -1,0 +1,88 @@
+"""Which of transformers' attention implementations a language model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lapilli.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["AUTO", "Attention", "choose_attention"]
+
+AUTO = "auto"
+FLAGS = {
+    "sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What was chosen.
+
+    Attributes:
+        name: transformers' name of it; `auto` where only the model's own code can tell.
+        family: The architecture.
+        supported: What the architecture can be built with.
+    """
+
+    name: str
+    family: str
+    supported: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """One line for the person who waits, where it is not what most architectures get."""
+        if self.name == "sdpa" or "sdpa" in self.supported or not self.supported:
+            return ""
+        return (
+            f"attention: {self.name}; {self.family} cannot be built with sdpa, only with "
+            f"{', '.join(self.supported)} (language.attention)"
+        )
+
+
+def choose_attention(wanted: str, settings: PreTrainedConfig) -> Attention:
+    """What `language.attention` stands for with an architecture; its own check is asked.
+
+    Args:
+        wanted: The setting.
+        settings: The architecture's config.
+
+    Raises:
+        ModelError: Something that the architecture does not support, or that is not installed.
+    """
+    family = str(settings.model_type)
+    model_class = _class_of(settings)
+    if model_class is None:  # code that came with the weights: loading it tells
+        return Attention(wanted, family)
+    supported = ("eager", *(n for n, flag in FLAGS.items() if getattr(model_class, flag, False)))
+    if wanted == AUTO:
+        return Attention("sdpa" if "sdpa" in supported else "eager", family, supported)
+    # The check reads the class's flags and the config; a model's weights would take minutes.
+    probe: Any = object.__new__(model_class)
+    object.__setattr__(probe, "config", settings)
+    try:
+        found = probe._check_and_adjust_attn_implementation(wanted, is_init_check=True)
+    except (ValueError, ImportError, AttributeError) as error:
+        is_known = wanted in supported
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ModelError(
+            f"language.attention: {wanted!r} "
+            + (f"cannot be used here ({reason})" if is_known else f"is nothing {family} supports")
+            + f"; expected {AUTO}, or one of {', '.join(supported)}"
+        ) from None
+    return Attention(str(found), family, supported)
+
+
+def _class_of(settings: PreTrainedConfig) -> Any:
+    """The class of transformers that a config is built with; None where it is another's code."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(settings) not in mapping or "AutoModelForCausalLM" in getattr(settings, "auto_map", {}):
+        return None
+    found = mapping[type(settings)]
+    return found[0] if isinstance(found, (list, tuple)) else found

@@ -1,0 +1,122 @@
+"""Every training recipe, its models and images replaced by tiny ones of the same families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from lapilli.data.images import ImageSpec
+from lapilli.train.config import RunConfig
+from pipelines.command import parse
+from tests.factories import CLIP_MEAN, build_dataset, make_mixture, make_tokenizer
+
+RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+SIDE, TINY_SIDE = 28, 64  # of the pretrained towers; the recipe `tiny` has settings of its own
+# The published models that recipes name, and their families.
+TOWERS = {
+    "openai/clip-vit-large-patch14-336": "clip",
+    "openai/clip-vit-large-patch14": "clip",
+    "google/siglip-so400m-patch14-384": "siglip",
+}
+LANGUAGES = {
+    "lmsys/vicuna-7b-v1.5": "llama",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
+    "mistralai/Mistral-7B-v0.1": "mistral",
+    "microsoft/phi-1_5": "phi",
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2",
+}
+VIEWS = ("clip336_pad", "clip336_crop", "clip224_crop", "siglip384")
+TOWER: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": SIDE, "patch_size": 14,
+}  # fmt: skip
+DECODER: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 512, "pad_token_id": 0,
+}  # fmt: skip
+# Parts of one process on a CPU; what is left of a recipe is what decides how a run is made.
+SCALE = (
+    "--launcher=process", "--device=cpu", "--workers=1", "--global_batch=4", "--micro_batch=2",
+    "--epochs=1", "--max_steps=1", "--model.head_chunk=32",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Material:
+    """Where everything lies.
+
+    Attributes:
+        dataset: A dataset with every view that a recipe names, small.
+        models: A folder of weights for each family.
+    """
+
+    dataset: Path
+    models: Path
+
+    def arguments(self, recipe: str, output: Path, *flags: str) -> list[str]:
+        """What `pipelines.train` is given for a recipe; later flags win."""
+        words = [f"--config={path}" for path in layers(recipe)]
+        named = parse(RunConfig, [*words, "--dataset=in", "--output=out"], "").model
+        if named.vision.pretrained:
+            words.append(f"--model.vision.pretrained={self.tower(named.vision.pretrained)}")
+        if named.language.pretrained:
+            words.append(f"--model.language.pretrained={self.language(named.language.pretrained)}")
+        places = [f"--dataset={self.dataset}", f"--output={output}"]
+        return [*words, *places, *SCALE, *flags]
+
+    def tower(self, name: str) -> Path:
+        """The tiny folder for a published tower."""
+        return self.models / TOWERS[name]
+
+    def language(self, name: str) -> Path:
+        """The tiny folder for a published language model."""
+        return self.models / LANGUAGES[name]
+
+
+def training_recipes() -> list[str]:
+    """Every recipe of a run in the tree, by its path below `recipes`."""
+    found: list[str] = []
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "sources" not in values and ("model" in values or "policy" in values):
+            found.append(path.relative_to(RECIPES).with_suffix("").as_posix())
+    return found
+
+
+def layers(recipe: str) -> list[Path]:
+    """The files a recipe is made of: a layer stands on another one."""
+    path = RECIPES / f"{recipe}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "view" in values:
+        return [path]
+    below = "finetune.yaml" if "model" not in values else "pretrain.yaml"
+    return [path.with_name(below), path]
+
+
+def make_material(folder: Path) -> Material:
+    """Write weights (without a tokenizer of their own) and a dataset; a megabyte."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    models = folder / "models"
+    CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(models / "clip")
+    SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(models / "siglip")
+    for kind in sorted({*LANGUAGES.values()}):
+        config = AutoConfig.for_model(kind, **DECODER)
+        AutoModelForCausalLM.from_config(config).save_pretrained(models / kind)
+    mixture = make_mixture(folder / "raw", images=6, text_only=2)
+    views = {name: ImageSpec(SIDE, CLIP_MEAN, max_pixels=10_000_000) for name in VIEWS}
+    views["square64"] = ImageSpec(TINY_SIDE, CLIP_MEAN, max_pixels=10_000_000)
+    build_dataset(mixture, folder / "dataset", tokenizer, views=views)
+    return Material(folder / "dataset", models)
