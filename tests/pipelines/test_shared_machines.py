@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ def trained() -> Iterator[Trained]:
 
 
 @contextlib.contextmanager
-def held(output: Path, where: str = "in") -> Iterator[str]:
+def held(output: Path, where: str = "in") -> Generator[str]:
     """Another process holds an output meanwhile; what a line calls it."""
     command = [sys.executable, "-c", HOLD, str(output), where]
     with subprocess.Popen(
@@ -316,7 +316,7 @@ def test_an_evaluation_is_not_made_again_over_one_that_may_not_be_read(
 
 
 @contextlib.contextmanager
-def files_up_to(size: int) -> Iterator[None]:
+def files_up_to(size: int) -> Generator[None]:
     """No file of this process may become larger; Python hears of it as of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
