@@ -60,6 +60,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         return _evaluate(config)
     if not is_folder(Path(config.output).absolute().parent):
         raise TrainError(f"output: {config.output} is in no folder; make the folder first")
+    if is_folder(Path(config.output)):
+        raise TrainError(f"output: {config.output} is a folder; expected a file")
     with only_writer(Path(config.output), "written", beside=True):
         return _evaluate(config)
 

@@ -149,6 +149,8 @@ def generate(config: GenerateConfig) -> list[str]:
     output = Path(config.output)
     if not is_folder(output.absolute().parent):
         raise DataError(f"output: {output} is in no folder; make the folder first")
+    if is_folder(output):
+        raise DataError(f"output: {output} is a folder; expected a file")
     with only_writer(output, "written", beside=True):
         return _generate(config, asked, output)
 

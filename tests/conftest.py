@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _as_nobody() -> Iterator[None]:
+def _as_nobody() -> Generator[None]:
     os.setresgid(NOBODY, NOBODY, 0)
     groups = os.getgroups()
     os.setgroups([])

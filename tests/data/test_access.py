@@ -22,7 +22,7 @@ from lapilli.data.mounts import Mount, read_image
 from lapilli.data.mounts.places import Located
 from lapilli.data.record import Reason, Verdict
 from lapilli.data.runners import run_here
-from lapilli.data.shards import finished_facts, open_table
+from lapilli.data.shards import finished_facts, open_table, write_atomic
 from lapilli.data.sources.files import annotation_files
 from lapilli.data.tokenize import load_tokenizer
 from tests.factories import build_config, build_dataset, image_bytes, make_mixture, make_tokenizer
@@ -87,6 +87,7 @@ def test_a_path_that_cannot_be_looked_at_is_neither_there_nor_missing(
 def test_a_link_in_a_circle_and_a_name_too_long_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("link")
     assert not exists(tmp_path / "link")
+    assert not exists(tmp_path / ("n" * 300))
     assert subpaths(tmp_path / "none") == []
     assert [path.name for path in subpaths(tmp_path, "li")] == ["link"]
 
@@ -262,3 +263,17 @@ def test_a_tokenizer_that_may_not_be_read_is_named(
     said = f"{name}: cannot be read .Permission denied"
     with as_nobody(), pytest.raises(DataError, match=said):
         load_tokenizer(tokenizer)
+
+
+def test_a_temporary_file_that_cannot_be_removed_does_not_hide_the_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def keep(self: Path, *, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", keep)
+    with pytest.raises(DataError, match=r"out: cannot be written .*No space left.*; free space"):
+        write_atomic(tmp_path / "out", fail)

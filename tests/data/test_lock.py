@@ -10,6 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,9 @@ from lapilli.data.lock import LOCK, only_writer
 
 HOLD = """
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from lapilli.data.lock import only_writer
 with only_writer(Path(sys.argv[1]), "built"):
@@ -93,3 +99,59 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     said = r"cannot be written .*choose another --output"
     with pytest.raises(DataError, match=said), only_writer(tmp_path / "file" / "out", "built"):
         pytest.fail("a folder below a file")
+
+
+def test_a_lock_of_another_user_tells_who_holds_it_and_is_taken_over_when_it_is_left(
+    open_folder: Path, as_nobody: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Its file may be read by others and not written."""
+    open_folder.chmod(0o777)
+    process = holder(open_folder)
+    try:
+        assert (open_folder / LOCK).stat().st_mode & 0o022 == 0
+        who = f"process {process.pid} on {socket.gethostname()}"
+        with (
+            as_nobody(),
+            pytest.raises(DataError, match=f"is being trained by {who}"),
+            only_writer(open_folder, "trained"),
+        ):
+            pytest.fail("two in one folder")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert (open_folder / LOCK).exists()
+    with as_nobody(), only_writer(open_folder, "trained"):
+        assert json.loads((open_folder / LOCK).read_text())["pid"] == os.getpid()
+    assert list(open_folder.iterdir()) == []
+
+
+def test_a_step_of_a_command_holds_what_the_command_does(tmp_path: Path) -> None:
+    """Under another spelling of the path too; another thread is another writer."""
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with only_writer(tmp_path / "out", "trained"):
+        with only_writer(tmp_path / "link" / ".", "trained"):
+            pass
+        assert (tmp_path / "out" / LOCK).exists()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(only_writer(tmp_path / "out", "trained").__enter__)
+            with pytest.raises(DataError, match=f"trained by process {os.getpid()} on"):
+                asked.result()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_a_lock_beside_leaves_the_output_as_it_is(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "new" / "out"
+    if kind != "nothing":
+        output.parent.mkdir()
+        (output.touch if kind == "file" else output.mkdir)()
+    with only_writer(output, "written", beside=True):
+        assert (output.parent / ".out.lock").exists()
+        assert output.exists() == (kind != "nothing")
+        with (
+            ThreadPoolExecutor(1) as pool,
+            pytest.raises(DataError, match=f"output: {output} is being written by process"),
+        ):
+            pool.submit(only_writer(output, "written", beside=True).__enter__).result()
+    assert (tmp_path / "new").exists() == (kind != "nothing")
+    assert not (output.parent / ".out.lock").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ LORA = "  lora: {rank: 4, alpha: 16}\n"
 
 
 @contextmanager
-def umask(value: int) -> Iterator[None]:
+def umask(value: int) -> Generator[None]:
     before = os.umask(value)
     try:
         yield

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ import pipelines.show
 import pipelines.train
 from lapilli.data.lock import LOCK
 from lapilli.data.shards import sha256_file
+from lapilli.train.errors import TrainError
+from lapilli.train.journal import Journal
 from tests.factories import image_bytes
 from tests.pipelines.test_train import RECIPE, one_line
 from tests.train.small_run import VIEW, small_dataset
@@ -89,7 +91,7 @@ def trained() -> Iterator[Trained]:
 
 
 @contextlib.contextmanager
-def held(output: Path, where: str = "in") -> Iterator[str]:
+def held(output: Path, where: str = "in") -> Generator[str]:
     """Another process holds an output meanwhile; what a line calls it."""
     command = [sys.executable, "-c", HOLD, str(output), where]
     with subprocess.Popen(
@@ -314,7 +316,7 @@ def test_an_evaluation_is_not_made_again_over_one_that_may_not_be_read(
 
 
 @contextlib.contextmanager
-def files_up_to(size: int) -> Iterator[None]:
+def files_up_to(size: int) -> Generator[None]:
     """No file of this process may become larger; Python hears of it as of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -403,3 +405,38 @@ def test_answers_stop_at_a_full_disk_and_go_on_when_there_is_room(
     assert f"{output}: File too large; free space and run the same command again" in said
     assert pipelines.generate.main(arguments) == 0
     assert output.read_bytes() == whole
+
+
+# ---- the first error is the one that is told ---------------------------------------------------
+
+
+def test_what_closing_meets_does_not_hide_why_a_run_ended(
+    trained: Trained, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_first(self: Journal, *given: Any, **more: Any) -> None:
+        raise TrainError("the first error")
+
+    def fail_then(*given: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Journal, "write", fail_first)
+    monkeypatch.setattr(Journal, "close", fail_then)
+    monkeypatch.setattr("pipelines.train.write_run_report", fail_then)
+    said = one_line(pipelines.train.main, [*trained.train, f"--output={tmp_path / 'r'}"], capsys)
+    assert said == "error: the first error"
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+def test_a_folder_in_the_place_of_answers_is_told_before_the_model_is_read(
+    trained: Trained, tmp_path: Path, capsys: Capture, verb: str
+) -> None:
+    run = tmp_path / "none"
+    mains: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
+        "generate": (pipelines.generate.main, [str(run), *trained.questions(tmp_path)[1:]]),
+        "evaluate": (
+            pipelines.evaluate.main,
+            [f"--run={run}", f"--dataset={trained.dataset}", f"--output={tmp_path}"],
+        ),
+    }
+    said = one_line(*mains[verb], capsys)
+    assert f"output: {tmp_path} is a folder; expected a file" in said

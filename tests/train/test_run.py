@@ -243,7 +243,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_when_there
     config = small_run(dataset, tiny_disk / "run")
     with ThreadPoolExecutor(1) as pool:
         filled = pool.submit(fill_at, tiny_disk, Path(config.output), 5)
-        with pytest.raises(TrainError, match=r"free space and (resume|run the same again)"):
+        with pytest.raises(TrainError, match=r"free space and (resume|run the same command again)"):
             launch(preflight(config))
         filled.result().unlink()
     ready = preflight(config)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lapilli.train import checkpoint
 from lapilli.train.checkpoint import latest_checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
@@ -205,3 +206,28 @@ def started(config: RunConfig) -> BaseProcess:
 def run_to_end(config: RunConfig) -> None:
     torch.set_num_threads(1)
     launch(preflight(config))
+
+
+def test_a_reader_of_a_run_that_goes_on_finds_what_has_replaced_the_checkpoint_it_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `keep: 1` the newest may be gone before it has been hashed."""
+    weights = {"a": torch.zeros(2)}
+
+    def save(step: int) -> None:
+        path = tmp_path / "checkpoints" / f"step-{step:08d}"
+        write_checkpoint(path, {WEIGHTS: weights, MOMENTS: weights}, {"step": step})
+        forget_old(tmp_path, step, keep=1)
+
+    save(1)
+    hashed, later = checkpoint.sha256_file, [2, 3]
+
+    def slow(path: Path) -> str:
+        if later:
+            save(later.pop(0))
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", slow)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 3

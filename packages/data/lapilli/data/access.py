@@ -20,8 +20,7 @@ from lapilli.data.errors import DataError
 
 __all__ = [
     "FULL", "blame", "cannot_read", "exists", "is_denied", "is_file", "is_folder", "is_missing",
-    "naming", "require_listable", "require_readable", "subpaths",
-    "system_error",
+    "naming", "require_listable", "require_readable", "subpaths", "system_error",
 ]  # fmt: skip
 
 MISSING = (errno.ENOENT, errno.ENOTDIR)
@@ -132,7 +131,7 @@ def _mode(path: Path) -> int | None:
     except ValueError:  # a NUL in it: no file can have this name
         return None
     except OSError as error:
-        if is_missing(error) or error.errno == errno.ELOOP:
+        if not is_denied(error):
             return None
         raise DataError(cannot_read(path, error)) from None
 

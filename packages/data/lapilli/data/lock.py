@@ -100,7 +100,7 @@ def _open(path: Path) -> tuple[int, bool]:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
     except PermissionError:
-        if not path.exists():
+        if not exists(path):
             raise
         return os.open(path, os.O_RDONLY), False
 

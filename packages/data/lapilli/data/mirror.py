@@ -290,6 +290,8 @@ def _open_lock(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:  # another user's: holding it takes no right to write
+        if not exists(path):
+            raise
         return os.open(path, os.O_RDONLY)
 
 

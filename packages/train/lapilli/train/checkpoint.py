@@ -226,10 +226,15 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     Raises:
         TrainError: One that is newer than it cannot be read: it may be whole.
     """
-    for path in reversed(steps_in(run / FOLDER)):
-        if checkpoint := _read(path):
-            return checkpoint
-    return None
+    listed = steps_in(run / FOLDER)
+    while True:
+        for path in reversed(listed):
+            if checkpoint := _read(path):
+                return checkpoint
+        # A run that goes on may have replaced all that was listed.
+        listed, before = steps_in(run / FOLDER), listed
+        if listed == before:
+            return None
 
 
 def newest_weights(path: Path) -> Checkpoint | None:

@@ -81,7 +81,10 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return read_safetensors(file)
         found = _read_pickle(file)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except OSError as error:
+        why = error.strerror or _first_line(error)
+        raise ModelError(f"{file}: cannot be read ({why})") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read ({_first_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle raises
         raise ModelError(
