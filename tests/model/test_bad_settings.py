@@ -102,7 +102,8 @@ def test_the_default_attention_is_one_that_the_family_has(language: str) -> None
     if language == "gpt2":
         settings = {"n_embd": 24, "n_layer": 1, "n_head": 2, "vocab_size": 64}
     model = build_language(LanguageConfig(language, settings=settings))
-    assert model.config._attn_implementation == ("eager" if language == "gemma2" else "sdpa")
+    config: Any = model.config
+    assert config._attn_implementation == ("eager" if language == "gemma2" else "sdpa")
     assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.long)).logits).all()
 
 

@@ -105,14 +105,17 @@ def test_random_weights_are_made_at_the_size(name: str) -> None:
 )
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_size_that_cannot_be_is_one_line(size: int, words: str, name: str, towers: Path) -> None:
-    for given in ({"pretrained": str(towers / name)}, {"settings": twins.TOWERS[name]}):
+    both: list[dict[str, Any]] = [
+        {"pretrained": str(towers / name)}, {"settings": twins.TOWERS[name]},
+    ]  # fmt: skip
+    for given in both:
         with pytest.raises(ModelError, match=words):
             build_tower(VisionConfig(name, image_size=size, **given))
 
 
 def test_a_published_size_that_its_patch_does_not_divide_stays(tmp_path: Path) -> None:
     """As SigLIP's so400m has it: 384 px and patches of 14."""
-    settings = {**twins.TOWER, "image_size": 20}
+    settings: Any = {**twins.TOWER, "image_size": 20}
     model: Any = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**settings))
     model.save_pretrained(tmp_path)
     for size in (0, 20):

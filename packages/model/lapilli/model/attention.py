@@ -81,7 +81,8 @@ def _class_of(settings: PreTrainedConfig) -> Any:
     """The class of transformers that a config is built with; None where it is another's code."""
     from transformers import AutoModelForCausalLM
 
-    mapping: Any = AutoModelForCausalLM._model_mapping
+    known: Any = AutoModelForCausalLM
+    mapping = known._model_mapping
     if type(settings) not in mapping or "AutoModelForCausalLM" in getattr(settings, "auto_map", {}):
         return None
     found = mapping[type(settings)]

@@ -23,11 +23,13 @@ def build_own(build: Callable[[], Part]) -> Part:
     What its code does with numbers (a schedule, weights that it reads) takes real tensors. Where
     fake ones are made, it gets those, and its tensors are then replaced by fake ones.
     """
-    with unset_fake_temporarily() as mode:
+    with unset_fake_temporarily() as active:
         part = build()
-    if mode is None:
+    if active is None:
         return part
-    for module in part.modules():
+    mode: Any = active
+    modules: list[Any] = [*part.modules()]
+    for module in modules:
         for held in (module._parameters, module._buffers, vars(module)):
             found = {name: value for name, value in held.items() if isinstance(value, Tensor)}
             held.update({name: mode.from_tensor(value) for name, value in found.items()})

@@ -30,6 +30,12 @@ __all__ = [
 ]  # fmt: skip
 
 
+NOT_LOADED = (
+    "language.pretrained: {!r} cannot be loaded; expected a hub name or a folder with a causal "
+    "language model in safetensors"
+)
+
+
 def build_language(
     config: LanguageConfig,
     dtype: torch.dtype = torch.float32,
@@ -75,10 +81,7 @@ def language_settings(config: LanguageConfig) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if config.pretrained:
-        with one_line(
-            f"language.pretrained: {config.pretrained!r} has no config that can be read; expected "
-            "a hub name or a folder with a causal language model"
-        ):
+        with one_line(NOT_LOADED.format(config.pretrained)):
             return AutoConfig.from_pretrained(
                 config.pretrained, trust_remote_code=config.trust_remote_code
             )
@@ -126,10 +129,7 @@ def _load(
     if config.quantize != "none":
         kind = {**kind, "quantization_config": quantization(kind["dtype"])}
     with (
-        one_line(
-            f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
-            "a folder with a causal language model in safetensors"
-        ),
+        one_line(NOT_LOADED.format(config.pretrained)),
         _naming_padding("language.pretrained", settings),
     ):
         check_readable(config.pretrained)

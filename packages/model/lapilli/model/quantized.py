@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +47,16 @@ def pack_shapes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     of packed weights and no values. They compute in forward and cannot be saved.
     """
     from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+    layers: Any = importlib.import_module("bitsandbytes.nn")
     replacing: Any = Bnb4BitHfQuantizer(quantization(dtype), pre_quantized=False)
     with unset_fake_temporarily():  # it makes its layers on the meta device
         replacing.preprocess_model(model, device_map=None)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        if isinstance(module, layers.Linear4bit):
             rows, columns = module.weight.shape
             packed: Any = nn.Parameter(
                 torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
@@ -66,7 +68,7 @@ def pack_shapes(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 blocksize=BLOCK, quant_type="nf4",
             )  # fmt: skip
             module.weight = packed
-            if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            if module.bias is not None:
                 module.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
 
 

@@ -194,7 +194,8 @@ def _fix_frequencies(model: VisionLanguageModel) -> None:
 
     A fake tensor has none. The frequencies' shapes are those of every other kind.
     """
-    for module in model.modules():
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
         kind: Any = getattr(module, "rope_type", None)
         if isinstance(kind, str):
             module.rope_type = "default"
