@@ -277,6 +277,8 @@ def test_a_prompt_beyond_rotary_positions_is_said_once() -> None:
         )
     ).eval()
     with pytest.warns(UserWarning, match="has 8 positions") as told:
-        for _ in range(2):
-            generate(model, PROMPTS, PIXELS, Decoding(2))
+        generate(model, PROMPTS, PIXELS, Decoding(2))
     assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, PROMPTS, PIXELS, Decoding(2))

@@ -17,6 +17,7 @@ from lapilli.data.shards import write_json
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import checkpoint
 from lapilli.train.config import RunConfig
+from lapilli.train.context import check_context
 from lapilli.train.device import (
     NO_HABANA,
     RESOURCE,
@@ -130,6 +131,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         check_same_tokenizer(dataset, held_out)
         if config.generate_every:
             choose_questions(held_out, config.generate_samples)
+    check_context(model, dataset, held_out, on_note)
     longest = int(dataset.lengths.max())
     config = follow(
         config, None if config.micro_batch else device_memory(device),
