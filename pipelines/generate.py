@@ -96,7 +96,9 @@ def _question(asked: Asked, marker: str) -> Question:
             images.append(path.read_bytes())
         except OSError as error:
             raise DataError(f"{asked.name}: {path} cannot be read ({error.strerror})") from None
-    return Question.of(asked.text, *images, name=asked.name, marker=marker)
+    only = asked.images[0] if asked.images else asked.question_id
+    name = asked.name if len(images) > 1 else str(only)
+    return Question.of(asked.text, *images, name=name, marker=marker)
 
 
 def _check(assistant: Assistant, asked: Sequence[Asked], decoding: Decoding) -> None:

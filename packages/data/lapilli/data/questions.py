@@ -185,11 +185,14 @@ def first_question(
     ids = [int(i) for i in input_ids]
     if template.trains == "answers":
         start, end = (int(place) for place in label_spans[0])
-        asked = "".join(text for text, _ in _texts(ids[:start], tokenizer))
-        question = "" if frames.drops_question else _question(asked, frames)
+        pieces = _texts(ids[:end], tokenizer)
+        text, before = _joined(pieces), len(_joined(_texts(ids[:start], tokenizer)))
+        # a header's last letters may lie in the answer's first token
+        found = text.rfind(frames.before_answer, 0, before + len(frames.before_answer))
+        question = _question(text[: max(found, 0)], frames)
         return FirstQuestion(np.array(ids[:start], np.int64), question, ids[start:end])
     pieces = _texts(ids, tokenizer)
-    text = "".join(piece for piece, _ in pieces)
+    text = _joined(pieces)
     found = -1
     if frames.before_answer:
         found = text.find(frames.before_answer, _question_start(text, frames))
@@ -211,8 +214,7 @@ def first_question(
         elif place < end:
             answer += own
         place += len(piece)
-    question = "" if frames.drops_question else _question(text[:start], frames)
-    return FirstQuestion(np.array(prompt, np.int64), question, answer)
+    return FirstQuestion(np.array(prompt, np.int64), _question(text[:found], frames), answer)
 
 
 def _texts(ids: Sequence[int], tokenizer: AnyTokenizer) -> list[tuple[str, tuple[int, ...]]]:
@@ -250,10 +252,13 @@ def _question_start(text: str, frames: Frames) -> int:
 
 
 def _question(asked: str, frames: Frames) -> str:
-    """The user's words in a prompt's text."""
-    words = asked[_question_start(asked, frames) :].rstrip()
-    # a header's last letters may lie in the answer's first token
-    words = words.removesuffix(frames.before_answer.rstrip())
+    """The user's words in what stands before an answer's header."""
+    if frames.drops_question:
+        return ""
+    words = asked[_question_start(asked, frames) :]
     words = words.replace(f"{frames.image[0]}{_IMAGE}{frames.image[1]}", _IMAGE)
-    white = f"{_IMAGE} \t\r\n"
-    return words.strip(white).replace(_IMAGE, IMAGE_MARKER)
+    return words.strip(f"{_IMAGE} \t\r\n").replace(_IMAGE, IMAGE_MARKER)
+
+
+def _joined(pieces: list[tuple[str, tuple[int, ...]]]) -> str:
+    return "".join(text for text, _ in pieces)

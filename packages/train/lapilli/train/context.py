@@ -34,17 +34,17 @@ def check_context(
     if known is None:
         return
     longest = int(dataset.lengths.max())
-    rows = [("sample", longest, -(-longest // 8) * 8)]  # shapes are multiples of 8
+    rows = [("sample", longest, -(-longest // 8) * 8, 8)]  # shapes are multiples of 8
     if held_out is not None:
         longest = int(held_out.lengths.max())
-        rows.append(("held-out sample", longest, held_out_buckets(longest)[-1]))
-    for what, length, padded in rows:
+        rows.append(("held-out sample", longest, held_out_buckets(longest)[-1], 32))
+    for what, length, padded, step in rows:
         if known.is_fixed and padded > known.limit:
             as_padded = f", {padded} as it is padded" if padded > length else ""
             raise TrainError(
-                f"max_length: the longest {what} has {length} tokens{as_padded}; the language model "
-                f"has {known.limit} positions and cannot go beyond; set max_length: "
-                f"{known.limit // 32 * 32 or known.limit}, or take another language model"
+                f"max_length: the longest {what} has {length} tokens{as_padded}; the language "
+                f"model has {known.limit} positions and cannot go beyond; set max_length: "
+                f"{max(1, known.limit // step * step)}, or take another language model"
             )
         if length > known.limit:
             on_note(
