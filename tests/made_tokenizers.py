@@ -16,12 +16,13 @@ SPECIALS = [
     "<|end_header_id|>", "<|eot_id|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
 ]  # fmt: skip
 CHAT = (
-    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant' %}"
+    "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{% if m['role'] == 'assistant' %}"
     "{{ eos_token }}{% endif %}\n{% endfor %}"
 )
+# no header of a template among them: where it ends and an answer begins, no token reaches over
 TEXTS = [
-    "It is red.\n###", "It is red.\n## Why\nI see red.\n### Human: ", "Is 3 > 2?<|im_end|>\n",
-    "red.<|im_end|>\n<|im_start|>human\n", "C#.\n###", " It is #1: red.\n",
+    "It is red.\n###", "It is red.\n## Why\nI see red.\n### Human", "Is 3 > 2?<|im_end|>\n",
+    "red.<|im_end|>\n<|im_start|>human\n", "C#.\n###", "It is #1 red.\n", "Is a cat a cat?",
 ] * 4  # fmt: skip
 
 
@@ -38,6 +39,9 @@ def made_tokenizer(family: str, *, has_specials: bool) -> Any:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # while it is trained
+            [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated")]
         )
         tokenizer.decoder = decoders.Sequence(
             [
@@ -61,8 +65,14 @@ def made_tokenizer(family: str, *, has_specials: bool) -> Any:
             special_tokens=specials,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    state = json.loads(tokenizer.to_str())  # single bytes are text
+    # no piece is spelt as a special token is
+    is_split = has_specials or family == "sentencepiece"
+    texts = [text for text in TEXTS if not (is_split and "<|im_end|>" in text)]
+    tokenizer.train_from_iterator(texts, trainer)
+    state = json.loads(tokenizer.to_str())
+    if family == "sentencepiece":
+        state["pre_tokenizer"] = None
+    # single bytes are text
     state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] in specials]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(

@@ -189,7 +189,7 @@ def first_question(
         text, before = _joined(pieces), len(_joined(_texts(ids[:start], tokenizer)))
         # a header's last letters may lie in the answer's first token
         found = text.rfind(frames.before_answer, 0, before + len(frames.before_answer))
-        question = _question(text[: max(found, 0)], frames)
+        question = _question(text[: before if found < 0 else found], frames)
         return FirstQuestion(np.array(ids[:start], np.int64), question, ids[start:end])
     pieces = _texts(ids, tokenizer)
     text = _joined(pieces)
