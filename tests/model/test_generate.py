@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.generate import Decoding, _Draws, generate, generate_greedy
+from lapilli.model.generate import Decoding, Draws, generate, generate_greedy
 from lapilli.model.positions import Positions, positions_of
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model.test_vlm import CONFIG, samples
@@ -131,7 +131,7 @@ def test_the_same_question_draws_the_same_answer_and_another_draws_its_own(
     drawn = Decoding(8, temperature=1.0)
     found = generate(model, [PROMPTS[0]] * 5, [PIXELS[0]] * 5, drawn, end_ids=[63])
     assert all(one == found[0] for one in found)
-    other_image = generate(model, [PROMPTS[0]], [PIXELS[0] ^ 255], drawn, end_ids=[63])
+    other_image = generate(model, [PROMPTS[0]], [255 - PIXELS[0]], drawn, end_ids=[63])
     other_seed = generate(model, [PROMPTS[0]], [PIXELS[0]], replace(drawn, seed=1), end_ids=[63])
     assert len({tuple(one) for one in (found[0], other_image[0], other_seed[0])}) == 3
     shorter = generate(model, [PROMPTS[0]], [PIXELS[0]], replace(drawn, max_new_tokens=3))
@@ -142,7 +142,7 @@ def test_the_same_question_draws_the_same_answer_and_another_draws_its_own(
 def test_drawn_tokens_follow_the_models_own_distribution(top_p: float) -> None:
     count, temperature = 4000, 0.7
     logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
-    draws = _Draws(range(count), Decoding(1, temperature, top_p))
+    draws = Draws(range(count), Decoding(1, temperature, top_p))
     chosen = draws(torch.zeros(count, 0), logits.expand(count, -1))
     assert (torch.isfinite(chosen).sum(-1) == 1).all()  # one token a row is left
     shares = chosen.argmax(-1).bincount(minlength=64).double() / count

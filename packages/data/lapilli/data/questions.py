@@ -114,14 +114,15 @@ def find_frames(template: Template, tokenizer: AnyTokenizer) -> Frames:
     start, end = one.edge(at, -1), one.edge(at, 1) + 1
     question = one.text.find(_QUESTION)
     first = min((place for place in one.special if at < place < end), default=end)
-    openings = [(one.text[: max(question, 0)],)]
+    openings: list[tuple[str, ...]] = [(one.text[: max(question, 0)],)]
     next_question = ""
     try:
         own = write(("system", _SYSTEM), ("user", _QUESTION), ("assistant", _ANSWER)).text
         if _SYSTEM in own and _QUESTION in own:
             before, _, behind = own.partition(_SYSTEM)
             openings.append((before, behind[: behind.index(_QUESTION)]))
-        two = write(*[("user", _QUESTION), ("assistant", _ANSWER)] * 2).text
+        said: list[tuple[Role, str]] = [("user", _QUESTION), ("assistant", _ANSWER)]
+        two = write(*said, *said).text
         behind = two[two.index(_ANSWER) + 1 :]
         next_question = behind[: behind.index(_QUESTION)] if _QUESTION in behind else ""
     except DataError:
@@ -153,7 +154,7 @@ def _write(template: Template, tokenizer: AnyTokenizer, turns: list[Turn]) -> _W
         elif isinstance(segment, SpecialToken):
             for token_id in backend.special_ids(segment.name):
                 special[len(text)] = token_id
-                content = backend.first.id_to_token(token_id)
+                content = backend.first.id_to_token(token_id) or ""
                 text, trained = text + content, trained + [segment.trained] * len(content)
     return _Written(text, trained, special)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "Decoding", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
+    "Decoding", "Draws", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
     "generate_greedy",
 ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def generate(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),
             generation_config=_settings(decoding),
-            logits_processor=[_Draws(keys, decoding)] if decoding.temperature > 0 else [],
+            logits_processor=[Draws(keys, decoding)] if decoding.temperature > 0 else [],
             stopping_criteria=[answers],
             synced_gpus=gathered is not None,
         )
@@ -144,7 +144,7 @@ def _own_settings(language: Any) -> Generator[Callable[..., torch.Tensor]]:
 
 
 def _settings(decoding: Decoding) -> Any:
-    """Settings for transformers: always its likeliest token; `_Draws` leaves it one to choose."""
+    """Settings for transformers: always its likeliest token; `Draws` leaves it one to choose."""
     from transformers import GenerationConfig
 
     # finished rows are cut by `_Answers`, so the id of padding is never seen
@@ -187,7 +187,7 @@ class _Answers:
         return torch.tensor(self._has_ended, device=ids_BS.device)
 
 
-class _Draws:
+class Draws:
     """A logits processor that leaves one token a row, drawn with the row's own numbers.
 
     Inverse transform: the token at which the cumulated probabilities, in the order of the ids,
