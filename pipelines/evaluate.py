@@ -1,13 +1,13 @@
 """A trained model's greedy answers to a dataset of questions.
 
-python -m pipelines.evaluate --run DIR --dataset DIR [--shuffle_images true]
+python -m pipelines.evaluate --run DIR --dataset DIR [--split train] [--shuffle_images true]
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,19 @@ from lapilli.data.shards import write_atomic, write_json
 from lapilli.train.checkpoint import WEIGHTS, newest_weights
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
+from lapilli.train.evaluate import (
+    Answer,
+    Scores,
+    answer_dataset,
+    chosen_split,
+    is_trained_on,
+    load_trained,
+    open_test,
+    score,
+)
 from pipelines.command import parse, progress_bar, run, say
 
-__all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main"]
+__all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main", "what_was_asked"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class EvaluateConfig:
         run: Folder of a run.
         dataset: Folder of a dataset of questions; each record's first answer is expected.
         view: The dataset's view; empty for its only one.
-        split: Of a dataset with a part held out by its mixture, that part or the rest.
+        split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
+            what is held out, where there is any.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         shuffle_images: Show each question the images of another record: what is left is what the
             model knows without looking.
@@ -43,7 +53,7 @@ class EvaluateConfig:
     run: str
     dataset: str
     view: str = ""
-    split: Literal["train", "held_out"] = "train"
+    split: Literal["auto", "train", "held_out"] = "auto"
     device: DeviceChoice = "auto"
     shuffle_images: bool = False
     output: str = ""
@@ -70,7 +80,10 @@ def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = torch_device(choose_device(config.device, visible_devices()))
     trained = load_trained(Path(config.run), device)
     view = config.view or _only_view(Path(config.dataset))
-    dataset = open_test(Path(config.dataset), view, trained, config.split)
+    manifest = read_manifest(Path(config.dataset))
+    split = chosen_split(manifest, config.split)
+    dataset = open_test(Path(config.dataset), view, trained, split)
+    is_known = is_trained_on(Path(config.run), manifest, split)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=len(dataset))
         answers = answer_dataset(
@@ -79,6 +92,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
             shuffle_images=0 if config.shuffle_images else None,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    answers = [replace(answer, split=split, trained_on=is_known) for answer in answers]
     if config.output:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
         write_atomic(Path(config.output), lambda path: _write_text(path, lines))
@@ -110,11 +124,13 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
 def _asked(config: EvaluateConfig) -> dict[str, Any]:
     """What decides the answers."""
     found = newest_weights(Path(config.run))
+    manifest = read_manifest(Path(config.dataset))
     return {
+        "columns": [field.name for field in fields(Answer)],
         "weights": found.state["files"][WEIGHTS]["sha256"] if found else "",
-        "dataset": read_manifest(Path(config.dataset)).fingerprint,
+        "dataset": manifest.fingerprint,
         "view": config.view,
-        "split": config.split,
+        "split": chosen_split(manifest, config.split),
         "shuffle_images": config.shuffle_images,
     }
 
@@ -130,6 +146,14 @@ def _only_view(dataset: Path) -> str:
     return views[0]
 
 
+def what_was_asked(dataset: str, scores: Scores) -> str:
+    """One line: which split, and whether the run has seen its answers."""
+    known = "the run was trained on them, answers included" if scores.trained_on else ""
+    return f"asked: split {scores.split} of {dataset}; " + (
+        known or "the run was not trained on this split of this dataset"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(EvaluateConfig, argv, "Ask a trained model a dataset's questions.")
@@ -137,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for source, share in scores.by_source.items():
         say(f"  {source:<20} {share:.4f}")
     say(f"accuracy {scores.accuracy:.4f} over {scores.questions} questions")
+    say(what_was_asked(config.dataset, scores))
     return 0
 
 

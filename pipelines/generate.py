@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from lapilli.data.access import exists, is_file, is_folder, naming, require_listable
+from lapilli.data.access import exists, is_folder, naming, require_listable
 from lapilli.data.errors import DataError
 from lapilli.data.lock import only_writer
 from lapilli.model.generate import Decoding
 from lapilli.train.ask import Assistant, Question, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from pipelines.command import first_as, parse, progress_bar, run, say
+from pipelines.question_file import Asked, existing, read_questions
 
 ROW = ("question_id", "prompt", "text", "model_id", "metadata")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -35,15 +36,19 @@ class GenerateConfig:
     Attributes:
         model: Folder of a run, or of an export with `--to hf`.
         image: An image, or a folder of images of which each is shown with the question.
-        question: What is asked; empty with a template of captions.
-        questions: JSONL with `question_id`, `text` and, if there is one, `image`.
+        question: What is asked; empty with a template of captions. `<image>` in it is the image's
+            place.
+        questions: JSONL with `question_id`, `text` and, where there are images, `image` or
+            `images`, a file or a list of files each. `<image>` in a text is an image's place;
+            without it images stand in front.
         images: Folder that the images of `questions` are in.
         output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
             answers. Questions that it answers already are not asked again. One process at a time
             writes it.
         batch: Questions at once.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        decoding: How answers are written.
+        decoding: How answers are written. With a temperature above 0 the same question, images and
+            seed give the same answer, whatever the batch.
     """
 
     model: str
@@ -57,15 +62,6 @@ class GenerateConfig:
     decoding: Decoding = field(default_factory=Decoding)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question with where it comes from: its id and image file, as the answers name them."""
-
-    question_id: Any
-    text: str
-    image: Path | None
-
-
 def collect(config: GenerateConfig) -> list[Asked]:
     """The questions that the settings name.
 
@@ -77,60 +73,42 @@ def collect(config: GenerateConfig) -> list[Asked]:
     if config.questions:
         if config.image or config.question:
             raise DataError("questions: named beside image or question; expected one or the other")
-        return _read_questions(Path(config.questions), Path(config.images))
+        return read_questions(Path(config.questions), Path(config.images))
     if not (config.image or config.question):
         raise DataError("nothing asked; pass --image, --question, or --questions FILE.jsonl")
     if not config.image:
-        return [Asked(0, config.question, None)]
+        return [Asked(0, config.question, (), "question")]
     image = Path(config.image)
     if not is_folder(image):
-        return [Asked(image.name, config.question, _existing(image, "image"))]
+        return [Asked(image.name, config.question, (existing(image, "image"),), str(image))]
     require_listable(image)
     found = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise DataError(
             f"image: no image in {image}; expected one of {', '.join(sorted(SUFFIXES))}"
         )
-    return [Asked(str(path.relative_to(image)), config.question, path) for path in found]
+    return [
+        Asked(str(path.relative_to(image)), config.question, (path,), str(path)) for path in found
+    ]
 
 
-def _read_questions(path: Path, images: Path) -> list[Asked]:
-    asked: list[Asked] = []
-    try:
-        lines = _existing(path, "questions").read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"questions: {path} is not UTF-8 text; expected JSONL") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row: object = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "text" not in row or "question_id" not in row:
-            raise DataError(f"{where}: expected an object with question_id, text and maybe image")
-        fields = cast("dict[str, Any]", row)
-        image = fields.get("image")
-        found = _existing(images / str(image), f"{where}: image") if image else None
-        asked.append(Asked(fields["question_id"], str(fields["text"]), found))
-    if not asked:
-        raise DataError(f"questions: {path} is empty; expected a question a line")
-    return asked
-
-
-def _existing(path: Path, what: str) -> Path:
-    if not is_file(path):
-        raise DataError(f"{what}: {path} is not there; expected a file")
-    return path
-
-
-def _question(asked: Asked) -> Question:
+def _question(asked: Asked, marker: str) -> Question:
+    """What the model is asked; files are read at the last moment."""
     images: list[bytes] = []
-    if asked.image:
-        with naming(asked.image):
-            images.append(asked.image.read_bytes())
-    return Question.of(asked.text, *images, name=str(asked.image or asked.question_id))
+    for path in asked.images:
+        with naming(path):
+            images.append(path.read_bytes())
+    only = asked.images[0] if asked.images else asked.question_id
+    name = asked.name if len(images) > 1 else str(only)
+    return Question.of(asked.text, *images, name=name, marker=marker)
+
+
+def _check(assistant: Assistant, asked: Sequence[Asked], decoding: Decoding) -> None:
+    """Find what cannot be asked before anything is: the places of images, and lengths."""
+    marker = assistant.template.image_marker
+    nothing = ((one, (b"",) * len(one.images)) for one in asked)
+    questions = (Question.of(o.text, *images, name=o.name, marker=marker) for o, images in nothing)
+    assistant.check(questions, decoding)
 
 
 def generate(config: GenerateConfig) -> list[str]:
@@ -158,10 +136,12 @@ def generate(config: GenerateConfig) -> list[str]:
 def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -> list[str]:
     device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(Path(config.model), device)
+    _check(assistant, asked, config.decoding)
     if output:
         return _to_file(assistant, asked, config, output)
     if len(asked) == 1:
-        answers = assistant.answer([_question(asked[0])], config.decoding, on_text=_print)
+        question = _question(asked[0], assistant.template.image_marker)
+        answers = assistant.answer([question], config.decoding, on_text=_print)
         print()
         return answers
     answers: list[str] = []
@@ -255,7 +235,8 @@ def _batches(
         task = bar.add_task("questions", total=len(asked))
         for start in range(0, len(asked), config.batch):
             batch = asked[start : start + config.batch]
-            texts = assistant.answer([_question(one) for one in batch], config.decoding)
+            questions = [_question(one, assistant.template.image_marker) for one in batch]
+            texts = assistant.answer(questions, config.decoding)
             yield batch, texts
             bar.update(task, completed=start + len(batch))
 

@@ -190,6 +190,8 @@ def _summary(
     return {
         "questions": config.questions,
         "asked": right.questions,
+        "split": right.split,
+        "trained_on": right.trained_on,
         "accuracy": right.accuracy,
         "accuracy_shuffled_images": shuffled.accuracy,
         "accuracy_without_looking": blind.accuracy,

@@ -92,7 +92,7 @@ def write_report(path: Path, story: Story, datasets: Path, *, view: str) -> None
     seconds = summary["seconds"]
     page.figures(
         [
-            Figure("accuracy", f"{summary['accuracy']:.1%}", f"{summary['asked']:,} questions"),
+            Figure("accuracy", f"{summary['accuracy']:.1%}", _asked(summary)),
             Figure("shuffled images", f"{summary['accuracy_shuffled_images']:.1%}", "other images"),
             Figure(
                 "without looking",
@@ -116,6 +116,11 @@ def write_report(path: Path, story: Story, datasets: Path, *, view: str) -> None
         page.text(name).code(text)
     page.section("Versions").key_values({**summary["versions"], **summary["hardware"]})
     page.write(path)
+
+
+def _asked(summary: Mapping[str, Any]) -> str:
+    known = "trained on" if summary["trained_on"] else "not trained on"
+    return f"{summary['asked']:,} questions, split {summary['split']}, {known}"
 
 
 def _tell_accuracy(page: Page, summary: Mapping[str, Any]) -> None:

@@ -188,6 +188,8 @@ def story(folder: Path, tmp_path: Path) -> Story:
     ]
     summary = {
         "asked": 20,
+        "split": "train",
+        "trained_on": False,
         "accuracy": 0.5,
         "accuracy_shuffled_images": 0.25,
         "accuracy_without_looking": 0.125,

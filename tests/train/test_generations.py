@@ -13,7 +13,6 @@ from lapilli.data.dataset import open_dataset
 from lapilli.data.tokenize import load_tokenizer
 from lapilli.model.generate import generate_greedy
 from lapilli.train.config import RunConfig
-from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
 from lapilli.train.generations import (
     Generation,
@@ -136,15 +135,20 @@ def test_a_restart_repeats_what_it_repeats_and_no_more(dataset: Path, tmp_path: 
     assert given(found, 6) == answered(tmp_path / "run", 6, dataset)
 
 
-def test_a_template_without_questions_is_refused_before_the_start(tmp_path: Path) -> None:
+def test_a_template_that_trains_all_is_asked_its_questions(tmp_path: Path) -> None:
     mixture = make_mixture(tmp_path / "raw", images=0, text_only=8)
-    build_dataset(
-        mixture, tmp_path / "all", make_tokenizer(tmp_path / "tokenizer"),
-        template="phi_hf_pretrain",
-    )  # fmt: skip
-    config = asking(tmp_path / "all", tmp_path / "run", workers=1, launcher="process")
-    with pytest.raises(TrainError, match=r"generate_every: .*phi_hf_pretrain.*generate_every: 0"):
-        preflight(config)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    with pytest.warns(UserWarning, match="its end marker .* is 10 tokens"):
+        build_dataset(mixture, tmp_path / "all", tokenizer, template="phi_hf")
+    config = asking(tmp_path / "all", tmp_path / "run", workers=1, launcher="process", max_steps=3)
+    launch(preflight(config))
+    found = read_generations(tmp_path / "run")
+    assert len(found) == 5
+    for one in found:
+        assert one.question.startswith("What colour is the ")
+        assert one.question.endswith("?")
+        assert one.expected.startswith("The ")
+        assert one.expected.endswith(".")
 
 
 def test_the_report_shows_them(finished: RunConfig, chromium: Chromium) -> None:

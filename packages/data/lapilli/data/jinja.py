@@ -33,7 +33,7 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     if template.drops_user_text:
         raise DataError(
             f"template {template.name}: drops what a user says and so is no chat template; export "
-            "a model of the second stage, or name its template with --template"
+            "a run whose dataset was built with a template that keeps it"
         )
 
     def frame(text: str) -> str:

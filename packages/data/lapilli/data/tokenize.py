@@ -47,6 +47,7 @@ __all__ = [
     "labels_of",
     "llava_length",
     "load_tokenizer",
+    "segments_of",
     "tokenizer_facts",
     "train_tokenizer",
     "truncate",
@@ -119,18 +120,33 @@ def labels_of(encoded: Encoded) -> list[int]:
 
 
 def encode_batch(
-    records: Sequence[Record], tokenizer: AnyTokenizer, template: Template | str
+    records: Sequence[Record],
+    tokenizer: AnyTokenizer,
+    template: Template | str,
+    *,
+    warn: bool = True,
 ) -> list[Encoded]:
     """Ids and trained spans of many records, with few calls into the Rust tokenizer.
 
-    Arguments, errors and warnings are those of `encode`. Text never becomes a special token: a
-    literal `</s>` in a record is tokenised letter by letter.
+    Arguments, errors and, with `warn`, warnings are those of `encode`. Text never becomes a special
+    token: a literal `</s>` in a record is tokenised letter by letter.
     """
     backend = backend_for(tokenizer)
-    write = _writer(tokenizer, get_template(template))
-    pages = [write(record) for record in records]
+    writer = _writer(tokenizer, get_template(template))
+    if warn and (line := writer.warning()):
+        warnings.warn(line, stacklevel=2)
+    pages = [writer.write(record) for record in records]
     encodings = backend.encode_texts(pages)
     return [_assemble(page, encodings, backend) for page in pages]
+
+
+def segments_of(record: Record, tokenizer: AnyTokenizer, template: Template) -> list[Segment]:
+    """The record written down for a tokenizer, before any text of it is tokenised.
+
+    Raises:
+        DataError: As `encode`.
+    """
+    return _writer(tokenizer, template).write(record)
 
 
 def truncate(encoded: Encoded, most: int) -> Encoded:
@@ -263,26 +279,35 @@ def _by_offsets(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[i
     return first, max(first, bisect_left(offsets, end, key=lambda offset: offset[0]))
 
 
-def _writer(tokenizer: AnyTokenizer, template: Template) -> Callable[[Record], list[Segment]]:
+class _Writer:
+    """How a template writes records down for a tokenizer, and once what is odd in that."""
+
+    def __init__(self, write: Callable[[Record], list[Segment]], warning: str) -> None:
+        self.write = write
+        self._warning = warning
+
+    def warning(self) -> str:
+        """What to warn of the first time; empty afterwards, or where there is nothing."""
+        line, self._warning = self._warning, ""
+        return line
+
+
+def _writer(tokenizer: AnyTokenizer, template: Template) -> _Writer:
     vocab_size = raw_backend(tokenizer).get_vocab_size()
     return _writer_cached(tokenizer, vocab_size, bind_template(template, tokenizer))
 
 
 @lru_cache(maxsize=32)
-def _writer_cached(
-    tokenizer: AnyTokenizer, vocab_size: int, template: Template
-) -> Callable[[Record], list[Segment]]:
-    """How a template writes records down for this tokenizer; warns, once, of what is odd in it."""
+def _writer_cached(tokenizer: AnyTokenizer, vocab_size: int, template: Template) -> _Writer:
     del vocab_size
     backend = backend_for(tokenizer)
     if template.chat:
         all_trained = template.trains == "all"
         chat = ChatWriter(tokenizer, template.chat, backend.eaten, train_all=all_trained)
-        _warn_of_end(template.name, chat.answer_end, backend)
-        return chat.render
+        return _Writer(chat.render, _warning_of_end(template.name, chat.answer_end, backend))
     spelt = _spell_unknown(template, backend)
-    _warn_of_end(template.name, spelt.answer_end, backend)
-    return partial(render, template=spelt, eaten=backend.eaten)
+    write = partial(render, template=spelt, eaten=backend.eaten)
+    return _Writer(write, _warning_of_end(template.name, spelt.answer_end, backend))
 
 
 def _spell_unknown(template: Template, backend: Backend) -> Template:
@@ -302,18 +327,18 @@ def _has(backend: Backend, name: str) -> bool:
     return backend.first.token_to_id(name) is not None
 
 
-def _warn_of_end(name: str, end: str, backend: Backend) -> None:
-    """Warn of an end marker that a model would have to write as several tokens to stop."""
+def _warning_of_end(name: str, end: str, backend: Backend) -> str:
+    """What there is to say of an end marker that a model has to write as several tokens."""
     pieces = frame_pieces(end)
     if not pieces or any(is_special for is_special, _ in pieces):
-        return
+        return ""
     marker = end.strip() or end
     # Counted where it stands: what is before it may decide how it is cut.
     count = backend.count(end) - backend.count(end[: end.index(marker)])
-    if count != 1:
-        warnings.warn(
-            f"template {name}: its end marker {marker!r} is {count} tokens of this tokenizer, "
-            "expected one; take a template whose marker the tokenizer has, or add the marker to "
-            "the tokenizer's special tokens",
-            stacklevel=2,
-        )
+    if count == 1:
+        return ""
+    return (
+        f"template {name}: its end marker {marker!r} is {count} tokens of this tokenizer, "
+        "expected one; take a template whose marker the tokenizer has, or add the marker to "
+        "the tokenizer's special tokens"
+    )

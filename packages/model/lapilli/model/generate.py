@@ -1,24 +1,37 @@
-"""Decoding after prompts with images: greedy or sampled, in batches, streamed if asked."""
+"""Decoding after prompts with images: greedy or drawn, in batches, watched token by token.
+
+The weights and `Decoding` alone decide an answer. What a base model says of its own generation
+(`generation_config.json`, old keys of `config.json`, a `generate` of its own) plays no part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import hashlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import torch
 
 from lapilli.model.errors import ModelError
+from lapilli.model.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Decoding", "Gathering", "generate", "generate_greedy"]
+__all__ = [
+    "Decoding", "Draws", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
+    "generate_greedy",
+]  # fmt: skip
 
 Gathering: TypeAlias = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
+Watch: TypeAlias = Callable[[int, int], bool]
+"""Called with a prompt's number and its newest id; True ends that answer."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,8 @@ class Decoding:
         temperature: 0 takes the likeliest token; above, tokens are drawn, and the higher the
             flatter.
         top_p: Drawn from the likeliest tokens that hold this share of the probability.
-        seed: Of what is drawn.
+        seed: Of what is drawn. The same prompt, images and seed draw the same answer, in whatever
+            batch and place.
     """
 
     max_new_tokens: int = 256
@@ -55,30 +69,32 @@ def generate(
     pixels: Sequence[NDArray[np.uint8]],
     decoding: Decoding,
     *,
-    end_ids: Sequence[int],
-    on_tokens: Callable[[list[int]], None] | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
+    end_ids: Sequence[int] = (),
+    watch: Watch | None = None,
     gathered: Gathering | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until one of `end_ids`.
+    """Continue each prompt until one of `end_ids`, or until `watch` ends it.
 
     Args:
         model: The model.
         prompts: int64 [n] each, a negative id (-200) at an image's place.
         pixels: uint8 [images, H, W, 3] each, in the order of the places.
         decoding: Greedy or drawn, and how long.
-        end_ids: Tokens that end an answer.
-        on_tokens: Called with the newest id of every prompt after each step.
-        stop: Asked after each step with an answer's ids so far; True ends that answer, which is
-            how a text that spans several tokens ends one.
+        end_ids: Tokens each of which ends an answer.
+        watch: Sees every id of every answer that has not ended, as it comes; not one of `end_ids`.
+            It is how answers are streamed, and how a text of several tokens ends one.
         gathered: For weights that the ranks of a process group have shared out: makes some whole
             inside. All ranks call this, and take as many steps as the last of them.
 
     Returns:
-        The new ids of each prompt, without what ended it.
+        The new ids of each prompt: without one of `end_ids`, with the id at which `watch` ended it.
 
     Raises:
-        ModelError: A prompt has more or fewer places than images; names it by its number.
+        ModelError: A prompt has more or fewer places than images, or more tokens than the language
+            model has positions; names it by its number.
+
+    Warns:
+        UserWarning: Once for a model, if a rotary one is taken beyond its positions.
     """
     for number, (ids, images) in enumerate(zip(prompts, pixels, strict=True)):
         if int((ids < 0).sum()) != len(images):
@@ -87,37 +103,53 @@ def generate(
             )
     if not prompts:
         return []
+    lengths = [(f"prompt {n}", expanded_length(model, ids)) for n, ids in enumerate(prompts)]
+    check_positions(model, lengths, decoding)
     device = model.language.device
     input_ids, merge_index, mask = _left_pad(prompts, model.vision.num_tokens)
     stacked = torch.from_numpy(np.concatenate(pixels)).to(device)
     table = model.language.get_input_embeddings().weight  # `embed` reads it past its module
     with gathered([table]) if gathered else nullcontext():
         embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(decoding.seed)
-        produced = model.language.generate(
+    keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
+    answers = _Answers(len(prompts), end_ids, watch)
+    with _own_settings(model.language) as run:
+        run(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),
-            generation_config=_settings(decoding, end_ids),
-            stopping_criteria=[_watch(on_tokens, stop)],
+            generation_config=_settings(decoding),
+            logits_processor=[Draws(keys, decoding)] if decoding.temperature > 0 else [],
+            stopping_criteria=[answers],
             synced_gpus=gathered is not None,
         )
-    return [_until(row, end_ids) for row in produced.tolist()]
+    return answers.ids
 
 
-def _settings(decoding: Decoding, end_ids: Sequence[int]) -> Any:
-    """Settings for transformers; the model's own may sample or penalise repetition."""
+@contextmanager
+def _own_settings(language: Any) -> Generator[Callable[..., torch.Tensor]]:
+    """The `generate` of transformers itself, with nothing on the model to fill settings from.
+
+    It fills what a given configuration leaves open from the model's, whatever names that has. A
+    folder with code may also have put a `generate` of its own on the model; it is passed by.
+    """
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+
+    of_the_base = language.generation_config
+    language.generation_config = GenerationConfig()
+    try:
+        yield lambda **given: GenerationMixin.generate(language, **given)  # type: ignore[arg-type]
+    finally:
+        language.generation_config = of_the_base
+
+
+def _settings(decoding: Decoding) -> Any:
+    """Settings for transformers: always its likeliest token; `Draws` leaves it one to choose."""
     from transformers import GenerationConfig
 
-    sampled: dict[str, Any] = {"temperature": decoding.temperature, "top_p": decoding.top_p}
-    sampled["top_k"] = 0  # transformers' own default keeps 50
+    # finished rows are cut by `_Answers`, so the id of padding is never seen
     return GenerationConfig(
-        do_sample=decoding.temperature > 0,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=list(end_ids),
-        pad_token_id=end_ids[0],
-        **(sampled if decoding.temperature > 0 else {}),
+        do_sample=False, max_new_tokens=decoding.max_new_tokens, pad_token_id=0, use_cache=True
     )
 
 
@@ -133,24 +165,112 @@ def generate_greedy(
     return generate(model, prompts, pixels, Decoding(max_new_tokens), end_ids=[end_id])
 
 
-def _watch(
-    on_tokens: Callable[[list[int]], None] | None, stop: Callable[[list[int]], bool] | None
-) -> Callable[..., torch.Tensor]:
-    """A stopping criterion: it sees every step, of every prompt, in batches too."""
+class _Answers:
+    """A stopping criterion that keeps the answers: it sees every step, of every prompt."""
 
-    def ended(ids_BS: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+    def __init__(self, count: int, end_ids: Sequence[int], watch: Watch | None) -> None:
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self._end_ids, self._watch = frozenset(end_ids), watch
+        self._has_ended = [False] * count
+
+    def __call__(self, ids_BS: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         del scores
-        if on_tokens is not None:
-            on_tokens([int(i) for i in ids_BS[:, -1].tolist()])
-        if stop is None:
-            return torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
-        return torch.tensor([stop(row) for row in ids_BS.tolist()], device=ids_BS.device)
+        for row, newest in enumerate(ids_BS[:, -1].tolist()):
+            if self._has_ended[row]:
+                continue
+            if newest in self._end_ids:
+                self._has_ended[row] = True
+                continue
+            self.ids[row].append(newest)
+            if self._watch is not None:
+                self._has_ended[row] = self._watch(row, newest)
+        return torch.tensor(self._has_ended, device=ids_BS.device)
 
-    return ended
+
+class Draws:
+    """A logits processor that leaves one token a row, drawn with the row's own numbers.
+
+    Inverse transform: the token at which the cumulated probabilities, in the order of the ids,
+    reach a uniform number. The number of step n is the n-th of a stream that the row's key seeds,
+    so it depends on no other row.
+    """
+
+    def __init__(self, keys: Sequence[int], decoding: Decoding) -> None:
+        streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        uniform = np.stack([stream.random(decoding.max_new_tokens) for stream in streams])
+        self._uniform_BT = torch.from_numpy(1.0 - uniform).float()  # (0, 1]: never an empty token
+        self._temperature, self._top_p = decoding.temperature, decoding.top_p
+
+    def __call__(self, ids_BS: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        # without its largest score a low temperature overflows to Inf
+        scores_BV = scores_BV.float() - scores_BV.float().amax(-1, keepdim=True)
+        shares_BV = torch.softmax(scores_BV / self._temperature, -1)
+        if self._top_p < 1.0:
+            shares_BV = _likeliest(shares_BV, self._top_p)
+        cumulated_BV = shares_BV.cumsum(-1)
+        uniform_B1 = self._uniform_BT[:, ids_BS.shape[1], None].to(scores_BV.device)
+        is_reached_BV = (cumulated_BV >= uniform_B1 * cumulated_BV[:, -1:]) & (shares_BV > 0)
+        drawn_B1 = is_reached_BV.to(torch.uint8).argmax(-1, keepdim=True)  # the first
+        return torch.full_like(scores_BV, -torch.inf).scatter_(-1, drawn_B1, 0.0)
 
 
-def _until(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    return next((ids[:n] for n, token in enumerate(ids) if token in end_ids), ids)
+def _likeliest(shares_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero but for the fewest likeliest tokens that hold this share, at least one."""
+    sorted_BV, order_BV = shares_BV.sort(dim=-1, descending=True, stable=True)
+    is_kept_BV = sorted_BV.cumsum(-1) - sorted_BV < top_p
+    is_kept_BV[:, 0] = True
+    return torch.zeros_like(shares_BV).scatter_(-1, order_BV, sorted_BV * is_kept_BV)
+
+
+def _draw_key(seed: int, prompt: NDArray[np.int64], pixels: NDArray[np.uint8]) -> int:
+    """What seeds an answer's draws: the seed and all that the model is shown."""
+    found = hashlib.blake2b(digest_size=16)
+    found.update(f"{seed} {len(prompt)} {pixels.shape}".encode())
+    found.update(np.ascontiguousarray(prompt, "<i8").tobytes())
+    found.update(np.ascontiguousarray(pixels).tobytes())
+    return int.from_bytes(found.digest(), "little")
+
+
+def expanded_length(model: VisionLanguageModel, prompt: NDArray[np.int64]) -> int:
+    """Tokens of a prompt with those of its images."""
+    return len(prompt) + int((prompt < 0).sum()) * (model.vision.num_tokens - 1)
+
+
+_TOLD: WeakSet[VisionLanguageModel] = WeakSet()
+
+
+def check_positions(
+    model: VisionLanguageModel, lengths: Iterable[tuple[str, int]], decoding: Decoding
+) -> None:
+    """Compare prompts and their answers with the language model's positions.
+
+    Args:
+        model: The model.
+        lengths: What each prompt is called, and its tokens with those of its images.
+        decoding: How long answers may be.
+
+    Raises:
+        ModelError: The model cannot go beyond its positions; names the prompt.
+
+    Warns:
+        UserWarning: Once for a model that can.
+    """
+    known = positions_of(model.language)
+    if known is None:
+        return
+    for what, length in lengths:
+        longest = length + decoding.max_new_tokens
+        if longest <= known.limit:
+            continue
+        said = (
+            f"{what}: {length} tokens and up to {decoding.max_new_tokens} new ones make {longest}, "
+            f"the language model has {known.limit} positions"
+        )
+        if known.is_fixed:
+            raise ModelError(f"{said}; ask something shorter or lower max_new_tokens")
+        if model not in _TOLD:
+            _TOLD.add(model)
+            warnings.warn(f"{said}; what it writes beyond them may be worthless", stacklevel=2)
 
 
 def _left_pad(

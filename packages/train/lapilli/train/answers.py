@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lapilli.data.dataset import Sample
-from lapilli.model.generate import Decoding, Gathering, generate
+from lapilli.data.dataset import Dataset, Sample
+from lapilli.data.questions import FirstQuestion, Frames, find_frames, first_question
+from lapilli.data.templates import Template, get_template
+from lapilli.data.tokenize import bind_template, load_tokenizer
+from lapilli.model.generate import Decoding, Gathering, check_positions, expanded_length, generate
+from lapilli.model.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.answer_text import AnswerReader, Decoder, expected_text, warn_without_end
+from lapilli.train.folders import CONFIG
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Asked", "ask_first", "end_ids"]
+__all__ = ["Asked", "RowReader", "ask_first", "dataset_template"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Asked:
 
     Attributes:
         sample_id: The sample.
-        question: The prompt, decoded, images and special tokens left out.
+        question: The user's own words; empty for a template that drops them.
         expected: The sample's own answer.
         given: The model's.
     """
@@ -35,14 +43,64 @@ class Asked:
     given: str
 
 
+def dataset_template(dataset: Path, tokenizer: Any) -> Template:
+    """The template a dataset was written by, bound to its tokenizer.
+
+    Raises:
+        DataError: The template is not there any more.
+    """
+    settings: dict[str, Any] = json.loads((dataset / CONFIG).read_text(encoding="utf-8"))
+    return bind_template(get_template(settings["template"]), tokenizer)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """What a dataset's rows are written with, to take them apart."""
+
+    tokenizer: Any
+    template: Template
+    frames: Frames
+    decode: Decoder
+
+    @staticmethod
+    def of(dataset: Dataset) -> RowReader:
+        """For a dataset.
+
+        Raises:
+            DataError: Its tokenizer or template is not there any more.
+        """
+        tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
+        template = dataset_template(dataset.path, tokenizer)
+        frames = find_frames(template, tokenizer)
+        warn_without_end(template.name, frames)
+        return RowReader(tokenizer, template, frames, Decoder(tokenizer))
+
+    def first(self, sample: Sample) -> FirstQuestion:
+        """A sample's first question.
+
+        Raises:
+            DataError: It cannot be told where the question ends.
+        """
+        return self._first(sample.input_ids, sample.label_spans)
+
+    def answer_length(self, row: dict[str, Any]) -> int:
+        """Tokens of the first answer of a `Dataset.token_row`, its end included."""
+        spans = np.array(row["label_spans"], np.int32).reshape(-1, 2)
+        return len(self._first(row["input_ids"], spans).answer)
+
+    def _first(
+        self, input_ids: Sequence[int] | NDArray[np.int32], label_spans: NDArray[np.int32]
+    ) -> FirstQuestion:
+        return first_question(input_ids, label_spans, self.tokenizer, self.template, self.frames)
+
+
 def ask_first(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
-    tokenizer: Any,
+    reader: RowReader,
     *,
-    ends: Sequence[int],
+    most_tokens: int,
     pixels: Sequence[NDArray[np.uint8]] = (),
-    most_tokens: int = 0,
     gathered: Gathering | None = None,
 ) -> list[Asked]:
     """Ask each sample's first question, all in one batch.
@@ -50,37 +108,52 @@ def ask_first(
     Args:
         model: The model.
         samples: Their first answers are the expected ones.
-        tokenizer: What the samples were made with.
-        ends: Ids that end an answer.
+        reader: Of the samples' dataset.
+        most_tokens: Longest answer. Where that goes beyond positions that are learnt, a sample is
+            asked by itself, for an answer as long as fits.
         pixels: Images to show, uint8 [images, size, size, 3] each; left out, the samples' own.
-        most_tokens: Longest answer; 0 for the longest expected one's length.
         gathered: See `generate`.
+
+    Raises:
+        DataError: It cannot be told where a question ends.
+        ModelError: A question is longer than the language model can take; names it.
     """
-    prompts = [s.input_ids[: s.label_spans[0, 0]].astype(np.int64) for s in samples]
-    places = [int((ids < 0).sum()) for ids in prompts]  # later turns may have images too
+    questions = [reader.first(sample) for sample in samples]
+    # later turns may have images too
     shown = [
-        images[:count]
-        for images, count in zip(pixels or [s.pixels for s in samples], places, strict=True)
+        images[: int((question.prompt < 0).sum())]
+        for images, question in zip(pixels or [s.pixels for s in samples], questions, strict=True)
     ]
-    longest = max(int(s.label_spans[0, 1] - s.label_spans[0, 0]) for s in samples)
-    decoding = Decoding(min(longest, most_tokens) if most_tokens else longest)
-    produced = generate(model, prompts, shown, decoding, end_ids=ends, gathered=gathered)
+    lengths = [expanded_length(model, question.prompt) for question in questions]
+    readers = [AnswerReader(reader.decode, reader.frames) for _ in samples]
+    for rows, most in _batches(model, lengths, most_tokens):
+        names = [(samples[row].sample_id, lengths[row]) for row in rows]
+        check_positions(model, names, Decoding(most))
+        generate(
+            model, [questions[row].prompt for row in rows], [shown[row] for row in rows],
+            Decoding(most), gathered=gathered,
+            watch=lambda place, newest, rows=rows: readers[rows[place]].take(newest),
+        )  # fmt: skip
     return [
-        Asked(sample.sample_id, *_texts(sample, given, tokenizer))
-        for sample, given in zip(samples, produced, strict=True)
+        Asked(
+            sample.sample_id,
+            question.question,
+            expected_text(question.answer, reader.decode, reader.frames),
+            answer.finish(),
+        )
+        for sample, question, answer in zip(samples, questions, readers, strict=True)
     ]
 
 
-def _texts(sample: Sample, given: Sequence[int], tokenizer: Any) -> tuple[str, str, str]:
-    """Question, expected and given answer."""
-    start, end = sample.label_spans[0]
-    question, expected, answer = (
-        tokenizer.decode([int(i) for i in part if i >= 0], skip_special_tokens=True).strip()
-        for part in (sample.input_ids[:start], sample.input_ids[start:end], given)
-    )
-    return question, expected, answer
-
-
-def end_ids(samples: Iterable[Sample]) -> list[int]:
-    """The ids that the first answers end with: what the template trains a model to stop at."""
-    return sorted({int(s.input_ids[s.label_spans[0, 1] - 1]) for s in samples})
+def _batches(
+    model: VisionLanguageModel, lengths: Sequence[int], most: int
+) -> list[tuple[list[int], int]]:
+    """Rows that are asked together, and the tokens of their longest answer."""
+    known = positions_of(model.language)
+    limit = known.limit if known and known.is_fixed else None
+    together = [row for row, n in enumerate(lengths) if limit is None or n + most <= limit]
+    batches = [(together, most)] if together else []
+    if limit is not None:
+        alone = (row for row in range(len(lengths)) if row not in {*together})
+        batches += [([row], max(1, limit - lengths[row])) for row in alone]
+    return batches

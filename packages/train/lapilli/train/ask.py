@@ -6,7 +6,7 @@ From a run's folder or from an exported one; template, view and tokenizer are th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,16 @@ from lapilli.data.access import exists
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, prepare
 from lapilli.data.manifest import read_manifest
+from lapilli.data.questions import Frames, find_frames
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
+from lapilli.data.render import mark_images
+from lapilli.data.sources.turns import IMAGE_MARKER, split_markers
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import bind_template, encode_batch, load_tokenizer
-from lapilli.model.generate import Decoding, generate
+from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
 from lapilli.model.interop.hf import FACTS, read_facts, read_hf
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.answer_text import AnswerReader, Decoder, warn_without_end
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
 from lapilli.train.folders import CONFIG
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Assistant", "Question", "open_assistant"]
-
-UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,29 @@ class Question:
     name: str = "question"
 
     @staticmethod
-    def of(text: str, *images: bytes, name: str = "question") -> Question:
-        """A single turn: images, then text."""
-        places = tuple(ImagePart(number) for number in range(len(images)))
-        return Question((Turn("user", (*places, TextPart(text))),), images, name)
+    def of(text: str, *images: bytes, name: str = "question", marker: str = "") -> Question:
+        """A single turn: each image where `<image>` marks its place; without marks all in front.
+
+        Args:
+            text: What is asked.
+            images: Image files' bytes.
+            name: What an error calls the question.
+            marker: What marks an image's place too, as `Template.image_marker` says.
+
+        Raises:
+            DataError: There are more or fewer marks than images.
+        """
+        record = Record("", "", "", (Turn("user", split_markers(text, 0)),))
+        parts = mark_images(record, Template("", image_marker=marker)).turns[0].parts
+        count = sum(isinstance(part, ImagePart) for part in parts)
+        if not count:
+            parts = (*(ImagePart(number) for number in range(len(images))), *parts)
+        elif count != len(images):
+            raise DataError(
+                f"{name}: {_counted(count, 'image marker')} for {_counted(len(images), 'image')}; "
+                f"mark each image once with {IMAGE_MARKER}, or none of them"
+            )
+        return Question((Turn("user", parts),), images, name)
 
 
 @dataclass(frozen=True)
@@ -80,12 +101,6 @@ class Assistant:
         ids, spans = self._with_answer(turns)
         return np.array(ids[: spans[-2]], np.int64)
 
-    @property
-    def end_id(self) -> int:
-        """The id that answers end with."""
-        ids, spans = self._with_answer((Turn("user", (TextPart("a"),)),))
-        return ids[spans[-1] - 1]
-
     def answer(
         self,
         questions: Sequence[Question],
@@ -100,24 +115,53 @@ class Assistant:
             decoding: How answers are written.
             on_text: Called with each new piece of the first answer's text.
 
+        Returns:
+            The answers, without the template's end and white space around them.
+
         Raises:
             DataError: An image that cannot be used; names it.
+            ModelError: A question is longer than the language model can take; names it.
         """
-        prompts = [self.prompt(question.turns) for question in questions]
-        pixels = [self._pixels(question) for question in questions]
-        said = _Stream(self._text, self.end_id, on_text) if on_text else None
-        produced = generate(
-            self.model, prompts, pixels, decoding, end_ids=[self.end_id], on_tokens=said
+        self.check(questions, decoding)
+        frames, decode = self._frames()
+        readers = [
+            AnswerReader(decode, frames, None if number else on_text)
+            for number in range(len(questions))
+        ]
+        generate(
+            self.model,
+            [self.prompt(question.turns) for question in questions],
+            [self._pixels(question) for question in questions],
+            decoding,
+            watch=lambda row, newest: readers[row].take(newest),
         )
-        if said:
-            said.flush()
-        return [self._text(ids).strip() for ids in produced]
+        return [reader.finish() for reader in readers]
+
+    def check(self, questions: Iterable[Question], decoding: Decoding) -> None:
+        """Find a question that is too long before any is asked.
+
+        Raises:
+            ModelError: The language model cannot take it; names it.
+
+        Warns:
+            UserWarning: Once, if it can, but was not made for so many tokens.
+        """
+        lengths = (
+            (one.name, expanded_length(self.model, self.prompt(one.turns))) for one in questions
+        )
+        check_positions(self.model, lengths, decoding)
+
+    def _frames(self) -> tuple[Frames, Decoder]:
+        frames = find_frames(self.template, self.tokenizer)
+        warn_without_end(self.template.name, frames)
+        return frames, Decoder(self.tokenizer)
 
     def _with_answer(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         answered = (*turns, Turn("assistant", (TextPart("a"),)))
         # one that trains everything has no span that begins with the answer
         template = replace(self.template, trains="answers")
-        encoded = encode_batch([Record("", "", "", answered, ())], self.tokenizer, template)[0]
+        record = Record("", "", "", answered, ())
+        encoded = encode_batch([record], self.tokenizer, template, warn=False)[0]
         return encoded.input_ids, encoded.label_spans
 
     def _pixels(self, question: Question) -> NDArray[np.uint8]:
@@ -133,33 +177,9 @@ class Assistant:
                 ) from None
         return made
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-
-class _Stream:
-    """Turns ids into pieces of text; a letter of several tokens waits for its last."""
-
-    def __init__(
-        self, decode: Callable[[list[int]], str], end_id: int, on_text: Callable[[str], None]
-    ) -> None:
-        self._decode, self._end_id, self._on_text = decode, end_id, on_text
-        self._ids: list[int] = []
-        self._said = 0
-
-    def __call__(self, newest: list[int]) -> None:
-        if newest[0] == self._end_id:
-            return
-        self._ids.append(newest[0])
-        if not self._decode(self._ids).endswith(UNFINISHED):
-            self.flush()
-
-    def flush(self) -> None:
-        """Say what is left, a letter that stayed unfinished included."""
-        text = self._decode(self._ids)
-        if len(text) > self._said:
-            self._on_text(text[self._said :])
-            self._said = len(text)
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from lapilli.data.dataset import Dataset, open_dataset
-from lapilli.data.mixture import TRAIN
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.manifest import Manifest
+from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
-from lapilli.train.answers import Asked, ask_first, end_ids
+from lapilli.train.answers import Asked, RowReader, ask_first
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG, require_missing
 from lapilli.train.loop import check_model, data_facts
@@ -31,7 +32,9 @@ __all__ = [
     "Scores",
     "Trained",
     "answer_dataset",
+    "chosen_split",
     "image_order",
+    "is_trained_on",
     "load_trained",
     "open_test",
     "score",
@@ -46,25 +49,31 @@ class Answer(Asked):
         index: Its place in the dataset.
         image_index: The sample whose images were shown; `index` unless images are shuffled.
         source: The record's source: the kind of the question.
+        split: The part of the dataset it is of.
+        trained_on: Whether the run was trained on that part of this dataset.
     """
 
     index: int
     image_index: int
     source: str
+    split: str = TRAIN
+    trained_on: bool = False
 
     @property
     def right(self) -> bool:
-        """Exact match; spaces around an answer and special tokens do not count."""
+        """Exact match; spaces around an answer, special tokens and its end do not count."""
         return self.given == self.expected
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Share of right answers, over all and by source."""
+    """Share of right answers, over all and by source, and what was asked."""
 
     accuracy: float
     by_source: dict[str, float]
     questions: int
+    split: str = TRAIN
+    trained_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ def answer_dataset(
     batch: int = 256,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Ask every record's first question and decode greedily.
+    """Ask every record's first question and decode greedily, up to the template's end of answers.
 
     Args:
         model: The model.
@@ -144,16 +153,23 @@ def answer_dataset(
 
     Returns:
         One answer a record, in the dataset's order.
+
+    Raises:
+        DataError: It cannot be told where a question ends.
+        ModelError: A question is longer than the language model can take.
+
+    Warns:
+        UserWarning: With the number of expected answers that have the end in the middle.
     """
-    tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
-    ends = [_end_id(dataset)]
+    reader = RowReader.of(dataset)
+    longest = max(reader.answer_length(dataset.token_row(i)) for i in range(len(dataset)))
     shown = image_order(dataset.num_images, shuffle_images)
     answers: list[Answer | None] = [None] * len(dataset)
     done = 0
     for indices in _batches(dataset.lengths, batch):
         samples = [dataset.sample(int(i)) for i in indices]
         pixels = [dataset.sample(int(shown[i])).pixels for i in indices]
-        asked = ask_first(model, samples, tokenizer, ends=ends, pixels=pixels)
+        asked = ask_first(model, samples, reader, most_tokens=longest, pixels=pixels)
         for index, one in zip(indices, asked, strict=True):
             source = one.sample_id.partition("/")[0]
             answers[index] = Answer(
@@ -161,22 +177,34 @@ def answer_dataset(
             )
         done += len(indices)
         on_progress(done, len(dataset))
-    return [answer for answer in answers if answer is not None]
+    found = [answer for answer in answers if answer is not None]
+    _warn_of_ends(found, reader)
+    return found
 
 
-def _end_id(dataset: Dataset) -> int:
-    """The id that every first answer ends with: what the template trained the model to stop at.
-
-    Raises:
-        TrainError: Answers end differently.
-    """
-    ends = end_ids(dataset.sample(index) for index in range(len(dataset)))
-    if len(ends) != 1:
-        raise TrainError(
-            f"{dataset.path}: answers end with {len(ends)} different tokens; expected one that the "
-            f"template {dataset.manifest.template!r} ends every answer with"
+def _warn_of_ends(answers: list[Answer], reader: RowReader) -> None:
+    """No model can give an answer beyond a text that ends answers."""
+    end = reader.frames.end_text if reader.frames.end_id is None else ""
+    count = sum(end in answer.expected for answer in answers) if end else 0
+    if count:
+        warnings.warn(
+            f"{count} of {len(answers)} expected answers have {end!r} in them, which ends an "
+            f"answer of template {reader.template.name}; they cannot be given",
+            stacklevel=3,
         )
-    return ends[0]
+
+
+def chosen_split(manifest: Manifest, asked: Literal["auto", "train", "held_out"]) -> str:
+    """The split that is asked: `auto` is what the dataset holds out, if it does, else the rest."""
+    if asked != "auto":
+        return asked
+    return HELD_OUT if manifest.mixture.get("held_out") else TRAIN
+
+
+def is_trained_on(run: Path, manifest: Manifest, split: str) -> bool:
+    """Whether a run's newest weights were trained on this split of this very dataset."""
+    found = checkpoint.newest_weights(run)
+    return split == TRAIN and found is not None and found.state["dataset"] == manifest.fingerprint
 
 
 def image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
@@ -203,4 +231,6 @@ def score(answers: list[Answer]) -> Scores:
     for answer in answers:
         by_source[answer.source].append(answer.right)
     shares = {name: float(np.mean(right)) for name, right in sorted(by_source.items())}
-    return Scores(float(np.mean([a.right for a in answers])), shares, len(answers))
+    accuracy = float(np.mean([a.right for a in answers]))
+    first = answers[0]
+    return Scores(accuracy, shares, len(answers), first.split, first.trained_on)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from lapilli.data.dataset import Dataset
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.errors import DataError
 from lapilli.model.trainable import set_modes
-from lapilli.train.answers import Asked, ask_first, end_ids
+from lapilli.train.answers import Asked, RowReader, ask_first
 from lapilli.train.config import RunConfig
 from lapilli.train.engine import gathered
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG
 from lapilli.train.json_lines import read_lines, write_lines
 
 __all__ = [
@@ -46,16 +43,17 @@ def choose_questions(dataset: Dataset, count: int) -> list[int]:
     """Places of samples in a dataset, from all over it, whose questions are asked.
 
     Raises:
-        TrainError: They have no questions: their template trains the whole of a conversation.
+        TrainError: It cannot be told where a question ends.
     """
-    settings: dict[str, Any] = json.loads((dataset.path / CONFIG).read_text(encoding="utf-8"))
-    if get_template(settings["template"]).trains == "all":
-        raise TrainError(
-            f"generate_every: the template of {dataset.path}, {settings['template']}, trains whole "
-            "conversations, so that no question stands before an answer; set generate_every: 0"
-        )
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
-    return np.unique(places.astype(np.int64)).tolist()
+    chosen: list[int] = np.unique(places.astype(np.int64)).tolist()
+    try:
+        reader = RowReader.of(dataset)
+        for index in chosen:
+            reader.first(dataset.sample(index))
+    except DataError as error:
+        raise TrainError(f"generate_every: {dataset.path}: {error}; or set it to 0") from None
+    return chosen
 
 
 class Generations:
@@ -72,10 +70,10 @@ class Generations:
     def __init__(self, dataset: Dataset, config: RunConfig, rank: int) -> None:
         self._dataset = dataset
         self._indices = choose_questions(dataset, config.generate_samples)
-        self._ends = end_ids(map(dataset.sample, self._indices))
+        self._reader = RowReader.of(dataset)
         self._rows = config.micro_batch
-        self._tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
-        self._most_tokens = config.generate_tokens
+        longest = max(self._reader.answer_length(dataset.token_row(i)) for i in self._indices)
+        self._most_tokens = min(longest, config.generate_tokens)
         self._gathered = gathered if config.zero_stage == 3 else None
         self._run = Path(config.output) if rank == 0 else None
 
@@ -86,7 +84,7 @@ class Generations:
         for start in range(0, len(self._indices), self._rows):
             samples = map(self._dataset.sample, self._indices[start : start + self._rows])
             asked += ask_first(
-                engine.module, [*samples], self._tokenizer, ends=self._ends,
+                engine.module, [*samples], self._reader,
                 most_tokens=self._most_tokens, gathered=self._gathered,
             )  # fmt: skip
         set_modes(engine.module)

@@ -20,7 +20,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.step import to_device
 
-__all__ = ["HeldOut", "check_same_tokenizer", "open_held_out"]
+__all__ = ["HeldOut", "check_same_tokenizer", "held_out_buckets", "open_held_out"]
 
 
 def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
@@ -76,7 +76,7 @@ class HeldOut:
         count = min(config.eval_samples, len(dataset))
         chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         longest = int(dataset.lengths[chosen].max())
-        self._shape = replace(shape, buckets=_buckets(longest), text_buckets=())
+        self._shape = replace(shape, buckets=held_out_buckets(longest), text_buckets=())
         self._chunks = _chunks(chosen, dataset, shape.rows)
         self._tokens = int(dataset.num_trained[chosen].sum())
 
@@ -107,7 +107,7 @@ class HeldOut:
         return math.fsum(losses.tolist()) / max(1, self._tokens)
 
 
-def _buckets(longest: int) -> tuple[int, ...]:
+def held_out_buckets(longest: int) -> tuple[int, ...]:
     """At most four lengths, evenly spaced, multiples of 8; the last holds the longest sample."""
     step = -(-longest // 32) * 8
     return tuple(range(step, longest + step, step))

@@ -26,6 +26,7 @@ from lapilli.model.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train import checkpoint
 from lapilli.train.config import RunConfig
+from lapilli.train.context import check_context
 from lapilli.train.device import (
     NO_HABANA,
     RESOURCE,
@@ -140,14 +141,15 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     _check_config(run, config)
     # No weight is read before dataset, view and sizes are known to fit.
     outline = read_outline(config.model)
-    dataset = _open_datasets(outline, config) if outline else None
+    opened = _open_datasets(outline, config) if outline else None
     attention = choose_attention(
         config.model.language.attention, language_settings(config.model.language)
     )
     model, start_weights = _look_at(config)
-    dataset = _open_datasets(model, config) if dataset is None else dataset
+    dataset, held_out = opened or _open_datasets(model, config)
     check_model(model, dataset)
     check_start(start_weights, dataset)
+    check_context(model, dataset, held_out, on_note)
     longest = int(dataset.lengths.max())
     config = follow(
         config, None if config.micro_batch else device_memory(device),
@@ -182,15 +184,17 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     )  # fmt: skip
 
 
-def _open_datasets(model: VisionLanguageModel | Outline, config: RunConfig) -> Dataset:
-    """The run's dataset, after a look at it and at the held-out one."""
+def _open_datasets(
+    model: VisionLanguageModel | Outline, config: RunConfig
+) -> tuple[Dataset, Dataset | None]:
+    """The run's dataset and the held-out one, checked to fit the model."""
     dataset = open_for(model, config)
     if held_out := open_held_out(config, dataset.image_tokens):
         check_model(model, held_out)
         check_same_tokenizer(dataset, held_out)
         if config.generate_every:
             choose_questions(held_out, config.generate_samples)
-    return dataset
+    return dataset, held_out
 
 
 def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:

@@ -1,0 +1,163 @@
+"""Files of questions, in the form of LLaVA's: JSON lines, read as a whole before anything is asked.
+
+Every key of a line is used, known to be of no use here and counted, or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lapilli.data.access import is_file
+from lapilli.data.errors import DataError
+from lapilli.data.record import excerpt, is_unicode
+from pipelines.command import say
+
+__all__ = ["Asked", "existing", "read_questions"]
+
+USED = ("question_id", "text", "image", "images")
+# What question files of LLaVA-Bench, POPE, MME, VizWiz, TextVQA and MM-Vet have for their scoring.
+UNUSED = (
+    "category",
+    "label",
+    "answer",
+    "answers",
+    "capability",
+    "question_type",
+    "source",
+    "split",
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with where it comes from.
+
+    Attributes:
+        question_id: As the answers name it: text or a number.
+        text: What is asked, as the file has it.
+        images: The image files that are shown, in their order.
+        name: What an error calls it.
+    """
+
+    question_id: str | int
+    text: str
+    images: tuple[Path, ...]
+    name: str
+
+
+def existing(path: Path, what: str) -> Path:
+    """The path of a file.
+
+    Raises:
+        DataError: It is not there.
+    """
+    if not is_file(path):
+        raise DataError(f"{what}: {excerpt(str(path), 300)} is not there; expected a file")
+    return path
+
+
+def read_questions(path: Path, images: Path) -> list[Asked]:
+    """Read a file of questions; says which keys play no part.
+
+    Args:
+        path: JSON lines.
+        images: Folder that their images are in.
+
+    Raises:
+        DataError: No such file, or a line that is no question; names it by its number.
+    """
+    asked: list[Asked] = []
+    unused: Counter[str] = Counter()
+    for number, line in _lines(path):
+        where = f"{path} line {number}"
+        row = _object(line, where)
+        unused.update(row.keys() & {*UNUSED})
+        files = tuple(existing(images / key, f"{where}: image") for key in _image_keys(row, where))
+        asked.append(Asked(_question_id(row, where), _text(row, where), files, where))
+    if not asked:
+        raise DataError(f"questions: {path} is empty; expected a question a line")
+    if unused:
+        counts = ", ".join(f"{name} ({count} lines)" for name, count in sorted(unused.items()))
+        say(f"{path}: of no use here, and not asked: {counts}")
+    return asked
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers; other separators than newlines are text."""
+    try:
+        text = existing(path, "questions").read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"questions: {path} is not UTF-8 text; expected JSONL") from None
+    except OSError as error:
+        raise DataError(f"questions: {path} cannot be read ({error.strerror})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: object = json.loads(line)
+    except (ValueError, RecursionError):  # the second where it is nested deeply
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: expected an object with question_id, text and maybe image or images"
+        )
+    fields = cast("dict[str, Any]", row)
+    for name in fields:
+        if name not in USED + UNUSED:
+            raise DataError(
+                f"{where}: unknown key '{excerpt(name)}'; the keys are {', '.join(USED)}, and "
+                f"{', '.join(UNUSED)}, which are not used"
+            )
+    for name in ("question_id", "text"):
+        if name not in fields:
+            raise DataError(
+                f"{where}: no {name}; expected an object with question_id, text and maybe image or "
+                "images"
+            )
+    return fields
+
+
+def _question_id(row: dict[str, Any], where: str) -> str | int:
+    value: object = row["question_id"]
+    if isinstance(value, str) and is_unicode(value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise DataError(f"{where}: question_id is {_shown(value)}; expected text or a whole number")
+
+
+def _text(row: dict[str, Any], where: str) -> str:
+    value: object = row["text"]
+    if isinstance(value, str) and is_unicode(value):
+        return value
+    raise DataError(f"{where}: text is {_shown(value)}; expected what is asked, as Unicode text")
+
+
+def _image_keys(row: dict[str, Any], where: str) -> list[str]:
+    """The keys under `image` or `images`, either of which may hold one or a list."""
+    named = [name for name in ("image", "images") if name in row]
+    if not named:
+        return []
+    if len(named) == 2:
+        raise DataError(f"{where}: image and images are both there; expected one of them")
+    value: object = row[named[0]]
+    keys = cast("list[object]", value) if isinstance(value, list) else [value]
+    for key in keys:
+        if not isinstance(key, str) or not key or not is_unicode(key) or "\0" in key:
+            raise DataError(
+                f"{where}: {named[0]} holds {_shown(key)}; expected a file below --images, or a "
+                f"list of such; leave {named[0]} out where there is none"
+            )
+    return cast("list[str]", keys)
+
+
+def _shown(value: object) -> str:
+    return excerpt(json.dumps(value, ensure_ascii=True), 60)
