@@ -111,7 +111,8 @@ BRANDS: tuple[tuple[tuple[bytes, ...], FileKind], ...] = (
 )  # fmt: skip
 QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
-PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95|[\x58\x8c\x63\x7d\x5d\x28\x8a\x4a\x4b\x71])", re.S)
+# A protocol and the first instruction of pickles of containers, texts, bytes, numbers and globals.
+PICKLE = re.compile(rb"\x80[\x02-\x05][\x95\x8c\x8d\x8e\x8a\x88\x89XBCKJMGNTUc}\](]")
 MARKUP = re.compile(rb"(?:<!--.*?-->|<\?.*?\?>|<!doctype[^>]*>|\s)*", re.S | re.I)
 
 

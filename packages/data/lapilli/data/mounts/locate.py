@@ -188,11 +188,10 @@ class Mount:
         if is_inside(key):
             folder, name = _split(self._path(key))
             reached = self._reach(folder)
-            # A folder that a repair led to waits for the recipe's word on it.
             if (
                 isinstance(reached, _Reached)
                 and name in reached.folder.listing.files
-                and (reached.repair in EXACT or not self.aliases)
+                and reached.repair in EXACT
             ):
                 path = self._path(key)
                 return self._take(key, _Candidate(reached.folder, name, reached.repair, path))
