@@ -24,8 +24,9 @@ from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, decode, square
 from lapilli.data.lock import only_writer
 from lapilli.data.mounts import Located, read_image
+from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.published import ANNOTATIONS
-from lapilli.data.record import Entry, Verdict
+from lapilli.data.record import Entry, Verdict, excerpt
 from lapilli.data.selection import quarantine_table
 from lapilli.data.shards import write_atomic
 from lapilli.data.survey import Survey, survey
@@ -78,7 +79,7 @@ def check(config: CheckConfig) -> Survey:
     config = config if config.sources else find_published(config)
     started = time.monotonic()
     for source in config.sources:
-        files = ", ".join(str(root / pattern) for pattern in source.patterns)
+        files = ", ".join(p if is_remote(p) else str(root / p) for p in source.patterns)
         say(f"reading {files}, images below {root / source.images}")
     found = _look(config, decoded=None, last=not config.decode)
     if config.decode:
@@ -195,9 +196,12 @@ def tell(config: CheckConfig, found: Survey) -> None:
         say(f"  {number:,} images: {what}")
     for hole, keys in found.holes.items():
         say(f"  known, {len(keys):,} {hole.name} ({hole.remedy}): {_some(keys)}")
-    if found.repairs:
-        repairs = ", ".join(f"{kind} {number:,}" for kind, number in found.repairs.items())
-        say(f"  mended, and counted when built: {repairs}")
+    for kind, number in found.repairs.most_common():
+        key, image = found.mended[kind]
+        say(
+            f"  {number:,} keys mended ({kind}), "
+            f"first '{excerpt(key)}' read from '{excerpt(image)}'"
+        )
     tell_needs(config, found)
     if config.output:
         say(f"records with a problem: {config.output}")

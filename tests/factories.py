@@ -267,6 +267,9 @@ def _bad_images(root: Path) -> Iterator[tuple[Any, Reason]]:
         _put(root, f"bad/{kind}.jpg", bad_image(kind))
         yield conversation(f"image {kind}", f"bad/{kind}.jpg"), reason
     _put(root, "bad/folder.jpg/inside.txt", b"")
+    for kind in ("png", "gif"):
+        _put(root, f"bad/two.{kind}", image_bytes(kind))
+    yield conversation("image of two", "bad/two.jpg"), Reason.AMBIGUOUS_IMAGE
     outside = root.parent / f"{root.name}_outside.png"
     outside.write_bytes(image_bytes("png"))
     (root / "images" / "bad" / "link.png").symlink_to(outside.resolve())

@@ -63,6 +63,8 @@ def flip(file: Path) -> None:
         ("quarantine.parquet", flip, "damaged"),
         ("quarantine.parquet", cut, "damaged"),
         ("quarantine.parquet", Path.unlink, "missing"),
+        ("repairs.parquet", flip, "damaged"),
+        ("repairs.parquet", Path.unlink, "missing"),
     ],
 )
 def test_what_is_damaged_is_named_and_mended_to_the_same_bytes(

@@ -84,8 +84,8 @@ def test_two_candidates_are_no_repair(root: Path) -> None:
     for name in ("b.gif", "B.PNG", "twice.JPG", "Twice.jpg"):
         (root / "images" / "sub" / name).write_bytes(b"")
     mount = Mount(root, "images")
-    assert refused(mount, "sub/b.jpg").reason == Reason.IMAGE_MISSING
-    assert refused(mount, "sub/TWICE.jpg").reason == Reason.IMAGE_MISSING
+    assert refused(mount, "sub/b.jpg").reason == Reason.AMBIGUOUS_IMAGE
+    assert refused(mount, "sub/TWICE.jpg").reason == Reason.AMBIGUOUS_IMAGE
     assert found(mount, "sub/b.png") == "images/sub/b.png"
 
 

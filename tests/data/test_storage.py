@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
+from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.record import Reason, Verdict
@@ -85,6 +88,17 @@ def test_an_object_that_changes_after_the_plan_is_noticed(bucket: Path, tmp_path
     path.unlink()
     with pytest.raises(BadImage, match="was there when the build was planned"):
         read_image(tmp_path, place)
+
+
+def test_annotations_lie_in_a_bucket_too(bucket: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        text = json.dumps([conversation(f"r{number}")])
+        (bucket / f"part-{number}.json.gz").write_bytes(gzip.compress(text.encode()))
+    for pattern in ("s3://photos/part-{0,1}.json.gz", "s3://photos/part-*.json.gz"):
+        found = read_entries(SourceConfig("s", pattern), tmp_path)
+        assert [entry.record_id for entry in found] == ["r0", "r1"]
+    with pytest.raises(DataError, match=r"s3://photos/nowhere\.json"):
+        list(read_entries(SourceConfig("s", "s3://photos/nowhere.json"), tmp_path))
 
 
 def test_a_build_reads_its_images_from_a_bucket(bucket: Path, tmp_path: Path) -> None:

@@ -11,16 +11,26 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from webdataset.compat import WebDataset
 
 from lapilli.data.checks import read_entries
 from lapilli.data.config import MixtureConfig, SourceConfig
 from lapilli.data.dataset import open_dataset
 from lapilli.data.errors import DataError
+from lapilli.data.mounts import EXTENSIONS
 from lapilli.data.record import Record
 from pipelines.command import UsageError
 from pipelines.export import main
-from tests.factories import Mixture, build_dataset, make_mixture, make_tokenizer
+from tests.factories import (
+    Mixture,
+    build_dataset,
+    conversation,
+    make_mixture,
+    make_tokenizer,
+)
+
+EXTENSION_NAMES = {extension.removeprefix(".") for extension in EXTENSIONS}
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,29 @@ def test_extensions_say_what_the_files_are(material: Material, tmp_path: Path) -
     assert odd["gif"].startswith(b"GIF8")
     pair = next(s for s in every if b'"two images"' in s["json"])
     assert {"0.png", "1.png"} <= pair.keys()
+
+
+def test_any_format_is_exported_under_its_own_extension(tmp_path: Path) -> None:
+    """Named .jpg in the mixture, so that only the bytes tell; Pillow says what was written."""
+    root = tmp_path / "root"
+    root.mkdir()
+    formats = {"JPEG2000": "jp2", "PPM": "ppm", "TGA": "tga", "PNG": "png", "BMP": "bmp"}
+    for name in formats:
+        Image.new("RGB", (16, 12), (9, 99, 200)).save(root / f"{name}.jpg", format=name)
+    records = [conversation(name, f"{name}.jpg") for name in formats]
+    (root / "a.json").write_text(json.dumps(records))
+    mixture = Mixture(root, [SourceConfig("made_up", "a.json")], {}, [])
+    build_dataset(mixture, tmp_path / "out", make_tokenizer(tmp_path / "tokenizer"))
+    tars = Material(tmp_path, mixture).export(tmp_path / "shards", samples_per_tar=9)
+    found = {
+        json.loads(sample["json"])["id"]: next(name for name in sample if name in EXTENSION_NAMES)
+        for sample in samples(tars, "train")
+    }
+    assert found == formats
+    source = SourceConfig("again", "shards/*.tar", format="webdataset")
+    again = list(read_entries(source, tmp_path))
+    assert [entry.verdict for entry in again if not entry.verdict.kept] == []
+    assert sum(len(entry.record.images) for entry in again if entry.record) == len(formats)
 
 
 def hashes(folder: Path) -> dict[str, str]:

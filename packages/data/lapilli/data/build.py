@@ -37,6 +37,7 @@ from lapilli.data.selection import (
     read_token_rows,
     select,
     write_quarantine,
+    write_repairs,
 )
 from lapilli.data.shards import (
     INPUT_SCHEMA,
@@ -57,7 +58,7 @@ __all__ = ["BuildReport", "build", "check_disk", "task_bytes"]
 OWN_FILES = tuple(
     f"{name}{facts}"
     for name in ("tokens/*/*.arrow", "images/*/*.arrow", "selection*.arrow", "inputs*.arrow",
-                 "quarantine-*.parquet")
+                 "quarantine-*.parquet", "repairs-*.parquet")
     for facts in ("", ".json")
 )  # fmt: skip
 TOKENIZER = "tokenizer"  # a copy of its files, so that a dataset can be moved
@@ -210,7 +211,7 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
     bad_images = read_bad_images(output, images)
     _check_unchanged(bad_images)
     selection = select(plan, read_token_rows(output, tokens, plan.token_groups), bad_images)
-    selected, quarantined, inputs = _write_selection(plan, output, selection)
+    selected, quarantined, inputs, repaired = _write_selection(plan, output, selection)
     _save_tokenizer(plan, output)
     if plan.previous is None:  # of an amended dataset, when it is one
         _write_config(plan, output)
@@ -237,6 +238,7 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
         },
         quarantine=quarantined,
         inputs=inputs,
+        repairs=repaired,
     )
     write_manifest(output, manifest)
     return read_manifest(output)
@@ -276,8 +278,8 @@ def _save_tokenizer(plan: BuildPlan, output: Output) -> None:
 
 def _write_selection(
     plan: BuildPlan, output: Output, selection: Selection
-) -> tuple[ShardFacts, ShardFacts, ShardFacts]:
-    """Write selection, quarantine and inputs; of an amended dataset under names of their own."""
+) -> tuple[ShardFacts, ShardFacts, ShardFacts, ShardFacts]:
+    """Write selection, quarantine, inputs and repairs; an amended dataset's have other names."""
     mark = ""
     if plan.previous is not None:
         mark = f"-{digest(plan.digests)[:12]}"
@@ -289,7 +291,8 @@ def _write_selection(
     rows = [row for group in plan.token_groups for row in group.rows]
     columns = input_columns(plan.stamped, rows)
     inputs = write_shard(output, f"inputs{mark}.arrow", columns, INPUT_SCHEMA)
-    return selected, replace(quarantined, path=name), inputs
+    repaired = write_repairs(output / f"repairs{mark}.parquet", plan.repaired)
+    return selected, replace(quarantined, path=name), inputs, repaired
 
 
 def _write_config(plan: BuildPlan, output: Output) -> None:
@@ -304,10 +307,12 @@ def _tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
     for facts, name in (
         (manifest.selection, "selection.arrow"),
         (manifest.quarantine, "quarantine.parquet"),
+        (manifest.repairs, "repairs.parquet"),
     ):
         if facts is not None and facts.path != name:
             stand_for(output, facts, name)
-    named = {"selection.arrow", "quarantine.parquet", *(f.path for f in _files(manifest))}
+    named = {"selection.arrow", "quarantine.parquet", "repairs.parquet"}
+    named |= {facts.path for facts in _files(manifest)}
     for pattern in OWN_FILES:
         for path in list(output.glob(pattern)):
             if _name(path, output).removesuffix(".json") not in named:
@@ -331,7 +336,7 @@ def _shards(manifest: Manifest) -> list[ShardFacts]:
 
 
 def _files(manifest: Manifest) -> list[ShardFacts]:
-    others = (manifest.selection, manifest.quarantine, manifest.inputs)
+    others = (manifest.selection, manifest.quarantine, manifest.inputs, manifest.repairs)
     return [*_shards(manifest), *(facts for facts in others if facts is not None)]
 
 

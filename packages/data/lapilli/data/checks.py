@@ -11,7 +11,7 @@ from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
 from lapilli.data.sources import Source, get_source
 
-__all__ = ["Rules", "check_record", "read_entries"]
+__all__ = ["Rules", "check_record", "plain_rules", "read_entries"]
 
 Rules: TypeAlias = Callable[[Record], tuple[Record, Verdict]]
 """The record as it is to be used, and the verdict on it, its images unseen."""
@@ -78,15 +78,25 @@ def _entry(
     if isinstance(normalised, Verdict):
         return Entry(name, record_id, sample_id, element, None, normalised)
     turns, images = normalised
+    if images and not any(images) and not any(_is_marked(turn) for turn in turns):
+        images = ()  # an empty key means no image
     if config.path_prefix:
         images = tuple(_below(config.path_prefix, key) for key in images)
     record, verdict = rules(Record(record_id, sample_id, name, turns, images))
     return Entry(name, record_id, sample_id, element, record, verdict)
 
 
+def _is_marked(turn: Turn) -> bool:
+    return any(isinstance(part, ImagePart) for part in turn.parts)
+
+
 def _below(prefix: str, key: str) -> str:
-    """A key without the folder it began with where the file was written."""
-    return key.removeprefix(prefix).lstrip("/") if key.startswith(prefix) else key
+    """A key without the folder it began with where the file was written: whole folders only."""
+    if not key.startswith(prefix):
+        return key
+    rest = key.removeprefix(prefix)
+    is_whole = prefix.endswith(("/", "\\")) or not rest or rest[0] in "/\\"
+    return rest.lstrip("/\\") if is_whole else key
 
 
 def _unique(record_id: str, seen: Counter[str]) -> str:

@@ -23,11 +23,11 @@ from lapilli.data.checks import read_entries
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage
+from lapilli.data.located_entries import locate_images, open_mount
 from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
-from lapilli.data.mounts import Located, read_image
-from lapilli.data.plan import locate_images, open_mount
+from lapilli.data.mounts import EXTENSIONS, Located, read_image
 from lapilli.data.record import ImagePart, Record
 from lapilli.data.shards import open_table, write_atomic, write_json
 from lapilli.data.tokenize import llava_length
@@ -36,14 +36,7 @@ __all__ = ["ExportReport", "export_webdataset"]
 
 EXPORT = "export.json"  # written first: whose export a folder is, finished or not
 # The extension by what a file is, not by its name: a GIF called .jpg is a GIF.
-EXTENSIONS = {
-    "PNG": "png",
-    "GIF": "gif",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "TIFF": "tif",
-    "AVIF": "avif",
-}
+FORMATS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "SUN": "ras"}
 Progress = Callable[[int, int], None]
 
 
@@ -210,7 +203,7 @@ def _members(key: str, sample: _Sample, root: Path) -> dict[str, Any]:
         except BadImage as bad:
             raise _image_gone(f"{place.image_id}: {bad.detail}", root) from None
         prefix = f"{number}." if len(sample.places) > 1 else ""
-        extension = f"{prefix}{_extension(data)}"
+        extension = f"{prefix}{_extension(data, place.image_id)}"
         members[extension] = data
         names.append(f"{key}.{extension}")
     members["json"] = json.dumps(_message_form(sample.record, names), ensure_ascii=False).encode()
@@ -240,9 +233,17 @@ def _image_gone(detail: str, root: Path) -> DataError:
     )
 
 
-def _extension(data: bytes) -> str:
+def _extension(data: bytes, image_id: str) -> str:
+    """The extension of an image's format; one that reading the tars again knows."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return EXTENSIONS.get(image.format or "", "jpg")
+            found = image.format or ""
     except (UnidentifiedImageError, OSError, ValueError):
-        return "jpg"
+        found = ""
+    extension = FORMATS.get(found, found.lower())
+    if f".{extension}" not in EXTENSIONS:
+        raise DataError(
+            f"image {image_id} is of format {found or 'unknown'}, which has no extension in a tar; "
+            "convert it to PNG and preprocess again, or leave its records out (`exclude`)"
+        )
+    return extension

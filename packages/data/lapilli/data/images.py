@@ -14,6 +14,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from lapilli.data.errors import DataError
+from lapilli.data.file_kinds import what_it_is_instead
 from lapilli.data.record import Reason
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def decode(data: bytes, spec: ImageSpec, resizer: Resizer = "torch") -> Decoded:
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly any class on damaged input
-        detail = f"{len(data)} bytes: {_describe(error)}"
+        instead = isinstance(error, UnidentifiedImageError) and what_it_is_instead(data, "image")
+        detail = f"{len(data)} bytes: {instead or _describe(error)}"
         raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
 
 

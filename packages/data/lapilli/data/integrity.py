@@ -26,6 +26,7 @@ from lapilli.data.shards import ShardFacts, sha256_file
 __all__ = ["Damage", "Verification", "repair_dataset", "verify_dataset"]
 
 QUARANTINE = "quarantine.parquet"
+REPAIRS = "repairs.parquet"
 REPORT = "report.html"
 
 Problem: TypeAlias = Literal["missing", "cut short", "too long", "damaged"]
@@ -88,7 +89,11 @@ def verify_dataset(
             on_progress(done, total)
     if problem := _quarantine_problem(path, manifest):
         damaged.append(Damage(QUARANTINE, problem))
-    return Verification(damaged, _foreign(path, manifest), len(shards) + 1, total)
+    repairs = manifest.repairs
+    if repairs is not None and (problem := _problem(path, replace(repairs, path=REPAIRS))):
+        damaged.append(Damage(REPAIRS, problem))
+    files = len(shards) + (2 if repairs else 1)
+    return Verification(damaged, _foreign(path, manifest), files, total)
 
 
 def _shards(manifest: Manifest) -> list[ShardFacts]:
@@ -129,7 +134,7 @@ def _quarantine_problem(path: Path, manifest: Manifest) -> Problem | None:
 
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:
-    own = {NAME, PLAN, CONFIG, QUARANTINE, REPORT}
+    own = {NAME, PLAN, CONFIG, QUARANTINE, REPAIRS, REPORT}
     for shard in _shards(manifest):
         own |= {shard.path, f"{shard.path}.json"}
     return sorted(name for name in _files(path) if name not in own)

@@ -68,6 +68,7 @@ class Manifest:
         quarantine: Facts of the file of quarantined records.
         inputs: Facts of the file that says which image and record each slot and row was made of;
             `--amend` begins there.
+        repairs: Facts of the file of keys that were mended.
     """
 
     format: int
@@ -84,6 +85,7 @@ class Manifest:
     versions: dict[str, str]
     quarantine: ShardFacts | None = None
     inputs: ShardFacts | None = None
+    repairs: ShardFacts | None = None
 
 
 def digest(value: Any) -> str:
@@ -135,7 +137,7 @@ def _parse(fields: Mapping[str, Any]) -> Manifest:
     values = dict(fields)
     values["tokens"] = [ShardFacts(**shard) for shard in fields["tokens"]]
     values["selection"] = ShardFacts(**fields["selection"])
-    for name in ("quarantine", "inputs"):
+    for name in ("quarantine", "inputs", "repairs"):
         values[name] = ShardFacts(**fields[name]) if fields.get(name) else None
     values["views"] = {
         name: ViewFacts(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
 
 from lapilli.data.access import is_folder
 from lapilli.data.amend import (
@@ -28,16 +30,18 @@ from lapilli.data.amend import (
     row_stamp,
 )
 from lapilli.data.backend import check_agreement
-from lapilli.data.checks import Rules, check_record, read_entries
+from lapilli.data.checks import Rules, check_record
 from lapilli.data.codecs import Codecs, resolve_codecs
 from lapilli.data.compat import check_as_llava, encode_as_llava
-from lapilli.data.config import BuildConfig, SourceConfig
+from lapilli.data.config import BuildConfig
 from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
+from lapilli.data.located_entries import entries_of, locate_images, open_mount, take_back
 from lapilli.data.manifest import FORMAT, digest
 from lapilli.data.mixture import check_sources
-from lapilli.data.mounts import Located, Mount
+from lapilli.data.mounts import Located
+from lapilli.data.mounts.repairs import repairs_table
 from lapilli.data.originals import Originals
 from lapilli.data.output import open_output
 from lapilli.data.record import (
@@ -70,8 +74,6 @@ __all__ = [
     "Task",
     "TokenTask",
     "check_quarantined",
-    "locate_images",
-    "open_mount",
     "plan_build",
     "quarantine_error",
     "source_bytes",
@@ -96,6 +98,7 @@ class BuildPlan:
         stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
         entry_images: Image ids of each entry, () for one not kept.
         repairs: How many keys were mended, by kind.
+        repaired: Every key that was mended, with the file it is read from; see `REPAIRS_SCHEMA`.
         tokenizer: Facts of the tokenizer.
         template: The template.
         views: Every view to make, `original` among them if it is.
@@ -112,6 +115,7 @@ class BuildPlan:
     stamped: list[Stamped]
     entry_images: list[tuple[str, ...]]
     repairs: dict[str, int]
+    repaired: pa.Table
     tokenizer: TokenizerFacts
     template: Template
     views: dict[str, ImageSpec]
@@ -284,26 +288,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     previous = read_previous(output)
     originals = Originals(previous, output.resolve())
     rules = partial(_rules, template=template, compat=config.compat)
-    entries: list[PackedEntry] = []
-    entry_images: list[tuple[str, ...]] = []
-    located: dict[str, Located] = {}
-    repairs: Counter[str] = Counter()
-    unseen = set(config.exclude)
-    for source in config.sources:
-        mount = open_mount(source, config, root)
-        if not originals:
-            mount.require()
-        for entry in _entries_of(source, root, rules):
-            checked, places = locate_images(_without(entry, unseen), mount)
-            if checked.verdict.reason == Reason.IMAGE_MISSING:
-                checked, places = originals.locate(entry, checked)
-            for place in places:
-                located.setdefault(place.image_id, place)
-            images = tuple(place.image_id for place in places)
-            entries.append(checked.pack())
-            entry_images.append(images)
-        repairs.update(mount.repairs)
-    _check_all_seen(unseen)
+    read = _read_sources(config, root, rules, originals)
+    entries, entry_images, located = read.entries, read.entry_images, read.located
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     check_agreement(loaded, _first_texts(entries))
@@ -319,9 +305,47 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     folder = _token_folder(config, tokenizer, template)
     groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
     return BuildPlan(
-        config, entries, located, arrange_slots(stamps, previous), entry_images, dict(repairs),
-        tokenizer, template, views, codecs, folder, groups, previous, digests,
+        config, entries, located, arrange_slots(stamps, previous), entry_images,
+        dict(read.repairs), pa.concat_tables(read.repaired), tokenizer, template, views, codecs,
+        folder, groups, previous, digests,
     )  # fmt: skip
+
+
+@dataclass
+class _Read:
+    """What was read of the sources; the fields are those of `BuildPlan`."""
+
+    entries: list[PackedEntry] = field(default_factory=list[PackedEntry])
+    entry_images: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
+    located: dict[str, Located] = field(default_factory=dict[str, Located])
+    repairs: Counter[str] = field(default_factory=Counter[str])
+    repaired: list[pa.Table] = field(default_factory=list[pa.Table])
+
+
+def _read_sources(config: BuildConfig, root: Path, rules: Rules, originals: Originals) -> _Read:
+    """Every entry of every source with its verdict and its images."""
+    read = _Read()
+    unseen = set(config.exclude)
+    for source in config.sources:
+        mount = open_mount(source, config, root)
+        if not originals:
+            mount.require()
+        first = len(read.entries)
+        for entry in entries_of(source, root, rules):
+            checked, places = locate_images(_without(entry, unseen), mount)
+            if checked.verdict.reason == Reason.IMAGE_MISSING:
+                checked, places = originals.locate(entry, checked)
+            for place in places:
+                read.located.setdefault(place.image_id, place)
+            read.entries.append(checked.pack())
+            read.entry_images.append(tuple(place.image_id for place in places))
+        take_back(mount.settle(), read.entries, read.entry_images, first)
+        read.repairs.update(mount.repairs)
+        read.repaired.append(repairs_table(source.name, mount.repaired()))
+    used = {name for images in read.entry_images for name in images}
+    read.located = {name: place for name, place in read.located.items() if name in used}
+    _check_all_seen(unseen)
+    return read
 
 
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
@@ -390,37 +414,6 @@ def _first_texts(entries: Iterable[PackedEntry], most: int = 512) -> Iterable[st
     records = _kept_records(entries)
     texts = (turn.text for record in records for turn in record.turns if turn.text)
     return islice(texts, most)
-
-
-def _entries_of(source: SourceConfig, root: Path, rules: Rules) -> Iterable[Entry]:
-    """The entries of a source, at least one."""
-    empty = True
-    for entry in read_entries(source, root, rules):
-        empty = False
-        yield entry
-    if empty:
-        raise DataError(
-            f"annotations: {root}: {', '.join(source.patterns)} holds no record, expected at least "
-            f"one; check the file or take source {source.name} out of the recipe"
-        )
-
-
-def open_mount(source: SourceConfig, config: BuildConfig, root: Path) -> Mount:
-    """Where a source's images are found."""
-    return Mount(root, source.images, source.aliases, tuple(config.extra_roots))
-
-
-def locate_images(entry: Entry, mount: Mount) -> tuple[Entry, tuple[Located, ...]]:
-    """Find an entry's images; one that is not found is its verdict."""
-    if entry.record is None or not entry.verdict.kept:
-        return entry, ()
-    found: list[Located] = []
-    for key in entry.record.images:
-        place = mount.locate(key)
-        if isinstance(place, Verdict):
-            return replace(entry, verdict=place), ()
-        found.append(place)
-    return entry, tuple(found)
 
 
 def check_quarantined(entries: Sequence[Entry | PackedEntry], most: float) -> None:

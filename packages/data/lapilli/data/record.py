@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 __all__ = [
     "Entry",
@@ -90,6 +91,7 @@ class Reason(StrEnum):
     IMAGE_MARKER_COUNT = "image_marker_count"
     IMAGE_MISSING = "image_missing"
     IMAGE_UNREADABLE = "image_unreadable"
+    AMBIGUOUS_IMAGE = "ambiguous_image"
     IMAGE_OUTSIDE_ROOT = "image_outside_root"
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_TOO_LARGE = "image_too_large"
@@ -168,11 +170,23 @@ class PackedEntry:
 
 
 def element_json(element: Any) -> str:
-    """An element as JSON text in ASCII."""
+    """An element as JSON text in ASCII. NaN and Infinity, which JSON lacks, are written as text."""
     try:
-        return json.dumps(element, default=str)  # Parquet has dates and bytes
+        try:
+            return json.dumps(element, default=str, allow_nan=False)  # Parquet has dates and bytes
+        except ValueError:
+            return json.dumps(_without_nan(element), default=str)
     except RecursionError:
         return json.dumps("an element nested too deeply to be written")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        fields = cast("dict[Any, Any]", value)
+        return {_without_nan(name): _without_nan(item) for name, item in fields.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def element_digest(text: str) -> bytes:

@@ -24,10 +24,10 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.dataset import open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, decode
+from lapilli.data.located_entries import open_mount
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.page import Figure, GalleryItem, Page
-from lapilli.data.plan import open_mount
 from lapilli.data.record import Verdict, excerpt
 from lapilli.data.shards import OK, ShardFacts, open_table
 from lapilli.data.sources import get_source
@@ -54,6 +54,7 @@ REMEDIES = {
     "image_marker_count": "mark each image once, in order, with <image> in a question",
     "image_unreadable": "give the user that builds the right to read it, or see to its disk",
     "image_missing": "put the file where its key says, or set `images` or `aliases`",
+    "ambiguous_image": "name the file as it is called: another key, or another file, is as near",
     "image_outside_root": "use a key below the root, or name the folder in `extra_roots`",
     "image_undecodable": "get the file again; it is damaged or no image",
     "image_too_large": "scale the file down, or raise `max_pixels`",
@@ -303,6 +304,7 @@ def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildCo
             ["image keys mended", "times"],
             [[kind, times] for kind, times in repairs.items()],
         )
+        page.text("Every key with the file it is read from is in repairs.parquet.")
     else:
         page.text("No image key had to be mended.")
 

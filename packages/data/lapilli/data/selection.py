@@ -35,6 +35,7 @@ __all__ = [
     "read_token_rows",
     "select",
     "write_quarantine",
+    "write_repairs",
 ]
 
 ROWS_AT_ONCE = 8192
@@ -187,6 +188,14 @@ def write_quarantine(
         path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True)
     )
     return replace(facts, rows=len(bad))
+
+
+def write_repairs(path: Output, repaired: pa.Table) -> ShardFacts:
+    """Write every key that was mended, with the file it is read from, as Parquet; its facts."""
+    facts = write_atomic(
+        path, lambda temporary: pq.write_table(repaired, temporary, write_page_checksum=True)
+    )
+    return replace(facts, rows=len(repaired))
 
 
 def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:

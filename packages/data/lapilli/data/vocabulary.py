@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,15 @@ from tokenizers import (
     trainers,
 )
 
-from lapilli.data.access import exists, is_folder, require_readable, subpaths
+from lapilli.data.access import is_folder, require_readable, subpaths
 from lapilli.data.errors import DataError
+from lapilli.data.tokenizer_folder import (
+    VOCABULARIES,
+    check_files,
+    sentencepiece_defect,
+    unpacked,
+    what_is_wrong,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,21 +62,37 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     A folder with a SentencePiece `tokenizer.model` and no `tokenizer.json` gets its merges in the
     order of the model's scores: transformers 5 converts it without the scores, which changes the
     ids of runs of spaces. A folder with Qwen-7B's `qwen.tiktoken` is converted too, without the
-    package tiktoken.
+    package tiktoken. Files that are packed (`tokenizer.json.gz`, `.xz`, `.zst`) are unpacked.
 
     Raises:
-        DataError: If there is no such tokenizer, or it has no Rust backend.
+        DataError: If there is no such tokenizer, it has no Rust backend, or one of its files is
+            something else or cut short.
     """
+    _check_folder(name_or_dir)
+    if not Path(name_or_dir).is_dir():
+        return _load(name_or_dir)
+    check_files(Path(name_or_dir))
+    with unpacked(Path(name_or_dir)) as folder:
+        tokenizer: Any = _load(folder)
+    if str(folder) != str(name_or_dir):
+        tokenizer.name_or_path = str(name_or_dir)
+    return tokenizer
+
+
+def _load(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     import transformers
 
-    _check_folder(name_or_dir)
     folder = Path(name_or_dir)
     if (folder / TIKTOKEN).is_file() and not (folder / "tokenizer.json").exists():
         return _qwen_tokenizer(folder)
     loader: Any = transformers.AutoTokenizer
     try:
         tokenizer: Any = loader.from_pretrained(str(name_or_dir), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the Rust library raises `Exception` itself for a damaged file
+        if folder.is_dir() and (wrong := what_is_wrong(folder)):
+            raise DataError(f"tokenizer {wrong}") from error
+        if not isinstance(error, (OSError, ValueError, ImportError)):
+            raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"tokenizer {str(name_or_dir)!r} could not be loaded ({first_line}); give a folder "
@@ -80,7 +104,7 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer {str(name_or_dir)!r} has no fast (Rust) backend; "
             "convert it to a tokenizer.json"
         )
-    model_file = _sentencepiece_file(tokenizer)
+    model_file = _model_file(tokenizer)
     if model_file is not None and not model_file.with_name("tokenizer.json").exists():
         converted = tokenizer.backend_tokenizer.model
         if isinstance(converted, models.BPE):
@@ -95,8 +119,10 @@ def second_opinion(tokenizer: Any) -> tuple[str, Callable[[str], Sequence[int]]]
         Its name and a function from text to ids without special tokens: sentencepiece for a
         `tokenizer.model`, the package tiktoken, where it is installed, for a `.tiktoken` file.
     """
-    model_file = _sentencepiece_file(tokenizer)
-    if model_file is not None:
+    model_file = _model_file(tokenizer)
+    if model_file is not None and (defect := sentencepiece_defect(model_file)):
+        warnings.warn(f"{model_file} is left aside, no id is compared: {defect}", stacklevel=2)
+    elif model_file is not None:
         from sentencepiece import SentencePieceProcessor
 
         pieces: Any = SentencePieceProcessor(model_file=str(model_file))
@@ -170,12 +196,12 @@ def _check_folder(name_or_dir: str | Path) -> None:
     if looks_like_path and not is_folder(path):
         raise DataError(f"tokenizer folder {path} does not exist; check --tokenizer")
     # Its settings alone are not enough: transformers 5 would make an empty tokenizer of them.
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", TIKTOKEN)
     if not is_folder(path):
         return
-    if not any(exists(path / name) for name in files):
+    names = {f.name.removesuffix(s) for f in subpaths(path) for s in ("", ".gz", ".xz", ".zst")}
+    if names.isdisjoint(VOCABULARIES):
         raise DataError(
-            f"tokenizer folder {path} holds no tokenizer (none of {', '.join(files)}); "
+            f"tokenizer folder {path} holds no tokenizer (none of {', '.join(VOCABULARIES)}); "
             "copy the model's tokenizer files there"
         )
     for file in subpaths(path):
@@ -183,7 +209,7 @@ def _check_folder(name_or_dir: str | Path) -> None:
             require_readable(file)
 
 
-def _sentencepiece_file(tokenizer: Any) -> Path | None:
+def _model_file(tokenizer: Any) -> Path | None:
     """The SentencePiece model a tokenizer was made from, or that lies beside its files."""
     named = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
     beside = Path(str(getattr(tokenizer, "name_or_path", "") or "")) / "tokenizer.model"
@@ -263,7 +289,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     try:
         lines = path.read_text(encoding="ascii").split("\n")
         pairs = [line.split() for line in lines if line]
-        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("a rank is missing: it is cut short or damaged")
+        return ranks
     except (OSError, ValueError, binascii.Error) as error:
         raise DataError(
             f"tokenizer {path} is no list of base64 tokens and ranks ({error}); download it again"

@@ -10,9 +10,11 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import IO
 
 from lapilli.data.access import is_denied
+from lapilli.data.file_kinds import SNIFFED, what_it_is_instead
 from lapilli.data.mounts.places import Member
 from lapilli.data.record import Reason, excerpt
 
@@ -30,16 +32,27 @@ class BadArchive(Exception):
 
 
 class Index:
-    """The members of an archive by folder, then by name; `""` is the archive's top."""
+    """The members of an archive by folder, then by name; `""` is the archive's top.
+
+    `backslashed` are the members, by folder and name, whose paths were written with backslashes.
+    """
 
     def __init__(self) -> None:
         self.folders: dict[str, dict[str, Member | str]] = {"": {}}
         self.children: dict[str, set[str]] = {"": set()}
+        self.backslashed: set[tuple[str, str]] = set()
 
     def add(self, name: str, member: Member | str) -> None:
         """Add a member, or the reason why it cannot be read; a later one of a name replaces it."""
-        folder, _, last = name.removeprefix("./").rpartition("/")
+        folder, _, last = _tidy(name).rpartition("/")
         self._folder(folder)[last] = member
+
+    def add_backslashed(self, name: str, member: Member | str) -> None:
+        """Add a member whose path has backslashes, below what has the same path with slashes."""
+        folder, _, last = _tidy(name.replace("\\", "/")).rpartition("/")
+        if last not in self._folder(folder):
+            self._folder(folder)[last] = member
+            self.backslashed.add((folder, last))
 
     def _folder(self, path: str) -> dict[str, Member | str]:
         if path not in self.folders:
@@ -58,6 +71,13 @@ class Index:
         return nearest[0] if len(nearest) == 1 else None
 
 
+def _tidy(name: str) -> str:
+    """A member's path from the archive's top, as it is unpacked."""
+    if name.startswith(("/", "./")) or "//" in name or "/./" in name:
+        return PurePosixPath(name.lstrip("/")).as_posix()
+    return name
+
+
 def read_index(file: IO[bytes], name: str) -> Index:
     """The members of an archive.
 
@@ -67,9 +87,12 @@ def read_index(file: IO[bytes], name: str) -> Index:
     """
     index = Index()
     members = _zip_members(file) if name.endswith(".zip") else _tar_members(file)
+    backslashed: list[tuple[str, Member | str]] = []
     try:
         for path, member in members:
             index.add(path, member)
+            if "\\" in path and name.endswith(".zip"):  # some writers on Windows
+                backslashed.append((path, member))
     except (
         zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError, OverflowError,
         NotImplementedError, struct.error,
@@ -77,10 +100,23 @@ def read_index(file: IO[bytes], name: str) -> Index:
         if is_denied(error):
             raise
         kind = "zip" if name.endswith(".zip") else "uncompressed tar"
+        instead = _instead(file)
         raise BadArchive(
-            f"'{excerpt(name)}' is no whole {kind} ({excerpt(str(error))}); download it again"
+            f"'{excerpt(name)}' is no whole {kind} ({excerpt(str(error))}); "
+            + (instead or "download it again")
         ) from None
+    for path, member in backslashed:
+        index.add_backslashed(path, member)
     return index
+
+
+def _instead(file: IO[bytes]) -> str:
+    """What a file is that is no archive, with what to do; "" if unknown."""
+    try:
+        file.seek(0)
+        return what_it_is_instead(file.read(SNIFFED), "archive")
+    except OSError:
+        return ""
 
 
 def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:

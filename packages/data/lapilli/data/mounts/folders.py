@@ -15,14 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.mounts.archives import BadArchive, Index, read_index
-from lapilli.data.mounts.places import (
-    ARCHIVES,
-    EXTENSIONS,
-    LARGEST_FILE,
-    Located,
-    Member,
-    is_remote,
-)
+from lapilli.data.mounts.names import loose_form, name_form, split_name
+from lapilli.data.mounts.places import ARCHIVES, LARGEST_FILE, Located, Member, is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.record import Reason, Verdict, excerpt, is_unicode
 
@@ -31,37 +25,47 @@ __all__ = ["Boundary", "Folder", "Listing", "open_folder"]
 
 @dataclass
 class Listing:
-    """The names in a folder; tables for repairs are made when the first name is missed."""
+    """The names in a folder; the tables for repairs are made when the first name is missed."""
 
     files: Mapping[str, Any]
     folders: frozenset[str]
-    _by_name: dict[str, list[str]] | None = None
-    _by_stem: dict[str, list[str]] | None = None
+    _near: dict[str, list[str]] | None = None
+    _folders: dict[str, list[str]] | None = None
 
-    def by_name(self, name: str) -> list[str]:
-        """The files whose names differ from `name` in case at most."""
-        if self._by_name is None:
-            self._by_name = _table(self.files, str.lower)
-        return self._by_name.get(name.lower(), [])
+    def same_files(self, name: str) -> list[str]:
+        """The files that `name` may be another spelling of (see `names`), images in particular."""
+        form, extension = _file_form(name), split_name(name)[1]
+        return [
+            other
+            for other in self.near(name)
+            if _file_form(other) == form and (split_name(other)[1] or not extension)
+        ]
 
-    def by_stem(self, name: str) -> list[str]:
-        """The images whose names differ from `name` in case and extension at most."""
-        if self._by_stem is None:
-            images = [name for name in self.files if _parted(name)[1] in EXTENSIONS]
-            self._by_stem = _table(images, lambda image: _parted(image)[0])
-        return self._by_stem.get(_parted(name)[0], [])
+    def same_folders(self, name: str) -> list[str]:
+        """The folders that `name` may be another spelling of."""
+        if self._folders is None:
+            self._folders = _table(self.folders, name_form)
+        return self._folders.get(name_form(name), [])
+
+    def near(self, name: str) -> list[str]:
+        """The files that look like `name`, among them those that are not the same."""
+        if self._near is None:
+            self._near = _table(self.files, _near_form)
+        return self._near.get(_near_form(name), [])
 
 
-def _parted(name: str) -> tuple[str, str]:
-    """Stem and extension in lower case; without Path, since it is done for every file."""
-    dot = name.rfind(".")
-    return (name[:dot].lower(), name[dot:].lower()) if dot > 0 else (name.lower(), "")
+def _file_form(name: str) -> str:
+    return name_form(split_name(name)[0])
 
 
-def _table(names: Iterable[str], fold: Callable[[str], str]) -> dict[str, list[str]]:
+def _near_form(name: str) -> str:
+    return loose_form(_file_form(name))
+
+
+def _table(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {}
     for name in names:
-        table.setdefault(fold(name), []).append(name)
+        table.setdefault(form(name), []).append(name)
     return table
 
 
@@ -85,10 +89,24 @@ class Folder(ABC):
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """Where a file of the listing is."""
 
+    @abstractmethod
+    def path_of(self, name: str) -> str:
+        """The path of a file as it is spelt, links not followed."""
+
+    def repair_of(self, name: str) -> str:
+        """How an archive spells the name of a file otherwise than it is listed, or ""."""
+        del name
+        return ""
+
     def folder_called(self, name: str) -> Folder:
         """In an archive its folder of this name wherever it lies, or else its top."""
         del name
         return self
+
+    def folder_at(self, path: str) -> Folder | None:
+        """In an archive its folder of just this path."""
+        del path
+        return None
 
 
 @dataclass(frozen=True)
@@ -142,7 +160,7 @@ class LocalFolder(Folder):
 
     def child(self, name: str) -> Folder:
         """The folder below, or an archive that lies here."""
-        shown = f"{self.shown}/{name}" if self.shown else name
+        shown = self.path_of(name)
         if name in self.listing.folders:
             return LocalFolder(self.path / name, shown, self.boundary)
         place = self.locate(name, "")
@@ -151,9 +169,13 @@ class LocalFolder(Folder):
         with (self.path / name).open("rb") as file:
             return ArchiveFolder(place, _cached_index(file, str(self.path / name), place))
 
+    def path_of(self, name: str) -> str:
+        """The path below the root, as the key has its folders."""
+        return f"{self.shown}/{name}" if self.shown else name
+
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """The file with its size and time."""
-        shown = f"{self.shown}/{name}" if self.shown else name
+        shown = self.path_of(name)
         path = f"{self.path}/{name}"
         if self.listing.files[name]:
             identity = self.boundary.identity(Path(path).resolve(), shown)
@@ -205,12 +227,16 @@ class RemoteFolder(Folder):
         with open_storage(scheme).open(path, "rb") as file:
             return ArchiveFolder(place, _cached_index(file, place.container, place))
 
+    def path_of(self, name: str) -> str:
+        """The object's address."""
+        return f"{self.address}/{name}"
+
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """The object with its size and time."""
         item = self.listing.files[name]
         written = item.get("mtime") or item.get("LastModified")
         mtime_ns = int(written.timestamp() * 1e9) if hasattr(written, "timestamp") else 0
-        address = f"{self.address}/{name}"
+        address = self.path_of(name)
         if item["size"] > LARGEST_FILE and not name.endswith(ARCHIVES):
             return _too_large(address, item["size"])
         return Located(address, address, int(item["size"]), mtime_ns, None, repair)
@@ -235,10 +261,18 @@ class ArchiveFolder(Folder):
         inner = f"{self.inner}/{name}" if self.inner else name
         return ArchiveFolder(self.archive, self.index, inner)
 
+    def path_of(self, name: str) -> str:
+        """The archive and the member as one path."""
+        path = f"{self.inner}/{name}" if self.inner else name
+        return f"{self.archive.image_id}/{path}"
+
+    def repair_of(self, name: str) -> str:
+        """`backslash` where that is what the archive puts between folders."""
+        return "backslash" if (self.inner, name) in self.index.backslashed else ""
+
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """The member's place; one that cannot be read says why."""
-        path = f"{self.inner}/{name}" if self.inner else name
-        image_id = f"{self.archive.image_id}/{path}"
+        image_id = self.path_of(name)
         member: Member | str = self.listing.files[name]
         if isinstance(member, str):
             return Verdict(Reason.IMAGE_UNDECODABLE, f"'{excerpt(image_id)}' {member}")
@@ -253,6 +287,10 @@ class ArchiveFolder(Folder):
     def folder_called(self, name: str) -> Folder:
         """The folder of this name wherever it lies, or else the top."""
         return ArchiveFolder(self.archive, self.index, self.index.folder_called(name) or "")
+
+    def folder_at(self, path: str) -> Folder | None:
+        """The folder of this path, if the archive has it."""
+        return ArchiveFolder(self.archive, self.index, path) if path in self.index.folders else None
 
 
 def _too_large(shown: str, size: int) -> Verdict:

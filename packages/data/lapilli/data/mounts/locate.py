@@ -1,23 +1,32 @@
-"""Keys to places: repairs, archives that stand in for folders, and nothing outside of the root."""
+"""Keys to places: repairs, archives that stand in for folders, and nothing outside of the root.
+
+A key that is not there as it is called is decoded, and must then be there exactly; else it may be
+another spelling of one file's name (`names`), or lie exactly so beside the annotation file.
+"""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from lapilli.data.access import blame, is_denied
 from lapilli.data.errors import DataError
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, open_folder
+from lapilli.data.mounts.keys import is_inside, plain_path, unusable
+from lapilli.data.mounts.names import code_pages, composed, decoded
 from lapilli.data.mounts.places import ARCHIVES, Located, is_remote
 from lapilli.data.mounts.published import PublishedArchive, published
+from lapilli.data.mounts.repairs import EXACT, Repair, contradictions, folded, kind_of, worse
 from lapilli.data.record import Reason, Verdict, excerpt
 
 __all__ = ["Mount"]
 
-NOT_A_LETTER = re.compile(r"[^a-z0-9]")
+MOST_DROPPED = 12  # leading folders of a missing key that are left out to look for it
+LONG_KEY, LONGEST_KEY, DEEPEST_KEY = 500, 4096, 100  # characters, and folders of a long key
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +37,27 @@ class _Reached:
     repair: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A file that a key may mean; `means` is the path that the key stands for then."""
+
+    folder: Folder
+    name: str
+    repair: str
+    means: str
+
+    @property
+    def path(self) -> str:
+        return self.folder.path_of(self.name)
+
+
 @dataclass
 class Mount:
     """The images of a source: a folder below the dataset's root, or one elsewhere.
 
-    `locate` mends what published mixtures get wrong: another extension on disk than in the file,
-    another case, a folder spelt otherwise. A path goes on inside an archive that it names
-    (`shards/0.tar/1.jpg`), and where a folder is missing but its archive is there
+    `locate` mends what mixtures get wrong: keys that are encoded, another extension on disk than
+    in the file, another case, a folder spelt otherwise. A path goes on inside an archive that it
+    names (`shards/0.tar/1.jpg`), and where a folder is missing but its archive is there
     (`coco/train2017` and `coco/train2017.zip`) the archive is read in its place.
 
     Attributes:
@@ -43,32 +66,40 @@ class Mount:
             (`s3://bucket/images`) for images elsewhere.
         aliases: Parts of a key that are spelt otherwise on disk.
         extra_roots: Further folders that links below the root may lead to.
-        repairs: Keys mended so far, by kind.
+        beside: Folder below the root that all annotation files lie in, where a missing image is
+            looked for; None for none.
         lost: Folders that were not there, nor their archives, as one line each that says how to
-            get them; counted by keys asked for.
+            get them; counted by keys.
     """
 
     root: Path
     prefix: str = "."
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     extra_roots: tuple[str, ...] = ()
-    repairs: Counter[str] = field(default_factory=Counter[str])
+    beside: str | None = None
     lost: Counter[str] = field(default_factory=Counter[str])
     _places: dict[str, Located | Verdict] = field(default_factory=dict[str, "Located | Verdict"])
     _folders: dict[str, _Reached | Verdict] = field(default_factory=dict[str, "_Reached | Verdict"])
+    _repaired: dict[str, Repair] = field(default_factory=dict[str, Repair])
 
     def __post_init__(self) -> None:
         """Open the folder that paths start at."""
+        given = self.root.absolute()
         self.root = self.root.resolve()
         elsewhere = is_remote(self.prefix) or PurePosixPath(self.prefix).is_absolute()
         start = self.prefix if elsewhere else ""
         # An absolute `images` is the user's word: what lies below it is inside.
         extra = (self.prefix, *self.extra_roots) if elsewhere else self.extra_roots
+        self._is_elsewhere = elsewhere
         folders = tuple(Path(name).resolve() for name in extra if not is_remote(name))
         self._start = _Reached(open_folder(start, Boundary(self.root, folders)), "")
         self._shown_root = self.prefix if elsewhere else str(self.root)
         below = "." if elsewhere else PurePosixPath(self.prefix).as_posix()
         self._below = "" if below == "." else below
+        starts = (
+            {self.prefix, _resolved(self.prefix)} if elsewhere else {str(given), str(self.root)}
+        )
+        self._starts = tuple(f"{name.rstrip('/')}/" for name in sorted(starts))
 
     def require(self) -> None:
         """Stop early where all images would be missing.
@@ -98,15 +129,55 @@ class Mount:
         if place is None:  # LLaVA's 665K records name 350K images
             place = self._places[key] = self._look_up(key)
         if isinstance(place, Located) and place.repair:
-            self.repairs[place.repair] += 1
+            self._repaired[key].times += 1
         return place
 
+    def settle(self) -> dict[str, Verdict]:
+        """When every key was asked for: take back the repairs that contradict each other.
+
+        Returns:
+            By key the verdict `ambiguous_image`, which `locate` has from now on.
+        """
+        if not self._repaired:
+            return {}
+        found = contradictions(self._repaired, self._exact_keys())
+        self._places.update(found)
+        for key in found:
+            del self._repaired[key]
+        return found
+
+    @property
+    def repairs(self) -> Counter[str]:
+        """How many keys were mended so far, by kind."""
+        counts: Counter[str] = Counter()
+        for repair in self._repaired.values():
+            counts[repair.kind] += repair.times
+        return counts
+
+    def repaired(self) -> Iterator[tuple[str, str, str, int]]:
+        """Key, identity of the image, kind and times of every repair, in the order of the keys."""
+        for key, repair in self._repaired.items():
+            place = self._places[key]
+            if isinstance(place, Located):
+                yield key, place.image_id, repair.kind, repair.times
+
+    def _exact_keys(self) -> Iterator[tuple[str, str, str]]:
+        """Key, file and folded path of keys without a repair, for the files of repaired ones."""
+        places = (self._places[key] for key in self._repaired)
+        images = {place.image_id for place in places if isinstance(place, Located)}
+        for key, place in self._places.items():
+            if isinstance(place, Located) and not place.repair and place.image_id in images:
+                folder, name = _split(self._path(key))
+                reached = self._reach(folder)
+                if isinstance(reached, _Reached):
+                    yield key, reached.folder.path_of(name), folded(_tidy(self._path(key)))
+
+    def _path(self, key: str) -> str:
+        return f"{self._below}/{key}" if self._below else key
+
     def _look_up(self, key: str) -> Located | Verdict:
-        path = f"{self._below}/{key}" if self._below else key
-        if "\0" in key or key.startswith("/") or ".." in path.split("/"):
-            return Verdict(Reason.IMAGE_OUTSIDE_ROOT, f"'{excerpt(key)}' leads outside the root")
         try:
-            return self._find(key, *_split(path))
+            return self._find(key)
         except BadArchive as error:
             return Verdict(error.reason, f"'{excerpt(key)}': {error}")
         except (OSError, ValueError) as error:  # ValueError: a name the system cannot spell
@@ -114,24 +185,127 @@ class Mount:
             reason = Reason.IMAGE_UNREADABLE if is_denied(error) else Reason.IMAGE_MISSING
             return Verdict(reason, f"'{excerpt(key)}': {why or excerpt(str(error))}")
 
-    def _find(self, key: str, folder: str, name: str) -> Located | Verdict:
+    def _find(self, key: str) -> Located | Verdict:
         """The file, tried from the least repair to the most."""
-        exact = self._reach(folder)
-        aliased = "/".join(self.aliases.get(part, part) for part in folder.split("/"))
-        alias_name = self.aliases.get(name, name)
-        other = exact if aliased == folder else self._reach(aliased)
-        if isinstance(exact, _Reached) and name in exact.folder.listing.files:
-            return exact.folder.locate(name, exact.repair)
-        if isinstance(other, _Reached):
-            spelt_otherwise = aliased != folder or alias_name != name
-            repair = "alias" if spelt_otherwise else other.repair
-            if alias_name in other.folder.listing.files:
-                return other.folder.locate(alias_name, repair)
-            return _sibling(other, alias_name, repair) or Verdict(
-                Reason.IMAGE_MISSING, f"no file '{excerpt(key)}' below '{self.prefix}'"
-            )
-        self.lost[other.detail] += 1
-        return other
+        if len(key) > LONG_KEY and (verdict := _too_long(key)) is not None:
+            return verdict
+        if is_inside(key):
+            folder, name = _split(self._path(key))
+            reached = self._reach(folder)
+            if (
+                isinstance(reached, _Reached)
+                and name in reached.folder.listing.files
+                and reached.repair in EXACT
+            ):
+                path = self._path(key)
+                return self._take(key, _Candidate(reached.folder, name, reached.repair, path))
+        texts = decoded(key)
+        found = self._decoded(key, texts)
+        if found:
+            return self._one_of(key, found)
+        is_below = any(plain_path(text).startswith(self._starts) for text in (key, *texts))
+        verdict = next((v for text in (key, *texts) if (v := unusable(text)) is not None), None)
+        if verdict is not None and not is_below:
+            return Verdict(verdict.reason, verdict.detail + self._elsewhere(key))
+        if is_below or {"percent", "backslash"} & set(texts.values()):
+            return self._missing(key, "")  # what is encoded must be there exactly
+        return self._spelt_otherwise(key)
+
+    def _take(self, key: str, found: _Candidate) -> Located | Verdict:
+        """A candidate's place; a repair is noted."""
+        repair = found.repair or found.folder.repair_of(found.name)
+        place = found.folder.locate(found.name, repair)
+        if repair and isinstance(place, Located):
+            self._repaired[key] = Repair(found.path, folded(_tidy(found.means)), repair)
+        return place
+
+    def _one_of(self, key: str, found: list[_Candidate]) -> Located | Verdict:
+        """The candidate that is the only one, or a verdict that names two."""
+        first = found[0]
+        other = next((c.path for c in found if c.path != first.path), None)
+        if other is None:
+            return self._take(key, first)
+        return _ambiguous(key, first.path, other)
+
+    def _decoded(self, key: str, texts: dict[str, str]) -> list[_Candidate]:
+        """The files that a key names exactly when it is decoded, to one of `texts`."""
+        found: list[_Candidate] = []
+        for text, kind in ({key: "absolute"} | texts).items():
+            plain = plain_path(text)
+            start = next((s for s in self._starts if plain.startswith(s)), None)
+            if start is not None:
+                found += self._exactly(plain.removeprefix(start), kind)
+            elif text != key:
+                found += self._exactly(self._path(text), kind)
+        for text in (key, *texts):
+            for path in code_pages(self._path(text)):
+                found += self._exactly(path, "code_page")
+        return found
+
+    def _exactly(self, path: str, kind: str) -> list[_Candidate]:
+        """The file at a path from the start, in its own or another normal form."""
+        if not is_inside(path):
+            return []
+        folder, name = _split(path)
+        reached = self._reach(folder)
+        if not isinstance(reached, _Reached) or reached.repair not in EXACT:
+            return []
+        listing = reached.folder.listing
+        names = [name] if name in listing.files else listing.same_files(name)
+        names = [other for other in names if composed(other) == composed(name)]
+        return [_Candidate(reached.folder, n, kind, path) for n in names]
+
+    def _spelt_otherwise(self, key: str) -> Located | Verdict:
+        """The one file whose name `key` is another spelling of."""
+        path = _tidy(self._path(key))
+        means = "/".join(self.aliases.get(part, part) for part in path.split("/"))
+        folder, _, name = means.rpartition("/")
+        reached = self._reach(folder)
+        if isinstance(reached, Verdict) and reached.reason == Reason.AMBIGUOUS_IMAGE:
+            return Verdict(reached.reason, f"'{excerpt(key)}': {reached.detail}")
+        found: list[_Candidate] = []
+        if isinstance(reached, _Reached):
+            alias = "alias" if means != path else ""
+            found = [
+                _Candidate(reached.folder, n, worse(worse(kind_of(name, n), reached.repair), alias),
+                           means)
+                for n in _same_names(reached.folder, name)
+            ]  # fmt: skip
+        found += self._beside(key)
+        if found:
+            return self._one_of(key, found)
+        if isinstance(reached, Verdict):
+            self.lost[reached.detail] += 1
+            return Verdict(reached.reason, reached.detail + self._elsewhere(key))
+        return self._missing(key, _near(reached.folder, name))
+
+    def _beside(self, key: str) -> list[_Candidate]:
+        """The file that a key names exactly in the folder of the annotation file."""
+        if self.beside is None or self.beside == self._below:
+            return []
+        path = f"{self.beside}/{key}" if self.beside else key
+        return self._from_root._exactly(path, "annotation_folder")
+
+    @cached_property
+    def _from_root(self) -> Mount:
+        """The root itself, where the images lie elsewhere."""
+        return Mount(self.root, extra_roots=self.extra_roots) if self._is_elsewhere else self
+
+    def _missing(self, key: str, near: str) -> Verdict:
+        detail = f"no file '{excerpt(key)}' below '{self.prefix}'"
+        return Verdict(Reason.IMAGE_MISSING, f"{detail}{near}{self._elsewhere(key)}")
+
+    def _elsewhere(self, key: str) -> str:
+        """Where a file of a missing key's name lies, with what to set; "" if it is not found."""
+        if self._below and self._exactly(key, "root"):
+            return "; there is one below the root: set `images: .`"
+        text = key.replace("\\", "/")
+        for cut in [at for at, letter in enumerate(text) if letter == "/"][:MOST_DROPPED]:
+            tail = text[cut + 1 :]
+            if tail.strip("/") and self._exactly(self._path(tail), "tail"):
+                there, prefix = excerpt(tail), excerpt(key[: cut + 1])
+                return f"; '{there}' is there: set `path_prefix: '{prefix}'`"
+        return ""
 
     def _reach(self, path: str) -> _Reached | Verdict:
         """The folder at a path from the start, each found once."""
@@ -141,39 +315,52 @@ class Mount:
             above, _, name = path.rpartition("/")
             reached = self._reach(above)
             if isinstance(reached, _Reached):
-                found = self._step(reached, name) or self._stand_in(reached.folder, path)
+                found = self._step(reached, name) or self._stand_in(reached, path)
             else:
                 found = self._stand_in(None, path)
                 # The folder above is what is missing, unless this one has an archive to get.
-                if isinstance(found, Verdict) and self._published(path) is None:
+                is_told = reached.reason != Reason.IMAGE_MISSING or self._published(path) is None
+                if isinstance(found, Verdict) and is_told:
                     found = reached
             self._folders[path] = found
         return self._folders[path]
 
-    def _step(self, above: _Reached, name: str) -> _Reached | None:
+    def _step(self, above: _Reached, name: str) -> _Reached | Verdict | None:
         """One part of a path further: a folder, an archive, or a folder spelt otherwise."""
         listing = above.folder.listing
         if name in listing.folders or (name in listing.files and name.endswith(ARCHIVES)):
             return _Reached(above.folder.child(name), above.repair)
-        for repair, same in (("case", str.lower), ("alias", _letters)):
-            names = [other for other in listing.folders if same(other) == same(name)]
-            if len(names) == 1:
-                return _Reached(above.folder.child(names[0]), repair)
-        return None
+        names = _preferred(name, listing.same_folders(name))
+        if len(names) > 1:
+            return _ambiguous(name, *names[:2])
+        if not names:
+            return None
+        repair = worse(kind_of(name, names[0]), above.repair)
+        return _Reached(above.folder.child(names[0]), repair)
 
-    def _stand_in(self, above: Folder | None, path: str) -> _Reached | Verdict:
+    def _stand_in(self, above: _Reached | None, path: str) -> _Reached | Verdict:
         """The archive of a folder that is not there: beside it, or in the root."""
         archive = self._published(path)
         name = path.rpartition("/")[2]
         names = [archive.name] if archive is not None else []
         names += [f"{name}.zip", f"{name}.tar"]
-        places = [(above, names)] if above is not None else []
-        # In the root `images.zip` may be anybody's: three data sets call theirs so.
-        places.append((self._start.folder, [n for n in names if not n.startswith("images.")]))
-        for folder, candidates in places:
-            for candidate in candidates:
-                if candidate in folder.listing.files:
-                    return _Reached(folder.child(candidate).folder_called(name), "")
+        if above is not None:
+            for candidate in names:
+                if candidate in above.folder.listing.files:
+                    found = above.folder.child(candidate).folder_called(name)
+                    return _Reached(found, above.repair)
+        root = self._start.folder
+        for candidate in names:
+            if "/" not in path or candidate not in root.listing.files:
+                continue
+            found = root.child(candidate)
+            own = found.folder_at(path) or found.folder_at(path.removeprefix(f"{self._below}/"))
+            # In the root `images.zip` may be anybody's: three data sets call theirs so.
+            is_published = archive is not None and candidate == archive.name
+            if own is None and is_published and not candidate.startswith("images."):
+                own = found.folder_called(name)
+            if own is not None:
+                return _Reached(own, "archive")
         hint = ""
         if archive is not None:
             size = f" ({archive.gigabytes:g} GB)" if archive.gigabytes else ""
@@ -197,17 +384,53 @@ def _split(path: str) -> tuple[str, str]:
     return folder, name
 
 
-def _letters(name: str) -> str:
-    """A name as one who spells it otherwise means it: `text_vqa` is `textvqa`."""
-    return NOT_A_LETTER.sub("", name.lower())
+def _tidy(path: str) -> str:
+    """A path without empty parts and dots."""
+    folder, name = _split(path)
+    return f"{folder}/{name}" if folder else name
 
 
-def _sibling(reached: _Reached, name: str, repair: str) -> Located | Verdict | None:
-    """A file that differs in case or extension only, if there is just one."""
-    listing = reached.folder.listing
-    if not name or name in listing.folders:
+def _too_long(key: str) -> Verdict | None:
+    """The verdict on what cannot be a path at all, such as an image written into the key."""
+    if key.startswith("data:"):
+        return unusable(key)
+    if len(key) <= LONGEST_KEY and key.count("/") <= DEEPEST_KEY:
         return None
-    for kind, names in (("case", listing.by_name(name)), ("extension", listing.by_stem(name))):
-        if names:
-            return reached.folder.locate(names[0], repair or kind) if len(names) == 1 else None
-    return None
+    detail = f"'{excerpt(key)}': a key of {len(key)} characters; expected the path of a file"
+    return Verdict(Reason.IMAGE_MISSING, detail)
+
+
+def _resolved(prefix: str) -> str:
+    return prefix if is_remote(prefix) else str(Path(prefix).resolve())
+
+
+def _same_names(folder: Folder, name: str) -> list[str]:
+    """The files of a folder that a name may mean: it as it is, in another normal form, or else."""
+    listing = folder.listing
+    if name in listing.files:
+        return [name]
+    if not name or name in listing.folders:
+        return []
+    return _preferred(name, listing.same_files(name))
+
+
+def _preferred(name: str, names: list[str]) -> list[str]:
+    """Of other spellings those in another normal form, which are the same text; else all."""
+    return [other for other in names if composed(other) == composed(name)] or names
+
+
+def _ambiguous(key: str, one: str, other: str) -> Verdict:
+    return Verdict(
+        Reason.AMBIGUOUS_IMAGE,
+        f"'{excerpt(key)}' may be '{excerpt(one)}' or '{excerpt(other)}'; name it as it is called",
+    )
+
+
+def _near(folder: Folder, name: str) -> str:
+    """That a file only looks like the one asked for; "" if none does."""
+    others = folder.listing.near(name) if name else []
+    if not others:
+        return ""
+    return (
+        f"; '{excerpt(others[0])}' is near, but has other characters ({others[0]!a}, not {name!a})"
+    )

@@ -7,11 +7,17 @@ from typing import NamedTuple
 
 __all__ = ["ARCHIVES", "EXTENSIONS", "LARGEST_FILE", "Located", "Member", "is_remote"]
 
+# Extensions that image files have; a name's last part is an extension only if it is one of these.
 # Another extension is a repair only if the file found claims to be an image: a caption or a
 # feature file of the same stem is not the image.
 EXTENSIONS = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-)
+    {
+        ".apng", ".avif", ".bmp", ".cur", ".dds", ".dib", ".gif", ".heic", ".heif", ".icns",
+        ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx",
+        ".jxl", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras",
+        ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
+    }
+)  # fmt: skip
 ARCHIVES = (".zip", ".tar")
 
 # Bytes of a file that is still read as an image. Pillow's largest picture takes 0.5 GB as plain
@@ -48,7 +54,8 @@ class Located:
         size: Bytes of the container.
         mtime_ns: When the container was last written; a change before the reading is noticed.
         member: Which part of the container; None for all of it.
-        repair: What was mended to find it (`extension`, `case`, `alias`), or "".
+        repair: How the key differs from the name found (a kind of `lapilli.data.mounts.repairs`),
+            or "".
     """
 
     image_id: str

@@ -16,7 +16,7 @@ from typing import Any, cast
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.sources.captions import choose
-from lapilli.data.sources.files import annotation_files
+from lapilli.data.sources.files import annotation_places
 from lapilli.data.sources.json_stream import read_items
 from lapilli.data.sources.turns import IMAGE_MARKER
 
@@ -32,7 +32,7 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
     Raises:
         DataError: Not two files, or one that is missing or no JSON object.
     """
-    files = annotation_files(config, root)
+    files = annotation_places(config, root)
     if len(files) != 2:
         raise DataError(
             f"annotations: source {config.name} has {len(files)} files; format basic_vlm expects "

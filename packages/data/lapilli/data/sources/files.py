@@ -1,51 +1,132 @@
-"""Which files a source's annotations are, and what a file is that is not what it should be."""
+"""Which files a source's annotations are, on a disk or at an address, and their bytes.
+
+A file that is compressed (gzip, zstd, xz) is told by its content, not by its name, and read as it
+is unpacked.
+"""
 
 from __future__ import annotations
 
 import glob
+import gzip
+import io
+import lzma
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
 
+import pyarrow as pa
+from braceexpand import braceexpand
+
+from lapilli.data import file_kinds
 from lapilli.data.access import exists, is_denied, subpaths
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.file_kinds import SNIFFED
+from lapilli.data.mounts.places import is_remote
+from lapilli.data.mounts.storage import open_storage, split_address
+from lapilli.data.output import Output, RemotePath
+from lapilli.data.record import excerpt
 
-__all__ = ["annotation_files", "file_error", "what_it_is_instead"]
+__all__ = [
+    "annotation_files",
+    "annotation_folder",
+    "annotation_places",
+    "file_error",
+    "open_annotations",
+    "what_it_is_instead",
+]
 
-# What lies under an annotation file's name when a download went wrong, and the way out.
-MISTAKEN = {
-    b"<": "this is a web page: download the raw file (/resolve/ in its address, not /blob/)",
-    b"version https://git-lfs": "this is a pointer to the file: fetch it with `git lfs pull`",
-}
+MOST_FILES = 1_000_000  # that the braces of one pattern may stand for
 
 
-def annotation_files(config: SourceConfig, root: Path) -> list[Path]:
-    """The files of a source in order: those named, and of a glob all that match, sorted.
+def annotation_places(config: SourceConfig, root: Path) -> list[Output]:
+    """The files of a source in order: those named, of braces each, of a glob all, sorted.
 
     Raises:
         DataError: A glob matches nothing, or a file is named twice.
     """
+    found = [place for pattern in config.patterns for place in _places(pattern, config, root)]
+    seen: set[str] = set()
+    for place in found:
+        if str(place) in seen:
+            raise DataError(
+                f"annotations: {place} is named twice in source {config.name}; name it once "
+                "(`mixture.epochs` repeats a source)"
+            )
+        seen.add(str(place))
+    return found
+
+
+def annotation_files(config: SourceConfig, root: Path) -> list[Path]:
+    """The files of a source whose format is read from a disk; see `annotation_places`.
+
+    Raises:
+        DataError: One is at an address, or see there.
+    """
     found: list[Path] = []
-    for pattern in config.patterns:
-        if not glob.has_magic(pattern) or exists(root / pattern):
-            found.append(root / pattern)
-            continue
-        _require_listable(root / pattern)
-        # Path.glob takes no absolute pattern.
-        names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
-        if not names:
+    for place in annotation_places(config, root):
+        if isinstance(place, RemotePath):
+            raise DataError(
+                f"annotations: {place}: format {config.format} is read from a disk; copy the file "
+                "below the root"
+            )
+        found.append(place)
+    return found
+
+
+def annotation_folder(config: SourceConfig, root: Path) -> str | None:
+    """The folder below the root that all annotation files of a source lie in; None for several.
+
+    No file is looked at, so that it is known where the files are gone.
+    """
+    folders = {_folder(pattern, root.resolve()) for pattern in config.patterns}
+    return folders.pop() if len(folders) == 1 else None
+
+
+def _folder(pattern: str, root: Path) -> str | None:
+    folder = pattern.rpartition("/")[0]
+    if is_remote(pattern) or glob.has_magic(folder) or "{" in folder:
+        return None
+    path = (root / folder).resolve()
+    if not path.is_relative_to(root):
+        return None
+    return path.relative_to(root).as_posix().removeprefix(".")
+
+
+def _places(pattern: str, config: SourceConfig, root: Path) -> Iterator[Output]:
+    """The files that one pattern stands for."""
+    if not is_remote(pattern) and exists(root / pattern):
+        yield root / pattern
+        return
+    names = _braces(pattern)
+    if names != [pattern]:
+        for name in names:
+            yield from _places(name, config, root)
+    elif not glob.has_magic(pattern):
+        yield RemotePath(pattern) if is_remote(pattern) else root / pattern
+    else:
+        found = _matches(pattern, root)
+        if not found:
             raise DataError(
                 f"annotations: no file matches {pattern!r} below {root}; check --root and the "
                 f"`annotations` of source {config.name}"
             )
-        found += [root / name for name in names]
-    twice = next((path for path in found if found.count(path) > 1), None)
-    if twice is not None:
+        yield from found
+
+
+def _braces(pattern: str) -> list[str]:
+    """`part-{000..003}.json` to the names it stands for; braces that are none are letters."""
+    try:
+        names = list(islice(braceexpand(pattern), MOST_FILES + 1))
+    except ValueError:  # unbalanced
+        return [pattern]
+    if len(names) > MOST_FILES:
         raise DataError(
-            f"annotations: {twice} is named twice in source {config.name}; name it once "
-            "(`mixture.epochs` repeats a source)"
+            f"annotations: {pattern!r} stands for more than {MOST_FILES} files; use a glob"
         )
-    return found
+    return names
 
 
 def _require_listable(pattern: Path) -> None:
@@ -71,22 +152,71 @@ def _require_listable(pattern: Path) -> None:
             below.clear()
 
 
-def what_it_is_instead(path: Path) -> str:
+def _matches(pattern: str, root: Path) -> list[Output]:
+    if not is_remote(pattern):
+        _require_listable(root / pattern)
+        # Path.glob takes no absolute pattern.
+        names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
+        return [root / name for name in names]
+    scheme, path = split_address(pattern)
+    try:
+        found: list[str] = open_storage(scheme).glob(path)
+    except OSError as error:
+        raise file_error(RemotePath(pattern), error) from None
+    return [RemotePath(f"{scheme}://{name}") for name in sorted(found)]
+
+
+def open_annotations(place: Output) -> BinaryIO:
+    """A file's bytes from the beginning, unpacked if they are compressed.
+
+    Raises:
+        DataError: The file cannot be opened.
+    """
+    try:
+        file = _open(place)
+        start = file.read(len(b"\xfd7zXZ\0"))
+        file.seek(0)
+    except OSError as error:
+        raise file_error(place, error) from None
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        unpacked: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+        return cast("BinaryIO", io.BufferedReader(unpacked))
+    source: Any = file
+    if isinstance(place, Path) and start.startswith((b"\x1f\x8b", b"\xfd7zXZ\0")):
+        file.close()
+        source = place  # what opens a file itself closes it too
+    if start.startswith(b"\x1f\x8b"):
+        return cast("BinaryIO", gzip.open(source))
+    return cast("BinaryIO", lzma.open(source)) if start == b"\xfd7zXZ\0" else file
+
+
+def _open(place: Output) -> BinaryIO:
+    if isinstance(place, Path):
+        return place.open("rb")
+    scheme, path = split_address(place.address)
+    file: IO[bytes] = open_storage(scheme).open(path, "rb")
+    return cast("BinaryIO", file)
+
+
+def what_it_is_instead(place: Output) -> str:
     """What a file obviously is that should be annotations, with what to do; "" if unknown.
 
     Raises:
         DataError: The file cannot be opened.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError as error:
-        raise file_error(path, error) from None
-    return next((text for begin, text in MISTAKEN.items() if start.startswith(begin)), "")
+        with open_annotations(place) as file:
+            start = file.read(SNIFFED)
+    except EOFError:
+        return "this is a compressed file that is cut short: get it again"
+    except (OSError, lzma.LZMAError) as error:
+        if is_denied(error):
+            raise file_error(place, error) from None
+        return f"it is compressed and damaged ({excerpt(str(error))}): get it again"
+    return file_kinds.what_it_is_instead(start, "annotations")
 
 
-def file_error(path: Path, error: OSError) -> DataError:
+def file_error(path: Output, error: OSError) -> DataError:
     """One line for an annotation file that cannot be opened."""
-    return DataError(
-        f"annotations: {path}: {error.strerror}; check --root and the recipe's `annotations`"
-    )
+    why = error.strerror or excerpt(str(error))
+    return DataError(f"annotations: {path}: {why}; check --root and the recipe's `annotations`")

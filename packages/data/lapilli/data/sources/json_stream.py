@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from lapilli.data.access import naming
+from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.output import Output
 from lapilli.data.record import excerpt
-from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
+from lapilli.data.sources.files import (
+    annotation_places,
+    file_error,
+    open_annotations,
+    what_it_is_instead,
+)
 
 __all__ = ["read", "read_items", "read_json"]
 
@@ -21,6 +30,7 @@ Element = TypeVar("Element")
 ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 WINDOW = 1 << 20  # characters read at once
 LONGEST = 1 << 28  # characters of one value: a broken first record must not draw in a whole file
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file, or of a disk
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -30,11 +40,11 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
     Raises:
         DataError: See `read_json`.
     """
-    for path in annotation_files(config, root):
+    for path in annotation_places(config, root):
         yield from read_json(path)
 
 
-def read_json(path: Path) -> Iterator[Any]:
+def read_json(path: Output) -> Iterator[Any]:
     """Stream the elements of a JSON array, or of JSON lines, without holding the file.
 
     Raises:
@@ -44,12 +54,14 @@ def read_json(path: Path) -> Iterator[Any]:
     if start == "[":
         yield from _stream(path, _array_elements)
     elif start == "{":
+        if instead := what_it_is_instead(path):
+            raise DataError(f"annotations: {path}: {instead}")
         yield from _read_lines(path)
     else:
         raise _unexpected(path, start, "a JSON array or JSON lines")
 
 
-def read_items(path: Path) -> Iterator[tuple[str, Any]]:
+def read_items(path: Output) -> Iterator[tuple[str, Any]]:
     """Stream the items of a JSON object; a key that is there twice comes twice.
 
     Raises:
@@ -61,39 +73,46 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _stream(path, _object_items)
 
 
-def _first_character(path: Path) -> str:
+def _first_character(path: Output) -> str:
     """The first character that is no white space, or "" in a file without one."""
     try:
-        with path.open(encoding=ENCODING, errors="replace") as file:
+        with _open_text(path, errors="replace") as file:
             while text := file.read(4096):
                 if stripped := text.lstrip():
                     return stripped[0]
-    except OSError as error:
-        raise file_error(path, error) from None
+    except DAMAGED as error:
+        if is_denied(error):
+            raise file_error(path, error) from None
+        return ""  # what it is instead says so
     return ""
 
 
-def _unexpected(path: Path, start: str, expected: str) -> DataError:
+def _open_text(path: Output, errors: str = "strict") -> TextIO:
+    return io.TextIOWrapper(open_annotations(path), ENCODING, errors)
+
+
+def _unexpected(path: Output, start: str, expected: str) -> DataError:
     if not start:
         return DataError(f"annotations: {path} is empty; download or write it again")
     remedy = what_it_is_instead(path) or "check the file and the recipe's `annotations`"
-    return DataError(f"annotations: {path} starts with {start!r}; expected {expected}; {remedy}")
+    begin = f" starts with {start!r};" if start.isprintable() and start != "\ufffd" else ":"
+    return DataError(f"annotations: {path}{begin} expected {expected}; {remedy}")
 
 
-def _stream(path: Path, elements: Callable[[TextIO], Iterator[Element]]) -> Iterator[Element]:
+def _stream(path: Output, elements: Callable[[TextIO], Iterator[Element]]) -> Iterator[Element]:
     """What `elements` finds in the file; an error says after how many."""
     count = 0
     try:
-        with path.open(encoding=ENCODING) as file:
+        with _open_text(path) as file:
             for element in elements(file):
                 yield element
                 count += 1
-    except OSError as error:
-        raise file_error(path, error) from None
-    except (ValueError, RecursionError) as error:
+    except (*DAMAGED, ValueError, RecursionError) as error:
+        if is_denied(error):
+            raise file_error(path, error) from None
         raise DataError(
             f"annotations: {path} is no valid JSON after {count} records ({_reason(error)}); "
-            "download or write it again"
+            + (what_it_is_instead(path) or "download or write it again")
         ) from None
 
 
@@ -198,16 +217,27 @@ def _skip_space(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
-    with naming(path), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                element = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"annotations: {path} line {number} is no valid JSON ({_reason(error)}); "
-                    "expected a JSON array or one record a line; mend or remove the line"
-                ) from None
-            yield element
+def _read_lines(path: Output) -> Iterator[Any]:
+    number = 0
+    try:
+        with open_annotations(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parsed_line(path, number, line)
+    except DAMAGED as error:
+        if is_denied(error):
+            raise file_error(path, error) from None
+        raise DataError(
+            f"annotations: {path} cannot be read behind line {number} ({_reason(error)}); "
+            "download or write it again"
+        ) from None
+
+
+def _parsed_line(path: Output, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"annotations: {path} line {number} is no valid JSON ({_reason(error)}); "
+            "expected a JSON array or one record a line; mend or remove the line"
+        ) from None
