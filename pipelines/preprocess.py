@@ -19,14 +19,16 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.mirror import is_address
 from lapilli.data.plan import BuildPlan, plan_build
 from lapilli.data.report import BuildTime, write_dataset_report
-from pipelines.command import parse, run, say
+from pipelines.command import parse, progress_bar, run, say
 from pipelines.live import build_line
 
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan, build and tell what came of it."""
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
-    plan = plan_build(config)
+    with progress_bar() as bar:
+        task = bar.add_task("records", total=None)
+        plan = plan_build(config, lambda done: bar.update(task, completed=done))
     tell_plan(plan)
     with build_line() as runner:
         report = build(plan, runner=runner)

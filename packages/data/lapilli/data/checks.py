@@ -11,7 +11,7 @@ from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
 from lapilli.data.sources import Source, get_source
 
-__all__ = ["Rules", "check_record", "read_entries"]
+__all__ = ["Rules", "check_record", "plain_rules", "read_entries"]
 
 Rules: TypeAlias = Callable[[Record], tuple[Record, Verdict]]
 """The record as it is to be used, and the verdict on it, its images unseen."""

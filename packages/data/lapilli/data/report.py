@@ -55,6 +55,7 @@ REMEDIES = {
     "image_outside_root": "use a key below the root, or name the folder in `extra_roots`",
     "image_undecodable": "get the file again; it is damaged or no image",
     "image_too_large": "scale the file down, or raise `max_pixels`",
+    "template_refuses": "bring the record into the form its detail names, or take another template",
     "no_trained_token": "raise `max_text_length`, or delete the record",
     "excluded": "take its id out of `exclude` to have it back",
     WORST: "get the file again; decoding it ends the process",

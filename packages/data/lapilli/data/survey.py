@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lapilli.data.checks import read_entries
+from lapilli.data.checks import Rules, plain_rules, read_entries
 from lapilli.data.config import BuildConfig
 from lapilli.data.mounts import Located
 from lapilli.data.mounts.published import HOLES, Hole
@@ -65,6 +65,7 @@ def survey(
     config: BuildConfig,
     bad_images: Mapping[str, Verdict] | None = None,
     *,
+    rules: Rules = plain_rules,
     on_progress: Callable[[int], None] = lambda done: None,
     on_bad: Callable[[Entry], None] = lambda entry: None,
 ) -> Survey:
@@ -73,6 +74,7 @@ def survey(
     Args:
         config: Root and sources; tokenizer, template and output are not looked at.
         bad_images: Verdict by image id, of images that have been decoded.
+        rules: How a build's template takes records (`rules.record_rules`), if one is given.
         on_progress: Called with the number of records read.
         on_bad: Called with each record that has a problem.
 
@@ -84,7 +86,7 @@ def survey(
     done = 0
     for source in config.sources:
         mount = open_mount(source, config, root)
-        for entry in read_entries(source, root):
+        for entry in read_entries(source, root, rules):
             checked, places = locate_images(entry, mount)
             verdict = checked.verdict
             for place in places:

@@ -47,6 +47,7 @@ __all__ = [
     "labels_of",
     "llava_length",
     "load_tokenizer",
+    "template_refusal",
     "tokenizer_facts",
     "train_tokenizer",
     "truncate",
@@ -268,21 +269,42 @@ def _writer(tokenizer: AnyTokenizer, template: Template) -> Callable[[Record], l
     return _writer_cached(tokenizer, vocab_size, bind_template(template, tokenizer))
 
 
+def template_refusal(tokenizer: AnyTokenizer, template: Template) -> Callable[[Record], str]:
+    """What says why a chat template cannot write a record down, "" where it can.
+
+    A template made of frames writes every well-formed record.
+
+    Raises:
+        DataError: A chat template that is none, or a tokenizer that has none.
+    """
+    if not template.chat:
+        return lambda record: ""
+    vocab_size = raw_backend(tokenizer).get_vocab_size()
+    return _chat_writer(tokenizer, vocab_size, bind_template(template, tokenizer)).refusal
+
+
 @lru_cache(maxsize=32)
 def _writer_cached(
     tokenizer: AnyTokenizer, vocab_size: int, template: Template
 ) -> Callable[[Record], list[Segment]]:
     """How a template writes records down for this tokenizer; warns, once, of what is odd in it."""
-    del vocab_size
     backend = backend_for(tokenizer)
     if template.chat:
-        all_trained = template.trains == "all"
-        chat = ChatWriter(tokenizer, template.chat, backend.eaten, train_all=all_trained)
-        _warn_of_end(template.name, chat.answer_end, backend)
-        return chat.render
+        return _chat_writer(tokenizer, vocab_size, template).render
     spelt = _spell_unknown(template, backend)
     _warn_of_end(template.name, spelt.answer_end, backend)
     return partial(render, template=spelt, eaten=backend.eaten)
+
+
+@lru_cache(maxsize=32)
+def _chat_writer(tokenizer: AnyTokenizer, vocab_size: int, template: Template) -> ChatWriter:
+    """The writer of a chat template, which has compared and found things already."""
+    del vocab_size
+    backend = backend_for(tokenizer)
+    all_trained = template.trains == "all"
+    chat = ChatWriter(tokenizer, template.chat, backend.eaten, train_all=all_trained)
+    _warn_of_end(template.name, chat.answer_end, backend)
+    return chat
 
 
 def _spell_unknown(template: Template, backend: Backend) -> Template:
