@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from lapilli.data.checks import Rules, plain_rules
 from lapilli.data.codecs import resolve_codecs
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, decode, square
+from lapilli.data.images import BadImage, ImageSpec, Note, decode, square
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.published import ANNOTATIONS
 from lapilli.data.record import Entry, Verdict
+from lapilli.data.report import IMAGE_NOTES
 from lapilli.data.rules import record_rules
 from lapilli.data.selection import quarantine_table
 from lapilli.data.shards import write_atomic
@@ -84,9 +86,12 @@ def check(config: CheckConfig) -> Survey:
         say(f"reading {files}, images below {root / source.images}")
     rules = _rules(config)
     found = _look(config, rules, decoded=None, last=not config.decode)
+    notes: Counter[Note] = Counter()
     if config.decode:
-        found = _look(config, rules, decoded=_decode(config, found), last=True)
+        found = _look(config, rules, decoded=_decode(config, found, notes), last=True)
     tell(config, found)
+    for note, count in sorted(notes.items()):
+        say(f"  {count:,} images {note}: {IMAGE_NOTES[note]}")
     say(f"\n{time.monotonic() - started:.1f} s")
     return found
 
@@ -153,7 +158,7 @@ def _look(
         )
 
 
-def _decode(config: CheckConfig, found: Survey) -> dict[str, Verdict]:
+def _decode(config: CheckConfig, found: Survey, notes: Counter[Note]) -> dict[str, Verdict]:
     with progress_bar() as bar:
         task = bar.add_task("images", total=len(found.images))
         return verify_images(
@@ -161,6 +166,7 @@ def _decode(config: CheckConfig, found: Survey) -> dict[str, Verdict]:
             Path(config.root),
             list(config.views.values()),
             workers=config.workers,
+            notes=notes,
             on_progress=lambda done: bar.update(task, completed=done),
         )
 

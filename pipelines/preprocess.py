@@ -18,7 +18,7 @@ from lapilli.data.codecs import replaced_simd
 from lapilli.data.config import BuildConfig
 from lapilli.data.mirror import is_address
 from lapilli.data.plan import BuildPlan, plan_build
-from lapilli.data.report import BuildTime, write_dataset_report
+from lapilli.data.report import IMAGE_NOTES, BuildTime, write_dataset_report
 from pipelines.command import parse, progress_bar, run, say
 from pipelines.live import build_line
 
@@ -73,6 +73,8 @@ def tell_report(report: BuildReport) -> None:
         + (f" ({reasons})" if reasons else "")
         + (f"; repaired: {repairs}" if repairs else "")
     )
+    for note, count in counts["image_notes"].items():
+        say(f"{count} images {note}: {IMAGE_NOTES[note]}")
     if report.manifest.mixture["records"] != counts["kept"]:
         tell_blend(report.manifest.mixture)
     for view, facts in report.manifest.views.items():

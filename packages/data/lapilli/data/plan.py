@@ -176,7 +176,7 @@ class BuildPlan:
         return (
             before.plan.get("writer") == self.digests["writer"]
             and facts.images_per_shard == self.images_per_shard(view)
-            and digest(facts.spec) == digest(asdict(self.views[view]))
+            and digest(facts.spec) == digest(self.views[view].facts())
             and digest(facts.codecs) == digest(asdict(self.codecs[view]))
             and facts.encoding.get("name") == self.encoding(view).describe()
         )
@@ -194,7 +194,7 @@ class BuildPlan:
         spec, codecs, encoding = self.views[view], self.codecs[view], self.encoding(view)
         named = [(name, stamp.hex()) for name, stamp in part]
         compared = self.compared(view, number)
-        made = [self.digests["writer"], asdict(spec), asdict(codecs), encoding.describe(), named]
+        made = [self.digests["writer"], spec.facts(), asdict(codecs), encoding.describe(), named]
         made += [compared] if compared else []
         return ImageTask(
             f"images/{view}/{number:05d}-{digest(made)[:12]}.arrow",
@@ -461,7 +461,7 @@ def _digests(
         "writer": writer_version(),
         "tokenizer": digest(tokenizer.fingerprint),
         "template": digest(_template_facts(template)),
-        "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
+        "views": digest({name: spec.facts() for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
         "encodings": "; ".join(f"{view}: {name}" for view, name in sorted(stored.items())) or "raw",
         "keep_original": str(config.keep_original),
