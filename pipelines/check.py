@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,18 +19,23 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from lapilli.data.access import is_folder
+from lapilli.data.checks import Rules, plain_rules
 from lapilli.data.codecs import resolve_codecs
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, decode, square
+from lapilli.data.images import BadImage, ImageSpec, Note, decode, square
 from lapilli.data.lock import only_writer
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.published import ANNOTATIONS
 from lapilli.data.record import Entry, Verdict, excerpt
+from lapilli.data.report import IMAGE_NOTES
+from lapilli.data.rules import record_rules
 from lapilli.data.selection import quarantine_table
 from lapilli.data.shards import write_atomic
 from lapilli.data.survey import Survey, survey
+from lapilli.data.templates import get_template
+from lapilli.data.tokenize import bind_template, load_tokenizer
 from lapilli.data.verify import verify_images
 from pipelines.command import parse, progress_bar, run, say, say_title
 
@@ -52,8 +58,8 @@ class CheckConfig(BuildConfig):
         root: Folder that holds annotations and images.
         output: Parquet file to write the records with a problem to; none if left out.
         sources: The annotation files; without any, LLaVA's published files in the root.
-        tokenizer: Not looked at.
-        template: Not looked at.
+        tokenizer: Loaded for a chat template only, as `template: tokenizer` is.
+        template: Names the template that must be able to write every record; none if left out.
         views: How images are made square; decides which are too large and the disk needed.
         decode: Decode every image, on `workers` cores, instead of only finding it.
     """
@@ -81,10 +87,14 @@ def check(config: CheckConfig) -> Survey:
     for source in config.sources:
         files = ", ".join(p if is_remote(p) else str(root / p) for p in source.patterns)
         say(f"reading {files}, images below {root / source.images}")
-    found = _look(config, decoded=None, last=not config.decode)
+    rules = _rules(config)
+    found = _look(config, rules, decoded=None, last=not config.decode)
+    notes: Counter[Note] = Counter()
     if config.decode:
-        found = _look(config, decoded=_decode(config, found), last=True)
+        found = _look(config, rules, decoded=_decode(config, found, notes), last=True)
     tell(config, found)
+    for note, count in sorted(notes.items()):
+        say(f"  {count:,} images {note}: {IMAGE_NOTES[note]}")
     say(f"\n{time.monotonic() - started:.1f} s")
     return found
 
@@ -120,19 +130,38 @@ def find_published(config: CheckConfig) -> CheckConfig:
     return replace(config, sources=sources, views=views)
 
 
-def _look(config: CheckConfig, decoded: dict[str, Verdict] | None, last: bool) -> Survey:
+def _rules(config: CheckConfig) -> Rules:
+    """How a build takes records: by the template, where the recipe or a flag names one."""
+    if not config.template:
+        return plain_rules
+    template, tokenizer = get_template(config.template), None
+    if template.chat:
+        if not config.tokenizer:
+            raise DataError(
+                f"tokenizer: empty, and template {template.name} is a tokenizer's chat template; "
+                "give --tokenizer"
+            )
+        tokenizer = load_tokenizer(config.tokenizer)
+        template = bind_template(template, tokenizer)
+    return record_rules(template, tokenizer, config.compat)
+
+
+def _look(
+    config: CheckConfig, rules: Rules, decoded: dict[str, Verdict] | None, last: bool
+) -> Survey:
     """One pass over the records; the last one writes those with a problem."""
     with progress_bar() as bar, _quarantine(config.output if last else "") as write:
         task = bar.add_task("records", total=None)
         return survey(
             config,
             decoded,
+            rules=rules,
             on_progress=lambda done: bar.update(task, completed=done),
             on_bad=write,
         )
 
 
-def _decode(config: CheckConfig, found: Survey) -> dict[str, Verdict]:
+def _decode(config: CheckConfig, found: Survey, notes: Counter[Note]) -> dict[str, Verdict]:
     with progress_bar() as bar:
         task = bar.add_task("images", total=len(found.images))
         return verify_images(
@@ -140,6 +169,7 @@ def _decode(config: CheckConfig, found: Survey) -> dict[str, Verdict]:
             Path(config.root),
             list(config.views.values()),
             workers=config.workers,
+            notes=notes,
             on_progress=lambda done: bar.update(task, completed=done),
         )
 

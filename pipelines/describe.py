@@ -116,7 +116,7 @@ def describe_dataset(path: Path) -> Description:
         ),
         "quarantined": _counted(counts["reasons"]) or ("none",),
         "repaired keys": _counted(counts["repairs"]) or ("none",),
-        "images": (f"{counts['images']:,} files",),
+        "images": (f"{counts['images']:,} files", *_counted(counts.get("image_notes", {}))),
         **{f"view {name}": _view(view) for name, view in manifest.views.items()},
         **_tokens(path, manifest),
         "fingerprint": (manifest.fingerprint[:16],),
@@ -150,8 +150,9 @@ def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
 def _view(view: ViewFacts) -> Lines:
     spec, codecs = view.spec, view.codecs
     error = f", PSNR {view.fast_error['psnr']:.1f} dB" if view.fast_error else ""
+    set_later = "".join(f", {name} {spec[name]}" for name in ("alpha", "depth") if name in spec)
     return (
-        f"{spec['size']} px, {spec['aspect']}, {spec['mode']}{error}",
+        f"{spec['size']} px, {spec['aspect']}, {spec['mode']}{set_later}{error}",
         *_shards(view.shards),
         f"decoder {codecs['decoder']}",
         f"resizer {codecs['resizer']} {codecs['resizer_version']}",

@@ -111,7 +111,7 @@ def to_hf(config: ExportConfig) -> None:
         image_id = write_processor(tokenizer, asked.model, how, folder)
         for turns, ids in zip(TRIALS, expected, strict=True):
             _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
-        facts = {"template": asdict(asked.template), "view": asdict(asked.spec)}
+        facts = {"template": asdict(asked.template), "view": asked.spec.facts()}
         with _told() as on_progress:
             write_hf(
                 asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),

@@ -18,15 +18,17 @@ from lapilli.data.codecs import replaced_simd
 from lapilli.data.config import BuildConfig
 from lapilli.data.mirror import is_address
 from lapilli.data.plan import BuildPlan, plan_build
-from lapilli.data.report import BuildTime, write_dataset_report
-from pipelines.command import parse, run, say
+from lapilli.data.report import IMAGE_NOTES, BuildTime, write_dataset_report
+from pipelines.command import parse, progress_bar, run, say
 from pipelines.live import build_line
 
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan, build and tell what came of it."""
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
-    plan = plan_build(config)
+    with progress_bar() as bar:
+        task = bar.add_task("records", total=None)
+        plan = plan_build(config, lambda done: bar.update(task, completed=done))
     tell_plan(plan)
     with build_line() as runner:
         report = build(plan, runner=runner)
@@ -71,6 +73,8 @@ def tell_report(report: BuildReport) -> None:
         + (f" ({reasons})" if reasons else "")
         + (f"; repaired: {repairs}" if repairs else "")
     )
+    for note, count in counts["image_notes"].items():
+        say(f"{count} images {note}: {IMAGE_NOTES[note]}")
     if report.manifest.mixture["records"] != counts["kept"]:
         tell_blend(report.manifest.mixture)
     for view, facts in report.manifest.views.items():

@@ -123,7 +123,7 @@ def bad_image(kind: str, seed: int = 0) -> bytes:
     if kind == "truncated_png":
         whole = image_bytes("png", 64, 48, seed)
         return whole[: len(whole) // 2]
-    sizes = {"zero_width": (0, 10), "bomb": (60_000, 50_000), "long_strip": (1, 20_000)}
+    sizes = {"zero_width": (0, 10), "bomb": (60_000, 50_000), "long_strip": (1, 20_000_000)}
     return _png_header(*sizes[kind])
 
 

@@ -86,9 +86,9 @@ def test_the_tokenizers_own_is_bound_by_its_text(tokenizer: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (INST, r"refuses the turns system, user, assistant \(no system turn\)"),
-        ("{{ messages[0].content }}", "does not write each of the turns"),
-        ("{{ messages[0].content ", "refuses the turns"),
+        (INST, r"refuses record own/x \(no system turn\)"),
+        ("{{ messages[0].content }}", r"leaves out what turn 1 \(user\) says"),
+        ("{{ messages[0].content ", "is not valid Jinja"),
         ("{{ strftime_now('%d') }}", "writes today's date"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_templates_marker_is_an_images_place(tmp_path: Path) -> None:
     assert reasons(tmp_path / "out") == {"not marked": "image_marker_count"}
 
 
-def test_turns_that_a_chat_template_refuses_stop_the_plan(tmp_path: Path) -> None:
+def test_a_record_that_a_chat_template_refuses_is_quarantined(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     Path("refusing.yaml").write_text(
         "chat: \"{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}"
@@ -158,9 +158,12 @@ def test_turns_that_a_chat_template_refuses_stop_the_plan(tmp_path: Path) -> Non
     ruled = said("ruled", "Why?", "So.")
     ruled["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     elements = [said("plain", "Why?", "So."), said("four", "Why?", "So.", "And?", "Yes."), ruled]
-    assert make(tmp_path, elements[:2], tokenizer, template="refusing.yaml").shards_built == 1
-    with pytest.raises(DataError, match=r"refuses the turns system, user, .* \(none\)"):
-        make(tmp_path, elements, tokenizer, template="refusing.yaml", output="none")
+    report = make(tmp_path, elements, tokenizer, template="refusing.yaml", max_quarantined=1.0)
+    assert list(token_rows(report, tmp_path / "out")) == ["plain", "four"]
+    assert reasons(tmp_path / "out") == {"ruled": "template_refuses"}
+    assert report.manifest.counts["reasons"] == {"template_refuses": 1}
+    with pytest.raises(DataError, match=r"nothing is kept: .* the chat template refuses it: none"):
+        make(tmp_path, [ruled], tokenizer, template="refusing.yaml", output="none")
     assert not Path("none").exists()
 
 

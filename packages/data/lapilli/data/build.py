@@ -33,7 +33,7 @@ from lapilli.data.record import Reason, Verdict
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.selection import (
     Selection,
-    read_bad_images,
+    read_image_rows,
     read_token_rows,
     select,
     write_quarantine,
@@ -208,9 +208,9 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
     tokens = [_facts(shard, facts) for shard in plan.token_shards()]
     views = _view_facts(plan, output, facts)
     images = [shard for view in views.values() for shard in view.shards]
-    bad_images = read_bad_images(output, images)
-    _check_unchanged(bad_images)
-    selection = select(plan, read_token_rows(output, tokens, plan.token_groups), bad_images)
+    rows = read_image_rows(output, images)
+    _check_unchanged(rows.bad)
+    selection = select(plan, read_token_rows(output, tokens, plan.token_groups), rows.bad)
     selected, quarantined, inputs, repaired = _write_selection(plan, output, selection)
     _save_tokenizer(plan, output)
     if plan.previous is None:  # of an amended dataset, when it is one
@@ -219,6 +219,7 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
         "images": len(plan.image_ids),
         "unused_images": sum(stamp == UNUSED_STAMP for _, stamp in plan.stamped),
         "repairs": dict(sorted(plan.repairs.items())),
+        "image_notes": rows.count_notes(plan.slots),
     }
     manifest = Manifest(
         format=FORMAT,
@@ -359,7 +360,7 @@ def _view_facts(
         compared = [shard for n, shard in enumerate(shards) if plan.compared(view, n)]
         rows = [row for shard in compared for row in _errors(output, shard, "fast_")]
         views[view] = ViewFacts(
-            asdict(spec), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored,
+            spec.facts(), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored,
             encoding_error(rows, spec.size**2 * 3),
         )  # fmt: skip
     return views

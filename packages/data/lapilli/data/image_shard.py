@@ -92,7 +92,7 @@ def _row(
         return {"status": str(bad.reason), "detail": bad.detail}
     size = {"source_width": decoded.source_width, "source_height": decoded.source_height}
     stored = store.add(pixels) if store else encode_pixels(pixels, task.encoding)
-    return {"status": OK, "detail": "", **size, **stored, **error}
+    return {"status": OK, "detail": ", ".join(decoded.notes), **size, **stored, **error}
 
 
 def _fast_error(data: bytes, task: ImageTask, pixels: NDArray[np.uint8]) -> Row:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import io
 import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,12 +19,14 @@ from PIL import Image, UnidentifiedImageError
 
 from lapilli.data.errors import DataError
 from lapilli.data.file_kinds import what_it_is_instead
+from lapilli.data.pixel_modes import BAND_PIXELS, Alpha, Depth, bands, to_rgb
 from lapilli.data.record import Reason
+from lapilli.data.side_data import without_side_data
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BadImage", "Decoded", "ImageSpec", "Resizer", "decode", "prepare", "square"]
+__all__ = ["BadImage", "Decoded", "ImageSpec", "Note", "Resizer", "decode", "prepare", "square"]
 
 Resizer: TypeAlias = Literal["pillow", "simd", "torch"]
 
@@ -28,6 +34,7 @@ PILLOWS_PIXEL = pa.list_(pa.uint8(), 4)  # Pillow keeps a byte behind each RGB t
 
 # Above this many pixels Pillow itself refuses a file as a decompression bomb.
 PILLOW_LIMIT = 178_956_970
+MOST_PIXELS = 2**31 - 1  # Pillow's sizes are C's int
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
@@ -55,8 +62,12 @@ class ImageSpec:
             differ from Pillow's by 1 of 255 in 0.3 % of a photo's values, by 2 in one of 1.5
             million; `auto` takes torch, or simd where torch is not installed.
         orient: `ignore` the EXIF orientation as LLaVA does, or follow it (`exif`).
-        max_pixels: An image that would need more pixels in memory at any step, the padded square
-            and the resized strip before the crop included, is `image_too_large`.
+        max_pixels: An image that would need more pixels in memory at any step, the strips between
+            two passes included, is `image_too_large`.
+        alpha: `ignore` transparency as LLaVA does, or put the image on `white` or on `fill`
+            (`mean`).
+        depth: `clip` values of more than 8 bits to 0 to 255 as LLaVA does, or `scale` them: 16
+            bits from their whole range, other integers and floats from their lowest and highest.
     """
 
     size: int
@@ -66,6 +77,8 @@ class ImageSpec:
     resizer: Literal["auto", "pillow", "simd", "torch"] = "auto"
     orient: Literal["ignore", "exif"] = "ignore"
     max_pixels: int = PILLOW_LIMIT
+    alpha: Alpha = "ignore"
+    depth: Depth = "clip"
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -73,10 +86,41 @@ class ImageSpec:
             raise DataError(f"size: {self.size}; expected a number of pixels, at least 1")
         if len(self.fill) != 3 or not all(0 <= channel <= 255 for channel in self.fill):
             raise DataError(f"fill: {self.fill}; expected three numbers from 0 to 255")
-        if not 1 <= self.max_pixels <= PILLOW_LIMIT:
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise DataError(f"max_pixels: {self.max_pixels}; expected 1 to {MOST_PIXELS}")
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as a dataset keeps them: those of `LATER` only where they are set."""
+        unset = {name for name, default in LATER.items() if getattr(self, name) == default}
+        return {name: value for name, value in asdict(self).items() if name not in unset}
+
+    @staticmethod
+    def of(facts: Mapping[str, Any]) -> ImageSpec:
+        """The view of a dataset's or a model's facts.
+
+        Raises:
+            DataError: A setting that this version does not know.
+        """
+        unknown = sorted(set(facts) - {field.name for field in fields(ImageSpec)})
+        if unknown:
             raise DataError(
-                f"max_pixels: {self.max_pixels}; expected 1 to {PILLOW_LIMIT}, Pillow's own bound"
+                f"view: setting {unknown[0]!r} is unknown here; expected one of "
+                f"{', '.join(field.name for field in fields(ImageSpec))}; use the version of "
+                "lapilli that made it"
             )
+        values: dict[str, Any] = {**facts, "fill": tuple(facts["fill"])}
+        return ImageSpec(**values)
+
+
+LATER = {"alpha": "ignore", "depth": "clip"}
+"""Settings that came later, by their default: a view that leaves them is what it was before."""
+
+
+class Note(StrEnum):
+    """What was odd about an image that is used. The list is closed: a report can count on it."""
+
+    FLAT = "flat_after_conversion"  # all pixels or nearly all alike in RGB, and not in the file
+    SIDE_DATA = "side_data_ignored"  # damaged or overlong data beside the pixels
 
 
 class BadImage(Exception):
@@ -98,6 +142,7 @@ class Decoded:
     image: NDArray[np.uint8]
     source_width: int
     source_height: int
+    notes: tuple[Note, ...] = ()
 
 
 def decode(data: bytes, spec: ImageSpec, resizer: Resizer = "torch") -> Decoded:
@@ -105,6 +150,7 @@ def decode(data: bytes, spec: ImageSpec, resizer: Resizer = "torch") -> Decoded:
 
     The pixel count is checked from the header, before anything is decoded. Pillow reads the header
     and has the last word: what libjpeg-turbo does not decode without a complaint, Pillow decodes.
+    What it refuses is tried once more without its side data.
 
     Args:
         data: A file's bytes.
@@ -115,16 +161,32 @@ def decode(data: bytes, spec: ImageSpec, resizer: Resizer = "torch") -> Decoded:
         BadImage: `image_too_large` or `image_undecodable`.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        return _decode(data, spec, resizer)
+    except BadImage as bad:
+        bare = without_side_data(data) if bad.reason == Reason.IMAGE_UNDECODABLE else None
+        if bare is None:
+            raise
+        try:
+            decoded = _decode(bare, spec, resizer)
+        except BadImage as worse:
+            raise (worse if worse.reason == Reason.IMAGE_TOO_LARGE else bad) from None
+    return replace(decoded, notes=(*decoded.notes, Note.SIDE_DATA))
+
+
+def _decode(data: bytes, spec: ImageSpec, resizer: Resizer) -> Decoded:
+    notes: tuple[Note, ...] = ()
+    try:
+        with _pillow_bound(spec), Image.open(io.BytesIO(data), formats=_formats()) as image:
             width, height = image.size
             _check_size(width, height, spec)
             pixels = _decode_jpeg(data, image, spec, "RGB" if resizer == "torch" else "RGBX")
             if pixels is None:
-                rgb = _decode_with_pillow(image, spec)
-                pixels = np.asarray(rgb) if resizer == "torch" else _from_pillow(rgb)
+                rgb, is_flat = _decode_with_pillow(image, spec)
+                pixels = _pixels(rgb) if resizer == "torch" else _from_pillow(rgb)
+                notes = (Note.FLAT,) if is_flat else ()
             if spec.orient == "exif":
                 pixels = _upright(pixels, image)
-            return Decoded(pixels, width, height)
+            return Decoded(pixels, width, height, notes)
     except Image.DecompressionBombError as error:
         raise BadImage(Reason.IMAGE_TOO_LARGE, _describe(error)) from None
     except BadImage:
@@ -154,13 +216,31 @@ def _decode_jpeg(
     return pixels if spec.mode == "fast" or pixels.shape[:2] == (height, width) else None
 
 
-def _decode_with_pillow(image: Image.Image, spec: ImageSpec) -> Image.Image:
+def _decode_with_pillow(image: Image.Image, spec: ImageSpec) -> tuple[Image.Image, bool]:
+    """RGB, and whether converting has made it one colour."""
     if spec.mode == "fast":
         image.draft("RGB", _least_size(*image.size, spec))
     image.load()
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    _check_size(*rgb.size, spec)  # an icon may hold more than its header says
-    return rgb
+    _check_size(*image.size, spec)  # an icon may hold more than its header says
+    return to_rgb(image, alpha=spec.alpha, depth=spec.depth, fill=spec.fill)
+
+
+@contextmanager
+def _pillow_bound(spec: ImageSpec) -> Generator[None]:
+    """Let Pillow open what the view allows; its own bound is one for the whole process."""
+    if spec.max_pixels <= PILLOW_LIMIT:
+        yield
+        return
+    with _BOUND:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = spec.max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+_BOUND = threading.Lock()
 
 
 @functools.cache
@@ -182,11 +262,12 @@ def _check_size(width: int, height: int, spec: ImageSpec) -> None:
     """Refuse an image that would need more than `max_pixels` at any step on its way."""
     if width < 1 or height < 1:
         raise BadImage(Reason.IMAGE_UNDECODABLE, f"{width}x{height} pixels")
-    needed = width * height
+    needed, side = width * height, max(width, height)
     if spec.aspect == "pad":
-        needed = max(width, height) ** 2
-    elif spec.aspect == "crop":
-        needed = max(needed, spec.size * (spec.size * max(width, height) // min(width, height)))
+        needed = max(needed, side * min(side, spec.size))
+    elif spec.aspect == "crop":  # across a row at a time, then down as a whole
+        short = min(width, height)
+        needed = max(needed, spec.size * width // short, spec.size * (spec.size * height // short))
     if needed > spec.max_pixels:
         detail = f"{width}x{height} needs {needed} pixels, over max_pixels {spec.max_pixels}"
         raise BadImage(Reason.IMAGE_TOO_LARGE, detail)
@@ -251,11 +332,40 @@ def _square(image: NDArray[np.uint8], spec: ImageSpec, resizer: Resizer) -> NDAr
         short = min(width, height)
         long_width, long_height = size * width // short, size * height // short
         top, left = (long_height - size) // 2, (long_width - size) // 2
-        across = _across(image, long_width, resizer)[:, left : left + size]
+
+        def cut(band: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            return _across(band, long_width, resizer)[:, left : left + size]
+
+        across = _by_bands(image, max(width, long_width), spec, cut)
         return _down(np.ascontiguousarray(across), long_height, resizer)[top : top + size]
     side = max(width, height)
-    across = _across(_centre(image, height, side, spec.fill), size, resizer)
+
+    def pad(band: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return _across(_centre(band, len(band), side, spec.fill), size, resizer)
+
+    across = _by_bands(image, side, spec, pad)
     return _down(_centre(across, side, size, spec.fill), size, resizer)
+
+
+def _by_bands(
+    image: NDArray[np.uint8],
+    row_pixels: int,
+    spec: ImageSpec,
+    across: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    """A pass across, which knows no row of another, over so many rows at a time as are bounded."""
+    # a multiple of the 4 rows that SIMD code takes at once
+    rows = max(4, min(BAND_PIXELS, spec.max_pixels) // row_pixels // 4 * 4)
+    if len(image) <= rows:
+        return across(image)
+    first = across(image[:rows])
+    _, columns, channels = first.shape
+    whole = np.empty((len(image), columns, channels), np.uint8)
+    whole[:rows] = first
+    for top in range(rows, len(image), rows):
+        # a small band may be in Pillow's memory where a large one was not
+        whole[top : top + rows] = across(image[top : top + rows])[..., :channels]
+    return whole
 
 
 def _centre(
@@ -309,12 +419,22 @@ def _to_pillow(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarrow(pixels, "RGB", (width, height))
 
 
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3]; of a large image without a second copy at any time."""
+    if image.width * image.height <= BAND_PIXELS:
+        return np.asarray(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top, band in bands(image):
+        pixels[top : top + band.height] = np.asarray(band)
+    return pixels
+
+
 def _from_pillow(image: Image.Image) -> NDArray[np.uint8]:
     """uint8 [height, width, 4] in Pillow's own memory, or 3 copied where that is in pieces."""
     try:
         pixels = pa.array(image)
     except ValueError:  # over 16 MB
-        return np.asarray(image)
+        return _pixels(image)
     return np.asarray(pixels.values).reshape(image.height, image.width, 4)
 
 

@@ -58,7 +58,8 @@ class Manifest:
         template: Name of the template.
         image_token: The placeholder in `input_ids`.
         counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
-            distinct `images`; keys mended, by kind (`repairs`).
+            distinct `images`; keys mended, by kind (`repairs`); images that are used in spite of
+            something odd, by `images.Note` (`image_notes`, absent in older datasets).
         mixture: The blend as it came out: by source `kept`, `held_out`, distinct records `used`,
             `records` and `tokens` of an epoch, `epochs`, and its true `share`.
         tokens: The token shards.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,9 +30,9 @@ from lapilli.data.amend import (
     row_stamp,
 )
 from lapilli.data.backend import check_agreement
-from lapilli.data.checks import Rules, check_record
+from lapilli.data.checks import Rules
 from lapilli.data.codecs import Codecs, resolve_codecs
-from lapilli.data.compat import check_as_llava, encode_as_llava
+from lapilli.data.compat import encode_as_llava
 from lapilli.data.config import BuildConfig
 from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
@@ -56,7 +56,7 @@ from lapilli.data.record import (
     excerpt,
     unpack,
 )
-from lapilli.data.render import mark_images
+from lapilli.data.rules import record_rules
 from lapilli.data.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
 from lapilli.data.shards import ShardFacts
 from lapilli.data.templates import Template, get_template
@@ -84,6 +84,8 @@ Item = TypeVar("Item")
 
 VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
 ORIGINALS_PER_SHARD = 512
+CHAT_WAY = 2  # 1 wrote every text into the frames of its order of roles, whatever the text was
+PROGRESS_EVERY = 500  # records
 COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
 
 
@@ -179,7 +181,7 @@ class BuildPlan:
         return (
             before.plan.get("writer") == self.digests["writer"]
             and facts.images_per_shard == self.images_per_shard(view)
-            and digest(facts.spec) == digest(asdict(self.views[view]))
+            and digest(facts.spec) == digest(self.views[view].facts())
             and digest(facts.codecs) == digest(asdict(self.codecs[view]))
             and facts.encoding.get("name") == self.encoding(view).describe()
         )
@@ -197,7 +199,7 @@ class BuildPlan:
         spec, codecs, encoding = self.views[view], self.codecs[view], self.encoding(view)
         named = [(name, stamp.hex()) for name, stamp in part]
         compared = self.compared(view, number)
-        made = [self.digests["writer"], asdict(spec), asdict(codecs), encoding.describe(), named]
+        made = [self.digests["writer"], spec.facts(), asdict(codecs), encoding.describe(), named]
         made += [compared] if compared else []
         return ImageTask(
             f"images/{view}/{number:05d}-{digest(made)[:12]}.arrow",
@@ -267,8 +269,12 @@ def _cut(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def plan_build(config: BuildConfig) -> BuildPlan:
+def plan_build(
+    config: BuildConfig, on_progress: Callable[[int], None] = lambda done: None
+) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
+
+    `on_progress(done)` is called now and then with the number of records read.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
@@ -287,14 +293,12 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     output = open_output(config.output)
     previous = read_previous(output)
     originals = Originals(previous, output.resolve())
-    rules = partial(_rules, template=template, compat=config.compat)
-    read = _read_sources(config, root, rules, originals)
+    rules = record_rules(template, loaded, config.compat)
+    read = _read_sources(config, root, rules, originals, on_progress)
     entries, entry_images, located = read.entries, read.entry_images, read.located
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     check_agreement(loaded, _first_texts(entries))
-    if template.chat:
-        encode_batch(_one_of_each_order(entries), loaded, template)
     stamps = {name: originals.stamp(place) or image_stamp(place) for name, place in located.items()}
     digests = _digests(config, entries, stamps, tokenizer, template, codecs)
     records = [
@@ -322,7 +326,13 @@ class _Read:
     repaired: list[pa.Table] = field(default_factory=list[pa.Table])
 
 
-def _read_sources(config: BuildConfig, root: Path, rules: Rules, originals: Originals) -> _Read:
+def _read_sources(
+    config: BuildConfig,
+    root: Path,
+    rules: Rules,
+    originals: Originals,
+    on_progress: Callable[[int], None],
+) -> _Read:
     """Every entry of every source with its verdict and its images."""
     read = _Read()
     unseen = set(config.exclude)
@@ -339,11 +349,14 @@ def _read_sources(config: BuildConfig, root: Path, rules: Rules, originals: Orig
                 read.located.setdefault(place.image_id, place)
             read.entries.append(checked.pack())
             read.entry_images.append(tuple(place.image_id for place in places))
+            if len(read.entries) % PROGRESS_EVERY == 0:
+                on_progress(len(read.entries))
         take_back(mount.settle(), read.entries, read.entry_images, first)
         read.repairs.update(mount.repairs)
         read.repaired.append(repairs_table(source.name, mount.repaired()))
     used = {name for images in read.entry_images for name in images}
     read.located = {name: place for name, place in read.located.items() if name in used}
+    on_progress(len(read.entries))
     _check_all_seen(unseen)
     return read
 
@@ -351,7 +364,12 @@ def _read_sources(config: BuildConfig, root: Path, rules: Rules, originals: Orig
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
     """The folder of all that decides ids alike."""
     settings = [config.compat, config.max_text_length, writer_version()]
-    return f"tokens/{digest([tokenizer.fingerprint, asdict(template), *settings])[:12]}"
+    return f"tokens/{digest([tokenizer.fingerprint, _template_facts(template), *settings])[:12]}"
+
+
+def _template_facts(template: Template) -> dict[str, Any]:
+    """What decides how records are written down: the template and, of a chat template, the way."""
+    return asdict(template) | ({"chat_way": CHAT_WAY} if template.chat else {})
 
 
 def _check_all_seen(excluded: set[str]) -> None:
@@ -387,26 +405,12 @@ def _try_out(template: Template, tokenizer: Any, compat: str | None) -> None:
     trial = Record("trial", "trial", "trial", turns, ("trial.jpg",))
     if compat == "llava":
         encode_as_llava([trial], tokenizer, template)
-    else:
+    elif not template.chat:  # a chat template may refuse some records and write others
         encode_batch([trial], tokenizer, template)
-
-
-def _rules(record: Record, template: Template, compat: str | None) -> tuple[Record, Verdict]:
-    """A record as the template and LLaVA, if it is to be followed, place its images."""
-    record = mark_images(record, template)
-    if compat == "llava":
-        return check_as_llava(record, template)
-    return record, check_record(record)
 
 
 def _kept_records(entries: Iterable[PackedEntry]) -> Iterator[Record]:
     return (unpack(e.packed) for e in entries if e.packed is not None and e.verdict.kept)
-
-
-def _one_of_each_order(entries: Iterable[PackedEntry]) -> list[Record]:
-    """A record for each order of roles there is: a chat template may refuse one, say so now."""
-    by_order = {tuple(turn.role for turn in r.turns): r for r in _kept_records(entries)}
-    return list(by_order.values())
 
 
 def _first_texts(entries: Iterable[PackedEntry], most: int = 512) -> Iterable[str]:
@@ -456,8 +460,8 @@ def _digests(
         "format": str(FORMAT),
         "writer": writer_version(),
         "tokenizer": digest(tokenizer.fingerprint),
-        "template": digest(asdict(template)),
-        "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
+        "template": digest(_template_facts(template)),
+        "views": digest({name: spec.facts() for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
         "encodings": "; ".join(f"{view}: {name}" for view, name in sorted(stored.items())) or "raw",
         "keep_original": str(config.keep_original),

@@ -96,6 +96,7 @@ class Reason(StrEnum):
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_TOO_LARGE = "image_too_large"
     DECODER_CRASHED = "decoder_crashed"
+    TEMPLATE_REFUSES = "template_refuses"
     NO_TRAINED_TOKEN = "no_trained_token"
     EXCLUDED = "excluded"
 

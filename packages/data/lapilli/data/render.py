@@ -124,8 +124,10 @@ def mark_images(record: Record, template: Template) -> Record:
     Only in a record whose users' turns mark no image otherwise: markers of both kinds have no
     order among them that all would agree on.
     """
+    if not template.image_marker:
+        return record
     parts = [part for turn in record.turns for part in turn.parts]
-    if not template.image_marker or any(isinstance(part, ImagePart) for part in parts):
+    if any(isinstance(part, ImagePart) for part in parts):
         return record
     turns: list[Turn] = []
     images = 0

@@ -35,7 +35,7 @@ from lapilli.data.sources import get_source
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["REMEDIES", "BuildTime", "write_dataset_report"]
+__all__ = ["IMAGE_NOTES", "REMEDIES", "BuildTime", "write_dataset_report"]
 
 REPORT = "report.html"
 SHOWN = 12  # images of the dataset
@@ -58,9 +58,17 @@ REMEDIES = {
     "image_outside_root": "use a key below the root, or name the folder in `extra_roots`",
     "image_undecodable": "get the file again; it is damaged or no image",
     "image_too_large": "scale the file down, or raise `max_pixels`",
+    "template_refuses": "bring the record into the form its detail names, or take another template",
     "no_trained_token": "raise `max_text_length`, or delete the record",
     "excluded": "take its id out of `exclude` to have it back",
     WORST: "get the file again; decoding it ends the process",
+}
+
+
+IMAGE_NOTES = {
+    "flat_after_conversion": "one colour or nearly so in RGB, and not in the file; set the "
+    "view's `alpha` (transparency) or `depth` (16 bits, floats)",
+    "side_data_ignored": "damaged or overlong texts or profiles beside whole pixels; nothing to do",
 }
 
 
@@ -194,6 +202,11 @@ def _tell_images(page: Page, path: Path, manifest: Manifest) -> None:
         ["view", "pixels", "mode", "decoder", "resizer", "shards", "size", "usable", "not usable"],
         [_view_row(path, name, view) for name, view in manifest.views.items()],
     )
+    if notes := manifest.counts.get("image_notes"):
+        page.table(
+            ["used in spite of", "images", "what it is"],
+            [[note, count, IMAGE_NOTES.get(note, "")] for note, count in notes.items()],
+        )
     if not manifest.counts["images"]:
         return
     first = next(iter(manifest.views.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from lapilli.data.shards import (
 from lapilli.data.sources import get_source
 
 __all__ = [
+    "ImageRows",
     "Selection",
     "quarantine_table",
-    "read_bad_images",
+    "read_image_rows",
     "read_token_rows",
     "select",
     "write_quarantine",
@@ -127,9 +128,28 @@ def _late_verdict(
     return Verdict()
 
 
-def read_bad_images(output: Output, shards: Iterable[ShardFacts]) -> dict[str, Verdict]:
-    """The images that some view could not use, with the first view's verdict. Reads no pixels."""
+@dataclass(frozen=True)
+class ImageRows:
+    """What views say of their images.
+
+    Attributes:
+        bad: The images that some view could not use, with the first view's verdict.
+        notes: By `Note`, the images that some view has used in spite of it.
+    """
+
+    bad: dict[str, Verdict]
+    notes: dict[str, set[str]]
+
+    def count_notes(self, images: Container[str]) -> dict[str, int]:
+        """How many of these images each note stands for."""
+        found = {note: sum(name in images for name in names) for note, names in self.notes.items()}
+        return {note: count for note, count in sorted(found.items()) if count}
+
+
+def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
+    """Read what is wrong or odd about images from their shards, and no pixels."""
     bad: dict[str, Verdict] = {}
+    notes: dict[str, set[str]] = {}
     for shard in shards:
         table = open_table(output, shard, ["image_id", "status", "detail"])
         status = table["status"].to_numpy()
@@ -137,7 +157,11 @@ def read_bad_images(output: Output, shards: Iterable[ShardFacts]) -> dict[str, V
             image_id = table["image_id"][int(row)].as_py()
             detail = f"{image_id}: {table['detail'][int(row)].as_py()}"
             bad.setdefault(image_id, Verdict(Reason(status[row]), detail))
-    return bad
+        details = table["detail"].to_numpy()
+        for row in np.flatnonzero((status == OK) & (details != "")):
+            for note in details[row].split(", "):
+                notes.setdefault(note, set()).add(table["image_id"][int(row)].as_py())
+    return ImageRows(bad, notes)
 
 
 def read_token_rows(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lapilli.data.checks import Rules, plain_rules
 from lapilli.data.config import BuildConfig
 from lapilli.data.file_kinds import EMPTY_FILE
 from lapilli.data.located_entries import entries_of, locate_images, open_mount
@@ -67,6 +68,7 @@ def survey(
     config: BuildConfig,
     bad_images: Mapping[str, Verdict] | None = None,
     *,
+    rules: Rules = plain_rules,
     on_progress: Callable[[int], None] = lambda done: None,
     on_bad: Callable[[Entry], None] = lambda entry: None,
 ) -> Survey:
@@ -75,6 +77,7 @@ def survey(
     Args:
         config: Root and sources; tokenizer, template and output are not looked at.
         bad_images: Verdict by image id, of images that have been decoded.
+        rules: How a build's template takes records (`rules.record_rules`), if one is given.
         on_progress: Called with the number of records read.
         on_bad: Called with each record that has a problem.
 
@@ -94,7 +97,7 @@ def survey(
         mount = open_mount(source, config, root)
         images: dict[str, Located] = {}
         unsettled: set[int] = set()
-        for place, entry in enumerate(entries_of(source, root)):
+        for place, entry in enumerate(entries_of(source, root, rules)):
             checked, places = locate_images(entry, mount)
             for image in places:
                 images.setdefault(image.image_id, image)
@@ -114,7 +117,7 @@ def survey(
             found.mended.setdefault(kind, (key, image_id))
         found.lost.update(mount.lost)
         if verdicts or unsettled:
-            entries = entries_of(source, root)
+            entries = entries_of(source, root, rules)
             images = _settle(entries, mount, verdicts, unsettled, bad_images, note)
         for image_id, image in images.items():
             found.images.setdefault(image_id, image)

@@ -48,6 +48,7 @@ __all__ = [
     "llava_length",
     "load_tokenizer",
     "segments_of",
+    "template_refusal",
     "tokenizer_facts",
     "train_tokenizer",
     "truncate",
@@ -297,17 +298,38 @@ def _writer(tokenizer: AnyTokenizer, template: Template) -> _Writer:
     return _writer_cached(tokenizer, vocab_size, bind_template(template, tokenizer))
 
 
+def template_refusal(tokenizer: AnyTokenizer, template: Template) -> Callable[[Record], str]:
+    """What says why a chat template cannot write a record down, "" where it can.
+
+    A template made of frames writes every well-formed record.
+
+    Raises:
+        DataError: A chat template that is none, or a tokenizer that has none.
+    """
+    if not template.chat:
+        return lambda record: ""
+    vocab_size = raw_backend(tokenizer).get_vocab_size()
+    return _chat_writer(tokenizer, vocab_size, bind_template(template, tokenizer)).refusal
+
+
 @lru_cache(maxsize=32)
 def _writer_cached(tokenizer: AnyTokenizer, vocab_size: int, template: Template) -> _Writer:
-    del vocab_size
     backend = backend_for(tokenizer)
     if template.chat:
-        all_trained = template.trains == "all"
-        chat = ChatWriter(tokenizer, template.chat, backend.eaten, train_all=all_trained)
+        chat = _chat_writer(tokenizer, vocab_size, template)
         return _Writer(chat.render, _warning_of_end(template.name, chat.answer_end, backend))
     spelt = _spell_unknown(template, backend)
     write = partial(render, template=spelt, eaten=backend.eaten)
     return _Writer(write, _warning_of_end(template.name, spelt.answer_end, backend))
+
+
+@lru_cache(maxsize=32)
+def _chat_writer(tokenizer: AnyTokenizer, vocab_size: int, template: Template) -> ChatWriter:
+    """The writer of a chat template, which has compared and found things already."""
+    del vocab_size
+    backend = backend_for(tokenizer)
+    all_trained = template.trains == "all"
+    return ChatWriter(tokenizer, template.chat, backend.eaten, train_all=all_trained)
 
 
 def _spell_unknown(template: Template, backend: Backend) -> Template:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from lapilli.data.images import BadImage, ImageSpec, decode
+from lapilli.data.images import BadImage, ImageSpec, Note, decode
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.record import Reason, Verdict
 
@@ -24,17 +26,29 @@ __all__ = ["verify_image", "verify_images"]
 
 BATCH = 32  # images handed to a worker at once
 Places: TypeAlias = tuple[Located, ...]
-Found: TypeAlias = list[tuple[str, Verdict]]
 
 
-def verify_image(root: Path, place: Located, specs: Sequence[ImageSpec]) -> Verdict:
-    """Decode an image as every view would."""
+@dataclass
+class Found:
+    """What was found in some images."""
+
+    bad: list[tuple[str, Verdict]] = field(default_factory=list[tuple[str, Verdict]])
+    notes: Counter[Note] = field(default_factory=Counter[Note])
+
+
+def verify_image(
+    root: Path, place: Located, specs: Sequence[ImageSpec], notes: Counter[Note] | None = None
+) -> Verdict:
+    """Decode an image as every view would; what is odd about it is counted in `notes`."""
+    found: set[Note] = set()
     try:
         data = read_image(root, place)
         for spec in specs:
-            decode(data, spec)
+            found.update(decode(data, spec).notes)
     except BadImage as bad:
         return Verdict(bad.reason, f"{place.image_id}: {bad.detail}")
+    if notes is not None:
+        notes.update(found)
     return Verdict()
 
 
@@ -44,6 +58,7 @@ def verify_images(
     specs: Sequence[ImageSpec],
     *,
     workers: int = 0,
+    notes: Counter[Note] | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Verdict]:
     """Decode images in processes of their own.
@@ -53,19 +68,28 @@ def verify_images(
         root: The dataset's root.
         specs: The views; views that decode alike are decoded once.
         workers: Processes; 0 takes every core.
+        notes: Counts the images that are used in spite of something odd.
         on_progress: Called with the number of images looked at.
 
     Returns:
         The verdict on each bad image, by image id. One that kills its decoder is among them.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    distinct = list({(s.mode, s.orient, s.max_pixels, s.aspect, s.size): s for s in specs}.values())
+    # what decoding does not look at is left out
+    distinct = list(
+        {
+            replace(s, resizer="auto", fill=s.fill if s.alpha == "mean" else (0, 0, 0)): s
+            for s in specs
+        }.values()
+    )
     remaining = iter(places)
     batches = iter(lambda: tuple(islice(remaining, BATCH)), ())
     bad: dict[str, Verdict] = {}
     done = 0
     for count, found in _run(batches, root, distinct, workers):
-        bad.update(found)
+        bad.update(found.bad)
+        if notes is not None:
+            notes.update(found.notes)
         done += count
         on_progress(done)
     return bad
@@ -96,7 +120,8 @@ def _run(
             except BrokenProcessPool:
                 pass  # every future of the pool has failed; what they held is looked at below
         for batch in unanswered:
-            yield len(batch), [f for place in batch for f in _verify_alone(root, place, specs)]
+            for place in batch:
+                yield 1, _verify_alone(root, place, specs)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -108,8 +133,10 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 def _verify_batch(root: Path, places: Places, specs: list[ImageSpec]) -> Found:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, one for each odd palette
-        verdicts = [(place.image_id, verify_image(root, place, specs)) for place in places]
-    return [(image_id, verdict) for image_id, verdict in verdicts if not verdict.kept]
+        found = Found()
+        verdicts = [(p.image_id, verify_image(root, p, specs, found.notes)) for p in places]
+    found.bad = [(image_id, verdict) for image_id, verdict in verdicts if not verdict.kept]
+    return found
 
 
 def _verify_alone(root: Path, place: Located, specs: list[ImageSpec]) -> Found:
@@ -119,4 +146,4 @@ def _verify_alone(root: Path, place: Located, specs: list[ImageSpec]) -> Found:
             return pool.submit(_verify_batch, root, (place,), specs).result()
         except BrokenProcessPool:
             detail = f"{place.image_id}: ends the process that decodes it"
-            return [(place.image_id, Verdict(Reason.IMAGE_UNDECODABLE, detail))]
+            return Found([(place.image_id, Verdict(Reason.IMAGE_UNDECODABLE, detail))])

@@ -192,7 +192,7 @@ def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
         facts = read_facts(path)
         template = Template(**facts["template"])
         return Assistant(
-            read_hf(path).to(device), load_tokenizer(path), template, _spec(facts["view"]),
+            read_hf(path).to(device), load_tokenizer(path), template, ImageSpec.of(facts["view"]),
             path.resolve().name,
         )  # fmt: skip
     trained = load_trained(path, device)
@@ -205,9 +205,4 @@ def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
     tokenizer = load_tokenizer(dataset / "tokenizer")
     template = bind_template(get_template(settings["template"]), tokenizer)
     name = f"{path.resolve().name}/step-{trained.step}"
-    return Assistant(trained.model, tokenizer, template, _spec(trained.data["view"]), name)
-
-
-def _spec(fields: dict[str, Any]) -> ImageSpec:
-    values: dict[str, Any] = {**fields, "fill": tuple(fields["fill"])}
-    return ImageSpec(**values)
+    return Assistant(trained.model, tokenizer, template, ImageSpec.of(trained.data["view"]), name)

@@ -1,0 +1,40 @@
+"""How a build takes each record: by its own form, by its template, and as LLaVA if asked to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lapilli.data.checks import Rules, check_record
+from lapilli.data.compat import check_as_llava
+from lapilli.data.record import Reason, Record, Verdict
+from lapilli.data.render import mark_images
+from lapilli.data.templates import Template
+from lapilli.data.tokenize import template_refusal
+
+__all__ = ["record_rules"]
+
+
+def record_rules(template: Template, tokenizer: Any, compat: str | None) -> Rules:
+    """The rules of a build: how its template, and LLaVA if it is followed, take each record.
+
+    Args:
+        template: The template, bound to the tokenizer.
+        tokenizer: The tokenizer; a template made of frames does not need it.
+        compat: The config's.
+
+    Raises:
+        DataError: A chat template that can write no conversation.
+    """
+    if compat == "llava":
+        return lambda record: check_as_llava(mark_images(record, template), template)
+    refusal = template_refusal(tokenizer, template)
+
+    def rules(record: Record) -> tuple[Record, Verdict]:
+        record = mark_images(record, template)
+        verdict = check_record(record)
+        if verdict.kept and (reason := refusal(record)):
+            detail = f"the chat template refuses it: {reason}"
+            verdict = Verdict(Reason.TEMPLATE_REFUSES, detail)
+        return record, verdict
+
+    return rules
