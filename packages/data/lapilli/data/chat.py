@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from lapilli.data.errors import DataError
-from lapilli.data.record import Part, Record, TextPart
+from lapilli.data.record import Part, Record, TextPart, Turn
 from lapilli.data.render import Eaten, Page, Segment, split_turns
 
 __all__ = ["ChatWriter"]
@@ -71,19 +71,20 @@ class ChatWriter:
             DataError: The template refuses this order of roles, or leaves out what was said.
         """
         system, turns = split_turns(record)
-        said: list[tuple[str, tuple[Part, ...]]] = [(turn.role, turn.parts) for turn in turns]
+        said = list(turns)
         if system is not None:
-            said.insert(0, ("system", (TextPart(system),)))
-        roles = tuple(role for role, _ in said)
+            said.insert(0, Turn("system", (TextPart(system),)))
+        roles = tuple(turn.role for turn in said)
         found = self._frames(roles)
         page = Page(train_all=self._train_all, eaten=self._eaten)
         end = ""
-        for place, (role, parts) in enumerate(said):
+        for place, turn in enumerate(said):
             self._write(page, found.frames[place].removeprefix(end))
-            is_answer = role == "assistant"
-            page.parts(_strip(parts, *found.stripped[place]), trained=is_answer)
+            is_answer = turn.role == "assistant"
+            trained = (is_answer or None) if turn.trained else False
+            page.parts(_strip(turn.parts, *found.stripped[place]), trained=trained)
             end = self._end_of_answer(found.frames[place + 1], roles) if is_answer else ""
-            self._write(page, end, trained=True)
+            self._write(page, end, trained=trained)
         self._write(page, found.frames[-1].removeprefix(end))
         return page.finish()
 
@@ -94,7 +95,7 @@ class ChatWriter:
         end = self._end_of_answer(self._frames(roles).frames[-1], roles)
         return self._specials.sub(r"{\1}", end)
 
-    def _write(self, page: Page, frame: str, *, trained: bool = False) -> None:
+    def _write(self, page: Page, frame: str, *, trained: bool | None = None) -> None:
         # Splitting on one group alternates: text, special, text, ..., text.
         for number, piece in enumerate(self._specials.split(frame)):
             if number % 2:

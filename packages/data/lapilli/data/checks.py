@@ -30,7 +30,8 @@ def check_record(record: Record) -> Verdict:
     in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
     said = [turn.text for turn in record.turns]
-    if not is_unicode("".join((*record.images, *said))):
+    marked = [turn for turn in record.turns if turn.reasoning or not turn.trained]
+    if not is_unicode("".join((*record.images, *said, *(turn.reasoning for turn in marked)))):
         return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
     turns = list(record.turns)
     for leading in ("system", "assistant"):
@@ -47,6 +48,8 @@ def check_record(record: Record) -> Verdict:
     for place, turn in enumerate(turns):
         if turn.role == "assistant" and not said[place].strip():
             return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
+    if marked and not any(turn.trained for turn in turns[1::2]):
+        return Verdict(Reason.NO_TRAINED_TOKEN, "no answer is to be trained: each has weight 0")
     return _check_markers(turns, len(record.images))
 
 
