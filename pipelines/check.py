@@ -27,6 +27,7 @@ from lapilli.data.record import Entry, Verdict
 from lapilli.data.selection import quarantine_table
 from lapilli.data.shards import write_atomic
 from lapilli.data.survey import Survey, survey
+from lapilli.data.tally import Tally, describe_tally
 from lapilli.data.verify import verify_images
 from pipelines.command import parse, progress_bar, run, say, say_title
 
@@ -180,6 +181,8 @@ def tell(config: CheckConfig, found: Survey) -> None:
     say_title(f"{total:,} records: {total - bad:,} good, {bad:,} with a problem")
     for source, count in found.read.items():
         say(f"  {source}: {count:,} records")
+        for line in describe_tally(found.tallies.get(source, Tally())):
+            say(f"    {line}")
         for (name, reason), number in sorted(found.bad.items(), key=lambda item: -item[1]):
             if name == source:
                 example = found.examples[name, reason]

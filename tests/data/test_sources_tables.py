@@ -119,10 +119,10 @@ def test_keys_name_members_of_the_tar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "no whole tar after 0 samples"),
+        (b"", "no whole tar after 0 members"),
         (b"<html>", "this is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (None, "after 2 samples (unexpected end of data)"),
+        (None, "after 5 members (unexpected end of data)"),
     ],
 )
 def test_a_file_that_is_no_tar_is_one_line(
@@ -139,12 +139,14 @@ def test_a_file_that_is_no_tar_is_one_line(
     assert str(path) in message
 
 
-def test_a_name_that_is_twice_in_a_sample_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_twice_in_a_sample_is_its_verdict(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
         for name in ("a.jpg", "a.JPG"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    assert "duplicate" in refused(tmp_path, annotations="0.tar", format="webdataset")
+    (entry,) = entries(tmp_path, annotations="0.tar", format="webdataset")
+    assert entry.verdict.reason == Reason.SCHEMA
+    assert "'a.JPG' twice" in entry.verdict.detail
 
 
 def test_a_tar_outside_the_images_folder_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
 from lapilli.data.sources import Source, get_source
+from lapilli.data.sources.rows import with_roles
+from lapilli.data.tally import Members, Tally
 
 __all__ = ["Rules", "check_record", "read_entries"]
 
@@ -63,21 +65,41 @@ def _check_markers(turns: list[Turn], images: int) -> Verdict:
     return Verdict()
 
 
-def read_entries(config: SourceConfig, root: Path, rules: Rules = plain_rules) -> Iterator[Entry]:
-    """Every element of a source as an entry, in file order, none left out."""
+def read_entries(
+    config: SourceConfig, root: Path, rules: Rules = plain_rules, tally: Tally | None = None
+) -> Iterator[Entry]:
+    """Every element of a source as an entry, in file order, none left out.
+
+    `tally` takes the names of fields that nothing reads and, at the end, the members of archives.
+    """
     source = get_source(config.format)
+    tally = tally or Tally()
     seen: Counter[str] = Counter()
-    for place, element in enumerate(source.read(config, root)):
-        yield _entry(config, source, element, place, seen, rules)
+    for place, element in enumerate(_elements(source.read(config, root), tally)):
+        yield _entry(config, source, element, place, seen, rules, tally)
+
+
+def _elements(reading: Iterator[Any], tally: Tally) -> Iterator[Any]:
+    """A reader's elements; what it returns in the end is the members of its archives."""
+    members = yield from reading
+    if isinstance(members, Members):
+        tally.members = members
 
 
 def _entry(
-    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str], rules: Rules
-) -> Entry:
+    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str],
+    rules: Rules, tally: Tally,
+) -> Entry:  # fmt: skip
     name = config.name
     record_id = _record_id(element, place)
     sample_id = f"{name}/{_unique(record_id, seen)}"
-    normalised = source.normalise(element)
+    spelt = with_roles(element, config.roles)
+    found = source.inspect(spelt)
+    tally.count(found.unread)
+    if found.unsupported:
+        verdict = Verdict(Reason.UNSUPPORTED_FIELD, found.unsupported)
+        return Entry(name, record_id, sample_id, element, None, verdict)
+    normalised = source.normalise(spelt)
     if isinstance(normalised, Verdict):
         return Entry(name, record_id, sample_id, element, None, normalised)
     turns, images = normalised

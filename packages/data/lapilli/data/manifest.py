@@ -57,7 +57,8 @@ class Manifest:
         template: Name of the template.
         image_token: The placeholder in `input_ids`.
         counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
-            distinct `images`; keys mended, by kind (`repairs`).
+            distinct `images`; keys mended, by kind (`repairs`); by source, records by the
+            name of a field that nothing reads (`fields`), and `members` of archives.
         mixture: The blend as it came out: by source `kept`, `held_out`, distinct records `used`,
             `records` and `tokens` of an epoch, `epochs`, and its true `share`.
         tokens: The token shards.

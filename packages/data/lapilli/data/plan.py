@@ -54,6 +54,7 @@ from lapilli.data.record import (
 from lapilli.data.render import mark_images
 from lapilli.data.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
 from lapilli.data.shards import ShardFacts
+from lapilli.data.tally import Tally
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import (
     TokenizerFacts,
@@ -95,6 +96,7 @@ class BuildPlan:
         stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
         entry_images: Image ids of each entry, () for one not kept.
         repairs: How many keys were mended, by kind.
+        tallies: By source, the fields that nothing reads and the members of archives.
         tokenizer: Facts of the tokenizer.
         template: The template.
         views: Every view to make, `original` among them if it is.
@@ -111,6 +113,7 @@ class BuildPlan:
     stamped: list[Stamped]
     entry_images: list[tuple[str, ...]]
     repairs: dict[str, int]
+    tallies: dict[str, Tally]
     tokenizer: TokenizerFacts
     template: Template
     views: dict[str, ImageSpec]
@@ -287,12 +290,13 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     entry_images: list[tuple[str, ...]] = []
     located: dict[str, Located] = {}
     repairs: Counter[str] = Counter()
+    tallies = {source.name: Tally() for source in config.sources}
     unseen = set(config.exclude)
     for source in config.sources:
         mount = open_mount(source, config, root)
         if not originals:
             mount.require()
-        for entry in _entries_of(source, root, rules):
+        for entry in _entries_of(source, root, rules, tallies[source.name]):
             checked, places = locate_images(_without(entry, unseen), mount)
             if checked.verdict.reason == Reason.IMAGE_MISSING:
                 checked, places = originals.locate(entry, checked)
@@ -319,7 +323,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
     return BuildPlan(
         config, entries, located, arrange_slots(stamps, previous), entry_images, dict(repairs),
-        tokenizer, template, views, codecs, folder, groups, previous, digests,
+        tallies, tokenizer, template, views, codecs, folder, groups, previous, digests,
     )  # fmt: skip
 
 
@@ -391,10 +395,10 @@ def _first_texts(entries: Iterable[PackedEntry], most: int = 512) -> Iterable[st
     return islice(texts, most)
 
 
-def _entries_of(source: SourceConfig, root: Path, rules: Rules) -> Iterable[Entry]:
+def _entries_of(source: SourceConfig, root: Path, rules: Rules, tally: Tally) -> Iterable[Entry]:
     """The entries of a source, at least one."""
     empty = True
-    for entry in read_entries(source, root, rules):
+    for entry in read_entries(source, root, rules, tally):
         empty = False
         yield entry
     if empty:

@@ -17,6 +17,7 @@ from lapilli.data.mounts import Located
 from lapilli.data.mounts.published import HOLES, Hole
 from lapilli.data.plan import locate_images, open_mount
 from lapilli.data.record import Entry, Reason, Verdict
+from lapilli.data.tally import Tally
 
 __all__ = ["Example", "Survey", "survey"]
 
@@ -43,6 +44,7 @@ class Survey:
         lost: Folders that are not there, with what to do, by images asked for.
         holes: Images that are known to be bad for everybody, and are bad here.
         images: The distinct images found, by identity.
+        tallies: By source, the fields that nothing reads and the members of archives.
     """
 
     read: Counter[str] = field(default_factory=Counter[str])
@@ -54,6 +56,7 @@ class Survey:
     lost: Counter[str] = field(default_factory=Counter[str])
     holes: dict[Hole, set[str]] = field(default_factory=dict[Hole, set[str]])
     images: dict[str, Located] = field(default_factory=dict[str, Located])
+    tallies: dict[str, Tally] = field(default_factory=dict[str, Tally])
 
     @property
     def clean(self) -> bool:
@@ -84,7 +87,8 @@ def survey(
     done = 0
     for source in config.sources:
         mount = open_mount(source, config, root)
-        for entry in read_entries(source, root):
+        tally = found.tallies[source.name] = Tally()
+        for entry in read_entries(source, root, tally=tally):
             checked, places = locate_images(entry, mount)
             verdict = checked.verdict
             for place in places:
