@@ -81,7 +81,7 @@ class ChatWriter:
         for place, turn in enumerate(said):
             self._write(page, found.frames[place].removeprefix(end))
             is_answer = turn.role == "assistant"
-            trained = (is_answer or None) if turn.trained else False
+            trained = is_answer if turn.trains else None
             page.parts(_strip(turn.parts, *found.stripped[place]), trained=trained)
             end = self._end_of_answer(found.frames[place + 1], roles) if is_answer else ""
             self._write(page, end, trained=trained)
@@ -95,7 +95,7 @@ class ChatWriter:
         end = self._end_of_answer(self._frames(roles).frames[-1], roles)
         return self._specials.sub(r"{\1}", end)
 
-    def _write(self, page: Page, frame: str, *, trained: bool | None = None) -> None:
+    def _write(self, page: Page, frame: str, *, trained: bool | None = False) -> None:
         # Splitting on one group alternates: text, special, text, ..., text.
         for number, piece in enumerate(self._specials.split(frame)):
             if number % 2:

@@ -24,17 +24,23 @@ def plain_rules(record: Record) -> tuple[Record, Verdict]:
     return record, check_record(record)
 
 
-def check_record(record: Record) -> Verdict:
+def check_record(record: Record, *, writes_thinking: bool = False) -> Verdict:
     """The verdict on a record by itself, its images unseen.
+
+    `writes_thinking` says that the template can write the thinking text before an answer; the
+    templates made of frames cannot.
 
     Turns: an optional system turn, an optional leading answer (templates leave it out, as LLaVA
     does), then user and assistant in turns, ending on an answer. Each image is marked just once,
     in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
     said = [turn.text for turn in record.turns]
-    marked = [turn for turn in record.turns if turn.reasoning or not turn.trained]
-    if not is_unicode("".join((*record.images, *said, *(turn.reasoning for turn in marked)))):
+    marked = [turn for turn in record.turns if turn.thinking or not turn.trains]
+    if not is_unicode("".join((*record.images, *said, *(turn.thinking for turn in marked)))):
         return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
+    if not writes_thinking and any(turn.thinking for turn in marked):
+        detail = "`reasoning_content`: only a tokenizer's chat template that reads it can write it"
+        return Verdict(Reason.UNSUPPORTED_FIELD, detail)
     turns = list(record.turns)
     for leading in ("system", "assistant"):
         if turns and turns[0].role == leading:
@@ -50,7 +56,7 @@ def check_record(record: Record) -> Verdict:
     for place, turn in enumerate(turns):
         if turn.role == "assistant" and not said[place].strip():
             return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
-    if marked and not any(turn.trained for turn in turns[1::2]):
+    if marked and not any(turn.trains for turn in turns[1::2]):
         return Verdict(Reason.NO_TRAINED_TOKEN, "no answer is to be trained: each has weight 0")
     return _check_markers(turns, len(record.images))
 

@@ -79,7 +79,7 @@ def check_as_llava(record: Record, template: Template) -> tuple[Record, Verdict]
     LLaVA does not stop at, if its image places and its image agree.
     """
     said = _said(record)
-    if any(turn.reasoning or not turn.trained for turn in record.turns):
+    if any(turn.thinking or not turn.trains for turn in record.turns):
         detail = "LLaVA knows neither thinking text nor turns that are not trained; see `compat`"
         return record, Verdict(Reason.UNSUPPORTED_FIELD, detail)
     try:

@@ -216,8 +216,8 @@ def _message_form(record: Record, names: Sequence[str]) -> dict[str, Any]:
             else {"type": "text", "text": part.text}
             for part in turn.parts
         ]
-        weight = {} if turn.trained else {"weight": 0}
-        thinking = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
+        weight = {} if turn.trains else {"weight": 0}
+        thinking = {"reasoning_content": turn.thinking} if turn.thinking else {}
         messages.append({"role": turn.role, "content": content, **weight, **thinking})
     return {"id": record.record_id, "source": record.source, "messages": messages}
 

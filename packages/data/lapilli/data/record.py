@@ -52,14 +52,14 @@ Part: TypeAlias = TextPart | ImagePart
 class Turn:
     """What one side says: text and images in their order.
 
-    `trained` is False where the file says that this turn is not to be trained. `reasoning` is the
-    thinking text that stands before an answer; only some chat templates can write it.
+    `trains` is False where the file says that this turn is not to be trained. `thinking` is the
+    text of its reasoning that stands before an answer; only some chat templates can write it.
     """
 
     role: Role
     parts: tuple[Part, ...]
-    trained: bool = True
-    reasoning: str = ""
+    trains: bool = True
+    thinking: str = ""
 
     @property
     def text(self) -> str:
@@ -196,9 +196,9 @@ def pack(record: Record) -> bytes:
 def _pack_turn(turn: Turn) -> tuple[Any, ...]:
     """Role and parts; how a turn differs from others only where it does, so stamps stay."""
     parts = tuple(p.text if isinstance(p, TextPart) else p.index for p in turn.parts)
-    if turn.trained and not turn.reasoning:
+    if turn.trains and not turn.thinking:
         return (turn.role, parts)
-    return (turn.role, parts, turn.trained, turn.reasoning)
+    return (turn.role, parts, turn.trains, turn.thinking)
 
 
 def unpack(packed: bytes) -> Record:

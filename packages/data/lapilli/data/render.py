@@ -90,13 +90,14 @@ def render(record: Record, template: Template, eaten: Eaten | None = None) -> li
             if template.system_in_user and place == 0:
                 _write_system(page, system, template)
             images = (template.image_start, template.image_end)
-            page.parts(_user_parts(turn, template), images, trained=None if turn.trained else False)
+            page.parts(_user_parts(turn, template), images, trained=False if turn.trains else None)
             page.frame(template.after_user)
         else:
+            trained = True if turn.trains else None
             page.frame(template.before_answer)
-            page.frame(template.answer_start, trained=turn.trained)
-            page.parts(turn.parts, trained=turn.trained)
-            page.frame(template.answer_end, trained=turn.trained)
+            page.frame(template.answer_start, trained=trained)
+            page.parts(turn.parts, trained=trained)
+            page.frame(template.answer_end, trained=trained)
             page.frame(template.after_answer)
     return page.finish()
 
@@ -168,7 +169,7 @@ def _user_parts(turn: Turn, template: Template) -> tuple[Part, ...]:
 class Page:
     """Collects segments, joining neighbouring text and its trained ranges.
 
-    `trained` is True or False where the record decides it, None where the template does.
+    `trained` is None for what is not to be trained even where the template trains everything.
     """
 
     def __init__(self, *, train_all: bool = False, eaten: Eaten) -> None:
@@ -181,7 +182,7 @@ class Page:
         self._length = 0
         self._trained: list[tuple[int, int]] = []
 
-    def write(self, text: str, *, trained: bool | None = None) -> None:
+    def write(self, text: str, *, trained: bool | None = False) -> None:
         """Add plain text."""
         if self._eats_space:
             text = text.lstrip(_WHITE_SPACE)
@@ -196,7 +197,7 @@ class Page:
             start = self._trained.pop()[0]
         self._trained.append((start, self._length))
 
-    def frame(self, frame: str, *, trained: bool | None = None) -> None:
+    def frame(self, frame: str, *, trained: bool | None = False) -> None:
         """Add a template's string: text and special tokens."""
         for is_special, content in frame_pieces(frame) if frame else ():
             if is_special:
@@ -204,7 +205,7 @@ class Page:
             else:
                 self.write(content, trained=trained)
 
-    def special(self, name: str, *, trained: bool | None = None) -> None:
+    def special(self, name: str, *, trained: bool | None = False) -> None:
         """Add a special token, which may swallow white space around it."""
         before, behind = self._eaten.get(name, (False, False))
         if before:
@@ -218,7 +219,7 @@ class Page:
         parts: Iterable[Part],
         around: tuple[str, str] = ("", ""),
         *,
-        trained: bool | None = None,
+        trained: bool | None = False,
     ) -> None:
         """Add what a turn says, each image between the two frames `around` it."""
         for part in parts:
@@ -232,7 +233,7 @@ class Page:
                 self.frame(around[1])
 
     def _is_trained(self, trained: bool | None) -> bool:
-        return self._train_all if trained is None else trained
+        return trained is not None and (trained or self._train_all)
 
     def finish(self) -> list[Segment]:
         """All segments; the page takes no more."""
