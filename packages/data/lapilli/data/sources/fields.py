@@ -243,6 +243,8 @@ def _holds_media(value: Any, depth: int = 0) -> bool:
     """Whether a value names a file of pixels or sound, or holds one."""
     if isinstance(value, str):
         return value.startswith("data:") or _MEDIA_NAME.search(value.rstrip()) is not None
+    if isinstance(value, dict) and not is_empty(cast("dict[str, Any]", value).get("bytes")):
+        return True
     if depth < _DEEPEST and _is_nested(value):
         return any(_holds_media(inner, depth + 1) for inner in _in(value))
     return isinstance(value, bytes) and value != b""
