@@ -89,7 +89,7 @@ _MEDIA = """
 _PREFERENCES = """
     rejected chosen rejected_response chosen_response rejected_messages chosen_messages
     rejected_images rejected_conversations rejected_answer chosen_answer preferred_output
-    non_preferred_output positive_messages negative_messages kto_tag completions
+    non_preferred_output positive_messages negative_messages completions
 """
 _OTHERS = """
     reasoning thinking thought thoughts thinking_content reasoning_details history refusal
@@ -151,7 +151,10 @@ NOTHING = Inspection()
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The names that a format reads in a turn, and where it keeps who speaks and what is said."""
+    """The names that a format reads in a turn, and where it keeps who speaks and what is said.
+
+    Without a `role` each of its turns has a question under `content`.
+    """
 
     role: str
     content: str
@@ -208,7 +211,7 @@ def _inspect(name: str, value: Any, has_images: bool) -> Inspection:
         return NOTHING
     if _changes_meaning(name, value):
         return _unsupported(name)
-    if name == "label" and value in (0, 1):  # equal to false and true
+    if name in ("label", "kto_tag") and value in (0, 1):  # equal to false and true
         return _unsupported(name, "says whether the answer is wanted")
     if not has_images and _holds_media(value):
         return _unsupported(name, "names an image or another medium, and the record has none")
@@ -224,7 +227,7 @@ def _changes_meaning(name: str, value: Any) -> bool:
     if name in _PLACES:
         is_written = isinstance(value, str) and value.strip()[:1] in ("[", "{", "<")
         return (is_written or _is_nested(value)) and not is_empty(value)
-    is_number = isinstance(value, (int, float))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return name in _MEANING and not is_number and not is_empty(value)
 
 
@@ -269,7 +272,8 @@ def inspect_turns(where: str, turns: Any, layout: Layout) -> Inspection:
             found |= _inspect_turn(where, place, fields, layout)
         content = fields.get(layout.content)
         if isinstance(content, str):
-            if "<" in content and fields.get(layout.role) in _USERS and not found.unsupported:
+            asks = not layout.role or fields.get(layout.role) in _USERS
+            if asks and "<" in content and not found.unsupported:
                 found |= _inspect_text(place, content)
         elif isinstance(content, list):
             found |= _inspect_parts(where, place, cast("list[Any]", content), layout)
