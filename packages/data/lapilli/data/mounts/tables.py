@@ -169,7 +169,9 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
                 _groups.popitem(last=False)
             try:
                 _groups[key] = _read_group(open_file, cell)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and not _has_bytes(open_file, cell):
+                    raise
                 why = excerpt(" ".join(str(error).split()))
                 detail = f"{shown}: damaged in its file ({why})"
                 raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
@@ -183,6 +185,19 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
     if not isinstance(data, bytes):
         raise BadImage(Reason.IMAGE_UNDECODABLE, f"{shown}: no image in this row")
     return data
+
+
+def _has_bytes(open_file: Opened, cell: Cell) -> bool:
+    """Whether a row group can be read though not understood: Arrow raises OSError for both."""
+    with open_file() as file:
+        metadata = pq.ParquetFile(file).metadata.row_group(cell.group)
+        chunk = next(
+            metadata.column(number)
+            for number in range(metadata.num_columns)
+            if metadata.column(number).path_in_schema.partition(".")[0] == cell.column
+        )
+        file.seek(chunk.data_page_offset)
+        return len(file.read(chunk.total_compressed_size)) == chunk.total_compressed_size
 
 
 def _read_group(open_file: Opened, cell: Cell) -> pa.ChunkedArray:
