@@ -34,6 +34,7 @@ from lapilli.data.rules import record_rules
 from lapilli.data.selection import quarantine_table
 from lapilli.data.shards import write_atomic
 from lapilli.data.survey import Survey, survey
+from lapilli.data.tally import Tally, describe_tally
 from lapilli.data.templates import get_template
 from lapilli.data.tokenize import bind_template, load_tokenizer
 from lapilli.data.verify import verify_images
@@ -218,6 +219,8 @@ def tell(config: CheckConfig, found: Survey) -> None:
     say_title(f"{total:,} records: {total - bad:,} good, {bad:,} with a problem")
     for source, count in found.read.items():
         say(f"  {source}: {count:,} records")
+        for line in describe_tally(found.tallies.get(source, Tally())):
+            say(f"    {line}")
         for (name, reason), number in sorted(found.bad.items(), key=lambda item: -item[1]):
             if name == source:
                 example = found.examples[name, reason]

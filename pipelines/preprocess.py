@@ -19,6 +19,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.mirror import is_address
 from lapilli.data.plan import BuildPlan, plan_build
 from lapilli.data.report import IMAGE_NOTES, BuildTime, write_dataset_report
+from lapilli.data.tally import describe_tally
 from pipelines.command import parse, progress_bar, run, say
 from pipelines.live import build_line
 
@@ -44,6 +45,9 @@ def tell_plan(plan: BuildPlan) -> None:
     bad = sum(not entry.verdict.kept for entry in plan.entries)
     codecs = ", ".join(f"{view}: {value.describe()}" for view, value in plan.codecs.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
+    for source, tally in plan.tallies.items():
+        for line in describe_tally(tally):
+            say(f"  {source}: {line}")
     tell_disk(plan)
     say(codecs)
     if replaced := replaced_simd():

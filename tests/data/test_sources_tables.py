@@ -119,10 +119,10 @@ def test_keys_name_members_of_the_tar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "no whole tar after 0 samples"),
+        (b"", "no whole tar after 0 members"),
         (b"<html>", "this is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (None, "after 2 samples (unexpected end of data)"),
+        (None, "after 5 members (unexpected end of data)"),
     ],
 )
 def test_a_file_that_is_no_tar_is_one_line(
@@ -139,12 +139,14 @@ def test_a_file_that_is_no_tar_is_one_line(
     assert str(path) in message
 
 
-def test_a_name_that_is_twice_in_a_sample_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_twice_in_a_sample_is_its_verdict(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
         for name in ("a.jpg", "a.JPG"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    assert "duplicate" in refused(tmp_path, annotations="0.tar", format="webdataset")
+    (entry,) = entries(tmp_path, annotations="0.tar", format="webdataset")
+    assert entry.verdict.reason == Reason.SCHEMA
+    assert "'a.JPG' twice" in entry.verdict.detail
 
 
 def test_a_tar_outside_the_images_folder_is_refused(tmp_path: Path) -> None:
@@ -172,23 +174,6 @@ def test_rows_of_parquet_are_records(tmp_path: Path) -> None:
         assert records(entries(tmp_path, annotations=name, format="parquet")) == expected
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_of_an_image_column_the_path_is_read_and_the_bytes_are_not(
-    tmp_path: Path, several: bool
-) -> None:
-    """Hugging Face's Image feature is a struct of bytes and path."""
-    image = {"bytes": JPEG * 100, "path": "x/1.jpg"}
-    record = conversation("a", "x/1.jpg")
-    column = {"images": [image]} if several else {"image": image}
-    rows = [{"id": "a", "conversations": record["conversations"], **column, "other": 1}]
-    write_parquet(tmp_path / "a.parquet", rows)
-    (entry,) = entries(tmp_path, annotations="a.parquet", format="parquet")
-    assert entry.record is not None
-    assert entry.record.images == ("x/1.jpg",)
-    assert "bytes" not in entry.raw_json
-    assert "other" not in entry.raw_json
-
-
 def test_what_is_no_parquet_is_one_line(tmp_path: Path) -> None:
     where = {"annotations": "a.parquet", "format": "parquet"}
     path = tmp_path / "a.parquet"
@@ -197,8 +182,8 @@ def test_what_is_no_parquet_is_one_line(tmp_path: Path) -> None:
     assert "this is a web page" in refused(tmp_path, **where)
     write_parquet(path, [{"id": "a", "text": "b"}])
     assert "has the columns id, text; expected one of messages" in refused(tmp_path, **where)
-    write_parquet(path, [{"conversations": "[]", "image": {"bytes": b"x"}}])
-    assert "column image holds images without a path" in refused(tmp_path, **where)
+    write_parquet(path, [{"conversations": b"[]"}])
+    assert "column conversations holds bytes" in refused(tmp_path, **where)
     write_parquet(path, [{"conversations": json.dumps(MIXED[0]["conversations"])}] * 5000)
     path.write_bytes(path.read_bytes()[:-100])
     assert "is no whole Parquet file" in refused(tmp_path, **where)

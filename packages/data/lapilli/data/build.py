@@ -49,6 +49,7 @@ from lapilli.data.shards import (
     write_json,
     write_shard,
 )
+from lapilli.data.tally import tally_facts
 from lapilli.data.tasks import finished_task
 from lapilli.data.tokenize import IMAGE_TOKEN_INDEX, load_tokenizer
 
@@ -220,6 +221,7 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
         "unused_images": sum(stamp == UNUSED_STAMP for _, stamp in plan.stamped),
         "repairs": dict(sorted(plan.repairs.items())),
         "image_notes": rows.count_notes(plan.slots),
+        **tally_facts(plan.tallies),
     }
     manifest = Manifest(
         format=FORMAT,

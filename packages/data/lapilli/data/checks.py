@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
 from lapilli.data.sources import Source, get_source
+from lapilli.data.sources.rows import with_roles
+from lapilli.data.tally import Members, Tally
 
 __all__ = ["Rules", "check_record", "plain_rules", "read_entries"]
 
@@ -22,16 +24,23 @@ def plain_rules(record: Record) -> tuple[Record, Verdict]:
     return record, check_record(record)
 
 
-def check_record(record: Record) -> Verdict:
+def check_record(record: Record, *, writes_thinking: bool = False) -> Verdict:
     """The verdict on a record by itself, its images unseen.
+
+    `writes_thinking` says that the template can write the thinking text before an answer; the
+    templates made of frames cannot.
 
     Turns: an optional system turn, an optional leading answer (templates leave it out, as LLaVA
     does), then user and assistant in turns, ending on an answer. Each image is marked just once,
     in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
     said = [turn.text for turn in record.turns]
-    if not is_unicode("".join((*record.images, *said))):
+    marked = [turn for turn in record.turns if turn.thinking or not turn.trains]
+    if not is_unicode("".join((*record.images, *said, *(turn.thinking for turn in marked)))):
         return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
+    if not writes_thinking and any(turn.thinking for turn in marked):
+        detail = "`reasoning_content`: only a tokenizer's chat template that reads it can write it"
+        return Verdict(Reason.UNSUPPORTED_FIELD, detail)
     turns = list(record.turns)
     for leading in ("system", "assistant"):
         if turns and turns[0].role == leading:
@@ -47,6 +56,8 @@ def check_record(record: Record) -> Verdict:
     for place, turn in enumerate(turns):
         if turn.role == "assistant" and not said[place].strip():
             return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
+    if marked and not any(turn.trains for turn in turns[1::2]):
+        return Verdict(Reason.NO_TRAINED_TOKEN, "no answer is to be trained: each has weight 0")
     return _check_markers(turns, len(record.images))
 
 
@@ -60,21 +71,41 @@ def _check_markers(turns: list[Turn], images: int) -> Verdict:
     return Verdict()
 
 
-def read_entries(config: SourceConfig, root: Path, rules: Rules = plain_rules) -> Iterator[Entry]:
-    """Every element of a source as an entry, in file order, none left out."""
+def read_entries(
+    config: SourceConfig, root: Path, rules: Rules = plain_rules, tally: Tally | None = None
+) -> Iterator[Entry]:
+    """Every element of a source as an entry, in file order, none left out.
+
+    `tally` takes the names of fields that nothing reads and, at the end, the members of archives.
+    """
     source = get_source(config.format)
+    tally = tally or Tally()
     seen: Counter[str] = Counter()
-    for place, element in enumerate(source.read(config, root)):
-        yield _entry(config, source, element, place, seen, rules)
+    for place, element in enumerate(_elements(source.read(config, root), tally)):
+        yield _entry(config, source, element, place, seen, rules, tally)
+
+
+def _elements(reading: Iterator[Any], tally: Tally) -> Iterator[Any]:
+    """A reader's elements; what it returns in the end is the members of its archives."""
+    members = yield from reading
+    if isinstance(members, Members):
+        tally.members = members
 
 
 def _entry(
-    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str], rules: Rules
-) -> Entry:
+    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str],
+    rules: Rules, tally: Tally,
+) -> Entry:  # fmt: skip
     name = config.name
     record_id = _record_id(element, place)
     sample_id = f"{name}/{_unique(record_id, seen)}"
-    normalised = source.normalise(element)
+    spelt = with_roles(element, config.roles)
+    found = source.inspect(spelt)
+    tally.count(found.unread)
+    if found.unsupported:
+        verdict = Verdict(Reason.UNSUPPORTED_FIELD, found.unsupported)
+        return Entry(name, record_id, sample_id, element, None, verdict)
+    normalised = source.normalise(spelt)
     if isinstance(normalised, Verdict):
         return Entry(name, record_id, sample_id, element, None, normalised)
     turns, images = normalised

@@ -79,6 +79,9 @@ def check_as_llava(record: Record, template: Template) -> tuple[Record, Verdict]
     LLaVA does not stop at, if its image places and its image agree.
     """
     said = _said(record)
+    if any(turn.thinking or not turn.trains for turn in record.turns):
+        detail = "LLaVA knows neither thinking text nor turns that are not trained; see `compat`"
+        return record, Verdict(Reason.UNSUPPORTED_FIELD, detail)
     try:
         _refuse(said, record, template)
     except _Stops as stop:

@@ -14,6 +14,8 @@ __all__ = ["BuildConfig", "MixtureConfig", "SourceConfig"]
 
 # Names become folders, and sample ids are split at their first slash.
 NAME = re.compile(r"\w[\w.+-]*")
+WITH_SUFFIXES = ("webdataset",)
+WITH_ROLES = ("llava", "messages", "parquet", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class SourceConfig:
             `<image>` is the image's place, at the front where it is left out.
         seed: Draws captions and prompts; another epoch's choice is another seed.
         path_prefix: Where the paths in the file begin on the machine that wrote it; taken off.
+        roles: Who speaks under a name that the format does not know, `user`, `assistant` or
+            `system` by that name (`{bot: assistant}`).
+        image_suffixes: Which members of a WebDataset sample are its images, in this order;
+            `jpg` stands for `0.jpg`, `1.jpg`, ... too. Without it a single image, or numbered ones.
     """
 
     name: str
@@ -43,6 +49,10 @@ class SourceConfig:
     prompts: list[str] = field(default_factory=list[str])
     seed: int = 0
     path_prefix: str = ""
+    roles: dict[str, Literal["user", "assistant", "system"]] = field(
+        default_factory=dict[str, Literal["user", "assistant", "system"]]
+    )
+    image_suffixes: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -52,6 +62,24 @@ class SourceConfig:
                 f"sources.annotations: {self.annotations!r} of source {self.name}; expected a "
                 "file, a glob or a list of these, relative to the root"
             )
+        self._check_format()
+
+    def _check_format(self) -> None:
+        """Settings that its format does not read are a mistake; a reader of one's own reads any."""
+        if ":" in self.format:
+            return
+        for name, formats in (("image_suffixes", WITH_SUFFIXES), ("roles", WITH_ROLES)):
+            if getattr(self, name) and self.format not in formats:
+                raise DataError(
+                    f"sources.{name}: source {self.name} has the format {self.format}, which reads "
+                    f"none; expected one of {', '.join(formats)}, or leave it out"
+                )
+        for suffix in self.image_suffixes:
+            if not suffix.strip(".") or "/" in suffix:
+                raise DataError(
+                    f"sources.image_suffixes: {suffix!r} of source {self.name}; expected the end "
+                    "of a member's name, e.g. jpg or left.png"
+                )
 
     @property
     def patterns(self) -> list[str]:

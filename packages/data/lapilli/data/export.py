@@ -212,18 +212,17 @@ def _members(key: str, sample: _Sample, root: Path) -> dict[str, Any]:
 
 def _message_form(record: Record, names: Sequence[str]) -> dict[str, Any]:
     """A record as messages: content in parts, so that `<image>` in a text stays text."""
-    messages = [
-        {
-            "role": turn.role,
-            "content": [
-                {"type": "image_url", "image_url": {"url": names[part.index]}}
-                if isinstance(part, ImagePart)
-                else {"type": "text", "text": part.text}
-                for part in turn.parts
-            ],
-        }
-        for turn in record.turns
-    ]
+    messages: list[dict[str, Any]] = []
+    for turn in record.turns:
+        content = [
+            {"type": "image_url", "image_url": {"url": names[part.index]}}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": part.text}
+            for part in turn.parts
+        ]
+        weight = {} if turn.trains else {"weight": 0}
+        thinking = {"reasoning_content": turn.thinking} if turn.thinking else {}
+        messages.append({"role": turn.role, "content": content, **weight, **thinking})
     return {"id": record.record_id, "source": record.source, "messages": messages}
 
 

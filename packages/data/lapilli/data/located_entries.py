@@ -12,18 +12,21 @@ from lapilli.data.errors import DataError
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.record import Entry, PackedEntry, Record, Verdict
 from lapilli.data.sources.files import annotation_folder
+from lapilli.data.tally import Tally
 
 __all__ = ["entries_of", "locate_images", "open_mount", "take_back", "verdict_among"]
 
 
-def entries_of(source: SourceConfig, root: Path, rules: Rules = plain_rules) -> Iterable[Entry]:
-    """The entries of a source.
+def entries_of(
+    source: SourceConfig, root: Path, rules: Rules = plain_rules, tally: Tally | None = None
+) -> Iterable[Entry]:
+    """The entries of a source; `tally` takes what `read_entries` counts.
 
     Raises:
         DataError: There is none, or see `read_entries`.
     """
     empty = True
-    for entry in read_entries(source, root, rules):
+    for entry in read_entries(source, root, rules, tally):
         empty = False
         yield entry
     if empty:

@@ -60,6 +60,8 @@ class Manifest:
         counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
             distinct `images`; keys mended, by kind (`repairs`); images that are used in spite of
             something odd, by `images.Note` (`image_notes`, absent in older datasets).
+            distinct `images`; keys mended, by kind (`repairs`); by source, records by the
+            name of a field that nothing reads (`fields`), and `members` of archives.
         mixture: The blend as it came out: by source `kept`, `held_out`, distinct records `used`,
             `records` and `tokens` of an epoch, `epochs`, and its true `share`.
         tokens: The token shards.

@@ -59,6 +59,7 @@ from lapilli.data.record import (
 from lapilli.data.rules import record_rules
 from lapilli.data.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
 from lapilli.data.shards import ShardFacts
+from lapilli.data.tally import Tally
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import (
     TokenizerFacts,
@@ -101,6 +102,7 @@ class BuildPlan:
         entry_images: Image ids of each entry, () for one not kept.
         repairs: How many keys were mended, by kind.
         repaired: Every key that was mended, with the file it is read from; see `REPAIRS_SCHEMA`.
+        tallies: By source, the fields that nothing reads and the members of archives.
         tokenizer: Facts of the tokenizer.
         template: The template.
         views: Every view to make, `original` among them if it is.
@@ -118,6 +120,7 @@ class BuildPlan:
     entry_images: list[tuple[str, ...]]
     repairs: dict[str, int]
     repaired: pa.Table
+    tallies: dict[str, Tally]
     tokenizer: TokenizerFacts
     template: Template
     views: dict[str, ImageSpec]
@@ -310,8 +313,8 @@ def plan_build(
     groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
     return BuildPlan(
         config, entries, located, arrange_slots(stamps, previous), entry_images,
-        dict(read.repairs), pa.concat_tables(read.repaired), tokenizer, template, views, codecs,
-        folder, groups, previous, digests,
+        dict(read.repairs), pa.concat_tables(read.repaired), read.tallies, tokenizer, template,
+        views, codecs, folder, groups, previous, digests,
     )  # fmt: skip
 
 
@@ -324,6 +327,7 @@ class _Read:
     located: dict[str, Located] = field(default_factory=dict[str, Located])
     repairs: Counter[str] = field(default_factory=Counter[str])
     repaired: list[pa.Table] = field(default_factory=list[pa.Table])
+    tallies: dict[str, Tally] = field(default_factory=dict[str, Tally])
 
 
 def _read_sources(
@@ -341,7 +345,8 @@ def _read_sources(
         if not originals:
             mount.require()
         first = len(read.entries)
-        for entry in entries_of(source, root, rules):
+        tally = read.tallies[source.name] = Tally()
+        for entry in entries_of(source, root, rules, tally):
             checked, places = locate_images(_without(entry, unseen), mount)
             if checked.verdict.reason == Reason.IMAGE_MISSING:
                 checked, places = originals.locate(entry, checked)

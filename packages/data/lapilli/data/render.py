@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -89,13 +89,15 @@ def render(record: Record, template: Template, eaten: Eaten | None = None) -> li
             page.frame(template.before_user)
             if template.system_in_user and place == 0:
                 _write_system(page, system, template)
-            page.parts(_user_parts(turn, template), (template.image_start, template.image_end))
+            images = (template.image_start, template.image_end)
+            page.parts(_user_parts(turn, template), images, trained=False if turn.trains else None)
             page.frame(template.after_user)
         else:
+            trained = True if turn.trains else None
             page.frame(template.before_answer)
-            page.frame(template.answer_start, trained=True)
-            page.parts(turn.parts, trained=True)
-            page.frame(template.answer_end, trained=True)
+            page.frame(template.answer_start, trained=trained)
+            page.parts(turn.parts, trained=trained)
+            page.frame(template.answer_end, trained=trained)
             page.frame(template.after_answer)
     return page.finish()
 
@@ -139,7 +141,7 @@ def mark_images(record: Record, template: Template) -> Record:
             if text:
                 marked.append(TextPart(text))
         is_user = turn.role == "user"
-        turns.append(Turn(turn.role, tuple(marked)) if is_user else turn)
+        turns.append(replace(turn, parts=tuple(marked)) if is_user else turn)
         images += sum(isinstance(part, ImagePart) for part in turns[-1].parts)
     return Record(record.record_id, record.sample_id, record.source, tuple(turns), record.images)
 
@@ -167,7 +169,10 @@ def _user_parts(turn: Turn, template: Template) -> tuple[Part, ...]:
 
 
 class Page:
-    """Collects segments, joining neighbouring text and its trained ranges."""
+    """Collects segments, joining neighbouring text and its trained ranges.
+
+    `trained` is None for what is not to be trained even where the template trains everything.
+    """
 
     def __init__(self, *, train_all: bool = False, eaten: Eaten) -> None:
         """An empty page; with `train_all` all but the images is trained."""
@@ -179,7 +184,7 @@ class Page:
         self._length = 0
         self._trained: list[tuple[int, int]] = []
 
-    def write(self, text: str, *, trained: bool = False) -> None:
+    def write(self, text: str, *, trained: bool | None = False) -> None:
         """Add plain text."""
         if self._eats_space:
             text = text.lstrip(_WHITE_SPACE)
@@ -188,13 +193,13 @@ class Page:
         self._eats_space = False
         start, self._length = self._length, self._length + len(text)
         self._texts.append(text)
-        if not (trained or self._train_all):
+        if not self._is_trained(trained):
             return
         if self._trained and self._trained[-1][1] == start:
             start = self._trained.pop()[0]
         self._trained.append((start, self._length))
 
-    def frame(self, frame: str, *, trained: bool = False) -> None:
+    def frame(self, frame: str, *, trained: bool | None = False) -> None:
         """Add a template's string: text and special tokens."""
         for is_special, content in frame_pieces(frame) if frame else ():
             if is_special:
@@ -202,17 +207,21 @@ class Page:
             else:
                 self.write(content, trained=trained)
 
-    def special(self, name: str, *, trained: bool = False) -> None:
+    def special(self, name: str, *, trained: bool | None = False) -> None:
         """Add a special token, which may swallow white space around it."""
         before, behind = self._eaten.get(name, (False, False))
         if before:
             self._strip_end()
         self._close_text()
-        self._segments.append(SpecialToken(name, trained or self._train_all))
+        self._segments.append(SpecialToken(name, self._is_trained(trained)))
         self._eats_space = behind
 
     def parts(
-        self, parts: Iterable[Part], around: tuple[str, str] = ("", ""), *, trained: bool = False
+        self,
+        parts: Iterable[Part],
+        around: tuple[str, str] = ("", ""),
+        *,
+        trained: bool | None = False,
     ) -> None:
         """Add what a turn says, each image between the two frames `around` it."""
         for part in parts:
@@ -224,6 +233,9 @@ class Page:
                 self._eats_space = False
                 self._segments.append(ImageSlot(part.index))
                 self.frame(around[1])
+
+    def _is_trained(self, trained: bool | None) -> bool:
+        return trained is not None and (trained or self._train_all)
 
     def finish(self) -> list[Segment]:
         """All segments; the page takes no more."""

@@ -31,6 +31,8 @@ from lapilli.data.page import Figure, GalleryItem, Page
 from lapilli.data.record import Verdict, excerpt
 from lapilli.data.shards import OK, ShardFacts, open_table
 from lapilli.data.sources import get_source
+from lapilli.data.sources.rows import with_roles
+from lapilli.data.tally import named
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +49,8 @@ WORST = "decoder_crashed"  # never decoded in this process
 
 REMEDIES = {
     "schema": "bring the record into the source's format",
+    "unsupported_field": "take the field out, if the record means the same without it, or leave "
+    "the record out",
     "no_turns": "give it a question and an answer",
     "turn_order": "let questions and answers take turns, an answer last",
     "unknown_role": "use the roles human, gpt and system, or those of messages",
@@ -311,6 +315,7 @@ def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildCo
         for reason, rows in _examples(path):
             _tell_reason(page, reason, reasons.get(reason, len(rows)), rows, mounts)
     repairs: dict[str, int] = manifest.counts["repairs"]
+    _tell_tallies(page, manifest)
     page.section("Repairs")
     if repairs:
         page.table(
@@ -320,6 +325,28 @@ def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildCo
         page.text("Every key with the file it is read from is in repairs.parquet.")
     else:
         page.text("No image key had to be mended.")
+
+
+def _tell_tallies(page: Page, manifest: Manifest) -> None:
+    """Fields that nothing reads and the members of archives; an older dataset has no counts."""
+    fields: dict[str, dict[str, int]] = manifest.counts.get("fields", {})
+    members: dict[str, dict[str, Any]] = manifest.counts.get("members", {})
+    page.section("Fields not read")
+    if fields:
+        page.table(
+            ["source", "field", "records"],
+            [[source, name, n] for source, names in fields.items() for name, n in names.items()],
+        )
+    else:
+        page.text("Every field is read or known to be harmless.")
+    if members:
+        page.section("Members of archives").table(
+            ["source", "members", "used", "not used", "of an unknown suffix"],
+            [
+                [source, facts["total"], *(named(facts[n]) for n in ("used", "unused", "unknown"))]
+                for source, facts in members.items()
+            ],
+        )
 
 
 def _examples(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -354,7 +381,8 @@ class _Mounts:
         if source is None or not self.root.is_dir():
             return None
         try:
-            found = get_source(source.format).normalise(json.loads(row["record"]))
+            element = with_roles(json.loads(row["record"]), source.roles)
+            found = get_source(source.format).normalise(element)
         except ValueError:
             return None
         if isinstance(found, Verdict):

@@ -18,6 +18,7 @@ from lapilli.data.located_entries import entries_of, locate_images, open_mount
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.mounts.published import HOLES, Hole
 from lapilli.data.record import Entry, Reason, Verdict
+from lapilli.data.tally import Tally
 
 __all__ = ["Example", "Survey", "survey"]
 
@@ -45,6 +46,7 @@ class Survey:
         lost: Folders that are not there, with what to do, by images asked for.
         holes: Images that are known to be bad for everybody, and are bad here.
         images: The distinct images found, by identity.
+        tallies: By source, the fields that nothing reads and the members of archives.
     """
 
     read: Counter[str] = field(default_factory=Counter[str])
@@ -57,6 +59,7 @@ class Survey:
     lost: Counter[str] = field(default_factory=Counter[str])
     holes: dict[Hole, set[str]] = field(default_factory=dict[Hole, set[str]])
     images: dict[str, Located] = field(default_factory=dict[str, Located])
+    tallies: dict[str, Tally] = field(default_factory=dict[str, Tally])
 
     @property
     def clean(self) -> bool:
@@ -97,7 +100,8 @@ def survey(
         mount = open_mount(source, config, root)
         images: dict[str, Located] = {}
         unsettled: set[int] = set()
-        for place, entry in enumerate(entries_of(source, root, rules)):
+        tally = found.tallies[source.name] = Tally()
+        for place, entry in enumerate(entries_of(source, root, rules, tally)):
             checked, places = locate_images(entry, mount)
             for image in places:
                 images.setdefault(image.image_id, image)

@@ -18,9 +18,12 @@ from lapilli.data.mounts.archives import BadArchive, Index, read_index
 from lapilli.data.mounts.names import loose_form, name_form, split_name
 from lapilli.data.mounts.places import ARCHIVES, LARGEST_FILE, Located, Member, is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
+from lapilli.data.mounts.tables import Rows, Table, read_table
 from lapilli.data.record import Reason, Verdict, excerpt, is_unicode
 
 __all__ = ["Boundary", "Folder", "Listing", "open_folder"]
+
+MOST_IMAGES = 1 << 20  # in a row of a Parquet file
 
 
 @dataclass
@@ -167,7 +170,7 @@ class LocalFolder(Folder):
         if isinstance(place, Verdict):
             raise BadArchive(place.detail, place.reason or Reason.IMAGE_MISSING)
         with (self.path / name).open("rb") as file:
-            return ArchiveFolder(place, _cached_index(file, str(self.path / name), place))
+            return _open_archive(file, str(self.path / name), place)
 
     def path_of(self, name: str) -> str:
         """The path below the root, as the key has its folders."""
@@ -225,7 +228,7 @@ class RemoteFolder(Folder):
             raise BadArchive(place.detail, place.reason or Reason.IMAGE_MISSING)
         scheme, path = split_address(place.container)
         with open_storage(scheme).open(path, "rb") as file:
-            return ArchiveFolder(place, _cached_index(file, place.container, place))
+            return _open_archive(file, place.container, place)
 
     def path_of(self, name: str) -> str:
         """The object's address."""
@@ -293,19 +296,82 @@ class ArchiveFolder(Folder):
         return ArchiveFolder(self.archive, self.index, path) if path in self.index.folders else None
 
 
+@dataclass
+class TableFolder(Folder):
+    """A Parquet file, one of its columns, or in a column of lists one of its rows."""
+
+    archive: Located
+    table: Table
+    column: str = ""
+    row: int = -1
+
+    @property
+    def listing(self) -> Listing:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The names in it: made when asked for, since each row is a folder of its own."""
+        return self.read()
+
+    def read(self) -> Listing:
+        """Columns, or the numbers of rows, or of the images of a row, whose end is not known."""
+        if not self.column:
+            return Listing({}, frozenset(self.table.columns))
+        rows = Rows(self.table.starts[-1])
+        if self.row >= 0:
+            return Listing(Rows(MOST_IMAGES), frozenset())
+        is_list = self.table.columns[self.column].is_list
+        return Listing({}, _RowNames(rows)) if is_list else Listing(rows, frozenset())
+
+    def child(self, name: str) -> Folder:
+        """A column, or a row of a column of lists."""
+        if not self.column:
+            return TableFolder(self.archive, self.table, name)
+        return TableFolder(self.archive, self.table, self.column, int(name))
+
+    def path_of(self, name: str) -> str:
+        """File, column, row and number as one path."""
+        row = "" if self.row < 0 else f"/{self.row}"
+        return f"{self.archive.image_id}/{self.column}{row}/{name}"
+
+    def locate(self, name: str, repair: str) -> Located | Verdict:
+        """The image's row group and row."""
+        row, index = (int(name), -1) if self.row < 0 else (self.row, int(name))
+        a, cell = self.archive, self.table.cell(self.column, row, index)
+        return Located(self.path_of(name), a.container, a.size, a.mtime_ns, cell, repair)
+
+
+class _RowNames(frozenset[str]):
+    """The rows of a table as folders, which are asked for and never listed."""
+
+    def __new__(cls, rows: Rows) -> _RowNames:
+        self = super().__new__(cls)
+        self.rows = rows
+        return self
+
+    rows: Rows
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self.rows
+
+
+def _open_archive(file: Any, name: str, place: Located) -> Folder:
+    """An archive's top; its index is read once a process for one state of the file."""
+    index = _cached_index(file, name, place)
+    return ArchiveFolder(place, index) if isinstance(index, Index) else TableFolder(place, index)
+
+
 def _too_large(shown: str, size: int) -> Verdict:
     detail = f"'{excerpt(shown)}' has {size} bytes; {LARGEST_FILE} are the most that are read"
     return Verdict(Reason.IMAGE_TOO_LARGE, detail)
 
 
-_indexes: dict[tuple[str, int, int], Index] = {}
+_indexes: dict[tuple[str, int, int], Index | Table] = {}
 
 
-def _cached_index(file: Any, name: str, place: Located) -> Index:
+def _cached_index(file: Any, name: str, place: Located) -> Index | Table:
     """An archive's index, once a process for one state of the file: sources share archives."""
     key = (name, place.size, place.mtime_ns)
     if key not in _indexes:
-        _indexes[key] = read_index(file, name)
+        read = read_table if name.endswith(".parquet") else read_index
+        _indexes[key] = read(file, name)
     return _indexes[key]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["ARCHIVES", "EXTENSIONS", "LARGEST_FILE", "Located", "Member", "is_remote"]
+__all__ = ["ARCHIVES", "EXTENSIONS", "LARGEST_FILE", "Cell", "Located", "Member", "is_remote"]
 
 # Extensions that image files have; a name's last part is an extension only if it is one of these.
 # Another extension is a repair only if the file found claims to be an image: a caption or a
@@ -18,7 +18,7 @@ EXTENSIONS = frozenset(
         ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
     }
 )  # fmt: skip
-ARCHIVES = (".zip", ".tar")
+ARCHIVES = (".zip", ".tar", ".parquet")
 
 # Bytes of a file that is still read as an image. Pillow's largest picture takes 0.5 GB as plain
 # RGB; what is larger is no picture, or a bomb.
@@ -43,6 +43,29 @@ class Member(NamedTuple):
     crc: int
 
 
+class Cell(NamedTuple):
+    """An image in a Parquet file.
+
+    Attributes:
+        column: The column.
+        group: The row group.
+        row: The row in it.
+        index: Which of a list; -1 in a column without lists.
+        size: Bytes, the mean of its row group: those of one image are not known unread.
+    """
+
+    column: str
+    group: int
+    row: int
+    index: int
+    size: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes it takes in the file, as far as is known."""
+        return self.size
+
+
 @dataclass(frozen=True, slots=True)
 class Located:
     """An image found: its identity, and where and what to read.
@@ -62,7 +85,7 @@ class Located:
     container: str
     size: int
     mtime_ns: int
-    member: Member | None = None
+    member: Member | Cell | None = None
     repair: str = ""
 
 

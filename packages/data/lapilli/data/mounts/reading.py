@@ -9,12 +9,13 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from lapilli.data.access import is_denied
 from lapilli.data.images import BadImage
-from lapilli.data.mounts.places import LARGEST_FILE, Located, Member, is_remote
+from lapilli.data.mounts.places import LARGEST_FILE, Cell, Located, Member, is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
+from lapilli.data.mounts.tables import read_cell
 from lapilli.data.record import Reason
 
 __all__ = ["read_image"]
@@ -35,6 +36,8 @@ def read_image(root: Path, place: Located) -> bytes:
     try:
         if place.member is None:
             return _read_whole(root, place)
+        if isinstance(place.member, Cell):
+            return _read_cell(root, place, place.member)
         return _unpack(place.member, place.image_id, functools.partial(_read_part, root, place))
     except OSError as error:
         # A library's error may name a request; two runs must write the same detail.
@@ -82,6 +85,26 @@ def _read_part(root: Path, place: Located, offset: int, count: int) -> bytes:
     file = _open_archive(str(root / place.container), place.size, place.mtime_ns)
     _check_file(place, file)
     return os.pread(file.fileno(), count, offset)
+
+
+def _read_cell(root: Path, place: Located, cell: Cell) -> bytes:
+    """An image of a Parquet file, with the rest of its row group."""
+    path = place.container if is_remote(place.container) else str(root / place.container)
+    if not is_remote(path):
+        stat = os.stat(path)  # noqa: PTH116 - for each image
+        _check_unchanged(place, stat.st_size, stat.st_mtime_ns)
+    identity = (path, place.size, place.mtime_ns)
+    return read_cell(identity, functools.partial(_open_whole, path, place), cell, place.image_id)
+
+
+def _open_whole(path: str, place: Located) -> IO[bytes]:
+    """A container for random access; at an address one that is still what it was."""
+    if not is_remote(path):
+        return Path(path).open("rb")
+    scheme, name = split_address(path)
+    remote: Any = open_storage(scheme).open(name, "rb")
+    _check_unchanged(place, int(remote.size), None)
+    return remote
 
 
 @functools.lru_cache(maxsize=OPEN_ARCHIVES)

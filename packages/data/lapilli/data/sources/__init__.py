@@ -23,8 +23,10 @@ from lapilli.data.sources import (
     messages,
     parquet,
     rows,
+    texts,
     webdataset,
 )
+from lapilli.data.sources.fields import NOTHING, Inspection
 from lapilli.data.sources.turns import Turns
 
 __all__ = ["SOURCES", "Source", "Turns", "get_source"]
@@ -36,20 +38,25 @@ class Source:
 
     Attributes:
         read: A source's settings and the root to its elements, streamed, as JSON would have them.
+            A generator that returns `Members` says which members of its archives it made of use.
         normalise: One element to its turns and image keys, or the verdict that it has none.
+        inspect: What the fields of one element come to that `normalise` does not read. A reader
+            of one's own that leaves it out answers for its fields itself.
     """
 
     read: Callable[[SourceConfig, Path], Iterator[Any]]
     normalise: Callable[[Any], Turns | Verdict]
+    inspect: Callable[[Any], Inspection] = lambda element: NOTHING
 
 
 SOURCES: dict[str, Source] = {
-    "llava": Source(json_stream.read, llava.normalise),
-    "messages": Source(json_stream.read, messages.normalise),
-    "ai_challenger": Source(ai_challenger.read, captions.normalise),
-    "basic_vlm": Source(basic_vlm.read, captions.normalise),
-    "parquet": Source(parquet.read, rows.normalise),
-    "webdataset": Source(webdataset.read, webdataset.normalise),
+    "llava": Source(json_stream.read, llava.normalise, llava.inspect),
+    "messages": Source(json_stream.read, messages.normalise, messages.inspect),
+    "texts": Source(json_stream.read, texts.normalise, texts.inspect),
+    "ai_challenger": Source(ai_challenger.read, captions.normalise, captions.inspect),
+    "basic_vlm": Source(basic_vlm.read, captions.normalise, captions.inspect),
+    "parquet": Source(parquet.read, rows.normalise, rows.inspect),
+    "webdataset": Source(webdataset.read, webdataset.normalise, webdataset.inspect),
 }
 
 

@@ -11,9 +11,11 @@ from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.sources import json_stream
-from lapilli.data.sources.captions import choose, draw_prompt
+from lapilli.data.sources.captions import choose, draw_prompt, left_over
 
 __all__ = ["read"]
+
+UNDERSTOOD = frozenset({"image_id", "caption"})
 
 
 def read(config: SourceConfig, root: Path) -> Iterator[Any]:
@@ -34,4 +36,5 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
                 "image": image,
                 "question": draw_prompt(config, f"{image}/{number}"),
                 "answer": caption,
+                **left_over(fields, UNDERSTOOD),
             }

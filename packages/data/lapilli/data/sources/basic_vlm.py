@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.sources.captions import choose
+from lapilli.data.sources.captions import choose, left_over
 from lapilli.data.sources.files import annotation_places
 from lapilli.data.sources.json_stream import read_items
 from lapilli.data.sources.turns import IMAGE_MARKER
@@ -23,6 +23,9 @@ from lapilli.data.sources.turns import IMAGE_MARKER
 __all__ = ["read"]
 
 MARKER = "<|extra_0|>"  # a spare token of Qwen's, where the original puts the image
+IMAGE_MAP = frozenset({"image_file", "iamge_file", "ID", "path"})
+CAPTION = frozenset({"q", "a"})
+ANSWER = frozenset({"value", "from"})
 FILE_NAMES = ("image_file", "iamge_file")  # the second is how its own files spell it
 
 
@@ -71,21 +74,33 @@ def _elements(
         yield whole | {"defect": f"no captions under ID {found}"}
     else:
         for caption in captions:
-            yield from _answers(found, path, caption, config)
+            yield from _answers(found, path, entry, caption, config)
 
 
 def _answers(
-    found: str, image: str, caption: Any, config: SourceConfig
+    found: str, image: str, entry: Any, caption: Any, config: SourceConfig
 ) -> Iterator[dict[str, Any]]:
     """The questions with an answer of one entry of `captions`."""
     fields = cast("dict[str, Any]", caption) if isinstance(caption, dict) else {}
     question, given = fields.get("q"), fields.get("a")
     answers = cast("list[Any]", given) if isinstance(given, list) and given else [given]
     text = question.replace(MARKER, IMAGE_MARKER) if isinstance(question, str) else question
+    read = [(entry, IMAGE_MAP), (caption, CAPTION)]
     for answer in choose(answers, config, image):
+        more = [(answer, ANSWER)] if isinstance(answer, dict) else []
+        others = left_over(_joined([*read, *more]), frozenset())
         if isinstance(answer, dict):
             answer = cast("dict[str, Any]", answer).get("value")
-        yield {"id": found, "image": image, "question": text, "answer": answer}
+        yield {"id": found, "image": image, "question": text, "answer": answer, **others}
+
+
+def _joined(objects: list[tuple[Any, frozenset[str]]]) -> dict[str, Any]:
+    """All fields of several objects but those that are read."""
+    joined: dict[str, Any] = {}
+    for value, read in objects:
+        fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        joined |= {name: inner for name, inner in fields.items() if name not in read}
+    return joined
 
 
 def _id(entry: Any) -> str:

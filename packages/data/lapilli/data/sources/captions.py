@@ -8,9 +8,32 @@ from typing import Any, cast
 from lapilli.data.config import SourceConfig
 from lapilli.data.draw import draw
 from lapilli.data.record import ImagePart, Reason, TextPart, Turn, Verdict, excerpt
+from lapilli.data.sources.fields import HARMLESS, NOTHING, Inspection, inspect_fields
 from lapilli.data.sources.turns import Turns, split_markers
 
-__all__ = ["caption_turns", "choose", "draw_prompt", "normalise"]
+__all__ = ["caption_turns", "choose", "draw_prompt", "inspect", "left_over", "normalise"]
+
+UNDERSTOOD = frozenset({"id", "image", "question", "answer"})
+OTHERS = "others"  # what a file says of an image beside what its format reads
+
+
+def left_over(fields: Mapping[str, Any], understood: frozenset[str]) -> dict[str, Any]:
+    """The fields that a format does not read and that are not harmless, for its elements."""
+    found = {n: fields[n] for n in fields if n not in understood and n not in HARMLESS}
+    return {OTHERS: found} if found else {}
+
+
+def inspect(element: Any) -> Inspection:
+    """What the fields come to that `normalise` does not read."""
+    if not isinstance(element, dict) or "defect" in element:
+        return NOTHING
+    fields = cast("dict[str, Any]", element)
+    if not fields.keys() >= UNDERSTOOD:
+        return NOTHING  # no caption, and its verdict shows it whole
+    others = fields.get(OTHERS)
+    if not isinstance(others, dict):
+        return NOTHING
+    return inspect_fields(cast("dict[str, Any]", others), frozenset(), lambda: True)
 
 
 def choose(captions: Sequence[Any], config: SourceConfig, name: str) -> list[Any]:

@@ -1,19 +1,41 @@
-"""LLaVA's records: `{id, image?, conversations: [{from, value}]}`.
+"""LLaVA's records: `{id, image?, system?, conversations: [{from, value}]}`.
 
-`image` (or `images`) is a key, a list of keys, null or absent. `<image>` in a human turn is the
-place of the next image; in an answer or a system turn it is text.
+`image` (or `images`, `image_path`, `image_paths`) is a key, a list of keys, null or absent.
+`<image>` in a human turn is the place of the next image; in an answer or a system turn it is text.
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from lapilli.data.record import ImagePart, Reason, Role, TextPart, Turn, Verdict, excerpt
-from lapilli.data.sources.turns import Turns, image_keys, split_markers
+from lapilli.data.record import ImagePart, Reason, Role, TextPart, Turn, Verdict
+from lapilli.data.sources.fields import (
+    IMAGE_FIELDS,
+    NOTHING,
+    TURN_EXTRAS,
+    Inspection,
+    Layout,
+    inspect_fields,
+    inspect_turns,
+    role_error,
+    turn_extras,
+)
+from lapilli.data.sources.turns import Turns, image_keys, lead, split_markers
 
-__all__ = ["normalise"]
+__all__ = ["inspect", "normalise"]
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+UNDERSTOOD = frozenset({"id", "conversations", "system", *IMAGE_FIELDS})
+LAYOUT = Layout("from", "value", frozenset({"from", "value", *TURN_EXTRAS}))
+
+
+def inspect(element: Any) -> Inspection:
+    """What the fields come to that `normalise` does not read."""
+    if not isinstance(element, dict):
+        return NOTHING
+    fields = cast("dict[str, Any]", element)
+    turns = inspect_turns("conversations", fields.get("conversations"), LAYOUT)
+    return inspect_fields(fields, UNDERSTOOD) | turns
 
 
 def normalise(element: Any) -> Turns | Verdict:
@@ -30,27 +52,28 @@ def normalise(element: Any) -> Turns | Verdict:
     turns: list[Turn] = []
     images = 0
     for place, item in enumerate(cast("list[Any]", conversations)):
-        turn = _turn(item, place, images)
+        turn = _turn(item, images)
         if isinstance(turn, Verdict):
-            return turn
+            return Verdict(turn.reason, f"turn {place}: {turn.detail}")
         images += sum(isinstance(part, ImagePart) for part in turn.parts)
         turns.append(turn)
-    return tuple(turns), keys
+    return lead(fields, turns) or (tuple(turns), keys)
 
 
-def _turn(item: Any, place: int, images: int) -> Turn | Verdict:
+def _turn(item: Any, images: int) -> Turn | Verdict:
     """One `{from, value}`; `images` were placed in the turns before it."""
     if not isinstance(item, dict):
-        return Verdict(Reason.SCHEMA, f"turn {place}: expected an object with from and value")
+        return Verdict(Reason.SCHEMA, "expected an object with from and value")
     fields = cast("dict[str, Any]", item)
     speaker, value = fields.get("from"), fields.get("value")
     if not isinstance(speaker, str) or not isinstance(value, str):
         other = "; `format: messages` reads role and content" if "role" in fields else ""
-        return Verdict(Reason.SCHEMA, f"turn {place}: `from` and `value` must be text{other}")
+        return Verdict(Reason.SCHEMA, f"`from` and `value` must be text{other}")
     role = ROLES.get(speaker)
     if role is None:
-        known = ", ".join(ROLES)
-        return Verdict(Reason.UNKNOWN_ROLE, f"turn {place}: '{excerpt(speaker)}'; known: {known}")
-    if role != "user":
-        return Turn(role, (TextPart(value),))
-    return Turn(role, split_markers(value, images))
+        return role_error(speaker, ROLES)
+    parts = split_markers(value, images) if role == "user" else (TextPart(value),)
+    if len(fields) == 2:
+        return Turn(role, parts)
+    extras = turn_extras(fields, role)
+    return extras if isinstance(extras, Verdict) else Turn(role, parts, *extras)

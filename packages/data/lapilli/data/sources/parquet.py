@@ -1,87 +1,285 @@
 """Parquet files whose columns are a record's fields: `id`, `image` or `images`, a conversation.
 
-The conversation is under `conversations` or `messages`: lists of objects, or the same as JSON
-text. An image is a key, a list of keys, or the object `{bytes, path}` of Hugging Face's image
-columns: `path` is the key then, and the bytes are not read. Other columns are not read either.
+The conversation is under `conversations`, `messages` or `texts`: lists of objects, or the same as
+JSON text. An image is a key, or bytes in the file itself (Hugging Face's `{bytes, path}`, or a
+binary column), or a list of these. Bytes are not read here: an embedded image is the key
+`FILE.parquet/COLUMN/ROW`, with `/INDEX` in a list. Where the bytes are null the path is the key.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.mounts.places import is_remote
+from lapilli.data.mounts.storage import open_storage, split_address
+from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
+from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS
 from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
-from lapilli.data.sources.messages import LISTS
+from lapilli.data.sources.rows import LISTS
 
 __all__ = ["read"]
 
 ROWS = 1024  # decoded at once; a row group may hold a million
-IMAGES = ("image", "images")
+WITH_BYTES = 16  # the same where bytes are decoded to see which rows have any
+Mark: TypeAlias = bool | None  # of an image: its bytes are there, or null; None for none at all
 
 
 def read(config: SourceConfig, root: Path) -> Iterator[Any]:
     """Every row of the files as an object, a few at a time.
 
     Raises:
-        DataError: A file is missing, no Parquet, damaged, or without a conversation's column.
+        DataError: A file is missing, no Parquet, damaged, without a conversation's column, or with
+            images in it outside the folder of `images`.
     """
-    for path in annotation_files(config, root):
-        instead = what_it_is_instead(path)
+    for place in _places(config, root):
+        instead = "" if is_remote(place) else what_it_is_instead(Path(place))
         try:
-            yield from _rows(path)
+            with _open(place) as file:
+                yield from _File(file, place, _shard(place, config, root)).rows()
         except (pa.ArrowException, OSError) as error:
-            if is_denied(error):
-                raise file_error(path, error) from None
+            if is_denied(error) and not is_remote(place):
+                raise file_error(Path(place), error) from None
             raise DataError(
-                f"annotations: {path} is no whole Parquet file ({excerpt(str(error))}); "
+                f"annotations: {place} is no whole Parquet file ({excerpt(str(error))}); "
                 + (instead or "download or write it again")
             ) from None
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path, memory_map=True) as file:
-        leaves = [file.schema.column(number).path for number in range(len(file.schema))]
-        columns = _columns(path, leaves)
-        for batch in file.iter_batches(ROWS, columns=columns):
-            for row in batch.to_pylist():
-                yield _element(row)
-
-
-def _columns(path: Path, leaves: list[str]) -> list[str]:
-    """The leaves worth reading, by their dotted paths; of an image with bytes its path alone."""
-    names = {leaf.partition(".")[0] for leaf in leaves}
-    if names.isdisjoint(LISTS):
-        raise DataError(
-            f"annotations: {path} has the columns {excerpt(', '.join(sorted(names)))}; "
-            f"expected one of {', '.join(LISTS)}"
-        )
-    chosen = {leaf for leaf in leaves if leaf.partition(".")[0] in ("id", *LISTS)}
-    for name in IMAGES:
-        parts = [leaf for leaf in leaves if leaf.partition(".")[0] == name]
-        holds_bytes = any(leaf.endswith(".bytes") for leaf in parts)
-        keys = [leaf for leaf in parts if leaf.endswith(".path")] if holds_bytes else parts
-        if parts and not keys:
+def _places(config: SourceConfig, root: Path) -> list[str]:
+    """The files of a source by path or address."""
+    if not any(map(is_remote, config.patterns)):
+        return [str(path) for path in annotation_files(config, root)]
+    found: list[str] = []
+    for pattern in config.patterns:
+        if not is_remote(pattern):
             raise DataError(
-                f"annotations: {path}: column {name} holds images without a path; write them to "
-                "files, or to WebDataset tars, and name them"
+                f"annotations: {pattern!r} of source {config.name} is a path and others are "
+                "addresses; make two sources of them"
             )
-        chosen.update(keys)
-    return [leaf for leaf in leaves if leaf in chosen]  # in the file's order: a digest sees it
+        scheme, path = split_address(pattern)
+        names = sorted(open_storage(scheme).glob(path))
+        if not names:
+            raise DataError(
+                f"annotations: no file matches {pattern!r}; check the `annotations` of source "
+                f"{config.name}"
+            )
+        found += [f"{scheme}://{name}" for name in names]
+    return found
 
 
-def _element(row: dict[str, Any]) -> dict[str, Any]:
-    for name in IMAGES:
-        if name in row:
-            row[name] = _key(row[name])
+def _open(place: str) -> pq.ParquetFile:
+    if not is_remote(place):
+        return pq.ParquetFile(place, memory_map=True)
+    scheme, path = split_address(place)
+    return pq.ParquetFile(open_storage(scheme).open(path, "rb"), pre_buffer=True)
+
+
+def _shard(place: str, config: SourceConfig, root: Path) -> str | None:
+    """The file's path from the folder of `images`; None for one outside of it."""
+    if is_remote(place):
+        folder = f"{config.images.rstrip('/')}/"
+        return place.removeprefix(folder) if place.startswith(folder) else None
+    path, above = Path(place), root / config.images
+    return path.relative_to(above).as_posix() if path.is_relative_to(above) else None
+
+
+class _File:
+    """One file: which of its columns are read, and how an image of a row is named."""
+
+    def __init__(self, file: pq.ParquetFile, place: str, shard: str | None) -> None:
+        self._file, self._place, self._shard = file, place, shard
+        self._leaves = {
+            file.schema.column(number).path: number for number in range(len(file.schema))
+        }
+        embedded = image_columns(file)
+        self._embedded = {n: c for n, c in embedded.items() if n not in HARMLESS}
+        self._check_columns()
+        self._chosen = [leaf for leaf in self._leaves if self._is_read(leaf)]
+        own = {column.leaf for column in self._embedded.values()}
+        self._others = [
+            leaf
+            for leaf in self._leaves
+            if leaf not in own and self._is_bytes(leaf) and leaf.partition(".")[0] not in HARMLESS
+        ]
+
+    def _is_read(self, leaf: str) -> bool:
+        """Whether a leaf is read as it is: bytes are not, and of what holds bytes the path."""
+        name = leaf.partition(".")[0]
+        if name in self._embedded:
+            return leaf == self._embedded[name].path
+        return name not in HARMLESS - {"id"} and not self._is_bytes(leaf)
+
+    def _is_bytes(self, leaf: str) -> bool:
+        column = self._file.schema.column(self._leaves[leaf])
+        is_plain = column.logical_type.type == "NONE" and str(column.converted_type) == "NONE"
+        return is_plain and column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+
+    def _check_columns(self) -> None:
+        """A conversation is there, and its images are not inside of its turns."""
+        names = {leaf.partition(".")[0] for leaf in self._leaves}
+        if names.isdisjoint(LISTS):
+            raise DataError(
+                f"annotations: {self._place} has the columns {excerpt(', '.join(sorted(names)))}; "
+                f"expected one of {', '.join(LISTS)}"
+            )
+        for field in self._file.schema_arrow:
+            if field.name in LISTS and (is_binary(field.type) or field.name in self._embedded):
+                raise DataError(
+                    f"annotations: {self._place}: column {field.name} holds bytes; expected a "
+                    "conversation, as lists of objects or as JSON text"
+                )
+        for leaf in self._leaves:
+            name = leaf.partition(".")[0]
+            if name in LISTS and self._is_bytes(leaf) and self._filled(leaf):
+                raise DataError(
+                    f"annotations: {self._place}: {leaf} holds bytes inside the turns, which are "
+                    "not read; put the images into a column `images`"
+                )
+
+    def _filled(self, leaf: str) -> bool:
+        """Whether some value of a leaf may not be null."""
+        groups = range(self._file.metadata.num_row_groups)
+        return any(self._not_null(group, leaf) != 0 for group in groups)
+
+    def _not_null(self, group: int, leaf: str) -> int | None:
+        """How many values of a leaf are not null, if the file says so."""
+        chunk = self._file.metadata.row_group(group).column(self._leaves[leaf])
+        facts = chunk.statistics
+        if facts is None or not facts.has_null_count:
+            return None
+        return chunk.num_values - facts.null_count
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row, in order."""
+        number = 0
+        for group in range(self._file.metadata.num_row_groups):
+            marks = {name: self._marks(group, column) for name, column in self._embedded.items()}
+            others = {leaf: self._with_bytes(group, leaf) for leaf in self._others}
+            for row in self._texts(group):
+                for name, column in self._embedded.items():
+                    given = row.pop(name, None)
+                    mark = next(marks[name])
+                    value = self._value(column, given, mark, number)
+                    if value is not None:
+                        row[name] = value
+                for leaf, found in others.items():
+                    if next(found):
+                        row[leaf] = {"bytes": f"{leaf}/{number}"}
+                yield _parsed(row)
+                number += 1
+
+    def _texts(self, group: int) -> Iterator[dict[str, Any]]:
+        """The rows of a group without their bytes."""
+        if not self._chosen:
+            yield from ({} for _ in range(self._file.metadata.row_group(group).num_rows))
+            return
+        for batch in self._file.iter_batches(ROWS, row_groups=[group], columns=self._chosen):
+            yield from batch.to_pylist()
+
+    def _with_bytes(self, group: int, leaf: str) -> Iterator[bool]:
+        """Of each row whether a leaf that is no image's has bytes, for the count of its fields."""
+        if self._not_null(group, leaf) == 0:
+            yield from (False for _ in range(self._file.metadata.row_group(group).num_rows))
+            return
+        for batch in self._file.iter_batches(WITH_BYTES, row_groups=[group], columns=[leaf]):
+            yield from (_has_bytes(value) for value in batch.column(0).to_pylist())
+
+    def _marks(self, group: int, column: ImageColumn) -> Iterator[Mark | list[Mark]]:
+        """Of each row which images have bytes, told by the counts in the footer where they do."""
+        rows = self._file.metadata.row_group(group).num_rows
+        known = self._not_null(group, column.leaf)
+        if column.path:
+            structs = sum(map(_there, self._shapes(group, column, column.path, ROWS)))
+            if known in (0, structs):
+                for shape in self._shapes(group, column, column.path, ROWS):
+                    yield _all(shape, known == structs)
+                return
+        elif not column.is_list and known in (0, rows):
+            yield from (known == rows or None for _ in range(rows))
+            return
+        yield from self._shapes(group, column, column.leaf, WITH_BYTES)
+
+    def _shapes(
+        self, group: int, column: ImageColumn, leaf: str, rows: int
+    ) -> Iterator[Mark | list[Mark]]:
+        """Of each row which values of one leaf are null; a struct around it may be null itself."""
+        for batch in self._file.iter_batches(rows, row_groups=[group], columns=[leaf]):
+            values = batch.column(0)
+            if not column.is_list:
+                yield from _null_marks(values, column.is_struct)
+                continue
+            flat = iter(_null_marks(pc.call_function("list_flatten", [values]), column.is_struct))
+            for length in pc.call_function("list_value_length", [values]).to_pylist():
+                yield None if length is None else [next(flat) for _ in range(length)]
+
+    def _value(self, column: ImageColumn, given: Any, mark: Mark | list[Mark], number: int) -> Any:
+        """A row's value as JSON would have it: keys for images, names for what else is bytes."""
+        if mark is None:
+            return None
+        if isinstance(mark, list):
+            names: Sequence[Any] = given if isinstance(given, list) else [None] * len(mark)
+            return [
+                self._one(column, name, inner, f"{number}/{index}")
+                for index, (name, inner) in enumerate(zip(names, mark, strict=True))
+            ]
+        return self._one(column, given, mark, str(number))
+
+    def _one(self, column: ImageColumn, given: Any, mark: Mark, place: str) -> Any:
+        path = cast("dict[str, Any]", given).get("path") if isinstance(given, dict) else None
+        if not mark:
+            return path
+        if column.name not in IMAGE_FIELDS:
+            return {"bytes": f"{column.name}/{place}"}
+        if self._shard is None:
+            raise DataError(
+                f"annotations: {self._place} holds images and lies outside the folder of "
+                "`images`; set `images` to a folder or an address above it"
+            )
+        return f"{self._shard}/{column.name}/{place}"
+
+
+def _null_marks(values: pa.Array, is_struct: bool) -> list[Mark]:
+    """None for a null, else whether what is inside of the struct is there."""
+    there = values.is_valid().to_pylist()
+    if not is_struct:
+        return [True if valid else None for valid in there]
+    inner = values.field(0).is_valid().to_pylist()
+    return [bool(own) if valid else None for valid, own in zip(there, inner, strict=True)]
+
+
+def _there(shape: Mark | list[Mark]) -> int:
+    """How many structs a row has."""
+    return sum(m is not None for m in shape) if isinstance(shape, list) else shape is not None
+
+
+def _all(shape: Mark | list[Mark], mark: bool) -> Mark | list[Mark]:
+    """The same for every struct of a row."""
+    if isinstance(shape, list):
+        return [None if inner is None else mark for inner in shape]
+    return None if shape is None else mark
+
+
+def _has_bytes(value: Any) -> bool:
+    """Whether there are bytes in a value of lists and objects."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_bytes, cast("Sequence[Any]", value)))
+    if isinstance(value, dict):
+        return any(map(_has_bytes, cast("dict[str, Any]", value).values()))
+    return isinstance(value, bytes)
+
+
+def _parsed(row: dict[str, Any]) -> dict[str, Any]:
     for name in LISTS:
         if isinstance(row.get(name), str):
             try:
@@ -89,10 +287,3 @@ def _element(row: dict[str, Any]) -> dict[str, Any]:
             except (ValueError, RecursionError):
                 continue  # stays text, and the verdict is that it is no list
     return row
-
-
-def _key(image: Any) -> Any:
-    """A key for Hugging Face's object with a path; a list of them likewise."""
-    if isinstance(image, list):
-        return [_key(item) for item in cast("list[Any]", image)]
-    return cast("dict[str, Any]", image).get("path") if isinstance(image, dict) else image

@@ -1,9 +1,9 @@
-"""WebDataset tars: the members of one stem are a sample, images with a `json` or a `txt`.
+"""WebDataset tars: the members of one key are a sample, images with a `json` or a `txt`.
 
-Members are grouped as the webdataset library groups them. Image bytes are not read here: an image
-is the key `SHARD.tar/MEMBER`, read later at the member's place in the tar. A `json` is a
-conversation (LLaVA's or role and content) or has a `caption`; a `txt` is a caption, which answers
-one of the recipe's `prompts`.
+Members are counted first and then grouped, so that each is used or named as not used. Image bytes
+are not read here: an image is the key `SHARD.tar/MEMBER`, read later at the member's place in the
+tar. A `json` is a conversation (LLaVA's, role and content, or pairs) or has a `caption`; a `txt` is
+a caption, which answers one of the recipe's `prompts`.
 """
 
 from __future__ import annotations
@@ -11,33 +11,43 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.mounts import EXTENSIONS
-from lapilli.data.record import Reason, Turn, Verdict, excerpt
+from lapilli.data.record import Reason, Verdict, excerpt
 from lapilli.data.sources import rows
 from lapilli.data.sources.captions import caption_turns, draw_prompt
+from lapilli.data.sources.fields import NOTHING, Inspection, inspect_fields
 from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
+from lapilli.data.sources.tar_members import TEXTS, Sample, TarMember, group, read_members
 from lapilli.data.sources.turns import Turns
+from lapilli.data.tally import Members
 
-__all__ = ["normalise", "read"]
+__all__ = ["inspect", "normalise", "read"]
 
 LONGEST = 1 << 28  # bytes of one text member
-ENDINGS = tuple(EXTENSIONS)
-META = re.compile(r"__[^/]*__($|/)")  # members that describe the tar, as webdataset skips them
+IMAGES = frozenset(extension.removeprefix(".") for extension in EXTENSIONS)
+NUMBERED = re.compile(r"([0-9]+)\.([^.]+)")
+NAMED = 8  # suffixes named in a verdict
 
 
-def read(config: SourceConfig, root: Path) -> Iterator[Any]:
-    """An element a sample: `{id, shard, images, prompt, json?, txt?}`.
+def read(config: SourceConfig, root: Path) -> Generator[Any, None, Members]:
+    """An element a sample: `{id, shard, images, prompt, json?, txt?, unused?, defect?}`.
+
+    Returns:
+        The members of all tars, used and not.
 
     Raises:
-        DataError: A tar is missing, damaged, outside the folder of `images`, or holds a name twice.
+        DataError: A tar is missing, damaged, or outside the folder of `images`.
     """
+    counted = Members()
+    chosen = [suffix.lower().lstrip(".") for suffix in config.image_suffixes]
+    endings = IMAGES | {suffix.rpartition(".")[2] for suffix in chosen}
     for path in annotation_files(config, root):
         folder = root / config.images
         if not path.is_relative_to(folder):
@@ -46,111 +56,200 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
                 "images are in its tars: set `images` to a folder above them"
             )
         shard = path.relative_to(folder).as_posix()
-        for sample in _samples(path):
-            yield _element(sample, shard, config)
+        found: list[TarMember] = []
+        instead = what_it_is_instead(path)
+        try:
+            with tarfile.open(path) as tar:
+                read_members(tar, found)
+                samples, loose = group(found, endings)
+                for label, _ in loose:
+                    counted.unused[label] += 1
+                for sample in samples:
+                    yield _Reading(tar, sample, config, chosen, counted).element(shard)
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            if is_denied(error):
+                raise file_error(path, error) from None
+            raise DataError(
+                f"annotations: {path} is no whole tar after {len(found)} members "
+                f"({excerpt(str(error.args[0] if error.args else error))}); "
+                + (instead or "download or write it again")
+            ) from None
+    return counted
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a tar: by suffix the bytes of a text, the name of an image."""
-    from webdataset.tariterators import group_by_keys  # imports torch
+class _Reading:
+    """One sample on its way to an element: which of its members are read, and what is wrong."""
 
-    instead = what_it_is_instead(path)
-    count = 0
-    try:
-        with tarfile.open(path) as tar:
-            for sample in group_by_keys(_members(tar, str(path))):
-                yield sample
-                count += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if is_denied(error):
-            raise file_error(path, error) from None
-        raise DataError(
-            f"annotations: {path} is no whole tar after {count} samples "
-            f"({excerpt(str(error.args[0] if error.args else error))}); "
-            + (instead or "download or write it again")
-        ) from None
+    def __init__(
+        self,
+        tar: tarfile.TarFile,
+        sample: Sample,
+        config: SourceConfig,
+        chosen: Sequence[str],
+        counted: Members,
+    ) -> None:
+        self._tar, self._sample, self._config, self._chosen = tar, sample, config, chosen
+        self._counted = counted
+        self._used: set[str] = set()
+        self._defects: list[str] = []
+
+    def element(self, shard: str) -> dict[str, Any]:
+        """The element; its members are counted."""
+        sample, key = self._sample, self._sample.key
+        element: dict[str, Any] = {
+            "id": key,
+            "shard": shard,
+            "images": [],
+            "prompt": draw_prompt(self._config, f"{shard}/{key}"),
+        }
+        found = self._text("json")
+        if found is not None:
+            element["json"] = value = _parsed(found)
+            if isinstance(value, dict):
+                element["id"] = cast("dict[str, Any]", value).get("id", key)
+        conversation = element["json"] if rows.is_conversation(element.get("json")) else None
+        if conversation is None and (found := self._text("txt")) is not None:
+            element["txt"] = found.strip()
+        element["images"] = self._images(conversation)
+        if sample.repeated:
+            names = ", ".join(f"'{excerpt(member.name)}'" for member in sample.repeated[:NAMED])
+            self._defects.append(f"the sample has {names} twice, in one letter case or another")
+        if unused := [suffix for suffix in sample.members if suffix not in self._used]:
+            element["unused"] = unused
+        if self._defects:
+            element["defect"] = "; ".join(self._defects)
+        self._count()
+        return element
+
+    def _text(self, suffix: str) -> str | None:
+        """A member's text, or None without the member."""
+        member = self._sample.members.get(suffix)
+        if member is None:
+            return None
+        self._used.add(suffix)
+        if not member.target:
+            self._defects.append(_leads_nowhere(member))
+            return ""
+        if member.size > LONGEST:
+            detail = f"'{excerpt(member.name)}' has {member.size} bytes; at most {LONGEST} are read"
+            self._defects.append(detail)
+            return ""
+        file: Any = self._tar.fileobj
+        file.seek(member.offset)
+        return cast("bytes", file.read(member.size)).decode("utf-8", "surrogateescape")
+
+    def _images(self, conversation: Any) -> list[str]:
+        """The names of the members that are the sample's images."""
+        members = self._sample.members
+        suffixes = self._named(conversation)
+        if suffixes is None:
+            chosen = _listed(members, self._chosen) if self._chosen else _usual(members)
+            suffixes = [] if isinstance(chosen, str) else chosen
+            if isinstance(chosen, str):
+                self._defects.append(chosen)
+        self._used.update(suffixes)
+        self._defects += [_leads_nowhere(members[s]) for s in suffixes if not members[s].target]
+        return [members[suffix].target for suffix in suffixes]
+
+    def _named(self, conversation: Any) -> list[str] | None:
+        """The suffixes of the members that a conversation names, if all it names are members."""
+        if conversation is None:
+            return None
+        found = rows.normalise(rows.with_roles(conversation, self._config.roles))
+        if isinstance(found, Verdict) or not found[1]:
+            return None
+        own = {member.name: suffix for suffix, member in self._sample.members.items()}
+        suffixes = [own.get(name) for name in found[1]]
+        return None if None in suffixes else cast("list[str]", suffixes)
+
+    def _count(self) -> None:
+        sample, counted = self._sample, self._counted
+        for suffix in sample.members:
+            counted.count(_label(suffix), suffix in self._used, not _is_known(suffix))
+        for _ in sample.repeated:
+            counted.count("(repeated)", used=False, unknown=False)
 
 
-def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
-    """The members that make samples, in webdataset's form; their headers only, but for texts."""
-    while (member := tar.next()) is not None:
-        name = PurePosixPath(member.name).as_posix()
-        if member.isreg() and META.match(name) is None:
-            suffix = PurePosixPath(name).suffix.lower()
-            if suffix in EXTENSIONS:
-                yield {"fname": name, "data": name, "__url__": url}
-            elif suffix in (".json", ".txt") and (file := tar.extractfile(member)) is not None:
-                yield {"fname": name, "data": file.read(LONGEST), "__url__": url}
-        # A tar of a million members must not be held as a list.
-        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+def _leads_nowhere(member: TarMember) -> str:
+    return f"'{excerpt(member.name)}' is a link to no one file of the tar, or sparse; pack it again"
 
 
-def _element(sample: Mapping[str, Any], shard: str, config: SourceConfig) -> dict[str, Any]:
-    name = str(sample["__key__"])
-    images = sorted(
-        ((suffix, member) for suffix, member in sample.items() if f".{suffix}".endswith(ENDINGS)),
-        key=lambda item: _order(item[0]),
+def _usual(members: Mapping[str, TarMember]) -> list[str] | str:
+    """Without a setting the one image, or the numbered ones; or why that is not clear."""
+    images = [suffix for suffix in members if _end(suffix) in IMAGES]
+    plain = [suffix for suffix in images if "." not in suffix]
+    numbered = sorted(
+        (int(match[1]), suffix) for suffix in images if (match := NUMBERED.fullmatch(suffix))
     )
-    element: dict[str, Any] = {
-        "id": name,
-        "shard": shard,
-        "images": [member for _, member in images],
-        "prompt": draw_prompt(config, f"{shard}/{name}"),
-    }
-    if "txt" in sample:
-        element["txt"] = cast("bytes", sample["txt"]).decode("utf-8", "surrogateescape").strip()
-    if "json" in sample:
-        element["json"] = _parsed(sample["json"])
-        if isinstance(element["json"], dict):
-            element["id"] = element["json"].get("id", name)
-    return element
+    numbers = {number for number, _ in numbered}
+    if len(plain) > 1 or (plain and numbered) or len(numbers) < len(numbered):
+        shown = ", ".join(sorted([*plain, *(suffix for _, suffix in numbered)])[:NAMED])
+        return f"each of {shown} may be the image; say which in the source's `image_suffixes`"
+    return plain or [suffix for _, suffix in numbered]
 
 
-def _parsed(data: bytes) -> Any:
+def _listed(members: Mapping[str, TarMember], chosen: Sequence[str]) -> list[str]:
+    """The images of a setting in its order; a suffix stands for its numbered ones too."""
+    found: list[str] = []
+    for wanted in chosen:
+        ours = [(-1, wanted)] if wanted in members else []
+        for suffix in members:
+            number, _, rest = suffix.partition(".")
+            if rest == wanted and number.isdecimal():
+                ours.append((int(number), suffix))
+        found += [suffix for _, suffix in sorted(ours) if suffix not in found]
+    return found
+
+
+def _end(suffix: str) -> str:
+    return suffix.rpartition(".")[2]
+
+
+def _is_known(suffix: str) -> bool:
+    return suffix in TEXTS or _end(suffix) in IMAGES
+
+
+def _label(suffix: str) -> str:
+    """What a suffix is counted as: numbered images as one."""
+    match = NUMBERED.fullmatch(suffix)
+    return f"N.{match[2]}" if match else excerpt(suffix, 60) or "(no suffix)"
+
+
+def _parsed(text: str) -> Any:
     """A json member's value, or its text where it is none."""
-    text = data.decode("utf-8", "surrogateescape")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
-def _order(suffix: str) -> tuple[int, str]:
-    """`jpg` before `0.jpg` before `10.jpg`."""
-    number = suffix.partition(".")[0]
-    return (int(number) if number.isdecimal() else -1, suffix)
+def inspect(element: Any) -> Inspection:
+    """What the fields of the json come to that `normalise` does not read."""
+    found = cast("dict[str, Any]", element).get("json")
+    if rows.is_conversation(found):
+        return rows.inspect(found)
+    if not isinstance(found, dict):
+        return NOTHING
+    return inspect_fields(cast("dict[str, Any]", found), frozenset({"id", "caption"}), lambda: True)
 
 
 def normalise(element: Any) -> Turns | Verdict:
     """One sample to its turns and image keys, or the verdict that it cannot be one."""
     sample = cast("dict[str, Any]", element)
-    members: list[str] = sample["images"]
+    if isinstance(defect := sample.get("defect"), str):
+        return Verdict(Reason.SCHEMA, excerpt(defect, 400))
+    images: list[str] = sample["images"]
     found = sample.get("json")
+    keys = tuple(f"{sample['shard']}/{member}" for member in images)
     if rows.is_conversation(found):
-        normalised = _conversation(cast("dict[str, Any]", found), members)
-    else:
-        caption = sample.get("txt")
-        if caption is None and isinstance(found, dict):
-            caption = cast("dict[str, Any]", found).get("caption")
-        if not isinstance(caption, str) or not members:
-            detail = "expected an image and a txt, or a json with a conversation or a caption"
-            return Verdict(Reason.SCHEMA, detail)
-        normalised = caption_turns(sample["prompt"], caption, len(members)), members
-    if isinstance(normalised, Verdict):
-        return normalised
-    turns, chosen = normalised
-    return turns, tuple(f"{sample['shard']}/{member}" for member in chosen)
-
-
-def _conversation(
-    fields: dict[str, Any], members: list[str]
-) -> tuple[tuple[Turn, ...], list[str]] | Verdict:
-    """A conversation, with the sample's own images in the place of the names it has for them.
-
-    A name that is a member's is that image; otherwise the images stand in their order.
-    """
-    normalised = rows.normalise(fields)
-    if isinstance(normalised, Verdict):
-        return normalised
-    turns, named = normalised
-    return turns, list(named) if named and set(named) <= set(members) else members
+        normalised = rows.normalise(found)
+        return normalised if isinstance(normalised, Verdict) else (normalised[0], keys)
+    caption = sample.get("txt")
+    if caption is None and isinstance(found, dict):
+        caption = cast("dict[str, Any]", found).get("caption")
+    if not isinstance(caption, str) or not images:
+        detail = "expected an image and a txt, or a json with a conversation or a caption"
+        if unused := cast("list[str]", sample.get("unused", [])):
+            detail += f"; not read: {', '.join(unused[:NAMED])} (`image_suffixes` says which are)"
+        return Verdict(Reason.SCHEMA, excerpt(detail, 400))
+    return caption_turns(sample["prompt"], caption, len(images)), keys

@@ -1,0 +1,210 @@
+"""Parquet files as containers of images: `FILE.parquet/COLUMN/ROW`, or `/INDEX` more in a list.
+
+A column holds images if it is binary, Hugging Face's struct of `bytes` and `path`, or a list of
+either. Only the footer is read to find an image; its bytes come with those of its row group, of
+which a process keeps the last two it has read: readers at a boundary would read each many times.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lapilli.data.images import BadImage
+from lapilli.data.mounts.archives import BadArchive
+from lapilli.data.mounts.places import Cell
+from lapilli.data.record import Reason, excerpt
+
+__all__ = ["ImageColumn", "Rows", "Table", "image_columns", "read_cell", "read_table"]
+
+KEPT_GROUPS = 2
+BATCH = 64  # rows decoded at once: nested bytes of 2 GB have no one array
+Opened: TypeAlias = Callable[[], IO[bytes]]
+
+
+class ImageColumn(NamedTuple):
+    """A column with images.
+
+    Attributes:
+        name: The column.
+        leaf: The dotted path of its bytes in the file.
+        is_list: Whether a row holds a list of images.
+        is_struct: Whether an image is a struct of `bytes`, perhaps with a `path`.
+        path: The dotted path of the names beside the bytes, or "".
+    """
+
+    name: str
+    leaf: str
+    is_list: bool
+    is_struct: bool
+    path: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a footer says of a file's images.
+
+    Attributes:
+        columns: The columns that hold images, by name.
+        starts: The first row of each row group, and behind them the number of rows.
+        sizes: Mean bytes of an image by column and row group.
+    """
+
+    columns: Mapping[str, ImageColumn]
+    starts: tuple[int, ...]
+    sizes: Mapping[tuple[str, int], int]
+
+    def cell(self, column: str, row: int, index: int) -> Cell:
+        """The place of an image; `index` is -1 in a column without lists."""
+        group = bisect_right(self.starts, row) - 1
+        size = self.sizes[column, group]
+        return Cell(column, group, row - self.starts[group], index, size)
+
+
+class Rows(Mapping[str, int]):
+    """The numbers below `count` as names: none is spelt in two ways, and they are never listed."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __getitem__(self, name: str) -> int:
+        """The number that a name spells."""
+        if name.isascii() and name.isdecimal() and len(name) < 16:
+            number = int(name)
+            if number < self._count and str(number) == name:
+                return number
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Nothing: no repair makes one row of another."""
+        return iter(())
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self._count
+
+
+def image_columns(file: pq.ParquetFile) -> dict[str, ImageColumn]:
+    """The columns of a file that hold bytes of images, or of anything like them, by name."""
+    leaves = [file.schema.column(number).path for number in range(len(file.schema))]
+    found: dict[str, ImageColumn] = {}
+    for field in file.schema_arrow:
+        kind, is_list = field.type, False
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind, is_list = kind.value_type, True
+        is_struct = pa.types.is_struct(kind)
+        names = [kind.field(n).name for n in range(kind.num_fields)] if is_struct else []
+        bytes_kind = kind.field("bytes").type if "bytes" in names else None if is_struct else kind
+        if bytes_kind is None or not is_binary(bytes_kind):
+            continue
+        own = [leaf for leaf in leaves if leaf == field.name or leaf.startswith(f"{field.name}.")]
+        end = ".bytes" if is_struct else ""
+        leaf = next(leaf for leaf in own if leaf.endswith(end))
+        path = next((leaf for leaf in own if is_struct and leaf.endswith(".path")), "")
+        found[field.name] = ImageColumn(field.name, leaf, is_list, is_struct, path)
+    return found
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether values are bytes that are no text."""
+    checks = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return any(check(kind) for check in checks) or str(kind) == "binary_view"
+
+
+def read_table(file: IO[bytes], name: str) -> Table:
+    """What a file's footer says of its images.
+
+    Raises:
+        BadArchive: No whole Parquet file.
+    """
+    try:
+        parquet = pq.ParquetFile(file)
+        columns, metadata = image_columns(parquet), parquet.metadata
+        starts, sizes = [0], dict[tuple[str, int], int]()
+        places = {parquet.schema.column(n).path: n for n in range(len(parquet.schema))}
+        for group in range(metadata.num_row_groups):
+            facts = metadata.row_group(group)
+            starts.append(starts[-1] + facts.num_rows)
+            for column in columns.values():
+                chunk = facts.column(places[column.leaf])
+                mean = chunk.total_uncompressed_size // max(1, chunk.num_values)
+                sizes[column.name, group] = max(1, mean)
+    except (pa.ArrowException, OSError) as error:
+        raise BadArchive(
+            f"'{excerpt(name)}' is no whole Parquet file ({excerpt(str(error))}); download it again"
+        ) from None
+    return Table(columns, tuple(starts), sizes)
+
+
+_groups: OrderedDict[tuple[object, ...], pa.ChunkedArray] = OrderedDict()
+_lock = threading.Lock()  # readers of a task are threads; a group is read by one of them
+
+
+def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown: str) -> bytes:
+    """The bytes of an image.
+
+    Args:
+        identity: What tells the file and its state from others.
+        open_file: Opens it.
+        cell: The image's place.
+        shown: The image's name, for what is wrong with it.
+
+    Raises:
+        BadImage: The row or the index holds no image, or the row group is damaged.
+        OSError: The file cannot be read.
+    """
+    key = (*identity, cell.column, cell.group)
+    with _lock:
+        if key in _groups:
+            _groups.move_to_end(key)
+        else:
+            while len(_groups) >= KEPT_GROUPS:
+                _groups.popitem(last=False)
+            try:
+                _groups[key] = _read_group(open_file, cell)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and not _has_bytes(open_file, cell):
+                    raise
+                why = excerpt(" ".join(str(error).split()))
+                detail = f"{shown}: damaged in its file ({why})"
+                raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
+        group = _groups[key]
+    value: Any = group[cell.row] if cell.row < len(group) else None
+    if value is not None and cell.index >= 0:
+        items = value.values
+        value = items[cell.index] if items is not None and cell.index < len(items) else None
+    found: Any = value.as_py() if value is not None else None
+    data: Any = found.get("bytes") if isinstance(found, dict) else found
+    if not isinstance(data, bytes):
+        raise BadImage(Reason.IMAGE_UNDECODABLE, f"{shown}: no image in this row")
+    return data
+
+
+def _has_bytes(open_file: Opened, cell: Cell) -> bool:
+    """Whether a row group can be read though not understood: Arrow raises OSError for both."""
+    with open_file() as file:
+        metadata = pq.ParquetFile(file).metadata.row_group(cell.group)
+        chunk = next(
+            metadata.column(number)
+            for number in range(metadata.num_columns)
+            if metadata.column(number).path_in_schema.partition(".")[0] == cell.column
+        )
+        file.seek(chunk.data_page_offset)
+        return len(file.read(chunk.total_compressed_size)) == chunk.total_compressed_size
+
+
+def _read_group(open_file: Opened, cell: Cell) -> pa.ChunkedArray:
+    with open_file() as file:
+        parquet = pq.ParquetFile(file, pre_buffer=True)
+        leaf = image_columns(parquet)[cell.column].leaf
+        batches = parquet.iter_batches(
+            BATCH, row_groups=[cell.group], columns=[leaf], use_threads=False
+        )
+        return pa.chunked_array([batch.column(0) for batch in batches])

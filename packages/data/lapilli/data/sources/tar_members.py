@@ -1,0 +1,188 @@
+"""The members of a WebDataset tar, counted before they are grouped, and the samples they make.
+
+A sample's key is its members' name up to the first dot, as the webdataset library has it, unless
+that makes one sample of many: of `img.host_0.png`, `img.host_0.txt`, `img.host_1.png`, ... each
+stem with a text and an image is a sample. Members of a sample need not be adjacent.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+__all__ = ["TEXTS", "Sample", "TarMember", "group", "read_members"]
+
+TEXTS = ("json", "txt")
+META = re.compile(r"__[^/]*__($|/)")  # members that describe the tar, as webdataset skips them
+KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's `base_plus_ext`
+LONGEST_CHAIN = 16  # links of links
+LONGEST_NAME = 4096  # characters; no file system takes more
+
+
+class TarMember(NamedTuple):
+    """A member of a tar.
+
+    Attributes:
+        name: Its name, without `./`.
+        kind: `file`, `folder` or `other` (a device, a pipe); links are what they lead to.
+        offset: Where the bytes begin in the tar.
+        size: How many there are.
+        target: Name of the member that has the bytes, its own but for a link; "" for a link that
+            leads nowhere.
+    """
+
+    name: str
+    kind: str
+    offset: int
+    size: int
+    target: str
+
+
+@dataclass
+class Sample:
+    """The members of one key by suffix, in lower case.
+
+    Attributes:
+        key: What the members' names begin with.
+        members: By suffix; of a suffix met twice the first.
+        repeated: Names of members whose suffix the sample has already.
+    """
+
+    key: str
+    members: dict[str, TarMember] = field(default_factory=dict[str, TarMember])
+    repeated: list[TarMember] = field(default_factory=list[TarMember])
+
+    def add(self, suffix: str, member: TarMember) -> None:
+        """Add a member."""
+        if suffix in self.members:
+            self.repeated.append(member)
+        else:
+            self.members[suffix] = member
+
+
+def read_members(tar: tarfile.TarFile, found: list[TarMember]) -> None:
+    """Add all members in their order to `found`, links followed at the end.
+
+    Raises:
+        tarfile.TarError: The tar is damaged; `found` has the members before that.
+    """
+    links: dict[str, str] = {}
+    while (info := tar.next()) is not None:
+        name = PurePosixPath(info.name).as_posix()
+        if info.islnk() or info.issym():
+            above = posixpath.dirname(name) if info.issym() else ""
+            links[name] = posixpath.normpath(posixpath.join(above, info.linkname))
+            found.append(TarMember(name, "link", 0, 0, ""))
+        else:
+            kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
+            # A sparse file's bytes do not lie in one stretch: as a link that leads nowhere.
+            target = "" if info.issparse() else name
+            found.append(TarMember(name, kind, info.offset_data, info.size, target))
+        # A member of tarfile's takes 1 KB; a tar has a million of them.
+        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+    if links:
+        files = {member.name: member for member in found if member.kind == "file"}
+        times = Counter(member.name for member in found if member.kind == "file")
+        for place, member in enumerate(found):
+            if member.kind == "link":
+                found[place] = _followed(member, links, files, times)
+
+
+def _followed(
+    member: TarMember, links: dict[str, str], files: dict[str, TarMember], times: Counter[str]
+) -> TarMember:
+    """A link as the file it leads to; one that leads nowhere, or to one of two, has no target."""
+    name = member.name
+    for _ in range(LONGEST_CHAIN):
+        if name not in links or name in files:
+            break
+        name = links[name]
+    target = files.get(name)
+    if target is None or times[name] > 1:
+        return member._replace(kind="file")
+    return target._replace(name=member.name)
+
+
+def group(
+    members: Iterable[TarMember], images: Collection[str]
+) -> tuple[list[Sample], list[tuple[str, TarMember]]]:
+    """The samples in the order of their first members, and the members that are in none.
+
+    Args:
+        members: All members of a tar.
+        images: Endings of images, without a dot.
+
+    Returns:
+        Samples; and of each other member why it is in none, for a count: `(folder)`, ...
+    """
+    loose: list[tuple[str, TarMember]] = []
+    bases: dict[str, list[tuple[int, str, TarMember]]] = {}
+    for place, member in enumerate(members):
+        parted = KEY.match(member.name) if len(member.name) <= LONGEST_NAME else None
+        if member.kind != "file":
+            loose.append((f"({member.kind})", member))
+        elif META.match(member.name):
+            loose.append(("(meta)", member))
+        elif parted is None:
+            loose.append(("(no suffix)", member))
+        else:
+            bases.setdefault(parted[1], []).append((place, parted[2], member))
+    samples: dict[str, tuple[int, Sample]] = {}
+    for base, found in bases.items():
+        own = _own_keys([suffix for _, suffix, _ in found], images)
+        for place, suffix, member in found:
+            inner, rest = _parted(suffix, own)
+            key = f"{base}.{inner}" if inner else base
+            _, sample = samples.setdefault(key, (place, Sample(key)))
+            sample.add(rest.lower(), member)
+    return [sample for _, sample in sorted(samples.values(), key=lambda item: item[0])], loose
+
+
+def _own_keys(suffixes: Sequence[str], images: Collection[str]) -> set[str]:
+    """Of the suffixes of one base, those beginnings that are keys of samples of their own."""
+    if all("." not in suffix for suffix in suffixes):
+        return set()
+    stems: dict[str, set[str]] = {}
+    exact: set[str] = set()
+    pictured: set[str] = set()
+    for suffix in suffixes:
+        stem, _, end = suffix.rpartition(".")
+        end = end.lower()
+        if not stem:
+            exact.add(end)
+            continue
+        stems.setdefault(stem, set()).add(end)
+        if end in images:
+            pictured.add(stem)
+            above, _, number = stem.rpartition(".")
+            if above and number.isdecimal():
+                pictured.add(above)
+    has_text = not exact.isdisjoint(TEXTS)
+    own = {
+        stem
+        for stem, ends in stems.items()
+        if stem in pictured
+        and not ends.isdisjoint(TEXTS)
+        and not (has_text and stem.rpartition(".")[2].isdecimal())
+    }
+    others = any(
+        suffix.rpartition(".")[2].lower() in images and not _parted(suffix, own)[0]
+        for suffix in suffixes
+    )
+    if not exact and not others:
+        own |= {stem for stem, ends in stems.items() if "json" in ends}
+    return own
+
+
+def _parted(suffix: str, own: set[str]) -> tuple[str, str]:
+    """A suffix as the longest beginning that is a key of its own, or "", and what is left."""
+    inner = suffix.rpartition(".")[0] if own else ""
+    while inner and inner not in own:
+        inner = inner.rpartition(".")[0]
+    return inner, suffix[len(inner) + 1 :] if inner else suffix
