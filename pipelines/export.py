@@ -230,7 +230,8 @@ def _filled(config: ExportConfig, asked: Assistant) -> Generator[Path]:
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
-        _check_room(output, temporary, needed)
+        if needed > shutil.disk_usage(temporary).free:  # before any weights are merged
+            raise _no_room(output, needed)
         with naming(temporary):
             yield temporary
         if is_folder(output):
@@ -238,7 +239,8 @@ def _filled(config: ExportConfig, asked: Assistant) -> Generator[Path]:
         temporary.rename(output)
     except OSError as error:
         if error.errno in FULL:
-            raise _no_room(output, temporary, needed) from None
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise _no_room(output, needed, f": {error.strerror};") from None
         if is_denied(error) or error.errno == errno.ENOTEMPTY:
             raise TrainError(
                 f"output: {output} cannot be written ({error.strerror}); choose another --output"
@@ -260,17 +262,12 @@ def _least_bytes(config: ExportConfig, asked: Assistant) -> int:
     return sum(size * value.numel() for name, value in named if ".lora_" not in name)
 
 
-def _check_room(output: Path, folder: Path, needed: int) -> None:
-    """Stop before weights are merged if what is written does not fit on the disk."""
-    if needed > shutil.disk_usage(folder).free:
-        raise _no_room(output, folder, needed)
-
-
-def _no_room(output: Path, folder: Path, needed: int) -> TrainError:
-    free = shutil.disk_usage(folder.parent).free
+def _no_room(output: Path, needed: int, why: str = "") -> TrainError:
+    """The line for a disk that is too small; of a quota its free space says nothing, `why` does."""
+    free = shutil.disk_usage(output.absolute().parent).free
     return TrainError(
-        f"output: {output} has {bytes_text(free)} free, the export needs {bytes_text(needed)} and "
-        "its tokenizer's files; free space or choose another --output"
+        f"output: {output}{why} has {bytes_text(free)} free, the export needs "
+        f"{bytes_text(needed)} and its tokenizer's files; free space or choose another --output"
     )
 
 

@@ -356,7 +356,7 @@ def test_an_export_that_fills_the_disk_on_its_way_leaves_nothing(
     arguments = [str(trained.run), *form, f"--output={tmp_path / 'e'}"]
     with files_up_to(40_000):
         said = one_line(pipelines.export.main, arguments, capsys)
-    assert f"output: {tmp_path / 'e'} has " in said
+    assert f"output: {tmp_path / 'e'}: File too large; has " in said
     assert "free, the export needs " in said
     assert list(tmp_path.iterdir()) == []
 
