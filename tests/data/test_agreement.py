@@ -58,8 +58,10 @@ def write(root: Path, form: str) -> SourceConfig:
         )
         return SourceConfig("s", ["images.json", "captions.json"], format=form)
     if form == "parquet":
-        rows = [{"mood": None, "video": None, **e, "image": {"bytes": JPEG if e["id"] == "good" else None, "path": "a.jpg"}}
-                for e in elements("llava", "") if e["id"] not in ("missing", "empty")]  # fmt: skip
+        rows = [
+            {"mood": None, "video": None, **element, "image": {"bytes": data, "path": "a.jpg"}}
+            for element, data in zip(elements("llava", ""), (JPEG, None, None), strict=False)
+        ]
         write_parquet(root / "a.parquet", rows)
         return SourceConfig("s", "a.parquet", format=form)
     caption = {"jpg": JPEG, "txt": b"A goat."}

@@ -361,7 +361,9 @@ def test_other_fields_are_counted_by_name_where_they_are(tmp_path: Path) -> None
 
 
 def test_fields_of_captions_are_counted(tmp_path: Path) -> None:
-    captions = [{"image_id": "1.jpg", "caption": ["A", "B"], "mood": 1, "url": "a.com"}]
+    captions: list[dict[str, Any]] = [
+        {"image_id": "1.jpg", "caption": ["A", "B"], "mood": 1, "url": "a.com"}
+    ]
     found, tally = read(tmp_path, captions, "ai_challenger")
     assert len(found) == 2
     assert tally.fields == {"mood": 2}

@@ -35,10 +35,11 @@ def check_record(record: Record, *, writes_thinking: bool = False) -> Verdict:
     in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
     said = [turn.text for turn in record.turns]
-    marked = [turn for turn in record.turns if turn.thinking or not turn.trains]
-    if not is_unicode("".join((*record.images, *said, *(turn.thinking for turn in marked)))):
+    marked = [turn for turn in record.turns if not turn.trains or turn.thinking]
+    thoughts = [turn.thinking for turn in marked]
+    if not is_unicode("".join((*record.images, *said, *thoughts))):
         return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
-    if not writes_thinking and any(turn.thinking for turn in marked):
+    if any(thoughts) and not writes_thinking:
         detail = "`reasoning_content`: only a tokenizer's chat template that reads it can write it"
         return Verdict(Reason.UNSUPPORTED_FIELD, detail)
     turns = list(record.turns)
@@ -101,7 +102,8 @@ def _entry(
     sample_id = f"{name}/{_unique(record_id, seen)}"
     spelt = with_roles(element, config.roles)
     found = source.inspect(spelt)
-    tally.count(found.unread)
+    if found.unread:
+        tally.count(found.unread)
     if found.unsupported:
         verdict = Verdict(Reason.UNSUPPORTED_FIELD, found.unsupported)
         return Entry(name, record_id, sample_id, element, None, verdict)

@@ -50,14 +50,14 @@ class Cell(NamedTuple):
         column: The column.
         group: The row group.
         row: The row in it.
-        index: Which of a list; -1 in a column without lists.
+        entry: Which of a list; -1 in a column without lists.
         size: Bytes, the mean of its row group: those of one image are not known unread.
     """
 
     column: str
     group: int
     row: int
-    index: int
+    entry: int
     size: int
 
     @property

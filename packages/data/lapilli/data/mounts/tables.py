@@ -177,9 +177,9 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
                 raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
         group = _groups[key]
     value: Any = group[cell.row] if cell.row < len(group) else None
-    if value is not None and cell.index >= 0:
+    if value is not None and cell.entry >= 0:
         items = value.values
-        value = items[cell.index] if items is not None and cell.index < len(items) else None
+        value = items[cell.entry] if items is not None and cell.entry < len(items) else None
     found: Any = value.as_py() if value is not None else None
     data: Any = found.get("bytes") if isinstance(found, dict) else found
     if not isinstance(data, bytes):

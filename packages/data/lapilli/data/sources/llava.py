@@ -20,7 +20,7 @@ from lapilli.data.sources.fields import (
     role_error,
     turn_extras,
 )
-from lapilli.data.sources.turns import Turns, image_keys, lead, split_markers
+from lapilli.data.sources.turns import IMAGE_MARKER, Turns, image_keys, lead, split_markers
 
 __all__ = ["inspect", "normalise"]
 
@@ -52,12 +52,26 @@ def normalise(element: Any) -> Turns | Verdict:
     turns: list[Turn] = []
     images = 0
     for place, item in enumerate(cast("list[Any]", conversations)):
-        turn = _turn(item, images)
+        turn = _plain_turn(item) or _turn(item, images)
         if isinstance(turn, Verdict):
             return Verdict(turn.reason, f"turn {place}: {turn.detail}")
-        images += sum(isinstance(part, ImagePart) for part in turn.parts)
+        if len(turn.parts) != 1 or turn.parts[0].__class__ is not TextPart:
+            images += sum(isinstance(part, ImagePart) for part in turn.parts)
         turns.append(turn)
     return lead(fields, turns) or (tuple(turns), keys)
+
+
+def _plain_turn(item: Any) -> Turn | None:
+    """A turn of two fields without a marker, as nearly all are; None for another."""
+    if item.__class__ is not dict or len(item) != 2:
+        return None
+    speaker, value = item.get("from"), item.get("value")
+    if speaker.__class__ is not str or value.__class__ is not str or not value:
+        return None
+    role = ROLES.get(speaker)
+    if role is None or (role == "user" and IMAGE_MARKER in value):
+        return None
+    return Turn(role, (TextPart(value),))
 
 
 def _turn(item: Any, images: int) -> Turn | Verdict:

@@ -19,6 +19,8 @@ def image_keys(fields: Mapping[str, Any]) -> tuple[str, ...] | Verdict:
 
     Where several of them are filled they must name the same files.
     """
+    if fields.keys().isdisjoint(IMAGE_FIELDS[1:]) and isinstance(only := fields.get("image"), str):
+        return (only,)  # nearly all records
     named: tuple[str, ...] | None = None
     first = ""
     for name in IMAGE_FIELDS:
@@ -68,8 +70,7 @@ def _agree(some: tuple[str, ...], others: tuple[str, ...]) -> bool:
 
 def lead(fields: Mapping[str, Any], turns: list[Turn]) -> Verdict | None:
     """Put the text under `system` in front of the turns, unless it stands there; or why not."""
-    system = fields.get("system")
-    if is_empty(system):
+    if "system" not in fields or is_empty(system := fields["system"]):
         return None
     if not isinstance(system, str):
         found = type(system).__name__
