@@ -178,9 +178,8 @@ def test_a_family_without_sdpa_starts_with_eager_and_says_so(
     assert "fp32, eager attention" in said
     facts: dict[str, Any] = json.loads((output / "facts.json").read_text())
     assert facts["attention"]["name"] == "eager"
-    refused = one_line(
-        pipelines.train.main, [*arguments, "--model.language.attention=sdpa"], capsys
-    )
+    other = [*arguments, f"--output={tmp_path / 'other'}", "--model.language.attention=sdpa"]
+    refused = one_line(pipelines.train.main, other, capsys)
     assert "language.attention: 'sdpa' is nothing gemma2 supports; expected auto" in refused
 
 
