@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.build import CONFIG, TOKENIZER, build
+from lapilli.data.build import CONFIG, build
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME, PLAN, Manifest, read_manifest
@@ -21,6 +21,7 @@ from lapilli.data.output import Output
 from lapilli.data.plan import Task, plan_build
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.shards import ShardFacts, sha256_file
+from lapilli.data.tokenizer_copy import TOKENIZER
 
 __all__ = ["Damage", "Verification", "repair_dataset", "verify_dataset"]
 
@@ -63,7 +64,7 @@ class Verification:
 def verify_dataset(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
-    """Hash every file that the manifest names, on all cores.
+    """Hash every file that the manifest names, on all cores, and the tokenizer's.
 
     Args:
         path: The dataset's folder.
@@ -87,6 +88,9 @@ def verify_dataset(
             on_progress(done, total)
     if problem := _quarantine_problem(path, manifest):
         damaged.append(Damage(QUARANTINE, problem))
+    for facts in manifest.tokenizer_files:  # a few MB
+        if problem := _problem(path, facts):
+            damaged.append(Damage(facts.path, problem))
     return Verification(damaged, _foreign(path, manifest), len(shards) + 1, total)
 
 

@@ -244,6 +244,10 @@ class BuildPlan:
             self.config.max_text_length,
         )
 
+    def kept_packed(self) -> list[bytes]:
+        """The kept records, packed; `TokenGroup.kept` counts them."""
+        return [e.packed for e in self.entries if e.verdict.kept and e.packed is not None]
+
     def token_tasks(self) -> list[TokenTask]:
         """The token shards that are to be there, finished or not."""
         return [shard for shard in self.token_shards() if isinstance(shard, TokenTask)]
@@ -326,7 +330,12 @@ def plan_build(config: BuildConfig) -> BuildPlan:
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
     """The folder of all that decides ids alike."""
     settings = [config.compat, config.max_text_length, writer_version()]
-    return f"tokens/{digest([tokenizer.fingerprint, asdict(template), *settings])[:12]}"
+    return f"tokens/{digest([_deciding(tokenizer), asdict(template), *settings])[:12]}"
+
+
+def _deciding(tokenizer: TokenizerFacts) -> list[Any]:
+    """What of a tokenizer decides ids: which tokens begin and end a text is set beside the rest."""
+    return [tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id]
 
 
 def _check_all_seen(excluded: set[str]) -> None:
@@ -461,7 +470,7 @@ def _digests(
     digests = {
         "format": str(FORMAT),
         "writer": writer_version(),
-        "tokenizer": digest(tokenizer.fingerprint),
+        "tokenizer": digest(_deciding(tokenizer)),
         "template": digest(asdict(template)),
         "views": digest({name: asdict(spec) for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
