@@ -95,6 +95,8 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
         converted = tokenizer.backend_tokenizer.model
         if isinstance(converted, models.BPE) and _is_sentencepiece(model_file):
             tokenizer.backend_tokenizer.model = _scored_model(model_file, converted)
+    if hasattr(tokenizer, "legacy"):  # which `save_pretrained` leaves out, and then reads as false
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 

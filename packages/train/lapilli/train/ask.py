@@ -5,7 +5,6 @@ From a run's folder or from an exported one; template, view and tokenizer are th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +15,16 @@ import torch
 
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, prepare
-from lapilli.data.manifest import read_manifest
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
-from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import bind_template, encode_batch, load_tokenizer
+from lapilli.data.templates import Template
+from lapilli.data.tokenize import encode_batch
+from lapilli.data.tokenizer_copy import open_copy
+from lapilli.data.vocabulary import load_tokenizer
 from lapilli.model.generate import Decoding, generate
 from lapilli.model.interop.hf import FACTS, read_facts, read_hf
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
-from lapilli.train.folders import CONFIG
+from lapilli.train.run_data import read_data, spec_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -170,23 +169,17 @@ def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
     if (path / FACTS).exists():
         facts = read_facts(path)
         template = Template(**facts["template"])
+        again = "export the run again"
+        tokenizer = (
+            open_copy(path, facts["tokenizer"], again)
+            if "tokenizer" in facts  # an export of before does not say
+            else load_tokenizer(path)
+        )
         return Assistant(
-            read_hf(path).to(device), load_tokenizer(path), template, _spec(facts["view"]),
+            read_hf(path).to(device), tokenizer, template, spec_of(facts["view"]),
             path.resolve().name,
         )  # fmt: skip
     trained = load_trained(path, device)
-    config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    dataset = Path(config["dataset"])
-    manifest = read_manifest(dataset)
-    if manifest.template != trained.data["template"]:
-        raise TrainError(f"{dataset}: made with another template since {path} was trained on it")
-    settings: dict[str, Any] = json.loads((dataset / CONFIG).read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(dataset / "tokenizer")
-    template = bind_template(get_template(settings["template"]), tokenizer)
+    data = read_data(path, trained.data)
     name = f"{path.resolve().name}/step-{trained.step}"
-    return Assistant(trained.model, tokenizer, template, _spec(trained.data["view"]), name)
-
-
-def _spec(fields: dict[str, Any]) -> ImageSpec:
-    values: dict[str, Any] = {**fields, "fill": tuple(fields["fill"])}
-    return ImageSpec(**values)
+    return Assistant(trained.model, data.tokenizer, data.template, data.spec, name)

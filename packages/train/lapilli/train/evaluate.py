@@ -14,14 +14,14 @@ import torch
 
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.mixture import TRAIN
-from lapilli.data.tokenize import load_tokenizer
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
 from lapilli.train.answers import Asked, ask_first, end_ids
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG
-from lapilli.train.loop import check_model, data_facts
+from lapilli.train.loop import check_model
+from lapilli.train.run_data import check_same_data, data_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +69,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model, what its data were like (`lapilli.train.loop.data_facts`), and its step."""
+    """A run's model, what its data were like (`run_data.data_facts`), and its step."""
 
     model: VisionLanguageModel
     data: dict[str, Any]
@@ -113,13 +113,7 @@ def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Da
         path, view=view, image_tokens=trained.model.vision.num_tokens, split=split
     )
     check_model(trained.model, dataset)
-    here = data_facts(dataset)
-    for name, value in trained.data.items():
-        if here[name] != value:
-            raise TrainError(
-                f"{name}: {path} was made with {here[name]}, the training data with {value}; "
-                "preprocess the questions with the training data's settings"
-            )
+    check_same_data(data_facts(dataset), trained.data, str(path))
     return dataset
 
 
@@ -143,7 +137,7 @@ def answer_dataset(
     Returns:
         One answer a record, in the dataset's order.
     """
-    tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
+    tokenizer: Any = dataset.tokenizer
     ends = [_end_id(dataset)]
     shown = image_order(dataset.num_images, shuffle_images)
     answers: list[Answer | None] = [None] * len(dataset)

@@ -22,14 +22,15 @@ from lapilli.data.shards import sha256_file
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "CONFIG", "CUT", "FACTS", "FILES", "FOLDER", "MILESTONES", "MOMENTS", "STATE", "WEIGHTS",
-    "folder_bytes", "forget_old", "outdated", "put_in_place", "step_name", "tidy",
+    "CONFIG", "CUT", "DATA", "FACTS", "FILES", "FOLDER", "GONE", "MILESTONES", "MOMENTS", "STATE",
+    "WEIGHTS", "folder_bytes", "forget_old", "outdated", "put_in_place", "step_name", "tidy",
     "write_checkpoint",
 ]  # fmt: skip
 
 FOLDER, MILESTONES = "checkpoints", "milestones"
 WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
 STATE, CONFIG = "state.json", "config.json"
+DATA = "data"  # what a run keeps of its dataset (`run_data`)
 FACTS = "facts.json"  # what `preflight` found when the run was last started
 CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
 
@@ -70,6 +71,8 @@ def write_checkpoint(
         if MOMENTS not in tensors:  # so that the folder can be named where a run can
             config = json.dumps(state["config"], indent=1)
             (temporary / CONFIG).write_text(config, encoding="utf-8")
+            if (path.parent.parent / DATA).is_dir():
+                shutil.copytree(path.parent.parent / DATA, temporary / DATA)
         put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:  # the second on a full disk
         raise TrainError(f"{path}: cannot be written ({error}); free space and resume") from None
@@ -79,7 +82,7 @@ def write_checkpoint(
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Flush a filled folder and rename it; the name is on the disk too when this returns."""
-    for file in temporary.iterdir():
+    for file in temporary.rglob("*"):
         _flush(file)
     _flush(temporary)
     _remove(path)

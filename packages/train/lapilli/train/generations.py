@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,11 @@ from typing import Any
 import numpy as np
 
 from lapilli.data.dataset import Dataset
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import load_tokenizer
 from lapilli.model.trainable import set_modes
 from lapilli.train.answers import Asked, ask_first, end_ids
 from lapilli.train.config import RunConfig
 from lapilli.train.engine import gathered
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG
 from lapilli.train.json_lines import read_lines, write_lines
 
 __all__ = [
@@ -48,11 +44,11 @@ def choose_questions(dataset: Dataset, count: int) -> list[int]:
     Raises:
         TrainError: They have no questions: their template trains the whole of a conversation.
     """
-    settings: dict[str, Any] = json.loads((dataset.path / CONFIG).read_text(encoding="utf-8"))
-    if get_template(settings["template"]).trains == "all":
+    if dataset.template.trains == "all":
+        name = dataset.template.name
         raise TrainError(
-            f"generate_every: the template of {dataset.path}, {settings['template']}, trains whole "
-            "conversations, so that no question stands before an answer; set generate_every: 0"
+            f"generate_every: the template of {dataset.path}, {name}, trains whole conversations, "
+            " so that no question stands before an answer; set generate_every: 0"
         )
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
     return np.unique(places.astype(np.int64)).tolist()
@@ -74,7 +70,7 @@ class Generations:
         self._indices = choose_questions(dataset, config.generate_samples)
         self._ends = end_ids(map(dataset.sample, self._indices))
         self._rows = config.micro_batch
-        self._tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
+        self._tokenizer: Any = dataset.tokenizer
         self._most_tokens = config.generate_tokens
         self._gathered = gathered if config.zero_stage == 3 else None
         self._run = Path(config.output) if rank == 0 else None
