@@ -17,6 +17,7 @@ from lapilli.train.checkpoint import WEIGHTS, newest_weights
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import Answer, Scores, answer_dataset, load_trained, open_test, score
+from lapilli.train.run_data import check_data
 from pipelines.command import parse, progress_bar, run, say
 
 __all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main"]
@@ -52,6 +53,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         raise TrainError(f"output: {config.output} is in no folder; make the folder first")
     device = torch_device(choose_device(config.device, visible_devices()))
     trained = load_trained(Path(config.run), device)
+    check_data(Path(config.run), trained.data)
     view = config.view or _only_view(Path(config.dataset))
     dataset = open_test(Path(config.dataset), view, trained, config.split)
     with progress_bar() as bar:

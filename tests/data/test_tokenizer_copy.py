@@ -75,11 +75,11 @@ def llama_folder(folder: Path, model: bytes, *, model_type: str = "", **settings
 
 
 def conversation_ids(tokenizer: Any) -> list[int]:
-    turns = tuple(
-        Turn(role, (TextPart(text),))
-        for role, text in (("user", "Why?"), ("assistant", "So."), ("user", "And?"))
-    )
-    record = Record("", "", "", (*turns, Turn("assistant", (TextPart("No."),))), ())
+    turns = (
+        Turn("user", (TextPart("Why?"),)), Turn("assistant", (TextPart("So."),)),
+        Turn("user", (TextPart("And?"),)), Turn("assistant", (TextPart("No."),)),
+    )  # fmt: skip
+    record = Record("", "", "", turns, ())
     return encode_batch([record], tokenizer, "v1")[0].input_ids
 
 

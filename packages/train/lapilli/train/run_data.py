@@ -25,8 +25,8 @@ from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG, CUT, DATA, GONE
 
 __all__ = [
-    "RunData", "check_same_data", "data_facts", "keep_data", "read_data", "run_data_files",
-    "spec_of",
+    "RunData", "check_data", "check_same_data", "data_facts", "keep_data", "read_data",
+    "run_data_files", "spec_of",
 ]  # fmt: skip
 
 TEMPLATE, VIEW, FACTS = "template.json", "view.json", "facts.json"
@@ -194,6 +194,16 @@ def read_data(run: Path, facts: Mapping[str, Any]) -> RunData:
             )
     _check_files(folder, files, remedy)
     return RunData(open_copy(folder / TOKENIZER, tokenizer_facts, remedy), template, spec)
+
+
+def check_data(run: Path, facts: Mapping[str, Any]) -> None:
+    """Compare what a run keeps with what it was; one from before runs kept anything has nothing.
+
+    Raises:
+        TrainError, DataError: A file that is missing or not what it was; names it.
+    """
+    if (run / DATA).is_dir():
+        read_data(run, facts)
 
 
 def _fingerprint(value: Any) -> str:
