@@ -28,6 +28,7 @@ from lapilli.train.evaluate import (
     open_test,
     score,
 )
+from lapilli.train.run_data import check_data
 from pipelines.command import parse, progress_bar, run, say
 
 __all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main", "what_was_asked"]
@@ -79,6 +80,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
 def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = torch_device(choose_device(config.device, visible_devices()))
     trained = load_trained(Path(config.run), device)
+    check_data(Path(config.run), trained.data)
     view = config.view or _only_view(Path(config.dataset))
     manifest = read_manifest(Path(config.dataset))
     split = chosen_split(manifest, config.split)

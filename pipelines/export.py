@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,8 @@ from lapilli.data.jinja import chat_template
 from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.record import ImagePart, TextPart, Turn
+from lapilli.data.tokenize import tokenizer_facts
+from lapilli.data.tokenizer_copy import open_copy, write_copy
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import FACTS, Preprocessing, write_hf, write_processor
 from lapilli.model.interop.llava import (
@@ -109,14 +112,19 @@ def to_hf(config: ExportConfig) -> None:
     expected = [asked.prompt(turns) for turns in TRIALS]  # before the tokenizer gets <image>
     with _filled(config, asked) as folder:
         image_id = write_processor(tokenizer, asked.model, how, folder)
-        for turns, ids in zip(TRIALS, expected, strict=True):
-            _check_ids(tokenizer, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
-        facts = {"template": asdict(asked.template), "view": asked.spec.facts()}
+        facts = {
+            "template": asdict(asked.template),
+            "view": asked.spec.facts(),
+            "tokenizer": asdict(tokenizer_facts(tokenizer)),
+        }
         with _told() as on_progress:
             write_hf(
                 asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),
                 facts=facts, shard_size=config.shard_size, on_progress=on_progress,
             )  # fmt: skip
+        written = open_copy(folder, facts["tokenizer"], "generate from the run itself")
+        for turns, ids in zip(TRIALS, expected, strict=True):
+            _check_ids(written, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
     say(f"{config.output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
 
 
@@ -169,7 +177,7 @@ def to_llava(config: ExportConfig) -> None:
                 asked.model, folder, dtype=getattr(torch, config.dtype), form=config.files,
                 shard_size=config.shard_size, aspect=_aspect(asked), on_progress=on_progress,
             )  # fmt: skip
-        asked.tokenizer.save_pretrained(folder)
+        _put_tokenizer(asked.tokenizer, folder)
         path = write_projector(asked.model, folder / "projector").relative_to(folder)
     say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
 
@@ -185,13 +193,22 @@ def to_peft(config: ExportConfig) -> None:
             write_llava_config(asked.model, folder, aspect=_aspect(asked))
         except ModelError as error:
             say(f"no config.json for LLaVA's loader: {error}")
-        asked.tokenizer.save_pretrained(folder)
+        _put_tokenizer(asked.tokenizer, folder)
         places = [output / path.relative_to(folder) for path in found]
     for place in places:
         say(f"{place}: PeftModel.from_pretrained loads it onto its base model")
     say(f"{output / LEFT_OVER}: what learnt beside; LLaVA's loader takes the whole folder")
     if not base:
         say("the base model had no name: it was random, or an earlier run's; export that one too")
+
+
+def _put_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer's own files beside a model's `config.json`, which stays the model's."""
+    with tempfile.TemporaryDirectory(prefix="lapilli-") as made:
+        write_copy(tokenizer, Path(made) / "tokenizer")
+        for path in (Path(made) / "tokenizer").iterdir():
+            if path.name != "config.json":
+                shutil.copyfile(path, folder / path.name)
 
 
 def _base(run: Path, asked: Assistant) -> str:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
 from lapilli.data.dataset import Dataset
-from lapilli.data.tokenize import load_tokenizer
 from lapilli.data.transcript import Piece, join_pieces, transcript
 from pipelines import command
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["print_transcript", "read_transcript", "transcript_text"]
 
@@ -39,14 +32,9 @@ def read_transcript(dataset: Dataset, index: int, *, image_text: str = "") -> li
     return transcript(
         sample.input_ids,
         sample.label_spans,
-        _load_tokenizer(dataset.path / "tokenizer"),
+        dataset.tokenizer,
         image_text=image_text or f"<image {dataset.image_tokens} tokens>",
     )
-
-
-@lru_cache(maxsize=2)
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(folder)
 
 
 def print_transcript(

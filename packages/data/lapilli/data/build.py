@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.access import cannot_read, exists, is_folder, naming
+from lapilli.data.access import cannot_read, exists, is_folder
 from lapilli.data.amend import UNUSED_STAMP, input_columns
 from lapilli.data.encoding import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.errors import DataError
@@ -30,6 +30,7 @@ from lapilli.data.manifest import (
 from lapilli.data.output import Output, RemotePath, open_output
 from lapilli.data.plan import BuildPlan, ImageTask, Task, source_bytes
 from lapilli.data.record import Reason, Verdict
+from lapilli.data.reencode import check_ids
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.selection import (
     Selection,
@@ -52,6 +53,7 @@ from lapilli.data.shards import (
 from lapilli.data.tally import tally_facts
 from lapilli.data.tasks import finished_task
 from lapilli.data.tokenize import IMAGE_TOKEN_INDEX, load_tokenizer
+from lapilli.data.tokenizer_copy import TOKENIZER, open_copy, place_copy, write_copy
 
 __all__ = ["BuildReport", "build", "check_disk", "task_bytes"]
 
@@ -62,7 +64,6 @@ OWN_FILES = tuple(
                  "quarantine-*.parquet", "repairs-*.parquet")
     for facts in ("", ".json")
 )  # fmt: skip
-TOKENIZER = "tokenizer"  # a copy of its files, so that a dataset can be moved
 TOKEN_ROW_BYTES = 100  # names, spans and offsets of a row
 CONFIG = "config.json"  # the resolved settings; a recipe that makes this dataset again
 Progress: TypeAlias = Callable[[int, int], None]
@@ -213,7 +214,7 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
     _check_unchanged(rows.bad)
     selection = select(plan, read_token_rows(output, tokens, plan.token_groups), rows.bad)
     selected, quarantined, inputs, repaired = _write_selection(plan, output, selection)
-    _save_tokenizer(plan, output)
+    kept = _keep_tokenizer(plan, output, tokens)
     if plan.previous is None:  # of an amended dataset, when it is one
         _write_config(plan, output)
     counts = selection.counts() | {
@@ -242,6 +243,8 @@ def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Ma
         quarantine=quarantined,
         inputs=inputs,
         repairs=repaired,
+        template_fields=asdict(plan.template),
+        tokenizer_files=kept,
     )
     write_manifest(output, manifest)
     return read_manifest(output)
@@ -267,16 +270,15 @@ def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
         )
 
 
-def _save_tokenizer(plan: BuildPlan, output: Output) -> None:
-    tokenizer, target = load_tokenizer(plan.config.tokenizer), output / TOKENIZER
-    if isinstance(target, Path):
-        with naming(target):
-            tokenizer.save_pretrained(str(target))
-        return
+def _keep_tokenizer(plan: BuildPlan, output: Output, tokens: list[ShardFacts]) -> list[ShardFacts]:
+    """Put a copy of the tokenizer into the dataset, once it has written the shards' ids again."""
     with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
-        tokenizer.save_pretrained(folder)
-        for path in Path(folder).iterdir():
-            (target / path.name).put(path)
+        copy = Path(folder) / TOKENIZER
+        write_copy(load_tokenizer(plan.config.tokenizer), copy)
+        remedy = f"{plan.config.tokenizer} changed while the build ran; run the same command again"
+        tokenizer = open_copy(copy, asdict(plan.tokenizer), remedy)
+        check_ids(plan, output, tokens, copy, tokenizer)
+        return place_copy(copy, output / TOKENIZER)
 
 
 def _write_selection(

@@ -19,6 +19,8 @@ from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mirror import Mirror, is_address, open_mirror
 from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.shards import ShardFacts, open_table
+from lapilli.data.templates import Template
+from lapilli.data.tokenizer_copy import TOKENIZER, check_copy_files, open_copy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,6 +128,29 @@ class Dataset:
     @cached_property
     def _pixel_columns(self) -> Callable[[int], Column]:
         return lru_cache(MOST_MAPS)(self._map_pixels)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer (transformers') that the ids were made with, from the dataset's own copy.
+
+        Raises:
+            DataError: The copy is gone, cannot be read, or is another tokenizer.
+        """
+        folder = self.path / TOKENIZER
+        if self.mirror is not None:
+            for facts in self.manifest.tokenizer_files:
+                with self.mirror.held(facts):
+                    pass
+        return open_copy(folder, self.manifest.tokenizer)
+
+    @cached_property
+    def template(self) -> Template:
+        """The template that the records were written with.
+
+        Raises:
+            DataError: The manifest does not hold it, or not as it was.
+        """
+        return self.manifest.bound_template(self.path)
 
     def _open(self, shard: ShardFacts) -> pa.Table:
         """A shard in the memory map; a remote one is copied here first."""
@@ -289,6 +314,7 @@ def open_dataset(
             table = open_table(path, manifest.selection)
     else:
         _check_sizes(path, shards)
+        check_copy_files(path, manifest.tokenizer_files)
         table = open_table(path, manifest.selection)
     images = np.diff(_lists(table, "image_slots")[0])
     lengths = _column(table, "text_length") + images * image_tokens

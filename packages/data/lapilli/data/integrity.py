@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapilli.data.access import cannot_read, is_denied, is_missing
-from lapilli.data.build import CONFIG, TOKENIZER, build
+from lapilli.data.build import CONFIG, build
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME, PLAN, Manifest, read_manifest
@@ -22,6 +22,7 @@ from lapilli.data.output import Output
 from lapilli.data.plan import Task, plan_build
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.shards import ShardFacts, sha256_file
+from lapilli.data.tokenizer_copy import TOKENIZER
 
 __all__ = ["Damage", "Verification", "repair_dataset", "verify_dataset"]
 
@@ -65,7 +66,7 @@ class Verification:
 def verify_dataset(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
-    """Hash every file that the manifest names, on all cores.
+    """Hash every file that the manifest names, on all cores, and the tokenizer's.
 
     Args:
         path: The dataset's folder.
@@ -92,6 +93,9 @@ def verify_dataset(
     repairs = manifest.repairs
     if repairs is not None and (problem := _problem(path, replace(repairs, path=REPAIRS))):
         damaged.append(Damage(REPAIRS, problem))
+    for facts in manifest.tokenizer_files:  # a few MB
+        if problem := _problem(path, facts):
+            damaged.append(Damage(facts.path, problem))
     files = len(shards) + (2 if repairs else 1)
     return Verification(damaged, _foreign(path, manifest), files, total)
 

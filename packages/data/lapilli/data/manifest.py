@@ -13,6 +13,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.output import Output
 from lapilli.data.record import excerpt
 from lapilli.data.shards import ShardFacts, write_json
+from lapilli.data.templates import Template, template_facts
 
 __all__ = [
     "FORMAT",
@@ -21,6 +22,7 @@ __all__ = [
     "ViewFacts",
     "digest",
     "read_manifest",
+    "template_fingerprint",
     "write_manifest",
 ]
 
@@ -56,6 +58,8 @@ class Manifest:
         plan: Inputs and settings by name, as short text or a digest, for naming what changed.
         tokenizer: name, fingerprint, vocab_size and special ids.
         template: Name of the template.
+        template_fields: All fields of the template, the tokenizer's own chat template in it.
+        tokenizer_files: The tokenizer's own files, kept in `tokenizer/`.
         image_token: The placeholder in `input_ids`.
         counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
             distinct `images`; keys mended, by kind (`repairs`); images that are used in spite of
@@ -89,6 +93,33 @@ class Manifest:
     quarantine: ShardFacts | None = None
     inputs: ShardFacts | None = None
     repairs: ShardFacts | None = None
+    template_fields: dict[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer_files: list[ShardFacts] = field(default_factory=list[ShardFacts])
+
+    def bound_template(self, where: object) -> Template:
+        """The template that the records were written with; no file beside is asked.
+
+        Args:
+            where: The dataset, for an error.
+
+        Raises:
+            DataError: It is not kept here, or not what it was.
+        """
+        again = "run the same preprocess again, it writes the manifest anew"
+        if not self.template_fields:
+            raise DataError(f"{where}: {NAME} does not hold the template's fields; {again}")
+        template = Template(**self.template_fields)
+        if (found := digest(template_facts(template))) != (was := self.plan.get("template", "")):
+            raise DataError(
+                f"{where}: template_fields of {NAME} are not what the dataset was made with "
+                f"(fingerprint was {was[:12]}, is {found[:12]}); {again}"
+            )
+        return template
+
+
+def template_fingerprint(template: Template) -> str:
+    """Digest of how a template writes a conversation down, whatever it is called."""
+    return digest({**asdict(template), "name": ""})
 
 
 def digest(value: Any) -> str:
@@ -138,7 +169,8 @@ def read_manifest(output: Output) -> Manifest:
 
 def _parse(fields: Mapping[str, Any]) -> Manifest:
     values = dict(fields)
-    values["tokens"] = [ShardFacts(**shard) for shard in fields["tokens"]]
+    for name in ("tokens", "tokenizer_files"):
+        values[name] = [ShardFacts(**shard) for shard in fields.get(name, [])]
     values["selection"] = ShardFacts(**fields["selection"])
     for name in ("quarantine", "inputs", "repairs"):
         values[name] = ShardFacts(**fields[name]) if fields.get(name) else None

@@ -60,7 +60,7 @@ from lapilli.data.rules import record_rules
 from lapilli.data.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
 from lapilli.data.shards import ShardFacts
 from lapilli.data.tally import Tally
-from lapilli.data.templates import Template, get_template
+from lapilli.data.templates import Template, get_template, template_facts
 from lapilli.data.tokenize import (
     TokenizerFacts,
     bind_template,
@@ -85,7 +85,6 @@ Item = TypeVar("Item")
 
 VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
 ORIGINALS_PER_SHARD = 512
-CHAT_WAY = 2  # 1 wrote every text into the frames of its order of roles, whatever the text was
 PROGRESS_EVERY = 500  # records
 COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
 
@@ -254,6 +253,10 @@ class BuildPlan:
             self.config.max_text_length,
         )
 
+    def kept_packed(self) -> list[bytes]:
+        """The kept records, packed; `TokenGroup.kept` counts them."""
+        return [e.packed for e in self.entries if e.verdict.kept and e.packed is not None]
+
     def token_tasks(self) -> list[TokenTask]:
         """The token shards that are to be there, finished or not."""
         return [shard for shard in self.token_shards() if isinstance(shard, TokenTask)]
@@ -369,12 +372,12 @@ def _read_sources(
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
     """The folder of all that decides ids alike."""
     settings = [config.compat, config.max_text_length, writer_version()]
-    return f"tokens/{digest([tokenizer.fingerprint, _template_facts(template), *settings])[:12]}"
+    return f"tokens/{digest([_deciding(tokenizer), template_facts(template), *settings])[:12]}"
 
 
-def _template_facts(template: Template) -> dict[str, Any]:
-    """What decides how records are written down: the template and, of a chat template, the way."""
-    return asdict(template) | ({"chat_way": CHAT_WAY} if template.chat else {})
+def _deciding(tokenizer: TokenizerFacts) -> list[Any]:
+    """What of a tokenizer decides ids: which tokens begin and end a text is set beside the rest."""
+    return [tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id]
 
 
 def _check_all_seen(excluded: set[str]) -> None:
@@ -464,8 +467,8 @@ def _digests(
     digests = {
         "format": str(FORMAT),
         "writer": writer_version(),
-        "tokenizer": digest(tokenizer.fingerprint),
-        "template": digest(_template_facts(template)),
+        "tokenizer": digest(_deciding(tokenizer)),
+        "template": digest(template_facts(template)),
         "views": digest({name: spec.facts() for name, spec in config.views.items()}),
         "codecs": "; ".join(f"{view}: {codec.describe()}" for view, codec in codecs.items()),
         "encodings": "; ".join(f"{view}: {name}" for view, name in sorted(stored.items())) or "raw",

@@ -89,7 +89,8 @@ def begin_task(task: Task, output: Output, guard: Guard = unguarded) -> Callable
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
-    tokenizer = _tokenizer(task.tokenizer, task.fingerprint)
+    folder = task.name.rpartition("/")[0]
+    tokenizer = _tokenizer(task.tokenizer, task.fingerprint, folder)
     columns: dict[str, list[Any]] = {
         "sample_id": [record.sample_id for record in task.records],
         "source": [record.source for record in task.records],
@@ -99,7 +100,7 @@ def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
     rows: dict[str, list[Any]] = {
         name: [] for name in ("input_ids", "label_spans", "text_length", "num_trained")
     }
-    for encoded in _encode(task, tokenizer):
+    for encoded in encode_rows(task, tokenizer):
         spans = _predictable(encoded)
         # An array takes 4 bytes an id, a list of Python's ints 36.
         rows["input_ids"].append(np.array(encoded.input_ids, np.int32))
@@ -110,8 +111,12 @@ def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(name: str, fingerprint: str) -> Any:
-    """The driver's tokenizer, loaded once a process: half a second, that of 400,000 tokens."""
+def _tokenizer(name: str, fingerprint: str, folder: str) -> Any:
+    """The driver's tokenizer, loaded once a process: half a second, that of 400,000 tokens.
+
+    Loaded again for shards of another folder, whose name stands for all that decides ids.
+    """
+    del folder
     tokenizer = load_tokenizer(name)
     if tokenizer_facts(tokenizer).fingerprint != fingerprint:
         raise DataError(
@@ -121,7 +126,7 @@ def _tokenizer(name: str, fingerprint: str) -> Any:
     return tokenizer
 
 
-def _encode(task: TokenTask, tokenizer: Any) -> Iterator[Encoded]:
+def encode_rows(task: TokenTask, tokenizer: Any) -> Iterator[Encoded]:
     """The rows of a shard in order, a few records at a time, cut where the settings say so."""
     most = task.max_text_length
     for start in range(0, len(task.records), RECORDS_AT_ONCE):

@@ -16,10 +16,12 @@ import yaml
 
 from lapilli.data.errors import DataError
 
-__all__ = ["TEMPLATES", "TOKENIZERS_OWN", "Template", "get_template"]
+__all__ = ["TEMPLATES", "TOKENIZERS_OWN", "Template", "get_template", "template_facts"]
 
 TOKENIZERS_OWN = "tokenizer"
 """The template's name, and its `chat`, that stand for the chat template a tokenizer brings."""
+
+CHAT_WAY = 2  # 1 wrote every text into the frames of its order of roles, whatever the text was
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,11 @@ TEMPLATES: dict[str, Template] = {
     **{template.name: template for template in _TEMPLATES},
     "vicuna_v1": _V1,
 }
+
+
+def template_facts(template: Template) -> dict[str, Any]:
+    """What decides how records are written down: the template and, of a chat template, the way."""
+    return asdict(template) | ({"chat_way": CHAT_WAY} if template.chat else {})
 
 
 def get_template(name_or_path: str | Path | Template) -> Template:

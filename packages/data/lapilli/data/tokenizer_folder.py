@@ -20,17 +20,26 @@ from lapilli.data.errors import DataError
 from lapilli.data.file_kinds import SNIFFED, what_it_is_instead
 from lapilli.data.record import excerpt
 
-__all__ = ["VOCABULARIES", "check_files", "sentencepiece_defect", "unpacked", "what_is_wrong"]
+__all__ = [
+    "PACKED",
+    "VOCABULARIES",
+    "check_files",
+    "sentencepiece_defect",
+    "unpacked",
+    "what_is_wrong",
+]
 
 # Files that hold a vocabulary; a tokenizer's folder has one of them.
 VOCABULARIES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "qwen.tiktoken",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model",
+    "sentencepiece.bpe.model", "tiktoken.model", "qwen.tiktoken",
 )  # fmt: skip
 OTHERS = (
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "config.json", "chat_template.jinja",
 )  # fmt: skip
 SENTENCEPIECE = "tokenizer.model"
+PACKED = (".gz", ".xz", ".zst")
 
 
 def _open_zstd(path: Path) -> Any:

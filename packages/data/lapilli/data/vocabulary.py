@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import (
     AddedToken,
@@ -28,6 +28,7 @@ from tokenizers import (
 from lapilli.data.access import is_folder, require_readable, subpaths
 from lapilli.data.errors import DataError
 from lapilli.data.tokenizer_folder import (
+    PACKED,
     VOCABULARIES,
     check_files,
     sentencepiece_defect,
@@ -38,9 +39,19 @@ from lapilli.data.tokenizer_folder import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer", "second_opinion", "train_tokenizer"]
+__all__ = [
+    "KEPT_FILES", "has_vocabulary", "load_tokenizer", "second_opinion", "tokenizer_folder",
+    "train_tokenizer",
+]  # fmt: skip
 
 TIKTOKEN = "qwen.tiktoken"
+CONFIG = "config.json"  # the model's; its `model_type` takes part in choosing a tokenizer's class
+SETTINGS = "tokenizer_config.json"
+# All that decides which tokenizer a folder is; patterns of `fnmatch`.
+KEPT_FILES = (
+    *VOCABULARIES, CONFIG, "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json",
+    "added_tokens.json", "merges.txt", "chat_template.*", "*.tiktoken",
+)  # fmt: skip
 # Qwen-7B's own tokenizer code, as data: how it cuts a text, and its tokens behind the ranks.
 QWEN_CUTS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -61,8 +72,11 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
 
     A folder with a SentencePiece `tokenizer.model` and no `tokenizer.json` gets its merges in the
     order of the model's scores: transformers 5 converts it without the scores, which changes the
-    ids of runs of spaces. A folder with Qwen-7B's `qwen.tiktoken` is converted too, without the
-    package tiktoken. Files that are packed (`tokenizer.json.gz`, `.xz`, `.zst`) are unpacked.
+    ids of runs of spaces. Such a folder is read by the class that its `tokenizer_config.json`
+    names, whatever model lies beside it, and as Llama's where it names none. `legacy` and
+    `add_bos_token` are true where it does not say, as in transformers 4. A folder with Qwen-7B's
+    `qwen.tiktoken` is converted too, without the package tiktoken. Files that are packed
+    (`tokenizer.json.gz`, `.xz`, `.zst`) are unpacked.
 
     Raises:
         DataError: If there is no such tokenizer, it has no Rust backend, or one of its files is
@@ -80,23 +94,20 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _load(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
-    import transformers
-
     folder = Path(name_or_dir)
     if (folder / TIKTOKEN).is_file() and not (folder / "tokenizer.json").exists():
         return _qwen_tokenizer(folder)
-    loader: Any = transformers.AutoTokenizer
+    loader, settings = _reader(name_or_dir)
     try:
-        tokenizer: Any = loader.from_pretrained(str(name_or_dir), trust_remote_code=False)
-    except Exception as error:  # the Rust library raises `Exception` itself for a damaged file
+        tokenizer: Any = loader.from_pretrained(
+            str(name_or_dir), trust_remote_code=False, **settings
+        )
+    except Exception as error:  # a damaged file raises whatever its parser does
         if folder.is_dir() and (wrong := what_is_wrong(folder)):
             raise DataError(f"tokenizer {wrong}") from error
-        if not isinstance(error, (OSError, ValueError, ImportError)):
-            raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"tokenizer {str(name_or_dir)!r} could not be loaded ({first_line}); give a folder "
-            f"with tokenizer.json, tokenizer.model or {TIKTOKEN}, or a name on the hub "
+            f"tokenizer {str(name_or_dir)!r} could not be loaded ({_first_line(error)}); give "
+            f"a folder with tokenizer.json, tokenizer.model or {TIKTOKEN}, or a name on the hub "
             "(tokenizer.model needs the packages sentencepiece and protobuf)"
         ) from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
@@ -104,12 +115,112 @@ def _load(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer {str(name_or_dir)!r} has no fast (Rust) backend; "
             "convert it to a tokenizer.json"
         )
-    model_file = _model_file(tokenizer)
+    model_file = _sentencepiece_file(tokenizer)
     if model_file is not None and not model_file.with_name("tokenizer.json").exists():
         converted = tokenizer.backend_tokenizer.model
-        if isinstance(converted, models.BPE):
+        if isinstance(converted, models.BPE) and _is_sentencepiece(model_file):
             tokenizer.backend_tokenizer.model = _scored_model(model_file, converted)
+    if hasattr(tokenizer, "legacy"):  # which `save_pretrained` leaves out, and then reads as false
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
+
+
+def tokenizer_folder(name_or_dir: str | Path) -> Path:
+    """The folder that a tokenizer's own files lie in: a local one, or the hub's in its cache.
+
+    Raises:
+        DataError: There is no such folder, and no such name that can be reached.
+    """
+    _check_folder_exists(name_or_dir)
+    if Path(name_or_dir).is_dir():
+        return Path(name_or_dir)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name_or_dir), allow_patterns=list(KEPT_FILES)))
+    except Exception as error:  # of the network, the name or the right to read it
+        raise DataError(
+            f"tokenizer {str(name_or_dir)!r} is no folder here and cannot be read from the hub "
+            f"({_first_line(error)}); give a folder, or a name on the hub that can be reached"
+        ) from None
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, in whatever state, and not only weights."""
+    names = {f.name.removesuffix(s) for f in subpaths(folder) for s in ("", *PACKED)}
+    return not names.isdisjoint(VOCABULARIES)
+
+
+def _reader(name_or_dir: str | Path) -> tuple[Any, dict[str, bool]]:
+    """The class that reads a tokenizer's files, and settings that they leave open.
+
+    transformers 5 chooses by the model's type too, and reads `tokenizer.model` beside a Mistral's
+    or LLaVA's `config.json` with a class that puts no space before a text.
+    """
+    import transformers
+
+    auto: Any = transformers.AutoTokenizer
+    try:
+        folder = tokenizer_folder(name_or_dir)
+    except DataError:
+        return auto, {}  # which says what is wrong with the name
+    others = (folder / name for name in VOCABULARIES if name != "tokenizer.model")
+    if any(path.exists() for path in others) or not _is_bpe(folder / "tokenizer.model"):
+        return auto, {}
+    settings, config = _read_json(folder / SETTINGS), _read_json(folder / CONFIG)
+    named = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    if "auto_map" in settings or not _is_llamas(str(named), str(config.get("model_type"))):
+        return auto, {}
+    left_open = ("legacy", "add_bos_token")
+    return transformers.LlamaTokenizer, {
+        name: True for name in left_open if settings.get(name) is None
+    }
+
+
+def _is_llamas(named: str, model_type: str) -> bool:
+    """Whether a SentencePiece model is read as Llama's: it says so, or nothing says otherwise."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    generic = {"", "TokenizersBackend", "PythonBackend", "MistralCommonBackend"}
+    generic |= {"PreTrainedTokenizer", "LlamaTokenizer"}
+    kind = named.removesuffix("Fast")
+    by_type = str(TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
+    return kind == "LlamaTokenizer" or (kind in generic and by_type in generic)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A mapping of a JSON file; empty where there is none, or nothing that can be read."""
+    try:
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # transformers says what is wrong with it
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
+def _is_bpe(path: Path) -> bool:
+    """Whether a file is a SentencePiece model that merges pairs, as Llama's does."""
+    if not path.is_file() or not _is_sentencepiece(path):
+        return False
+    from sentencepiece import sentencepiece_model_pb2 as pb2
+
+    proto: Any = pb2
+    spec = proto.ModelProto.FromString(path.read_bytes()).trainer_spec
+    return spec.model_type == proto.TrainerSpec.BPE
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Whether the library reads a `.model` file; some are tiktoken's."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def second_opinion(tokenizer: Any) -> tuple[str, Callable[[str], Sequence[int]]] | None:
@@ -119,7 +230,7 @@ def second_opinion(tokenizer: Any) -> tuple[str, Callable[[str], Sequence[int]]]
         Its name and a function from text to ids without special tokens: sentencepiece for a
         `tokenizer.model`, the package tiktoken, where it is installed, for a `.tiktoken` file.
     """
-    model_file = _model_file(tokenizer)
+    model_file = _sentencepiece_file(tokenizer)
     if model_file is not None and (defect := sentencepiece_defect(model_file)):
         warnings.warn(f"{model_file} is left aside, no id is compared: {defect}", stacklevel=2)
     elif model_file is not None:
@@ -189,17 +300,11 @@ def train_tokenizer(texts: Iterable[str], directory: str | Path, *, vocab_size: 
 
 def _check_folder(name_or_dir: str | Path) -> None:
     """Refuse a path that is no tokenizer's folder before the hub is asked about it."""
+    _check_folder_exists(name_or_dir)
     path = Path(name_or_dir)
-    # A name on the hub has one slash at most.
-    starts_like_path = path.is_absolute() or str(name_or_dir).startswith((".", "~"))
-    looks_like_path = starts_like_path or len(path.parts) > 2
-    if looks_like_path and not is_folder(path):
-        raise DataError(f"tokenizer folder {path} does not exist; check --tokenizer")
-    # Its settings alone are not enough: transformers 5 would make an empty tokenizer of them.
     if not is_folder(path):
         return
-    names = {f.name.removesuffix(s) for f in subpaths(path) for s in ("", ".gz", ".xz", ".zst")}
-    if names.isdisjoint(VOCABULARIES):
+    if not has_vocabulary(path):
         raise DataError(
             f"tokenizer folder {path} holds no tokenizer (none of {', '.join(VOCABULARIES)}); "
             "copy the model's tokenizer files there"
@@ -209,7 +314,16 @@ def _check_folder(name_or_dir: str | Path) -> None:
             require_readable(file)
 
 
-def _model_file(tokenizer: Any) -> Path | None:
+def _check_folder_exists(name_or_dir: str | Path) -> None:
+    path = Path(name_or_dir)
+    # A name on the hub has one slash at most.
+    starts_like_path = path.is_absolute() or str(name_or_dir).startswith((".", "~"))
+    looks_like_path = starts_like_path or len(path.parts) > 2
+    if looks_like_path and not is_folder(path):
+        raise DataError(f"tokenizer folder {path} does not exist; check --tokenizer")
+
+
+def _sentencepiece_file(tokenizer: Any) -> Path | None:
     """The SentencePiece model a tokenizer was made from, or that lies beside its files."""
     named = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
     beside = Path(str(getattr(tokenizer, "name_or_path", "") or "")) / "tokenizer.model"

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lapilli.data.dataset import Dataset, Sample
 from lapilli.data.questions import FirstQuestion, Frames, find_frames, first_question
-from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import bind_template, load_tokenizer
+from lapilli.data.templates import Template
 from lapilli.model.generate import Decoding, Gathering, check_positions, expanded_length, generate
 from lapilli.model.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.answer_text import AnswerReader, Decoder, expected_text, warn_without_end
-from lapilli.train.folders import CONFIG
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Asked", "RowReader", "ask_first", "dataset_template"]
+__all__ = ["Asked", "RowReader", "ask_first"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +39,6 @@ class Asked:
     given: str
 
 
-def dataset_template(dataset: Path, tokenizer: Any) -> Template:
-    """The template a dataset was written by, bound to its tokenizer.
-
-    Raises:
-        DataError: The template is not there any more.
-    """
-    settings: dict[str, Any] = json.loads((dataset / CONFIG).read_text(encoding="utf-8"))
-    return bind_template(get_template(settings["template"]), tokenizer)
-
-
 @dataclass(frozen=True)
 class RowReader:
     """What a dataset's rows are written with, to take them apart."""
@@ -69,8 +55,7 @@ class RowReader:
         Raises:
             DataError: Its tokenizer or template is not there any more.
         """
-        tokenizer: Any = load_tokenizer(dataset.path / "tokenizer")
-        template = dataset_template(dataset.path, tokenizer)
+        tokenizer, template = dataset.tokenizer, dataset.template
         frames = find_frames(template, tokenizer)
         warn_without_end(template.name, frames)
         return RowReader(tokenizer, template, frames, Decoder(tokenizer))

@@ -5,7 +5,6 @@ From a run's folder or from an exported one; template, view and tokenizer are th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +16,20 @@ import torch
 from lapilli.data.access import exists
 from lapilli.data.errors import DataError
 from lapilli.data.images import BadImage, ImageSpec, prepare
-from lapilli.data.manifest import read_manifest
 from lapilli.data.questions import Frames, find_frames
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
 from lapilli.data.render import mark_images
 from lapilli.data.sources.turns import IMAGE_MARKER, split_markers
-from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import bind_template, encode_batch, load_tokenizer
+from lapilli.data.templates import Template
+from lapilli.data.tokenize import encode_batch
+from lapilli.data.tokenizer_copy import open_copy
+from lapilli.data.vocabulary import load_tokenizer
 from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
 from lapilli.model.interop.hf import FACTS, read_facts, read_hf
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.answer_text import AnswerReader, Decoder, warn_without_end
-from lapilli.train.errors import TrainError
 from lapilli.train.evaluate import load_trained
-from lapilli.train.folders import CONFIG
+from lapilli.train.run_data import read_data
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -191,18 +190,17 @@ def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
     if exists(path / FACTS):
         facts = read_facts(path)
         template = Template(**facts["template"])
+        again = "export the run again"
+        tokenizer = (
+            open_copy(path, facts["tokenizer"], again)
+            if "tokenizer" in facts  # an export of before does not say
+            else load_tokenizer(path)
+        )
         return Assistant(
-            read_hf(path).to(device), load_tokenizer(path), template, ImageSpec.of(facts["view"]),
+            read_hf(path).to(device), tokenizer, template, ImageSpec.of(facts["view"]),
             path.resolve().name,
         )  # fmt: skip
     trained = load_trained(path, device)
-    config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    dataset = Path(config["dataset"])
-    manifest = read_manifest(dataset)
-    if manifest.template != trained.data["template"]:
-        raise TrainError(f"{dataset}: made with another template since {path} was trained on it")
-    settings: dict[str, Any] = json.loads((dataset / CONFIG).read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(dataset / "tokenizer")
-    template = bind_template(get_template(settings["template"]), tokenizer)
+    data = read_data(path, trained.data)
     name = f"{path.resolve().name}/step-{trained.step}"
-    return Assistant(trained.model, tokenizer, template, ImageSpec.of(trained.data["view"]), name)
+    return Assistant(trained.model, data.tokenizer, data.template, data.spec, name)

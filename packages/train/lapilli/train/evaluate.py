@@ -22,7 +22,8 @@ from lapilli.train import checkpoint
 from lapilli.train.answers import Asked, RowReader, ask_first
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG, require_missing
-from lapilli.train.loop import check_model, data_facts
+from lapilli.train.loop import check_model
+from lapilli.train.run_data import check_same_data, data_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,7 +79,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model, what its data were like (`lapilli.train.loop.data_facts`), and its step."""
+    """A run's model, what its data were like (`run_data.data_facts`), and its step."""
 
     model: VisionLanguageModel
     data: dict[str, Any]
@@ -124,13 +125,7 @@ def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Da
         path, view=view, image_tokens=trained.model.vision.num_tokens, split=split
     )
     check_model(trained.model, dataset)
-    here = data_facts(dataset)
-    for name, value in trained.data.items():
-        if here[name] != value:
-            raise TrainError(
-                f"{name}: {path} was made with {here[name]}, the training data with {value}; "
-                "preprocess the questions with the training data's settings"
-            )
+    check_same_data(data_facts(dataset), trained.data, str(path))
     return dataset
 
 

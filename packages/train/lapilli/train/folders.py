@@ -22,7 +22,8 @@ from lapilli.train.errors import TrainError
 from lapilli.train.notes import note
 
 __all__ = [
-    "CONFIG", "CUT", "FACTS", "FILES", "FOLDER", "MILESTONES", "MOMENTS", "STATE", "WEIGHTS",
+    "CONFIG", "CUT", "DATA", "FACTS", "FILES", "FOLDER", "GONE", "MILESTONES", "MOMENTS", "STATE",
+    "WEIGHTS",
     "folder_bytes", "forget_old", "outdated", "put_in_place", "require_missing", "step_name",
     "steps_in", "tidy", "write_checkpoint",
 ]  # fmt: skip
@@ -30,6 +31,7 @@ __all__ = [
 FOLDER, MILESTONES = "checkpoints", "milestones"
 WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
 STATE, CONFIG = "state.json", "config.json"
+DATA = "data"  # what a run keeps of its dataset (`run_data`)
 FACTS = "facts.json"  # what `preflight` found when the run was last started
 CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
 
@@ -70,6 +72,8 @@ def write_checkpoint(
         if MOMENTS not in tensors:  # so that the folder can be named where a run can
             config = json.dumps(state["config"], indent=1)
             (temporary / CONFIG).write_text(config, encoding="utf-8")
+            if (path.parent.parent / DATA).is_dir():
+                shutil.copytree(path.parent.parent / DATA, temporary / DATA)
         put_in_place(temporary, path)
     except OSError as error:
         remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
@@ -80,7 +84,7 @@ def write_checkpoint(
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Flush a filled folder and rename it; the name is on the disk too when this returns."""
-    for file in temporary.iterdir():
+    for file in temporary.rglob("*"):
         _flush(file)
     _flush(temporary)
     _remove(path)

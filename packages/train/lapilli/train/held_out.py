@@ -18,6 +18,7 @@ from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.model.trainable import set_modes
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
+from lapilli.train.run_data import check_same_data, data_facts
 from lapilli.train.step import to_device
 
 __all__ = ["HeldOut", "check_same_tokenizer", "held_out_buckets", "open_held_out"]
@@ -44,10 +45,10 @@ def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
 
 
 def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
-    """Other ids are no measure of what has been learnt.
+    """Other ids, another template or another view are no measure of what has been learnt.
 
     Raises:
-        TrainError: Names both tokenizers.
+        TrainError: Names what differs, with both values.
     """
     here, there = dataset.manifest.tokenizer, held_out.manifest.tokenizer
     if here["fingerprint"] != there["fingerprint"]:
@@ -56,6 +57,8 @@ def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
             f"{there['fingerprint'][:12]}), {dataset.path} with {here['name']} "
             f"({here['fingerprint'][:12]}); preprocess it with the same"
         )
+    mine, theirs = (data_facts(one) for one in (dataset, held_out))
+    check_same_data(theirs, mine, f"eval_dataset: {held_out.path}")
 
 
 class HeldOut:

@@ -52,6 +52,7 @@ from lapilli.train.held_out import check_same_tokenizer, open_held_out
 from lapilli.train.loop import build_start, check_model, check_start, open_for
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
+from lapilli.train.run_data import keep_data
 from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
 from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
@@ -141,14 +142,14 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     _check_config(run, config)
     # No weight is read before dataset, view and sizes are known to fit.
     outline = read_outline(config.model)
-    opened = _open_datasets(outline, config) if outline else None
+    opened = _open_datasets(outline, config, on_note) if outline else None
     attention = choose_attention(
         config.model.language.attention, language_settings(config.model.language)
     )
     model, start_weights = _look_at(config)
-    dataset, held_out = opened or _open_datasets(model, config)
+    dataset, held_out = opened or _open_datasets(model, config, on_note)
     check_model(model, dataset)
-    check_start(start_weights, dataset)
+    check_start(start_weights, dataset, on_note)
     check_context(model, dataset, held_out, on_note)
     longest = int(dataset.lengths.max())
     config = follow(
@@ -159,6 +160,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
     checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
     found = checkpoint.latest_checkpoint(run)
+    _check_dataset(found, dataset.manifest.fingerprint)
     start = found.step if found else 0
     if config.mirror:
         start = _fetch(config, start, on_note)
@@ -185,10 +187,11 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
 
 
 def _open_datasets(
-    model: VisionLanguageModel | Outline, config: RunConfig
+    model: VisionLanguageModel | Outline, config: RunConfig, on_note: Callable[[str], None]
 ) -> tuple[Dataset, Dataset | None]:
     """The run's dataset and the held-out one, checked to fit the model."""
-    dataset = open_for(model, config)
+    dataset = open_for(model, config, on_note)
+    _ = dataset.tokenizer  # what the run keeps is what the dataset was made with, or said now
     if held_out := open_held_out(config, dataset.image_tokens):
         check_model(model, held_out)
         check_same_tokenizer(dataset, held_out)
@@ -267,10 +270,12 @@ def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
 def finished_steps(config: RunConfig) -> int | None:
     """Steps of the run, if an earlier one with the same settings and data came to its end.
 
-    Needs neither Ray nor the model.
+    Needs neither Ray nor the model. One from before runs kept what they need of their dataset gets
+    it.
 
     Raises:
-        DataError, TrainError: The dataset cannot be read, or the folder belongs to other settings.
+        DataError, TrainError: The dataset cannot be read or is another, or the folder belongs to
+            other settings.
     """
     config = _absolute(config)
     run = Path(config.output)
@@ -279,8 +284,20 @@ def finished_steps(config: RunConfig) -> int | None:
     if found is None or not exists(run / FACTS):
         return None
     total: int = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
-    is_same = found.state["dataset"] == read_manifest(Path(config.dataset)).fingerprint
-    return total if is_same and found.step >= total else None
+    if found.step < total:
+        return None
+    _check_dataset(found, read_manifest(Path(config.dataset)).fingerprint)
+    keep_data(run, Path(config.dataset), config.view, anew=False)
+    return total
+
+
+def _check_dataset(found: checkpoint.Checkpoint | None, fingerprint: str) -> None:
+    """A run goes on, or has ended, with the dataset that it began with."""
+    if found and found.state["dataset"] != fingerprint:
+        raise TrainError(
+            f"{found.path}: was saved with another dataset (fingerprint "
+            f"{found.state['dataset'][:12]}, now {fingerprint[:12]}); choose another --output"
+        )
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -417,6 +434,7 @@ def _launch(
     found = asdict(ready)
     write_json(run / CONFIG, found.pop("config"))
     write_json(run / FACTS, found)
+    keep_data(run, Path(ready.config.dataset), ready.config.view, anew=not ready.start)
     if not ready.is_done:
         if ready.config.mirror:
             store_config(run, ready.config.mirror)

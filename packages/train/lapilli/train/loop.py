@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lapilli.data.collate import blank_batches
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
+from lapilli.data.vocabulary import has_vocabulary, tokenizer_folder
 from lapilli.model.pretrained import Loading, whole
 from lapilli.model.trainable import GROUPS, set_modes, trainable_parameters
 from lapilli.model.vlm import Outline, VisionLanguageModel, build_model
@@ -36,6 +37,7 @@ from lapilli.train.journal import Journal
 from lapilli.train.measure import StepMeter, slot_losses
 from lapilli.train.notes import note
 from lapilli.train.optim import build_optimizer, learning_rate
+from lapilli.train.run_data import data_facts
 from lapilli.train.starts import record_start
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
@@ -84,12 +86,19 @@ def build_start(
     return model, start
 
 
-def open_for(model: VisionLanguageModel | Outline, config: RunConfig) -> Dataset:
+def open_for(
+    model: VisionLanguageModel | Outline,
+    config: RunConfig,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Dataset:
     """Open a run's dataset as its model sees it, and check that they fit.
+
+    `on_note` is called with a line where there is no tokenizer to compare with.
 
     Raises:
         DataError: The dataset cannot be opened.
-        TrainError: Another image size, or token ids the model does not know.
+        TrainError: Another image size, token ids the model does not know, another tokenizer than
+            the language model's own, or one of its own that cannot be loaded.
     """
     dataset = open_dataset(
         config.dataset,
@@ -99,18 +108,28 @@ def open_for(model: VisionLanguageModel | Outline, config: RunConfig) -> Dataset
         truncate=config.truncates,
     )
     check_model(model, dataset)
-    _check_tokenizer(config.model.language.pretrained, dataset)
+    _check_tokenizer(config.model.language.pretrained, dataset, on_note)
     return dataset
 
 
-def _check_tokenizer(pretrained: str, dataset: Dataset) -> None:
+def _check_tokenizer(pretrained: str, dataset: Dataset, on_note: Callable[[str], None]) -> None:
     """The shards' ids are the language model's own, if that comes with a tokenizer."""
     if not pretrained:
         return
     try:
+        folder = tokenizer_folder(pretrained)
+        if not has_vocabulary(folder):
+            on_note(
+                f"tokenizer: {pretrained} holds weights alone, so that {dataset.path} is compared "
+                "in the number of ids and not in the tokenizer"
+            )
+            return
         own = tokenizer_facts(load_tokenizer(pretrained))
-    except DataError:
-        return  # weights alone; the number of ids has been compared
+    except DataError as error:
+        raise TrainError(
+            f"tokenizer: that of model.language.pretrained cannot be compared with the one "
+            f"{dataset.path} was made with: {error}"
+        ) from None
     there = dataset.manifest.tokenizer
     if own.fingerprint != there["fingerprint"]:
         raise TrainError(
@@ -175,8 +194,15 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     return ready
 
 
-def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
+def check_start(
+    start: checkpoint.Checkpoint | None,
+    dataset: Dataset,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> None:
     """An embedding that has learnt other ids is no start.
+
+    Another template is one, as LLaVA's second stage has it; `on_note` is called with a line where
+    it has the same name.
 
     Raises:
         TrainError: Names both tokenizers' fingerprints.
@@ -189,6 +215,14 @@ def check_start(start: checkpoint.Checkpoint | None, dataset: Dataset) -> None:
             f"start_from: {start.path} was trained with another tokenizer (fingerprint "
             f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
             "same tokenizer"
+        )
+    mine, theirs = data_facts(dataset), start.state["data"]
+    is_named_alike = mine["template_name"] == theirs.get("template_name")
+    if is_named_alike and mine["template"] != theirs["template"]:
+        on_note(
+            f"start_from: {start.path} was trained with another template named "
+            f"{mine['template_name']} (fingerprint {theirs['template'][:12]}, of {dataset.path} "
+            f"{mine['template'][:12]}); this run takes the dataset's"
         )
 
 
@@ -209,15 +243,6 @@ def _facts(
             name: importlib.metadata.version(name)
             for name in ("lapilli", "torch", "deepspeed", "transformers")
         },
-    }
-
-
-def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """What other data for the same model must agree in."""
-    return {
-        "tokenizer": dataset.manifest.tokenizer["fingerprint"],
-        "template": dataset.manifest.template,
-        "view": dataset.facts.spec,
     }
 
 

@@ -14,7 +14,6 @@ from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.page import Figure, GalleryItem, Page
-from lapilli.data.tokenize import load_tokenizer
 from lapilli.data.transcript import transcript
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import require_missing
@@ -225,7 +224,7 @@ def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, A
     dataset = _open(page, config, facts, config["dataset"], TRAIN)
     if dataset is None:
         return
-    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    tokenizer = dataset.tokenizer
     for sample in worst[:SHOWN]:
         _add_sample(page, dataset, tokenizer, sample)
 

@@ -1,8 +1,8 @@
 """Checkpoints copied to an object store while the training goes on, and fetched from there.
 
 The store holds what the run's folder does: `checkpoints/step-.../`, `milestones/step-.../`,
-`config.json` and the files of `RECORDS`. A step's `state.json` is stored last and removed first, so
-that a step is whole there or has none.
+`config.json`, `data/` and the files of `RECORDS`. A step's `state.json` is stored last and removed
+first, so that a step is whole there or has none.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.folders import (
     CONFIG,
     CUT,
+    DATA,
     FILES,
     FOLDER,
     MILESTONES,
@@ -38,6 +39,7 @@ from lapilli.train.folders import (
 from lapilli.train.generations import GENERATIONS
 from lapilli.train.metrics import METRICS
 from lapilli.train.notes import note
+from lapilli.train.run_data import run_data_files
 from lapilli.train.starts import STARTS
 
 __all__ = ["Uploads", "fetch_newest", "store_config", "stored_config"]
@@ -68,6 +70,7 @@ class Uploads:
         self._retry_at = 0.0
         self._tries_left: int | None = None  # until the run ends, any number
         self._said = False
+        self._data_stored = False
         for path in steps_in(run / MILESTONES):
             self.offer(path)
         if start:
@@ -166,10 +169,14 @@ class Uploads:
         state = (path / STATE).read_bytes()
         if _bytes_at(target / STATE) != state:
             (target / STATE).unlink(missing_ok=True)
-            for file in sorted(path.iterdir()):
-                if file.name != STATE:
-                    _put(file, target / file.name)
+            for file in sorted(path.rglob("*")):
+                if file.is_file() and file.name != STATE:
+                    _put(file, target / file.relative_to(path).as_posix())
             _put(path / STATE, target / STATE)
+        if not self._data_stored:
+            for name in run_data_files(self._run):
+                _put(self._run / name, RemotePath(self._address) / name)
+            self._data_stored = True
         for name in (CONFIG, *RECORDS):
             if (self._run / name).exists():
                 (RemotePath(self._address) / name).put(self._run / name)
@@ -267,10 +274,25 @@ def fetch_newest(
                 with contextlib.suppress(FileNotFoundError):
                     _download(RemotePath(address) / record, run / f".{record}{CUT}")
                     (run / f".{record}{CUT}").replace(run / record)
+            _fetch_data(run, address)
             on_note(f"{address}: fetched {FOLDER}/{name}")
             return int(name.partition("-")[2])
         on_note(f"{address}: {FOLDER}/{name} is cut short or damaged there; passed over")
     return step
+
+
+def _fetch_data(run: Path, address: str) -> None:
+    """Bring what the run keeps of its dataset, where this machine has not got it."""
+    source, temporary = RemotePath(address) / DATA, run / f".{DATA}{CUT}"
+    if (run / DATA).exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    for path in source.files():
+        target = temporary / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(path, target)
+    if temporary.exists():
+        temporary.rename(run / DATA)
 
 
 def _fetch(source: RemotePath, path: Path) -> bool:
