@@ -307,15 +307,7 @@ def open_dataset(
     _check_view(path, manifest, view)
     if image_tokens < 1:
         raise DataError(f"image_tokens: {image_tokens}; expected at least 1 token an image")
-    shards = [*manifest.tokens, *manifest.views[view].shards]
-    if mirror:
-        mirror.check_sizes([*shards, manifest.selection])
-        with mirror.held(manifest.selection):
-            table = open_table(path, manifest.selection)
-    else:
-        _check_sizes(path, shards)
-        check_copy_files(path, manifest.tokenizer_files)
-        table = open_table(path, manifest.selection)
+    table = _selection(path, manifest, view, mirror)
     images = np.diff(_lists(table, "image_slots")[0])
     lengths = _column(table, "text_length") + images * image_tokens
     rows = _rows_of(table, split, path)
@@ -337,6 +329,18 @@ def open_dataset(
         mirror=mirror,
     )  # fmt: skip
     return dataset.cut(max_length) if truncate and max_length is not None else dataset
+
+
+def _selection(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
+    """The selection's table, once the files it points to are seen to be whole."""
+    shards = [*manifest.tokens, *manifest.views[view].shards]
+    if mirror:
+        mirror.check_sizes([*shards, manifest.selection])
+        with mirror.held(manifest.selection):
+            return open_table(path, manifest.selection)
+    _check_sizes(path, shards)
+    check_copy_files(path, manifest.tokenizer_files)
+    return open_table(path, manifest.selection)
 
 
 def _check_view(path: Path, manifest: Manifest, view: str) -> None:

@@ -106,50 +106,54 @@ def plan_epoch(
         epoch: >= 0.
         policy: `grouped`, one modality a global batch (the tails included), similar lengths in it,
             the batch with the longest sample first so that what does not fit in memory fails at
-            once; `random`, a permutation; `llava`, the order of LLaVA's own trainer
-            (`llava_steps`).
+            once; `random`, a permutation; `llava`, LLaVA's own trainer's order (`llava_steps`).
         window: `grouped` sorts by length within this many randomly drawn global batches. None
             takes `DEFAULT_WINDOW`, or less where an epoch would have under `LEAST_WINDOWS`.
         llava_micro_batch: samples of one rank's micro-batch; `llava` needs it, no other takes it.
-        llava_processes: processes of the LLaVA run whose order `llava` is; with the micro-batch
-            they give its accumulation. Its order differs between one process and several.
-        group_by_modality_length: LLaVA's flag; false is its order without it (its pretrain
-            script). Only `llava` looks at it.
+        llava_processes: see `llava_steps`.
+        group_by_modality_length: likewise.
         remainder: what becomes of a batch that the samples (with `grouped`, of a modality) do not
-            fill: `pad` keeps its size with empty slots, `short` makes it smaller, so that the
-            ranks do fewer micro-steps, `drop` leaves its samples out of this epoch (others the
-            next time). `llava`, for policy `llava`, is what its trainer does (`llava_steps`): the
-            one case in which a sample may stand twice in an epoch. `auto` is `llava` for policy
-            `llava` and `pad` for the others.
+            fill: `pad` keeps its size with empty slots, `short` makes it smaller (fewer
+            micro-steps), `drop` leaves its samples out of this epoch. `llava`, for policy `llava`,
+            is what its trainer does (`llava_steps`): the one case in which a sample may come twice
+            in an epoch. `auto` is `llava` for policy `llava`, else `pad`.
 
     Raises:
         DataError: an argument that no plan can be made of.
     """
-    token_counts, kinds = _checked_samples(
-        np.asarray(lengths), np.asarray(modalities), global_batch
-    )
+    counts, kinds = _checked_samples(np.asarray(lengths), np.asarray(modalities), global_batch)
     _check_at_least("seed", seed, 0)
     _check_at_least("epoch", epoch, 0)
-    if window is None:
-        window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch * LEAST_WINDOWS)))
     _check_policy(policy, window, llava_micro_batch, llava_processes, global_batch)
     remainder = _checked_remainder(remainder, policy)
     if llava_micro_batch is not None:
-        steps = llava_steps(
-            np.where(kinds != 0, token_counts, -token_counts),
-            micro_batch=llava_micro_batch,
-            processes=llava_processes,
-            accumulation=global_batch // (llava_micro_batch * llava_processes),
-            seed=seed, epoch=epoch, group_by_modality_length=group_by_modality_length,
-            pads=remainder == "pad",
+        accumulation = global_batch // (llava_micro_batch * llava_processes)
+        batches = llava_steps(
+            np.where(kinds != 0, counts, -counts), micro_batch=llava_micro_batch,
+            processes=llava_processes, accumulation=accumulation, seed=seed, epoch=epoch,
+            group_by_modality_length=group_by_modality_length, pads=remainder == "pad",
         )  # fmt: skip
-        return _cut_off(steps, remainder, llava_micro_batch)
-    if policy == "grouped":
-        batches = _grouped(token_counts, kinds, global_batch, window, _bits(seed, epoch))
     else:
-        batches = _filled_batches(_permutation(kinds.size, _bits(seed, epoch)), global_batch)
-    _assert_each_sample_once(batches, kinds.size)
+        batches = _own_batches(counts, kinds, policy, global_batch, window, _bits(seed, epoch))
+    if remainder != "llava":
+        _assert_each_sample_once(batches, kinds.size)
     return _cut_off(batches, remainder, llava_micro_batch)
+
+
+def _own_batches(
+    lengths: Ids,
+    kinds: IntArray,
+    policy: Policy,
+    global_batch: int,
+    window: int | None,
+    bits: np.random.PCG64,
+) -> Ids:
+    """Global batches [steps, G] of policy `grouped` or `random`."""
+    if policy == "random":
+        return _filled_batches(_permutation(kinds.size, bits), global_batch)
+    if window is None:
+        window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch * LEAST_WINDOWS)))
+    return _grouped(lengths, kinds, global_batch, window, bits)
 
 
 def _checked_remainder(remainder: Remainder, policy: Policy) -> Remainder:
@@ -398,7 +402,7 @@ def _checked_samples(
 
 def _check_policy(
     policy: Policy,
-    window: int,
+    window: int | None,
     llava_micro_batch: int | None,
     llava_processes: int,
     global_batch: int,
@@ -406,7 +410,7 @@ def _check_policy(
     """Afterwards `llava_micro_batch` is set under policy `llava` and under no other."""
     if policy not in get_args(Policy):
         raise DataError(f"policy is {policy!r}; choose one of {', '.join(get_args(Policy))}")
-    _check_at_least("window", window, 1)
+    _check_at_least("window", 1 if window is None else window, 1)
     if policy == "llava" and llava_micro_batch is None:
         raise DataError(
             "policy 'llava' has no llava_micro_batch; its order depends on it: pass the samples "
