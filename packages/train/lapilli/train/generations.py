@@ -48,7 +48,7 @@ def choose_questions(dataset: Dataset, count: int) -> list[int]:
         name = dataset.template.name
         raise TrainError(
             f"generate_every: the template of {dataset.path}, {name}, trains whole conversations, "
-            " so that no question stands before an answer; set generate_every: 0"
+            "so that no question stands before an answer; set generate_every: 0"
         )
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
     return np.unique(places.astype(np.int64)).tolist()
