@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 import pipelines.evaluate
@@ -285,3 +286,27 @@ def test_the_language_models_own_tokenizer_passes_in_silence(
     told: list[str] = []
     preflight(with_language(finished, weights, tmp_path / "run"), told.append)
     assert not [line for line in told if "tokenizer" in line]
+
+
+def test_a_mirror_has_what_the_run_keeps_and_gives_it_back(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = fsspec.filesystem("file", auto_mkdir=True)
+    monkeypatch.setattr("lapilli.data.output.open_storage", lambda scheme: files)
+    store = tmp_path / "store"
+    config = settings(dataset, tmp_path / "run", milestone_every=2, mirror=f"file://{store}")
+    launch(preflight(config))
+    kept = contents(tmp_path / "run" / "data")
+    assert "template.json" in kept
+    assert contents(store / "data") == kept
+    assert contents(store / "milestones" / "step-00000002" / "data") == kept
+    preflight(replace(config, output=str(tmp_path / "again")))
+    assert contents(tmp_path / "again" / "data") == kept
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
