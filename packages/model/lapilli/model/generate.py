@@ -202,7 +202,7 @@ class Draws:
         self._temperature, self._top_p = decoding.temperature, decoding.top_p
 
     def __call__(self, ids_BS: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """Keep the token drawn for each row: float32 scores [B, V], all others -inf."""
+        """Scores of minus infinity but for the token that is drawn; `ids_BS` are those so far."""
         # without its largest score a low temperature overflows to Inf
         scores_BV = scores_BV.float() - scores_BV.float().amax(-1, keepdim=True)
         shares_BV = torch.softmax(scores_BV / self._temperature, -1)
