@@ -201,6 +201,7 @@ def test_another_name_is_no_repair(tmp_path: Path, file: str, key: str) -> None:
         ("猫.jpg", "猫.jpg".encode("gbk").decode("cp437"), "code_page"),
         ("猫.jpg".encode().decode("cp437"), "猫.jpg", "code_page"),
         ("a.ppm", "a.jpg", "extension"),
+        ("K.jpg", "\u212a.jpg", "normal_form"),
     ],
 )
 def test_the_same_name_is_read_and_counted(tmp_path: Path, file: str, key: str, kind: str) -> None:
@@ -247,6 +248,7 @@ def test_two_candidates_are_a_verdict_that_names_them(
         (" \n", Reason.IMAGE_MISSING, "the image key is empty"),
         ("/etc/passwd", Reason.IMAGE_OUTSIDE_ROOT, "absolute path outside the root"),
         ("%2e%2e/%2e%2e/etc/passwd", Reason.IMAGE_OUTSIDE_ROOT, "leads outside the root"),
+        ("HTTPS://example.com/a.jpg", Reason.IMAGE_MISSING, "on the web; download it"),
         ("..\\..\\secret.jpg", Reason.IMAGE_OUTSIDE_ROOT, "leads outside the root"),
         ("a/" * 3000 + "b.jpg", Reason.IMAGE_MISSING, "expected the path of a file"),
     ],
@@ -269,6 +271,7 @@ def test_an_absolute_key_inside_the_root_is_read(tmp_path: Path) -> None:
     refused(mount, f"{tmp_path}/root/img/b.jpg")
     refused(mount, f"{tmp_path}/root/img/a.png")  # what is decoded is there exactly
     refused(mount, f"{tmp_path}/rootless/a.jpg", Reason.IMAGE_OUTSIDE_ROOT)
+    refused(mount, f"{tmp_path}/root/../secret.jpg", Reason.IMAGE_OUTSIDE_ROOT)
 
 
 def test_a_missing_image_says_where_one_of_its_name_lies(tmp_path: Path) -> None:

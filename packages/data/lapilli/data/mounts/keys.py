@@ -43,11 +43,11 @@ def unusable(key: str) -> Verdict | None:
             f"'{shown}' is an absolute path of Windows; expected a path below the root: set "
             "`path_prefix` to the folder that it begins with",
         )
-    if key.startswith(("http://", "https://", "ftp://")):
+    if key.lower().startswith(("http://", "https://", "ftp://")):
         return Verdict(
             Reason.IMAGE_MISSING, f"'{shown}' is on the web; download it and name the file"
         )
-    if "://" in key and SCHEME.match(key) and not key.startswith("file:"):
+    if "://" in key and SCHEME.match(key) and not key.lower().startswith("file:"):
         return Verdict(
             Reason.IMAGE_MISSING,
             f"'{shown}' is an address; expected a path below `images`: set `images` to the folder "

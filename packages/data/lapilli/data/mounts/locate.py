@@ -203,7 +203,9 @@ class Mount:
         found = self._decoded(key, texts)
         if found:
             return self._one_of(key, found)
-        is_below = any(plain_path(text).startswith(self._starts) for text in (key, *texts))
+        below = (plain_path(text).removeprefix("/") for text in (key, *texts)
+                 if plain_path(text).startswith(self._starts))  # fmt: skip
+        is_below = any(map(is_inside, below))
         verdict = next((v for text in (key, *texts) if (v := unusable(text)) is not None), None)
         if verdict is not None and not is_below:
             return Verdict(verdict.reason, verdict.detail + self._elsewhere(key))

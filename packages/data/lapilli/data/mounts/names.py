@@ -120,4 +120,6 @@ def code_pages(path: str) -> Iterator[str]:
             yield path.encode("cp437").decode(page)
         for form in ("NFC", "NFD"):
             with suppress(UnicodeError):
-                yield unicodedata.normalize(form, path).encode(page).decode("cp437")
+                mistaken = unicodedata.normalize(form, path).encode(page).decode("cp437")
+                if not mistaken.isascii():
+                    yield mistaken

@@ -40,8 +40,8 @@ def open_storage(scheme: str) -> Any:
         return fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"images: {scheme}:// cannot be read ({excerpt(str(error))}); install the fsspec "
-            "package for it, or copy the images to a folder"
+            f"{scheme}:// cannot be read ({excerpt(str(error))}); install the fsspec package for "
+            "it, or copy the files to a folder"
         ) from None
 
 
