@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lapilli.model.config import LanguageConfig
-from lapilli.model.errors import ModelError
 from lapilli.model.pretrained import Loading, check_settings, one_line, whole
+from lapilli.model.quantize import check_quantization
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 __all__ = ["build_language", "logit_scale", "logit_softcap", "text_scale"]
 
@@ -40,7 +39,7 @@ def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     if config.quantize != "none":
-        kind = {**kind, "quantization_config": _quantization(kind["dtype"])}
+        check_quantization()  # before gigabytes are read
     with one_line(
         f"language.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or "
         "a folder with a causal language model in safetensors"
@@ -51,20 +50,6 @@ def _load(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             **kind,
         )
-
-
-def _quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "language.quantize: bitsandbytes is not installed; pip install 'lapilli[qlora]', or "
-            "set language.quantize none"
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )  # fmt: skip
 
 
 def _random(config: LanguageConfig, kind: dict[str, Any]) -> PreTrainedModel:
@@ -85,7 +70,12 @@ def _grow(model: PreTrainedModel, rows: int) -> None:
     (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
     """
     old = int(model.config.vocab_size)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    noted: Any = model
+    noted.source_rows = old  # for `added_rows.source_rows`
+    # What it draws for the rows is replaced below. How much differs under ZeRO-3, and what is drawn
+    # after it (projector, adapters) must not.
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         both: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
         for module in both:
