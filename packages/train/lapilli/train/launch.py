@@ -39,6 +39,7 @@ from lapilli.train.feed import Feed
 from lapilli.train.folders import CONFIG, FACTS, STATE
 from lapilli.train.generations import choose_questions
 from lapilli.train.held_out import check_same_tokenizer, open_held_out
+from lapilli.train.length import LENGTH, changed_length, check_length
 from lapilli.train.loop import build_start, check_model, check_start, open_for
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
@@ -140,10 +141,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
     every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
     checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
-    found = checkpoint.latest_checkpoint(run)
-    start = found.step if found else 0
-    if config.mirror:
-        start = _fetch(config, start, on_note)
+    start = _goes_on_at(config, feed.total_steps, on_note)
     parameters = {
         name: (
             sum(p.numel() for p in part.parameters()),
@@ -216,6 +214,19 @@ def _find_device(config: RunConfig) -> Device:
     return device
 
 
+def _goes_on_at(config: RunConfig, total: int, on_note: Callable[[str], None]) -> int:
+    """The step a run goes on with; what is newer at its mirror is here then."""
+    run = Path(config.output)
+    found = checkpoint.latest_checkpoint(run)
+    start = found.step if found else 0
+    if config.mirror:
+        start = _fetch(config, start, on_note)
+    if start:
+        before = checkpoint.at_step(run, start).state["config"]
+        check_length(before, config, start, total, on_note)
+    return start
+
+
 def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
     """Forward and backward of the step in the middle of the run: neither longest nor shortest."""
     middle = feed.make(feed.total_steps // 2)
@@ -237,6 +248,8 @@ def finished_steps(config: RunConfig) -> int | None:
     found = checkpoint.latest_checkpoint(run)
     if found is None or not (run / FACTS).exists():
         return None
+    if changed_length(found.state["config"], config):
+        return None  # there may be more to do
     total: int = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
     is_same = found.state["dataset"] == read_manifest(Path(config.dataset)).fingerprint
     return total if is_same and found.step >= total else None
@@ -292,7 +305,8 @@ def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int
     if before is None:
         return start
     _check_same(before, config, config.mirror)
-    write_json(run / CONFIG, asdict(config))  # the folder is this run's, whatever comes of it
+    # the folder is this run's, whatever comes of it; its length changes when it goes on
+    write_json(run / CONFIG, asdict(config) | {key: before[key] for key in LENGTH})
     return fetch_newest(run, config.mirror, start, on_note)
 
 
@@ -323,7 +337,7 @@ def copy_rest(config: RunConfig, step: int) -> list[str]:
 def _check_same(before: dict[str, Any], config: RunConfig, where: Path | str) -> None:
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     is_cut_fixed = config.policy == "llava" or config.loss == "means"
-    may_change = RESUMABLE - ({"micro_batch"} if is_cut_fixed else set())
+    may_change = RESUMABLE.union(LENGTH) - ({"micro_batch"} if is_cut_fixed else set())
     changed = [key for key in now if key not in may_change and before.get(key) != now[key]]
     if changed:
         key = changed[0]
