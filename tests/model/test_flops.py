@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,13 +193,16 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.0)
         ("clip", "phi", {"trainable": BOTH}),
         ("clip", "phi", {"trainable": BOTH, "lora": LORA}),
         ("dinov2", "llama", {"trainable": BOTH, "projector": "linear"}),
+        ("clip", "llama", {"trainable": BOTH, "lora": LORA, "vocab_size": twins.VOCABULARY + 8}),
     ],
 )
 @pytest.mark.parametrize("images", [(1, 0, 2), (0, 0)])
 def test_a_built_models_step_equals_torchs_counter(
     tower: str, name: str, values: dict[str, Any], images: tuple[int, ...]
 ) -> None:
-    model = build_model(twins.config(tower, name, **values))
+    grown = {key: value for key, value in values.items() if key == "vocab_size"}
+    config = twins.config(tower, name, **{k: v for k, v in values.items() if k not in grown})
+    model = build_model(replace(config, language=replace(config.language, **grown)))
     set_modes(model)
     vision: Any = model.vision
     vision.encoder.set_attn_implementation("eager")

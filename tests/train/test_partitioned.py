@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
-from lapilli.model.trainable import shape_of, trainable_parameters
+from lapilli.model.trainable import is_adapter, shape_of, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train import checkpoint
 from lapilli.train import engine as deepspeed_engine
+from lapilli.train.chain import Built, build_on, find_chain
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
+from lapilli.train.frozen import FORM
 from lapilli.train.launch import preflight
 from lapilli.train.optim import build_optimizer
 from lapilli.train.step import to_device, train_step
@@ -32,11 +34,13 @@ from tests.train.tiny import VOCABULARY, global_tokens, model_config, random_ste
 STEPS = 4
 Taken = tuple[float, dict[str, torch.Tensor]]  # a step's loss and its whole unclipped gradient
 CPU = torch.device("cpu")
+LORA = LoraConfig(rank=2, alpha=8, dropout=0.0)
 CASES: dict[str, dict[str, Any]] = {
     "whole language model": {"tied": False, "lora": None},
     "tied embeddings": {"tied": True, "lora": None},
-    "adapters and projector": {"tied": False, "lora": LoraConfig(rank=2, alpha=8, dropout=0.0)},
     "ids added": {"tied": False, "lora": None, "vocab_size": VOCABULARY + 8},
+    "adapters and ids added": {"tied": False, "lora": LORA, "vocab_size": VOCABULARY + 8},
+    "adapters and ids added, tied": {"tied": True, "lora": LORA, "vocab_size": VOCABULARY + 8},
 }
 
 
@@ -54,9 +58,10 @@ def write_language(folder: Path, config: ModelConfig) -> None:
     model.language.save_pretrained(folder, max_shard_size="10KB")
 
 
-def start(config: RunConfig) -> VisionLanguageModel:
+def start(config: RunConfig, earlier: Path | None = None) -> Built:
     prepare_process("cpu")
-    return build_model(config.model, deepspeed_engine.loading_of(config))
+    chain = find_chain(str(earlier) if earlier else "")
+    return build_on(config.model, chain, deepspeed_engine.loading_of(config))
 
 
 def run(
@@ -87,15 +92,19 @@ def worker(rank: int, place: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     for case in CASES:
         config = case_config(folder, case, 3)
-        model = start(config)
+        built = start(config)
+        model = built.model
         shared = [p for p in model.language.parameters() if hasattr(p, "ds_id")]
         found: dict[str, Any] = {
             "shared": sum(np.prod(shape_of(p)) for p in shared),
             "held": sum(p.numel() for p in shared),
-            "frozen": checkpoint.frozen_fingerprint(model, trainable_parameters(model).keys()),
+            "frozen": built.frozen,
         }
         found["first"], engine = run(model, config, rank, range(2))
-        state = {"dataset": "", "frozen": found["frozen"], "config": {"start_from": ""}}
+        state = {
+            "frozen": {"form": FORM, "weights": built.frozen},
+            "config": {"start_from": "", "model": asdict(config.model)},
+        }
         saved = folder / f"{case}-run"
         checkpoint.save(engine, saved, 2, state, keep=1, is_writer=rank == 0)
         dist.barrier()
@@ -103,14 +112,14 @@ def worker(rank: int, place: str) -> None:
         assert newest is not None
         for stage in (2, 3):
             again = case_config(folder, case, stage)
-            model = start(again)
+            model = start(again).model
             checkpoint.load_weights(newest, model)
             engine = run(model, again, rank, range(0))[1]
             checkpoint.load_into(engine, newest)
             found[f"resumed {stage}"] = go_on(engine, rank, range(2, STEPS))
-        model = start(config)
-        assert checkpoint.load_start(saved, model) is not None
-        found["started"] = run(model, config, rank, range(1))[0]
+        began = start(config, saved)
+        assert began.start is not None
+        found["started"] = run(began.model, config, rank, range(1))[0]
         if rank == 0:
             torch.save(found, folder / f"{case}.pt")
     dist.barrier()
@@ -160,16 +169,15 @@ def assert_same(found: list[Taken], expected: list[Taken]) -> None:
 def test_a_model_that_is_shared_while_it_is_read_is_the_same(case: str, shared_runs: Path) -> None:
     config = case_config(shared_runs, case, 2)
     assert deepspeed_engine.loading_of(config) is nullcontext
-    model = build_model(config.model)
+    built = build_on(config.model, find_chain(""))
+    model = built.model
     found = torch.load(shared_runs / f"{case}.pt", weights_only=False)
-    frozen = checkpoint.frozen_fingerprint(model, trainable_parameters(model).keys())
-    assert found["frozen"] == frozen
+    assert found["frozen"] == built.frozen
     expected = plain_pytorch(model, config, range(STEPS))
     resumed = found["first"] + found["resumed 3"]
     assert_same(resumed, expected)
     assert_same(found["resumed 2"], expected[2:])
-    after_two = build_model(config.model)
-    checkpoint.load_start(shared_runs / f"{case}-run", after_two)
+    after_two = build_on(config.model, find_chain(str(shared_runs / f"{case}-run"))).model
     assert_same(found["started"], plain_pytorch(after_two, config, range(1)))
 
 
@@ -177,8 +185,9 @@ def test_a_model_that_is_shared_while_it_is_read_is_the_same(case: str, shared_r
 def test_no_worker_holds_what_is_read(case: str, shared_runs: Path) -> None:
     found = torch.load(shared_runs / f"{case}.pt", weights_only=False)
     model = build_model(case_config(shared_runs, case, 2).model)
-    all_of_it = sum(p.numel() for n, p in model.language.named_parameters() if ".lora_" not in n)
-    grown = 2 * 24 * (VOCABULARY + 8) if case == "ids added" else 0  # new tables are whole at first
+    all_of_it = sum(p.numel() for n, p in model.language.named_parameters() if not is_adapter(n))
+    made = CASES[case]  # new tables are whole at first
+    grown = (1 if made["tied"] else 2) * 24 * (VOCABULARY + 8) if "vocab_size" in made else 0
     assert found["shared"] == all_of_it - grown
     assert found["held"] == 0
 

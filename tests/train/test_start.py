@@ -157,7 +157,7 @@ def test_a_start_that_changed_meanwhile_ends_the_resumed_run_in_one_line(
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000002")
     shutil.rmtree(tmp_path / "one")
     launch(preflight(replace(first, output=str(tmp_path / "one"), optim=OptimConfig(lr=0.02))))
-    with pytest.raises(TrainError, match="was saved with another start"):
+    with pytest.raises(TrainError, match=r"started from weights of .*has others now \(step 2\)"):
         launch(preflight(started))
 
 

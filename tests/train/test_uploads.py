@@ -121,6 +121,28 @@ def test_a_fresh_machine_goes_on_from_the_newest_that_is_whole_at_the_store(
     assert losses(again) == losses(first)
 
 
+@pytest.mark.usefixtures("port")
+def test_a_run_is_made_longer_on_a_machine_that_has_only_its_store(
+    dataset: Path, tmp_path: Path
+) -> None:
+    first = mirrored(dataset, tmp_path / "first", epochs=1)
+    run(first)
+    done = len(read_metrics(Path(first.output)))
+    with pytest.raises(TrainError, match=r"^max_steps: 1 makes 1 steps, .* has taken 3; raise it"):
+        preflight(replace(first, output=str(tmp_path / "shorter"), max_steps=1))
+    longer = replace(first, output=str(tmp_path / "longer"), epochs=2)
+    told = run(longer)
+    assert told[:2] == [
+        f"{STORE}: fetched checkpoints/step-{done:08d}",
+        f"epochs: 1 before, now 2: the {done} steps that are taken keep their learning rates, and "
+        f"the optimizer its moments; steps {done} to {2 * done - 1} follow the cosine schedule of "
+        f"a run of {2 * done} steps",
+    ]
+    assert losses(longer)[:done] == [row["loss"] for row in read_metrics(Path(first.output))]
+    with pytest.raises(TrainError, match=r"^epochs: 1 makes 3 steps, .* has taken 6; raise it"):
+        preflight(replace(first, output=str(tmp_path / "again")))
+
+
 @pytest.mark.faults  # for its length
 def test_a_store_that_fails_now_and_then_is_tried_again(
     dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch

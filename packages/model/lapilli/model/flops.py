@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lapilli.model.added_rows import added_rows
+from lapilli.model.trainable import shape_of
 from lapilli.model.vision import TransformersTower
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class ModelNumbers:
         projector: Between them.
         language: The decoder without its head.
         head: Works on trained positions only.
+        added: The head's rows for added tokens that learn beside it (`AddedRows`), if there are.
         patches: Of an image.
         tower_tokens: Tokens of an image inside the tower, class token included.
         image_tokens: Feature rows of an image.
@@ -90,6 +93,7 @@ class ModelNumbers:
     patches: int
     tower_tokens: int
     image_tokens: int
+    added: Matmul | None = None
 
 
 @dataclass(frozen=True)
@@ -206,13 +210,14 @@ def _flops(
         tower.matmuls[:1], images * numbers.patches, upstream=False, recompute=recompute
     )
     rest = _linear(tower.matmuls[1:], tower_tokens, upstream=tower.learns, recompute=recompute)
-    text = language.learns or projector.learns or tower.learns or numbers.head.trained
+    heads = [head for head in (numbers.head, numbers.added) if head]
+    text = language.learns or projector.learns or tower.learns or any(h.trained for h in heads)
     return Flops(
         tower=first + rest + seen,
         projector=_linear(projector.matmuls, projected, upstream=tower.learns, recompute=recompute),
         language=_linear(language.matmuls, tokens, upstream=text, recompute=recompute),
         attention=_attention(language, pairs, backward if text else 0, recompute),
-        head=_matmul(numbers.head, targets, input_gradient=text),
+        head=sum(_matmul(head, targets, input_gradient=text) for head in heads),
     )
 
 
@@ -256,6 +261,11 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
         sizes, patches, classes = tower.encoder.config, tower.num_patches, tower.class_tokens
     head = _matmul_of(model.language.get_output_embeddings())
     assert head is not None
+    rows, added = added_rows(model.language), None
+    if rows is not None:
+        count = shape_of(rows.head_rows)[0]
+        added = Matmul(head.inputs, count, trained=True)
+        head = replace(head, outputs=head.outputs - count)
     decoder = model.language.get_decoder()
     return ModelNumbers(
         tower=part_numbers(tower, sizes, recomputed=again and "vision" in config.trainable),
@@ -265,6 +275,7 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
         patches=patches,
         tower_tokens=patches + classes,
         image_tokens=tower.num_tokens,
+        added=added,
     )
 
 

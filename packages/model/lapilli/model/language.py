@@ -19,7 +19,7 @@ from lapilli.model.pretrained import (
     settings_text,
     whole,
 )
-from lapilli.model.quantized import pack_shapes, quantization
+from lapilli.model.quantized import check_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -127,7 +127,7 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     if config.quantize != "none":
-        kind = {**kind, "quantization_config": quantization(kind["dtype"])}
+        check_quantization()  # before gigabytes are read
     with (
         one_line(NOT_LOADED.format(config.pretrained)),
         _naming_padding("language.pretrained", settings),
@@ -158,8 +158,6 @@ def _without_weights(
             settings, trust_remote_code=config.trust_remote_code, **kind
         )
         model.tie_weights()  # which a caller's `no_init_weights` leaves out
-    if config.quantize != "none":
-        pack_shapes(model, kind["dtype"])
     return model
 
 
@@ -170,7 +168,12 @@ def _grow(model: PreTrainedModel, rows: int) -> None:
     (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
     """
     old = int(model.config.vocab_size)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    noted: Any = model
+    noted.source_rows = old  # for `added_rows.source_rows`
+    # What it draws for the rows is replaced below. How much differs under ZeRO-3, and what is drawn
+    # after it (projector, adapters) must not.
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         both: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
         for module in both:

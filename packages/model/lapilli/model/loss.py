@@ -55,6 +55,7 @@ def trained_loss(
     scale: float = 1.0,
     implementation: LossImplementation = "auto",
     each: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of the next token at the trained positions.
 
@@ -77,6 +78,7 @@ def trained_loss(
             (`choose_loss`).
         each: fp32 [P], filled with the summands, detached; with no number where Liger computes,
             which keeps its sum alone.
+        added: [R, D], what stands for the head's last R rows and learns beside a frozen head.
 
     Returns:
         fp32 scalar.
@@ -88,8 +90,10 @@ def trained_loss(
     if choose_loss(implementation, hidden.device.type) == "liger":
         if each is not None:
             each.fill_(torch.nan)
+        if added is not None:
+            head = torch.cat([head[: len(head) - len(added)], added])
         return _liger(hidden_PD, targets, head, bias, softcap, scale)
-    loss = _ChunkedLoss.apply(hidden_PD, targets, head, bias, chunk, softcap, scale, each)
+    loss = _ChunkedLoss.apply(hidden_PD, targets, head, bias, added, chunk, softcap, scale, each)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -104,20 +108,24 @@ class _ChunkedLoss(torch.autograd.Function):
         targets_P: Tensor,
         head_VD: Tensor,
         bias_V: Tensor | None,
+        added_RD: Tensor | None,
         chunk: int,
         softcap: float | None,
         scale: float,
         each_P: Tensor | None,
     ) -> Tensor:
         wants_hidden, _, wants_head, wants_bias, *_ = ctx.needs_input_grad
+        first = len(head_VD) - (0 if added_RD is None else len(added_RD))
+        known_VD = head_VD[:first]
         total = hidden_PD.new_zeros((), dtype=torch.float32)
         to_hidden = torch.empty_like(hidden_PD) if wants_hidden else None
         summed = torch.promote_types(head_VD.dtype, torch.float32)
         to_head = torch.zeros_like(head_VD, dtype=summed) if wants_head else None
         to_bias = head_VD.new_zeros(len(head_VD), dtype=summed) if wants_bias else None
+        to_added = None if added_RD is None else torch.zeros_like(added_RD, dtype=summed)
         for start in range(0, len(targets_P), chunk):
             here = slice(start, start + chunk)
-            logits_PV = torch.nn.functional.linear(hidden_PD[here], head_VD, bias_V)
+            logits_PV = _logits(hidden_PD[here], known_VD, bias_V, added_RD)
             losses_P, slope_PV = _chunk_loss(logits_PV, targets_P[here], softcap, scale)
             total += losses_P.sum().float()
             if each_P is not None:
@@ -126,27 +134,49 @@ class _ChunkedLoss(torch.autograd.Function):
                 to_bias += slope_PV.sum(0)
             slope_PV = slope_PV.to(head_VD.dtype)
             if to_hidden is not None:
-                torch.mm(slope_PV, head_VD, out=to_hidden[here])
-            if to_head is not None and to_head.dtype == head_VD.dtype:
-                to_head.addmm_(slope_PV.T, hidden_PD[here])
-            elif to_head is not None:
-                to_head += slope_PV.T @ hidden_PD[here]
-        ctx.save_for_backward(to_hidden, to_head, to_bias)
+                torch.mm(slope_PV[:, :first], known_VD, out=to_hidden[here])
+                if added_RD is not None:
+                    to_hidden[here] += slope_PV[:, first:] @ added_RD
+            if to_head is not None:
+                _add_product(to_head[:first], slope_PV[:, :first], hidden_PD[here])
+            if to_added is not None:
+                _add_product(to_added, slope_PV[:, first:], hidden_PD[here])
+        ctx.save_for_backward(to_hidden, to_head, to_bias, to_added)
         ctx.dtypes = head_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        to_hidden, to_head, to_bias = ctx.saved_tensors
+        to_hidden, to_head, to_bias, to_added = ctx.saved_tensors
         head_dtype, bias_dtype = ctx.dtypes
         return (
             None if to_hidden is None else to_hidden * gradient.to(to_hidden.dtype),
             None,
             None if to_head is None else (to_head * gradient).to(head_dtype),
             None if to_bias is None else (to_bias * gradient).to(bias_dtype),
+            None if to_added is None else (to_added * gradient).to(head_dtype),
             None, None, None, None,
         )  # fmt: skip
+
+
+def _logits(
+    hidden_PD: Tensor, known_VD: Tensor, bias_V: Tensor | None, added_RD: Tensor | None
+) -> Tensor:
+    """[P, V]: the head's output, with what its added rows give behind that of the others."""
+    if added_RD is None:
+        return torch.nn.functional.linear(hidden_PD, known_VD, bias_V)
+    biases = (None, None) if bias_V is None else bias_V.split([len(known_VD), len(added_RD)])
+    tables = zip((known_VD, added_RD), biases, strict=True)
+    return torch.cat([torch.nn.functional.linear(hidden_PD, *table) for table in tables], 1)
+
+
+def _add_product(total_VD: Tensor, slope_PV: Tensor, hidden_PD: Tensor) -> None:
+    """Add a chunk's share of a table's gradient, in the sum's type."""
+    if total_VD.dtype == slope_PV.dtype:
+        total_VD.addmm_(slope_PV.T, hidden_PD)
+    else:
+        total_VD += slope_PV.T @ hidden_PD
 
 
 def _chunk_loss(

@@ -1,75 +1,109 @@
-"""Linear layers in 4 bits (QLoRA, arXiv 2305.14314), by bitsandbytes."""
+"""The language model's linear layers in 4 bits (NF4, twice quantised; QLoRA, arXiv 2305.14314).
+
+They are quantised by bitsandbytes after an earlier run's weights were put into them and before
+adapters are put around them, so that adapters of an earlier run are merged into whole numbers.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lapilli.model.errors import ModelError
 
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
-
-__all__ = ["PACKED_BYTES", "numbers_of", "pack_shapes", "packed_numbers", "quantization"]
+__all__ = [
+    "PACKED_BYTES", "check_quantization", "numbers_of", "pack_shapes", "packed_numbers", "quantize",
+    "quantized_layers", "round_trip",
+]  # fmt: skip
 
 BLOCK = 64  # numbers with a scale of their own; a block of 256 scales has one more, in fp32
 PACKED_BYTES = 1 / 2 + 1 / BLOCK + 4 / (256 * BLOCK)
 """What a number takes: its half of a byte, and its share of the scales."""
 
+KIND: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
 
-def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4, the scales quantised too; computes in `dtype`.
+
+def check_quantization() -> None:
+    """Refuse a machine that cannot quantise.
 
     Raises:
         ModelError: bitsandbytes is not installed.
     """
-    from transformers import BitsAndBytesConfig
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             "language.quantize: bitsandbytes is not installed; pip install 'lapilli[qlora]', or "
             "set language.quantize none"
         )
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )  # fmt: skip
 
 
-def pack_shapes(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a model without weights the layers that `from_pretrained` would quantise.
+def quantized_layers(language: Any) -> list[str]:
+    """The linear layers that are kept in 4 bits, as transformers chooses them: not the head."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    The same layers are replaced, by transformers itself; what they hold has the shapes and types
-    of packed weights and no values. They compute in forward and cannot be saved.
+    left_out: Any = HfQuantizer.get_modules_to_not_convert(
+        language, None, language._keep_in_fp32_modules
+    )
+    return [
+        name
+        for name, module in language.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear)
+        and should_convert_module(name, left_out)
+    ]
+
+
+def quantize(language: Any, dtype: torch.dtype) -> None:
+    """Put layers in 4 bits, which compute in `dtype`, in the place of a model's linear layers.
+
+    One layer at a time, on the GPU where there is one.
     """
-    from bitsandbytes.functional import QuantState
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    for name in quantized_layers(language):
+        layer = language.get_submodule(name)
+        weight = _rows_first(layer).detach()
+        packed = _empty_layer(layer, dtype)
+        packed.weight = _pack(weight.to(dtype), module=packed)
+        packed.bias = layer.bias
+        language.set_submodule(name, packed)
+    language.is_loaded_in_4bit = True  # what peft looks for
 
-    layers: Any = importlib.import_module("bitsandbytes.nn")
-    replacing: Any = Bnb4BitHfQuantizer(quantization(dtype), pre_quantized=False)
-    with unset_fake_temporarily():  # it makes its layers on the meta device
-        replacing.preprocess_model(model, device_map=None)
-    modules: list[Any] = [*model.modules()]
-    for module in modules:
-        if isinstance(module, layers.Linear4bit):
-            rows, columns = module.weight.shape
-            packed: Any = nn.Parameter(
-                torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
-            )
-            # A Params4bit cannot be a fake tensor; these attributes are what is read of one.
-            packed.compress_statistics, packed.quant_type = True, "nf4"
-            packed.quant_state = QuantState(
-                torch.empty(-(-rows * columns // BLOCK)), torch.Size((rows, columns)),
-                blocksize=BLOCK, quant_type="nf4",
-            )  # fmt: skip
-            module.weight = packed
-            if module.bias is not None:
-                module.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
+
+def pack_shapes(language: Any, dtype: torch.dtype) -> None:
+    """As `quantize` for a model without weights: packed shapes and types, and no values.
+
+    Such layers compute in forward and cannot be saved. Works on fake tensors too.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    functional = _bitsandbytes().functional
+    for name in quantized_layers(language):
+        layer = language.get_submodule(name)
+        rows, columns = _rows_first(layer).shape
+        with unset_fake_temporarily():  # it makes its weight itself
+            packed = _empty_layer(layer, dtype)
+        weight: Any = nn.Parameter(
+            torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
+        )
+        # A Params4bit cannot be a fake tensor; these attributes are what is read of one.
+        weight.compress_statistics, weight.quant_type = True, "nf4"
+        weight.quant_state = functional.QuantState(
+            torch.empty(-(-rows * columns // BLOCK)), torch.Size((rows, columns)),
+            blocksize=BLOCK, quant_type="nf4",
+        )  # fmt: skip
+        packed.weight, packed.bias = weight, layer.bias
+        language.set_submodule(name, packed)
+    language.is_loaded_in_4bit = True
+
+
+def round_trip(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, in] as a layer in 4 bits computes with it, in `dtype` and on the weight's device."""
+    packed = _pack(weight.to(dtype))
+    functional = _bitsandbytes().functional
+    return functional.dequantize_4bit(packed.data, packed.quant_state).to(weight.device)
 
 
 def numbers_of(parameter: nn.Parameter) -> int:
@@ -81,3 +115,28 @@ def numbers_of(parameter: nn.Parameter) -> int:
 def packed_numbers(part: nn.Module) -> int:
     """How many of a part's numbers are held in 4 bits."""
     return sum(numbers_of(p) for p in part.parameters() if hasattr(p, "quant_state"))
+
+
+def _rows_first(layer: Any) -> Tensor:
+    """A layer's weight as [out, in]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def _empty_layer(layer: Any, dtype: torch.dtype) -> Any:
+    """A layer in 4 bits of the same shape, on the meta device."""
+    rows, columns = _rows_first(layer).shape
+    with torch.device("meta"):
+        return _bitsandbytes().nn.Linear4bit(columns, rows, layer.bias is not None, dtype, **KIND)
+
+
+def _pack(weight: Tensor, **values: Any) -> Any:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameter = _bitsandbytes().nn.Params4bit
+    return parameter(weight.contiguous(), requires_grad=False, **KIND, **values).to(device)
+
+
+def _bitsandbytes() -> Any:
+    check_quantization()
+    return importlib.import_module("bitsandbytes")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lapilli.model.added_rows import ADDED, add_rows
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.quantized import numbers_of
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
-    "parameter_counts", "parameter_groups", "set_modes", "shape_of", "trainable_parameters",
+    "is_adapter", "parameter_counts", "parameter_groups", "set_modes", "shape_of",
+    "trainable_parameters",
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
@@ -60,7 +62,12 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def group_of(name: str) -> str:
     """Which of `GROUPS` a parameter belongs to: its part, or the adapters."""
-    return "adapters" if ".lora_" in name else name.partition(".")[0]
+    return "adapters" if is_adapter(name) else name.partition(".")[0]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter was added to the model to learn: a low-rank matrix, or added rows."""
+    return ".lora_" in name or ADDED in name.split(".")
 
 
 def parameter_groups(model: nn.Module) -> dict[tuple[str, bool], list[nn.Parameter]]:
@@ -84,7 +91,8 @@ def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
     """Put LoRA adapters (arXiv 2106.09685) on linear layers of the parts that learn.
 
     A part that gets any learns through them alone: its own weights freeze, but for biases by
-    `lora.bias`. The head and the embeddings get none.
+    `lora.bias`. The head and the embeddings get none; rows that `language.vocab_size` adds to them
+    learn by themselves (`AddedRows`) where the language model gets adapters.
 
     Raises:
         ModelError: No layer is matched; lists the names there are.
@@ -109,6 +117,8 @@ def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
                 fan_in_fan_out=isinstance(model.get_submodule(f"{part}.{names[0]}"), Conv1D),
             )  # fmt: skip
             inject_adapter_in_model(settings, model.get_submodule(part))
+    if matched.get("language"):
+        add_rows(model.language)
 
 
 def _linear_layers(model: VisionLanguageModel, part: str) -> list[str]:

@@ -7,12 +7,14 @@ P trained positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.added_rows import added_rows
 from lapilli.model.attention import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
@@ -28,6 +30,7 @@ from lapilli.model.loss import trained_loss
 from lapilli.model.merge import merge
 from lapilli.model.pretrained import Loading, whole
 from lapilli.model.projector import build_projector, set_scale
+from lapilli.model.quantized import pack_shapes, quantize
 from lapilli.model.trainable import (
     add_adapters,
     checkpoint_activations,
@@ -104,6 +107,8 @@ class VisionLanguageModel(nn.Module):
         merged = merge(
             input_ids, merge_index, embedding, features, implementation=self.config.merge
         )
+        if (rows := added_rows(self.language)) is not None:
+            merged = rows.embed(input_ids.masked_fill(merge_index >= 0, 0), merged)
         scale = text_scale(self.language)
         if isinstance(scale, float) and scale == 1.0:
             return merged
@@ -131,6 +136,7 @@ class VisionLanguageModel(nn.Module):
         decoder = self.language.get_decoder()
         output = decoder(inputs_embeds=embedded_BSD, position_ids=position_ids, use_cache=False)
         head = self.language.get_output_embeddings()
+        rows = added_rows(self.language)
         each_P = None if row_losses is None else row_losses.new_zeros(len(targets))
         loss = trained_loss(
             output.last_hidden_state,
@@ -143,6 +149,7 @@ class VisionLanguageModel(nn.Module):
             scale=self._logit_scale,
             implementation=self.config.loss,
             each=each_P,
+            added=None if rows is None else rows.head_rows,
         )
         if row_losses is not None and each_P is not None:
             # masked sums and no index_add: on a GPU that one's order, and so its result, varies
@@ -181,13 +188,19 @@ def read_outline(config: ModelConfig) -> Outline | None:
 
 
 def build_model(
-    config: ModelConfig, loading: Loading = whole, *, weights: bool = True
+    config: ModelConfig,
+    loading: Loading = whole,
+    prepare: Callable[[VisionLanguageModel], None] = lambda model: None,
+    *,
+    weights: bool = True,
 ) -> VisionLanguageModel:
     """Build a model with `config.seed`'s random weights where there are no others, and freeze.
 
     Args:
         config: The model's settings.
         loading: Stands around the reading of the language model's weights.
+        prepare: Called with the model before anything is put around its layers or kept in 4 bits:
+            what it puts into the weights lies below the adapters.
         weights: Whether pretrained weights are read; without, a model has their shapes alone,
             which is what a model of fake tensors is made with.
 
@@ -199,6 +212,9 @@ def build_model(
         model = VisionLanguageModel(
             replace(config, vision=with_normalisation(config.vision)), loading, weights=weights
         )
+        prepare(model)
+        if config.language.quantize != "none":
+            (quantize if weights else pack_shapes)(model.language, DTYPES[config.dtype])
         freeze(model, config.trainable)
         if config.lora:
             add_adapters(model, config.lora)

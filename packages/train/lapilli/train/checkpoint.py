@@ -7,7 +7,6 @@ two. `milestones/step-00000100/` has no moments: weights to keep, and no point t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -18,15 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lapilli.data.access import cannot_read, exists, is_denied, is_file, is_folder
 from lapilli.data.shards import sha256_file
 from lapilli.model.interop.files import read_safetensors
-from lapilli.model.interop.foreign import load_foreign
-from lapilli.model.trainable import base_name, group_of, shape_of, trainable_parameters
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model.trainable import shape_of, trainable_parameters
 from lapilli.train import engine as deepspeed_engine
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import (
@@ -51,11 +47,9 @@ __all__ = [
     "at_step",
     "check_disk",
     "find_checkpoints",
-    "frozen_fingerprint",
     "is_run",
     "latest_checkpoint",
     "load_into",
-    "load_start",
     "load_weights",
     "newest_weights",
     "save",
@@ -306,47 +300,6 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     deepspeed_engine.assign(model, weights)
 
 
-def load_start(run: Path, model: VisionLanguageModel) -> Checkpoint | None:
-    """Put what an earlier run trained into a model, whichever of its parts learn now.
-
-    What that run had frozen must be what this model has there: its weights fit nothing else. None
-    where the weights are LLaVA's or transformers' (`lapilli.model.interop.foreign`).
-
-    Raises:
-        ModelError: Weights of others that do not fit the model.
-        TrainError: No run, none of its checkpoints is whole, another model, other frozen weights.
-    """
-    found = newest_weights(run)
-    if found is None:
-        if load_foreign(run, model):
-            return None
-        raise TrainError(
-            f"start_from: {run} has no whole checkpoint; expected the output of a training run, or "
-            "a checkpoint of LLaVA's or of transformers' LlavaForConditionalGeneration"
-        )
-    if earlier := found.state["config"]["start_from"]:
-        load_start(Path(earlier), model)  # what learnt there and was frozen in `run` is only there
-    weights = _load(found.path / WEIGHTS)
-    there = dict(model.named_parameters())
-    here = {base_name(name): name for name in there}  # this run may put adapters around its layers
-    weights = {here.get(name, name): value for name, value in weights.items()}
-    for name, value in weights.items():
-        if name not in there or shape_of(there[name]) != tuple(value.shape):
-            shape = shape_of(there[name]) if name in there else "no such parameter"
-            raise TrainError(
-                f"start_from: {found.path} holds {name} of shape {tuple(value.shape)}, this model "
-                f"{shape}; expected the same model config"
-            )
-    frozen = frozen_fingerprint(model, trained=weights.keys())
-    if frozen != found.state["frozen"]:
-        raise TrainError(
-            f"start_from: {run} was trained beside other frozen weights (fingerprint "
-            f"{found.state['frozen'][:12]}, here {frozen[:12]}); expected the same model config"
-        )
-    deepspeed_engine.assign(model, weights)
-    return found
-
-
 def load_into(engine: Any, checkpoint: Checkpoint) -> None:
     """Set an engine's weights, moments and step count to a checkpoint's. All ranks call it."""
     weights = _load(checkpoint.path / WEIGHTS)
@@ -374,24 +327,6 @@ def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Te
                 f"{checkpoint.path}: {name} has shape {tuple(weights[name].shape)}, the model's "
                 f"has {shape}; expected the same model config"
             )
-
-
-def frozen_fingerprint(model: nn.Module, trained: Collection[str]) -> str:
-    """SHA-256 over the weights that are not `trained`: a checkpoint does not hold them.
-
-    Collective, where they are shared among workers: each is made whole in its turn.
-    """
-    named = {base_name(name): parameter for name, parameter in model.named_parameters()}
-    known = {base_name(name) for name in trained}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(named.items()):
-        if name not in known and group_of(name) != "adapters":
-            digest.update(name.encode())
-            with deepspeed_engine.gathered([parameter]):
-                # as bytes: numpy has no bf16
-                flat = parameter.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> None:

@@ -17,11 +17,13 @@ from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import Manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
-from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import checkpoint
 from lapilli.train.answers import Asked, RowReader, ask_first
+from lapilli.train.chain import build_on, find_chain
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG, require_missing
+from lapilli.train.frozen import check_frozen
 from lapilli.train.loop import check_model
 from lapilli.train.run_data import check_same_data, data_facts
 
@@ -90,7 +92,8 @@ def load_trained(run: Path, device: str | torch.device = "cpu") -> Trained:
     """The model of a run with its newest checkpoint's weights, or a milestone's.
 
     Raises:
-        TrainError: No run here, or none of its checkpoints is whole.
+        TrainError: No run here, none of its checkpoints is whole, or what it was trained beside
+            has changed: its base weights, or a run that it started from.
     """
     try:
         config: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))
@@ -108,11 +111,11 @@ def load_trained(run: Path, device: str | torch.device = "cpu") -> Trained:
         "trainable": tuple(fields["trainable"]),
         "lora": LoraConfig(**fields["lora"]) if fields.get("lora") else None,
     }
-    model = build_model(ModelConfig(**{**fields, **parts}))
-    if config["start_from"]:
-        checkpoint.load_start(Path(config["start_from"]), model)
-    checkpoint.load_weights(found, model)
-    return Trained(model.eval().to(device), found.state["data"], found.step)
+    chain = find_chain(config["start_from"], found.state.get("start", ""), by=run)
+    built = build_on(ModelConfig(**{**fields, **parts}), chain)
+    check_frozen(found.state, built.frozen, run=run)
+    checkpoint.load_weights(found, built.model)
+    return Trained(built.model.eval().to(device), found.state["data"], found.step)
 
 
 def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:

@@ -49,6 +49,7 @@ from lapilli.train.feed import Feed
 from lapilli.train.folders import CONFIG, FACTS, STATE
 from lapilli.train.generations import choose_questions
 from lapilli.train.held_out import check_same_tokenizer, open_held_out
+from lapilli.train.length import LENGTH, changed_length, check_length
 from lapilli.train.loop import build_start, check_model, check_start, open_for
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
@@ -159,11 +160,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     feed = Feed(dataset, config, rank=0, world_size=config.workers)
     every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
     checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
-    found = checkpoint.latest_checkpoint(run)
-    _check_dataset(found, dataset.manifest.fingerprint)
-    start = found.step if found else 0
-    if config.mirror:
-        start = _fetch(config, start, on_note)
+    start = _goes_on_at(config, dataset.manifest.fingerprint, feed.total_steps, on_note)
     parameters = parameter_counts(model)
     memory = {
         name: state_bytes(
@@ -245,6 +242,20 @@ def _find_device(config: RunConfig) -> Device:
     return device
 
 
+def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:
+    """The step a run goes on with, on this dataset; what is newer at its mirror is here then."""
+    run = Path(config.output)
+    found = checkpoint.latest_checkpoint(run)
+    _check_dataset(found, dataset)
+    start = found.step if found else 0
+    if config.mirror:
+        start = _fetch(config, start, on_note)
+    if start:
+        before = checkpoint.at_step(run, start).state["config"]
+        check_length(before, config, start, total, on_note)
+    return start
+
+
 def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
     """Forward and backward of the step in the middle of the run: neither longest nor shortest."""
     middle = feed.make(feed.total_steps // 2)
@@ -283,6 +294,8 @@ def finished_steps(config: RunConfig) -> int | None:
     found = checkpoint.latest_checkpoint(run)
     if found is None or not exists(run / FACTS):
         return None
+    if changed_length(found.state["config"], config):
+        return None  # there may be more to do
     total: int = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
     if found.step < total:
         return None
@@ -350,7 +363,8 @@ def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int
     if before is None:
         return start
     _check_same(before, config, config.mirror)
-    write_json(run / CONFIG, asdict(config))  # the folder is this run's, whatever comes of it
+    # the folder is this run's, whatever comes of it; its length changes when it goes on
+    write_json(run / CONFIG, asdict(config) | {key: before[key] for key in LENGTH})
     return fetch_newest(run, config.mirror, start, on_note)
 
 
@@ -384,7 +398,7 @@ def _check_same(before: dict[str, Any], config: RunConfig, where: Path | str) ->
         before = {**before, "llava_processes": before["llava_processes"] or before["workers"]}
         now["llava_processes"] = config.llava_processes or config.workers
     is_cut_fixed = config.policy == "llava" or config.loss == "means"
-    may_change = RESUMABLE - ({"micro_batch"} if is_cut_fixed else set())
+    may_change = RESUMABLE.union(LENGTH) - ({"micro_batch"} if is_cut_fixed else set())
     changed = [key for key in now if key not in may_change and before.get(key) != now[key]]
     if changed:
         key = changed[0]

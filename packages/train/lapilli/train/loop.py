@@ -21,16 +21,18 @@ from lapilli.data.errors import DataError
 from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
 from lapilli.data.vocabulary import has_vocabulary, tokenizer_folder
 from lapilli.model.pretrained import Loading, whole
-from lapilli.model.trainable import GROUPS, set_modes, trainable_parameters
-from lapilli.model.vlm import Outline, VisionLanguageModel, build_model
+from lapilli.model.trainable import GROUPS, set_modes
+from lapilli.model.vlm import Outline, VisionLanguageModel
 from lapilli.train import checkpoint, engine
 from lapilli.train.batch_digest import lanes_text, sample_lanes
+from lapilli.train.chain import Built, build_on, find_chain, recorded
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, check_precision, peak_memory, prepare_process
 from lapilli.train.errors import TrainError
 from lapilli.train.faults import StepGuard
 from lapilli.train.feed import Feed
 from lapilli.train.folders import FOLDER, MILESTONES, tidy
+from lapilli.train.frozen import FORM, check_frozen
 from lapilli.train.generations import Generation, Generations, forget_generations
 from lapilli.train.held_out import HeldOut, open_held_out
 from lapilli.train.journal import Journal
@@ -38,6 +40,7 @@ from lapilli.train.measure import StepMeter, slot_losses
 from lapilli.train.notes import note
 from lapilli.train.optim import build_optimizer, learning_rate
 from lapilli.train.run_data import data_facts
+from lapilli.train.same_ids import extends, keeps_ids
 from lapilli.train.starts import record_start
 from lapilli.train.step import seed_step, to_device, train_step, warm_up
 from lapilli.train.stopping import is_stop_asked
@@ -45,8 +48,8 @@ from lapilli.train.transfer import SentStep, send_ahead
 from lapilli.train.uploads import Uploads
 
 __all__ = [
-    "Setup", "build_start", "check_model", "check_start", "data_facts", "fit", "one_step",
-    "open_for", "setup",
+    "Setup", "build_run", "build_start", "check_model", "check_start", "data_facts", "fit",
+    "one_step", "open_for", "setup",
 ]  # fmt: skip
 
 
@@ -76,14 +79,31 @@ def build_start(
 ) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
     """The model as its run begins, and the checkpoint of the earlier run it starts from.
 
-    `loading` stands around the reading of pretrained weights; a worker gives `engine.loading_of`.
+    `loading` as for `build_run`, which also tells what lies frozen below.
 
     Raises:
         ModelError, TrainError: A part that cannot be built, or a start that does not fit.
     """
-    model = build_model(config.model, loading)
-    start = checkpoint.load_start(Path(config.start_from), model) if config.start_from else None
-    return model, start
+    built = build_run(config, loading)
+    return built.model, built.start
+
+
+def build_run(config: RunConfig, loading: Loading = whole) -> Built:
+    """The model as its run begins: on the weights that the run has started from, if it has.
+
+    `loading` stands around the reading of pretrained weights; a worker gives `engine.loading_of`.
+
+    Raises:
+        ModelError, TrainError: A part that cannot be built, a start that does not fit, or other
+            frozen weights than the run was begun beside.
+    """
+    run = Path(config.output)
+    before = recorded(run)
+    chain = find_chain(config.start_from, before.get("start", ""), by=run)
+    built = build_on(config.model, chain, loading)
+    if before:
+        check_frozen(before, built.frozen, run=run)
+    return built
 
 
 def open_for(
@@ -124,14 +144,17 @@ def _check_tokenizer(pretrained: str, dataset: Dataset, on_note: Callable[[str],
                 "in the number of ids and not in the tokenizer"
             )
             return
-        own = tokenizer_facts(load_tokenizer(pretrained))
+        loaded = load_tokenizer(pretrained)
+        own = tokenizer_facts(loaded)
     except DataError as error:
         raise TrainError(
             f"tokenizer: that of model.language.pretrained cannot be compared with the one "
             f"{dataset.path} was made with: {error}"
         ) from None
     there = dataset.manifest.tokenizer
-    if own.fingerprint != there["fingerprint"]:
+    if own.fingerprint == there["fingerprint"]:
+        return
+    if not extends(dataset.tokenizer, loaded):  # tokens may be added
         raise TrainError(
             f"tokenizer: {dataset.path} was made with {there['name']} (fingerprint "
             f"{there['fingerprint'][:12]}), {pretrained} has another ({own.fingerprint[:12]}); "
@@ -164,13 +187,12 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
     check_precision(device, config.precision)
-    # weights of another project replace all that is read, and are not put in part by part
-    is_foreign = config.start_from and not checkpoint.is_run(Path(config.start_from))
-    model, start = build_start(config, whole if is_foreign else engine.loading_of(config))
+    built_on = build_run(config, engine.loading_of(config))
+    model = built_on.model
     set_modes(model)
     dataset = open_for(model, config)
-    check_start(start, dataset)
-    state = _facts(model, dataset, config, start)
+    check_start(built_on.start, dataset)
+    state = _facts(built_on, dataset, config)
     found = _find_checkpoint(Path(config.output), state, rank)
     if found:
         checkpoint.load_weights(found, model)
@@ -199,7 +221,7 @@ def check_start(
     dataset: Dataset,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """An embedding that has learnt other ids is no start.
+    """An embedding that has learnt other ids is no start; tokens may have been added.
 
     Another template is one, as LLaVA's second stage has it; `on_note` is called with a line where
     it has the same name.
@@ -210,11 +232,11 @@ def check_start(
     if start is None:
         return
     here, there = dataset.manifest.tokenizer["fingerprint"], start.state["data"]["tokenizer"]
-    if here != there:
+    if here != there and not keeps_ids(start, dataset.tokenizer):
         raise TrainError(
             f"start_from: {start.path} was trained with another tokenizer (fingerprint "
             f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
-            "same tokenizer"
+            "same tokenizer, or with that one and tokens added"
         )
     mine, theirs = data_facts(dataset), start.state["data"]
     is_named_alike = mine["template_name"] == theirs.get("template_name")
@@ -226,18 +248,14 @@ def check_start(
         )
 
 
-def _facts(
-    model: VisionLanguageModel,
-    dataset: Dataset,
-    config: RunConfig,
-    start: checkpoint.Checkpoint | None,
-) -> dict[str, Any]:
+def _facts(built: Built, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
     """What a checkpoint says of the run it is from."""
+    start = built.start
     return {
         "start": start.state["files"][checkpoint.WEIGHTS]["sha256"] if start else "",
         "dataset": dataset.manifest.fingerprint,
         "data": data_facts(dataset),
-        "frozen": checkpoint.frozen_fingerprint(model, trainable_parameters(model).keys()),
+        "frozen": {"form": FORM, "weights": built.frozen},
         "config": asdict(config),
         "versions": {
             name: importlib.metadata.version(name)
@@ -247,7 +265,7 @@ def _facts(
 
 
 def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, checked to be of this dataset and these frozen weights.
+    """The newest whole checkpoint, checked to be of this dataset and this start.
 
     Rank 0 decides for all: ranks that went on from different steps would wait for each other.
     """
@@ -256,7 +274,7 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
     if dist.is_initialized():
         dist.broadcast_object_list(steps, src=0)
     found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
-    for name in ("dataset", "start", "frozen"):
+    for name in ("dataset", "start"):
         if found and found.state[name] != state[name]:
             raise TrainError(
                 f"{found.path}: was saved with another {name} (fingerprint "

@@ -9,7 +9,7 @@ from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import read_hf
 from lapilli.model.interop.llava import is_llava, load_llava
 from lapilli.model.pretrained import require_missing
-from lapilli.model.trainable import base_name
+from lapilli.model.trainable import base_name, is_adapter
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = ["load_foreign"]
@@ -47,7 +47,7 @@ def _is_hf(path: Path) -> bool:
 def _load_hf(path: Path, model: VisionLanguageModel) -> list[str]:
     found = read_hf(path).state_dict()
     held = model.state_dict()
-    names = {base_name(name): name for name in held if ".lora_" not in name}
+    names = {base_name(name): name for name in held if not is_adapter(name)}
     different = sorted(names.keys() ^ found.keys()) or [
         name for name, value in found.items() if held[names[name]].shape != value.shape
     ]

@@ -16,7 +16,7 @@ from lapilli.model.interop.files import PROJECTOR, read_tensors, save_tensors
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
 from lapilli.model.pretrained import require_missing
-from lapilli.model.trainable import base_name
+from lapilli.model.trainable import base_name, is_adapter
 from lapilli.model.vision import TransformersTower
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -215,7 +215,7 @@ def _llava_projector(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 def _load_part(path: Path, part: str, module: Any, found: dict[str, Tensor]) -> None:
     held: dict[str, Tensor] = module.state_dict()
-    names = {base_name(name): name for name in held if ".lora_" not in name}
+    names = {base_name(name): name for name in held if not is_adapter(name)}
     expected = {plain: held[name] for plain, name in names.items()}
     if part == "vision":  # ours has no layer behind the taken one, and no norm there
         found = {name: value for name, value in found.items() if name in expected}

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.added_rows import added_rows, table_names
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import read_tensors, save_tensors
-from lapilli.model.interop.weights import adapted_layers
-from lapilli.model.trainable import base_name
+from lapilli.model.interop.weights import adapted_layers, low_rank, plain_weights
+from lapilli.model.trainable import base_name, is_adapter
 
 __all__ = [
     "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter", "write_adapter",
@@ -123,8 +124,11 @@ def adapter_of(part: nn.Module, lora: LoraConfig, *, base: str = "", task: str =
         tensors[name + A] = layer.lora_A["default"].weight.detach().cpu()
         tensors[name + B] = layer.lora_B["default"].weight.detach().cpu()
     for name, value in part.named_parameters():
-        if value.requires_grad and ".lora_" not in name:
+        if value.requires_grad and not is_adapter(name):
             tensors[base_name(name)] = value.detach().cpu()
+    if added_rows(part) is not None:  # whole tables, as PEFT saves those that were resized
+        weights = plain_weights(part)
+        tensors.update({name: weights[name].make().cpu() for name in _own_tables(part)})
     settings = {
         "peft_type": "LORA",
         "task_type": task or None,
@@ -138,6 +142,12 @@ def adapter_of(part: nn.Module, lora: LoraConfig, *, base: str = "", task: str =
         "target_modules": sorted(layers),
     }
     return Adapter(settings, tensors)
+
+
+def _own_tables(part: Any) -> list[str]:
+    """The vocabulary's tables; a tied head is the embedding once more."""
+    parameters = dict(part.named_parameters())
+    return [name for name in table_names(part) if name in parameters]
 
 
 @torch.no_grad()
@@ -167,7 +177,7 @@ def merge_adapter(adapter: Adapter, model: nn.Module) -> list[str]:
         if target not in parameters:
             raise ModelError(f"adapter: {target} is not in the model; expected its base model")
         weight = parameters[target]
-        new = weight + _product(adapter, layer, weight) if name.endswith(A) else value
+        new = weight.float() + _product(adapter, layer, weight) if name.endswith(A) else value
         if new.shape != weight.shape:
             raise ModelError(
                 f"adapter: {target} of shape {tuple(new.shape)}, the model's has "
@@ -181,12 +191,11 @@ def merge_adapter(adapter: Adapter, model: nn.Module) -> list[str]:
 
 def _product(adapter: Adapter, layer: str, weight: Tensor) -> Tensor:
     first, second = (adapter.tensors[layer + part].to(weight.device) for part in (A, B))
-    made = second @ first
-    if adapter.settings.get("fan_in_fan_out"):
-        made = made.T
+    is_transposed = bool(adapter.settings.get("fan_in_fan_out"))
+    made = low_rank(first, second, adapter.scale(layer), is_transposed=is_transposed)
     if made.shape != weight.shape:
         raise ModelError(
             f"adapter: {layer} adapts shape {tuple(made.shape)}, the model's has "
             f"{tuple(weight.shape)}; expected its base model"
         )
-    return (made * adapter.scale(layer)).to(weight.dtype)
+    return made

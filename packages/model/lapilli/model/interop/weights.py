@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.added_rows import added_rows, table_names
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import save_tensors
-from lapilli.model.trainable import base_name
+from lapilli.model.trainable import base_name, is_adapter
 
-__all__ = ["Progress", "Weight", "adapted_layers", "plain_weights", "write_weights"]
+__all__ = ["Progress", "Weight", "adapted_layers", "low_rank", "plain_weights", "write_weights"]
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
@@ -62,7 +63,7 @@ def plain_weights(part: nn.Module) -> dict[str, Weight]:
     """A part's tensors under the names they have without adapters; those of adapted layers merged.
 
     Merging is in fp32 whatever the layer's dtype: `W + (B A) alpha / r` (Hu et al. 2021,
-    arXiv:2106.09685).
+    arXiv:2106.09685). Added rows that learnt by themselves stand in their tables.
 
     Raises:
         ModelError: A layer whose weights are quantised.
@@ -70,7 +71,7 @@ def plain_weights(part: nn.Module) -> dict[str, Weight]:
     adapted = adapted_layers(part)
     found: dict[str, Weight] = {}
     for name, value in part.state_dict().items():
-        if ".lora_" in name:
+        if is_adapter(name):
             continue
         plain = base_name(name)
         layer, _, leaf = plain.rpartition(".")
@@ -82,15 +83,40 @@ def plain_weights(part: nn.Module) -> dict[str, Weight]:
                     "merged into them; export with --to peft"
                 )
             found[plain] = Weight.of(value).then(partial(_merge, adapted[layer]))
+    for prefix, language in (("", part), ("language.", getattr(part, "language", None))):
+        rows = None if language is None else added_rows(language)
+        if rows is not None:
+            for name, kind in table_names(language).items():
+                learnt = rows.embedding if kind == "embedding" else rows.head_rows
+                change = partial(_replace_last, learnt.detach())
+                found[prefix + name] = found[prefix + name].then(change)
     return found
+
+
+def _replace_last(rows: Tensor, table: Tensor) -> Tensor:
+    return torch.cat([table[: len(table) - len(rows)], rows.to(table.dtype)])
 
 
 def _merge(layer: Any, weight: Tensor) -> Tensor:
     merged = weight.float()
     for name, first in layer.lora_A.items():
-        made = layer.lora_B[name].weight.detach().float() @ first.weight.detach().float()
-        merged = merged + (made.T if layer.fan_in_fan_out else made) * layer.scaling[name]
+        pair = first.weight.detach(), layer.lora_B[name].weight.detach()
+        is_transposed = bool(layer.fan_in_fan_out)
+        merged = merged + low_rank(*pair, layer.scaling[name], is_transposed=is_transposed)
     return merged
+
+
+def low_rank(first: Tensor, second: Tensor, scale: float, *, is_transposed: bool) -> Tensor:
+    """What an adapter adds to a weight, fp32: `(B A) scale`.
+
+    Args:
+        first: A, [r, in].
+        second: B, [out, r].
+        scale: alpha / r.
+        is_transposed: Whether the layer holds its weight as [in, out] (GPT-2's `Conv1D`).
+    """
+    made = second.float() @ first.float()
+    return (made.T if is_transposed else made) * scale
 
 
 def write_weights(

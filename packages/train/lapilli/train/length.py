@@ -1,0 +1,53 @@
+"""How long a run is may change while it goes on: more epochs, keeping the optimizer's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+
+__all__ = ["LENGTH", "changed_length", "check_length"]
+
+LENGTH = ("epochs", "max_steps")  # settings that may change down to what the run has not passed
+
+
+def changed_length(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The settings of a run's length that are others than before."""
+    return [key for key in LENGTH if before[key] != getattr(config, key)]
+
+
+def check_length(
+    before: Mapping[str, Any],
+    config: RunConfig,
+    done: int,
+    total: int,
+    on_note: Callable[[str], None],
+) -> None:
+    """A run may be made longer, or shorter down to where it is; say what that does to the rate.
+
+    Args:
+        before: The settings under which the newest checkpoint was made.
+        config: The settings now.
+        done: Steps taken.
+        total: Steps that the settings now make.
+        on_note: Called with a line where they are another number.
+
+    Raises:
+        TrainError: Fewer than are taken.
+    """
+    changed = changed_length(before, config)
+    if done > total:
+        key = changed[0] if changed else "epochs"
+        raise TrainError(
+            f"{key}: {getattr(config, key)} makes {total} steps, {config.output} has taken {done}; "
+            "raise it, or choose another --output"
+        )
+    for key in changed:
+        follow = f"steps {done} to {total - 1} follow" if done < total else "none is left to follow"
+        on_note(
+            f"{key}: {before[key]} before, now {getattr(config, key)}: the {done} steps that are "
+            f"taken keep their learning rates, and the optimizer its moments; {follow} the "
+            f"{config.optim.schedule} schedule of a run of {total} steps"
+        )
