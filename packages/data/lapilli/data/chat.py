@@ -102,13 +102,14 @@ class ChatWriter:
         following_starts = [place.start for place in placed.places[1:]] + [len(text)]
         for place, following in zip(placed.places, following_starts, strict=False):
             turn = turns[place.turn]
-            trained = turn.role == "assistant" and bool(getattr(turn, "trains", True))
+            is_answer = turn.role == "assistant"
+            trained = is_answer if turn.trains else None
             pen.frame(text[at : place.start])
             _write_turn(pen, text, place, trained=trained)
             at = place.end
-            if trained:
+            if is_answer:
                 end = self._end_of_answer(text[at:following], system=has_system)
-                pen.frame(end, trained=True)
+                pen.frame(end, trained=trained)
                 at += len(end)
         pen.frame(text[at:])
 
@@ -148,7 +149,7 @@ class _Pen:
         self._image = image
         self._pictures = pictures
 
-    def frame(self, text: str, *, trained: bool = False) -> None:
+    def frame(self, text: str, *, trained: bool | None = False) -> None:
         """The template's own text: a special token spelt in it is one."""
         # Splitting on one group alternates: text, special, text, ..., text.
         for number, piece in enumerate(self._specials.split(text)):
@@ -157,14 +158,14 @@ class _Pen:
             else:
                 self.said(piece, trained=trained)
 
-    def said(self, text: str, *, trained: bool) -> None:
+    def said(self, text: str, *, trained: bool | None) -> None:
         """Text of a record, with its images."""
         for number, piece in enumerate(text.split(self._image)):
             image: list[Part] = [next(self._pictures)] if number else []
             self._page.parts([*image, TextPart(piece)], trained=trained)
 
 
-def _write_turn(pen: _Pen, text: str, place: Place, *, trained: bool) -> None:
+def _write_turn(pen: _Pen, text: str, place: Place, *, trained: bool | None) -> None:
     """A turn: the record's own text, and what the template puts between two stretches of it."""
     at = place.start
     for start, end in place.said:
@@ -176,7 +177,7 @@ def _write_turn(pen: _Pen, text: str, place: Place, *, trained: bool) -> None:
 
 def _stand_in(turns: Sequence[Turn]) -> str:
     """A character that stands for an image and is in none of the texts."""
-    text = "".join(turn.text + str(getattr(turn, "thinking", "")) for turn in turns)
+    text = "".join(turn.text + turn.thinking for turn in turns)
     spare = next((char for char in map(chr, _STAND_INS) if char not in text), None)
     if spare is None:
         raise TemplateRefusal("its texts use every private character, none is left for an image")
@@ -185,7 +186,7 @@ def _stand_in(turns: Sequence[Turn]) -> str:
 
 def _said(turn: Turn, image: str) -> Said:
     texts = [part.text if isinstance(part, TextPart) else image for part in turn.parts]
-    return Said(turn.role, "".join(texts), str(getattr(turn, "thinking", "")))
+    return Said(turn.role, "".join(texts), turn.thinking)
 
 
 def _special_names(tokenizer: Any) -> set[str]:

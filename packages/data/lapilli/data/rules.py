@@ -28,10 +28,11 @@ def record_rules(template: Template, tokenizer: Any, compat: str | None) -> Rule
     if compat == "llava":
         return lambda record: check_as_llava(mark_images(record, template), template)
     refusal = template_refusal(tokenizer, template)
+    writes_thinking = "reasoning_content" in template.chat
 
     def rules(record: Record) -> tuple[Record, Verdict]:
         record = mark_images(record, template)
-        verdict = check_record(record)
+        verdict = check_record(record, writes_thinking=writes_thinking)
         if verdict.kept and (reason := refusal(record)):
             detail = f"the chat template refuses it: {reason}"
             verdict = Verdict(Reason.TEMPLATE_REFUSES, detail)

@@ -25,7 +25,7 @@ from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
 from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS
-from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
+from lapilli.data.sources.files import annotation_places, file_error, what_it_is_instead
 from lapilli.data.sources.rows import LISTS
 
 __all__ = ["read"]
@@ -42,7 +42,7 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
         DataError: A file is missing, no Parquet, damaged, without a conversation's column, or with
             images in it outside the folder of `images`.
     """
-    for place in _places(config, root):
+    for place in map(str, annotation_places(config, root)):
         instead = "" if is_remote(place) else what_it_is_instead(Path(place))
         try:
             with _open(place) as file:
@@ -54,28 +54,6 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
                 f"annotations: {place} is no whole Parquet file ({excerpt(str(error))}); "
                 + (instead or "download or write it again")
             ) from None
-
-
-def _places(config: SourceConfig, root: Path) -> list[str]:
-    """The files of a source by path or address."""
-    if not any(map(is_remote, config.patterns)):
-        return [str(path) for path in annotation_files(config, root)]
-    found: list[str] = []
-    for pattern in config.patterns:
-        if not is_remote(pattern):
-            raise DataError(
-                f"annotations: {pattern!r} of source {config.name} is a path and others are "
-                "addresses; make two sources of them"
-            )
-        scheme, path = split_address(pattern)
-        names = sorted(open_storage(scheme).glob(path))
-        if not names:
-            raise DataError(
-                f"annotations: no file matches {pattern!r}; check the `annotations` of source "
-                f"{config.name}"
-            )
-        found += [f"{scheme}://{name}" for name in names]
-    return found
 
 
 def _open(place: str) -> pq.ParquetFile:
