@@ -264,8 +264,7 @@ def open_dataset(
         with mirror.held(manifest.selection):
             table = open_table(path, manifest.selection)
     else:
-        _check_sizes(path, shards)
-        check_copy_files(path, manifest.tokenizer_files)
+        _check_sizes(path, shards, manifest.tokenizer_files)
         table = open_table(path, manifest.selection)
     images = np.diff(_lists(table, "image_slots")[0])
     lengths = _column(table, "text_length") + images * image_tokens
@@ -318,8 +317,9 @@ def _column(table: pa.Table, name: str) -> NDArray[np.int64]:
     return table[name].to_numpy().astype(np.int64)
 
 
-def _check_sizes(path: Path, shards: Iterable[ShardFacts]) -> None:
-    """Notice a missing or cut shard now and not at step 9,000."""
+def _check_sizes(path: Path, shards: Iterable[ShardFacts], tokenizer: list[ShardFacts]) -> None:
+    """Notice a missing or cut shard, or another tokenizer, now and not at step 9,000."""
+    check_copy_files(path, tokenizer)
     for shard in shards:
         file = path / shard.path
         try:
