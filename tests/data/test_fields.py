@@ -399,7 +399,9 @@ def says_nothing(value: Any) -> bool:
         return all(map(says_nothing, value))
     if isinstance(value, dict):
         return all(map(says_nothing, value.values()))
-    return value is None or value is False or value in ("", "[]")
+    if isinstance(value, str):
+        return value.strip() in ("", "[]")
+    return value is None or value is False
 
 
 @settings(

@@ -338,8 +338,7 @@ def _selection(path: Path, manifest: Manifest, view: str, mirror: Mirror | None)
         mirror.check_sizes([*shards, manifest.selection])
         with mirror.held(manifest.selection):
             return open_table(path, manifest.selection)
-    _check_sizes(path, shards)
-    check_copy_files(path, manifest.tokenizer_files)
+    _check_sizes(path, shards, manifest.tokenizer_files)
     return open_table(path, manifest.selection)
 
 
@@ -373,8 +372,9 @@ def _column(table: pa.Table, name: str) -> NDArray[np.int64]:
     return table[name].to_numpy().astype(np.int64)
 
 
-def _check_sizes(path: Path, shards: Iterable[ShardFacts]) -> None:
-    """Notice a missing or cut shard now and not at step 9,000."""
+def _check_sizes(path: Path, shards: Iterable[ShardFacts], tokenizer: list[ShardFacts]) -> None:
+    """Notice a missing or cut shard, or another tokenizer, now and not at step 9,000."""
+    check_copy_files(path, tokenizer)
     for shard in shards:
         file = path / shard.path
         try:
