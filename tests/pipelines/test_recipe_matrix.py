@@ -164,3 +164,33 @@ def test_a_step_is_taken(
     facts: dict[str, Any] = json.loads((output / "facts.json").read_text())
     assert facts["attention"]["name"] == "sdpa"
     assert list((output / "checkpoints").glob("step-*/state.json"))
+
+
+def test_a_family_without_sdpa_starts_with_eager_and_says_so(
+    material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    arguments = material.arguments("tiny/pretrain", output, "--model.language.model_type=gemma2")
+    for more in (["--estimate"], []):
+        assert pipelines.train.main([*arguments, *more]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "attention: eager; gemma2 cannot be built with sdpa, only with eager" in said
+    assert "fp32, eager attention" in said
+    facts: dict[str, Any] = json.loads((output / "facts.json").read_text())
+    assert facts["attention"]["name"] == "eager"
+    other = [*arguments, f"--output={tmp_path / 'other'}", "--model.language.attention=sdpa"]
+    refused = one_line(pipelines.train.main, other, capsys)
+    assert "language.attention: 'sdpa' is nothing gemma2 supports; expected auto" in refused
+
+
+@pytest.mark.parametrize("more", [["--estimate"], []])
+def test_settings_that_transformers_asserts_are_one_line(
+    more: list[str], material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Phi-3's own padding token is 32000."""
+    arguments = material.arguments(
+        "tiny/pretrain", tmp_path / "run", "--model.language.model_type=phi3"
+    )
+    said = one_line(pipelines.train.main, [*arguments, *more], capsys)
+    assert "language.settings: pad_token_id 32000 is no row of vocab_size 512" in said
+    assert not (tmp_path / "run").exists()

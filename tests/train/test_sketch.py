@@ -109,6 +109,16 @@ def test_of_every_decoder_with_the_default_attention(kind: str) -> None:
     assert_same(replace(config, head_chunk=4, lora=LORA, dtype="bf16"))
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_of_experts(kind: str, dtype: Literal["fp32", "bf16"]) -> None:
+    language = LanguageConfig(kind, settings=twins.DECODER)
+    config = ModelConfig(VisionConfig(settings=twins.TOWER), language, head_chunk=4, dtype=dtype)
+    fake, real = sketch_model(config), build_model(config)
+    assert facts_of(fake.model) == facts_of(real)
+    assert fake.activations(shapes_of_a_batch(9)).kept > 0
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2"])
 def test_of_a_folder_with_ids_added(kind: str, folders: Path) -> None:
     language = LanguageConfig(pretrained=str(folders / kind), vocab_size=70)
