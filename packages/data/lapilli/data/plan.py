@@ -269,7 +269,7 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
 
-    `on_progress(done)` is called now and then with the number of records read.
+    `on_progress` is told the number of records read.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
@@ -298,7 +298,7 @@ def plan_build(
         mount = open_mount(source, config, root)
         if not originals:
             mount.require()
-        for entry in _entries_of(source, root, rules):
+        for entry in _told(_entries_of(source, root, rules), len(entries), on_progress):
             checked, places = locate_images(_without(entry, unseen), mount)
             if checked.verdict.reason == Reason.IMAGE_MISSING:
                 checked, places = originals.locate(entry, checked)
@@ -307,27 +307,31 @@ def plan_build(
             images = tuple(place.image_id for place in places)
             entries.append(checked.pack())
             entry_images.append(images)
-            if len(entries) % PROGRESS_EVERY == 0:
-                on_progress(len(entries))
         repairs.update(mount.repairs)
-    on_progress(len(entries))
     _check_all_seen(unseen)
     check_quarantined(entries, config.max_quarantined)
     check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
     check_agreement(loaded, _first_texts(entries))
     stamps = {name: originals.stamp(place) or image_stamp(place) for name, place in located.items()}
     digests = _digests(config, entries, stamps, tokenizer, template, codecs)
-    records = [
-        (entry.sample_id, row_stamp(entry.packed, images))
-        for entry, images in zip(entries, entry_images, strict=True)
-        if entry.verdict.kept and entry.packed is not None
-    ]
     folder = _token_folder(config, tokenizer, template)
-    groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
+    rows = _stamped_rows(entries, entry_images)
+    groups = arrange_tokens(output, rows, config.records_per_shard, folder, previous)
     return BuildPlan(
         config, entries, located, arrange_slots(stamps, previous), entry_images, dict(repairs),
         tokenizer, template, views, codecs, folder, groups, previous, digests,
     )  # fmt: skip
+
+
+def _stamped_rows(
+    entries: Sequence[PackedEntry], entry_images: Sequence[tuple[str, ...]]
+) -> list[Stamped]:
+    """Sample id and stamp of each record still kept."""
+    return [
+        (entry.sample_id, row_stamp(entry.packed, images))
+        for entry, images in zip(entries, entry_images, strict=True)
+        if entry.verdict.kept and entry.packed is not None
+    ]
 
 
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
@@ -400,6 +404,18 @@ def _entries_of(source: SourceConfig, root: Path, rules: Rules) -> Iterable[Entr
             f"annotations: {root}: {', '.join(source.patterns)} holds no record, expected at least "
             f"one; check the file or take source {source.name} out of the recipe"
         )
+
+
+def _told(
+    entries: Iterable[Entry], before: int, on_progress: Callable[[int], None]
+) -> Iterator[Entry]:
+    """The entries; how many were read, those before them included, is told now and then."""
+    done = before
+    for done, entry in enumerate(entries, before + 1):
+        yield entry
+        if done % PROGRESS_EVERY == 0:
+            on_progress(done)
+    on_progress(done)
 
 
 def open_mount(source: SourceConfig, config: BuildConfig, root: Path) -> Mount:
