@@ -280,7 +280,7 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
 
-    `on_progress(done)` is called now and then with the number of records read.
+    `on_progress` is told the number of records read.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
@@ -307,13 +307,9 @@ def plan_build(
     check_agreement(loaded, _first_texts(entries))
     stamps = {name: originals.stamp(place) or image_stamp(place) for name, place in located.items()}
     digests = _digests(config, entries, stamps, tokenizer, template, codecs)
-    records = [
-        (entry.sample_id, row_stamp(entry.packed, images))
-        for entry, images in zip(entries, entry_images, strict=True)
-        if entry.verdict.kept and entry.packed is not None
-    ]
     folder = _token_folder(config, tokenizer, template)
-    groups = arrange_tokens(output, records, config.records_per_shard, folder, previous)
+    rows = _stamped_rows(entries, entry_images)
+    groups = arrange_tokens(output, rows, config.records_per_shard, folder, previous)
     return BuildPlan(
         config, entries, located, arrange_slots(stamps, previous), entry_images,
         dict(read.repairs), pa.concat_tables(read.repaired), read.tallies, tokenizer, template,
@@ -367,6 +363,17 @@ def _read_sources(
     on_progress(len(read.entries))
     _check_all_seen(unseen)
     return read
+
+
+def _stamped_rows(
+    entries: Sequence[PackedEntry], entry_images: Sequence[tuple[str, ...]]
+) -> list[Stamped]:
+    """Sample id and stamp of each record still kept."""
+    return [
+        (entry.sample_id, row_stamp(entry.packed, images))
+        for entry, images in zip(entries, entry_images, strict=True)
+        if entry.verdict.kept and entry.packed is not None
+    ]
 
 
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
