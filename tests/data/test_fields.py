@@ -225,11 +225,12 @@ def test_a_recipe_says_who_speaks(tmp_path: Path, form: str) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": "a", "json": json.dumps(element).encode()}])
     name = {"parquet": "a.parquet", "webdataset": "a.tar"}.get(form, "a.json")
     roles: Any = {"rules": "system", "user": "user", "bot": "assistant"}
-    for mapping, reason in (
+    cases: list[tuple[Any, str | None]] = [
         (roles, None),
         ({}, "unknown_role"),
         ({"user": "user"}, "unknown_role"),
-    ):
+    ]
+    for mapping, reason in cases:
         source = SourceConfig("s", name, format=form, roles=mapping)
         (entry,) = read_entries(source, tmp_path)
         assert entry.verdict.reason == reason

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lapilli.data.compat import check_as_llava
 from lapilli.data.config import SourceConfig
 from lapilli.data.dataset import Sample, open_dataset
-from lapilli.data.record import ImagePart, Record, TextPart, Turn, pack, unpack
+from lapilli.data.export import _message_form  # pyright: ignore[reportPrivateUsage]
+from lapilli.data.record import ImagePart, Record, TextPart, Turn, Verdict, pack, unpack
+from lapilli.data.sources import messages
 from lapilli.data.templates import get_template
 from lapilli.data.tokenize import encode_batch, load_tokenizer
 from tests.data.source_files import write_lines
@@ -134,3 +137,23 @@ def test_labels_of_a_dataset(tmp_path: Path, folder: Path, tokenizer: Any, form:
         sample = samples[f"s/r{number}"]
         found = [s.strip() for s in trained(tokenizer, sample.input_ids, sample.label_spans)]
         assert found == (both if number == 3 else both[1:])
+
+
+def test_an_export_keeps_the_weights_and_the_thinking() -> None:
+    """What is written into a tar is read again as the same turns."""
+    turns = record((True, False, True, True)).turns
+    given = replace(
+        record((True,) * 4), turns=(*turns[:3], replace(turns[3], thinking="Let me see."))
+    )
+    element = _message_form(given, [])
+    normalised = messages.normalise(json.loads(json.dumps(element)))
+    assert not isinstance(normalised, Verdict)
+    assert normalised[0] == given.turns
+    assert messages.inspect(element).unread == ()
+
+
+def test_llavas_own_way_refuses_what_llava_does_not_know() -> None:
+    template = get_template("v1")
+    assert check_as_llava(record((True,) * 4), template)[1].kept
+    _, verdict = check_as_llava(record((True, False, True, True)), template)
+    assert verdict.reason == "unsupported_field"
