@@ -246,6 +246,7 @@ def _bad_structure() -> Iterator[tuple[Any, Reason]]:
     yield said("turn no object", "Why?", answer), Reason.SCHEMA
     yield said("value no text", {"from": "human", "value": 7}, answer), Reason.SCHEMA
     yield said("image no key", human, answer, image={"path": "a.png"}), Reason.SCHEMA
+    yield said("a tool", human, answer, tools=[{"name": "look"}]), Reason.UNSUPPORTED_FIELD
     yield said("no turns"), Reason.NO_TURNS
     yield said("only an answer", answer), Reason.NO_TURNS
     yield said("two humans", human, human, answer), Reason.TURN_ORDER

@@ -310,7 +310,7 @@ def test_a_dataset_of_a_table_is_the_same_from_a_bucket(
     ("config", "words"),
     [
         ({"annotations": "s3://tables/none/*.parquet"}, "no file matches"),
-        ({"annotations": ["s3://tables/train/0.parquet", "a.parquet"]}, "make two sources"),
+        ({"annotations": ["s3://tables/train/0.parquet", "a.parquet"]}, "an address above it"),
         ({"annotations": "s3://tables/train/0.parquet"}, "set `images` to a folder or an address"),
     ],
 )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import BatchSampler
 
 NOTES, ADAPTERS, *GIVEN = sys.argv[1:]
 
@@ -80,7 +81,7 @@ def main() -> None:
 
     register_optimizer_step_pre_hook(updating)
     wrapped(accelerate.Accelerator, "clip_grad_norm_", clipped)
-    wrapped(torch.utils.data.sampler.BatchSampler, "__iter__", dealt)
+    wrapped(BatchSampler, "__iter__", dealt)
     wrapped(trainer, "training_step", stepped)
     if ADAPTERS != "-":
         wrapped(peft, "get_peft_model", with_adapters)
