@@ -26,7 +26,7 @@ from lapilli.train.ask import Assistant, Question
 from lapilli.train.errors import TrainError
 from pipelines.chat import ChatConfig, listen, make_app
 from tests.browser import DESK, FLAGS, PHONE, SCHEMES, Chromium, find_chromium
-from tests.factories import image_bytes, make_tokenizer
+from tests.factories import bad_image, image_bytes, make_tokenizer
 from tests.train.small_run import small_run
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn (extra `chat`) is absent")
@@ -128,8 +128,8 @@ def test_what_cannot_be_answered_is_one_line(
 
 
 def test_uploads_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = encoded(image_bytes("png", 20_000, 1, seed=1))  # small as a file, huge once padded
-    status, text = served.post({"turns": asked("a", images=1), "images": [wide]})
+    bomb = encoded(bad_image("bomb"))  # small as a file, huge once decoded
+    status, text = served.post({"turns": asked("a", images=1), "images": [bomb]})
     assert status == 400
     assert "image_too_large" in text
     monkeypatch.setattr(pipelines.chat, "MOST_BYTES", 1 << 20)

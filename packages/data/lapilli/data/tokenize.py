@@ -305,9 +305,14 @@ def template_refusal(tokenizer: AnyTokenizer, template: Template) -> Callable[[R
 
     Raises:
         DataError: A chat template that is none, or a tokenizer that has none.
+
+    Warns:
+        UserWarning: As `encode`.
     """
     if not template.chat:
         return lambda record: ""
+    if line := _writer(tokenizer, template).warning():
+        warnings.warn(line, stacklevel=2)
     vocab_size = raw_backend(tokenizer).get_vocab_size()
     return _chat_writer(tokenizer, vocab_size, bind_template(template, tokenizer)).refusal
 
