@@ -79,9 +79,9 @@ def test_the_earlier_runs_tokenizer_is_looked_for_where_it_is_still_the_same(
     fingerprint = tokenizer_facts(load_tokenizer(old)).fingerprint
     state = {"config": {"dataset": str(old.parent)}, "data": {"tokenizer": fingerprint}}
     start = Checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001", 1, state)
-    assert keeps_ids(start, new)
-    shutil.copytree(old, tmp_path / "run" / "tokenizer")
+    assert keeps_ids(start, load_tokenizer(new))
+    shutil.copytree(old, tmp_path / "run" / "data" / "tokenizer")
     add(old, ["<other>"])  # the dataset was made again
-    assert keeps_ids(start, new)  # by the run's own copy
+    assert keeps_ids(start, load_tokenizer(new))  # by the run's own copy
     shutil.rmtree(tmp_path / "run")
-    assert not keeps_ids(start, new)
+    assert not keeps_ids(start, load_tokenizer(new))

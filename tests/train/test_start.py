@@ -99,8 +99,8 @@ def test_it_is_finished_only_with_its_own_settings_and_data(
     with pytest.raises(TrainError, match=r"start_from: .* was started with"):
         finished_steps(replace(second, start_from=""))
     other = small_dataset(tmp_path / "other", images=9, text_only=0)
-    moved = replace(first, dataset=str(other))
-    assert finished_steps(moved) is None
+    with pytest.raises(TrainError, match="was saved with another dataset"):
+        finished_steps(replace(first, dataset=str(other)))
 
 
 def with_other_seed(config: RunConfig) -> RunConfig:
