@@ -31,7 +31,9 @@ pytestmark = [pytest.mark.llava, pytest.mark.timeout(1200)]
 
 TABLE = ROOT / "outputs" / "llava_trainer.md"
 LOSS, NORM, RATE = 5e-6, 1e-4, 1e-9  # absolute, relative, of the peak
-MOVED = 3e-4  # of the distance that a tensor has moved
+# Of the distance that a tensor has moved. Where a gradient is near its own rounding, as that of a
+# layer's first norm, Adam's quotient of moments is too: two ranks summing in another order do that.
+MOVED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,10 @@ def test_run_equals_llavas(
     model, _ = build_start(config)
     opened = open_for(model, config)
     feed = Feed(opened, config, rank=0, world_size=1)
-    assert opened.num_cut == case.long
+    # texts alone are cut when they are preprocessed, those with an image when they are opened
+    long = [r for r in records if len(r["conversations"][-1]["value"].split()) >= 150]
+    assert len(long) == case.long
+    assert opened.num_cut == sum("image" in record for record in long)
     names = [opened.sample_id(index).partition("/")[2] for index in range(len(opened))]
     ours = [
         [[sample.partition("/")[2] for sample in batch.sample_ids] for batch in step.batches]
@@ -273,8 +278,8 @@ def expected_stream(drawn: list[list[str]], case: Case) -> list[str]:
     """The samples that LLaVA's steps take, in turn; Accelerate fills a last micro-step."""
     width = case.batch * case.ranks
     flat: list[str] = []
+    size = -(-case.count // case.batch)  # batches of an epoch; the last one may end early
     for epoch in range(case.epochs):
-        size = len(drawn) // case.epochs
         order = [i for batch in drawn[epoch * size : (epoch + 1) * size] for i in batch]
         missing = -len(order) % width if case.ranks > 1 else 0
         flat += order + (order * width)[:missing]
