@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lapilli.data.access import is_file
 from lapilli.model.added_rows import ADDED, source_rows, table_names
@@ -364,4 +363,6 @@ def _tables(model: VisionLanguageModel) -> dict[str, str]:
 
 
 def _is_transposed(model: nn.Module, name: str) -> bool:
+    from transformers.pytorch_utils import Conv1D  # every command imports this module
+
     return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
