@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.browser import Chromium, find_chromium
+from tests.open_directory import open_directory
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534
@@ -58,12 +60,19 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture(autouse=True)
+def torchs_linear() -> Iterator[None]:
+    """DeepSpeed's stage 3 replaces torch's `linear` in this process, for all tests that follow."""
+    yield
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.nn.functional.linear = torch._C._nn.linear
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that every user may enter; pytest's own are for their owner alone."""
-    with tempfile.TemporaryDirectory(prefix="lapilli-test-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+    with open_directory() as folder:
         yield folder
 
 

@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from lapilli.data.shards import sha256_file
 from lapilli.train.errors import TrainError
 from lapilli.train.journal import Journal
 from tests.factories import image_bytes
+from tests.open_directory import open_directory
 from tests.pipelines.test_train import RECIPE, one_line
 from tests.train.small_run import VIEW, small_dataset
 
@@ -79,9 +79,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained() -> Iterator[Trained]:
     """In a folder that every user may enter."""
-    with tempfile.TemporaryDirectory(prefix="lapilli-test-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+    with open_directory() as folder:
         dataset = small_dataset(folder, images=8, text_only=4)
         recipe = RECIPE.replace("{settings: {hidden_size: 24", "{settings: {hidden_size: 48")
         (folder / "run.yaml").write_text(recipe, encoding="utf-8")
