@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["open_directory"]
+__all__ = ["is_open", "open_directory"]
 
 
-def _is_open(folder: Path) -> bool:
+def is_open(folder: Path) -> bool:
     """Whether every user may enter a folder and those above it."""
     return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.parents))
 
@@ -22,7 +22,7 @@ def _is_open(folder: Path) -> bool:
 def open_directory() -> Generator[Path]:
     """Make a folder below the first temporary place that is open; it is removed at the end."""
     places = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]  # the first may be ours
-    above = next((place for place in places if place.is_dir() and _is_open(place)), None)
+    above = next((place for place in places if place.is_dir() and is_open(place)), None)
     if above is None:
         pytest.skip("no temporary folder here may be entered by every user")
     with tempfile.TemporaryDirectory(prefix="lapilli-test-", dir=above) as name:
