@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lapilli.data.config import SourceConfig
-from lapilli.data.record import Entry, ImagePart, Reason, Record, Turn, Verdict, is_unicode
+from lapilli.data.record import (
+    Entry,
+    ImagePart,
+    Reason,
+    Record,
+    Role,
+    TextPart,
+    Turn,
+    Verdict,
+    is_unicode,
+)
 from lapilli.data.sources import Source, get_source
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.tally import Members, Tally
@@ -17,6 +27,8 @@ __all__ = ["Rules", "check_record", "plain_rules", "read_entries"]
 
 Rules: TypeAlias = Callable[[Record], tuple[Record, Verdict]]
 """The record as it is to be used, and the verdict on it, its images unseen."""
+
+_ORDER: list[Role] = ["user", "assistant"]
 
 
 def plain_rules(record: Record) -> tuple[Record, Verdict]:
@@ -34,35 +46,51 @@ def check_record(record: Record, *, writes_thinking: bool = False) -> Verdict:
     does), then user and assistant in turns, ending on an answer. Each image is marked just once,
     in the order of the list, in a turn that templates keep. All text is valid Unicode.
     """
-    said = [turn.text for turn in record.turns]
+    roles = [turn.role for turn in record.turns]
+    first = int(roles[:1] == ["system"])
+    first += roles[first : first + 1] == ["assistant"]
+    turns, roles = record.turns[first:], roles[first:]
+    said, illustrated = _texts(turns)
     marked = [turn for turn in record.turns if not turn.trains or turn.thinking]
     thoughts = [turn.thinking for turn in marked]
-    if not is_unicode("".join((*record.images, *said, *thoughts))):
+    leading = [turn.text for turn in record.turns[:first]]
+    if not is_unicode("".join((*record.images, *leading, *said, *thoughts))):
         return Verdict(Reason.SCHEMA, "a text holds a lone surrogate, which is no valid Unicode")
     if any(thoughts) and not writes_thinking:
         detail = "`reasoning_content`: only a tokenizer's chat template that reads it can write it"
         return Verdict(Reason.UNSUPPORTED_FIELD, detail)
-    turns = list(record.turns)
-    for leading in ("system", "assistant"):
-        if turns and turns[0].role == leading:
-            del turns[0], said[0]
     if not turns:
         return Verdict(Reason.NO_TURNS, "no question with an answer")
-    for place, turn in enumerate(turns):
-        expected = "user" if place % 2 == 0 else "assistant"
-        if turn.role != expected:
-            return Verdict(Reason.TURN_ORDER, f"turn {place}: {turn.role}; expected {expected}")
-    if turns[-1].role != "assistant":
+    expected = (_ORDER * len(roles))[: len(roles)]
+    if roles != expected:  # lists are compared at once: 5 million turns in 665K records
+        place = next(n for n, role in enumerate(roles) if role != expected[n])
+        detail = f"turn {place}: {roles[place]}; expected {expected[place]}"
+        return Verdict(Reason.TURN_ORDER, detail)
+    if roles[-1] != "assistant":
         return Verdict(Reason.TURN_ORDER, "ends on a question; expected an answer")
-    for place, turn in enumerate(turns):
-        if turn.role == "assistant" and not said[place].strip():
-            return Verdict(Reason.EMPTY_ANSWER, f"turn {place} is empty")
+    for place, answer in enumerate(said[1::2]):
+        if not answer.strip():
+            return Verdict(Reason.EMPTY_ANSWER, f"turn {2 * place + 1} is empty")
     if marked and not any(turn.trains for turn in turns[1::2]):
         return Verdict(Reason.NO_TRAINED_TOKEN, "no answer is to be trained: each has weight 0")
-    return _check_markers(turns, len(record.images))
+    return _check_markers(illustrated, len(record.images))
 
 
-def _check_markers(turns: list[Turn], images: int) -> Verdict:
+def _texts(turns: Sequence[Turn]) -> tuple[list[str], list[Turn]]:
+    """The text of each turn, and the turns that are more than one text: few of them."""
+    said: list[str] = []
+    others: list[Turn] = []
+    for turn in turns:
+        parts = turn.parts
+        if len(parts) == 1 and isinstance(part := parts[0], TextPart):
+            said.append(part.text)
+        else:
+            said.append(turn.text)
+            others.append(turn)
+    return said, others
+
+
+def _check_markers(turns: Sequence[Turn], images: int) -> Verdict:
     marked = [part.index for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
     if len(marked) != images:
         return Verdict(Reason.IMAGE_MARKER_COUNT, f"{len(marked)} markers for {images} images")

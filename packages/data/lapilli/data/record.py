@@ -8,7 +8,7 @@ import marshal
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 __all__ = [
     "Entry",
@@ -32,8 +32,7 @@ __all__ = [
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 
-@dataclass(frozen=True, slots=True)
-class TextPart:
+class TextPart(NamedTuple):
     """A stretch of text. `<image>` inside it is text: the source has decided that already."""
 
     text: str
@@ -49,12 +48,17 @@ class ImagePart:
 Part: TypeAlias = TextPart | ImagePart
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """What one side says: text and images in their order.
 
-    `trains` is False where the file says that this turn is not to be trained. `thinking` is the
-    text of its reasoning that stands before an answer; only some chat templates can write it.
+    Named tuples, for 665K records have 5 million turns, and a frozen dataclass takes twice as long
+    to make.
+
+    Attributes:
+        role: Who says it.
+        parts: Text and images in their order.
+        trains: False where the file says that this turn is not to be trained.
+        thinking: The reasoning before an answer; only some chat templates can write it.
     """
 
     role: Role

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -141,7 +141,7 @@ def mark_images(record: Record, template: Template) -> Record:
             if text:
                 marked.append(TextPart(text))
         is_user = turn.role == "user"
-        turns.append(replace(turn, parts=tuple(marked)) if is_user else turn)
+        turns.append(turn._replace(parts=tuple(marked)) if is_user else turn)
         images += sum(isinstance(part, ImagePart) for part in turns[-1].parts)
     return Record(record.record_id, record.sample_id, record.source, tuple(turns), record.images)
 

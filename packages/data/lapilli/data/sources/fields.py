@@ -284,13 +284,13 @@ def inspect_turns(where: str, turns: Any, layout: Layout) -> Inspection:
 def _are_plain(turns: list[Any], layout: Layout) -> bool:
     """Whether all turns have two fields and a text without tags of media: nearly all records."""
     name = layout.content
-    for turn in turns:  # 5 million of them in 665K records
-        if turn.__class__ is not dict or len(turn) != 2:
-            return False
-        text = turn.get(name)
-        if text.__class__ is not str or ("<" in text and _MEDIA_TAG.search(text)):
-            return False
-    return True
+    try:  # 5 million turns in 665K records
+        texts: list[Any] = [turn[name] for turn in turns if len(turn) == 2]
+        tagged: list[str] = [text for text in texts if "<" in text]
+        "".join(texts)  # of texts alone, and a tenth of the time of asking each
+    except (TypeError, LookupError):
+        return False
+    return len(texts) == len(turns) and not any(_MEDIA_TAG.search(text) for text in tagged)
 
 
 def _inspect_turn(where: str, place: int, fields: dict[str, Any], layout: Layout) -> Inspection:

@@ -52,10 +52,11 @@ def normalise(element: Any) -> Turns | Verdict:
     turns: list[Turn] = []
     images = 0
     for place, item in enumerate(cast("list[Any]", conversations)):
-        turn = _plain_turn(item) or _turn(item, images)
-        if isinstance(turn, Verdict):
-            return Verdict(turn.reason, f"turn {place}: {turn.detail}")
-        if len(turn.parts) != 1 or turn.parts[0].__class__ is not TextPart:
+        turn = _plain_turn(item)
+        if turn is None:
+            turn = _turn(item, images)
+            if isinstance(turn, Verdict):
+                return Verdict(turn.reason, f"turn {place}: {turn.detail}")
             images += sum(isinstance(part, ImagePart) for part in turn.parts)
         turns.append(turn)
     return lead(fields, turns) or (tuple(turns), keys)
