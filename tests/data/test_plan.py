@@ -119,7 +119,7 @@ def changed(config: BuildConfig, other: BuildConfig) -> set[str]:
         ({"compat": "llava"}, {"compat", "codecs", "source made_up"}),
         ({"views": {"v": ImageSpec(8, CLIP_MEAN)}}, {"views", "codecs"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_a_changed_setting_has_its_name(
     config: BuildConfig, change: dict[str, Any], names: set[str]
