@@ -1,8 +1,10 @@
 # Python 3.11 or newer and make are all that a fresh machine needs. Plain POSIX make.
 #   PYTHON  what makes the virtual environment
 #   VENV    where the virtual environment lies
+#   TORCH   cpu, cuda, or auto: the CPU build where the package index offers one
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= auto
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
@@ -11,10 +13,14 @@ help:  ## this list
 
 install: $(STAMP)  ## the virtual environment with everything, at the tested versions
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt constraints-cuda.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	set -e; build=$(TORCH); if [ $$build = auto ]; then build=cuda; \
+	if $(BIN)/python -m pip install -q --dry-run --no-deps "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints-cpu.txt)" > /dev/null 2>&1; then build=cpu; fi; fi; \
+	$(BIN)/python -m pip install --require-hashes --no-deps -r constraints.txt -r constraints-$$build.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	@touch $(STAMP)
 
 simd: install  ## pillow-simd for this processor in Pillow's place: faster resizing
@@ -59,14 +65,8 @@ format: install  ## let ruff rewrite what it can
 public-names: install  ## accept the public names as they are now
 	$(BIN)/python -m tests.contracts.public_names
 
-constraints:  ## renew constraints.txt: newest versions that pyproject.toml allows, tests not run
-	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
-	$(PYTHON) -m venv "$$fresh"; \
-	"$$fresh/bin/python" -m pip install -e ".[dev,liger,real-weights]" $$(grep -E '^(torch|triton)==' constraints.txt); \
-	grep '^#' constraints.txt > "$$fresh/constraints.txt"; \
-	"$$fresh/bin/python" -m pip freeze --all --exclude-editable \
-	    | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(pip==|nvidia-|cuda-)' >> "$$fresh/constraints.txt"; \
-	cp "$$fresh/constraints.txt" constraints.txt
+constraints:  ## renew the pins and hashes: newest versions that pyproject.toml allows, tests not run
+	$(PYTHON) .ci/constraints.py
 
 wheel: install  ## dist/lapilli-*.whl
 	$(BIN)/python -m hatchling build -t wheel -d dist

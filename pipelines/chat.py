@@ -6,38 +6,36 @@ python -m pipelines.chat runs/finetune
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
-import queue
-import socket
-import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, TypeVar
 
 from lapilli.data.errors import DataError
-from lapilli.data.record import ImagePart, TextPart, Turn
+from lapilli.data.printable import one_line
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import Decoding
-from lapilli.train.ask import Assistant, Question, open_assistant
+from lapilli.train.ask import Assistant, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
-from lapilli.train.errors import TrainError
+from pipelines.chat_request import MIB, ChatLimits, read_question
+from pipelines.chat_server import listen, make_server, require_server
+from pipelines.chat_worker import Busy, ChatWorker
 from pipelines.command import first_as, parse, run, say
 
+__all__ = ["ChatConfig", "chat", "main", "make_app"]
+
+Found = TypeVar("Found")
 PAGE = Path(__file__).with_name("chat.html")
-MOST_BYTES = 64 << 20  # of a conversation with its images as base64
-MOST_IMAGES = 16
-MOST_TURNS = 200
-MOST_PIXELS = 100_000_000  # of an uploaded image
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 HEADERS = {
     "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src blob: data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
 }
+CLOSE = {"Connection": "close"}  # what is still being sent is not read
+LATER = {"Retry-After": "5"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class ChatConfig:
         port: 0 takes a free one.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         decoding: How answers are written.
+        limits: What requests may ask for.
     """
 
     model: str
@@ -57,101 +56,103 @@ class ChatConfig:
     port: int = 8080
     device: DeviceChoice = "auto"
     decoding: Decoding = field(default_factory=Decoding)
+    limits: ChatLimits = field(default_factory=ChatLimits)
 
 
-def read_question(body: bytes) -> Question:
-    """The conversation a page sends: `{"turns": [{"role", "text", "images"}], "images": [base64]}`.
+class _Refused(Exception):
+    """A request that is not answered: status, one line, headers."""
 
-    `images` of a turn is how many of the images stand before its text.
-
-    Raises:
-        DataError: Something else, or more than is taken.
-    """
-    try:
-        fields: Any = json.loads(body)
-        texts = [base64.b64decode(one, validate=True) for one in fields["images"]]
-        turns: list[Turn] = []
-        place = 0
-        for turn in fields["turns"]:
-            shown = tuple(ImagePart(place + n) for n in range(int(turn["images"])))
-            place += len(shown)
-            words = (TextPart(str(turn["text"])),) if turn["text"] else ()
-            turns.append(Turn(_ROLES[turn["role"]], (*shown, *words)))
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
-        raise DataError("not a conversation; expected JSON with turns and images") from None
-    roles = [turn.role for turn in turns]
-    if place != len(texts) or roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
-        raise DataError("turns and images do not fit; expected user and assistant in turn")
-    if not len(turns) % 2:
-        raise DataError("nothing asked; expected a user's turn at the end")
-    if place > MOST_IMAGES or len(turns) > MOST_TURNS:
-        raise DataError(
-            f"{place} images in {len(turns)} turns; at most {MOST_IMAGES} in {MOST_TURNS}, start a "
-            "new conversation"
-        )
-    return Question(tuple(turns), tuple(texts), "your upload")
+    def __init__(self, status: int, line: str, headers: dict[str, str]) -> None:
+        super().__init__(line)
+        self.status, self.headers = status, headers
 
 
-_ROLES: dict[str, Literal["user", "assistant"]] = {"user": "user", "assistant": "assistant"}
-
-
-class Gone(Exception):
+class _Left(Exception):
     """Who asked does not listen any more."""
 
 
-class Talk:
-    """Answers one after the other, each written in a thread and read piece by piece."""
+class _Load:
+    """What is held for all requests at once, in numbers that are bounded."""
 
-    def __init__(self, assistant: Assistant, decoding: Decoding) -> None:
-        spec = replace(assistant.spec, max_pixels=min(assistant.spec.max_pixels, MOST_PIXELS))
-        self._assistant = replace(assistant, spec=spec)
-        self._decoding = decoding
-        self._one_at_a_time = threading.Lock()
+    def __init__(self, limits: ChatLimits) -> None:
+        self._limits = limits
+        self._num_questions = self._num_bytes = 0
 
-    async def answer(self, question: Question) -> AsyncIterator[str]:
-        """Pieces of the answer as they are written.
+    def enter(self) -> None:
+        """Count a question that is read, waits or is answered.
 
         Raises:
-            DataError, ModelError: What is wrong with what was asked, before the first piece.
+            Busy: There are too many.
         """
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        gone = threading.Event()
+        if self._num_questions >= self._limits.waiting:
+            raise Busy(f"{self._num_questions} questions are waiting; ask again later")
+        self._num_questions += 1
 
-        def on_text(piece: str) -> None:
-            if gone.is_set():
-                raise Gone
-            pieces.put(piece)
+    def leave(self) -> None:
+        """A question is answered or given up."""
+        self._num_questions -= 1
 
-        def work() -> None:
-            try:
-                with self._one_at_a_time:
-                    on_text("")
-                    self._assistant.answer([question], self._decoding, on_text=on_text)
-                pieces.put(None)
-            except BaseException as error:
-                pieces.put(error)
+    async def read(self, request: Any, body: bytearray) -> None:
+        """Append a request's body to `body`; `drop` lets go of it.
 
-        threading.Thread(target=work, name="answer", daemon=True).start()
+        Raises:
+            _Refused: It is too large, too slow, or others hold too much.
+        """
+        limits = self._limits
+        most = limits.body_mib * MIB
+        too_large = _Refused(413, f"more than {limits.body_mib} MiB; choose smaller images", CLOSE)
+        length = request.headers.get("content-length", "0")
+        if len(length) > 12 or int(length) > most:
+            raise too_large
         try:
-            while (piece := await asyncio.to_thread(pieces.get)) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                if piece:
-                    yield piece
-        finally:
-            gone.set()
+            async with asyncio.timeout(limits.body_seconds):
+                async for part in request.stream():
+                    if len(body) + len(part) > most:
+                        raise too_large
+                    if self._num_bytes + len(part) > limits.buffered_mib * MIB:
+                        raise _Refused(503, "too much is being sent; ask later", LATER | CLOSE)
+                    self._num_bytes += len(part)
+                    body += part
+        except TimeoutError:
+            said = f"not sent within {limits.body_seconds:g} s"
+            raise _Refused(408, said, CLOSE) from None
+
+    def drop(self, body: bytearray) -> None:
+        """Let go of a request's body."""
+        self._num_bytes -= len(body)
+        body.clear()
 
 
 def make_app(assistant: Assistant, config: ChatConfig) -> Any:
-    """The page at `/` and the answers at `/answer`, as a Starlette application."""
+    """The page at `/` and the answers at `/answer`, as a Starlette application.
+
+    Raises:
+        DataError: The process that decodes images does not start.
+    """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    talk = Talk(assistant, config.decoding)
+    class Answer(StreamingResponse):
+        """An answer as it is written; `done` is called when it is sent or nobody listens."""
+
+        def __init__(
+            self, first: str, pieces: AsyncGenerator[str], done: Callable[[], Awaitable[None]]
+        ) -> None:
+            super().__init__(_after(first, pieces), media_type="text/plain", headers=HEADERS)
+            self._done = done
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._done()
+
+    worker = ChatWorker(assistant, config.decoding, config.limits)
+    load = _Load(config.limits)
     page = PAGE.read_text(encoding="utf-8")
 
     async def show(request: Request) -> Response:
@@ -161,71 +162,102 @@ def make_app(assistant: Assistant, config: ChatConfig) -> Any:
     async def answer(request: Request) -> Response:
         # another site's page may not send this type without asking first
         if request.headers.get("content-type") != "application/json":
-            return PlainTextResponse("expected application/json", 415)
+            raise _Refused(415, "expected application/json", CLOSE)
+        load.enter()
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BYTES:
-                said = f"more than {MOST_BYTES >> 20} MiB; choose smaller images"
-                return PlainTextResponse(said, 413, headers={"Connection": "close"})
-        pieces = talk.answer(read_question(bytes(body)))
-        first = await anext(pieces, "")
-        return StreamingResponse(_after(first, pieces), media_type="text/plain", headers=HEADERS)
+        pieces = _nothing()
+
+        async def done() -> None:
+            await pieces.aclose()
+            load.drop(body)
+            load.leave()
+
+        try:
+            await load.read(request, body)
+            question = await asyncio.to_thread(read_question, bytes(body), config.limits)
+            pieces = worker.ask(question, lambda: load.drop(body))
+            first = await _unless_left(request, anext(pieces, ""))
+        except BaseException:
+            await done()
+            raise
+        return Answer(first, pieces, done)
 
     async def mistake(request: Request, error: Exception) -> Response:
         del request
-        return PlainTextResponse(" ".join(str(error).split()), 400)
+        refused = _refusal(error)
+        headers = HEADERS | refused.headers
+        return PlainTextResponse(one_line(str(refused)), refused.status, headers=headers)
 
+    known = (DataError, ModelError, Busy, _Refused, _Left, ClientDisconnect)
     # a name that another site points here is not this page's
     hosts = LOOPBACK if config.host in {"127.0.0.1", "localhost", "::1"} else ["*"]
-    return Starlette(
+    app = Starlette(
         routes=[Route("/", show), Route("/answer", answer, methods=["POST"])],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={DataError: mistake, ModelError: mistake},
+        exception_handlers=dict.fromkeys(known, mistake),
     )
+    app.state.worker = worker  # to be closed when nothing is served any more
+    return app
 
 
-async def _after(first: str, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _nothing() -> AsyncGenerator[str]:
+    return
+    yield
+
+
+async def _after(first: str, pieces: AsyncGenerator[str]) -> AsyncGenerator[str]:
     yield first
-    try:
-        async for piece in pieces:
-            yield piece
-    finally:
-        await cast("Any", pieces).aclose()
+    async for piece in pieces:
+        yield piece
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
+async def _unless_left(request: Any, work: Awaitable[Found]) -> Found:
+    """What `work` gives; it is cancelled if who asked has gone.
 
     Raises:
-        TrainError: The address is not this machine's, or the port is taken.
+        _Left: Nobody listens.
     """
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise TrainError(
-            f"port: cannot listen on {host}:{port} ({error}); choose another --port or --host"
-        ) from None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise _Left
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _left(request: Any) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refusal(error: Exception) -> _Refused:
+    if isinstance(error, _Refused):
+        return error
+    if isinstance(error, Busy):
+        return _Refused(503, str(error), LATER)
+    return _Refused(400, " ".join(str(error).split()), {})
 
 
 def chat(config: ChatConfig) -> None:
     """Serve until Ctrl-C."""
-    try:
-        import uvicorn
-    except ImportError:
-        raise TrainError("chat needs starlette and uvicorn; pip install 'lapilli[chat]'") from None
+    require_server()
     device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(Path(config.model), device)
     with listen(config.host, config.port) as taken:
+        app = make_app(assistant, config)
+        server = make_server(app, config.limits)
         port = taken.getsockname()[1]
         host = f"[{config.host}]" if ":" in config.host else config.host
         say(f"{config.model} on {device}: http://{host}:{port}/ (Ctrl-C ends it)")
-        server = uvicorn.Server(
-            uvicorn.Config(make_app(assistant, config), log_level="warning", access_log=False)
-        )
-        with suppress(KeyboardInterrupt):
-            server.run(sockets=[taken])
+        try:
+            with suppress(KeyboardInterrupt):
+                server.run(sockets=[taken])
+        finally:
+            app.state.worker.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

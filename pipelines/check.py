@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from lapilli.data.access import is_folder
+from lapilli.data.access import is_folder, require_writable
 from lapilli.data.checks import Rules, plain_rules
 from lapilli.data.codecs import resolve_codecs
 from lapilli.data.config import BuildConfig, SourceConfig
@@ -83,6 +83,8 @@ def check(config: CheckConfig) -> Survey:
     root = Path(config.root)
     if not is_folder(root):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
+    if config.output:
+        require_writable("output", Path(config.output).parent)
     config = config if config.sources else find_published(config)
     started = time.monotonic()
     for source in config.sources:

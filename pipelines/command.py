@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lapilli.data.access import blame, system_error
+from lapilli.data.addresses import hide_secrets, refuse_secrets
 from lapilli.data.errors import DataError
+from lapilli.data.printable import one_line, spell_out
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
+from pipelines.terminal import console, flush_output, safe_output
 
 __all__ = [
     "UsageError",
+    "console",
     "first_as",
     "parse",
     "progress_bar",
     "read_arguments",
     "run",
     "say",
+    "say_text",
     "say_title",
+    "stream_text",
 ]
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
-
-console = Console(highlight=False)
 
 
 class UsageError(Exception):
@@ -45,6 +50,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> C
 
     Raises:
         UsageError: An unknown key, a wrong type or something missing; names the field.
+        DataError: An address with a password; does not repeat it.
     """
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; several are layered")
@@ -67,11 +73,26 @@ def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
 
     Raises:
         UsageError: As `parse`.
+        DataError: An address with a password; does not repeat it.
     """
     try:
-        return parser.instantiate_classes(parser.parse_args(argv))
+        found = parser.parse_args(argv)
+        _refuse_secrets("", found.as_dict())
+        return parser.instantiate_classes(found)
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
+
+
+def _refuse_secrets(setting: str, value: object) -> None:
+    """Refuse an address with a password, wherever in the settings it stands."""
+    if isinstance(value, (str, Path)):
+        refuse_secrets(setting, str(value))
+    elif isinstance(value, dict):
+        for name, one in cast("dict[object, object]", value).items():
+            _refuse_secrets(f"{setting}.{name}".lstrip("."), one)
+    elif isinstance(value, (list, tuple)):
+        for one in cast("Sequence[object]", value):
+            _refuse_secrets(setting, one)
 
 
 def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
@@ -87,41 +108,69 @@ def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[], int]) -> None:
     """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one.
 
-    So does what rights, a disk or a server refuse; any other error keeps its traceback.
+    So does what rights, a disk or a server refuse; any other error keeps its traceback. A closed
+    pipe ends the command without a word, with the exit code of SIGPIPE.
     """
     warnings.formatwarning = warning_line
+    sys.excepthook = _spelt_traceback
+    with safe_output():
+        code = _exit_code(main)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int]) -> int:
     try:
         code = main()
+        flush_output()
     except (DataError, ModelError, TrainError, UsageError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = USERS_MISTAKE
+        return _mistake(str(error))
     except Exception as error:
         found = system_error(error)
         if found is None or (line := blame(found)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        code = USERS_MISTAKE
+        return _mistake(line)
     except KeyboardInterrupt as stopped:
         where = f"{stopped}; " if str(stopped) else ""
         print(f"interrupted; {where}run the same command again to go on", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return 130
+    return code
+
+
+def _mistake(line: str) -> int:
+    print(f"error: {hide_secrets(' '.join(line.split()))}", file=sys.stderr)
+    return USERS_MISTAKE
+
+
+def _spelt_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    sys.stderr.write(spell_out("".join(traceback.format_exception(kind, error, trace))))
 
 
 def warning_line(message: Warning | str, *where: object, **line: object) -> str:
     """A warning as a reader wants it: what it says, without the place in the code."""
     del where, line
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {hide_secrets(' '.join(str(message).split()))}\n"
 
 
 def say(text: str) -> None:
-    """One line of narration; brackets in it are text."""
+    """One line of narration; brackets in it are text. Newlines in front are empty lines."""
+    line = text.lstrip("\n")
+    say_text("\n" * (len(text) - len(line)) + one_line(line))
+
+
+def say_text(text: str) -> None:
+    """Text of several lines, such as an answer; brackets in it are text."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def stream_text(piece: str) -> None:
+    """A piece of a text as it comes, without an end of line."""
+    sys.stdout.write(spell_out(piece))
+    sys.stdout.flush()
 
 
 def say_title(text: str) -> None:
     """The line a phase begins with."""
-    console.print(f"\n{text}", style="bold", markup=False)
+    console.print(f"\n{one_line(text)}", style="bold", markup=False)
 
 
 def progress_bar(*columns: Any) -> Progress:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lapilli.data.page import Page
+from lapilli.data.printable import relative_names
 from lapilli.train.folders import CONFIG
 from lapilli.train.metrics import read_metrics
 from lapilli.train.report import curves, flat_settings, smoothed
@@ -74,19 +75,30 @@ def _step_of(rows: Sequence[Mapping[str, Any]], tokens: int) -> int:
 
 def add_curves(page: Page, runs: Sequence[Compared]) -> None:
     """One chart a figure with all runs in it."""
+    names = _names(runs)
     page.section("Runs compared")
     page.table(
-        ["setting", *(str(run.path) for run in runs)],
-        [[name, *values] for name, values in differing(runs).items()],
+        ["setting", *names],
+        [[name, *map(relative_names, values)] for name, values in differing(runs).items()],
         "Settings that differ",
     )
-    losses = {str(run.path): curves(run.rows, "loss") for run in runs if run.rows}
+    named = dict(zip(names, runs, strict=True))
+    losses = {name: curves(run.rows, "loss") for name, run in named.items() if run.rows}
     shown = {name: (steps, smoothed(values)) for name, (steps, values) in losses.items()}
     page.line_chart(shown, "step", "smoothed loss", "Loss")
     for name, unit, title in (
         ("held_out_loss", "loss", "Held-out loss"), ("tokens_per_second", "tokens/s", "Speed"),
         ("mfu", "share", "Model FLOPs utilisation"), ("grad_norm", "norm", "Gradient norm"),
     ):  # fmt: skip
-        series = {str(run.path): curves(run.rows, name) for run in runs}
+        series = {of: curves(run.rows, name) for of, run in named.items()}
         if any(len(steps) for steps, _ in series.values()):
             page.line_chart(series, "step", unit, title)
+
+
+def _names(runs: Sequence[Compared]) -> list[str]:
+    """The runs by their folders' last names, which leave the machine; equal ones are numbered."""
+    names = [relative_names(str(run.path)) for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:number].count(name) + 1})"
+        for number, name in enumerate(names)
+    ]

@@ -34,14 +34,14 @@ __all__ = [
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
-PIP = f"{Path(sys.executable).name} -m pip install -c constraints.txt"
+PIP = f"{Path(sys.executable).name} -m pip install --require-hashes --no-deps -r constraints.txt"
 MODULES = {"pillow": "PIL", "protobuf": "google.protobuf", "pyyaml": "yaml"}  # else the name
 BY_THEMSELVES = ("torch", "deepspeed", "ray")  # a row even where all is well
 EXTRAS = {"quickstart": "easy_vqa", "cluster": "aiohttp_cors", "dev": "pytest"}  # what shows it
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 SOCKET_BYTES = 107  # sun_path of unix(7) without its final zero
-SESSION = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+SESSION = f"ray-{os.getuid()}/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 State = Literal["ok", "note", "missing"]
 COLOURS = {"ok": "green", "note": "yellow", "missing": "bold red"}
 
@@ -179,28 +179,23 @@ def library_rows(libraries: Sequence[Library]) -> list[Row]:
 def library_row(library: Library) -> Row:
     """Missing, broken, outside the range, other than tested, or well."""
     plain = _plain(library.name)
+    remedy = PIP.replace(".txt", "-cuda.txt") if plain == "torch" else PIP
     if library.version is None:
-        remedy = f"{PIP} {_quoted(library.name)}"
         return Row(plain, f"not installed; {library.tested} is tested", "missing", remedy)
-    tested = f"{PIP} {_quoted(f'{library.name}=={library.tested}')}"
     if library.error:
-        remedy = tested.replace("install", "install --force-reinstall --no-deps", 1)
+        remedy = f"{remedy} --force-reinstall"
         found = f"{library.version} does not import: {library.error}"
         return Row(plain, found, "missing", remedy)
     if not _in_range(library.version, library.wanted):
-        return Row(plain, f"{library.version}; {library.wanted} is needed", "missing", tested)
+        return Row(plain, f"{library.version}; {library.wanted} is needed", "missing", remedy)
     # the local part (+cpu, +cu130) is the build's
     if library.tested and library.version.partition("+")[0] != library.tested:
-        return Row(plain, f"{library.version}; {library.tested} is tested", "note", tested)
+        return Row(plain, f"{library.version}; {library.tested} is tested", "note", remedy)
     return Row(plain, library.version)
 
 
 def _plain(name: str) -> str:
     return name.partition("[")[0]
-
-
-def _quoted(name: str) -> str:
-    return f'"{name}"' if "[" in name else name
 
 
 def _in_range(version: str, wanted: str) -> bool:
@@ -219,9 +214,10 @@ def read_requirements(root: Path) -> list[tuple[str, str, str]]:
     import tomllib  # not in a Python that is too old, which is to be told so
 
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line.partition("==") for line in lines if "==" in line and line[0] != "#"]
-    tested = {name.lower().replace("_", "-"): version for name, _, version in pins}
+    names = ("constraints.txt", "constraints-cuda.txt")
+    text = "".join((root / name).read_text(encoding="utf-8") for name in names)
+    pins: list[tuple[str, str]] = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+    tested = {name.lower().replace("_", "-"): version for name, version in pins}
     found: list[tuple[str, str, str]] = []
     for line in project["project"]["dependencies"]:
         name, wanted = re.fullmatch(r"([\w.-]+(?:\[[^]]*])?)([^;]*).*", line).groups()  # type: ignore[union-attr]
@@ -328,7 +324,7 @@ def codecs_row() -> Row:
 
     answer, error = attempt(probe)
     if error:
-        return Row("images", error, "missing", f'{PIP} -e ".[dev]"')
+        return Row("images", error, "missing", PIP)
     found, replaced = answer
     if replaced:
         return Row("images", f"{found}; {replaced}", "note", "make simd")
@@ -373,7 +369,7 @@ def optional_rows() -> Iterator[Row]:
     else:
         yield Row("HPUs", "none")
     triton = _version("triton")
-    yield Row("triton", triton) if triton else _lacking("triton", "GPU kernels", f"{PIP} triton")
+    yield Row("triton", triton) if triton else _lacking("triton", "GPU kernels", PIP)
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     yield (
         Row("C compiler", compiler)
@@ -390,9 +386,8 @@ def optional_rows() -> Iterator[Row]:
         if importlib.util.find_spec(module):
             yield Row(f"[{extra}]", "installed")
         else:
-            command = f'{PIP} -e ".[{extra}]"'
             needed = extra == "quickstart"
-            yield Row(f"[{extra}]", "not installed", "missing" if needed else "note", command)
+            yield Row(f"[{extra}]", "not installed", "missing" if needed else "note", PIP)
 
 
 def _lacking(what: str, needed_for: str, remedy: str) -> Row:
@@ -421,13 +416,12 @@ def print_rows(rows: Sequence[Row]) -> None:
     """A table, or plain lines where rich does not import; then the commands, to be copied."""
     commands = [row for row in rows if row.remedy]
     table, error = attempt(lambda: _table(rows))
-    if error:
+    console, has_none = attempt(lambda: importlib.import_module("pipelines.terminal").console)
+    if error or has_none:
         for row in rows:
             print(f"{row.state:8}{row.what}: {row.found}")
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(table)
+        console.print(table)
     if commands:
         print("What would mend it:")
     for row in commands:
@@ -461,8 +455,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code 0: preprocessing, training and the quickstart can run. 1: they cannot.",
     )
     parser.parse_args(argv)
-    rows = diagnose()
-    print_rows(rows)
+    safe_output, _ = attempt(lambda: importlib.import_module("pipelines.terminal").safe_output)
+    with safe_output() if safe_output else contextlib.nullcontext():
+        rows = diagnose()
+        print_rows(rows)
     return exit_code(rows)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,10 +18,19 @@ from typing import Any, cast
 from lapilli.data.access import exists, is_folder, naming, require_listable
 from lapilli.data.errors import DataError
 from lapilli.data.lock import only_writer
+from lapilli.data.printable import one_line
 from lapilli.model.generate import Decoding
 from lapilli.train.ask import Assistant, Question, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
-from pipelines.command import first_as, parse, progress_bar, run, say
+from pipelines.command import (
+    first_as,
+    parse,
+    progress_bar,
+    run,
+    say,
+    say_text,
+    stream_text,
+)
 from pipelines.question_file import Asked, existing, read_questions
 
 ROW = ("question_id", "prompt", "text", "model_id", "metadata")
@@ -141,14 +149,14 @@ def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -
         return _to_file(assistant, asked, config, output)
     if len(asked) == 1:
         question = _question(asked[0], assistant.template.image_marker)
-        answers = assistant.answer([question], config.decoding, on_text=_print)
+        answers = assistant.answer([question], config.decoding, on_text=stream_text)
         print()
         return answers
     answers: list[str] = []
     for batch, texts in _batches(assistant, asked, config):
         answers += texts
         for one, text in zip(batch, texts, strict=True):
-            say(f"{one.question_id}: {text}")
+            say_text(f"{one_line(str(one.question_id))}: {text}")
     return answers
 
 
@@ -239,11 +247,6 @@ def _batches(
             texts = assistant.answer(questions, config.decoding)
             yield batch, texts
             bar.update(task, completed=start + len(batch))
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.access import require_writable
 from lapilli.data.build import BuildReport, build, task_bytes
 from lapilli.data.codecs import replaced_simd
 from lapilli.data.config import BuildConfig
@@ -26,6 +27,8 @@ from pipelines.live import build_line
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan, build and tell what came of it."""
+    if not is_address(config.output):
+        require_writable("output", Path(config.output))
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     with progress_bar() as bar:
         task = bar.add_task("records", total=None)

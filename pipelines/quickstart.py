@@ -30,7 +30,7 @@ from lapilli.data.tokenize import train_tokenizer
 from lapilli.train.config import RunConfig
 from lapilli.train.evaluate import Answer, Scores, score
 from pipelines.blind import blind_answers
-from pipelines.command import parse, run, say, say_title
+from pipelines.command import parse, run, say, say_text, say_title
 from pipelines.easy_vqa_data import write_easy_vqa
 from pipelines.evaluate import EvaluateConfig, evaluate_once
 from pipelines.preprocess import preprocess
@@ -236,7 +236,7 @@ def judge(summary: dict[str, Any], config: QuickstartConfig) -> int:
             "images"
         )
         return 1
-    say(NEXT)
+    say_text(NEXT)
     return 0
 
 

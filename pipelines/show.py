@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lapilli.data.access import require_writable
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import read_manifest
 from lapilli.data.page import GalleryItem, Page
+from lapilli.data.printable import one_line, relative_names
 from lapilli.data.report import write_dataset_report
 from lapilli.data.transcript import Piece
 from lapilli.train.errors import TrainError
@@ -118,7 +120,8 @@ def show(config: ShowConfig, console: Console) -> None:
     for description in described:
         if description.sources:
             console.print(sources_table(description, titled=len(described) > 1))
-    page = Page("lapilli show", ", ".join(str(folder) for folder in config.folders))
+    names = ", ".join(relative_names(str(folder)) for folder in config.folders)
+    page = Page("lapilli show", names)
     for description in described:
         samples = samples_of(description, config) if config.samples else []
         _print_samples(description, samples, config, console)
@@ -234,10 +237,10 @@ def _print_samples(
         return
     how = "in green" if has_colour(console) else "in [[double brackets]]"
     title = f"{description.path}: {counted(len(samples), 'conversation')}, what is trained {how}"
-    console.print(escape(title), style="bold", highlight=False, soft_wrap=True)
+    console.print(escape(one_line(title)), style="bold", highlight=False, soft_wrap=True)
     for shown in samples:
         console.print()
-        console.print(escape(shown.title), style="dim", highlight=False, soft_wrap=True)
+        console.print(escape(one_line(shown.title)), style="dim", highlight=False, soft_wrap=True)
         print_transcript(shown.pieces, tokens=config.tokens, console=console)
 
 
@@ -281,6 +284,10 @@ def write_page(page: Page, path: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = read_config(argv)
+    if config.html:
+        require_writable("html", Path(config.html).parent)
+    for folder in config.folders if config.report else ():
+        require_writable("report", folder, "free space or check rights")
     if config.verify or config.root:
         whole = verify_folders(config.folders, repair=config.repair, root=config.root)
         return 0 if whole else DAMAGED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -11,6 +10,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lapilli.data.dataset import Dataset
+from lapilli.data.printable import one_line
 from lapilli.data.transcript import Piece, join_pieces, transcript
 from pipelines import command
 
@@ -20,7 +20,6 @@ TRAINED = Style(color="green", bold=True)
 STYLES = {"text": Style(), "special": Style(color="cyan"), "image": Style(color="magenta")}
 TOKEN_STYLES = (Style(), Style(underline=True))  # neighbours differ, so that their ends are seen
 OPEN, CLOSE = "[[", "]]"
-_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def read_transcript(dataset: Dataset, index: int, *, image_text: str = "") -> list[Piece]:
@@ -83,9 +82,5 @@ def _append(text: Text, run: Iterable[Piece], *, tokens: bool, colour: bool) -> 
 
 
 def visible(text: str) -> str:
-    """Text that cannot steer a terminal: each line's end is marked, control characters are shown.
-
-    Texts come from strangers; an escape sequence in one could hide or forge what is printed.
-    """
-    shown = _CONTROL.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
-    return shown.replace("\n", "↵\n")
+    """Text that cannot steer a terminal, as `one_line` spells it; an arrow marks a line's end."""
+    return "↵\n".join(map(one_line, text.split("\n")))

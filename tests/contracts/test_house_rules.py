@@ -75,24 +75,59 @@ def test_folder_has_a_readme(folder: Path) -> None:
     assert (folder / "README.md").is_file()
 
 
+CONSTRAINTS = [f"constraints{which}.txt" for which in ("", "-cpu", "-cuda", "-real-weights")]
+
+
+def extras() -> dict[str, list[str]]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {**project["optional-dependencies"], "": project["dependencies"]}
+
+
 def test_every_requirement_has_a_pin() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras: dict[str, list[str]] = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(text for extra in extras.values() for text in extra)]
-    names = {canonicalize_name(Requirement(text).name) for text in wanted} - {project["name"]}
-    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert names <= {canonicalize_name(name) for name in pins}
+    wanted = {canonicalize_name(Requirement(text).name) for of in extras().values() for text in of}
+    texts = [(ROOT / name).read_text() for name in CONSTRAINTS]
+    pins = {canonicalize_name(pin.name) for text in texts for pin, _ in pinned(text)}
+    assert wanted - {"lapilli"} <= pins
 
 
-def test_make_constraints_installs_every_extra_and_no_target_is_taken_for_a_file() -> None:
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_every_pin_is_exact_and_has_hashes(name: str) -> None:
+    text = (ROOT / name).read_text()
+    found = pinned(text)
+    assert found
+    for pin, hashes in found:
+        assert re.fullmatch(r"==[\w.!+]+", str(pin.specifier)), pin
+        assert hashes, pin
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), pin
+    others = {line for line in text.splitlines() if line and not line.startswith((" ", "#"))}
+    assert len(others) == len(found)  # nothing without a hash
+
+
+def test_torch_is_apart_from_what_every_build_needs() -> None:
+    """A CPU build of torch comes without two gigabytes of CUDA."""
+    base, cpu, cuda, _ = ([p for p, _ in pinned((ROOT / n).read_text())] for n in CONSTRAINTS)
+    kinds = ("torch", "nvidia-", "cuda-")
+    assert [pin.name for pin in base if pin.name == "torch" or pin.name.startswith(kinds[1:])] == []
+    assert [pin.name for pin in cuda if not pin.name.startswith(kinds)] == []
+    (build,), (whole,) = cpu, [pin for pin in cuda if pin.name == "torch"]
+    assert str(build.specifier) == f"{whole.specifier}+cpu"
+
+
+def pinned(text: str) -> list[tuple[Requirement, list[str]]]:
+    """The pins of a requirements file with their hashes."""
+    lines = text.replace("\\\n", " ").splitlines()
+    words = [line.partition(" --hash") for line in lines if re.match(r"[\w.-]+==", line)]
+    return [(Requirement(pin), (mark + rest).split()) for pin, mark, rest in words]
+
+
+def test_make_constraints_resolves_every_extra_and_no_target_is_taken_for_a_file() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras: dict[str, list[str]] = project["optional-dependencies"]
-    _, _, recipe = makefile.partition("\nconstraints:")
-    named = re.findall(r'-e "\.\[(.+?)\]"', recipe)[0].split(",")
-    below = [Requirement(text) for text in extras["dev"]]
-    inside = {extra for it in below if it.name == project["name"] for extra in it.extras}
-    assert {*named, *inside} == set(extras)
+    script = (ROOT / ".ci" / "constraints.py").read_text(encoding="utf-8")
+    named = re.findall(r'"--extra", "([\w-]+)"', script)
+    named += re.findall(r'"([\w-]+)"', re.findall(r"^EXTRAS = (.+)$", script, re.MULTILINE)[0])
+    below = [Requirement(text) for text in extras()["dev"]]
+    inside = {extra for it in below if it.name == "lapilli" for extra in it.extras}
+    assert {*named, *inside, ""} == set(extras())
     targets = re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE)
     phony = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split()
     assert sorted(phony) == sorted(targets)

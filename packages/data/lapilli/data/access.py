@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from lapilli.data.errors import DataError
 
 __all__ = [
     "FULL", "blame", "cannot_read", "exists", "is_denied", "is_file", "is_folder", "is_missing",
-    "naming", "require_listable", "require_readable", "subpaths", "system_error",
+    "naming", "require_listable", "require_readable", "require_writable", "subpaths",
+    "system_error",
 ]  # fmt: skip
 
 MISSING = (errno.ENOENT, errno.ENOTDIR)
@@ -33,6 +35,7 @@ MACHINE = {
     errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EREMOTEIO,
     errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.EBADMSG,
 }  # fmt: skip
+TRIED_BYTES = 4096  # the least that a page or a manifest takes
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 REMEDIES = {
     errno.EROFS: "it is on a read-only disk; choose another folder",
@@ -182,6 +185,31 @@ def require_listable(folder: Path) -> None:
 
     for _ in os.walk(folder, onerror=stop):
         pass
+
+
+def require_writable(setting: str, folder: Path, remedy: str = "") -> None:
+    """Write a file into a folder, or into what is there above it, and remove it again.
+
+    For a command whose result is written last: it is told now and not after its work.
+
+    Args:
+        setting: What names the folder.
+        folder: Where the result goes.
+        remedy: What to do; left out, to choose another.
+
+    Raises:
+        DataError: It cannot be written; names setting, folder and cause.
+    """
+    existing = next((p for p in (folder, *folder.absolute().parents) if exists(p)), folder)
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".try-") as file:
+            file.write(b"\0" * TRIED_BYTES)
+            file.flush()
+    except OSError as error:
+        remedy = remedy or f"choose another --{setting}"
+        raise DataError(
+            f"{setting}: {folder} cannot be written ({_cause(error)}); {remedy}"
+        ) from None
 
 
 @contextmanager

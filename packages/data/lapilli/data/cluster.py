@@ -9,11 +9,13 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lapilli.data.access import blame
 from lapilli.data.errors import DataError
+from lapilli.data.local_ray import local_ray
 from lapilli.data.record import excerpt
 
 if TYPE_CHECKING:
@@ -38,11 +40,12 @@ def ray_session() -> Generator[None]:
     """Use the Ray that is already here (a job's, a test's), or start one and stop it after.
 
     `RAY_ADDRESS` names a cluster (`ray job submit` sets it). Without it a local Ray is started on
-    this machine; one left over from somebody else's script is never joined. One that does not come
-    up in time, as on a busy machine, is tried once more.
+    this machine, for this user and on loopback (`local_ray`); one left over from somebody else's
+    script is never joined. One that does not come up in time, as on a busy machine, is tried once
+    more.
 
     Raises:
-        DataError: It does not come up, or `RAY_ADDRESS` is no address.
+        DataError: It does not come up or may not, or `RAY_ADDRESS` is no address.
     """
     # A thread that still asks a Ray that is gone must not start another one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -53,27 +56,32 @@ def ray_session() -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    _start()
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):  # what went wrong first is what is told
-            ray.shutdown()
-        raise
-    ray.shutdown()
+    with nullcontext() if "RAY_ADDRESS" in os.environ else local_ray() as folder:
+        _start(folder)
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # what went wrong first is what is told
+                ray.shutdown()
+            raise
+        ray.shutdown()
 
 
-def _start() -> None:
-    """Join the cluster that is named, or start a Ray here; a second time if it is late."""
+def _start(folder: Path | None) -> None:
+    """Join the cluster that is named, or start a Ray here; a second time if it is late.
+
+    Args:
+        folder: For the files of a local Ray; None joins.
+    """
     import ray
 
     for is_last in (False, True):
         before = set(_children())
         try:
-            if "RAY_ADDRESS" in os.environ:
+            if folder is None:
                 ray.init(**QUIET)
             else:
-                ray.init("local", include_dashboard=False, **QUIET)
+                ray.init("local", include_dashboard=False, _temp_dir=str(folder), **QUIET)
             return
         except Exception as error:
             with suppress(Exception):

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lapilli.data.addresses import refuse_secrets, refuse_web
 from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
@@ -62,6 +63,10 @@ class SourceConfig:
                 f"sources.annotations: {self.annotations!r} of source {self.name}; expected a "
                 "file, a glob or a list of these, relative to the root"
             )
+        for name, values in (("annotations", self.patterns), ("images", [self.images])):
+            for value in values:
+                refuse_secrets(f"sources.{name} of source {self.name}", value)
+                refuse_web(f"sources.{name} of source {self.name}", value)
         self._check_format()
 
     def _check_format(self) -> None:

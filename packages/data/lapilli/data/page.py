@@ -2,6 +2,7 @@
 
 A page is a list of blocks; the template beside this file lays them out. All text is escaped, and a
 content security policy forbids scripts and requests, so a page may hold the data of strangers.
+Absolute paths in titles, texts and settings are shown by their last name, since pages are sent on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lapilli.data import charts
+from lapilli.data.printable import relative_names
 from lapilli.data.scales import Values, number
 from lapilli.data.transcript import Piece, join_pieces
 
@@ -142,7 +144,7 @@ def _setting(value: object) -> str:
         return ", ".join(f"{key}: {_setting(item)}" for key, item in pairs) or "—"
     if isinstance(value, list | tuple):
         return ", ".join(map(_setting, cast("Sequence[object]", value))) or "—"
-    return number(value)
+    return relative_names(number(value))
 
 
 def _is_number(cell: object) -> bool:
@@ -232,18 +234,22 @@ class Page:
     _blocks: list[_Block] = field(default_factory=list[_Block], init=False, repr=False)
     _sections: list[_Section] = field(default_factory=list[_Section], init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Take the folders out of what stands on top."""
+        self.title, self.subtitle = map(relative_names, (self.title, self.subtitle))
+
     def _add(self, block: _Block) -> Self:
         self._blocks.append(block)
         return self
 
     def section(self, title: str) -> Self:
         """Open a section: the blocks that follow belong to it."""
-        self._sections.append(_Section(title, len(self._blocks)))
+        self._sections.append(_Section(relative_names(title), len(self._blocks)))
         return self
 
     def text(self, text: str) -> Self:
         """Add a paragraph; line breaks are kept."""
-        return self._add(_Text(text))
+        return self._add(_Text(relative_names(text)))
 
     def code(self, text: str) -> Self:
         """Add text in a fixed-width type, such as a command to repeat."""

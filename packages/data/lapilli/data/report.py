@@ -28,6 +28,7 @@ from lapilli.data.located_entries import open_mount
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.page import Figure, GalleryItem, Page
+from lapilli.data.printable import relative_names
 from lapilli.data.record import Verdict, excerpt
 from lapilli.data.shards import OK, ShardFacts, open_table
 from lapilli.data.sources import get_source
@@ -406,14 +407,14 @@ def _tell_reason(
     else:
         page.table(
             ["record", "detail", "what the file says"],
-            [[excerpt(row["sample_id"]), row["detail"], (row["record"] or "")[:100]]
+            [[excerpt(row["sample_id"]), relative_names(row["detail"]), (row["record"] or "")[:100]]
              for row in rows],
         )  # fmt: skip
 
 
 def _bad_image(row: dict[str, Any], mounts: _Mounts) -> GalleryItem:
     """The image where it can be decoded after all, else a crossed frame; the error below."""
-    lines = [excerpt(row["sample_id"]), ("error", row["detail"])]
+    lines = [excerpt(row["sample_id"]), ("error", relative_names(row["detail"]))]
     try:
         data = None if row["reason"] == WORST else mounts.read(row)
         spec = ImageSpec(THUMBNAIL, (0, 0, 0))

@@ -241,7 +241,11 @@ _TOLD: WeakSet[VisionLanguageModel] = WeakSet()
 
 
 def check_positions(
-    model: VisionLanguageModel, lengths: Iterable[tuple[str, int]], decoding: Decoding
+    model: VisionLanguageModel,
+    lengths: Iterable[tuple[str, int]],
+    decoding: Decoding,
+    *,
+    strict: bool = False,
 ) -> None:
     """Compare prompts and their answers with the language model's positions.
 
@@ -249,9 +253,10 @@ def check_positions(
         model: The model.
         lengths: What each prompt is called, and its tokens with those of its images.
         decoding: How long answers may be.
+        strict: Whether a model that can go beyond its positions may not.
 
     Raises:
-        ModelError: The model cannot go beyond its positions; names the prompt.
+        ModelError: The model cannot or may not go beyond its positions; names the prompt.
 
     Warns:
         UserWarning: Once for a model that can.
@@ -267,7 +272,7 @@ def check_positions(
             f"{what}: {length} tokens and up to {decoding.max_new_tokens} new ones make {longest}, "
             f"the language model has {known.limit} positions"
         )
-        if known.is_fixed:
+        if known.is_fixed or strict:
             raise ModelError(f"{said}; ask something shorter or lower max_new_tokens")
         if model not in _TOLD:
             _TOLD.add(model)

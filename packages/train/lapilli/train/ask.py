@@ -34,7 +34,7 @@ from lapilli.train.run_data import read_data
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Assistant", "Question", "open_assistant"]
+__all__ = ["Assistant", "Question", "bad_image", "open_assistant"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class Assistant:
         decoding: Decoding,
         *,
         on_text: Callable[[str], None] | None = None,
+        pixels: Sequence[NDArray[np.uint8]] | None = None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         """Answer a batch of questions.
 
@@ -113,6 +115,8 @@ class Assistant:
             questions: What is asked.
             decoding: How answers are written.
             on_text: Called with each new piece of the first answer's text.
+            pixels: uint8 [images, size, size, 3] of each question, where they are prepared already.
+            is_over: Asked at each token; once True, the answers end there.
 
         Returns:
             The answers, without the template's end and white space around them.
@@ -130,14 +134,21 @@ class Assistant:
         generate(
             self.model,
             [self.prompt(question.turns) for question in questions],
-            [self._pixels(question) for question in questions],
+            [self._pixels(question) for question in questions] if pixels is None else pixels,
             decoding,
-            watch=lambda row, newest: readers[row].take(newest),
+            watch=lambda row, newest: readers[row].take(newest) or is_over(),
         )
         return [reader.finish() for reader in readers]
 
-    def check(self, questions: Iterable[Question], decoding: Decoding) -> None:
+    def check(
+        self, questions: Iterable[Question], decoding: Decoding, *, strict: bool = False
+    ) -> None:
         """Find a question that is too long before any is asked.
+
+        Args:
+            questions: What is asked.
+            decoding: How answers are written.
+            strict: Whether a language model that can go beyond its positions may not.
 
         Raises:
             ModelError: The language model cannot take it; names it.
@@ -148,7 +159,7 @@ class Assistant:
         lengths = (
             (one.name, expanded_length(self.model, self.prompt(one.turns))) for one in questions
         )
-        check_positions(self.model, lengths, decoding)
+        check_positions(self.model, lengths, decoding, strict=strict)
 
     def _frames(self) -> tuple[Frames, Decoder]:
         frames = find_frames(self.template, self.tokenizer)
@@ -170,11 +181,16 @@ class Assistant:
             try:
                 made[number] = prepare(data, self.spec)
             except BadImage as error:
-                raise DataError(
-                    f"{question.name}: image {number + 1} is {error.reason.value} "
-                    f"({error.detail}); expected an image file"
-                ) from None
+                raise bad_image(question.name, number, error) from None
         return made
+
+
+def bad_image(name: str, number: int, error: BadImage) -> DataError:
+    """The line for image `number`, counted from 0, of the question with this name."""
+    return DataError(
+        f"{name}: image {number + 1} is {error.reason.value} ({error.detail}); expected an image "
+        "file"
+    )
 
 
 def _counted(count: int, what: str) -> str:

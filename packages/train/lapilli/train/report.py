@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from lapilli.train.generations import Generation, read_generations
 from lapilli.train.measure import SampleLoss, read_worst
 from lapilli.train.metrics import read_metrics
 from lapilli.train.notes import notes_from
+from lapilli.train.probes import WORKERS
 from lapilli.train.starts import Start, read_starts
 
 __all__ = ["REPORT", "curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
@@ -285,7 +287,19 @@ def _add_sample(page: Page, dataset: Dataset, tokenizer: Any, found: SampleLoss)
 def _add_notes(page: Page, run: Path) -> None:
     lines, _ = notes_from(run, 0)
     if lines:
-        page.section("What was noted").text("\n".join(lines[-50:]))
+        text = "\n".join(lines[-50:])
+        for host, rank in sorted(_hosts(run).items(), key=lambda item: -len(item[0])):
+            text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", f"rank {rank}'s machine", text)
+        page.section("What was noted").text(text)
+
+
+def _hosts(run: Path) -> dict[str, int]:
+    """Names of the run's machines, which stay in its folder, with the first rank on each."""
+    try:
+        workers = json.loads((run / WORKERS).read_text(encoding="utf-8"))["workers"]
+        return {str(one["host"]): int(one["rank"]) for one in reversed(workers) if one["host"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

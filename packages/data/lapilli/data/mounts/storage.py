@@ -11,6 +11,7 @@ import functools
 import os
 from typing import Any
 
+from lapilli.data.addresses import WEB, refuse_secrets
 from lapilli.data.errors import DataError
 from lapilli.data.record import excerpt
 
@@ -20,7 +21,12 @@ BY_PYARROW = ("s3", "gs", "gcs")
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """`s3://bucket/a/b` to the scheme and what stands behind it, without a slash at the end."""
+    """`s3://bucket/a/b` to the scheme and what stands behind it, without a slash at the end.
+
+    Raises:
+        DataError: It has a user or password in it.
+    """
+    refuse_secrets("address", address)
     scheme, _, path = address.partition("://")
     return scheme, path.rstrip("/")
 
@@ -34,6 +40,11 @@ def open_storage(scheme: str) -> Any:
     """
     if scheme in BY_PYARROW:
         return _by_pyarrow(scheme)
+    if scheme in WEB:
+        raise DataError(
+            f"{scheme}:// is the web, whose files cannot be listed; download them to a folder, or "
+            "name a store (s3://, gs://)"
+        )
     import fsspec
 
     try:

@@ -1,0 +1,121 @@
+"""A Ray of this machine alone: loopback addresses, a token and a folder that only this user reads.
+
+Ray itself listens on all interfaces, writes its token with the umask's rights and opens its folder
+to everybody, so that several users can share one Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import stat
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lapilli.data.access import blame
+from lapilli.data.errors import DataError
+
+__all__ = ["FOLDER", "LEAST_FILES", "local_ray", "require_open_files"]
+
+# Ray takes 127.0.0.1 for its node's address, and binds everything there, where it has no clusters.
+NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# torch's process groups connect over the same interface.
+LOOPBACK = {NO_CLUSTERS: "0", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+FOLDER = f"ray-{os.getuid()}/r"  # the first is closed; Ray opens the second to everybody
+LEAST_FILES = 1024
+
+
+@contextmanager
+def local_ray() -> Generator[Path]:
+    """What a local Ray needs, before it starts and while it runs.
+
+    Yields:
+        The folder for `_temp_dir`.
+
+    Raises:
+        DataError: Too few open files are allowed, or the token or the folder is not this user's.
+    """
+    from ray._private import ray_constants
+
+    require_open_files()
+    folder = _own_folder()
+    _own_token()
+    added = {name: value for name, value in LOOPBACK.items() if name not in os.environ}
+    before = ray_constants.ENABLE_RAY_CLUSTER  # read from the variable when Ray was imported
+    os.environ.update(added)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield folder
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def require_open_files() -> None:
+    """Look whether enough files may be open at once.
+
+    Raises:
+        DataError: They may not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
+        return
+    raise DataError(
+        f"open files: the limit is {soft}, Ray needs {LEAST_FILES}; run ulimit -n {LEAST_FILES} "
+        "before" + ("" if hard == resource.RLIM_INFINITY or hard >= LEAST_FILES else " as root")
+    )
+
+
+def _own_folder() -> Path:
+    """The folder of this user's Rays, closed to everybody else."""
+    base = next(filter(None, map(os.environ.get, ("RAY_TMPDIR", "TMPDIR"))), "") or "/tmp"
+    folder = Path(base) / FOLDER
+    _close(folder.parent, is_folder=True)
+    return folder
+
+
+def _own_token() -> None:
+    """The token that Ray would write, but closed, unless the environment names another."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # whole from the start, under a name of its own, so that two starts write one token
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".auth_token")
+        try:
+            os.write(descriptor, secrets.token_hex(32).encode())
+            os.close(descriptor)
+            os.link(name, path)
+        except FileExistsError:
+            pass
+        finally:
+            Path(name).unlink()
+    except OSError as error:
+        raise DataError(f"Ray cannot start: {blame(error, path) or error}") from None
+    _close(path, is_folder=False)
+
+
+def _close(path: Path, *, is_folder: bool) -> None:
+    """Take all rights from others, after looking that it is this user's and no link."""
+    try:
+        if is_folder:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+        kind = stat.S_ISDIR if is_folder else stat.S_ISREG
+        if found.st_uid != os.getuid() or not kind(found.st_mode):
+            what = "folder" if is_folder else "file"
+            raise DataError(
+                f"Ray cannot start: {path} is no {what} of this user's; remove it, or set "
+                f"{'RAY_TMPDIR' if is_folder else 'RAY_AUTH_TOKEN_PATH'} to another"
+            )
+        if found.st_mode & 0o077:
+            path.chmod(found.st_mode & 0o700)
+    except OSError as error:
+        raise DataError(f"Ray cannot start: {blame(error, path) or error}") from None
