@@ -49,6 +49,9 @@ test-long: install  ## tests that take minutes each or need the extra real-weigh
 test-llava: install  ## LLaVA's own trainer beside ours, in an environment of its own (.venv-readers)
 	$(BIN)/python -m pytest -m llava
 
+test-readers: install  ## exports read by transformers 4.49 to 5, PEFT and LLaVA (.venv-readers)
+	$(BIN)/python -m pytest -m readers --durations=10
+
 gpu-test: install  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
@@ -75,4 +78,4 @@ clean:  ## remove caches and built wheels; the virtual environment and outputs s
 	rm -rf dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd peers quickstart test test-faults test-long test-llava gpu-test lint format public-names constraints wheel clean
+.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers gpu-test lint format public-names constraints wheel clean

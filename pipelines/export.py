@@ -23,14 +23,15 @@ from lapilli.data.access import FULL, exists, is_denied, is_folder, naming, subp
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.export import export_webdataset
-from lapilli.data.jinja import chat_template
+from lapilli.data.exported import TrainedEnd, export_obstacle, export_text
 from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
-from lapilli.data.record import ImagePart, TextPart, Turn
 from lapilli.data.tokenize import tokenizer_facts
-from lapilli.data.tokenizer_copy import open_copy, write_copy
+from lapilli.data.tokenizer_copy import write_copy
+from lapilli.data.vocabulary import load_tokenizer
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import FACTS, Preprocessing, write_hf, write_processor
+from lapilli.model.interop.hf_files import oldest_reader
 from lapilli.model.interop.llava import (
     LEFT_OVER,
     check_llava,
@@ -104,68 +105,70 @@ def to_webdataset(config: ExportConfig) -> None:
 
 
 def to_hf(config: ExportConfig) -> None:
-    """Write model and processor, and see that the processor writes the ids the model learnt."""
+    """Write model and processor, once the processor is known to write the ids the model learnt."""
     asked = _open_run(config)
-    source = chat_template(asked.template, asked.tokenizer)
-    how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.fill, source)
-    tokenizer = asked.tokenizer
-    expected = [asked.prompt(turns) for turns in TRIALS]  # before the tokenizer gets <image>
+    if obstacle := export_obstacle(asked.template, asked.tokenizer):
+        raise DataError(f"{obstacle}; the run itself can be asked")
+    exported = export_text(asked.template, asked.tokenizer)
     with _filled(config, asked) as folder:
-        image_id = write_processor(tokenizer, asked.model, how, folder)
+        how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.fill)
+        notes = write_processor(asked.model, how, folder) + _notes_of_end(exported.end)
+        exported.write(folder)
         facts = {
-            "template": asdict(asked.template),
+            "template": asdict(exported.template),
             "view": asked.spec.facts(),
-            "tokenizer": asdict(tokenizer_facts(tokenizer)),
+            "tokenizer": asdict(tokenizer_facts(load_tokenizer(folder))),
         }
         with _told() as on_progress:
             write_hf(
-                asked.model, folder, image_token_id=image_id, dtype=getattr(torch, config.dtype),
-                facts=facts, shard_size=config.shard_size, on_progress=on_progress,
+                asked.model, folder, image_token_id=exported.image_id,
+                end_ids=exported.end_ids,
+                pad_id=exported.token_id("pad"), bos_id=exported.token_id("bos"),
+                dtype=getattr(torch, config.dtype), facts=facts,
+                shard_size=config.shard_size, on_progress=on_progress,
             )  # fmt: skip
-        written = open_copy(folder, facts["tokenizer"], "generate from the run itself")
-        for turns, ids in zip(TRIALS, expected, strict=True):
-            _check_ids(written, source, turns, [image_id if i < 0 else i for i in ids.tolist()])
+        readers = f"transformers {oldest_reader(asked.model)} and newer"
+        text = _readme(asked.name, readers, notes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     say(f"{config.output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
+    say(f"for {readers}")
+    for note in notes:
+        say(f"note: {note} (README.md there says it too)")
 
 
-TRIALS: tuple[tuple[Turn, ...], ...] = (
-    (Turn("user", (ImagePart(0), TextPart("What is this?"))),),
-    (
-        Turn("user", (TextPart("Two, first"), ImagePart(0), TextPart(" and then "), ImagePart(1))),
-        Turn("assistant", (TextPart("A cat, a dog."),)),
-        Turn("user", (TextPart("Which is left?"),)),
-    ),
-    (Turn("user", (TextPart("No picture:\n1 + 1?"),)),),
-)
-
-
-def _check_ids(tokenizer: Any, source: str, turns: tuple[Turn, ...], ids: list[int]) -> None:
-    """Refuse an export whose chat template would give other ids than training's."""
-    messages = [
-        {
-            "role": turn.role,
-            "content": [
-                {"type": "text", "text": part.text}
-                if isinstance(part, TextPart)
-                else {"type": "image"}
-                for part in turn.parts
-            ],
-        }
-        for turn in turns
+def _notes_of_end(end: TrainedEnd) -> list[str]:
+    """What there is to say where no single id ends an answer."""
+    if end.token_id is not None:
+        return []
+    if not end.text:
+        return ["nothing ends an answer of this template; set max_new_tokens"]
+    return [
+        f"answers end with the text {end.text!r}, which no single token is; call generate with "
+        f"stop_strings=[{end.text.strip() or end.text!r}] and the processor's tokenizer"
     ]
-    text: str = tokenizer.apply_chat_template(
-        messages, chat_template=source, tokenize=False, add_generation_prompt=True
-    )
-    # as transformers' processor does it
-    plain = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    found: list[int] = tokenizer(text, add_special_tokens=not plain)["input_ids"]
-    if found != ids:
-        place = next((n for n, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), -1)
-        raise DataError(
-            f"template: transformers' tokenizer would write {len(found)} ids where training wrote "
-            f"{len(ids)}, different from place {place} on; this template and tokenizer cannot be "
-            "exported together, generate from the run itself"
-        )
+
+
+def _readme(name: str, readers: str, notes: Sequence[str]) -> str:
+    """What a user of the folder has to know."""
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "",
+        f"# {name}", "", f"For {readers}:", "", "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
+        "processor = AutoProcessor.from_pretrained(folder)",
+        "model = AutoModelForImageTextToText.from_pretrained(folder)",
+        'question = {"type": "text", "text": "What is it?"}',
+        'content = [{"type": "image", "path": "photo.jpg"}, question]',
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,',
+        '    return_dict=True, return_tensors="pt",', ")",
+        "ids = model.generate(**inputs, max_new_tokens=64)",
+        'print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "```", "",
+        "The chat template writes the whole prompt, its first token included; the tokenizer adds",
+        "nothing. A prompt written by hand begins with what the chat template begins with.", "",
+        *(f"- {note[0].upper()}{note[1:]}." for note in notes),
+    ]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def to_llava(config: ExportConfig) -> None:

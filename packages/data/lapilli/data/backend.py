@@ -25,6 +25,7 @@ __all__ = [
     "TokenizerFacts",
     "backend_for",
     "check_agreement",
+    "plain_backend",
     "raw_backend",
     "role_id",
     "tokenizer_facts",
@@ -81,7 +82,8 @@ class Backend:
         first: Tokenises a text at the start of a record or after an image.
         later: Tokenises a text after a special token; the same object as `first`, unless the
             tokenizer puts its leading space at a start only.
-        roles: Ids that "bos" and "eos" stand for; empty where the tokenizer adds none.
+        roles: Ids that "bos", "bos!" and "eos" stand for. "bos" is empty where the tokenizer adds
+            none by itself, "bos!" is there if the tokenizer has one.
         specials: Ids of the special tokens by their content.
         eaten: The special tokens that swallow white space.
     """
@@ -130,7 +132,8 @@ def _texts(page: Iterable[Segment]) -> Iterator[tuple[TextSegment, bool]]:
     for place, segment in enumerate(page):
         if isinstance(segment, TextSegment):
             yield segment, follows
-        follows = isinstance(segment, SpecialToken) and (segment.name != "bos" or place > 0)
+        is_special = isinstance(segment, SpecialToken)
+        follows = is_special and (segment.name not in ("bos", "bos!") or place > 0)
 
 
 def _run(backend: Tokenizer, texts: list[str]) -> Iterator[Encoding]:
@@ -155,6 +158,8 @@ def _backend_cached(tokenizer: AnyTokenizer, vocab_size: int) -> Backend:
     bos = role_id(tokenizer, "bos")
     begins = copy.encode("", add_special_tokens=True).ids[:1]
     roles = {"bos": begins if begins == [bos] else []}
+    if bos is not None:
+        roles["bos!"] = [bos]
     eos = role_id(tokenizer, "eos")
     if eos is not None:
         roles["eos"] = [eos]
@@ -172,6 +177,22 @@ def _backend_cached(tokenizer: AnyTokenizer, vocab_size: int) -> Backend:
     copy.encode_special_tokens = True
     first, later = _with_prefix_rule(copy)
     return Backend(first, later, roles, specials, eaten)
+
+
+def plain_backend(tokenizer: AnyTokenizer) -> Tokenizer:
+    """A copy that adds no token to a text and cuts texts as `Backend` does.
+
+    Where a leading space goes in front of the first text of several alone, it stays a step of its
+    own, which no normaliser can express.
+    """
+    copy = _copy_backend(tokenizer)
+    copy.post_processor = None
+    first, later = _with_prefix_rule(copy)
+    if first is not later:
+        copy = _copy_backend(tokenizer)
+        copy.post_processor = None
+    copy.encode_special_tokens = False
+    return copy
 
 
 def tokenizer_facts(tokenizer: AnyTokenizer) -> TokenizerFacts:

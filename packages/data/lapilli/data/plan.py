@@ -36,6 +36,7 @@ from lapilli.data.compat import encode_as_llava
 from lapilli.data.config import BuildConfig
 from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
+from lapilli.data.exported import export_obstacle
 from lapilli.data.images import ImageSpec
 from lapilli.data.located_entries import entries_of, locate_images, open_mount, take_back
 from lapilli.data.manifest import FORMAT, digest
@@ -293,6 +294,8 @@ def plan_build(
     loaded = load_tokenizer(config.tokenizer)
     template = bind_template(get_template(config.template), loaded)
     _try_out(template, loaded, config.compat)
+    if obstacle := export_obstacle(template, loaded):
+        raise DataError(obstacle)
     tokenizer = tokenizer_facts(loaded)
     views = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
     codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in views.items()}

@@ -39,7 +39,7 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class SpecialToken:
-    """One id that no text can produce: "bos", "eos" or a token's content."""
+    """One id that no text can produce: "bos", "bos!", "eos" or a token's content."""
 
     name: str
     trained: bool = False

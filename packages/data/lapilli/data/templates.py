@@ -34,7 +34,8 @@ class Template:
 
     Attributes:
         name: What the manifest calls it.
-        opening: Frame at the very start. A `{bos}` is left out for a tokenizer that adds none.
+        opening: Frame at the very start. A `{bos}` is left out for a tokenizer that adds none by
+            itself; `{bos!}` is written for any that has one.
         system: System text of a record that has no system turn of its own. Plain text.
         before_system: Frame before the system text.
         after_system: Frame after the system text.

@@ -344,7 +344,7 @@ def _spell_unknown(template: Template, backend: Backend) -> Template:
         frame = getattr(template, field.name)
         if field.name in _FRAMES:
             for is_special, name in frame_pieces(frame):
-                if is_special and name not in ("bos", "eos") and not _has(backend, name):
+                if is_special and name not in ("bos", "bos!", "eos") and not _has(backend, name):
                     frame = frame.replace(f"{{{name}}}", name)
             spelt[field.name] = frame
     return replace(template, **spelt)

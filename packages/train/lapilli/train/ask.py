@@ -6,7 +6,7 @@ From a run's folder or from an exported one; template, view and tokenizer are th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,13 @@ import torch
 
 from lapilli.data.access import exists
 from lapilli.data.errors import DataError
+from lapilli.data.exported import prompt_ids
 from lapilli.data.images import BadImage, ImageSpec, prepare
 from lapilli.data.questions import Frames, find_frames
-from lapilli.data.record import ImagePart, Record, TextPart, Turn
+from lapilli.data.record import ImagePart, Record, Turn
 from lapilli.data.render import mark_images
 from lapilli.data.sources.turns import IMAGE_MARKER, split_markers
 from lapilli.data.templates import Template
-from lapilli.data.tokenize import encode_batch
 from lapilli.data.tokenizer_copy import open_copy
 from lapilli.data.vocabulary import load_tokenizer
 from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
@@ -97,8 +97,7 @@ class Assistant:
 
     def prompt(self, turns: Sequence[Turn]) -> NDArray[np.int64]:
         """The ids up to where the answer begins, -200 for each image."""
-        ids, spans = self._with_answer(turns)
-        return np.array(ids[: spans[-2]], np.int64)
+        return np.array(prompt_ids(turns, self.tokenizer, self.template), np.int64)
 
     def answer(
         self,
@@ -165,14 +164,6 @@ class Assistant:
         frames = find_frames(self.template, self.tokenizer)
         warn_without_end(self.template.name, frames)
         return frames, Decoder(self.tokenizer)
-
-    def _with_answer(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        answered = (*turns, Turn("assistant", (TextPart("a"),)))
-        # one that trains everything has no span that begins with the answer
-        template = replace(self.template, trains="answers")
-        record = Record("", "", "", answered, ())
-        encoded = encode_batch([record], self.tokenizer, template, warn=False)[0]
-        return encoded.input_ids, encoded.label_spans
 
     def _pixels(self, question: Question) -> NDArray[np.uint8]:
         size = self.spec.size

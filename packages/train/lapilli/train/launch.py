@@ -15,6 +15,7 @@ import torch
 
 from lapilli.data.access import exists, is_folder, subpaths
 from lapilli.data.dataset import Dataset
+from lapilli.data.exported import export_obstacle
 from lapilli.data.lock import LOCK, only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_json
@@ -188,7 +189,9 @@ def _open_datasets(
 ) -> tuple[Dataset, Dataset | None]:
     """The run's dataset and the held-out one, checked to fit the model."""
     dataset = open_for(model, config, on_note)
-    _ = dataset.tokenizer  # what the run keeps is what the dataset was made with, or said now
+    # what the run keeps is what the dataset was made with, or said now
+    if obstacle := export_obstacle(dataset.template, dataset.tokenizer):
+        raise TrainError(f"dataset: {obstacle}")
     if held_out := open_held_out(config, dataset.image_tokens):
         check_model(model, held_out)
         check_same_tokenizer(dataset, held_out)

@@ -7,17 +7,18 @@ layers behind the taken one, so its `vision_feature_layer` is -1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.hf_files import base_end_ids, config_text, generation_text
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.language import logit_scale, logit_softcap
 from lapilli.model.pretrained import check_readable, one_line, require_missing
@@ -34,19 +35,17 @@ IMAGE_TOKEN = "<image>"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images and messages become the model's input; `lapilli.data` decides, as plain values.
+    """How images become the model's input; `lapilli.data` decides, as plain values.
 
     Attributes:
         size: Side of the square images, in pixels.
         aspect: `pad`, `crop` or `stretch`.
         fill: RGB colour of the padding, 0 to 255.
-        chat_template: Jinja source that writes messages with `<image>` at an image's place.
     """
 
     size: int
     aspect: str
     fill: tuple[int, int, int]
-    chat_template: str
 
 
 def _normalisation(model: VisionLanguageModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -60,52 +59,55 @@ def _normalisation(model: VisionLanguageModel) -> tuple[tuple[float, ...], tuple
     return vision.mean, vision.std
 
 
-def write_processor(
-    tokenizer: Any, model: VisionLanguageModel, how: Preprocessing, output: Path
-) -> int:
-    """Write tokenizer, image processor and chat template; `tokenizer` gets the image token.
+def write_processor(model: VisionLanguageModel, how: Preprocessing, output: Path) -> list[str]:
+    """Write the image processor's and the processor's settings, in the files of transformers 4.
 
-    transformers' LLaVA processor pads with the image mean it normalises by.
+    transformers 5 reads them too.
 
     Returns:
-        The image token's id.
+        What transformers does otherwise than training did, a sentence each.
 
     Raises:
-        ModelError: A part or a padding colour that the processor cannot have.
+        ModelError: A part that transformers' LLaVA does not have.
     """
-    from transformers import AddedToken, LlavaImageProcessor, LlavaProcessor
-
     _check_parts(model)
     mean, std = _normalisation(model)
+    square = {"height": how.size, "width": how.size}
+    images = {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_pad": how.aspect == "pad",
+        "do_resize": True,
+        "size": square if how.aspect == "stretch" else {"shortest_edge": how.size},
+        "resample": 3,  # bicubic
+        "do_center_crop": how.aspect != "stretch",
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    encoder: Any = model.vision
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": int(encoder.encoder.config.patch_size),
+        "vision_feature_select_strategy": _strategy(model.config.vision),
+        # class tokens, which "default" takes off again
+        "num_additional_image_tokens": FAMILIES[model.config.vision.tower].class_tokens,
+    }
+    named = {"preprocessor_config.json": images, "processor_config.json": processor}
+    for name, values in named.items():
+        (output / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     padding = tuple(int(255 * value) for value in mean)
     if how.aspect == "pad" and tuple(how.fill) != padding:
-        raise ModelError(
-            f"view: pads with {tuple(how.fill)}; transformers' LLaVA processor pads with the "
-            f"normalisation's mean {padding} alone, so it cannot be exported with its images"
-        )
-    square = {"height": how.size, "width": how.size}
-    images = LlavaImageProcessor(
-        do_pad=how.aspect == "pad",
-        size=square if how.aspect == "stretch" else {"shortest_edge": how.size},
-        do_center_crop=how.aspect != "stretch",
-        crop_size=square,
-        image_mean=list(mean),
-        image_std=list(std),
-    )
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    encoder: Any = model.vision
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=int(encoder.encoder.config.patch_size),
-        vision_feature_select_strategy=_strategy(model.config.vision),
-        # class tokens, which "default" takes off again
-        num_additional_image_tokens=FAMILIES[model.config.vision.tower].class_tokens,
-        image_token=IMAGE_TOKEN,
-        chat_template=how.chat_template,
-    )
-    processor.save_pretrained(output)
-    return int(processor.image_token_id)
+        return [
+            f"the run's images were padded with {tuple(how.fill)}; transformers' LLaVA pads with "
+            f"the tower's mean {padding} alone, so an image that is not square is seen otherwise"
+        ]
+    return []
 
 
 def write_hf(
@@ -113,6 +115,9 @@ def write_hf(
     output: Path,
     *,
     image_token_id: int,
+    end_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    bos_id: int | None = None,
     dtype: torch.dtype = torch.float32,
     facts: Mapping[str, Any] | None = None,
     shard_size: str = "5GB",
@@ -128,6 +133,9 @@ def write_hf(
         model: The model.
         output: Folder to write; made if it is not there.
         image_token_id: Marks a feature's place in `input_ids`.
+        end_ids: Each ends an answer, and so do those of a pretrained language model.
+        pad_id: Fills a batch.
+        bos_id: Begins a text.
         dtype: Of the written weights.
         facts: JSON values kept beside, for `read_facts`.
         shard_size: Most bytes in one file, as transformers spells it.
@@ -136,7 +144,7 @@ def write_hf(
     Raises:
         ModelError: A part that transformers' LLaVA does not have.
     """
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     rows = max(model.vocab_size, image_token_id + 1)
     weights = _to_hf(model, rows)
@@ -150,8 +158,13 @@ def write_hf(
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight")
     output.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(output)
-    GenerationConfig.from_model_config(config).save_pretrained(output)
+    ends = [*dict.fromkeys([*end_ids, *base_end_ids(model)])]
+    texts = {
+        "config.json": config_text(config, str(dtype).removeprefix("torch.")),
+        "generation_config.json": generation_text(ends, pad_id, bos_id),
+    }
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8")
     named = {_on_disk(name, model.config.vision.tower): value for name, value in weights.items()}
     write_weights(named, output, dtype, shard_size=shard_size, on_progress=on_progress)
     kept = {**(facts or {}), "vocab_size": model.vocab_size}
@@ -241,6 +254,13 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
         )
     rows = int(read_facts(Path(folder)).get("vocab_size", config.text_config.vocab_size))
     model = build_model(_our_config(config, tower, rows, _read_normalisation(Path(folder))))
+    # a config may hold keys of other programs; they are kept, and a later export has them again
+    for ours, theirs in (
+        (model.language.config, config.text_config),
+        (cast("Any", model.vision).encoder.config, config.vision_config),
+    ):
+        for name, value in _unknown(theirs).items():
+            setattr(ours, name, value)
     _load(model, twin, rows)
     return model.eval()
 
@@ -281,7 +301,15 @@ def _settings(config: Any) -> dict[str, Any]:
     """What differs from the architecture's defaults, as a recipe would write it."""
     other = {"model_type", "transformers_version", "dtype", "architectures", "_name_or_path"}
     other |= {"vision_use_head", "stage_names", "out_features", "out_indices"}
+    other |= _unknown(config).keys()
     return {key: value for key, value in config.to_diff_dict().items() if key not in other}
+
+
+def _unknown(config: Any) -> dict[str, Any]:
+    """The keys of a config that its class does not have; those of transformers 4 are no such."""
+    older = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
+    other = {*type(config)().to_dict(), *older, "torch_dtype", "dtype"}
+    return {key: value for key, value in config.to_dict().items() if key not in other}
 
 
 def _load(model: VisionLanguageModel, twin: Any, rows: int) -> None:
