@@ -43,7 +43,12 @@ class ChatConfig:
     """Who is talked with, and where.
 
     Attributes:
-        model: Folder of a run, or of an export with `--to hf`.
+        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
+            LLaVA, or PEFT adapters for either with their base model on this machine.
+        template: How a published model's conversations are written down, by name or file, where its
+            folder does not say.
+        view: How its images are made square, where its folder does not say: `pad`, `crop`,
+            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
         host: Address to listen on; another than this machine's own lets the network in.
         port: 0 takes a free one.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
@@ -52,6 +57,8 @@ class ChatConfig:
     """
 
     model: str
+    template: str = ""
+    view: str = ""
     host: str = "127.0.0.1"
     port: int = 8080
     device: DeviceChoice = "auto"
@@ -246,7 +253,9 @@ def chat(config: ChatConfig) -> None:
     """Serve until Ctrl-C."""
     require_server()
     device = torch_device(choose_device(config.device, visible_devices()))
-    assistant = open_assistant(Path(config.model), device)
+    assistant = open_assistant(
+        Path(config.model), device, template=config.template, view=config.view
+    )
     with listen(config.host, config.port) as taken:
         app = make_app(assistant, config)
         server = make_server(app, config.limits)

@@ -15,6 +15,7 @@ from lapilli.data.access import cannot_read, is_denied, is_folder
 from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_atomic, write_json
+from lapilli.train.ask import open_trained
 from lapilli.train.checkpoint import WEIGHTS, newest_weights
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
@@ -24,11 +25,9 @@ from lapilli.train.evaluate import (
     answer_dataset,
     chosen_split,
     is_trained_on,
-    load_trained,
     open_test,
     score,
 )
-from lapilli.train.run_data import check_data
 from pipelines.command import parse, progress_bar, run, say
 
 __all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main", "what_was_asked"]
@@ -39,7 +38,8 @@ class EvaluateConfig:
     """What is asked of which model.
 
     Attributes:
-        run: Folder of a run.
+        run: Folder of a run, an export or a published model. A published model's template and view
+            are taken to be the dataset's.
         dataset: Folder of a dataset of questions; each record's first answer is expected.
         view: The dataset's view; empty for its only one.
         split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
@@ -79,8 +79,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
 
 def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = torch_device(choose_device(config.device, visible_devices()))
-    trained = load_trained(Path(config.run), device)
-    check_data(Path(config.run), trained.data)
+    trained = open_trained(Path(config.run), Path(config.dataset), device)
     view = config.view or _only_view(Path(config.dataset))
     manifest = read_manifest(Path(config.dataset))
     split = chosen_split(manifest, config.split)

@@ -42,7 +42,12 @@ class GenerateConfig:
     """What is asked of which model.
 
     Attributes:
-        model: Folder of a run, or of an export with `--to hf`.
+        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
+            LLaVA, or PEFT adapters for either with their base model on this machine.
+        template: How a published model's conversations are written down, by name or file, where its
+            folder does not say.
+        view: How its images are made square, where its folder does not say: `pad`, `crop`,
+            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
         image: An image, or a folder of images of which each is shown with the question.
         question: What is asked; empty with a template of captions. `<image>` in it is the image's
             place.
@@ -60,6 +65,8 @@ class GenerateConfig:
     """
 
     model: str
+    template: str = ""
+    view: str = ""
     image: str = ""
     question: str = ""
     questions: str = ""
@@ -143,7 +150,9 @@ def generate(config: GenerateConfig) -> list[str]:
 
 def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -> list[str]:
     device = torch_device(choose_device(config.device, visible_devices()))
-    assistant = open_assistant(Path(config.model), device)
+    assistant = open_assistant(
+        Path(config.model), device, template=config.template, view=config.view
+    )
     _check(assistant, asked, config.decoding)
     if output:
         return _to_file(assistant, asked, config, output)

@@ -29,6 +29,7 @@ OWNERS = {
     "packages/model/lapilli/model/interop": {"export"}, "packages/train": {"train"},
     "packages/train/lapilli/train/ask": {"generate", "chat"},
     "packages/train/lapilli/train/evaluate": {"evaluate"},
+    "pipelines/export_": {"export"},
     "pipelines/question_file": {"generate"}, "pipelines/verify": {"show"},
 }  # fmt: skip
 # Options of other programs.

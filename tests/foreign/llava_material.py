@@ -27,7 +27,9 @@ from lapilli.data.runners import run_here
 from pipelines.command import parse
 from tests.factories import picture
 
-__all__ = ["IMAGE_TOKENS", "LIMIT", "SIDE", "Material", "make_models", "make_records"]
+__all__ = [
+    "IMAGE_TOKENS", "LIMIT", "SIDE", "Material", "make_models", "make_records", "write_tower",
+]  # fmt: skip
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes" / "llava15"
 SIDE, PATCH, HIDDEN = 56, 14, 64
@@ -97,6 +99,19 @@ def make_models(folder: Path) -> Material:
         "pad_token": "<unk>", "model_max_length": 4096,
     }  # fmt: skip
     (language / "tokenizer_config.json").write_text(json.dumps(facts))
+    write_tower(folder / "tower")
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(48, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN)
+    )
+    begun = {f"model.mm_projector.{n}": v for n, v in projector.state_dict().items()}
+    torch.save(begun, folder / "mm_projector.bin")
+    for number in range(24):
+        picture(40 + 7 * number, 90 - 2 * number, number).save(folder / f"{number}.png")
+    return Material(folder)
+
+
+def write_tower(folder: Path) -> None:
+    """A CLIP tower with its image processor, in the layout of the published ones."""
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=48,
@@ -111,21 +126,13 @@ def make_models(folder: Path) -> Material:
     for parameter in tower.parameters():  # CLIP's own are so small that all images look alike
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    tower.save_pretrained(folder / "tower")
-    saved = folder / "tower" / "model.safetensors"  # in the names of the published folders
+    tower.save_pretrained(folder)
+    saved = folder / "model.safetensors"  # in the names of the published folders
     weights = {f"vision_model.{name}": value for name, value in load_file(saved).items()}
     save_file(weights, saved, metadata={"format": "pt"})
     square = {"height": SIDE, "width": SIDE}
     processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square)
-    processor.save_pretrained(folder / "tower")
-    projector = torch.nn.Sequential(
-        torch.nn.Linear(48, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN)
-    )
-    begun = {f"model.mm_projector.{n}": v for n, v in projector.state_dict().items()}
-    torch.save(begun, folder / "mm_projector.bin")
-    for number in range(24):
-        picture(40 + 7 * number, 90 - 2 * number, number).save(folder / f"{number}.png")
-    return Material(folder)
+    processor.save_pretrained(folder)
 
 
 def make_records(

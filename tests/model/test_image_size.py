@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import read_hf, write_hf
-from lapilli.model.interop.llava import check_llava
+from lapilli.model.interop.llava_tower import TowerImages, published_tower, write_tower
 from lapilli.model.vision import FAMILIES, Tower, TransformersTower, build_tower, tower_shape
 from lapilli.model.vlm import build_model
 from tests.model import twins
@@ -156,10 +156,18 @@ def test_an_export_has_the_size_and_the_positions(name: str, towers: Path, tmp_p
     torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-5)
 
 
-def test_llavas_layout_which_names_a_tower_of_another_size_is_refused(towers: Path) -> None:
+def test_llavas_layout_has_a_tower_of_another_size_as_a_folder(
+    towers: Path, tmp_path: Path
+) -> None:
+    """LLaVA builds its tower of what it names: the published one, or the one that is written."""
     config = twins.config("clip")
-    vision = replace(config.vision, pretrained=str(towers / "clip"), settings={}, image_size=OWN)
-    check_llava(build_model(replace(config, vision=vision)))
-    resized = build_model(replace(config, vision=replace(vision, image_size=40)))
-    with pytest.raises(ModelError, match=r"vision\.image_size: 40; LLaVA .* 24 px; .* --to hf"):
-        check_llava(resized)
+    vision = replace(config.vision, pretrained=str(towers / "clip"), settings={}, image_size=40)
+    resized = build_model(replace(config, vision=vision)).eval()
+    assert published_tower(resized, TowerImages(40, "pad")) == ""
+    folder = write_tower(resized, tmp_path, TowerImages(40, "pad"), torch.float32)
+    theirs = transformers.CLIPVisionModel.from_pretrained(folder).eval()
+    pixels = random_pixels(40)
+    mean, std = (torch.tensor(v) for v in (resized.config.vision.mean, resized.config.vision.std))
+    normal = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    states: Any = theirs(normal, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[-1][:, 1:], resized.vision(pixels), rtol=1e-5, atol=1e-5)

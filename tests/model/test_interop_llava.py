@@ -17,6 +17,7 @@ from lapilli.model.interop.foreign import load_foreign
 from lapilli.model.interop.llava import load_llava, write_llava, write_projector
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model.test_vlm import CLIP, CONFIG, LLAMA
+from tests.model.twins import llava_form
 
 
 def other() -> VisionLanguageModel:
@@ -68,7 +69,8 @@ def test_what_llava_does_not_write_is_no_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     assert load_foreign(tmp_path, other()) == []
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
-    assert load_foreign(tmp_path, other()) == []
+    with pytest.raises(ModelError, match=r"config\.json: damaged; expected a JSON object"):
+        load_foreign(tmp_path, other())
 
 
 def test_the_projectors_file_has_llavas_names(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_a_whole_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -
     language = replace(CONFIG.language, settings={**LLAMA, "tie_word_embeddings": tied})
     config = replace(CONFIG, language=language)
     model, target = build_model(config), build_model(replace(config, seed=9))
-    write_llava(model, tmp_path, shard_size="20KB")
+    write_llava(model, tmp_path, replace(llava_form(tmp_path), shard_size="20KB"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert set(load_llava(tmp_path, target)) == {"projector", "language", "vision"}
     assert same(model, target)

@@ -23,6 +23,7 @@ from lapilli.model.interop.weights import Weight, plain_weights, write_weights
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 from tests.model.test_interop_hf import assert_same_logits
+from tests.model.twins import llava_form
 
 LORA = LoraConfig(rank=4, alpha=12, dropout=0.0)
 
@@ -157,7 +158,7 @@ def test_llavas_layout_in_shards_comes_back_with_adapters_merged(tmp_path: Path,
     language = replace(twins.config().language, vocab_size=80)
     config = twins.config(lora=LORA)
     model = trained(replace(config, language=language))
-    write_llava(model, tmp_path, shard_size="20KB", form=form)
+    write_llava(model, tmp_path, replace(llava_form(tmp_path), shard_size="20KB", files=form))
     index = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
     assert (tmp_path / f"{index}.index.json").is_file()
     other = build_model(replace(model.config, lora=None, seed=9))
@@ -175,7 +176,7 @@ def test_llavas_layout_in_shards_comes_back_with_adapters_merged(tmp_path: Path,
 def test_weights_go_below_the_adapters_of_a_model(tmp_path: Path) -> None:
     """ICM's second strategy: adapters learn on top of a whole LLaVA checkpoint."""
     plain = build_model(twins.config())
-    write_llava(plain, tmp_path)
+    write_llava(plain, tmp_path, llava_form(tmp_path))
     model = build_model(twins.config(lora=LORA, seed=9))
     load_llava(tmp_path, model)
     for name, weight in plain_weights(model).items():  # a new adapter adds nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from lapilli.data.collate import Batch
 from lapilli.data.dataset import Sample
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
+from lapilli.model.interop.llava import LlavaForm
+from lapilli.model.interop.llava_tower import TowerImages
 from lapilli.model.vlm import VisionLanguageModel
 
 IMAGE_ID, END_ID, VOCABULARY, SIDE = 60, 63, 64, 24  # transformers marks image slots in the ids
@@ -53,6 +56,11 @@ def config(
         ),
         **fields,
     )
+
+
+def llava_form(place: Path) -> LlavaForm:
+    """A checkpoint in LLaVA's layout that lies in `place`, with the model's own tower."""
+    return LlavaForm(TowerImages(SIDE, "pad"), place)
 
 
 def transformers_twin(model: VisionLanguageModel) -> Any:

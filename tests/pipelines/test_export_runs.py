@@ -178,8 +178,8 @@ def test_every_form_of_a_lora_run_has_the_same_weights(runs: Runs, adapted: Path
     other = replace(ours.config, lora=None, seed=99)
     llava, folder = build_model(other), build_model(other)
     load_llava(runs.export(adapted, "llava", "--files=bin", "--shard_size=20KB"), llava)
-    assert load_llava(runs.export(adapted, "peft"), folder) == ["projector", "language"]
-    folder.vision.load_state_dict(ours.vision.state_dict())  # it was frozen, so it is not there
+    parts = ["projector", "language", "vision"]  # its tower was random, so that it is there
+    assert load_llava(runs.export(adapted, "peft"), folder) == parts
     half = read_hf(runs.export(replace_name(adapted), "hf", "--dtype=bfloat16")).state_dict()
     for name, value in merged.items():
         assert torch.equal(value, llava.state_dict()[name]), name

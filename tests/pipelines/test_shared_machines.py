@@ -337,7 +337,7 @@ def test_an_export_without_room_says_how_much_it_needs_before_it_begins(
     output = tiny_disk / "e"
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.export.write_hf", None)  # nothing is begun
-        patched.setattr("pipelines.export.write_llava", None)
+        patched.setattr("pipelines.export_llava.write_llava", None)
         said = one_line(
             pipelines.export.main, [str(trained.run), *form, f"--output={output}"], capsys
         )

@@ -23,7 +23,15 @@ from lapilli.data.record import ImagePart, Record, TextPart, Turn
 from lapilli.data.templates import Template
 from lapilli.data.tokenize import bind_template, encode_batch, segments_of
 
-__all__ = ["TRIALS", "Exported", "TrainedEnd", "export_obstacle", "export_text", "prompt_ids"]
+__all__ = [
+    "TRIALS",
+    "Exported",
+    "TrainedEnd",
+    "export_obstacle",
+    "export_text",
+    "messages_of",
+    "prompt_ids",
+]
 
 TRIALS: tuple[tuple[Turn, ...], ...] = (
     (Turn("user", (ImagePart(0), TextPart("What is this?"))),),
@@ -122,7 +130,7 @@ def prompt_ids(turns: Sequence[Turn], tokenizer: AnyTokenizer, template: Templat
     """
     # One that trains everything has no span that begins with the answer, nor has one that writes
     # nothing between two answers.
-    before = [replace(turn, trains=False) for turn in turns]
+    before = [turn._replace(trains=False) for turn in turns]
     answered = (*before, Turn("assistant", (TextPart("a"),)))
     template = replace(template, trains="answers")
     record = Record("", "", "", answered, ())

@@ -22,7 +22,8 @@ from lapilli.data.tokenizer_folder import PACKED
 from lapilli.data.vocabulary import KEPT_FILES, load_tokenizer, tokenizer_folder
 
 __all__ = [
-    "TOKENIZER", "check_copy", "check_copy_files", "open_copy", "place_copy", "write_copy",
+    "TOKENIZER", "check_copy", "check_copy_files", "kept_files", "open_copy", "place_copy",
+    "write_copy",
 ]  # fmt: skip
 
 TOKENIZER = "tokenizer"  # the folder's name, in a dataset and in a run

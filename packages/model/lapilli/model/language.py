@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "build_language", "language_settings", "logit_scale", "logit_softcap", "text_scale",
-    "vocabulary_size",
+    "build_language", "grow_vocabulary", "language_settings", "logit_scale", "logit_softcap",
+    "text_scale", "vocabulary_size",
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def build_language(
         build = _load if reads else _without_weights
         model = build(config, settings, kind)
         if config.vocab_size > model.config.vocab_size:
-            _grow(model, config.vocab_size)
+            grow_vocabulary(model, config.vocab_size)
     return model
 
 
@@ -161,8 +161,8 @@ def _without_weights(
     return model
 
 
-def _grow(model: PreTrainedModel, rows: int) -> None:
-    """Add rows to embedding and head, each the mean of the others.
+def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
+    """Add rows to embedding and head up to `rows`, each the mean of the others.
 
     A mean begins like a known token; a random row would begin with a loss of its own
     (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").

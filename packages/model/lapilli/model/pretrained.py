@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "Loading", "check_readable", "check_settings", "one_line", "require_missing", "settings_text",
-    "whole",
+    "Loading", "check_readable", "check_settings", "local_folder", "one_line", "require_missing",
+    "settings_text", "whole",
 ]  # fmt: skip
 
 # What a language model's weights are loaded in: nothing, or what shares them among processes while
@@ -65,6 +65,23 @@ def check_readable(name: str | Path) -> None:
                 file.open("rb").close()
         except OSError as error:
             require_missing(file, error)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name stands for on this machine: its own, or the hub's in its cache.
+
+    Nothing is asked of the network. None where there is no such folder.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def require_missing(path: Path, error: OSError) -> None:

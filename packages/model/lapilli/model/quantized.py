@@ -17,7 +17,7 @@ from lapilli.model.errors import ModelError
 
 __all__ = [
     "PACKED_BYTES", "check_quantization", "numbers_of", "pack_shapes", "packed_numbers", "quantize",
-    "quantized_layers", "round_trip",
+    "quantized_layers", "round_linear_layers", "round_trip", "whole_shape", "whole_weight",
 ]  # fmt: skip
 
 BLOCK = 64  # numbers with a scale of their own; a block of 256 scales has one more, in fp32
@@ -68,6 +68,7 @@ def quantize(language: Any, dtype: torch.dtype) -> None:
         packed = _empty_layer(layer, dtype)
         packed.weight = _pack(weight.to(dtype), module=packed)
         packed.bias = layer.bias
+        packed.is_transposed = _is_transposed(layer)
         language.set_submodule(name, packed)
     language.is_loaded_in_4bit = True  # what peft looks for
 
@@ -106,6 +107,15 @@ def round_trip(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return functional.dequantize_4bit(packed.data, packed.quant_state).to(weight.device)
 
 
+@torch.no_grad()
+def round_linear_layers(language: Any, dtype: torch.dtype) -> None:
+    """Round, in place, what `quantize` would put in 4 bits to the numbers it would compute with."""
+    for name in quantized_layers(language):
+        layer = language.get_submodule(name)
+        rounded = round_trip(_rows_first(layer).detach(), dtype)
+        layer.weight.copy_(rounded.T if _is_transposed(layer) else rounded)
+
+
 def numbers_of(parameter: nn.Parameter) -> int:
     """Numbers a parameter stands for: packed in 4 bits it has half as many elements."""
     state: Any = getattr(parameter, "quant_state", None)
@@ -117,11 +127,28 @@ def packed_numbers(part: nn.Module) -> int:
     return sum(numbers_of(p) for p in part.parameters() if hasattr(p, "quant_state"))
 
 
+def whole_shape(layer: Any) -> tuple[int, ...]:
+    """The shape that a quantised layer's weight had before."""
+    shape = tuple(layer.weight.quant_state.shape)
+    return shape[::-1] if layer.is_transposed else shape
+
+
+def whole_weight(layer: Any) -> Tensor:
+    """The numbers that a quantised layer computes with, laid out as before it was quantised."""
+    weight = layer.weight
+    found = _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+    return found.T if layer.is_transposed else found
+
+
 def _rows_first(layer: Any) -> Tensor:
     """A layer's weight as [out, in]."""
+    return layer.weight.T if _is_transposed(layer) else layer.weight
+
+
+def _is_transposed(layer: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return isinstance(layer, Conv1D)
 
 
 def _empty_layer(layer: Any, dtype: torch.dtype) -> Any:

@@ -1,6 +1,7 @@
 """A trained model that is asked: questions and images in training's form, answers as text.
 
-From a run's folder or from an exported one; template, view and tokenizer are the training data's.
+From a run's folder, an exported or a published one; template, view and tokenizer are the training
+data's, or what the user says they were.
 """
 
 from __future__ import annotations
@@ -13,28 +14,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lapilli.data.access import exists
+from lapilli.data.access import exists, is_folder
 from lapilli.data.errors import DataError
 from lapilli.data.exported import prompt_ids
 from lapilli.data.images import BadImage, ImageSpec, prepare
+from lapilli.data.manifest import read_manifest
 from lapilli.data.questions import Frames, find_frames
 from lapilli.data.record import ImagePart, Record, Turn
 from lapilli.data.render import mark_images
 from lapilli.data.sources.turns import IMAGE_MARKER, split_markers
-from lapilli.data.templates import Template
-from lapilli.data.tokenizer_copy import open_copy
-from lapilli.data.vocabulary import load_tokenizer
+from lapilli.data.templates import TEMPLATES, Template
+from lapilli.data.tokenizer_copy import TOKENIZER, open_copy
 from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
-from lapilli.model.interop.hf import FACTS, read_facts, read_hf
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.answer_text import AnswerReader, Decoder, warn_without_end
-from lapilli.train.evaluate import load_trained
-from lapilli.train.run_data import read_data
+from lapilli.train.errors import TrainError
+from lapilli.train.evaluate import Trained, load_trained
+from lapilli.train.published import is_published, published_facts, read_published
+from lapilli.train.run_data import check_data, read_data
+from lapilli.train.same_ids import extends
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Assistant", "Question", "bad_image", "open_assistant"]
+__all__ = ["Assistant", "Question", "bad_image", "open_assistant", "open_trained"]
 
 
 @dataclass(frozen=True)
@@ -188,26 +191,73 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def open_assistant(path: Path, device: str | torch.device = "cpu") -> Assistant:
-    """The model of a run's folder, or of a folder that `pipelines.export --to hf` wrote.
+def open_assistant(
+    path: Path, device: str | torch.device = "cpu", *, template: str = "", view: str = ""
+) -> Assistant:
+    """The model of a run's folder, of an export, or of a published folder (`train.published`).
+
+    Args:
+        path: The folder.
+        device: Where the model computes.
+        template: Name or file of a template, for a published folder that does not say.
+        view: How images are made square, likewise: `pad`, `crop`, `stretch`, or fields as YAML.
 
     Raises:
-        TrainError, DataError, ModelError: Neither is there, or what its data were like is not.
+        TrainError, DataError, ModelError: It is none of these, or what its data were like is not
+            known; names the flag that says it.
     """
-    if exists(path / FACTS):
-        facts = read_facts(path)
-        template = Template(**facts["template"])
-        again = "export the run again"
-        tokenizer = (
-            open_copy(path, facts["tokenizer"], again)
-            if "tokenizer" in facts  # an export of before does not say
-            else load_tokenizer(path)
-        )
+    _check_folder(path)
+    if is_published(path):
+        found = read_published(path, template=template, view=view)
+        if found.template is None or found.spec is None:
+            flag, what = ("template", "conversations are written down")
+            if found.template is not None:
+                flag, what = ("view", "images are made square")
+            choices = ", ".join(sorted(TEMPLATES)) if flag == "template" else "pad, crop, stretch"
+            raise DataError(
+                f"{flag}: {path} does not say how {what}; pass --{flag}, one of {choices}"
+            )
         return Assistant(
-            read_hf(path).to(device), tokenizer, template, ImageSpec.of(facts["view"]),
+            found.model.to(device), found.tokenizer, found.template, found.spec,
             path.resolve().name,
         )  # fmt: skip
+    for flag, value in (("template", template), ("view", view)):
+        if value:
+            raise DataError(f"{flag}: {path} is a run, which has its own; leave --{flag} out")
     trained = load_trained(path, device)
     data = read_data(path, trained.data)
     name = f"{path.resolve().name}/step-{trained.step}"
     return Assistant(trained.model, data.tokenizer, data.template, data.spec, name)
+
+
+def open_trained(path: Path, dataset: Path, device: str | torch.device = "cpu") -> Trained:
+    """A model with what is known of its data, to be compared with those of a dataset.
+
+    A published folder says which tokenizer it has, which may be the dataset's with tokens added;
+    template and view are then the dataset's, but for exports, which say them.
+
+    Raises:
+        TrainError, DataError, ModelError: As `open_assistant`.
+    """
+    _check_folder(path)
+    if not is_published(path):
+        trained = load_trained(path, device)
+        check_data(path, trained.data)
+        return trained
+    manifest = read_manifest(dataset)
+    found = read_published(path)
+    facts = published_facts(found)
+    if extends(found.tokenizer, open_copy(dataset / TOKENIZER, manifest.tokenizer)):
+        facts["tokenizer"] = manifest.tokenizer["fingerprint"]
+        del facts["special_ids"]  # the ids of the dataset have them already
+    return Trained(found.model.to(device), facts)
+
+
+def _check_folder(path: Path) -> None:
+    if exists(path) and not is_folder(path):
+        raise TrainError(f"{path}: a file; expected the folder of a run, an export or a model")
+    if not exists(path):
+        raise TrainError(
+            f"{path}: no such folder; expected a run, an export or a published model, which is "
+            "downloaded first where that is the name of one"
+        )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lapilli.data.access import is_file
 from lapilli.model.added_rows import ADDED, source_rows, table_names
 from lapilli.model.config import ModelConfig
-from lapilli.model.interop.foreign import load_foreign
+from lapilli.model.interop.foreign import has_language, load_foreign
 from lapilli.model.interop.weights import low_rank
 from lapilli.model.pretrained import Loading, whole
 from lapilli.model.quantized import quantized_layers, round_trip
@@ -31,7 +31,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.folders import FOLDER, MILESTONES, STATE, steps_in
 from lapilli.train.frozen import check_frozen, source_digests
 
-__all__ = ["Built", "Chain", "build_on", "find_chain", "recorded"]
+__all__ = ["Built", "Chain", "build_on", "find_chain", "keeps_language", "recorded"]
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -119,6 +119,27 @@ def _find_stage(run: Path, wanted: str, by: object) -> Checkpoint | None:
     raise TrainError(
         f"start_from: {by or 'the run'} started from weights of {run} (SHA-256 {wanted[:12]}), "
         f"which {has}; put them back, or start another run"
+    )
+
+
+def keeps_language(run: Path) -> bool:
+    """Whether the language model below a run's own training is the one its config names.
+
+    It is not after an earlier run that trained it, nor after a start from others' whole weights.
+
+    Raises:
+        TrainError: A run of the chain is gone.
+    """
+    state = recorded(run)
+    chain = find_chain(str(state["config"]["start_from"]), state.get("start", ""), by=run)
+    if chain.foreign is not None and has_language(chain.foreign):
+        return False
+    with ExitStack() as files:
+        stages = [_Stage.open(found, files) for found in chain.stages]
+        names = [name for stage in stages for name in (*stage.whole, *stage.layers)]
+        rows = [stage.rows("embedding") for stage in stages]
+    return not any(name.startswith("language.") for name in names) and not any(
+        found is not None for found in rows
     )
 
 

@@ -77,7 +77,8 @@ class RunConfig:
         max_length: Longest sequence with its image tokens; longer samples are left out, counted.
         truncate: Cut the text of longer samples instead. Left out, true under policy `llava`.
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
-            stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA.
+            stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA, whole
+            or as PEFT adapters with their base.
         policy: Order of an epoch (`lapilli.data.sampler`). `llava` is that of LLaVA's trainer, in
             which the micro-batches are part of the order; the learning rate then starts at 0 too.
         group_by_modality_length: LLaVA's flag, for policy `llava`; false for its order without it,

@@ -101,6 +101,11 @@ def load_trained(run: Path, device: str | torch.device = "cpu") -> Trained:
         if isinstance(error, OSError):
             require_missing(run / CONFIG, error)
         raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
+    if not isinstance(config, dict) or "model" not in config:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TrainError(
+            f"{run}: no run ({CONFIG} names no model); expected the output of train, an export or "
+            "a published model"
+        )
     fields: dict[str, Any] = config["model"]
     found = checkpoint.newest_weights(run)
     if found is None:

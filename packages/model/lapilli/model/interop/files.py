@@ -19,7 +19,14 @@ from torch import Tensor
 from lapilli.model.errors import ModelError
 from lapilli.model.pretrained import require_missing
 
-__all__ = ["PROJECTOR", "read_safetensors", "read_tensors", "save_tensors", "share_as_usual"]
+__all__ = [
+    "PROJECTOR",
+    "check_weights",
+    "read_safetensors",
+    "read_tensors",
+    "save_tensors",
+    "share_as_usual",
+]
 
 PROJECTOR = "mm_projector.bin"
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -35,6 +42,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for file in _files(path):
         tensors.update(_read_file(file))
     return tensors
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a file or folder without weights, or with some missing that its index names.
+
+    Raises:
+        ModelError: As `read_tensors`.
+    """
+    for _ in _files(path):
+        pass
 
 
 def _files(path: Path) -> Iterator[Path]:

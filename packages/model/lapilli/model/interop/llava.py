@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,28 @@ from torch import Tensor
 
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import PROJECTOR, read_tensors, save_tensors
+from lapilli.model.interop.llava_config import (
+    CONFIG,
+    TOWER_FOLDER,
+    LlavaSettings,
+    check_llava,
+    is_llava_config,
+    llava_config,
+    read_config,
+)
+from lapilli.model.interop.llava_tower import TowerImages, write_tower
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
-from lapilli.model.pretrained import require_missing
 from lapilli.model.trainable import base_name, is_adapter
-from lapilli.model.vision import TransformersTower
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
-    "LEFT_OVER", "TOWER", "check_llava", "is_llava", "load_llava", "projector_state", "write_llava",
-    "write_llava_config", "write_projector",
+    "BESIDE_ADAPTER", "LEFT_OVER", "TOWER", "VISION_FOLDER", "LlavaForm", "is_llava", "load_llava",
+    "projector_state", "write_llava", "write_llava_config", "write_projector",
 ]  # fmt: skip
 
 LEFT_OVER = "non_lora_trainables.bin"
+VISION_FOLDER = "vision_tower"  # a tower's adapter, which LLaVA's layout has no place for
 BESIDE_ADAPTER = (LEFT_OVER, "other_params.bin")
 TOWER = "vision_tower.vision_tower."
 # every trainer wraps the model once more: PEFT, LLaVA, and DeepSpeed's gathered saves
@@ -56,15 +66,7 @@ def is_llava(path: Path) -> bool:
         return path.suffix in (".bin", ".safetensors")
     if any((path / name).is_file() for name in (PROJECTOR, *BESIDE_ADAPTER, SETTINGS)):
         return True
-    try:
-        settings: object = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        require_missing(path / "config.json", error)
-        return False
-    except ValueError:
-        return False
-    kind: object = settings.get("model_type") if isinstance(settings, dict) else None  # pyright: ignore
-    return isinstance(kind, str) and kind.startswith("llava_")
+    return is_llava_config(read_config(path))
 
 
 def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
@@ -77,7 +79,7 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
             layout of `llava-v1.5-7b`, or one with an adapter, which is merged into the language
             model there is.
         model: A model of the same parts. A folder without a tower leaves the tower as it is:
-            LLaVA takes it from its own hub name.
+            LLaVA takes it from what its config names.
 
     Returns:
         The parts that were loaded: `projector`, `language`, `vision`.
@@ -88,9 +90,9 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
     if (path / SETTINGS).is_file():
         adapter = read_adapter(path)
         beside = next((path / n for n in BESIDE_ADAPTER if (path / n).is_file()), None)
-        loaded = load_llava(beside, model) if beside else []
+        loaded = load_llava(beside, model) if beside and _holds_any(beside) else []
         merge_adapter(adapter, model.language)
-        return [*loaded, *({"language"} - {*loaded})]
+        return _in_order([*loaded, "language", *_load_towers(path, model)])
     tensors = read_tensors(path)
     parts = {"projector": projector_state(tensors)}
     parts["language"], parts["vision"] = {}, {}
@@ -107,7 +109,32 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
         raise ModelError(f"{path}: no projector in it; expected LLaVA's mm_projector tensors")
     for part in loaded:
         _load_part(path, part, getattr(model, part), parts[part])
-    return loaded
+    return _in_order([*loaded, *_load_towers(path, model)])
+
+
+def _in_order(parts: Collection[str]) -> list[str]:
+    return [part for part in ("projector", "language", "vision") if part in parts]
+
+
+def _holds_any(file: Path) -> bool:
+    """Whether there are tensors in what was left over: nothing is, where adapters alone learnt."""
+    return bool(read_tensors(file))
+
+
+def _load_towers(path: Path, model: VisionLanguageModel) -> list[str]:
+    """The tower beside an export's weights: whole, or an adapter for transformers' tower."""
+    whole, adapter = path / TOWER_FOLDER, path / VISION_FOLDER
+    vision: Any = model.vision
+    if whole.is_dir():
+        tower = model.config.vision.tower
+        found = read_tensors(whole).items()
+        named = {f"{tower}.{name.removeprefix('vision_model.')}": value for name, value in found}
+        _load_part(whole, "vision", vision, named)
+    elif (adapter / SETTINGS).is_file():
+        merge_adapter(read_adapter(adapter), vision.encoder)
+    else:
+        return []
+    return ["vision"]
 
 
 def write_projector(model: VisionLanguageModel, output: Path) -> Path:
@@ -118,15 +145,31 @@ def write_projector(model: VisionLanguageModel, output: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class LlavaForm:
+    """How a checkpoint in LLaVA's layout is written.
+
+    Attributes:
+        images: How images become the tower's input.
+        place: Where the folder will lie: LLaVA finds a trained tower by its whole path alone.
+        dtype: Of the weights.
+        shard_size: Most bytes in one file.
+        files: `safetensors`, or `bin` as `llava-v1.5-7b` itself has them.
+        tower: What LLaVA shall load as the tower; empty to write the model's (`published_tower`).
+    """
+
+    images: TowerImages
+    place: Path
+    dtype: torch.dtype = torch.float32
+    shard_size: str = "5GB"
+    files: Literal["safetensors", "bin"] = "safetensors"
+    tower: str = ""
+
+
 def write_llava(
     model: VisionLanguageModel,
     output: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    shard_size: str = "5GB",
-    form: Literal["safetensors", "bin"] = "safetensors",
-    vision_tower: str = "",
-    aspect: Literal["pad", "square"] = "pad",
+    form: LlavaForm,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
     """Write a checkpoint in the layout of `llava-v1.5-7b`, adapters merged, with LLaVA's config.
@@ -134,78 +177,42 @@ def write_llava(
     Args:
         model: The model.
         output: Folder to write.
-        dtype: Of the written weights.
-        shard_size: Most bytes in one file.
-        form: `safetensors`, or `bin` as `llava-v1.5-7b` itself has them.
-        aspect: LLaVA's `image_aspect_ratio`: how it makes images square.
-        vision_tower: What LLaVA's `mm_vision_tower` shall name; empty for the model's own.
+        form: How.
         on_progress: Told after each file of weights.
 
     Raises:
         ModelError: A part that LLaVA does not have.
     """
-    ours: Any = model
     check_llava(model)
     state = plain_weights(model.language)
     if getattr(model.language.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
     for name, value in plain_weights(model.projector).items():
         state[f"model.mm_projector.{name}"] = value
-    for name, value in plain_weights(ours.vision.clip).items():
-        state[f"model.{TOWER}vision_model.{name}"] = value
     output.mkdir(parents=True, exist_ok=True)
-    write_weights(state, output, dtype, shard_size=shard_size, form=form, on_progress=on_progress)
-    write_llava_config(model, output, dtype=dtype, vision_tower=vision_tower, aspect=aspect)
+    write_weights(
+        state, output, form.dtype, shard_size=form.shard_size, form=form.files,
+        on_progress=on_progress,
+    )  # fmt: skip
+    write_llava_config(model, output, form)
 
 
-def check_llava(model: VisionLanguageModel) -> None:
-    """Refuse a model that LLaVA has no words for.
+def write_llava_config(model: VisionLanguageModel, output: Path, form: LlavaForm) -> None:
+    """Write the `config.json` that LLaVA builds its model of, and the tower where it is a new one.
 
     Raises:
-        ModelError: Names the part.
+        ModelError: A part that LLaVA does not have.
     """
-    vision, tower = model.config.vision, model.vision
-    if vision.tower != "clip" or not isinstance(tower, TransformersTower):
-        raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
-    if tower.image_size != tower.own_size:
-        raise ModelError(
-            f"vision.image_size: {tower.image_size}; LLaVA builds its tower from "
-            f"{vision.pretrained}, whose images have {tower.own_size} px; export with --to hf"
-        )
-
-
-def write_llava_config(
-    model: VisionLanguageModel,
-    output: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    vision_tower: str = "",
-    aspect: Literal["pad", "square"] = "pad",
-) -> None:
-    """Write the `config.json` that LLaVA builds its model of; arguments as for `write_llava`."""
-    text = json.dumps(_llava_config(model, dtype, vision_tower, aspect), indent=2)
-    (output / "config.json").write_text(text, encoding="utf-8")
-
-
-def _llava_config(
-    model: VisionLanguageModel, dtype: torch.dtype, vision_tower: str, aspect: str
-) -> dict[str, Any]:
-    config: dict[str, Any] = model.language.config.to_dict()
-    kind = str(config["model_type"])
-    return config | {
-        "model_type": f"llava_{kind}",
-        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-        "mm_projector_type": model.config.projector,
-        "mm_hidden_size": model.vision.hidden_size,
-        "mm_vision_tower": vision_tower or model.config.vision.pretrained,
-        "mm_vision_select_layer": model.config.vision.layer,
-        "mm_vision_select_feature": model.config.vision.features,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": aspect,
-        "use_mm_proj": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    layer, tower = model.config.vision.layer, form.tower
+    if not tower:
+        write_tower(model, output, form.images, form.dtype)
+        layer, tower = -1, str((form.place / TOWER_FOLDER).absolute())
+    settings = LlavaSettings(
+        tower, layer, "pad" if form.images.aspect == "pad" else "square",
+        str(form.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    text = json.dumps(llava_config(model, settings), indent=2)
+    (output / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _llava_projector(model: VisionLanguageModel) -> dict[str, Tensor]:

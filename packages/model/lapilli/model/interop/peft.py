@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lapilli.model.added_rows import added_rows, table_names
+from lapilli.model.added_rows import added_rows, source_rows, table_names
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import read_tensors, save_tensors
@@ -24,7 +24,8 @@ from lapilli.model.interop.weights import adapted_layers, low_rank, plain_weight
 from lapilli.model.trainable import base_name, is_adapter
 
 __all__ = [
-    "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter", "write_adapter",
+    "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter",
+    "read_settings", "write_adapter",
 ]  # fmt: skip
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,18 +41,43 @@ class Adapter:
         settings: `adapter_config.json`.
         tensors: By the adapted model's names: `layer.lora_A.weight` [r, in],
             `layer.lora_B.weight` [out, r], and whole tensors that were trained beside.
+        origins: The name that a layer had in the folder, where `renamed` gave it another.
     """
 
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    origins: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def base(self) -> str:
+        """Hub name or folder of the model that it is for; empty where the folder does not say."""
+        return str(self.settings.get("base_model_name_or_path") or "")
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Adapter:
+        """The adapter by another model's names.
+
+        Args:
+            rename: A layer's or a tensor's new name; None leaves it out.
+        """
+        tensors: dict[str, Tensor] = {}
+        origins: dict[str, str] = {}
+        for name, value in self.tensors.items():
+            end = next((end for end in (A, B) if name.endswith(end)), "")
+            old = name.removesuffix(end)
+            new = rename(old)
+            if new is not None:
+                tensors[new + end] = value
+                origins[new] = old
+        return replace(self, tensors=tensors, origins=origins)
 
     def scale(self, layer: str) -> float:
         """What a layer's product is multiplied by."""
         rank = self.tensors[layer + A].shape[0]
         alpha = float(self.settings["lora_alpha"])
         patterns: dict[str, float] = self.settings.get("alpha_pattern") or {}
+        name = self.origins.get(layer, layer)
         for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):
+            if re.match(rf"(.*\.)?({pattern})$", name):
                 alpha = float(value)
                 break
         return alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
@@ -63,14 +89,11 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ModelError: Not there, damaged, or of another kind than LoRA on linear layers.
     """
-    try:
-        settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: no adapter can be read ({error}); expected {SETTINGS} and {WEIGHTS}"
-        ) from None
-    old = (folder / WEIGHTS).with_suffix(".bin")  # PEFT before 0.7, LLaVA's published adapters
-    found = read_tensors(old if old.is_file() else folder / WEIGHTS)
+    settings = read_settings(folder)
+    new, old = folder / WEIGHTS, (folder / WEIGHTS).with_suffix(".bin")  # PEFT before 0.7, LLaVA's
+    if not (new.is_file() or old.is_file()):
+        raise ModelError(f"{folder}: no adapter can be read (no {WEIGHTS}); copy the file too")
+    found = read_tensors(new if new.is_file() else old)
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
         raise ModelError(f"{folder}: an adapter of kind {kind}; expected LORA without DoRA")
@@ -80,11 +103,36 @@ def read_adapter(folder: Path) -> Adapter:
         for name, value in found.items()
     }
     for name in tensors:
-        if "lora_" in name and not name.endswith((A, B)):
+        if ("lora_" in name and not name.endswith((A, B))) or "token_adapter" in name:
             raise ModelError(f"{folder}: {name}; expected LoRA on linear layers (lora_A, lora_B)")
         if name.endswith(A) and name.replace(A, B) not in tensors:
             raise ModelError(f"{folder}: {name} without its lora_B; the file is not whole")
     return Adapter(settings, tensors)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """An adapter's `adapter_config.json`.
+
+    Raises:
+        ModelError: Not there, damaged, or without what an adapter of LoRA needs.
+    """
+    try:
+        found: object = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{folder}: no adapter can be read ({error}); expected {SETTINGS} and {WEIGHTS}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder / SETTINGS}: damaged; expected a JSON object")
+    settings = cast("dict[str, Any]", found)
+    if settings.get("peft_type") == "LORA" and not _is_number(settings.get("lora_alpha")):
+        alpha = settings.get("lora_alpha")
+        raise ModelError(f"{folder / SETTINGS}: lora_alpha {alpha!r}; expected a number")
+    return settings
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
@@ -104,7 +152,9 @@ def _inside(adapter: Adapter, name: str) -> str:
     return f"{layer}.base_layer.{leaf}" if layer + A in adapter.tensors else name
 
 
-def adapter_of(part: nn.Module, lora: LoraConfig, *, base: str = "", task: str = "") -> Adapter:
+def adapter_of(
+    part: nn.Module, lora: LoraConfig, *, base: str = "", task: str = "", rows: int = 0
+) -> Adapter:
     """The adapter that a part was trained with, biases that learnt included.
 
     Args:
@@ -112,6 +162,8 @@ def adapter_of(part: nn.Module, lora: LoraConfig, *, base: str = "", task: str =
         lora: What they were made by.
         base: Hub name or folder of the model that the adapter is for.
         task: PEFT's name of what the model does: `CAUSAL_LM` for a language model.
+        rows: Rows of a vocabulary that has grown, as its reader grows the base: a tokenizer's
+            length. 0 takes all there are.
 
     Raises:
         ModelError: The part has no adapter.
@@ -127,8 +179,10 @@ def adapter_of(part: nn.Module, lora: LoraConfig, *, base: str = "", task: str =
         if value.requires_grad and not is_adapter(name):
             tensors[base_name(name)] = value.detach().cpu()
     if added_rows(part) is not None:  # whole tables, as PEFT saves those that were resized
-        weights = plain_weights(part)
-        tensors.update({name: weights[name].make().cpu() for name in _own_tables(part)})
+        weights, most = plain_weights(part), max(rows, source_rows(part)) if rows else None
+        if most is None or most > source_rows(part):  # else no token has a row that was added
+            tables = {name: weights[name].make().cpu()[:most] for name in _own_tables(part)}
+            tensors.update({name: value.clone() for name, value in tables.items()})
     settings = {
         "peft_type": "LORA",
         "task_type": task or None,

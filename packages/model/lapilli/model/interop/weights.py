@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lapilli.model.added_rows import added_rows, table_names
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import save_tensors
+from lapilli.model.quantized import whole_shape, whole_weight
 from lapilli.model.trainable import base_name, is_adapter
 
 __all__ = ["Progress", "Weight", "adapted_layers", "low_rank", "plain_weights", "write_weights"]
@@ -59,33 +60,36 @@ def adapted_layers(part: nn.Module) -> dict[str, Any]:
     }
 
 
-def plain_weights(part: nn.Module) -> dict[str, Weight]:
-    """A part's tensors under the names they have without adapters; those of adapted layers merged.
+def plain_weights(part: nn.Module, *, merged: bool = True) -> dict[str, Weight]:
+    """A part's tensors under the names they have without adapters.
+
+    Args:
+        part: The part.
+        merged: Whether adapters are merged into their layers, and rows that learnt by themselves
+            into their tables; without, the weights are those below them.
 
     Merging is in fp32 whatever the layer's dtype: `W + (B A) alpha / r` (Hu et al. 2021,
-    arXiv:2106.09685). Added rows that learnt by themselves stand in their tables.
-
-    Raises:
-        ModelError: A layer whose weights are quantised.
+    arXiv:2106.09685). Added rows that learnt by themselves stand in their tables. Weights in 4 bits
+    are the numbers that they compute with.
     """
     adapted = adapted_layers(part)
+    quantized = {name: module for name, module in part.named_modules() if _is_quantized(module)}
     found: dict[str, Weight] = {}
     for name, value in part.state_dict().items():
-        if is_adapter(name):
+        if is_adapter(name) or _is_scale(name, quantized):
             continue
         plain = base_name(name)
         layer, _, leaf = plain.rpartition(".")
+        held = quantized.get(name.removesuffix(".weight"))
         found[plain] = Weight.of(value)
-        if layer in adapted and leaf == "weight":
-            if not value.is_floating_point():
-                raise ModelError(
-                    f"{layer}: its weights are quantised ({value.dtype}) and no adapter can be "
-                    "merged into them; export with --to peft"
-                )
-            found[plain] = Weight.of(value).then(partial(_merge, adapted[layer]))
+        if held is not None:
+            found[plain] = Weight(whole_shape(held), partial(whole_weight, held))
+        if merged and layer in adapted and leaf == "weight":
+            is_turned = held is not None and bool(held.is_transposed)
+            found[plain] = found[plain].then(partial(_merge, adapted[layer], is_turned))
     for prefix, language in (("", part), ("language.", getattr(part, "language", None))):
         rows = None if language is None else added_rows(language)
-        if rows is not None:
+        if merged and rows is not None:
             for name, kind in table_names(language).items():
                 learnt = rows.embedding if kind == "embedding" else rows.head_rows
                 change = partial(_replace_last, learnt.detach())
@@ -97,11 +101,21 @@ def _replace_last(rows: Tensor, table: Tensor) -> Tensor:
     return torch.cat([table[: len(table) - len(rows)], rows.to(table.dtype)])
 
 
-def _merge(layer: Any, weight: Tensor) -> Tensor:
+def _is_quantized(module: Any) -> bool:
+    return hasattr(getattr(module, "weight", None), "quant_state")
+
+
+def _is_scale(name: str, quantized: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a state dict is one of those beside a weight in 4 bits."""
+    layer, found, _ = name.rpartition(".weight.")
+    return bool(found) and layer in quantized
+
+
+def _merge(layer: Any, is_turned: bool, weight: Tensor) -> Tensor:
     merged = weight.float()
     for name, first in layer.lora_A.items():
         pair = first.weight.detach(), layer.lora_B[name].weight.detach()
-        is_transposed = bool(layer.fan_in_fan_out)
+        is_transposed = is_turned or bool(layer.fan_in_fan_out)
         merged = merged + low_rank(*pair, layer.scaling[name], is_transposed=is_transposed)
     return merged
 

@@ -1,0 +1,244 @@
+"""LLaVA's `config.json`: written for the transformers that its code runs on, read as it publishes.
+
+LLaVA's code runs on transformers 4.37, which knows `rope_theta` beside `rope_scaling` and no
+`rope_parameters`, computes the heads' size, and has two scalings of positions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
+from lapilli.model.errors import ModelError
+from lapilli.model.pretrained import local_folder, one_line, require_missing
+from lapilli.model.vision import FAMILIES, TransformersTower
+from lapilli.model.vlm import VisionLanguageModel
+
+__all__ = [
+    "CONFIG", "LANGUAGES", "TOWER_FOLDER", "LlavaSettings", "check_llava", "is_llava_config",
+    "llava_config", "llava_model", "read_config",
+]  # fmt: skip
+
+CONFIG = "config.json"
+LANGUAGES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+TOWER_FOLDER = "mm_vision_tower"
+"""In an export: the tower as it was trained, for LLaVA to load in the original's place."""
+
+OLD_NAMES = {"llava": "llama"}  # `model_type` before LLaVA 1.2
+SCALINGS = ("linear", "dynamic")
+
+
+@dataclass(frozen=True)
+class LlavaSettings:
+    """What LLaVA's config says beside the language model's own.
+
+    Attributes:
+        tower: `mm_vision_tower`: a folder, or a hub name that begins with `openai` or `laion`.
+        layer: `mm_vision_select_layer`.
+        aspect: `image_aspect_ratio`: `pad`, or `square` for what the tower's image processor does.
+        dtype: Of the weights.
+    """
+
+    tower: str
+    layer: int
+    aspect: Literal["pad", "square"]
+    dtype: str
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`; empty where it has none.
+
+    Raises:
+        ModelError: It cannot be read, or is no JSON object.
+    """
+    path = folder / CONFIG
+    try:
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        require_missing(path, error)
+        return {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: damaged; expected a JSON object, copy the file again")
+    return cast("dict[str, Any]", found)
+
+
+def is_llava_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config is LLaVA's own: transformers' `llava` has its parts in `vision_config`."""
+    return "mm_vision_tower" in config or "mm_projector_type" in config
+
+
+def check_llava(model: VisionLanguageModel) -> None:
+    """Refuse a model that LLaVA has no words for.
+
+    Raises:
+        ModelError: Names the part.
+    """
+    vision, projector = model.config.vision, model.config.projector
+    if vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
+        raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
+    if not _is_projector(projector):
+        raise ModelError(f"projector: {projector}; LLaVA has linear, mlpNx_gelu and identity")
+    _language(model)
+
+
+def llava_config(model: VisionLanguageModel, settings: LlavaSettings) -> dict[str, Any]:
+    """What LLaVA builds a model of.
+
+    Raises:
+        ModelError: A part that LLaVA does not have.
+    """
+    check_llava(model)
+    kind = str(model.language.config.model_type)
+    return _language(model) | {
+        "model_type": f"llava_{kind}",
+        "architectures": [LANGUAGES[kind]],
+        "mm_projector_type": model.config.projector,
+        "mm_hidden_size": model.vision.hidden_size,
+        "mm_vision_tower": settings.tower,
+        "mm_vision_select_layer": settings.layer,
+        "mm_vision_select_feature": model.config.vision.features,
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": settings.aspect,
+        "tokenizer_padding_side": "left",  # a batch then answers as its prompts do alone
+        "use_mm_proj": True,
+        "torch_dtype": settings.dtype,
+    }
+
+
+def _language(model: VisionLanguageModel) -> dict[str, Any]:
+    """The language model's settings in the words of transformers 4.37."""
+    config: dict[str, Any] = model.language.config.to_dict()
+    kind = str(config["model_type"])
+    if kind not in LANGUAGES:
+        raise ModelError(
+            f"language: {kind}; LLaVA's loader has {' and '.join(LANGUAGES)}; export with --to hf"
+        )
+    for name in ("dtype", "transformers_version", "_name_or_path", "auto_map"):
+        config.pop(name, None)
+    heads = int(config["num_attention_heads"])
+    size = config.pop("head_dim", None) or config["hidden_size"] // heads
+    if size * heads != config["hidden_size"]:
+        raise ModelError(
+            f"language: heads of {size} times {heads} are not hidden_size "
+            f"{config['hidden_size']}, as LLaVA's transformers has it; export with --to hf"
+        )
+    if config.pop("mlp_bias", False):
+        raise ModelError("language: mlp_bias; LLaVA's transformers has none; export with --to hf")
+    theta, scaling = _positions(config.pop("rope_parameters", None) or {}, kind)
+    config.pop("rope_scaling", None)
+    return config | {"rope_theta": theta} | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _positions(rope: Mapping[str, Any], kind: str) -> tuple[float, dict[str, Any] | None]:
+    """`rope_theta` and `rope_scaling`."""
+    scaling = str(rope.get("rope_type", "default"))
+    theta = float(rope.get("rope_theta", 10000.0))
+    if scaling == "default":
+        return theta, None
+    if scaling not in SCALINGS or kind != "llama" or float(rope.get("factor", 0)) <= 1:
+        raise ModelError(
+            f"language: rope_type {scaling}; LLaVA's transformers has {' and '.join(SCALINGS)}, "
+            "for llama alone; export with --to hf"
+        )
+    return theta, {"type": scaling, "factor": float(rope["factor"])}
+
+
+def llava_model(folder: Path, config: Mapping[str, Any], base: str = "") -> ModelConfig:
+    """What a folder in LLaVA's layout is made of; every part learns.
+
+    Args:
+        folder: The folder.
+        config: Its `config.json`.
+        base: Folder of the language model that an adapter is for; empty where the folder has all
+            weights.
+
+    Raises:
+        ModelError: A part that this package does not have, or a tower that is not here.
+    """
+    kind = str(config.get("model_type")).removeprefix("llava_")
+    kind = OLD_NAMES.get(kind, kind)
+    if kind not in LANGUAGES:
+        raise ModelError(
+            f"{folder / CONFIG}: model_type {config.get('model_type')}; expected "
+            f"{' or '.join(f'llava_{name}' for name in LANGUAGES)}"
+        )
+    merge, projector = config.get("mm_patch_merge_type", "flat"), config.get("mm_projector_type")
+    aspect, projector = config.get("image_aspect_ratio"), projector or "linear"
+    if merge != "flat" or aspect not in ("pad", "square", None):
+        raise ModelError(
+            f"{folder / CONFIG}: image_aspect_ratio {aspect} with mm_patch_merge_type {merge}; "
+            "expected pad or square, and flat: an image has one square here"
+        )
+    if not _is_projector(str(projector)):
+        raise ModelError(
+            f"{folder / CONFIG}: mm_projector_type {projector}; expected linear, mlpNx_gelu or "
+            "identity"
+        )
+    return ModelConfig(
+        _tower(folder, config),
+        _based(base, config) if base else _whole(folder, kind, config),
+        projector=str(projector),
+        trainable=("vision", "projector", "language"),
+    )
+
+
+def _is_projector(name: str) -> bool:
+    return name in ("linear", "identity") or bool(re.fullmatch(r"mlp[1-9]x_gelu", name))
+
+
+def _based(base: str, config: Mapping[str, Any]) -> LanguageConfig:
+    rows = config.get("vocab_size")
+    return LanguageConfig(
+        pretrained=base, allow_pickle=True, vocab_size=rows if isinstance(rows, int) else 0
+    )
+
+
+def _whole(folder: Path, kind: str, config: Mapping[str, Any]) -> LanguageConfig:
+    from transformers import AutoConfig
+
+    defaults: dict[str, Any] = AutoConfig.for_model(kind).to_dict()
+    left_out = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
+    settings = {n: v for n, v in config.items() if n in defaults and n not in left_out}
+    with one_line(f"{folder / CONFIG}: no {kind} has its rope_theta and rope_scaling"):
+        scaling: dict[str, Any] = dict(config.get("rope_scaling") or {})
+        if "rope_parameters" not in settings and ("rope_theta" in config or scaling):
+            given = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+            theta = float(config.get("rope_theta") or 10000.0)
+            settings["rope_parameters"] = {"rope_theta": theta, "rope_type": given, **scaling}
+    settings.pop("rope_scaling", None)
+    with one_line(f"{folder / CONFIG}: no {kind} can be built of it"):
+        AutoConfig.for_model(kind, **settings)
+    return replace(LanguageConfig(kind), settings=settings)
+
+
+def _tower(folder: Path, config: Mapping[str, Any]) -> VisionConfig:
+    """The tower that the folder brings, or the one that it names."""
+    own, named = folder / TOWER_FOLDER, str(config.get("mm_vision_tower") or "")
+    found = own if own.is_dir() else local_folder(named)
+    if not named or found is None:
+        raise ModelError(
+            f"{folder / CONFIG}: mm_vision_tower {named!r} is not on this machine; download it, or "
+            "name a folder that has it"
+        )
+    name = str(found)
+    kind = str(read_config(Path(name)).get("model_type", "clip")).removesuffix("_vision_model")
+    if kind not in FAMILIES:
+        raise ModelError(f"{name}: a {kind}; expected a tower of {', '.join(FAMILIES)}")
+    layer, features = config.get("mm_vision_select_layer"), config.get("mm_vision_select_feature")
+    if not isinstance(layer, int) or features not in ("patch", "cls_patch", None):
+        raise ModelError(
+            f"{folder / CONFIG}: mm_vision_select_layer {layer!r} and mm_vision_select_feature "
+            f"{features!r}; expected a number, and patch or cls_patch"
+        )
+    return VisionConfig(
+        kind, pretrained=name, layer=layer, features=features or "patch", allow_pickle=True
+    )
