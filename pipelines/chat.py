@@ -36,6 +36,7 @@ HEADERS = {
 }
 CLOSE = {"Connection": "close"}  # what is still being sent is not read
 LATER = {"Retry-After": "5"}
+OVERRUN = 4  # times as much as is taken is read and passed over before a connection is closed
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,16 @@ class _Load:
         """
         limits = self._limits
         most = limits.body_mib * MIB
-        too_large = _Refused(413, f"more than {limits.body_mib} MiB; choose smaller images", CLOSE)
-        length = request.headers.get("content-length", "0")
-        if len(length) > 12 or int(length) > most:
-            raise too_large
+        total = 0
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for part in request.stream():
-                    if len(body) + len(part) > most:
-                        raise too_large
+                    total += len(part)
+                    if total > most:  # the rest is passed over, or the sender would not listen
+                        self.drop(body)
+                        if total > OVERRUN * most:
+                            break
+                        continue
                     if self._num_bytes + len(part) > limits.buffered_mib * MIB:
                         raise _Refused(503, "too much is being sent; ask later", LATER | CLOSE)
                     self._num_bytes += len(part)
@@ -123,6 +125,9 @@ class _Load:
         except TimeoutError:
             said = f"not sent within {limits.body_seconds:g} s"
             raise _Refused(408, said, CLOSE) from None
+        if total > most:
+            said = f"more than {limits.body_mib} MiB; choose smaller images"
+            raise _Refused(413, said, CLOSE)
 
     def drop(self, body: bytearray) -> None:
         """Let go of a request's body."""
@@ -130,46 +135,50 @@ class _Load:
         body.clear()
 
 
-def make_app(assistant: Assistant, config: ChatConfig) -> Any:
-    """The page at `/` and the answers at `/answer`, as a Starlette application.
+class _Answer:
+    """A response as it is written; `done` is called when it is sent or nobody listens."""
 
-    Raises:
-        DataError: The process that decodes images does not start.
-    """
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
-    from starlette.routing import Route
+    def __init__(
+        self, first: str, pieces: AsyncGenerator[str], done: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._pieces, self._done = _after(first, pieces), done
 
-    class Answer(StreamingResponse):
-        """An answer as it is written; `done` is called when it is sent or nobody listens."""
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import StreamingResponse
 
-        def __init__(
-            self, first: str, pieces: AsyncGenerator[str], done: Callable[[], Awaitable[None]]
-        ) -> None:
-            super().__init__(_after(first, pieces), media_type="text/plain", headers=HEADERS)
-            self._done = done
+        response = StreamingResponse(self._pieces, media_type="text/plain", headers=HEADERS)
+        try:
+            await response(scope, receive, send)
+        finally:
+            await self._done()
 
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                await self._done()
 
-    worker = ChatWorker(assistant, config.decoding, config.limits)
-    load = _Load(config.limits)
-    page = PAGE.read_text(encoding="utf-8")
+class _Chat:
+    """What the server answers: the page, and its questions."""
 
-    async def show(request: Request) -> Response:
+    def __init__(self, assistant: Assistant, config: ChatConfig) -> None:
+        self.worker = ChatWorker(assistant, config.decoding, config.limits)
+        self._load, self._limits = _Load(config.limits), config.limits
+        self._page = PAGE.read_text(encoding="utf-8")
+
+    async def show(self, request: Any) -> Any:
+        """The page."""
+        from starlette.responses import HTMLResponse
+
         del request
-        return HTMLResponse(page, headers=HEADERS)
+        return HTMLResponse(self._page, headers=HEADERS)
 
-    async def answer(request: Request) -> Response:
+    async def answer(self, request: Any) -> Any:
+        """The answer to a conversation.
+
+        Raises:
+            DataError, ModelError: It cannot be answered.
+            Busy, _Refused, _Left: It is not answered now, or nobody listens.
+        """
         # another site's page may not send this type without asking first
         if request.headers.get("content-type") != "application/json":
             raise _Refused(415, "expected application/json", CLOSE)
+        load = self._load
         load.enter()
         body = bytearray()
         pieces = _nothing()
@@ -181,29 +190,47 @@ def make_app(assistant: Assistant, config: ChatConfig) -> Any:
 
         try:
             await load.read(request, body)
-            question = await asyncio.to_thread(read_question, bytes(body), config.limits)
-            pieces = worker.ask(question, lambda: load.drop(body))
+            question = await asyncio.to_thread(read_question, bytes(body), self._limits)
+            pieces = self.worker.ask(question, lambda: load.drop(body))
             first = await _unless_left(request, anext(pieces, ""))
         except BaseException:
             await done()
             raise
-        return Answer(first, pieces, done)
+        return _Answer(first, pieces, done)
 
-    async def mistake(request: Request, error: Exception) -> Response:
-        del request
-        refused = _refusal(error)
-        headers = HEADERS | refused.headers
-        return PlainTextResponse(one_line(str(refused)), refused.status, headers=headers)
 
+async def _mistake(request: Any, error: Exception) -> Any:
+    from starlette.responses import PlainTextResponse
+
+    del request
+    refused = _refusal(error)
+    return PlainTextResponse(
+        one_line(str(refused)), refused.status, headers=HEADERS | refused.headers
+    )
+
+
+def make_app(assistant: Assistant, config: ChatConfig) -> Any:
+    """The page at `/` and the answers at `/answer`, as a Starlette application.
+
+    Raises:
+        DataError: The process that decodes images does not start.
+    """
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
+    from starlette.routing import Route
+
+    chat = _Chat(assistant, config)
     known = (DataError, ModelError, Busy, _Refused, _Left, ClientDisconnect)
     # a name that another site points here is not this page's
     hosts = LOOPBACK if config.host in {"127.0.0.1", "localhost", "::1"} else ["*"]
     app = Starlette(
-        routes=[Route("/", show), Route("/answer", answer, methods=["POST"])],
+        routes=[Route("/", chat.show), Route("/answer", chat.answer, methods=["POST"])],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers=dict.fromkeys(known, mistake),
+        exception_handlers=dict.fromkeys(known, _mistake),
     )
-    app.state.worker = worker  # to be closed when nothing is served any more
+    app.state.worker = chat.worker  # to be closed when nothing is served any more
     return app
 
 

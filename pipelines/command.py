@@ -12,13 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lapilli.data.access import blame, system_error
 from lapilli.data.addresses import hide_secrets, refuse_secrets
 from lapilli.data.errors import DataError
 from lapilli.data.printable import one_line, spell_out
+from lapilli.data.yaml_text import load_yaml
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
 from pipelines.terminal import console, flush_output, safe_output
@@ -39,6 +41,8 @@ __all__ = [
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
+LONGEST_MISTAKE = 1200  # characters: it may hold a value of a recipe
+_yaml_load: Callable[[str], Any] = get_loader("yaml")
 
 
 class UsageError(Exception):
@@ -75,12 +79,21 @@ def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
         UsageError: As `parse`.
         DataError: An address with a password; does not repeat it.
     """
+    if get_loader("yaml") is not _load_recipe:
+        set_loader("yaml", _load_recipe, (yaml.YAMLError,))
     try:
         found = parser.parse_args(argv)
         _refuse_secrets("", found.as_dict())
         return parser.instantiate_classes(found)
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a recipe is not UTF-8 text ({error.reason})") from None
+
+
+def _load_recipe(text: str) -> Any:
+    """A recipe, or the value of a flag."""
+    return load_yaml(text, _yaml_load)
 
 
 def _refuse_secrets(setting: str, value: object) -> None:
@@ -137,12 +150,20 @@ def _exit_code(main: Callable[[], int]) -> int:
 
 
 def _mistake(line: str) -> int:
-    print(f"error: {hide_secrets(' '.join(line.split()))}", file=sys.stderr)
+    print(f"error: {hide_secrets(_short(line))}", file=sys.stderr)
     return USERS_MISTAKE
 
 
 def _spelt_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     sys.stderr.write(spell_out("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _short(text: str) -> str:
+    """A message as one line; of a long one, which has a value of a file in it, both ends."""
+    line = " ".join(text.split())
+    if len(line) <= LONGEST_MISTAKE:
+        return line
+    return f"{line[: LONGEST_MISTAKE - 300]} ... {line[-300:]}"
 
 
 def warning_line(message: Warning | str, *where: object, **line: object) -> str:

@@ -109,7 +109,7 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
     asked = _asked(config)
     try:
         is_same = json.loads(beside.read_text(encoding="utf-8")) == asked
-        lines = output.read_text(encoding="utf-8").splitlines() if is_same else []
+        lines = output.read_text(encoding="utf-8").split("\n")[:-1] if is_same else []
     except (OSError, ValueError) as error:
         if is_denied(error):
             raise TrainError(cannot_read(error.filename or output, error)) from None

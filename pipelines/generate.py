@@ -222,7 +222,7 @@ def _read_answers(output: Path, how: dict[str, Any]) -> dict[Key, str]:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data) and not data[len(whole) :].startswith(b"{"):
         raise DataError(f"output: {output} is no file of answers; choose another file")
-    rows = [_row(output, number, line) for number, line in enumerate(whole.splitlines(), 1)]
+    rows = [_row(output, number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
     for row in rows:
         for name, value in how.items():
             if row[name] != value:
@@ -238,9 +238,13 @@ def _read_answers(output: Path, how: dict[str, Any]) -> dict[Key, str]:
 def _row(output: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row: object = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
-    if not isinstance(row, dict) or not {*ROW} <= row.keys():
+    if (
+        not isinstance(row, dict)
+        or not {*ROW} <= row.keys()
+        or not (isinstance(row["prompt"], str) and isinstance(row["text"], str))
+    ):
         raise DataError(f"output: {output} line {number} is no answer; choose another file")
     return cast("dict[str, Any]", row)
 

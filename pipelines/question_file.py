@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from lapilli.data.access import is_file
+from lapilli.data.config import MOST_RECORD
 from lapilli.data.errors import DataError
-from lapilli.data.record import excerpt, is_unicode
+from lapilli.data.record import element_json, excerpt, is_unicode
+from lapilli.data.sources.bounds import (
+    Unreadable,
+    bounded_lines,
+    holds_too_much,
+    why_unreadable,
+)
 from pipelines.command import say
 
 __all__ = ["Asked", "existing", "read_questions"]
@@ -90,24 +97,30 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers; other separators than newlines are text."""
     try:
-        text = existing(path, "questions").read_text(encoding="utf-8-sig")
+        with existing(path, "questions").open("rb") as file:
+            for number, line in enumerate(bounded_lines(file, MOST_RECORD), 1):
+                if isinstance(line, Unreadable):
+                    raise DataError(
+                        f"{path} line {number}: more than {MOST_RECORD} bytes; expected a question"
+                    )
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    yield number, text
     except UnicodeDecodeError:
         raise DataError(f"questions: {path} is not UTF-8 text; expected JSONL") from None
     except OSError as error:
         raise DataError(f"questions: {path} cannot be read ({error.strerror})") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
+    why: str | None = None
     try:
-        row: object = json.loads(line)
-    except (ValueError, RecursionError):  # the second where it is nested deeply
-        row = None
+        row: object = None if holds_too_much(line) else json.loads(line)
+    except (ValueError, RecursionError) as error:
+        why, row = why_unreadable(error), None
     if not isinstance(row, dict):
+        found = f"; found {why}" if why else ""
         raise DataError(
-            f"{where}: expected an object with question_id, text and maybe image or images"
+            f"{where}: expected an object with question_id, text and maybe image or images{found}"
         )
     fields = cast("dict[str, Any]", row)
     for name in fields:
@@ -160,4 +173,4 @@ def _image_keys(row: dict[str, Any], where: str) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return excerpt(json.dumps(value, ensure_ascii=True), 60)
+    return excerpt(element_json(value), 60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -154,30 +153,22 @@ def test_what_a_template_shows_of_an_answer_is_trained(
     assert [text.lstrip(" ") for text in trained(made, row)] == [t.lstrip(" ") for t in expected]
 
 
-@dataclass(frozen=True)
-class RichTurn(Turn):
-    """A turn with the fields that some formats have."""
-
-    thinking: str = ""
-    trains: bool = True
-
-
 def rich(*turns: Turn) -> Record:
     return Record("x", "own/x", "own", turns)
 
 
-def asked(text: str) -> RichTurn:
-    return RichTurn("user", (TextPart(text),))
+def asked(text: str) -> Turn:
+    return Turn("user", (TextPart(text),))
 
 
 def test_thinking_beside_an_answer_is_written_as_thinking_inside_it(made: Any) -> None:
     template = Template(name="own", chat=MANNERS["thinking"].source)
-    beside = rich(asked("2+2?"), RichTurn("assistant", (TextPart("4"),), thinking="add them"))
+    beside = rich(asked("2+2?"), Turn("assistant", (TextPart("4"),), thinking="add them"))
     inside = to_record("", [("2+2?", THOUGHT)])
     one, other = encode_batch([beside, inside], made, template)
     assert (one.input_ids, one.label_spans) == (other.input_ids, other.label_spans)
     # of an earlier turn this template leaves it out, as transformers does
-    twice = rich(*beside.turns, asked("R"), RichTurn("assistant", (TextPart("5"),)))
+    twice = rich(*beside.turns, asked("R"), Turn("assistant", (TextPart("5"),)))
     (row,) = encode_batch([twice], made, template)
     assert trained(made, row) == ["4<|im_end|>", "5<|im_end|>"]
     for manner in ("headers", "split"):
@@ -189,8 +180,8 @@ def test_thinking_beside_an_answer_is_written_as_thinking_inside_it(made: Any) -
 def test_an_answer_that_is_not_to_be_trained_is_not(made: Any, manner: str) -> None:
     template = Template(name="own", chat=MANNERS[manner].source)
     turns = (
-        asked("Q"), RichTurn("assistant", (TextPart("one"),), trains=False),
-        asked("R"), RichTurn("assistant", (TextPart("two"),)),
+        asked("Q"), Turn("assistant", (TextPart("one"),), trains=False),
+        asked("R"), Turn("assistant", (TextPart("two"),)),
     )  # fmt: skip
     (row,) = encode_batch([rich(*turns)], made, template)
     assert trained(made, row) == ["two" + MANNERS[manner].end]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lapilli.data.errors import DataError
+from lapilli.data.exported import export_obstacle
 from lapilli.data.jinja import chat_template
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
 from lapilli.data.templates import TEMPLATES
@@ -87,7 +87,11 @@ def _last_answer(labels: list[int]) -> int:
     return gaps[-1] if gaps else trained[0]
 
 
-def test_a_template_that_drops_the_question_is_no_chat(tmp_path: Path) -> None:
+def test_a_template_that_drops_the_question_writes_the_images_alone(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path))
-    with pytest.raises(DataError, match="plain: drops what a user says"):
-        chat_template(TEMPLATES["plain"], tokenizer)
+    source = chat_template(TEMPLATES["plain"], tokenizer)
+    said: Any = tokenizer.apply_chat_template(
+        messages(CONVERSATIONS[1][1:2]), chat_template=source, tokenize=False
+    )
+    assert said == "<s><image><image>"
+    assert export_obstacle(TEMPLATES["plain"], tokenizer) == ""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import Entry, Reason
-from lapilli.data.sources import json_stream
+from lapilli.data.sources import json_scanner, json_stream
 from tests.data.source_files import (
     entries,
     pair,
@@ -160,5 +160,5 @@ def test_an_object_is_read_as_json_reads_it(
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps(items, indent=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "WINDOW", window)
+        patch.setattr(json_scanner, "WINDOW", window)
         assert list(json_stream.read_items(tmp_path / "a.json")) == list(items.items())

@@ -41,7 +41,7 @@ def record(trains: tuple[bool, ...], image: bool = False) -> Record:
         for (role, text), trained in zip(SAID, trains, strict=True)
     ]
     if image:
-        turns[0] = replace(turns[0], parts=(ImagePart(0), *turns[0].parts))
+        turns[0] = turns[0]._replace(parts=(ImagePart(0), *turns[0].parts))
     return Record("r", "s/r", "s", tuple(turns), ("a.jpg",) if image else ())
 
 
@@ -94,7 +94,7 @@ def test_a_chat_templates_answers_too(tokenizer: Any) -> None:
 def test_a_packed_turn_is_what_it_was_and_others_are_packed_as_before() -> None:
     plain = record((True,) * 4)
     marked = record((True, False, True, True))
-    thinking = replace(plain, turns=(*plain.turns[:3], replace(plain.turns[3], thinking="Hm.")))
+    thinking = replace(plain, turns=(*plain.turns[:3], plain.turns[3]._replace(thinking="Hm.")))
     for one in (plain, marked, thinking):
         assert unpack(pack(one)) == one
     assert len(pack(plain)) < len(pack(marked))
@@ -143,7 +143,7 @@ def test_an_export_keeps_the_weights_and_the_thinking() -> None:
     """What is written into a tar is read again as the same turns."""
     turns = record((True, False, True, True)).turns
     given = replace(
-        record((True,) * 4), turns=(*turns[:3], replace(turns[3], thinking="Let me see."))
+        record((True,) * 4), turns=(*turns[:3], turns[3]._replace(thinking="Let me see."))
     )
     element = _message_form(given, [])
     normalised = messages.normalise(json.loads(json.dumps(element)))

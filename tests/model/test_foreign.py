@@ -238,6 +238,17 @@ def test_a_config_that_does_not_fit_is_one_line(
     assert "\n" not in str(found.value)
 
 
+def test_the_folder_of_llavas_first_stage_is_no_whole_model(tmp_path: Path, tower: Path) -> None:
+    """`config.json` and `mm_projector.bin`, and no language model."""
+    model = published(tmp_path, tower)
+    (tmp_path / "pytorch_model.bin").unlink()
+    write_projector(model, tmp_path)
+    with pytest.raises(ModelError, match="no weights of the language; expected a whole model"):
+        read_foreign(tmp_path)
+    begun = build_model(twins.config(seed=3))
+    assert load_foreign(tmp_path, begun) == ["projector"]
+
+
 @pytest.mark.parametrize("end", ["bin", "safetensors"])
 def test_a_weight_file_cut_short_is_one_line(tmp_path: Path, tower: Path, end: str) -> None:
     model = published(tmp_path, tower)

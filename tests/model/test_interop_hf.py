@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.hf import read_facts, read_hf, write_hf
+from lapilli.model.interop.hf import (
+    Preprocessing,
+    read_facts,
+    read_hf,
+    write_hf,
+    write_processor,
+)
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 from tests.model.test_vlm import CONFIG, LLAMA
@@ -142,3 +149,38 @@ def test_a_projector_that_transformers_lacks_is_named(tmp_path: Path, projector:
 def test_a_folder_of_something_else_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded; expected a folder"):
         read_hf(tmp_path)
+
+
+def test_keys_of_other_programs_are_kept(tmp_path: Path) -> None:
+    write_hf(build_model(CONFIG).eval(), tmp_path / "a", image_token_id=60)
+    path = tmp_path / "a" / "config.json"
+    values = json.loads(path.read_text())
+    others = {"_model_name_or_path": "x/y", "unk_token_id": 0}
+    values["text_config"] |= others
+    path.write_text(json.dumps(values))
+    back = read_hf(tmp_path / "a")
+    write_hf(back, tmp_path / "b", image_token_id=60)
+    again = json.loads((tmp_path / "b" / "config.json").read_text())["text_config"]
+    assert {name: again[name] for name in others} == others
+
+
+def test_both_names_of_the_ropes_base_and_every_end_are_written(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    language = replace(CONFIG.language, settings={**LLAMA, "rope_parameters": rope})
+    model = build_model(replace(CONFIG, language=language)).eval()
+    write_hf(model, tmp_path, image_token_id=60, end_ids=[7, 2], pad_id=0, bos_id=1)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 5e5
+    assert text["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    twin: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert twin.config.text_config.rope_parameters == rope
+    assert twin.generation_config.eos_token_id == [7, 2]
+    assert read_hf(tmp_path).language.config.rope_parameters == rope
+
+
+def test_a_padding_colour_that_transformers_lacks_is_a_note(tmp_path: Path) -> None:
+    model = build_model(CONFIG)
+    (note,) = write_processor(model, Preprocessing(24, "pad", (1, 2, 3)), tmp_path)
+    assert "padded with (1, 2, 3)" in note
+    mean = tuple(int(255 * value) for value in model.config.vision.mean or ())
+    assert write_processor(model, Preprocessing(24, "pad", mean), tmp_path) == []  # type: ignore[arg-type]

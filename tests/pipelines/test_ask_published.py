@@ -207,6 +207,11 @@ def an_adapter_without_weights(folder: Path, runs: Runs, exports: dict[str, Path
     return "no adapter can be read"
 
 
+def adapters_without_the_projector(folder: Path, runs: Runs, exports: dict[str, Path]) -> str:
+    of_others(exports["peft"], folder, "non_lora_trainables.bin")
+    return "no weights of the projector; expected non_lora_trainables.bin"
+
+
 def weights_cut_short(folder: Path, runs: Runs, exports: dict[str, Path]) -> str:
     shutil.copytree(exports["llava"], folder)
     (folder / "model.safetensors").write_bytes(b"\x08" * 99)
@@ -237,7 +242,8 @@ def an_empty_folder(folder: Path, runs: Runs, exports: dict[str, Path]) -> str:
 
 NO_MODELS: list[Make] = [
     a_dataset, an_export_without_weights, transformers_llava_without_weights,
-    an_adapter_without_weights, weights_cut_short, an_unknown_architecture,
+    an_adapter_without_weights, adapters_without_the_projector, weights_cut_short,
+    an_unknown_architecture,
     a_config_of_another_model, nothing, an_empty_folder,
 ]  # fmt: skip
 
@@ -248,7 +254,12 @@ def test_what_is_no_model_is_one_line_for_every_verb(
 ) -> None:
     folder = tmp_path / "model"
     words = make(folder, runs, exports)
-    is_of_others = make in (an_export_without_weights, transformers_llava_without_weights)
+    is_of_others = make in (
+        an_export_without_weights,
+        transformers_llava_without_weights,
+        an_adapter_without_weights,
+        adapters_without_the_projector,
+    )
     known = ("--template=v1", "--view=pad") if is_of_others else ()
     asks = [str(folder), "--device=cpu"]
     data = f"--dataset={runs.dataset('clip')}"
@@ -259,7 +270,7 @@ def test_what_is_no_model_is_one_line_for_every_verb(
     ]
     for verb, arguments in verbs:
         assert words in one_line(verb, arguments, capsys)
-    if make is a_config_of_another_model:
+    if make in (a_config_of_another_model, adapters_without_the_projector):
         return  # a start takes its weights alone, and those fit
     with pytest.raises((TrainError, ModelError)) as found:
         runs.train("start", flags=(f"--start_from={folder}",))

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeGuard
@@ -20,11 +20,13 @@ from typing import Protocol, TypeGuard
 from lapilli.data.errors import DataError
 
 __all__ = [
-    "FULL", "blame", "cannot_read", "exists", "is_denied", "is_file", "is_folder", "is_missing",
-    "naming", "require_listable", "require_readable", "require_writable", "subpaths",
+    "FULL", "blame", "cannot_read", "exists", "folders_below", "is_denied", "is_file",
+    "is_folder", "is_missing", "naming", "require_listable", "require_readable",
+    "require_writable", "subpaths",
     "system_error",
 ]  # fmt: skip
 
+MOST_FOLDERS = 1_000_000
 MISSING = (errno.ENOENT, errno.ENOTDIR)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a name or bytes are to blame for. Any other number may come from a whole file.
@@ -178,13 +180,65 @@ def require_listable(folder: Path) -> None:
     Raises:
         DataError: Names the first folder that cannot be listed.
     """
+    try:
+        for _ in folders_below(folder):
+            pass
+    except OSError as error:
+        raise DataError(cannot_read(error.filename, error)) from None
 
-    def stop(error: OSError) -> None:
-        if is_denied(error):
-            raise DataError(cannot_read(error.filename, error)) from None
 
-    for _ in os.walk(folder, onerror=stop):
-        pass
+def folders_below(
+    folder: Path, *, links: bool = False, hidden: bool = True, deepest: int | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, with the names of their files, however deep they lie.
+
+    Args:
+        folder: Where to begin.
+        links: Follow links to folders, but not to one that the link lies in.
+        hidden: Go into folders whose names begin with a dot.
+        deepest: How many folders to go down; None for all.
+
+    Raises:
+        OSError: The first folder that the system keeps back; what is not there is left out.
+        DataError: Links make more folders of these than `MOST_FOLDERS`.
+    """
+    visits = 0
+    left = [(folder, 0, frozenset[tuple[int, int]]())]
+    while left:
+        path, depth, above = left.pop()
+        visits += 1
+        if visits > MOST_FOLDERS:
+            raise DataError(
+                f"{folder}: more than {MOST_FOLDERS} folders, links followed; name the files by a "
+                "pattern that goes less deep, or take the links out"
+            )
+        files: list[str] = []
+        below: list[str] = []
+        try:
+            own = path.stat()
+            here = (own.st_dev, own.st_ino)
+            if here in above:
+                continue
+            with os.scandir(path) as found:
+                for item in found:
+                    (below if _is_way(item, links) else files).append(item.name)
+        except OSError as error:
+            if is_denied(error):
+                raise
+            continue
+        yield path, sorted(files)
+        if deepest is None or depth < deepest:
+            names = (name for name in below if hidden or not name.startswith("."))
+            lines = above | {here} if links else above
+            left += [(path / name, depth + 1, lines) for name in sorted(names, reverse=True)]
+
+
+def _is_way(item: os.DirEntry[str], links: bool) -> bool:
+    """Whether an entry is a folder to go into; a link that leads nowhere is none."""
+    try:
+        return item.is_dir(follow_symlinks=links)
+    except OSError:
+        return False
 
 
 def require_writable(setting: str, folder: Path, remedy: str = "") -> None:

@@ -15,9 +15,11 @@ from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateSyntaxError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
 from lapilli.data.chat_analysis import looks_at_text
+from lapilli.data.errors import DataError
+from lapilli.data.record import excerpt
 
 __all__ = ["Place", "Placed", "Said", "TemplateRefusal", "TemplateRunner"]
 
@@ -35,6 +37,8 @@ _TAG_REACH = 80  # characters to look for a tag in, white space included
 _PROBES = (("user", "assistant"), ("system", "user", "assistant"))
 _DATE = "strftime_now"
 _NO_DATE = "it writes today's date, so the same input would give other tokens tomorrow"
+_USELESS = "cannot be used: {}; mend it or take another template"
+MOST_ENDLESS = 8  # conversations that a template may take too long for
 _NO_DATE_MACRO = f"{{% macro {_DATE}(f) %}}{{{{ raise_exception({_NO_DATE!r}) }}}}{{% endmacro %}}"
 
 
@@ -75,7 +79,7 @@ class Placed:
 
 
 class TemplateRunner:
-    """Runs a tokenizer's chat template, as its `apply_chat_template` does."""
+    """Runs a tokenizer's chat template, as its `apply_chat_template` does, in bounded steps."""
 
     def __init__(self, tokenizer: Any, source: str) -> None:
         """For the Jinja source of a template."""
@@ -85,6 +89,14 @@ class TemplateRunner:
         self._looks = looks_at_text(source)
         self._frames = lru_cache(maxsize=256)(self._find_frames)
         self._compared: set[tuple[str, ...]] = set()
+        from transformers import PreTrainedTokenizerBase
+
+        from lapilli.data.bounded_jinja import BoundedTemplate
+
+        self._endless = 0
+        self._compiled = lru_cache(maxsize=2)(BoundedTemplate)
+        own: Any = getattr(type(tokenizer), "apply_chat_template", None)
+        self._is_own_way = own is not PreTrainedTokenizerBase.apply_chat_template
 
     def place(self, said: Sequence[Said]) -> Placed:
         """Write a conversation.
@@ -109,6 +121,8 @@ class TemplateRunner:
         except TemplateRefusal as error:
             if isinstance(error.__cause__, TemplateSyntaxError):
                 return f"is not valid Jinja ({error}); mend it or take another template"
+            if _is_endless(error.__cause__):
+                return _USELESS.format(error)
             if _NO_DATE in str(error):
                 return (
                     f"cannot be used: {_NO_DATE}; put a copy with a fixed date into a .yaml file "
@@ -131,11 +145,19 @@ class TemplateRunner:
 
     def _apply(self, messages: list[dict[str, str]], source: str) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, chat_template=source, tokenize=False
-            )
+            if self._is_own_way:  # which runs no Jinja, or not as transformers does
+                return self._tokenizer.apply_chat_template(
+                    messages, chat_template=source, tokenize=False
+                )
+            return self._compiled(source).render(messages, self._tokenizer.special_tokens_map)
         except Exception as error:  # a template is a program of others: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = excerpt(" ".join(str(error).split()), 300) or type(error).__name__
+            if _is_endless(error):
+                self._endless += 1
+                if self._endless > MOST_ENDLESS:  # each takes seconds, and none gives a record
+                    raise DataError(
+                        f"template: the chat template {_USELESS.format(reason)}"
+                    ) from None
             raise TemplateRefusal(reason) from error
 
     # --- by frames ------------------------------------------------------------------------------
@@ -336,6 +358,11 @@ class Marked:
                 break
             end, at = end + len(between), tag.end()
         return end
+
+
+def _is_endless(error: BaseException | None) -> bool:
+    """Whether a template took more steps, time or memory than it may."""
+    return isinstance(error, (SecurityError, RecursionError, MemoryError))
 
 
 def _mark(said: Said, *, outer_start: bool, outer_end: bool) -> Marked:

@@ -20,6 +20,8 @@ from lapilli.data.record import (
     is_unicode,
 )
 from lapilli.data.sources import Source, get_source
+from lapilli.data.sources.bounds import TOO_DEEP, Unreadable
+from lapilli.data.sources.fields import NOTHING
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.tally import Members, Tally
 
@@ -128,14 +130,20 @@ def _entry(
     name = config.name
     record_id = _record_id(element, place)
     sample_id = f"{name}/{_unique(record_id, seen)}"
-    spelt = with_roles(element, config.roles)
-    found = source.inspect(spelt)
+    if isinstance(element, Unreadable):
+        verdict = Verdict(Reason.SCHEMA, element.detail)
+        return Entry(name, record_id, sample_id, {"begins": element.begin}, None, verdict)
+    try:
+        spelt = with_roles(element, config.roles)
+        found = source.inspect(spelt)
+        normalised = Verdict() if found.unsupported else source.normalise(spelt)
+    except RecursionError:
+        found, normalised = NOTHING, Verdict(Reason.SCHEMA, TOO_DEEP)
     if found.unread:
         tally.count(found.unread)
     if found.unsupported:
         verdict = Verdict(Reason.UNSUPPORTED_FIELD, found.unsupported)
         return Entry(name, record_id, sample_id, element, None, verdict)
-    normalised = source.normalise(spelt)
     if isinstance(normalised, Verdict):
         return Entry(name, record_id, sample_id, element, None, normalised)
     turns, images = normalised

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from lapilli.data.addresses import refuse_secrets, refuse_web
 from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
 
-__all__ = ["BuildConfig", "MixtureConfig", "SourceConfig"]
+__all__ = ["MOST_RECORD", "MOST_UNPACKED", "BuildConfig", "MixtureConfig", "SourceConfig"]
 
 # Names become folders, and sample ids are split at their first slash.
 NAME = re.compile(r"\w[\w.+-]*")
+MOST_RECORD = 64 * 2**20
+MOST_UNPACKED = 16 * 2**30
 WITH_SUFFIXES = ("webdataset",)
 WITH_ROLES = ("llava", "messages", "parquet", "webdataset")
 
@@ -39,6 +41,9 @@ class SourceConfig:
             `system` by that name (`{bot: assistant}`).
         image_suffixes: Which members of a WebDataset sample are its images, in this order;
             `jpg` stands for `0.jpg`, `1.jpg`, ... too. Without it a single image, or numbered ones.
+        max_record_bytes: A record of more bytes in its file is quarantined as `schema`; embedded
+            images do not count.
+        max_unpacked_bytes: A compressed annotation file that unpacks to more is an error.
     """
 
     name: str
@@ -54,6 +59,8 @@ class SourceConfig:
         default_factory=dict[str, Literal["user", "assistant", "system"]]
     )
     image_suffixes: list[str] = field(default_factory=list[str])
+    max_record_bytes: int = MOST_RECORD
+    max_unpacked_bytes: int = MOST_UNPACKED
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -67,7 +74,18 @@ class SourceConfig:
             for value in values:
                 refuse_secrets(f"sources.{name} of source {self.name}", value)
                 refuse_web(f"sources.{name} of source {self.name}", value)
+        for name in ("max_record_bytes", "max_unpacked_bytes"):
+            if not 1 <= getattr(self, name) < 2**63:
+                raise DataError(
+                    f"sources.{name}: {getattr(self, name)} of source {self.name}; expected a "
+                    "number of bytes, 1 or more"
+                )
         self._check_format()
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as a plan compares them: later ones only where they are set."""
+        later = {"max_record_bytes": MOST_RECORD, "max_unpacked_bytes": MOST_UNPACKED}
+        return {name: v for name, v in asdict(self).items() if later.get(name) != v}
 
     def _check_format(self) -> None:
         """Settings that its format does not read are a mistake; a reader of one's own reads any."""

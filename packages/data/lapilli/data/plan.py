@@ -491,7 +491,7 @@ def _digests(
         "images": digest([[name, stamp.hex()] for name, stamp in stamps.items()]),
     }
     hashes = {
-        source.name: hashlib.sha256(digest(asdict(source)).encode()) for source in config.sources
+        source.name: hashlib.sha256(digest(source.facts()).encode()) for source in config.sources
     }
     for entry in entries:
         line = f"{entry.sample_id}\t{entry.verdict.reason}\t{entry.digest.hex()}\n"

@@ -29,6 +29,7 @@ __all__ = [
     "unpack",
 ]
 
+LONGEST_KEPT = 1 << 20  # characters of a quarantined element's JSON text
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 
@@ -154,7 +155,7 @@ class Entry:
             self.sample_id,
             element_digest(text),
             None if self.record is None else pack(self.record),
-            None if self.verdict.kept else text,
+            None if self.verdict.kept else _shortened(text),
             self.verdict,
         )
 
@@ -199,6 +200,13 @@ def _without_nan(value: Any) -> Any:
         fields = cast("dict[Any, Any]", value)
         return {_without_nan(name): _without_nan(item) for name, item in fields.items()}
     return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _shortened(text: str) -> str:
+    """An element's JSON text as a quarantine keeps it: of a very long one the beginning."""
+    if len(text) <= LONGEST_KEPT:
+        return text
+    return json.dumps({"begins": text[:1000], "characters": len(text)})
 
 
 def element_digest(text: str) -> bytes:

@@ -12,9 +12,9 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
 from lapilli.data.errors import DataError
+from lapilli.data.record import excerpt
+from lapilli.data.yaml_text import UnusableYaml, load_yaml
 
 __all__ = ["TEMPLATES", "TOKENIZERS_OWN", "Template", "get_template", "template_facts"]
 
@@ -241,7 +241,7 @@ def get_template(name_or_path: str | Path | Template) -> Template:
     if str(name_or_path) not in TEMPLATES:
         names = ", ".join(sorted(TEMPLATES))
         raise DataError(
-            f"template {str(name_or_path)!r} is unknown: take one of {names}, "
+            f"template {_shown(str(name_or_path))} is unknown: take one of {names}, "
             "or give the path of a .yaml file"
         )
     return TEMPLATES[str(name_or_path)]
@@ -253,11 +253,11 @@ def _load_template(path: Path) -> Template:
     `name` may be left out; `base` names a template whose fields are taken where the file has none.
     """
     try:
-        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: object = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"template file {path}: {reason}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (UnusableYaml, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())
         raise DataError(f"template file {path} is not YAML: {what}") from error
     if not isinstance(content, dict):
@@ -275,7 +275,9 @@ def _load_template(path: Path) -> Template:
 def _base(path: Path, name: object) -> Template:
     if not isinstance(name, str) or name not in TEMPLATES:
         names = ", ".join(sorted(TEMPLATES))
-        raise DataError(f"template file {path}: base {name!r} is unknown: take one of {names}")
+        raise DataError(
+            f"template file {path}: base {_shown(name)} is unknown: take one of {names}"
+        )
     return TEMPLATES[name]
 
 
@@ -284,13 +286,21 @@ def _check_setting(path: Path, key: str, value: object) -> None:
     known: dict[str, object] = {field.name: field.default for field in fields(Template)}
     if key not in known:
         raise DataError(
-            f"template file {path}: unknown key {key!r}; the keys are {', '.join(known)}, base"
+            f"template file {path}: unknown key {_shown(key)}; the keys are "
+            f"{', '.join(known)}, base"
         )
     if key == "trains" and value not in ("answers", "all"):
-        raise DataError(f"template file {path}: trains is 'answers' or 'all', found {value!r}")
+        raise DataError(
+            f"template file {path}: trains is 'answers' or 'all', found {_shown(value)}"
+        )
     default = known[key]
     expected: type[object] = str if default is MISSING else type(default)
     if not isinstance(value, expected):
         raise DataError(
-            f"template file {path}: {key} is {expected.__name__}, found {value!r}; quote a text"
+            f"template file {path}: {key} is {expected.__name__}, found {_shown(value)}; "
+            "quote a text"
         )
+
+
+def _shown(value: object) -> str:
+    return excerpt(repr(value))

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lapilli.data.access import is_file
+from lapilli.data.access import exists, is_file
 from lapilli.model.added_rows import ADDED, source_rows, table_names
 from lapilli.model.config import ModelConfig
 from lapilli.model.interop.foreign import has_language, load_foreign
@@ -186,9 +186,10 @@ def build_on(
 
 def _load_foreign(path: Path, model: VisionLanguageModel) -> None:
     if not load_foreign(path, model):
+        what = "has no whole checkpoint" if exists(path) else "is no folder or file on this machine"
         raise TrainError(
-            f"start_from: {path} has no whole checkpoint; expected the output of a training run, "
-            "or a checkpoint of LLaVA's or of transformers' LlavaForConditionalGeneration"
+            f"start_from: {path} {what}; expected the output of a training run, or a checkpoint of "
+            "LLaVA's or of transformers' LlavaForConditionalGeneration, whole or as adapters"
         )
 
 

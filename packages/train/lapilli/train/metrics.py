@@ -53,7 +53,7 @@ def read_new(run: Path, position: int) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]
     try:
-        return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+        return [json.loads(line) for line in whole.split(b"\n")[:-1]], start + len(whole)
     except ValueError:
         if not position:
             raise

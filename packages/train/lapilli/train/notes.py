@@ -28,4 +28,4 @@ def notes_from(run: Path, position: int) -> tuple[list[str], int]:
     except FileNotFoundError:
         return [], position
     whole = data[: data.rfind(b"\n") + 1]
-    return whole.decode().splitlines(), position + len(whole)
+    return whole.decode("utf-8", "replace").split("\n")[:-1], position + len(whole)

@@ -11,16 +11,20 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from lapilli.data.access import is_denied
 from lapilli.data.file_kinds import SNIFFED, what_it_is_instead
 from lapilli.data.mounts.places import Member
+from lapilli.data.mounts.tar_headers import bounded, headers
 from lapilli.data.record import Reason, excerpt
 
 __all__ = ["BadArchive", "Index", "read_index"]
 
 ENCRYPTED = 0x1  # bit of a zip member's flags
+CENTRAL, CENTRAL_BYTES = b"PK\1\2", 46  # a member's header; .ZIP File Format, 4.3.12
+UTF8 = 0x08  # bit of the flags' second byte: the name is UTF-8
+DEEPEST = 512  # folders of a member; no key goes as deep
 
 
 class BadArchive(Exception):
@@ -43,24 +47,30 @@ class Index:
         self.backslashed: set[tuple[str, str]] = set()
 
     def add(self, name: str, member: Member | str) -> None:
-        """Add a member, or the reason why it cannot be read; a later one of a name replaces it."""
+        """Add a member, or the reason why it cannot be read; a later one of a name replaces it.
+
+        A member that no key can name is left out: one without a name, or too deep.
+        """
         folder, _, last = _tidy(name).rpartition("/")
-        self._folder(folder)[last] = member
+        if last and folder.count("/") < DEEPEST:
+            self._folder(folder)[last] = member
 
     def add_backslashed(self, name: str, member: Member | str) -> None:
         """Add a member whose path has backslashes, below what has the same path with slashes."""
         folder, _, last = _tidy(name.replace("\\", "/")).rpartition("/")
-        if last not in self._folder(folder):
+        if last and folder.count("/") < DEEPEST and last not in self._folder(folder):
             self._folder(folder)[last] = member
             self.backslashed.add((folder, last))
 
     def _folder(self, path: str) -> dict[str, Member | str]:
-        if path not in self.folders:
-            self.folders[path] = {}
-            self.children[path] = set()
-            above, _, last = path.rpartition("/")
-            self._folder(above)
-            self.children[above].add(last)
+        """The members of a folder, which is added with all above it."""
+        below = path
+        while below not in self.folders:
+            self.folders[below] = {}
+            self.children.setdefault(below, set())
+            above, _, last = below.rpartition("/")
+            self.children.setdefault(above, set()).add(last)
+            below = above
         return self.folders[path]
 
     def folder_called(self, name: str) -> str | None:
@@ -74,8 +84,8 @@ class Index:
 def _tidy(name: str) -> str:
     """A member's path from the archive's top, as it is unpacked."""
     if name.startswith(("/", "./")) or "//" in name or "/./" in name:
-        return PurePosixPath(name.lstrip("/")).as_posix()
-    return name
+        name = PurePosixPath(name.lstrip("/")).as_posix()
+    return "" if name == "." else name
 
 
 def read_index(file: IO[bytes], name: str) -> Index:
@@ -95,7 +105,7 @@ def read_index(file: IO[bytes], name: str) -> Index:
                 backslashed.append((path, member))
     except (
         zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError, OverflowError,
-        NotImplementedError, struct.error,
+        NotImplementedError, RecursionError, struct.error,
     ) as error:  # fmt: skip
         if is_denied(error):
             raise
@@ -119,10 +129,41 @@ def _instead(file: IO[bytes]) -> str:
         return ""
 
 
+class _NamesOfAnyKind:
+    """A zip for `zipfile`, which gives up at a name that is said to be UTF-8 and is not.
+
+    The flag is taken off such names, which are then read as older zips' are.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = bytearray(self._file.read(size))
+        at = 0
+        while data.startswith(CENTRAL, at) and at + CENTRAL_BYTES <= len(data):
+            name, extra, comment = struct.unpack_from("<3H", data, at + 28)
+            start = at + CENTRAL_BYTES
+            try:
+                data[start : start + name].decode()
+            except UnicodeDecodeError:
+                data[at + 9] &= ~UTF8
+            at = start + name + extra + comment
+        return bytes(data)
+
+
 def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
-    with zipfile.ZipFile(file) as archive:
+    try:
+        archive = zipfile.ZipFile(file)
+    except UnicodeDecodeError:
+        archive = zipfile.ZipFile(cast("IO[bytes]", _NamesOfAnyKind(file)))
+    with archive:
         for info in archive.infolist():
-            if info.is_dir():
+            if not info.filename or info.is_dir():
                 continue
             if info.flag_bits & ENCRYPTED:
                 yield info.filename, "is encrypted; pack it again without a password"
@@ -138,11 +179,11 @@ def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
 
 def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
     """A tar of WebDataset's or the like; a compressed one has no places to read at."""
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (info := archive.next()) is not None:
-            if info.issparse():
+    with tarfile.open(fileobj=bounded(file), mode="r:") as archive:
+        for info in headers(archive):
+            if info.size < 0:
+                yield info.name, "has a negative size; pack it again"
+            elif info.issparse():
                 yield info.name, "is a sparse file; pack it again"
             elif info.isreg():
                 yield info.name, Member(info.offset_data, info.size, info.size, "tar", 0)
-            # A tar of a million members must not be held as a list.
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]

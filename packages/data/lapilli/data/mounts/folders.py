@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.access import is_denied
 from lapilli.data.mounts.archives import BadArchive, Index, read_index
 from lapilli.data.mounts.names import loose_form, name_form, split_name
 from lapilli.data.mounts.places import ARCHIVES, LARGEST_FILE, Located, Member, is_remote
@@ -146,15 +147,19 @@ class LocalFolder(Folder):
     boundary: Boundary
 
     def read(self) -> Listing:
-        """Names, with whether they are links; a link to nothing is left out."""
+        """Names, with whether they are links; a link to nothing or to itself is left out."""
         files: dict[str, bool] = {}
         folders: list[str] = []
         with os.scandir(self.path) as found:
             for item in found:
-                if item.is_dir():
-                    folders.append(item.name)
-                elif item.is_file():
-                    files[item.name] = item.is_symlink()
+                try:
+                    if item.is_dir():
+                        folders.append(item.name)
+                    elif item.is_file():
+                        files[item.name] = item.is_symlink()
+                except OSError as error:
+                    if is_denied(error):  # what it leads to is told when it is asked for
+                        files[item.name] = True
         return Listing(files, frozenset(folders))
 
     @functools.cached_property
@@ -282,9 +287,12 @@ class ArchiveFolder(Folder):
         if not is_unicode(image_id):
             detail = f"the name of '{excerpt(image_id)}' is no UTF-8"
             return Verdict(Reason.IMAGE_MISSING, detail)
+        a = self.archive
+        if not 0 <= member.offset <= a.size or min(member.size, member.stored) < 0:
+            detail = f"'{excerpt(image_id)}' does not lie inside of its archive; pack it again"
+            return Verdict(Reason.IMAGE_UNDECODABLE, detail)
         if max(member.size, member.stored) > LARGEST_FILE:
             return _too_large(image_id, max(member.size, member.stored))
-        a = self.archive
         return Located(image_id, a.container, a.size, a.mtime_ns, member, repair)
 
     def folder_called(self, name: str) -> Folder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, TypeAlias
 
@@ -19,12 +19,14 @@ import pyarrow.parquet as pq
 
 from lapilli.data.images import BadImage
 from lapilli.data.mounts.archives import BadArchive
-from lapilli.data.mounts.places import Cell
+from lapilli.data.mounts.parquet_bounds import longest_value
+from lapilli.data.mounts.places import LARGEST_FILE, Cell
 from lapilli.data.record import Reason, excerpt
 
 __all__ = ["ImageColumn", "Rows", "Table", "image_columns", "read_cell", "read_table"]
 
 KEPT_GROUPS = 2
+MOST_SHARED = 1 << 32  # bytes of values that rows share; of more only indices are held
 BATCH = 64  # rows decoded at once: nested bytes of 2 GB have no one array
 Opened: TypeAlias = Callable[[], IO[bytes]]
 
@@ -106,7 +108,9 @@ def image_columns(file: pq.ParquetFile) -> dict[str, ImageColumn]:
             continue
         own = [leaf for leaf in leaves if leaf == field.name or leaf.startswith(f"{field.name}.")]
         end = ".bytes" if is_struct else ""
-        leaf = next(leaf for leaf in own if leaf.endswith(end))
+        leaf = next((leaf for leaf in own if leaf.endswith(end)), "")
+        if not leaf:
+            continue
         path = next((leaf for leaf in own if is_struct and leaf.endswith(".path")), "")
         found[field.name] = ImageColumn(field.name, leaf, is_list, is_struct, path)
     return found
@@ -136,7 +140,14 @@ def read_table(file: IO[bytes], name: str) -> Table:
                 chunk = facts.column(places[column.leaf])
                 mean = chunk.total_uncompressed_size // max(1, chunk.num_values)
                 sizes[column.name, group] = max(1, mean)
-    except (pa.ArrowException, OSError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        UnicodeError,
+        MemoryError,
+        LookupError,
+        RecursionError,
+    ) as error:
         raise BadArchive(
             f"'{excerpt(name)}' is no whole Parquet file ({excerpt(str(error))}); download it again"
         ) from None
@@ -184,6 +195,9 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
     data: Any = found.get("bytes") if isinstance(found, dict) else found
     if not isinstance(data, bytes):
         raise BadImage(Reason.IMAGE_UNDECODABLE, f"{shown}: no image in this row")
+    if len(data) > LARGEST_FILE:
+        detail = f"{shown} has {len(data)} bytes; {LARGEST_FILE} are the most that are read"
+        raise BadImage(Reason.IMAGE_TOO_LARGE, detail)
     return data
 
 
@@ -204,7 +218,15 @@ def _read_group(open_file: Opened, cell: Cell) -> pa.ChunkedArray:
     with open_file() as file:
         parquet = pq.ParquetFile(file, pre_buffer=True)
         leaf = image_columns(parquet)[cell.column].leaf
+
+        def indexed(leaves: Sequence[str]) -> pq.ParquetFile:
+            return pq.ParquetFile(file, metadata=parquet.metadata, read_dictionary=[*leaves])
+
+        longest, values, has_indices = longest_value(parquet, indexed, cell.group, leaf)
+        rows = BATCH
+        if has_indices and longest * values > MOST_SHARED:
+            parquet, rows = indexed([leaf]), max(1, parquet.metadata.row_group(cell.group).num_rows)
         batches = parquet.iter_batches(
-            BATCH, row_groups=[cell.group], columns=[leaf], use_threads=False
+            rows, row_groups=[cell.group], columns=[leaf], use_threads=False
         )
         return pa.chunked_array([batch.column(0) for batch in batches])

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.sources.bounds import Bounds, Unreadable
 from lapilli.data.sources.captions import choose, left_over
 from lapilli.data.sources.files import annotation_places
 from lapilli.data.sources.json_stream import read_items
@@ -41,13 +42,21 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
             f"annotations: source {config.name} has {len(files)} files; format basic_vlm expects "
             "two, [image_map.json, captions.json]"
         )
-    images = list(read_items(files[0]))
+    bounds = Bounds.of(config)
+    images: list[tuple[str, Any]] = []
     users: defaultdict[str, list[str]] = defaultdict(list)
-    for name, entry in images:
+    for name, entry in read_items(files[0], bounds):
+        if isinstance(entry, Unreadable):
+            yield entry
+            continue
+        images.append((name, entry))
         users[_id(entry)].append(_path(entry) or name)
     captions: defaultdict[str, list[Any]] = defaultdict(list)
-    for found, entry in read_items(files[1]):
-        captions[found].append(entry)
+    for found, entry in read_items(files[1], bounds):
+        if isinstance(entry, Unreadable):
+            yield entry
+        else:
+            captions[found].append(entry)
     for name, entry in images:
         found = _id(entry)
         yield from _elements(name, entry, users[found], captions.get(found, []), config)

@@ -8,37 +8,36 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import lzma
-import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import pyarrow as pa
-from braceexpand import braceexpand
 
 from lapilli.data import file_kinds
-from lapilli.data.access import exists, is_denied, subpaths
-from lapilli.data.config import SourceConfig
+from lapilli.data.access import exists, folders_below, is_denied, subpaths
+from lapilli.data.config import MOST_UNPACKED, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.file_kinds import SNIFFED
 from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.output import Output, RemotePath
 from lapilli.data.record import excerpt
+from lapilli.data.sources.bounds import bounded_stream
+from lapilli.data.sources.patterns import MOST_NAMES, expand_braces, matching
 
 __all__ = [
     "annotation_files",
     "annotation_folder",
     "annotation_places",
     "file_error",
+    "is_compressed",
     "open_annotations",
     "what_it_is_instead",
 ]
 
-MOST_FILES = 1_000_000  # that the braces of one pattern may stand for
+GZIP, ZSTD, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0"
 
 
 def annotation_places(config: SourceConfig, root: Path) -> list[Output]:
@@ -117,14 +116,10 @@ def _places(pattern: str, config: SourceConfig, root: Path) -> Iterator[Output]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """`part-{000..003}.json` to the names it stands for; braces that are none are letters."""
-    try:
-        names = list(islice(braceexpand(pattern), MOST_FILES + 1))
-    except ValueError:  # unbalanced
-        return [pattern]
-    if len(names) > MOST_FILES:
+    names = expand_braces(pattern)
+    if names is None:
         raise DataError(
-            f"annotations: {pattern!r} stands for more than {MOST_FILES} files; use a glob"
+            f"annotations: '{excerpt(pattern)}' stands for more than {MOST_NAMES} files; use a glob"
         )
     return names
 
@@ -142,22 +137,18 @@ def _require_listable(pattern: Path) -> None:
         subpaths(start)
         return
 
-    def stop(error: OSError) -> None:
-        if is_denied(error):
-            raise file_error(Path(error.filename or start), error) from None
-
     deepest = None if "**" in parts else len(parts) - 1 - first
-    for folder, below, _ in os.walk(start, onerror=stop):
-        if deepest is not None and len(Path(folder).relative_to(start).parts) >= deepest:
-            below.clear()
+    try:
+        for _ in folders_below(start, links=True, deepest=deepest):
+            pass
+    except OSError as error:
+        raise file_error(Path(error.filename or start), error) from None
 
 
 def _matches(pattern: str, root: Path) -> list[Output]:
     if not is_remote(pattern):
         _require_listable(root / pattern)
-        # Path.glob takes no absolute pattern.
-        names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
-        return [root / name for name in names]
+        return [root / name for name in matching(pattern, root)]
     scheme, path = split_address(pattern)
     try:
         found: list[str] = open_storage(scheme).glob(path)
@@ -166,28 +157,37 @@ def _matches(pattern: str, root: Path) -> list[Output]:
     return [RemotePath(f"{scheme}://{name}") for name in sorted(found)]
 
 
-def open_annotations(place: Output) -> BinaryIO:
+def open_annotations(place: Output, most_unpacked: int = MOST_UNPACKED) -> BinaryIO:
     """A file's bytes from the beginning, unpacked if they are compressed.
 
     Raises:
-        DataError: The file cannot be opened.
+        DataError: The file cannot be opened; while it is read, it unpacks to more than
+            `most_unpacked` bytes.
     """
     try:
         file = _open(place)
-        start = file.read(len(b"\xfd7zXZ\0"))
+        start = file.read(len(XZ))
         file.seek(0)
     except OSError as error:
         raise file_error(place, error) from None
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
-        unpacked: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
-        return cast("BinaryIO", io.BufferedReader(unpacked))
+    if start.startswith(ZSTD):
+        zstd: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+        return bounded_stream(zstd, str(place), most_unpacked)
     source: Any = file
-    if isinstance(place, Path) and start.startswith((b"\x1f\x8b", b"\xfd7zXZ\0")):
+    if isinstance(place, Path) and start.startswith((GZIP, XZ)):
         file.close()
         source = place  # what opens a file itself closes it too
-    if start.startswith(b"\x1f\x8b"):
-        return cast("BinaryIO", gzip.open(source))
-    return cast("BinaryIO", lzma.open(source)) if start == b"\xfd7zXZ\0" else file
+    if start.startswith(GZIP):
+        return bounded_stream(cast("BinaryIO", gzip.open(source)), str(place), most_unpacked)
+    if start == XZ:
+        return bounded_stream(cast("BinaryIO", lzma.open(source)), str(place), most_unpacked)
+    return file
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file on a disk is packed as a whole, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(len(XZ)).startswith((GZIP, ZSTD, XZ, b"BZh"))
 
 
 def _open(place: Output) -> BinaryIO:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,22 +15,29 @@ from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.output import Output
 from lapilli.data.record import excerpt
+from lapilli.data.sources.bounds import (
+    BOUNDS,
+    TOO_MANY,
+    Bounds,
+    Unreadable,
+    bounded_lines,
+    holds_too_much,
+    why_unreadable,
+)
 from lapilli.data.sources.files import (
     annotation_places,
     file_error,
     open_annotations,
     what_it_is_instead,
 )
+from lapilli.data.sources.json_scanner import Scanner
 
 __all__ = ["read", "read_items", "read_json"]
 
 Element = TypeVar("Element")
 
 ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
-WINDOW = 1 << 20  # characters read at once
-LONGEST = 1 << 28  # characters of one value: a broken first record must not draw in a whole file
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file, or of a disk
-SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read(config: SourceConfig, root: Path) -> Iterator[Any]:
@@ -41,43 +47,49 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
         DataError: See `read_json`.
     """
     for path in annotation_places(config, root):
-        yield from read_json(path)
+        yield from read_json(path, Bounds.of(config))
 
 
-def read_json(path: Output) -> Iterator[Any]:
+def read_json(path: Output, bounds: Bounds = BOUNDS) -> Iterator[Any]:
     """Stream the elements of a JSON array, or of JSON lines, without holding the file.
+
+    An element that is too large, too deep or has a number of too many digits is `Unreadable`.
 
     Raises:
         DataError: The file is missing, or no JSON of either kind; says where.
     """
-    start = _first_character(path)
+    start = _first_character(path, bounds)
     if start == "[":
-        yield from _stream(path, _array_elements)
+        yield from _stream(path, _array_elements, bounds)
     elif start == "{":
         if instead := what_it_is_instead(path):
             raise DataError(f"annotations: {path}: {instead}")
-        yield from _read_lines(path)
+        yield from _read_lines(path, bounds)
     else:
         raise _unexpected(path, start, "a JSON array or JSON lines")
 
 
-def read_items(path: Output) -> Iterator[tuple[str, Any]]:
+def read_items(path: Output, bounds: Bounds = BOUNDS) -> Iterator[tuple[str, Any]]:
     """Stream the items of a JSON object; a key that is there twice comes twice.
+
+    A value may be `Unreadable`, as an element of `read_json` is.
 
     Raises:
         DataError: The file is missing or no JSON object; says where.
     """
-    start = _first_character(path)
+    start = _first_character(path, bounds)
     if start != "{":
         raise _unexpected(path, start, "a JSON object")
-    yield from _stream(path, _object_items)
+    yield from _stream(path, _object_items, bounds)
 
 
-def _first_character(path: Output) -> str:
-    """The first character that is no white space, or "" in a file without one."""
+def _first_character(path: Output, bounds: Bounds) -> str:
+    """The first character that is no white space; "" in a file without one near its beginning."""
+    looked = 0
     try:
-        with _open_text(path, errors="replace") as file:
-            while text := file.read(4096):
+        with _open_text(path, bounds, errors="replace") as file:
+            while looked <= bounds.record and (text := file.read(1 << 16)):
+                looked += len(text)
                 if stripped := text.lstrip():
                     return stripped[0]
     except DAMAGED as error:
@@ -87,8 +99,8 @@ def _first_character(path: Output) -> str:
     return ""
 
 
-def _open_text(path: Output, errors: str = "strict") -> TextIO:
-    return io.TextIOWrapper(open_annotations(path), ENCODING, errors)
+def _open_text(path: Output, bounds: Bounds, errors: str = "strict") -> TextIO:
+    return io.TextIOWrapper(open_annotations(path, bounds.unpacked), ENCODING, errors)
 
 
 def _unexpected(path: Output, start: str, expected: str) -> DataError:
@@ -99,15 +111,17 @@ def _unexpected(path: Output, start: str, expected: str) -> DataError:
     return DataError(f"annotations: {path}{begin} expected {expected}; {remedy}")
 
 
-def _stream(path: Output, elements: Callable[[TextIO], Iterator[Element]]) -> Iterator[Element]:
+def _stream(
+    path: Output, elements: Callable[[TextIO, int], Iterator[Element]], bounds: Bounds
+) -> Iterator[Element]:
     """What `elements` finds in the file; an error says after how many."""
     count = 0
     try:
-        with _open_text(path) as file:
-            for element in elements(file):
+        with _open_text(path, bounds) as file:
+            for element in elements(file, bounds.record):
                 yield element
                 count += 1
-    except (*DAMAGED, ValueError, RecursionError) as error:
+    except (*DAMAGED, ValueError, MemoryError) as error:
         if is_denied(error):
             raise file_error(path, error) from None
         raise DataError(
@@ -121,7 +135,7 @@ def _reason(error: Exception) -> str:
     return excerpt(error.msg if isinstance(error, json.JSONDecodeError) else str(error))
 
 
-def _array_elements(file: TextIO) -> Iterator[Any]:
+def _array_elements(file: TextIO, most: int) -> Iterator[Any]:
     """The elements of a JSON array, one at a time, as `json` itself would read them.
 
     Not ijson: yajl puts "?" in the place of a lone surrogate, so a text would change unseen, and
@@ -129,9 +143,8 @@ def _array_elements(file: TextIO) -> Iterator[Any]:
 
     Raises:
         ValueError: No valid JSON, or none in UTF-8.
-        RecursionError: Nested too deeply.
     """
-    scanner = _Scanner(file)
+    scanner = Scanner(file, most)
     scanner.expect("[")
     if scanner.peek() == "]":
         scanner.expect("]")
@@ -144,9 +157,9 @@ def _array_elements(file: TextIO) -> Iterator[Any]:
         raise ValueError("more text after the end of the array")
 
 
-def _object_items(file: TextIO) -> Iterator[tuple[str, Any]]:
+def _object_items(file: TextIO, most: int) -> Iterator[tuple[str, Any]]:
     """The items of a JSON object, one at a time; see `_array_elements`."""
-    scanner = _Scanner(file)
+    scanner = Scanner(file, most)
     scanner.expect("{")
     if scanner.peek() == "}":
         scanner.expect("}")
@@ -156,6 +169,8 @@ def _object_items(file: TextIO) -> Iterator[tuple[str, Any]]:
             if scanner.peek() != '"':
                 raise ValueError("a name that is no text")
             name = scanner.value()
+            if not isinstance(name, str):
+                raise ValueError("a name that is too long")
             scanner.expect(":")
             yield name, scanner.value()
             separator = scanner.expect(",}")
@@ -163,68 +178,16 @@ def _object_items(file: TextIO) -> Iterator[tuple[str, Any]]:
         raise ValueError("more text after the end of the object")
 
 
-class _Scanner:
-    """Reads JSON values from a file through a window that grows to the largest of them."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._text = ""
-        self._at = 0
-        self._decoder = json.JSONDecoder()
-
-    def _grow(self) -> bool:
-        """Drop what has been read and read on; twice as much for a value that did not fit."""
-        more = self._file.read(max(WINDOW, len(self._text) - self._at))
-        if not more:
-            return False
-        self._text = self._text[self._at :] + more
-        self._at = 0
-        return True
-
-    def peek(self) -> str:
-        """The next character that is no white space, or "" at the end of the file."""
-        while True:
-            self._at = _skip_space(self._text, self._at)
-            if self._at < len(self._text) or not self._grow():
-                return self._text[self._at : self._at + 1]
-
-    def expect(self, characters: str) -> str:
-        """Step over the next character, which must be one of `characters`."""
-        found = self.peek()
-        if not found or found not in characters:
-            wanted = " or ".join(characters)
-            raise ValueError(f"expected {wanted}, found {found or 'the end of the file'}")
-        self._at += 1
-        return found
-
-    def value(self) -> Any:
-        """The next value. One near the window's end may go on behind it: `1` of `1e+9`."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError:
-                if len(self._text) - self._at > LONGEST or not self._grow():
-                    raise
-                continue
-            if len(self._text) - end > 2 or not self._grow():
-                self._at = end
-                return value
-
-
-def _skip_space(text: str, at: int) -> int:
-    found = SPACE.match(text, at)
-    return found.end() if found else at
-
-
-def _read_lines(path: Output) -> Iterator[Any]:
+def _read_lines(path: Output, bounds: Bounds) -> Iterator[Any]:
     number = 0
     try:
-        with open_annotations(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
+        with open_annotations(path, bounds.unpacked) as file:
+            for number, line in enumerate(bounded_lines(file, bounds.record), start=1):
+                if isinstance(line, Unreadable):
+                    yield line
+                elif line.strip():
                     yield _parsed_line(path, number, line)
-    except DAMAGED as error:
+    except (*DAMAGED, MemoryError) as error:
         if is_denied(error):
             raise file_error(path, error) from None
         raise DataError(
@@ -234,10 +197,18 @@ def _read_lines(path: Output) -> Iterator[Any]:
 
 
 def _parsed_line(path: Output, number: int, line: bytes) -> Any:
+    if holds_too_much(line):
+        return Unreadable(TOO_MANY, _begin(line))
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
+        if (why := why_unreadable(error)) is not None:
+            return Unreadable(why, _begin(line))
         raise DataError(
             f"annotations: {path} line {number} is no valid JSON ({_reason(error)}); "
             "expected a JSON array or one record a line; mend or remove the line"
         ) from None
+
+
+def _begin(line: bytes) -> str:
+    return line[:200].decode("utf-8", "replace")

@@ -20,12 +20,15 @@ import pyarrow.parquet as pq
 from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.mounts.parquet_bounds import holds_any
 from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
+from lapilli.data.sources.bounds import TOO_MANY, Bounds, Unreadable, holds_too_much
 from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS
 from lapilli.data.sources.files import annotation_places, file_error, what_it_is_instead
+from lapilli.data.sources.parquet_rows import RowReader, bounded_batches
 from lapilli.data.sources.rows import LISTS
 
 __all__ = ["read"]
@@ -46,8 +49,11 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
         instead = "" if is_remote(place) else what_it_is_instead(Path(place))
         try:
             with _open(place) as file:
-                yield from _File(file, place, _shard(place, config, root)).rows()
-        except (pa.ArrowException, OSError) as error:
+                shard = _shard(place, config, root)
+                yield from _File(file, place, shard, Bounds.of(config)).rows()
+        except (
+            pa.ArrowException, OSError, UnicodeError, MemoryError, LookupError, RecursionError
+        ) as error:  # fmt: skip
             if is_denied(error) and not is_remote(place):
                 raise file_error(Path(place), error) from None
             raise DataError(
@@ -56,11 +62,11 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
             ) from None
 
 
-def _open(place: str) -> pq.ParquetFile:
+def _open(place: str, **options: Any) -> pq.ParquetFile:
     if not is_remote(place):
-        return pq.ParquetFile(place, memory_map=True)
+        return pq.ParquetFile(place, memory_map=True, **options)
     scheme, path = split_address(place)
-    return pq.ParquetFile(open_storage(scheme).open(path, "rb"), pre_buffer=True)
+    return pq.ParquetFile(open_storage(scheme).open(path, "rb"), pre_buffer=True, **options)
 
 
 def _shard(place: str, config: SourceConfig, root: Path) -> str | None:
@@ -75,8 +81,9 @@ def _shard(place: str, config: SourceConfig, root: Path) -> str | None:
 class _File:
     """One file: which of its columns are read, and how an image of a row is named."""
 
-    def __init__(self, file: pq.ParquetFile, place: str, shard: str | None) -> None:
+    def __init__(self, file: pq.ParquetFile, place: str, shard: str | None, bounds: Bounds) -> None:
         self._file, self._place, self._shard = file, place, shard
+        self._reader = RowReader(place, bounds)
         self._leaves = {
             file.schema.column(number).path: number for number in range(len(file.schema))
         }
@@ -138,40 +145,58 @@ class _File:
             return None
         return chunk.num_values - facts.null_count
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row, in order."""
+    def rows(self) -> Iterator[dict[str, Any] | Unreadable]:
+        """Every row, in order; see `RowReader`."""
         number = 0
         for group in range(self._file.metadata.num_row_groups):
             marks = {name: self._marks(group, column) for name, column in self._embedded.items()}
             others = {leaf: self._with_bytes(group, leaf) for leaf in self._others}
             for row in self._texts(group):
-                for name, column in self._embedded.items():
-                    given = row.pop(name, None)
-                    mark = next(marks[name])
-                    value = self._value(column, given, mark, number)
-                    if value is not None:
-                        row[name] = value
-                for leaf, found in others.items():
-                    if next(found):
-                        row[leaf] = {"bytes": f"{leaf}/{number}"}
-                yield _parsed(row)
+                shapes = {name: next(mark) for name, mark in marks.items()}
+                filled = [leaf for leaf, found in others.items() if next(found)]
+                if isinstance(row, Unreadable):
+                    yield row
+                else:
+                    yield _parsed(self._with_keys(row, shapes, filled, number))
                 number += 1
 
-    def _texts(self, group: int) -> Iterator[dict[str, Any]]:
+    def _with_keys(
+        self,
+        row: dict[str, Any],
+        shapes: dict[str, Mark | list[Mark]],
+        filled: list[str],
+        number: int,
+    ) -> dict[str, Any]:
+        """A row with the keys of its images and the names of what else is bytes."""
+        for name, column in self._embedded.items():
+            value = self._value(column, row.pop(name, None), shapes[name], number)
+            if value is not None:
+                row[name] = value
+        for leaf in filled:
+            row[leaf] = {"bytes": f"{leaf}/{number}"}
+        return row
+
+    def _texts(self, group: int) -> Iterator[dict[str, Any] | Unreadable]:
         """The rows of a group without their bytes."""
         if not self._chosen:
             yield from ({} for _ in range(self._file.metadata.row_group(group).num_rows))
             return
-        for batch in self._file.iter_batches(ROWS, row_groups=[group], columns=self._chosen):
-            yield from batch.to_pylist()
+        for batch in self._batches(group, self._chosen, ROWS):
+            yield from self._reader.rows(batch)
+
+    def _batches(self, group: int, leaves: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+        def reopen(indexed: Sequence[str]) -> pq.ParquetFile:
+            return _open(self._place, read_dictionary=[*indexed])
+
+        yield from bounded_batches(self._file, reopen, group, leaves, rows)
 
     def _with_bytes(self, group: int, leaf: str) -> Iterator[bool]:
         """Of each row whether a leaf that is no image's has bytes, for the count of its fields."""
         if self._not_null(group, leaf) == 0:
             yield from (False for _ in range(self._file.metadata.row_group(group).num_rows))
             return
-        for batch in self._file.iter_batches(WITH_BYTES, row_groups=[group], columns=[leaf]):
-            yield from (_has_bytes(value) for value in batch.column(0).to_pylist())
+        for batch in self._batches(group, [leaf], WITH_BYTES):
+            yield from holds_any(batch.column(0)).tolist()
 
     def _marks(self, group: int, column: ImageColumn) -> Iterator[Mark | list[Mark]]:
         """Of each row which images have bytes, told by the counts in the footer where they do."""
@@ -192,7 +217,7 @@ class _File:
         self, group: int, column: ImageColumn, leaf: str, rows: int
     ) -> Iterator[Mark | list[Mark]]:
         """Of each row which values of one leaf are null; a struct around it may be null itself."""
-        for batch in self._file.iter_batches(rows, row_groups=[group], columns=[leaf]):
+        for batch in self._batches(group, [leaf], rows):
             values = batch.column(0)
             if not column.is_list:
                 yield from _null_marks(values, column.is_struct)
@@ -248,18 +273,11 @@ def _all(shape: Mark | list[Mark], mark: bool) -> Mark | list[Mark]:
     return None if shape is None else mark
 
 
-def _has_bytes(value: Any) -> bool:
-    """Whether there are bytes in a value of lists and objects."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_bytes, cast("Sequence[Any]", value)))
-    if isinstance(value, dict):
-        return any(map(_has_bytes, cast("dict[str, Any]", value).values()))
-    return isinstance(value, bytes)
-
-
-def _parsed(row: dict[str, Any]) -> dict[str, Any]:
+def _parsed(row: dict[str, Any]) -> dict[str, Any] | Unreadable:
     for name in LISTS:
         if isinstance(row.get(name), str):
+            if holds_too_much(row[name]):
+                return Unreadable(TOO_MANY)
             try:
                 row[name] = json.loads(row[name])
             except (ValueError, RecursionError):

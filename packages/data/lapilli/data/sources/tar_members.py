@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-__all__ = ["TEXTS", "Sample", "TarMember", "group", "read_members"]
+from lapilli.data.mounts.tar_headers import headers
+
+__all__ = ["TEXTS", "Sample", "TarMember", "group", "key_and_suffix", "read_members"]
 
 TEXTS = ("json", "txt")
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the tar, as webdataset skips them
-KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's `base_plus_ext`
 LONGEST_CHAIN = 16  # links of links
 LONGEST_NAME = 4096  # characters; no file system takes more
 
@@ -73,7 +74,7 @@ def read_members(tar: tarfile.TarFile, found: list[TarMember]) -> None:
         tarfile.TarError: The tar is damaged; `found` has the members before that.
     """
     links: dict[str, str] = {}
-    while (info := tar.next()) is not None:
+    for info in headers(tar):
         name = PurePosixPath(info.name).as_posix()
         if info.islnk() or info.issym():
             above = posixpath.dirname(name) if info.issym() else ""
@@ -82,10 +83,8 @@ def read_members(tar: tarfile.TarFile, found: list[TarMember]) -> None:
         else:
             kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
             # A sparse file's bytes do not lie in one stretch: as a link that leads nowhere.
-            target = "" if info.issparse() else name
-            found.append(TarMember(name, kind, info.offset_data, info.size, target))
-        # A member of tarfile's takes 1 KB; a tar has a million of them.
-        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+            target = "" if info.issparse() or info.size < 0 else name
+            found.append(TarMember(name, kind, info.offset_data, max(0, info.size), target))
     if links:
         files = {member.name: member for member in found if member.kind == "file"}
         times = Counter(member.name for member in found if member.kind == "file")
@@ -124,7 +123,7 @@ def group(
     loose: list[tuple[str, TarMember]] = []
     bases: dict[str, list[tuple[int, str, TarMember]]] = {}
     for place, member in enumerate(members):
-        parted = KEY.match(member.name) if len(member.name) <= LONGEST_NAME else None
+        parted = key_and_suffix(member.name) if len(member.name) <= LONGEST_NAME else None
         if member.kind != "file":
             loose.append((f"({member.kind})", member))
         elif META.match(member.name):
@@ -132,7 +131,7 @@ def group(
         elif parted is None:
             loose.append(("(no suffix)", member))
         else:
-            bases.setdefault(parted[1], []).append((place, parted[2], member))
+            bases.setdefault(parted[0], []).append((place, parted[1], member))
     samples: dict[str, tuple[int, Sample]] = {}
     for base, found in bases.items():
         own = _own_keys([suffix for _, suffix, _ in found], images)
@@ -142,6 +141,22 @@ def group(
             _, sample = samples.setdefault(key, (place, Sample(key)))
             sample.add(rest.lower(), member)
     return [sample for _, sample in sorted(samples.values(), key=lambda item: item[0])], loose
+
+
+def key_and_suffix(name: str) -> tuple[str, str] | None:
+    """A member's name parted at the first dot of its last part, as webdataset's `base_plus_ext`.
+
+    Of a last part that begins with a dot the key is the folder, unless that has a dot itself.
+    """
+    slash = name.rfind("/")
+    dot = name.find(".", slash + 1)
+    if dot < 0 or (dot == slash + 1 and not _is_plain_folder(name[: max(0, slash + 1)])):
+        return None
+    return name[:dot], name[dot + 1 :]
+
+
+def _is_plain_folder(path: str) -> bool:
+    return bool(path) and "." not in path[path.rfind("/", 0, len(path) - 1) + 1 :]
 
 
 def _own_keys(suffixes: Sequence[str], images: Collection[str]) -> set[str]:

@@ -13,24 +13,30 @@ import re
 import tarfile
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.mounts import EXTENSIONS
+from lapilli.data.mounts.tar_headers import bounded
 from lapilli.data.record import Reason, Verdict, excerpt
 from lapilli.data.sources import rows
+from lapilli.data.sources.bounds import holds_too_much, too_large
 from lapilli.data.sources.captions import caption_turns, draw_prompt
 from lapilli.data.sources.fields import NOTHING, Inspection, inspect_fields
-from lapilli.data.sources.files import annotation_files, file_error, what_it_is_instead
+from lapilli.data.sources.files import (
+    annotation_files,
+    file_error,
+    is_compressed,
+    what_it_is_instead,
+)
 from lapilli.data.sources.tar_members import TEXTS, Sample, TarMember, group, read_members
 from lapilli.data.sources.turns import Turns
 from lapilli.data.tally import Members
 
 __all__ = ["inspect", "normalise", "read"]
 
-LONGEST = 1 << 28  # bytes of one text member
 IMAGES = frozenset(extension.removeprefix(".") for extension in EXTENSIONS)
 NUMBERED = re.compile(r"([0-9]+)\.([^.]+)")
 NAMED = 8  # suffixes named in a verdict
@@ -59,16 +65,20 @@ def read(config: SourceConfig, root: Path) -> Generator[Any, None, Members]:
         found: list[TarMember] = []
         instead = what_it_is_instead(path)
         try:
-            with tarfile.open(path) as tar:
+            with path.open("rb") as file, tarfile.open(fileobj=bounded(file), mode="r:") as tar:
                 read_members(tar, found)
                 samples, loose = group(found, endings)
                 for label, _ in loose:
                     counted.unused[label] += 1
                 for sample in samples:
-                    yield _Reading(tar, sample, config, chosen, counted).element(shard)
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                    yield _Reading(file, sample, config, chosen, counted).element(shard)
+        except (
+            tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError
+        ) as error:  # fmt: skip
             if is_denied(error):
                 raise file_error(path, error) from None
+            if is_compressed(path):
+                instead = "it is compressed, so that no member has a place: unpack it"
             raise DataError(
                 f"annotations: {path} is no whole tar after {len(found)} members "
                 f"({excerpt(str(error.args[0] if error.args else error))}); "
@@ -82,13 +92,13 @@ class _Reading:
 
     def __init__(
         self,
-        tar: tarfile.TarFile,
+        file: BinaryIO,
         sample: Sample,
         config: SourceConfig,
         chosen: Sequence[str],
         counted: Members,
     ) -> None:
-        self._tar, self._sample, self._config, self._chosen = tar, sample, config, chosen
+        self._file, self._sample, self._config, self._chosen = file, sample, config, chosen
         self._counted = counted
         self._used: set[str] = set()
         self._defects: list[str] = []
@@ -130,13 +140,13 @@ class _Reading:
         if not member.target:
             self._defects.append(_leads_nowhere(member))
             return ""
-        if member.size > LONGEST:
-            detail = f"'{excerpt(member.name)}' has {member.size} bytes; at most {LONGEST} are read"
-            self._defects.append(detail)
+        most = self._config.max_record_bytes
+        if member.size > most:
+            size = f"{member.size} bytes in '{excerpt(member.name)}'"
+            self._defects.append(too_large(size, most))
             return ""
-        file: Any = self._tar.fileobj
-        file.seek(member.offset)
-        return cast("bytes", file.read(member.size)).decode("utf-8", "surrogateescape")
+        self._file.seek(member.offset)
+        return self._file.read(member.size).decode("utf-8", "surrogateescape")
 
     def _images(self, conversation: Any) -> list[str]:
         """The names of the members that are the sample's images."""
@@ -190,15 +200,15 @@ def _usual(members: Mapping[str, TarMember]) -> list[str] | str:
 
 def _listed(members: Mapping[str, TarMember], chosen: Sequence[str]) -> list[str]:
     """The images of a setting in its order; a suffix stands for its numbered ones too."""
-    found: list[str] = []
+    found: dict[str, None] = {}
     for wanted in chosen:
         ours = [(-1, wanted)] if wanted in members else []
         for suffix in members:
             number, _, rest = suffix.partition(".")
             if rest == wanted and number.isdecimal():
                 ours.append((int(number), suffix))
-        found += [suffix for _, suffix in sorted(ours) if suffix not in found]
-    return found
+        found |= dict.fromkeys(suffix for _, suffix in sorted(ours))
+    return [*found]
 
 
 def _end(suffix: str) -> str:
@@ -217,6 +227,8 @@ def _label(suffix: str) -> str:
 
 def _parsed(text: str) -> Any:
     """A json member's value, or its text where it is none."""
+    if holds_too_much(text):
+        return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

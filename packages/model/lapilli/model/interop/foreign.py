@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,8 @@ def read_foreign(path: Path) -> VisionLanguageModel:
         ModelError: No such folder, a part that this package does not have, or a base model or a
             tower that is not on this machine.
     """
+    from transformers.initialization import no_init_weights
+
     kind = kind_of(path)
     if kind == "adapter":
         return _read_adapted(path).eval()
@@ -133,12 +135,23 @@ def read_foreign(path: Path) -> VisionLanguageModel:
         check_weights(path)  # before a tower is read
         config = llava_model(path, read_config(path))
         try:
-            model = build_model(config)
+            with no_init_weights():  # all of them are read
+                model = build_model(config)
         except ModelError as error:  # names settings, which here are the folder's
             raise ModelError(f"{path / CONFIG}: {error}") from None
-        load_llava(path, model)
+        _check_whole(path, model, load_llava(path, model))
         return model.eval()
     raise _no_model(path)
+
+
+def _check_whole(path: Path, model: VisionLanguageModel, loaded: Collection[str]) -> None:
+    """Refuse a folder of which a part would stay random: a tower is never among them."""
+    for part in ("projector", "language"):
+        if part not in loaded and any(True for _ in model.get_submodule(part).parameters()):
+            raise ModelError(
+                f"{path}: no weights of the {part}; expected a whole model, of one's parts start a "
+                "run with start_from"
+            )
 
 
 def _no_model(path: Path) -> ModelError:
@@ -176,6 +189,7 @@ def _is_llavas(path: Path) -> bool:
 def _read_adapted(path: Path) -> VisionLanguageModel:
     adapter, config, facts = read_adapter(path), read_config(path), read_facts(path)
     if MODEL in facts:
+        _check_beside(path)
         model = build_model(_own_model(path, facts[MODEL], adapter))
         if rounded := facts.get(QUANTIZED):
             check_quantization()
@@ -186,8 +200,10 @@ def _read_adapted(path: Path) -> VisionLanguageModel:
         base = base_folder(path, adapter.base)
         if is_llava_config(read_config(base)):
             model = read_foreign(base)
-        else:
-            model = build_model(llava_model(path, config, str(base)))
+            load_llava(path, model)
+            return model
+        _check_beside(path)
+        model = build_model(llava_model(path, config, str(base)))
     elif _is_for_hf(adapter):
         base = base_folder(path, adapter.base)
         model, adapter = read_hf(base), _without_image_row(adapter, base)
@@ -199,8 +215,17 @@ def _read_adapted(path: Path) -> VisionLanguageModel:
             f"{path}: an adapter of a language model alone; expected one of a LLaVA model, with "
             f"LLaVA's {CONFIG} and non_lora_trainables.bin or transformers' LLaVA as its base"
         )
-    load_llava(path, model)
+    _check_whole(path, model, load_llava(path, model))
     return model
+
+
+def _check_beside(path: Path) -> None:
+    """Before any base is read."""
+    if not any((path / name).is_file() for name in BESIDE_ADAPTER):
+        raise ModelError(
+            f"{path}: no weights of the projector; expected {BESIDE_ADAPTER[0]} beside the "
+            "adapter, copy it too"
+        )
 
 
 def _own_model(path: Path, given: Mapping[str, Any], adapter: Adapter) -> ModelConfig:
