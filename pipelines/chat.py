@@ -22,6 +22,7 @@ from pipelines.chat_request import MIB, ChatLimits, read_question
 from pipelines.chat_server import listen, make_server, require_server
 from pipelines.chat_worker import Busy, ChatWorker
 from pipelines.command import first_as, parse, run, say
+from pipelines.trust_flags import TrustFlags
 
 __all__ = ["ChatConfig", "chat", "main", "make_app"]
 
@@ -40,7 +41,7 @@ OVERRUN = 4  # times as much as is taken is read and passed over before a connec
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(TrustFlags):
     """Who is talked with, and where.
 
     Attributes:
@@ -281,7 +282,7 @@ def chat(config: ChatConfig) -> None:
     require_server()
     device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(
-        Path(config.model), device, template=config.template, view=config.view
+        Path(config.model), device, config.trust, template=config.template, view=config.view
     )
     with listen(config.host, config.port) as taken:
         app = make_app(assistant, config)

@@ -37,6 +37,7 @@ __all__ = [
     "say_text",
     "say_title",
     "stream_text",
+    "with_switches",
 ]
 
 Config = TypeVar("Config")
@@ -59,7 +60,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> C
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; several are layered")
     parser.add_class_arguments(kind)
-    arguments = _with_switches(kind, sys.argv[1:] if argv is None else argv)
+    arguments = with_switches(kind, sys.argv[1:] if argv is None else argv)
     namespace = read_arguments(parser, arguments)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
@@ -108,7 +109,7 @@ def _refuse_secrets(setting: str, value: object) -> None:
             _refuse_secrets(setting, one)
 
 
-def _with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
+def with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
     """`--decode` without a value means true; `--decode false` stays what it is."""
     switches = {f"--{item.name}" for item in fields(kind) if item.type in ("bool", bool)}
     words = [*argv, "--"]

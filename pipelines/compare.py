@@ -12,10 +12,9 @@ import numpy as np
 
 from lapilli.data.page import Page
 from lapilli.data.printable import relative_names
-from lapilli.train.folders import CONFIG
-from lapilli.train.metrics import read_metrics
+from lapilli.train.metrics import read_steps
 from lapilli.train.report import curves, flat_settings, smoothed
-from pipelines.describe import read_json
+from lapilli.train.run_files import plain_settings, read_run_config
 
 __all__ = ["Compared", "add_curves", "compare_rows", "differing", "read_compared"]
 
@@ -33,7 +32,9 @@ class Compared:
 
 def read_compared(paths: Sequence[Path]) -> list[Compared]:
     """Read runs."""
-    return [Compared(p, flat_settings(read_json(p / CONFIG)), read_metrics(p)) for p in paths]
+    return [
+        Compared(p, flat_settings(plain_settings(read_run_config(p))), read_steps(p)) for p in paths
+    ]
 
 
 def differing(runs: Sequence[Compared]) -> dict[str, list[str]]:

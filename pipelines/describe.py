@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -12,18 +11,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lapilli.data.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME as MANIFEST
 from lapilli.data.manifest import PLAN, Manifest, ViewFacts, read_manifest
-from lapilli.data.shards import ShardFacts, open_table
+from lapilli.data.quarantine import read_quarantine
+from lapilli.data.shard_checks import open_selection
+from lapilli.data.shards import ShardFacts
+from lapilli.data.typed_json import JsonError, from_json
 from lapilli.train.checkpoint import find_checkpoints
-from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG, FACTS, FOLDER, MILESTONES, folder_bytes, steps_in
-from lapilli.train.metrics import METRICS, read_metrics
+from lapilli.train.config import RunConfig
+from lapilli.train.folders import CONFIG, FOLDER, MILESTONES, folder_bytes, steps_in
+from lapilli.train.metrics import METRICS, read_steps
+from lapilli.train.run_files import RunFacts, read_run_config, read_run_facts
 from lapilli.train.starts import read_starts
 from lapilli.train.workers import MISTAKE
 
@@ -36,7 +37,6 @@ __all__ = [
     "describe_run",
     "duration_text",
     "kind_of",
-    "read_json",
 ]
 
 SHOWN_VERSIONS = ("lapilli", "torch", "deepspeed", "transformers", "ray", "pyarrow", "tokenizers")
@@ -83,7 +83,7 @@ def kind_of(path: Path) -> Literal["dataset", "run"]:
         raise DataError(f"{path}: no such folder; expected the --output of preprocess or train")
     if exists(path / MANIFEST) or exists(path / PLAN):
         return "dataset"
-    if "global_batch" in read_json(path / CONFIG):
+    if "global_batch" in _read_json(path / CONFIG):
         return "run"
     raise DataError(
         f"{path}: neither a dataset nor a run; expected the --output of preprocess or train"
@@ -129,18 +129,9 @@ def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
     """Each source with what was quarantined of it and why."""
     bad: dict[str, Counter[str]] = {name: Counter() for name in manifest.counts["sources"]}
     if manifest.counts["quarantined"]:
-        file = path / "quarantine.parquet"
-        try:
-            table = pq.read_table(file, columns=["source", "reason"])
-        except (OSError, pa.ArrowException) as error:
-            if is_denied(error):
-                raise DataError(cannot_read(file, error)) from None
-            raise DataError(
-                f"{file}: missing or damaged ({type(error).__name__}); "
-                "run the same preprocess again, it rebuilds it"
-            ) from None
+        table = read_quarantine(path, ["source", "reason"])
         for row in table.group_by(["source", "reason"]).aggregate([([], "count_all")]).to_pylist():
-            bad[row["source"]][row["reason"]] += row["count_all"]
+            bad.setdefault(row["source"], Counter())[row["reason"]] += row["count_all"]
     return tuple(
         SourceRow(name, read, read - bad[name].total(), bad[name].total(), _counted(bad[name]))
         for name, read in manifest.counts["sources"].items()
@@ -161,7 +152,7 @@ def _view(view: ViewFacts) -> Lines:
 
 def _tokens(path: Path, manifest: Manifest) -> dict[str, Lines]:
     """Text tokens; how many an image takes is the tower's affair."""
-    table = open_table(path, manifest.selection)
+    table = open_selection(path, manifest)
     text, trained = table["text_length"].to_numpy(), table["num_trained"].to_numpy()
     images = np.diff(table["image_slots"].combine_chunks().offsets.to_numpy())
     tokenizer = manifest.tokenizer
@@ -193,30 +184,27 @@ def _shards(shards: Sequence[ShardFacts]) -> Lines:
 
 def describe_run(path: Path) -> Description:
     """State, loss, speed, parts, checkpoints and settings of a run. Loads no weight."""
-    config, found = read_json(path / CONFIG), read_json(path / FACTS)
-    try:
-        metrics = read_metrics(path)
-    except ValueError:
-        raise TrainError(f"{path / METRICS}: damaged; run train again, it goes on") from None
+    config, found = read_run_config(path), read_run_facts(path)
+    metrics = read_steps(path)
     checkpoints = find_checkpoints(path, hashed=False)
     saved = checkpoints[-1].state if checkpoints else {}
-    optim = config["optim"]
-    accumulated = config["global_batch"] // (config["workers"] * config["micro_batch"])
+    optim = config.optim
+    accumulated = config.accumulation if config.micro_batch else 0
     facts: dict[str, Lines] = {
-        "state": _state(path, metrics, found.get("total_steps")),
+        "state": _state(path, metrics, found["total_steps"] if found else None),
         "loss": _loss(metrics),
         "held-out loss": _held_out(metrics),
         "speed": _speed(metrics),
         **_starts(path),
-        "parameters": _parts(found.get("parameters", {})),
+        "parameters": _parts(found["parameters"] if found else {}),
         "global batch": (
-            f"{config['global_batch']:,} samples",
-            f"{counted(config['workers'], 'worker')} x {config['micro_batch']} x {accumulated}",
+            f"{config.global_batch:,} samples",
+            f"{counted(config.workers, 'worker')} x {config.micro_batch} x {accumulated}",
         ),
-        "optimizer": (f"lr {optim['lr']:g} {optim['schedule']}", f"ZeRO-{config['zero_stage']}"),
-        "device": (found.get("device", config["device"]), config["precision"]),
+        "optimizer": (f"lr {optim.lr:g} {optim.schedule}", f"ZeRO-{config.zero_stage}"),
+        "device": ((found or {}).get("device", config.device), config.precision),
         "samples": _samples(config, found),
-        "dataset": (config["dataset"], f"view {config['view']}"),
+        "dataset": (config.dataset, f"view {config.view}"),
         "checkpoints": _checkpoints([c.step for c in checkpoints], path),
         **_milestones(path),
         "versions": _versions(saved.get("versions", {})) or ("—",),
@@ -307,9 +295,9 @@ def _parts(parameters: Mapping[str, Sequence[int]]) -> Lines:
     return tuple(lines) or ("—",)
 
 
-def _samples(config: Mapping[str, Any], found: Mapping[str, Any]) -> Lines:
-    epochs = counted(config["epochs"], "epoch")
-    if "samples" not in found:
+def _samples(config: RunConfig, found: RunFacts | None) -> Lines:
+    epochs = counted(config.epochs, "epoch")
+    if found is None:
         return (epochs,)
     left_out = (f"{found['too_long']:,} too long",) if found["too_long"] else ()
     return f"{found['samples']:,}", epochs, *left_out
@@ -374,16 +362,15 @@ def _versions(versions: Mapping[str, str]) -> Lines:
     return tuple(f"{name} {versions[name]}" for name in [*first, *rest])
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is none.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return from_json(path.read_bytes(), dict[str, Any])
+    except (OSError, JsonError) as error:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None
         return {}
-    return value if isinstance(value, dict) else {}

@@ -15,6 +15,7 @@ from lapilli.data.access import cannot_read, is_denied, is_folder
 from lapilli.data.lock import only_writer
 from lapilli.data.manifest import read_manifest
 from lapilli.data.shards import write_atomic, write_json
+from lapilli.data.typed_json import JsonError, from_json
 from lapilli.train.ask import open_trained
 from lapilli.train.checkpoint import WEIGHTS, newest_weights
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
@@ -28,13 +29,15 @@ from lapilli.train.evaluate import (
     open_test,
     score,
 )
+from lapilli.train.json_lines import parse_lines
 from pipelines.command import parse, progress_bar, run, say
+from pipelines.trust_flags import TrustFlags
 
 __all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main", "what_was_asked"]
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(TrustFlags):
     """What is asked of which model.
 
     Attributes:
@@ -79,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
 
 def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = torch_device(choose_device(config.device, visible_devices()))
-    trained = open_trained(Path(config.run), Path(config.dataset), device)
+    trained = open_trained(Path(config.run), Path(config.dataset), device, config.trust)
     view = config.view or _only_view(Path(config.dataset))
     manifest = read_manifest(Path(config.dataset))
     split = chosen_split(manifest, config.split)
@@ -108,15 +111,15 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
     output, beside = Path(config.output), Path(f"{config.output}.of.json")
     asked = _asked(config)
     try:
-        is_same = json.loads(beside.read_text(encoding="utf-8")) == asked
-        lines = output.read_text(encoding="utf-8").split("\n")[:-1] if is_same else []
-    except (OSError, ValueError) as error:
+        is_same = from_json(beside.read_bytes(), dict[str, Any]) == asked
+        known = parse_lines(output.read_bytes(), Answer, output) if is_same else []
+    except (OSError, JsonError) as error:
         if is_denied(error):
             raise TrainError(cannot_read(error.filename or output, error)) from None
-        lines = []
-    if lines:
-        say(f"{len(lines)} answers of the same weights to the same questions reused: {output}")
-        return [Answer(**json.loads(line)) for line in lines]
+        known = []
+    if known:
+        say(f"{len(known)} answers of the same weights to the same questions reused: {output}")
+        return known
     _, answers = evaluate(config)
     write_json(beside, asked)
     return answers

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 
 from lapilli.data.access import is_folder
-from lapilli.data.config import BuildConfig
+from lapilli.data.build_settings import read_build_config
 from lapilli.data.errors import DataError
 from lapilli.data.export import export_webdataset
 from lapilli.data.exported import TrainedEnd, export_obstacle, export_text
 from lapilli.data.lock import only_writer
-from lapilli.data.manifest import read_manifest
+from lapilli.data.manifest import template_fingerprint
 from lapilli.data.tokenize import tokenizer_facts
 from lapilli.data.vocabulary import load_tokenizer
 from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
@@ -28,10 +28,11 @@ from lapilli.model.interop.hf_files import oldest_reader
 from pipelines.command import first_as, parse, progress_bar, run, say
 from pipelines.export_llava import to_llava, to_peft
 from pipelines.export_output import filled, open_run, tokenizer_bytes, told, weight_bytes
+from pipelines.trust_flags import TrustFlags
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(TrustFlags):
     """What is written in which form.
 
     Attributes:
@@ -68,8 +69,7 @@ def to_webdataset(config: ExportConfig) -> None:
     dataset, output = Path(config.dataset), Path(config.output)
     if not config.dataset:
         raise DataError("dataset: nothing named; pass --dataset with a dataset's folder")
-    read_manifest(dataset)  # no dataset, no settings
-    build = parse(BuildConfig, [f"--config={dataset / 'config.json'}"], "")
+    build = read_build_config(dataset, config.trust)
     root = Path(config.root or build.root)
     if not is_folder(root):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
@@ -90,10 +90,11 @@ def to_webdataset(config: ExportConfig) -> None:
 
 def to_hf(config: ExportConfig) -> None:
     """Write model and processor, once the processor is known to write the ids the model learnt."""
-    asked = open_run(config.run, Path(config.output))
+    asked = open_run(config.run, Path(config.output), config.trust)
     if obstacle := export_obstacle(asked.template, asked.tokenizer):
         raise DataError(f"{obstacle}; the run itself can be asked")
     exported = export_text(asked.template, asked.tokenizer)
+    learnt = tokenizer_facts(asked.tokenizer)
     dtype: torch.dtype = getattr(torch, config.dtype)
     needed = weight_bytes(asked.model, dtype.itemsize) + tokenizer_bytes(asked.tokenizer)
     with filled(Path(config.output), needed) as folder:
@@ -104,7 +105,12 @@ def to_hf(config: ExportConfig) -> None:
             "template": asdict(exported.template),
             "view": asked.spec.facts(),
             "tokenizer": asdict(tokenizer_facts(load_tokenizer(folder))),
-        }
+            "trained": {
+                "tokenizer": learnt.fingerprint, "special_ids": [learnt.bos_id, learnt.eos_id],
+                "template": template_fingerprint(asked.template),
+                "template_name": asked.template.name,
+            },
+        }  # fmt: skip
         with told() as on_progress:
             write_hf(
                 asked.model, folder, image_token_id=exported.image_id,

@@ -54,7 +54,7 @@ READS_NAMES = "LLaVA chooses its loader by the folder's name"
 def to_llava(config: ExportConfig) -> None:
     """Write LLaVA's checkpoint with its tokenizer, and the projector by itself."""
     output = Path(config.output)
-    asked = open_run(config.run, output)
+    asked = open_run(config.run, output, config.trust)
     check_llava(asked.model)
     form = _form(config, asked)
     size = form.dtype.itemsize
@@ -129,7 +129,7 @@ def _say_name(output: Path, asked: Assistant, *words: str) -> None:
 def to_peft(config: ExportConfig) -> None:
     """Write a run's adapters, what else learnt, and what LLaVA's loader wants beside them."""
     output = Path(config.output)
-    asked = open_run(config.run, output)
+    asked = open_run(config.run, output, config.trust)
     model = asked.model
     check_adapters(model)
     adapts_language = bool(adapted_layers(model.language))

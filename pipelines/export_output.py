@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.access import FULL, exists, is_denied, is_folder, naming, subpaths
+from lapilli.data.trust import Trust
 from lapilli.model.interop.hf import FACTS
 from lapilli.model.interop.weights import Progress
 from lapilli.model.quantized import numbers_of
@@ -25,7 +26,7 @@ __all__ = ["filled", "open_run", "tokenizer_bytes", "told", "weight_bytes"]
 SETTINGS_BYTES = 64 << 10  # the JSON files of an export, generously
 
 
-def open_run(run: str, output: Path) -> Assistant:
+def open_run(run: str, output: Path, trust: Trust) -> Assistant:
     """The model that is exported.
 
     Raises:
@@ -40,7 +41,7 @@ def open_run(run: str, output: Path) -> Assistant:
     if is_published(Path(run)):
         what = "an export already" if exists(Path(run) / FACTS) else "a model of others"
         raise TrainError(f"run: {run} is {what}; expected a training run's folder")
-    return open_assistant(Path(run))
+    return open_assistant(Path(run), trust=trust)
 
 
 def weight_bytes(part: Any, size: int) -> int:

@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from lapilli.data.access import exists, is_folder, naming, require_listable
 from lapilli.data.errors import DataError
 from lapilli.data.lock import only_writer
 from lapilli.data.printable import one_line
+from lapilli.data.typed_json import JsonError, from_json
 from lapilli.model.generate import Decoding
 from lapilli.train.ask import Assistant, Question, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
@@ -32,13 +33,13 @@ from pipelines.command import (
     stream_text,
 )
 from pipelines.question_file import Asked, existing, read_questions
+from pipelines.trust_flags import TrustFlags
 
-ROW = ("question_id", "prompt", "text", "model_id", "metadata")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(TrustFlags):
     """What is asked of which model.
 
     Attributes:
@@ -151,7 +152,7 @@ def generate(config: GenerateConfig) -> list[str]:
 def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -> list[str]:
     device = torch_device(choose_device(config.device, visible_devices()))
     assistant = open_assistant(
-        Path(config.model), device, template=config.template, view=config.view
+        Path(config.model), device, config.trust, template=config.template, view=config.view
     )
     _check(assistant, asked, config.decoding)
     if output:
@@ -235,18 +236,21 @@ def _read_answers(output: Path, how: dict[str, Any]) -> dict[Key, str]:
     return {key: row["text"] for key, row in zip(keys, rows, strict=True)}
 
 
+class _Row(TypedDict):
+    question_id: Any
+    prompt: str
+    text: str
+    model_id: str
+    metadata: dict[str, Any]
+
+
 def _row(output: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row: object = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if (
-        not isinstance(row, dict)
-        or not {*ROW} <= row.keys()
-        or not (isinstance(row["prompt"], str) and isinstance(row["text"], str))
-    ):
-        raise DataError(f"output: {output} line {number} is no answer; choose another file")
-    return cast("dict[str, Any]", row)
+        return cast("dict[str, Any]", from_json(line, _Row))
+    except JsonError as error:
+        raise DataError(
+            f"output: {output} line {number} is no answer ({error}); choose another file"
+        ) from None
 
 
 def _batches(

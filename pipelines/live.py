@@ -13,7 +13,7 @@ from rich.progress import Progress, TextColumn
 from lapilli.data.output import Output
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.shard_task import ImageTask, Task
-from lapilli.data.shards import OK, ShardFacts, open_table
+from lapilli.data.shards import IMAGE_SCHEMA, OK, ShardFacts, open_table
 from pipelines.command import progress_bar
 
 __all__ = ["build_line", "describe_rate"]
@@ -58,7 +58,7 @@ def describe_rate(images: int, seconds: float, cores: int, unusable: int) -> str
 
 
 def _unusable(output: Output, facts: ShardFacts) -> int:
-    statuses = open_table(output, facts, ["status"])["status"].to_pylist()
+    statuses = open_table(output, facts, IMAGE_SCHEMA, ["status"])["status"].to_pylist()
     return len(statuses) - statuses.count(OK)
 
 

@@ -19,20 +19,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from lapilli.data.access import require_writable
+from lapilli.data.build_settings import read_build_config
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import read_manifest
 from lapilli.data.page import GalleryItem, Page
 from lapilli.data.printable import one_line, relative_names
 from lapilli.data.report import write_dataset_report
 from lapilli.data.transcript import Piece
+from lapilli.data.trust import NOTHING, Trust
 from lapilli.train.errors import TrainError
 from lapilli.train.report import write_run_report
+from lapilli.train.run_files import read_run_config, read_run_facts
 from pipelines import command
 from pipelines.command import UsageError, read_arguments, run, say
 from pipelines.compare import Compared, add_curves, compare_rows, differing, read_compared
-from pipelines.describe import Description, counted, describe, kind_of, read_json
+from pipelines.describe import Description, counted, describe, kind_of
 from pipelines.transcript import has_colour, print_transcript, read_transcript
-from pipelines.verify import settings_of, verify_folders
+from pipelines.trust_flags import trusted_names
+from pipelines.verify import verify_folders
 
 __all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]
 
@@ -54,6 +58,7 @@ class ShowConfig:
     repair: bool
     root: str
     report: bool
+    trust: Trust = NOTHING
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
     parser.add_argument(
         "--report", action="store_true", help="write report.html of datasets and runs"
     )
+    parser.add_argument(
+        "--allow_code", type=str, default="",
+        help="readers package.module:name, separated by commas, that a dataset's own settings may "
+        "import for --repair and --report",
+    )  # fmt: skip
     found = read_arguments(parser, argv)
     samples = int(found.tokens) if found.samples is None else found.samples
     if samples < 0:
@@ -105,6 +115,7 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
     return ShowConfig(
         folders, samples, found.tokens, found.view, found.html,
         found.verify or found.repair, found.repair, found.root, found.report,
+        Trust(code=trusted_names(found.allow_code)),
     )  # fmt: skip
 
 
@@ -200,17 +211,17 @@ def samples_of(description: Description, config: ShowConfig) -> list[ShownSample
 
 
 def _open_run(run_folder: Path) -> tuple[Dataset, str]:
-    config, found = read_json(run_folder / "config.json"), read_json(run_folder / "facts.json")
-    if "image_tokens" not in found:
+    config, found = read_run_config(run_folder), read_run_facts(run_folder)
+    if found is None:
         raise TrainError(
             f"{run_folder}: does not say how many tokens an image takes (no facts.json); "
-            f"show its dataset instead: {config['dataset']}"
+            f"show its dataset instead: {config.dataset}"
         )
     dataset = open_dataset(
-        config["dataset"],
-        view=config["view"],
+        config.dataset,
+        view=config.view,
         image_tokens=found["image_tokens"],
-        max_length=config["max_length"],
+        max_length=config.max_length,
     )
     return dataset, f"<image {found['image_tokens']} tokens>"
 
@@ -289,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in config.folders if config.report else ():
         require_writable("report", folder, "free space or check rights")
     if config.verify or config.root:
-        whole = verify_folders(config.folders, repair=config.repair, root=config.root)
+        whole = verify_folders(
+            config.folders, repair=config.repair, root=config.root, trust=config.trust
+        )
         return 0 if whole else DAMAGED
     if config.report:
         for folder in config.folders:
@@ -297,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page = (
                 write_run_report(folder)
                 if is_run
-                else write_dataset_report(folder, settings_of(folder))
+                else write_dataset_report(folder, read_build_config(folder, config.trust))
             )
             say(f"report: {page}")
         return 0

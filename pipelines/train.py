@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
+from lapilli.data.trust import NOTHING, Trust
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import CONFIG
@@ -36,9 +38,19 @@ from lapilli.train.metrics import read_metrics
 from lapilli.train.replay import read_kept
 from lapilli.train.report import write_run_report
 from lapilli.train.rerun import Finding, rerun
-from pipelines.command import console, parse, progress_bar, read_arguments, run, say
+from lapilli.train.run_files import read_run_config, require_trust
+from pipelines.command import (
+    console,
+    parse,
+    progress_bar,
+    read_arguments,
+    run,
+    say,
+    with_switches,
+)
 from pipelines.describe import bytes_text, duration_text
 from pipelines.estimate import ESTIMATE, tell_estimate
+from pipelines.trust_flags import TrustFlags
 
 __all__ = ["follow", "live_line", "replay", "tell_preflight", "train"]
 
@@ -177,10 +189,16 @@ def _parts_table(ready: Preflight) -> Table:
     return table
 
 
-def replay(path: Path) -> Finding:
-    """Run a kept step again in this process and say what is wrong in it."""
+def replay(path: Path, trust: Trust = NOTHING) -> Finding:
+    """Run a kept step again in this process and say what is wrong in it.
+
+    Args:
+        path: The step's folder.
+        trust: What the command allows of what the run's own settings ask for.
+    """
     kept = read_kept(path)
-    config = parse(RunConfig, [f"--config={kept.run / CONFIG}"], "")
+    config = read_run_config(kept.run)
+    require_trust(config.model, trust, kept.run / CONFIG)
     say(f"step {kept.step}: loss {kept.loss}, gradient norm {kept.grad_norm} in the run")
     found = rerun(config, kept, lambda step: say(f"  step {step} taken again"))
     say(f"loss {found.loss} here, from the weights of step {found.start} on")
@@ -205,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word.partition("=")[0] == "--replay" for word in words):
         parser = ArgumentParser(description="Look into a step that was kept.", exit_on_error=False)
         parser.add_argument("--replay", type=Path, help="a run's folder replay/step-N")
-        replay(read_arguments(parser, words).replay)
+        parser.add_class_arguments(TrustFlags)
+        found = read_arguments(parser, with_switches(TrustFlags, words))
+        flags = TrustFlags(**{one.name: found[one.name] for one in fields(TrustFlags)})
+        replay(found.replay, flags.trust)
         return 0
     given = [word for word in words if word != ESTIMATE]
     config = parse(

@@ -9,20 +9,21 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from lapilli.data.build import CONFIG
-from lapilli.data.config import BuildConfig
+from lapilli.data.build_settings import read_build_config
 from lapilli.data.integrity import Verification, repair_dataset, verify_dataset
-from lapilli.data.manifest import read_manifest
+from lapilli.data.trust import NOTHING, Trust
 from pipelines import command
-from pipelines.command import UsageError, parse, progress_bar, say
+from pipelines.command import UsageError, progress_bar, say
 from pipelines.describe import bytes_text, counted, kind_of
 
-__all__ = ["settings_of", "verify_folders"]
+__all__ = ["verify_folders"]
 
 NAMED = 20  # files of a kind, after which they are counted
 
 
-def verify_folders(folders: Sequence[Path], *, repair: bool, root: str) -> bool:
+def verify_folders(
+    folders: Sequence[Path], *, repair: bool, root: str, trust: Trust = NOTHING
+) -> bool:
     """Verify each dataset, and mend it if that is asked for; whether all are whole in the end.
 
     Raises:
@@ -34,28 +35,17 @@ def verify_folders(folders: Sequence[Path], *, repair: bool, root: str) -> bool:
     runs = [folder for folder in folders if kind_of(folder) == "run"]
     if runs:
         raise UsageError(f"verify: {runs[0]} is a run; expected datasets")
-    whole = [_verify_one(folder, repair=repair, root=root) for folder in folders]
+    whole = [_verify_one(folder, repair=repair, root=root, trust=trust) for folder in folders]
     return all(whole)
 
 
-def settings_of(folder: Path) -> BuildConfig:
-    """The settings a dataset was built with.
-
-    Raises:
-        DataError: No dataset.
-        UsageError: Its settings are damaged.
-    """
-    read_manifest(folder)  # no dataset, no settings
-    return parse(BuildConfig, [f"--config={folder / CONFIG}"], "")
-
-
-def _verify_one(folder: Path, *, repair: bool, root: str) -> bool:
+def _verify_one(folder: Path, *, repair: bool, root: str, trust: Trust) -> bool:
     found = _verify(folder)
     if found.is_whole or not repair:
         if not found.is_whole:
             say(f"mend it with: python -m pipelines.show {folder} --repair")
         return found.is_whole
-    config = settings_of(folder)
+    config = read_build_config(folder, trust)
     with progress_bar() as bar:
         task = bar.add_task("shards", total=None)
         made = repair_dataset(

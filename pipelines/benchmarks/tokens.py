@@ -22,7 +22,7 @@ from lapilli.data.backend import backend_for
 from lapilli.data.plan import TokenTask, writer_version
 from lapilli.data.record import Record, pack
 from lapilli.data.render import TextSegment, render
-from lapilli.data.shards import finished_facts, open_table
+from lapilli.data.shards import TOKEN_SCHEMA, finished_facts, open_table
 from lapilli.data.tasks import run_task
 from lapilli.data.templates import Template, get_template
 from lapilli.data.tokenize import bind_template, load_tokenizer, tokenizer_facts
@@ -157,7 +157,7 @@ def _tokens(task: TokenTask, output: Path) -> int:
     """Ids of the shard on the disk, images left out."""
     facts = finished_facts(output, task.name)
     assert facts is not None
-    return sum(open_table(output, facts)["text_length"].to_pylist())
+    return sum(open_table(output, facts, TOKEN_SCHEMA)["text_length"].to_pylist())
 
 
 def _bare(backend: Tokenizer, texts: list[str]) -> int:

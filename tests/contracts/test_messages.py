@@ -29,13 +29,13 @@ OWNERS = {
     "packages/model/lapilli/model/interop": {"export"}, "packages/train": {"train"},
     "packages/train/lapilli/train/ask": {"generate", "chat"},
     "packages/train/lapilli/train/evaluate": {"evaluate"},
-    "pipelines/export_": {"export"},
+    "pipelines/chat_": {"chat"}, "pipelines/export_": {"export"},
     "pipelines/question_file": {"generate"}, "pipelines/verify": {"show"},
 }  # fmt: skip
 # Options of other programs.
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
-    "--pretrain_mm_mlp_adapter", "--model_max_length",
+    "--require-hashes", "--pretrain_mm_mlp_adapter", "--model_max_length",
 }  # fmt: skip
 VERB = re.compile(r"\b(preprocess|train|show|check|export|chat|generate|evaluate)\b")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")

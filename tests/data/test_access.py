@@ -22,7 +22,7 @@ from lapilli.data.mounts import Mount, read_image
 from lapilli.data.mounts.places import Located
 from lapilli.data.record import Reason, Verdict
 from lapilli.data.runners import run_here
-from lapilli.data.shards import finished_facts, open_table, write_atomic
+from lapilli.data.shards import SELECTION_SCHEMA, finished_facts, open_table, write_atomic
 from lapilli.data.sources.files import annotation_files
 from lapilli.data.tokenize import load_tokenizer
 from tests.factories import build_config, build_dataset, image_bytes, make_mixture, make_tokenizer
@@ -178,7 +178,7 @@ def test_a_shard_that_a_disk_keeps_back_is_neither_missing_nor_damaged(
     said = f"{shard.path}: cannot be read .{os.strerror(number)}"
     for look in (
         lambda: finished_facts(dataset, shard.path),
-        lambda: open_table(dataset, shard),
+        lambda: open_table(dataset, shard, SELECTION_SCHEMA),
         lambda: verify_dataset(dataset),
     ):
         with pytest.raises(DataError, match=said):

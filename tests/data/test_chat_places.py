@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.chat_analysis import looks_at_text
+from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Part, Record, TextPart, Turn
 from lapilli.data.templates import Template
 from lapilli.data.tokenize import (
@@ -238,8 +239,6 @@ def test_a_special_token_in_a_text_stays_text(made: Any, manner: str) -> None:
         ("{% for m in messages %}{{ m.content }}{% if 'hello' in m.content %}"
          "{{ strftime_now('%d') }}{% endif %}{% endfor %}", "it writes today's date"),
         ("{% for a in range(1000000) %}{% endfor %}", "Range too big"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
-        ("{{ messages.append(1) }}{% for m in messages %}{{ m.content }}{% endfor %}", "unsafe"),
     ],
 )  # fmt: skip
 def test_what_a_template_cannot_express_is_refused_with_the_reason(
@@ -249,6 +248,21 @@ def test_what_a_template_cannot_express_is_refused_with_the_reason(
     found = template_refusal(made, Template(name="own", chat=source))(record)
     assert refusal in found
     assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+        ("{{ messages.append(1) }}{% for m in messages %}{{ m.content }}{% endfor %}", "unsafe"),
+    ],
+)
+def test_a_template_that_runs_away_every_time_ends_the_build(
+    made: Any, source: str, reason: str
+) -> None:
+    record = to_record("", [("What is it?", "It is hello.")])
+    with pytest.raises(DataError, match=f"chat template cannot be used: .*{reason}"):
+        template_refusal(made, Template(name="own", chat=source))(record)
 
 
 def test_a_template_that_only_could_write_a_date_is_used(made: Any) -> None:

@@ -68,7 +68,7 @@ def test_a_shard_is_read_from_the_memory_map(tmp_path: Path) -> None:
     rows = {**ROWS, "pixels": [bytes(1_000_000), bytes(1_000_000)]}
     facts = write_shard(tmp_path, NAME, rows, IMAGE_SCHEMA)
     before = pa.total_allocated_bytes()
-    table = open_table(tmp_path, facts)
+    table = open_table(tmp_path, facts, IMAGE_SCHEMA)
     view = table["pixels"][1].as_buffer()
     assert view.size == 1_000_000
     assert pa.total_allocated_bytes() - before < 100_000
@@ -117,13 +117,13 @@ def test_opening_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     with pytest.raises(DataError, match=rf"{len(data) - 1} bytes, the manifest says {len(data)}"):
-        open_table(tmp_path, facts)
+        open_table(tmp_path, facts, IMAGE_SCHEMA)
     path.write_bytes(bytes(len(data)))
     with pytest.raises(DataError, match=r"00000.arrow: damaged .*; run preprocess again"):
-        open_table(tmp_path, facts)
+        open_table(tmp_path, facts, IMAGE_SCHEMA)
     path.unlink()
     with pytest.raises(DataError, match=r"00000.arrow: missing; run preprocess again"):
-        open_table(tmp_path, facts)
+        open_table(tmp_path, facts, IMAGE_SCHEMA)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

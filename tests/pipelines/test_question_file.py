@@ -45,7 +45,7 @@ def opened(assistant: Assistant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return answer(self, questions, *rest, **more)
 
     monkeypatch.setattr(Assistant, "answer", keeping)
-    monkeypatch.setattr(pipelines.generate, "open_assistant", lambda *_: assistant)
+    monkeypatch.setattr(pipelines.generate, "open_assistant", lambda *_, **__: assistant)
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(image_bytes("png", 40, 30, seed=number))
     return asked
@@ -94,7 +94,7 @@ def test_a_mark_is_an_images_place_in_a_template_that_keeps_places(
     other = Assistant(
         assistant.model, assistant.tokenizer, get_template("qwen_vl"), assistant.spec, "other"
     )
-    monkeypatch.setattr(pipelines.generate, "open_assistant", lambda *_: other)
+    monkeypatch.setattr(pipelines.generate, "open_assistant", lambda *_, **__: other)
     ask(
         tmp_path,
         {"question_id": 1, "image": "0.png", "text": "Is <image> red?"},

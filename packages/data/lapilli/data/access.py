@@ -255,6 +255,11 @@ def require_writable(setting: str, folder: Path, remedy: str = "") -> None:
         DataError: It cannot be written; names setting, folder and cause.
     """
     existing = next((p for p in (folder, *folder.absolute().parents) if exists(p)), folder)
+    if not is_folder(existing):
+        raise DataError(
+            f"{setting}: {existing} is a file; expected a folder; "
+            + (remedy or f"choose another --{setting}")
+        )
     try:
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".try-") as file:
             file.write(b"\0" * TRIED_BYTES)

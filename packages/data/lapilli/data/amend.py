@@ -18,7 +18,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mounts import Located
 from lapilli.data.output import Output
-from lapilli.data.shards import ShardFacts, finished_facts, open_table
+from lapilli.data.shards import INPUT_SCHEMA, ShardFacts, finished_facts, open_table
 
 __all__ = [
     "Previous",
@@ -76,7 +76,7 @@ def read_previous(output: Output) -> Previous | None:
         manifest = read_manifest(output)
         if manifest.inputs is None:
             return None
-        table = open_table(output, manifest.inputs)
+        table = open_table(output, manifest.inputs, INPUT_SCHEMA)
     except DataError:
         return None
     kinds, names, stamps = (table[name].to_pylist() for name in ("kind", "name", "stamp"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 
 from lapilli.data.access import cannot_read, exists, is_folder
 from lapilli.data.amend import UNUSED_STAMP, input_columns
+from lapilli.data.build_settings import CONFIG
 from lapilli.data.encoding import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.errors import DataError
 from lapilli.data.lock import LOCK, only_writer
@@ -42,6 +42,7 @@ from lapilli.data.selection import (
 )
 from lapilli.data.shards import (
     INPUT_SCHEMA,
+    JPEG_SCHEMA,
     SELECTION_SCHEMA,
     TEMPORARY,
     ShardFacts,
@@ -54,6 +55,7 @@ from lapilli.data.tally import tally_facts
 from lapilli.data.tasks import finished_task
 from lapilli.data.tokenize import IMAGE_TOKEN_INDEX, load_tokenizer
 from lapilli.data.tokenizer_copy import TOKENIZER, open_copy, place_copy, write_copy
+from lapilli.data.typed_json import JsonError, from_json
 
 __all__ = ["BuildReport", "build", "check_disk", "task_bytes"]
 
@@ -65,7 +67,6 @@ OWN_FILES = tuple(
     for facts in ("", ".json")
 )  # fmt: skip
 TOKEN_ROW_BYTES = 100  # names, spans and offsets of a row
-CONFIG = "config.json"  # the resolved settings; a recipe that makes this dataset again
 Progress: TypeAlias = Callable[[int, int], None]
 
 
@@ -135,11 +136,11 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
             )
         return
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
+        before = from_json(path.read_text(encoding="utf-8"), dict[str, str])
         before = plan.previous.manifest.plan if plan.previous else before
     except OSError as error:
         raise DataError(cannot_read(path, error)) from None
-    except (ValueError, TypeError):
+    except (JsonError, UnicodeDecodeError):
         raise DataError(
             f"output: {path} is damaged; remove {output} or choose another --output"
         ) from None
@@ -373,5 +374,5 @@ def _view_facts(
 def _errors(output: Output, shard: ShardFacts, prefix: str = "") -> list[tuple[int, int, int]]:
     """Absolute, squared and worst error of each image of a shard that they were measured of."""
     names = [f"{prefix}{kind}_error" for kind in ("absolute", "squared", "worst")]
-    table = open_table(output, shard, names).drop_null()
+    table = open_table(output, shard, JPEG_SCHEMA, names).drop_null()
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +19,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mirror import Mirror, is_address, open_mirror
 from lapilli.data.mixture import HELD_OUT, TRAIN
-from lapilli.data.shards import ShardFacts, open_table
+from lapilli.data.shard_checks import only_chunk, open_selection, open_tokens
+from lapilli.data.shards import IMAGE_SCHEMA, ShardFacts, open_table
 from lapilli.data.templates import Template
 from lapilli.data.tokenizer_copy import TOKENIZER, check_copy_files, open_copy
 
@@ -102,7 +104,7 @@ class Dataset:
     @cached_property
     def llava_lengths(self) -> NDArray[np.int64]:
         """int64 [len], words as LLaVA's sampler counts them."""
-        return _column(self._open(self.manifest.selection), "llava_length")[self.rows]
+        return _column(self._selected, "llava_length")[self.rows]
 
     @property
     def image_size(self) -> int:
@@ -115,11 +117,19 @@ class Dataset:
         return self.manifest.views[self.view]
 
     @cached_property
+    def _selected(self) -> pa.Table:
+        return _selection(self.path, self.manifest, self.view, self.mirror)
+
+    @cached_property
     def _places(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Column]:
         """Token shard, token row and image slots of each row of the selection."""
-        table = self._open(self.manifest.selection)
+        table = self._selected
         shard, row = (table[name].to_numpy() for name in ("token_shard", "token_row"))
         return shard, row, _lists(table, "image_slots")
+
+    @cached_property
+    def _token_tables(self) -> Callable[[int], pa.Table]:
+        return lru_cache(MOST_MAPS)(self._open_tokens)
 
     @cached_property
     def _token_columns(self) -> Callable[[int], tuple[Column, Column, Column]]:
@@ -152,20 +162,21 @@ class Dataset:
         """
         return self.manifest.bound_template(self.path)
 
-    def _open(self, shard: ShardFacts) -> pa.Table:
-        """A shard in the memory map; a remote one is copied here first."""
-        if self.mirror is None:
-            return open_table(self.path, shard)
-        with self.mirror.held(shard) as folder:
-            return open_table(folder, shard)
+    def _open_tokens(self, number: int) -> pa.Table:
+        facts = self.manifest.tokens[number]
+        vocab_size, image = self.manifest.tokenizer["vocab_size"], self.manifest.image_token
+        with _held(self.path, self.mirror, facts) as folder:
+            return open_tokens(folder, facts, vocab_size, image)
 
     def _map_tokens(self, number: int) -> tuple[Column, Column, Column]:
-        table = self._open(self.manifest.tokens[number])
+        table = self._token_tables(number)
         return _bytes(table, "sample_id"), _lists(table, "input_ids"), _lists(table, "label_spans")
 
     def _map_pixels(self, number: int) -> Column:
         """Offsets and bytes of a shard's pixels. Through a pyarrow scalar they would be copied."""
-        return _bytes(self._open(self.facts.shards[number]), "pixels")
+        facts = self.facts.shards[number]
+        with _held(self.path, self.mirror, facts) as folder:
+            return _bytes(open_table(folder, facts, IMAGE_SCHEMA), "pixels")
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` alone: `source/record`."""
@@ -178,7 +189,7 @@ class Dataset:
         """The token row of sample `index`, as Python values."""
         shards, rows, _ = self._places
         selected = self.rows[index]
-        table = self._open(self.manifest.tokens[int(shards[selected])])
+        table = self._token_tables(int(shards[selected]))
         return table.slice(int(rows[selected]), 1).to_pylist()[0]
 
     def sample(self, index: int) -> Sample:
@@ -189,12 +200,26 @@ class Dataset:
         names, input_ids, label_spans = self._token_columns(int(shards[selected]))
         images = [self._pixels(slot) for slot in _at(slots, selected).tolist()]
         ids, spans = _at(input_ids, row), _at(label_spans, row).reshape(-1, 2)
+        self._check_length(index, ids, len(images))
         if self.cut_at:
             kept = max(0, self.cut_at - len(images) * (self.image_tokens - 1))
             ids, spans = ids[:kept], _clipped(spans, kept)
         return Sample(
             _at(names, row).tobytes().decode(), ids, spans, _stack(images, self.image_size)
         )
+
+    def _check_length(self, index: int, ids: NDArray[np.int32], images: int) -> None:
+        """The row is as long as the selection says: batches are shaped by that."""
+        length = len(ids) + images * (self.image_tokens - 1)
+        said = int(self.lengths[index])
+        is_cut = self.cut_at and length > self.cut_at
+        marks = int(np.count_nonzero(ids < 0))
+        if said != (self.cut_at if is_cut else length) or marks != images:
+            raise DataError(
+                f"{self.path}: sample {index} has {len(ids)} ids with {marks} images' places, its "
+                f"selection says {said} tokens with {images} images; preprocess again into "
+                "another --output, or get the dataset again"
+            )
 
     def cut(self, most: int) -> Dataset:
         """The same samples, each of at most `most` tokens with its images' tokens.
@@ -234,10 +259,14 @@ class Dataset:
     def _pixels(self, slot: int) -> NDArray[np.uint8]:
         """One image as a view into the memory map: uint8 [size, size, 3]."""
         number, row = divmod(slot, self.facts.images_per_shard)
-        pixels = _at(self._pixel_columns(number), row)
+        pixels, side = _at(self._pixel_columns(number), row), self.image_size
         if self.facts.encoding["kind"] != "raw":
-            return decode_pixels(pixels, self.facts.encoding["kind"])
-        side = self.image_size
+            return decode_pixels(pixels, self.facts.encoding["kind"], side)
+        if len(pixels) != side * side * 3:
+            raise DataError(
+                f"{self.path / self.facts.shards[number].path}: row {row} has {len(pixels)} bytes "
+                f"and no image of {side} px; run preprocess again, it rebuilds it"
+            )
         return pixels.reshape(side, side, 3)
 
 
@@ -253,13 +282,13 @@ def _clipped(spans: NDArray[np.int32], end: int) -> NDArray[np.int32]:
 
 def _lists(table: pa.Table, name: str) -> Column:
     """A column of lists, in place."""
-    (column,) = table[name].chunks
+    column = only_chunk(table, name)
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 
 def _bytes(table: pa.Table, name: str) -> Column:
     """A column of strings or bytes, in place."""
-    (column,) = table[name].chunks
+    column = only_chunk(table, name)
     _, offsets, values = column.buffers()
     width = np.int64 if pa.types.is_large_binary(column.type) else np.int32
     return np.frombuffer(offsets, width), np.frombuffer(values or b"", np.uint8)
@@ -307,7 +336,7 @@ def open_dataset(
     _check_view(path, manifest, view)
     if image_tokens < 1:
         raise DataError(f"image_tokens: {image_tokens}; expected at least 1 token an image")
-    table = _selection(path, manifest, view, mirror)
+    table = _check_files(path, manifest, view, mirror)
     images = np.diff(_lists(table, "image_slots")[0])
     lengths = _column(table, "text_length") + images * image_tokens
     rows = _rows_of(table, split, path)
@@ -331,15 +360,26 @@ def open_dataset(
     return dataset.cut(max_length) if truncate and max_length is not None else dataset
 
 
-def _selection(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
+def _check_files(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
     """The selection's table, once the files it points to are seen to be whole."""
     shards = [*manifest.tokens, *manifest.views[view].shards]
     if mirror:
         mirror.check_sizes([*shards, manifest.selection])
-        with mirror.held(manifest.selection):
-            return open_table(path, manifest.selection)
-    _check_sizes(path, shards, manifest.tokenizer_files)
-    return open_table(path, manifest.selection)
+    else:
+        _check_sizes(path, shards, manifest.tokenizer_files)
+    return _selection(path, manifest, view, mirror)
+
+
+@contextmanager
+def _held(path: Path, mirror: Mirror | None, facts: ShardFacts) -> Generator[Path]:
+    """The folder that a file is in; one of a remote dataset is copied there first."""
+    with mirror.held(facts) if mirror else nullcontext(path) as folder:
+        yield folder
+
+
+def _selection(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
+    with _held(path, mirror, manifest.selection) as folder:
+        return open_selection(folder, manifest, view)
 
 
 def _check_view(path: Path, manifest: Manifest, view: str) -> None:

@@ -90,16 +90,27 @@ def pixel_error(pixels: NDArray[np.uint8], exact: NDArray[np.uint8]) -> dict[str
     }  # fmt: skip
 
 
-def decode_pixels(data: Any, kind: str) -> NDArray[np.uint8]:
+def decode_pixels(data: Any, kind: str, side: int = 0) -> NDArray[np.uint8]:
     """Stored JPEG bytes (any buffer) to uint8 [height, width, 3].
 
+    Args:
+        data: The bytes.
+        kind: How they are encoded.
+        side: Pixels of the square that they must be, looked at before they are decoded; 0 for any.
+
     Raises:
-        DataError: Another encoding; raw pixels need no decoding, source bytes make no square.
+        DataError: Another encoding; raw pixels need no decoding, source bytes make no square. Or
+            bytes that are no JPEG of that side.
     """
     if kind != "jpeg":
         raise DataError(f"encoding: {kind!r} holds no squares of pixels; open another view")
-    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-        return np.array(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if side and image.size != (side, side):
+                raise DataError(f"encoding: a JPEG of {image.size}, expected {side} x {side} px")
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"encoding: a stored image is no whole JPEG ({error})") from None
 
 
 def estimated_bytes(values: int, encoding: Encoding) -> int:

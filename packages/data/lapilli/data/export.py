@@ -29,8 +29,10 @@ from lapilli.data.manifest import read_manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.mounts import EXTENSIONS, Located, read_image
 from lapilli.data.record import ImagePart, Record
-from lapilli.data.shards import open_table, write_atomic, write_json
+from lapilli.data.shard_checks import open_selection
+from lapilli.data.shards import write_atomic, write_json
 from lapilli.data.tokenize import llava_length
+from lapilli.data.typed_json import JsonError, from_json
 
 __all__ = ["ExportReport", "export_webdataset"]
 
@@ -86,7 +88,7 @@ def _export(
     dataset: Path, config: BuildConfig, output: Path, samples_per_tar: int, on_progress: Progress
 ) -> ExportReport:
     manifest = read_manifest(dataset)
-    table = open_table(dataset, manifest.selection)
+    table = open_selection(dataset, manifest)
     facts = {"dataset": manifest.fingerprint, "samples_per_tar": samples_per_tar}
     _check_output(output, facts)
     write_json(output / EXPORT, facts)
@@ -116,8 +118,8 @@ def _check_output(output: Path, facts: dict[str, Any]) -> None:
     if not exists(output) or (is_folder(output) and not any(output.iterdir())):
         return
     try:
-        before = json.loads((output / EXPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = from_json((output / EXPORT).read_bytes(), dict[str, Any])
+    except (OSError, JsonError) as error:
         if is_denied(error):
             raise DataError(cannot_read(output / EXPORT, error)) from None
         raise DataError(f"output: {output} is not empty and no export; choose another") from None

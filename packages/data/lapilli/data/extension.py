@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from lapilli.data.errors import DataError
@@ -15,6 +19,8 @@ T = TypeVar("T")
 
 def load_named(name: str, registry: Mapping[str, T], kind: type[T], *, what: str) -> T:
     """Look `name` up in `registry`, or import it if it is spelt `package.module:name`.
+
+    The working folder is not searched, unless PYTHONPATH names it.
 
     Args:
         name: The name a recipe gives.
@@ -34,9 +40,37 @@ def load_named(name: str, registry: Mapping[str, T], kind: type[T], *, what: str
             f"{what}: {name!r} is unknown; expected one of {known}, or package.module:name"
         )
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        with _without_working_folder():
+            found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise DataError(f"{what}: {name!r} does not import ({error}); check PYTHONPATH") from None
+        raise DataError(
+            f"{what}: {name!r} does not import ({error}); install it, or put its folder into "
+            "PYTHONPATH (the working folder is not searched by itself)"
+        ) from None
     if not isinstance(found, kind):
         raise DataError(f"{what}: {name!r} is a {type(found).__name__}; expected a {kind.__name__}")
     return found
+
+
+@contextmanager
+def _without_working_folder() -> Generator[None]:
+    """Take off the import path what `python -m` and `python -c` put first: where the user stands.
+
+    A folder that was downloaded may hold a module of any name. One that is installed, or named by
+    PYTHONPATH, stays.
+    """
+    folder, before = str(Path.cwd()), [*sys.path]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in {str(Path(path).absolute()) for path in named if path}:
+        left_out = 0 if sys.flags.safe_path else 1
+        left_out += named.count("") if any(named) else 0  # an empty entry stands for it too
+        for _ in range(left_out):
+            place = next((n for n, path in enumerate(sys.path) if path in ("", folder)), None)
+            if place is not None:
+                del sys.path[place]
+    shorter = [*sys.path]
+    try:
+        yield
+    finally:
+        added = [path for path in sys.path if path not in shorter]  # by what was imported
+        sys.path[:] = [*added, *before]

@@ -22,6 +22,7 @@ from lapilli.data.file_kinds import what_it_is_instead
 from lapilli.data.pixel_modes import BAND_PIXELS, Alpha, Depth, bands, to_rgb
 from lapilli.data.record import Reason
 from lapilli.data.side_data import without_side_data
+from lapilli.data.typed_json import JsonError, as_type
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,7 +100,7 @@ class ImageSpec:
         """The view of a dataset's or a model's facts.
 
         Raises:
-            DataError: A setting that this version does not know.
+            DataError: A setting that this version does not know, or a wrong value.
         """
         unknown = sorted(set(facts) - {field.name for field in fields(ImageSpec)})
         if unknown:
@@ -108,8 +109,10 @@ class ImageSpec:
                 f"{', '.join(field.name for field in fields(ImageSpec))}; use the version of "
                 "lapilli that made it"
             )
-        values: dict[str, Any] = {**facts, "fill": tuple(facts["fill"])}
-        return ImageSpec(**values)
+        try:
+            return as_type({**facts, "fill": [*facts.get("fill", ())]}, ImageSpec)
+        except (JsonError, TypeError) as error:
+            raise DataError(f"view: {error}") from None
 
 
 LATER = {"alpha": "ignore", "depth": "clip"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,19 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapilli.data.access import cannot_read, is_denied, is_missing
-from lapilli.data.build import CONFIG, build
+from lapilli.data.build import build
+from lapilli.data.build_settings import CONFIG
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.manifest import NAME, PLAN, Manifest, read_manifest
 from lapilli.data.output import Output
 from lapilli.data.plan import Task, plan_build
+from lapilli.data.quarantine import QUARANTINE
 from lapilli.data.runners import Runner, run_on_ray
 from lapilli.data.shards import ShardFacts, sha256_file
 from lapilli.data.tokenizer_copy import TOKENIZER
 
 __all__ = ["Damage", "Verification", "repair_dataset", "verify_dataset"]
 
-QUARANTINE = "quarantine.parquet"
 REPAIRS = "repairs.parquet"
 REPORT = "report.html"
 
@@ -190,6 +191,7 @@ def repair_dataset(
             "bring these back as they were, or preprocess into another --output"
         )
     expected = {shard.path: shard for shard in _shards(manifest)}
+    _check_links(path, expected)
 
     def held_to_manifest(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
         for made in runner(tasks, output, workers):
@@ -208,3 +210,14 @@ def repair_dataset(
             "used it cannot go on"
         )
     return report.shards_built
+
+
+def _check_links(path: Path, names: Iterable[str]) -> None:
+    """Refuse to write through a link inside a dataset: it may lead to any folder."""
+    for name in names:
+        folder = (path / name).parent
+        if not folder.resolve().is_relative_to(path.resolve()):
+            raise DataError(
+                f"{folder}: leads out of the dataset, and nothing is written there; put the folder "
+                "itself in the link's place"
+            )

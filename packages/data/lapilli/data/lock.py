@@ -11,10 +11,13 @@ import socket
 from collections.abc import Generator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 from lapilli.data.access import exists, is_folder
 from lapilli.data.errors import DataError
 from lapilli.data.output import Output
+from lapilli.data.record import excerpt
+from lapilli.data.typed_json import JsonError, from_json
 
 __all__ = ["LOCK", "only_writer"]
 
@@ -141,10 +144,15 @@ def _is_same(descriptor: int, path: Path) -> bool:
 def _owner(path: Path) -> tuple[str, int] | None:
     """Host and process that a lock file names; None where it names none or has just gone."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found["host"]), int(found["pid"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        found = from_json(path.read_bytes(), _Owner)
+    except (FileNotFoundError, JsonError):
         return None
+    return excerpt(found["host"]), found["pid"]
+
+
+class _Owner(TypedDict):
+    host: str
+    pid: Annotated[int, lambda value: "" if 0 < value < 2**31 else "a process's number"]
 
 
 def _is_gone(host: str, pid: int) -> bool:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from lapilli.data.access import cannot_read, exists, is_denied
+from lapilli.data.encoding import ORIGINAL
 from lapilli.data.errors import DataError
+from lapilli.data.images import ImageSpec
 from lapilli.data.output import Output
-from lapilli.data.record import excerpt
 from lapilli.data.shards import ShardFacts, write_json
 from lapilli.data.templates import Template, template_facts
+from lapilli.data.typed_json import JsonError, Natural, as_type, from_json
 
 __all__ = [
     "FORMAT",
     "PLAN",
+    "TOKENIZER",
     "Manifest",
+    "TokenizerFields",
     "ViewFacts",
     "digest",
     "read_manifest",
@@ -28,7 +31,84 @@ __all__ = [
 
 FORMAT = 3
 NAME = "manifest.json"
+TOKENIZER = "tokenizer"  # the folder of the tokenizer's files, in a dataset and in a run
+IMAGE_TOKEN = -200  # what every reader of a token shard takes for an image's place
 PLAN = "plan.json"  # written first: whose build a folder is, finished or not
+
+
+class TokenizerFields(TypedDict):
+    """What a manifest keeps of a tokenizer (`backend.TokenizerFacts`)."""
+
+    name: str
+    fingerprint: str
+    vocab_size: Natural
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+
+
+class _Members(TypedDict):
+    total: Natural
+    used: dict[str, Natural]
+    unused: dict[str, Natural]
+    unknown: dict[str, Natural]
+
+
+class _Counts(TypedDict):
+    read: Natural
+    kept: Natural
+    quarantined: Natural
+    images: Natural
+    reasons: dict[str, Natural]
+    sources: dict[str, Natural]
+    repairs: dict[str, Natural]
+    image_notes: NotRequired[dict[str, Natural]]
+    unused_images: NotRequired[Natural]
+    fields: NotRequired[dict[str, dict[str, Natural]]]
+    members: NotRequired[dict[str, _Members]]
+
+
+class _SourceShare(TypedDict):
+    kept: Natural
+    held_out: Natural
+    used: Natural
+    records: Natural
+    tokens: Natural
+    epochs: float
+    share: float
+
+
+class _Mixture(TypedDict):
+    unit: Literal["records", "tokens"]
+    records: Natural
+    tokens: Natural
+    held_out: Natural
+    sources: dict[str, _SourceShare]
+
+
+class _Spec(TypedDict):
+    size: int
+    fill: tuple[int, int, int]
+    aspect: str
+    mode: str
+
+
+class _Codecs(TypedDict):
+    decoder: str
+    resizer: str
+    resizer_version: str
+
+
+class _Error(TypedDict, total=False):
+    mean: float
+    psnr: float
+    worst: float
+
+
+class _Stored(TypedDict):
+    kind: Literal["raw", "jpeg", "original"]
+    quality: NotRequired[int]
+    error: NotRequired[_Error]
 
 
 @dataclass(frozen=True)
@@ -40,12 +120,12 @@ class ViewFacts:
     `fast_error` is that of mode `fast` (`mean`, `psnr`, `worst`), over the view's first images.
     """
 
-    spec: dict[str, Any]
-    codecs: dict[str, Any]
+    spec: Annotated[dict[str, Any], _Spec]
+    codecs: Annotated[dict[str, Any], _Codecs]
     images_per_shard: int
     shards: list[ShardFacts]
-    encoding: dict[str, Any] = field(default_factory=lambda: {"kind": "raw"})
-    fast_error: dict[str, float] = field(default_factory=dict[str, float])
+    encoding: Annotated[dict[str, Any], _Stored] = field(default_factory=lambda: {"kind": "raw"})
+    fast_error: Annotated[dict[str, float], _Error] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -81,11 +161,11 @@ class Manifest:
     format: int
     fingerprint: str
     plan: dict[str, str]
-    tokenizer: dict[str, Any]
+    tokenizer: Annotated[dict[str, Any], TokenizerFields]
     template: str
     image_token: int
-    counts: dict[str, Any]
-    mixture: dict[str, Any]
+    counts: Annotated[dict[str, Any], _Counts]
+    mixture: Annotated[dict[str, Any], _Mixture]
     tokens: list[ShardFacts]
     views: dict[str, ViewFacts]
     selection: ShardFacts
@@ -108,7 +188,10 @@ class Manifest:
         again = "run the same preprocess again, it writes the manifest anew"
         if not self.template_fields:
             raise DataError(f"{where}: {NAME} does not hold the template's fields; {again}")
-        template = Template(**self.template_fields)
+        try:
+            template = as_type(self.template_fields, Template, "template_fields")
+        except JsonError as error:
+            raise DataError(f"{where}: {NAME}: {error}; {again}") from None
         if (found := digest(template_facts(template))) != (was := self.plan.get("template", "")):
             raise DataError(
                 f"{where}: template_fields of {NAME} are not what the dataset was made with "
@@ -134,20 +217,24 @@ def write_manifest(output: Output, manifest: Manifest) -> None:
 
 
 def read_manifest(output: Output) -> Manifest:
-    """Read a dataset's facts.
+    """Read a dataset's facts, and check each: the dataset may be somebody else's.
 
     Raises:
-        DataError: No dataset here, an unfinished one, or one of another format.
+        DataError: No dataset here, an unfinished one, one of another format, a field of another
+            type, or a path that leads out of the dataset.
     """
     path = output / NAME
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format"] != FORMAT:
+        fields = from_json(path.read_text(encoding="utf-8"), dict[str, Any])
+        if "format" not in fields:
+            raise JsonError("format: missing")
+        if (found := fields["format"]) != FORMAT:
             raise DataError(
-                f"{path}: format {fields['format']!r}, this version reads {FORMAT}; run preprocess "
+                f"{path}: format {found!r:.40}, this version reads {FORMAT}; run preprocess "
                 "into another --output"
             )
-        return _parse(fields)
+        manifest = as_type(fields, Manifest)
+        _check(manifest)
     except FileNotFoundError:
         unfinished = exists(output / PLAN)
         what = (
@@ -160,29 +247,31 @@ def read_manifest(output: Output) -> Manifest:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None
         raise DataError(f"{path}: {error.strerror}; check the path") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (JsonError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}: no manifest ({type(error).__name__}: {excerpt(str(error))}); "
-            "run the same preprocess again, it writes it anew"
+            f"{path}: no manifest ({error}); run the same preprocess again, it writes it anew"
         ) from None
+    return manifest
 
 
-def _parse(fields: Mapping[str, Any]) -> Manifest:
-    values = dict(fields)
-    for name in ("tokens", "tokenizer_files"):
-        values[name] = [ShardFacts(**shard) for shard in fields.get(name, [])]
-    values["selection"] = ShardFacts(**fields["selection"])
-    for name in ("quarantine", "inputs", "repairs"):
-        values[name] = ShardFacts(**fields[name]) if fields.get(name) else None
-    values["views"] = {
-        name: ViewFacts(
-            view["spec"],
-            view["codecs"],
-            view["images_per_shard"],
-            [ShardFacts(**shard) for shard in view["shards"]],
-            view["encoding"],
-            view.get("fast_error", {}),
-        )
-        for name, view in fields["views"].items()
-    }
-    return Manifest(**values)
+def _check(manifest: Manifest) -> None:
+    """What the types of single fields cannot say.
+
+    Raises:
+        JsonError: Names the field.
+    """
+    for name, view in manifest.views.items():
+        place = f"views.{name}"
+        if view.images_per_shard < 1:
+            raise JsonError(
+                f"{place}.images_per_shard: {view.images_per_shard}; expected 1 or more"
+            )
+        if view.encoding["kind"] != ORIGINAL:
+            as_type(view.spec, ImageSpec, f"{place}.spec")
+    if manifest.image_token != IMAGE_TOKEN:
+        raise JsonError(f"image_token: {manifest.image_token}; expected {IMAGE_TOKEN}")
+    for number, facts in enumerate(manifest.tokenizer_files):
+        if facts.path.count("/") != 1 or not facts.path.startswith(f"{TOKENIZER}/"):
+            raise JsonError(
+                f"tokenizer_files[{number}].path: {facts.path!r}; expected a file of {TOKENIZER}/"
+            )

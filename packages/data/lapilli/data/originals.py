@@ -18,7 +18,8 @@ from lapilli.data.mounts import Located
 from lapilli.data.mounts.places import Member
 from lapilli.data.output import Output, RemotePath
 from lapilli.data.record import Entry, Verdict, pack
-from lapilli.data.shards import OK, ShardFacts, open_table
+from lapilli.data.shard_checks import only_chunk
+from lapilli.data.shards import IMAGE_SCHEMA, OK, TOKEN_SCHEMA, ShardFacts, check_table, open_table
 
 __all__ = ["Originals", "original_row"]
 
@@ -81,7 +82,10 @@ class Originals:
         if self._previous is None:
             return {}
         shards = self._previous.manifest.tokens
-        tables = [open_table(self._output, shard, ["image_ids"])["image_ids"] for shard in shards]
+        tables = [
+            open_table(self._output, shard, TOKEN_SCHEMA, ["image_ids"])["image_ids"]
+            for shard in shards
+        ]
         images = (tuple(ids) for table in tables for ids in table.to_pylist())
         return {
             name: (stamp, ids)
@@ -106,7 +110,8 @@ class Originals:
             with pa.memory_map(str(path), "r") as file:
                 whole = file.read_buffer()
         table = pa.ipc.open_file(whole).read_all()
-        (column,) = table["pixels"].chunks
+        check_table(table, shard.rows, IMAGE_SCHEMA.names)
+        column = only_chunk(table, "pixels")
         _, offsets, values = column.buffers()
         if values is None:
             return []

@@ -11,7 +11,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.output import Output
 from lapilli.data.plan import BuildPlan, TokenTask
 from lapilli.data.record import excerpt
-from lapilli.data.shards import ShardFacts, open_table
+from lapilli.data.shards import TOKEN_SCHEMA, ShardFacts, open_table
 from lapilli.data.tasks import encode_rows
 
 __all__ = ["REENCODED", "check_ids"]
@@ -60,7 +60,7 @@ def _rows(
     """The packed record, sample id and ids of each row that is wanted, in order."""
     packed = plan.kept_packed()
     for group, facts in zip(plan.token_groups, tokens, strict=True):
-        table = open_table(output, facts, ["sample_id", "input_ids"])
+        table = open_table(output, facts, TOKEN_SCHEMA, ["sample_id", "input_ids"])
         # A shard that stays as it is has rows that are no longer wanted; a new one has none.
         places = [p for p in group.kept if p is not None or group.facts is not None]
         for row, place in enumerate(places):

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
-from lapilli.data.access import cannot_read, is_denied
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset import open_dataset
 from lapilli.data.errors import DataError
@@ -29,8 +27,10 @@ from lapilli.data.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.page import Figure, GalleryItem, Page
 from lapilli.data.printable import relative_names
+from lapilli.data.quarantine import read_quarantine
 from lapilli.data.record import Verdict, excerpt
-from lapilli.data.shards import OK, ShardFacts, open_table
+from lapilli.data.shard_checks import open_selection
+from lapilli.data.shards import IMAGE_SCHEMA, OK, ShardFacts, open_table
 from lapilli.data.sources import get_source
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.tally import named
@@ -103,7 +103,7 @@ def write_dataset_report(path: Path, config: BuildConfig, *, time: BuildTime | N
     """
     manifest = read_manifest(path)
     page = Page(f"dataset {path.absolute().name}", f"fingerprint {manifest.fingerprint[:16]}")
-    selection = open_table(path, manifest.selection)
+    selection = open_selection(path, manifest)
     _tell_figures(page, manifest, selection, time)
     _tell_sources(page, manifest)
     _tell_lengths(page, manifest, selection)
@@ -233,7 +233,7 @@ def _view_row(path: Path, name: str, view: ViewFacts) -> list[object]:
             "sum", [pc.call_function("equal", [table["status"], pa.scalar(OK)])]
         ).as_py()
         or 0
-        for table in (open_table(path, shard) for shard in view.shards)
+        for table in (open_table(path, shard, IMAGE_SCHEMA, ["status"]) for shard in view.shards)
     )
     spec, codecs = view.spec, view.codecs
     return [
@@ -249,7 +249,7 @@ def _source_sizes(
     """Width and height of every image that could be decoded, in pixels."""
     sides: tuple[list[Any], list[Any]] = ([], [])
     for shard in shards:
-        table = open_table(path, shard)
+        table = open_table(path, shard, IMAGE_SCHEMA, ["source_width", "source_height"])
         for side, name in zip(sides, ("source_width", "source_height"), strict=True):
             side.append(table[name].drop_null().to_numpy())
     width, height = (np.concatenate([*side, np.empty(0, np.int32)]) for side in sides)
@@ -352,17 +352,8 @@ def _tell_tallies(page: Page, manifest: Manifest) -> None:
 
 def _examples(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The first rows of each reason in `quarantine.parquet`."""
-    file = path / "quarantine.parquet"
-    try:
-        reasons = pq.read_table(file, columns=["reason"])["reason"].combine_chunks()
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        if is_denied(error):
-            raise DataError(cannot_read(file, error)) from None
-        raise DataError(
-            f"{file}: missing or damaged ({type(error).__name__}); run "
-            f"`python -m pipelines.show {path} --repair`"
-        ) from None
+    table = read_quarantine(path)
+    reasons = table["reason"].combine_chunks()
     for reason in reasons.unique().sort().to_pylist():
         chosen = pc.call_function("equal", [reasons, pa.scalar(reason)])
         yield reason, table.filter(chosen).slice(0, EXAMPLES).to_pylist()
@@ -384,7 +375,7 @@ class _Mounts:
         try:
             element = with_roles(json.loads(row["record"]), source.roles)
             found = get_source(source.format).normalise(element)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if isinstance(found, Verdict):
             return None

@@ -19,8 +19,10 @@ from lapilli.data.output import Output
 from lapilli.data.plan import BuildPlan, check_quarantined
 from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
 from lapilli.data.shards import (
+    IMAGE_SCHEMA,
     OK,
     SELECTION_SCHEMA,
+    TOKEN_SCHEMA,
     UNUSED,
     ShardFacts,
     open_table,
@@ -151,7 +153,7 @@ def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
     bad: dict[str, Verdict] = {}
     notes: dict[str, set[str]] = {}
     for shard in shards:
-        table = open_table(output, shard, ["image_id", "status", "detail"])
+        table = open_table(output, shard, IMAGE_SCHEMA, ["image_id", "status", "detail"])
         status = table["status"].to_numpy()
         for row in np.flatnonzero((status != OK) & (status != UNUSED)):
             image_id = table["image_id"][int(row)].as_py()
@@ -172,7 +174,7 @@ def read_token_rows(
     `groups` says which record of the plan each row is; the rows come in the order of the records.
     """
     names = ["sample_id", "text_length", "num_trained", "llava_length"]
-    tables = [open_table(output, shard, names) for shard in shards]
+    tables = [open_table(output, shard, TOKEN_SCHEMA, names) for shard in shards]
     if not tables:
         return
     table = pa.concat_tables(tables)

@@ -25,6 +25,8 @@ import pyarrow as pa
 from lapilli.data.access import FULL, cannot_read, is_denied
 from lapilli.data.errors import DataError
 from lapilli.data.output import Output, RemotePath
+from lapilli.data.record import excerpt
+from lapilli.data.typed_json import Digest, FilePath, JsonError, Natural, from_json
 
 __all__ = [
     "FAST_COLUMNS",
@@ -39,6 +41,7 @@ __all__ = [
     "ShardFacts",
     "begin_atomic",
     "begin_shard",
+    "check_table",
     "finished_facts",
     "open_table",
     "sha256_file",
@@ -110,16 +113,19 @@ SELECTION_SCHEMA = pa.schema(
         ("repeats", pa.int32()),  # how often the row stands in an epoch of its split
     ]
 )
+_SCHEMAS = (JPEG_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)
+COLUMN_TYPES = {field.name: field.type for schema in _SCHEMAS for field in schema}
+NULLABLE = {field.name for field in (*JPEG_SCHEMA, *FAST_COLUMNS)} - {"image_id", "status"}
 
 
 @dataclass(frozen=True)
 class ShardFacts:
     """What the manifest says of one file: enough to notice that it is missing or damaged."""
 
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
+    path: FilePath
+    rows: Natural
+    bytes: Natural
+    sha256: Digest
 
 
 def sha256_file(path: Path) -> str:
@@ -317,25 +323,32 @@ def finished_facts(output: Output, name: str) -> ShardFacts | None:
     """
     path = output / name
     try:
-        facts = ShardFacts(**json.loads(_facts_path(path).read_text(encoding="utf-8")))
+        facts = from_json(_facts_path(path).read_bytes(), ShardFacts)
         if isinstance(path, RemotePath):
             whole = path.size == facts.bytes
         else:
             whole = path.stat().st_size == facts.bytes and sha256_file(path) == facts.sha256
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, JsonError) as error:
         if is_denied(error):
             raise DataError(cannot_read(error.filename or path, error)) from None
         return None
     return facts if whole and facts.path == name else None
 
 
-def open_table(output: Output, facts: ShardFacts, columns: Sequence[str] | None = None) -> pa.Table:
-    """Memory-map a shard after checking its size; nothing is read yet.
+def open_table(
+    output: Output, facts: ShardFacts, schema: pa.Schema, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Memory-map a shard; its size, columns, rows and offsets are checked, its values are not read.
 
-    `columns` are those to open, all if it is None; from a store just these are read.
+    Args:
+        output: The dataset, or the folder its files are copied to.
+        facts: What the manifest says of the file.
+        schema: Columns that the file has at least.
+        columns: Those to open, of the schema or of `JPEG_SCHEMA` and `FAST_COLUMNS`; None opens
+            the schema's. From a store just these are read.
 
     Raises:
-        DataError: The file is missing, of another size than the manifest says, or no Arrow file.
+        DataError: The file is missing, of another size than the manifest says, or no such file.
     """
     path = output / facts.path
     try:
@@ -353,25 +366,56 @@ def open_table(output: Output, facts: ShardFacts, columns: Sequence[str] | None 
             f"{path}: {size} bytes, the manifest says {facts.bytes}; "
             "run preprocess again, it rebuilds what is damaged"
         )
+    names = schema.names if columns is None else [*columns]
     try:
         if isinstance(path, RemotePath):
-            return path.read_with(lambda file: _read_columns(file, columns))
-        with pa.memory_map(str(path), "r") as file:  # the map outlives the descriptor
-            table = pa.ipc.open_file(file).read_all()
-        return table if columns is None else table.select(list(columns))
-    except (pa.ArrowException, OSError) as error:
+            table = path.read_with(lambda file: _read_columns(file, names))
+        else:
+            with pa.memory_map(str(path), "r") as file:  # the map outlives the descriptor
+                table = pa.ipc.open_file(file).read_all()
+        check_table(table, facts.rows, names)
+        return table.select(names)
+    except (pa.ArrowException, OSError, ValueError) as error:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None
+        said = f": {excerpt(str(error))}" if type(error) is ValueError else ""
         raise DataError(
-            f"{path}: damaged ({type(error).__name__}); run preprocess again, it rebuilds it"
+            f"{path}: damaged ({type(error).__name__}{said}); run preprocess again, it rebuilds it"
         ) from None
 
 
-def _read_columns(file: Any, columns: Sequence[str] | None) -> pa.Table:
+def check_table(table: pa.Table, rows: int, names: Sequence[str]) -> None:
+    """Check what a file holds that this process did not write, before any value of it is used.
+
+    Arrow believes a file's offsets; `validate` compares them with the buffers they point into.
+
+    Raises:
+        ValueError, pa.ArrowException: Another number of rows, a column that is missing, of another
+            type or with nulls where none may be, more than one record batch, or wild offsets.
+    """
+    for name in names:
+        places = table.schema.get_all_field_indices(name)
+        if len(places) != 1:
+            raise ValueError(f"column {name} is there {len(places)} times")
+        found = table.schema.field(places[0]).type
+        if found != COLUMN_TYPES[name]:
+            raise ValueError(f"column {name} is {found}, expected {COLUMN_TYPES[name]}")
+    table.select(names).validate(full=True)
+    if len(table) != rows:
+        raise ValueError(f"{len(table)} rows, the manifest says {rows}")
+    for name in names:
+        if table[name].num_chunks > 1:
+            raise ValueError("more than one record batch")
+        if name not in NULLABLE and table[name].null_count:
+            raise ValueError(f"column {name} has nulls")
+
+
+def _read_columns(file: Any, columns: Sequence[str]) -> pa.Table:
     """Columns of an Arrow file that is read by parts."""
     source = pa.PythonFile(file, mode="r")
     schema = pa.ipc.open_file(source).schema
-    fields = None if columns is None else [schema.get_field_index(name) for name in columns]
+    fields = [schema.get_field_index(name) for name in columns]
+    if min(fields) < 0:
+        raise ValueError(f"column {columns[fields.index(min(fields))]} is missing")
     options = pa.ipc.IpcReadOptions(included_fields=fields)
-    table = pa.ipc.open_file(source, options=options).read_all()
-    return table if columns is None else table.select(list(columns))
+    return pa.ipc.open_file(source, options=options).read_all()

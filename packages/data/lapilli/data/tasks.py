@@ -22,6 +22,7 @@ from lapilli.data.output import Output
 from lapilli.data.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
 from lapilli.data.shards import (
+    IMAGE_SCHEMA,
     TOKEN_SCHEMA,
     ShardFacts,
     begin_shard,
@@ -51,7 +52,9 @@ def finished_task(task: Task, output: Output) -> ShardFacts | None:
     """
     facts = finished_facts(output, task.name)
     if facts is not None and isinstance(task, ImageTask):
-        statuses: set[Any] = set(open_table(output, facts, ["status"])["status"].to_pylist())
+        statuses: set[Any] = set(
+            open_table(output, facts, IMAGE_SCHEMA, ["status"])["status"].to_pylist()
+        )
         if statuses & {str(Reason.IMAGE_MISSING), str(Reason.IMAGE_UNREADABLE)}:
             return None
     return facts

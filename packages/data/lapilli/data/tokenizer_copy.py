@@ -16,6 +16,7 @@ from typing import Any
 
 from lapilli.data.backend import TokenizerFacts, raw_backend, tokenizer_facts
 from lapilli.data.errors import DataError
+from lapilli.data.manifest import TOKENIZER
 from lapilli.data.output import Output, RemotePath
 from lapilli.data.shards import ShardFacts, sha256_file, write_atomic
 from lapilli.data.tokenizer_folder import PACKED
@@ -26,7 +27,6 @@ __all__ = [
     "write_copy",
 ]  # fmt: skip
 
-TOKENIZER = "tokenizer"  # the folder's name, in a dataset and in a run
 COMPARED = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")
 REMEDY = "run the same preprocess again, it writes the copy anew"
 

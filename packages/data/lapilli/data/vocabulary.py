@@ -192,7 +192,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A mapping of a JSON file; empty where there is none, or nothing that can be read."""
     try:
         found: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # transformers says what is wrong with it
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -41,6 +45,8 @@ def load_builder(
 ) -> Callable[..., Any]:
     """Look a builder up in `registry`, or import it if it is spelt `package.module:name`.
 
+    The working folder is not searched, unless PYTHONPATH names it.
+
     Raises:
         ModelError: Unknown name, a module that does not import, or something not callable.
     """
@@ -51,9 +57,37 @@ def load_builder(
         known = ", ".join(sorted(registry))
         raise ModelError(f"{what}: {name!r} is unknown; expected {known}, or package.module:name")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"{what}: {name!r} does not import ({error}); check PYTHONPATH") from None
+        with _without_working_folder():
+            found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{what}: {name!r} does not import ({error}); install it, or put its folder into "
+            "PYTHONPATH (the working folder is not searched by itself)"
+        ) from None
     if not callable(found):
         raise ModelError(f"{what}: {name!r} is a {type(found).__name__}; expected a callable")
     return found
+
+
+@contextmanager
+def _without_working_folder() -> Generator[None]:
+    """Take off the import path what `python -m` and `python -c` put first: where the user stands.
+
+    A folder that was downloaded may hold a module of any name. One that is installed, or named by
+    PYTHONPATH, stays.
+    """
+    folder, before = str(Path.cwd()), [*sys.path]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in {str(Path(path).absolute()) for path in named if path}:
+        left_out = 0 if sys.flags.safe_path else 1
+        left_out += named.count("") if any(named) else 0  # an empty entry stands for it too
+        for _ in range(left_out):
+            place = next((n for n, path in enumerate(sys.path) if path in ("", folder)), None)
+            if place is not None:
+                del sys.path[place]
+    shorter = [*sys.path]
+    try:
+        yield
+    finally:
+        added = [path for path in sys.path if path not in shorter]  # by what was imported
+        sys.path[:] = [*added, *before]

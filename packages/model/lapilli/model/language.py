@@ -13,6 +13,7 @@ from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.pretrained import (
     Loading,
+    check_memory,
     check_readable,
     check_settings,
     one_line,
@@ -147,6 +148,7 @@ def _without_weights(
     """The model as its config has it, with random weights."""
     from transformers import AutoModelForCausalLM
 
+    check_memory("language.settings", settings.get_text_config())
     field, what = "pretrained", f"a {settings.model_type} like {config.pretrained!r}"
     if not config.pretrained:
         field, what = "settings", f"{config.model_type} of {settings_text(config.settings)}"

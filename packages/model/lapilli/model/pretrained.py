@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "Loading", "check_readable", "check_settings", "local_folder", "one_line", "require_missing",
+    "Loading", "check_memory", "check_readable", "check_settings", "local_folder", "one_line",
+    "require_missing",
     "settings_text", "whole",
 ]  # fmt: skip
 
@@ -24,6 +25,8 @@ __all__ = [
 # they are read. A model must not know DeepSpeed, so the trainer brings it.
 Loading: TypeAlias = Callable[[], AbstractContextManager[object]]
 whole: Loading = nullcontext
+MOST_LAYERS = 10_000
+SHARE = 0.8  # of the memory that is free, for random weights
 
 
 def check_settings(name: str, settings: Mapping[str, Any], known: PreTrainedConfig) -> None:
@@ -47,12 +50,17 @@ def check_settings(name: str, settings: Mapping[str, Any], known: PreTrainedConf
 def check_readable(name: str | Path) -> None:
     """Open every file of a local folder: transformers passes over some that it may not read.
 
+    An index of weights may name files of its folder alone; transformers would follow any path.
+
     Args:
         name: The folder, or a hub's name, of which nothing is known here.
 
     Raises:
-        ModelError: Names the first file that cannot be read, and the cause.
+        ModelError: Names the first file that cannot be read, and the cause; or an index that names
+            a file elsewhere.
     """
+    from lapilli.model.interop.files import index_names  # which imports this module
+
     folder = Path(name)
     try:
         files = sorted(folder.iterdir())
@@ -65,6 +73,8 @@ def check_readable(name: str | Path) -> None:
                 file.open("rb").close()
         except OSError as error:
             require_missing(file, error)
+        if file.name.endswith(".index.json"):
+            index_names(file)
 
 
 def local_folder(name: str) -> Path | None:
@@ -95,6 +105,40 @@ def require_missing(path: Path, error: OSError) -> None:
             f"{path}: cannot be read ({error.strerror}); give this user the right to read it, or "
             "see to the disk"
         ) from None
+
+
+def check_memory(name: str, settings: PreTrainedConfig) -> None:
+    """Refuse random weights that this machine has no room for, before any is drawn.
+
+    Settings come from a recipe, or from a run that somebody else made. The size is that of a
+    transformer of these dimensions, in fp32, roughly: a system out of memory ends processes.
+
+    Args:
+        name: The settings' full name in a recipe.
+        settings: The architecture's config.
+
+    Raises:
+        ModelError: Names both sizes.
+    """
+    probe = torch.empty(0)
+    if type(probe) is not torch.Tensor or probe.is_meta:
+        return  # a model of fake tensors
+    import psutil
+
+    def number(key: str) -> int:
+        value: object = getattr(settings, key, 0)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    width, inner = number("hidden_size"), number("intermediate_size")
+    layers, rows = number("num_hidden_layers"), number("vocab_size")
+    patches = (number("image_size") // max(1, number("patch_size"))) ** 2
+    needed = 4 * (width * (2 * rows + patches) + layers * width * (4 * width + 3 * inner))
+    free = psutil.virtual_memory().available
+    if needed > SHARE * free or layers > MOST_LAYERS:
+        raise ModelError(
+            f"{name}: {layers:,} layers of {width:,} with {rows:,} rows of vocabulary take about "
+            f"{needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB of memory are free; make it smaller"
+        )
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.extension import build_own, load_builder
-from lapilli.model.pretrained import check_readable, check_settings, one_line, settings_text
+from lapilli.model.pretrained import (
+    check_memory,
+    check_readable,
+    check_settings,
+    one_line,
+    settings_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -245,6 +251,7 @@ def _load(
     if not config.pretrained or not weights:
         what = config.pretrained or settings_text(config.settings)
         field = "pretrained" if config.pretrained else "settings"
+        check_memory("vision.settings", settings)
         with one_line(f"vision.{field}: no {name} tower can be built of {what}"):
             return model_class(settings)
     with one_line(
@@ -283,7 +290,8 @@ def _check_kind(name: str, pretrained: str) -> None:
     """Another architecture's weights would leave a model that is random without a word."""
     from transformers import AutoConfig
 
-    kind = AutoConfig.from_pretrained(pretrained).model_type
+    # left open, transformers asks on the terminal whether to run what comes with the weights
+    kind = AutoConfig.from_pretrained(pretrained, trust_remote_code=False).model_type
     if kind not in (name, f"{name}_vision_model"):
         raise ValueError(f"it is a {kind}")
 

@@ -18,13 +18,14 @@ from lapilli.data.access import exists, is_folder
 from lapilli.data.errors import DataError
 from lapilli.data.exported import prompt_ids
 from lapilli.data.images import BadImage, ImageSpec, prepare
-from lapilli.data.manifest import read_manifest
+from lapilli.data.manifest import TOKENIZER, read_manifest
 from lapilli.data.questions import Frames, find_frames
 from lapilli.data.record import ImagePart, Record, Turn
 from lapilli.data.render import mark_images
 from lapilli.data.sources.turns import IMAGE_MARKER, split_markers
 from lapilli.data.templates import TEMPLATES, Template
-from lapilli.data.tokenizer_copy import TOKENIZER, open_copy
+from lapilli.data.tokenizer_copy import open_copy
+from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.answer_text import AnswerReader, Decoder, warn_without_end
@@ -192,13 +193,19 @@ def _counted(count: int, what: str) -> str:
 
 
 def open_assistant(
-    path: Path, device: str | torch.device = "cpu", *, template: str = "", view: str = ""
+    path: Path,
+    device: str | torch.device = "cpu",
+    trust: Trust = NOTHING,
+    *,
+    template: str = "",
+    view: str = "",
 ) -> Assistant:
     """The model of a run's folder, of an export, or of a published folder (`train.published`).
 
     Args:
         path: The folder.
         device: Where the model computes.
+        trust: What the command allows of what a run's own files ask for.
         template: Name or file of a template, for a published folder that does not say.
         view: How images are made square, likewise: `pad`, `crop`, `stretch`, or fields as YAML.
 
@@ -224,13 +231,15 @@ def open_assistant(
     for flag, value in (("template", template), ("view", view)):
         if value:
             raise DataError(f"{flag}: {path} is a run, which has its own; leave --{flag} out")
-    trained = load_trained(path, device)
+    trained = load_trained(path, device, trust)
     data = read_data(path, trained.data)
     name = f"{path.resolve().name}/step-{trained.step}"
     return Assistant(trained.model, data.tokenizer, data.template, data.spec, name)
 
 
-def open_trained(path: Path, dataset: Path, device: str | torch.device = "cpu") -> Trained:
+def open_trained(
+    path: Path, dataset: Path, device: str | torch.device = "cpu", trust: Trust = NOTHING
+) -> Trained:
     """A model with what is known of its data, to be compared with those of a dataset.
 
     A published folder says which tokenizer it has, which may be the dataset's with tokens added;
@@ -241,7 +250,7 @@ def open_trained(path: Path, dataset: Path, device: str | torch.device = "cpu") 
     """
     _check_folder(path)
     if not is_published(path):
-        trained = load_trained(path, device)
+        trained = load_trained(path, device, trust)
         check_data(path, trained.data)
         return trained
     manifest = read_manifest(dataset)
@@ -249,7 +258,7 @@ def open_trained(path: Path, dataset: Path, device: str | torch.device = "cpu") 
     facts = published_facts(found)
     if extends(found.tokenizer, open_copy(dataset / TOKENIZER, manifest.tokenizer)):
         facts["tokenizer"] = manifest.tokenizer["fingerprint"]
-        del facts["special_ids"]  # the ids of the dataset have them already
+        facts.pop("special_ids", None)  # the ids of the dataset have them already
     return Trained(found.model.to(device), facts)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lapilli.data.access import exists, is_file
 from lapilli.model.added_rows import ADDED, source_rows, table_names
 from lapilli.model.config import ModelConfig
+from lapilli.model.interop.files import open_safetensors
 from lapilli.model.interop.foreign import has_language, load_foreign
 from lapilli.model.interop.weights import low_rank
 from lapilli.model.pretrained import Loading, whole
@@ -30,9 +30,11 @@ from lapilli.train.checkpoint import WEIGHTS, Checkpoint
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import FOLDER, MILESTONES, STATE, steps_in
 from lapilli.train.frozen import check_frozen, source_digests
+from lapilli.train.run_files import settings_of
 
 __all__ = ["Built", "Chain", "build_on", "find_chain", "keeps_language", "recorded"]
 
+MOST_STAGES = 100  # runs on top of each other; more are a circle
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -101,7 +103,10 @@ def find_chain(start_from: str, wanted: str = "", *, by: object = "") -> Chain:
             foreign = Path(place)
             break
         stages.insert(0, found)
-        by, place, wanted = place, found.state["config"]["start_from"], found.state.get("start", "")
+        before = settings_of(found.state.get("config", {}), found.path / STATE)
+        by, place, wanted = place, before.start_from, found.state.get("start", "")
+        if len(stages) > MOST_STAGES:
+            raise TrainError(f"start_from: {start_from} starts from more than {MOST_STAGES} runs")
     return Chain(foreign, tuple(stages), is_new=is_new)
 
 
@@ -223,18 +228,17 @@ class _Stage:
 
     path: Path
     file: Any
-    model: Mapping[str, Any]
+    model: ModelConfig
     whole: Mapping[str, str] = field(default_factory=dict[str, str])
     layers: frozenset[str] = frozenset()
 
     @staticmethod
     def open(found: Checkpoint, files: ExitStack) -> _Stage:
         """Open its weights for as long as `files`."""
-        opened: Any = safe_open(found.path / WEIGHTS, framework="pt")
-        file = files.enter_context(opened)
+        file = files.enter_context(open_safetensors(found.path / WEIGHTS))
         names: list[str] = list(file.keys())
         return _Stage(
-            found.path, file, found.state["config"].get("model", {}),
+            found.path, file, settings_of(found.state.get("config", {}), found.path / STATE).model,
             {base_name(name): name for name in names if not is_adapter(name)},
             frozenset(name.removesuffix(A) for name in names if name.endswith(A)),
         )  # fmt: skip
@@ -242,12 +246,19 @@ class _Stage:
     @property
     def dtype(self) -> torch.dtype:
         """What it held frozen weights in."""
-        return DTYPES[self.model.get("dtype", "fp32")]
+        return DTYPES[self.model.dtype]
 
     @property
     def is_quantized(self) -> bool:
         """Whether it held linear layers in 4 bits."""
-        return self.model.get("language", {}).get("quantize", "none") != "none"
+        return self.model.language.quantize != "none"
+
+    @property
+    def scale(self) -> float:
+        """What its adapters' products are multiplied by."""
+        if self.model.lora is None:
+            raise TrainError(f"start_from: {self.path} has adapters, and no lora in its settings")
+        return self.model.lora.alpha / self.model.lora.rank
 
     def rows(self, kind: str) -> Tensor | None:
         """The added rows that it trained beside a frozen table."""
@@ -314,9 +325,8 @@ class _Stage:
             held = round_trip(turned, self.dtype)
             value = (held.T if place.is_transposed else held).float()
         if layer in self.layers:
-            lora = self.model["lora"]
             pair = self.file.get_tensor(layer + A), self.file.get_tensor(layer + B)
-            scale = float(lora["alpha"]) / int(lora["rank"])
+            scale = self.scale
             made = low_rank(*pair, scale, is_transposed=place.is_transposed)
             value = value.to(self.dtype).float() + made
         rows = self.rows(place.table) if place.table else None

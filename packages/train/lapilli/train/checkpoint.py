@@ -7,7 +7,6 @@ two. `milestones/step-00000100/` has no moments: weights to keep, and no point t
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shutil
@@ -15,12 +14,14 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict, cast
 
 from torch import Tensor, nn
 
 from lapilli.data.access import cannot_read, exists, is_denied, is_file, is_folder
 from lapilli.data.shards import sha256_file
+from lapilli.data.typed_json import Digest, FilePath, JsonError, Natural, from_json
+from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import read_safetensors
 from lapilli.model.trainable import shape_of, trainable_parameters
 from lapilli.train import engine as deepspeed_engine
@@ -52,6 +53,7 @@ __all__ = [
     "load_into",
     "load_weights",
     "newest_weights",
+    "read_state",
     "save",
 ]
 
@@ -69,6 +71,33 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+
+
+class _File(TypedDict):
+    bytes: Natural
+    sha256: Digest
+
+
+class _Data(TypedDict, total=False):
+    tokenizer: str
+    special_ids: list[int | None]
+    template: str
+    template_name: str
+    view: dict[str, Any]
+
+
+class State(TypedDict):
+    """`state.json`. Who needs one of its facts says what to do about a checkpoint without it."""
+
+    step: Natural
+    files: dict[FilePath, _File]
+    config: NotRequired[dict[str, Any]]
+    data: NotRequired[_Data]
+    dataset: NotRequired[str]
+    frozen: NotRequired[Any]  # an older version has another form: `frozen.check_frozen` says so
+    start: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    loss_scale: NotRequired[dict[str, float]]
 
 
 class Writer:
@@ -249,8 +278,8 @@ def at_step(run: Path, step: int) -> Checkpoint:
     """
     path = run / FOLDER / step_name(step)
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = read_state(path)
+    except (OSError, JsonError) as error:
         if is_denied(error):
             raise TrainError(f"{platform.node()}: {cannot_read(path / STATE, error)}") from None
         raise TrainError(
@@ -260,9 +289,14 @@ def at_step(run: Path, step: int) -> Checkpoint:
     return Checkpoint(path, step, state)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; raises OSError and JsonError."""
+    return cast("dict[str, Any]", from_json((path / STATE).read_bytes(), State))
+
+
 def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -> Checkpoint | None:
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_state(path)
         if not {*needed} <= {*state["files"]}:
             return None
         for name, facts in state["files"].items():
@@ -271,7 +305,7 @@ def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -
             if hashed and sha256_file(path / name) != facts["sha256"]:
                 return None
         return Checkpoint(path, int(state["step"]), state)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, JsonError) as error:
         if is_denied(error):  # it may be whole: nothing is removed and nothing begun anew
             raise TrainError(cannot_read(error.filename or path, error)) from None
         return None
@@ -287,6 +321,8 @@ def _load(file: Path) -> dict[str, Tensor]:
         ) from None
     except OSError as error:
         raise TrainError(cannot_read(file, error)) from None
+    except ModelError as error:
+        raise TrainError(str(error)) from None
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -308,6 +344,11 @@ def load_into(engine: Any, checkpoint: Checkpoint) -> None:
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     for key, value in flat.items():
         name, _, moment = key.rpartition("/")
+        if name not in moments or value.shape != weights[name].shape:
+            raise TrainError(
+                f"{checkpoint.path / MOMENTS}: {key} of shape {tuple(value.shape)} is no moment of "
+                "its weights; remove this checkpoint, the run goes on from the one before"
+            )
         moments[name][moment] = value
     deepspeed_engine.restore(engine, weights, moments, checkpoint.step)
 
@@ -322,6 +363,8 @@ def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Te
         )
     for name, parameter in expected.items():
         shape = shape_of(parameter)
+        if not weights[name].is_floating_point():
+            raise TrainError(f"{checkpoint.path}: {name} is {weights[name].dtype}; expected floats")
         if shape != tuple(weights[name].shape):
             raise TrainError(
                 f"{checkpoint.path}: {name} has shape {tuple(weights[name].shape)}, the model's "

@@ -328,8 +328,9 @@ def scale_state(engine: Any) -> dict[str, float]:
 
 def restore_scale(engine: Any, state: dict[str, float]) -> None:
     """Go on with the loss scale of `scale_state`."""
-    for name, value in state.items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+    for name in SCALE_STATE:
+        if name in state:
+            setattr(engine.optimizer.loss_scaler, name, state[name])
 
 
 def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,16 +15,17 @@ import torch
 from lapilli.data.dataset import Dataset, open_dataset
 from lapilli.data.manifest import Manifest
 from lapilli.data.mixture import HELD_OUT, TRAIN
-from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train import checkpoint
 from lapilli.train.answers import Asked, RowReader, ask_first
 from lapilli.train.chain import build_on, find_chain
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG, require_missing
+from lapilli.train.folders import CONFIG
 from lapilli.train.frozen import check_frozen
 from lapilli.train.loop import check_model
 from lapilli.train.run_data import check_same_data, data_facts
+from lapilli.train.run_files import read_run_config, require_trust
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,39 +88,29 @@ class Trained:
     step: int = 0
 
 
-def load_trained(run: Path, device: str | torch.device = "cpu") -> Trained:
+def load_trained(run: Path, device: str | torch.device = "cpu", trust: Trust = NOTHING) -> Trained:
     """The model of a run with its newest checkpoint's weights, or a milestone's.
 
+    Args:
+        run: The folder of the run or milestone.
+        device: Where the model goes.
+        trust: What the command allows of what the run's own settings ask for.
+
     Raises:
-        TrainError: No run here, none of its checkpoints is whole, or what it was trained beside
-            has changed: its base weights, or a run that it started from.
+        TrainError: No run here, none of its checkpoints is whole, it asks for code that `trust`
+            does not allow, or what it was trained beside has changed: its base weights, or a run
+            that it started from.
     """
-    try:
-        config: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError):
-            require_missing(run / CONFIG, error)
-        raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
-    if not isinstance(config, dict) or "model" not in config:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TrainError(
-            f"{run}: no run ({CONFIG} names no model); expected the output of train, an export or "
-            "a published model"
-        )
-    fields: dict[str, Any] = config["model"]
+    config = read_run_config(run)
+    require_trust(config.model, trust, run / CONFIG)
     found = checkpoint.newest_weights(run)
     if found is None:
         raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
-    parts: dict[str, Any] = {
-        "vision": VisionConfig(**fields["vision"]),
-        "language": LanguageConfig(**fields["language"]),
-        "trainable": tuple(fields["trainable"]),
-        "lora": LoraConfig(**fields["lora"]) if fields.get("lora") else None,
-    }
-    chain = find_chain(config["start_from"], found.state.get("start", ""), by=run)
-    built = build_on(ModelConfig(**{**fields, **parts}), chain)
+    chain = find_chain(config.start_from, found.state.get("start", ""), by=run)
+    built = build_on(config.model, chain)
     check_frozen(found.state, built.frozen, run=run)
     checkpoint.load_weights(found, built.model)
-    return Trained(built.model.eval().to(device), found.state["data"], found.step)
+    return Trained(built.model.eval().to(device), found.state.get("data", {}), found.step)
 
 
 def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:
@@ -207,7 +197,9 @@ def chosen_split(manifest: Manifest, asked: Literal["auto", "train", "held_out"]
 def is_trained_on(run: Path, manifest: Manifest, split: str) -> bool:
     """Whether a run's newest weights were trained on this split of this very dataset."""
     found = checkpoint.newest_weights(run)
-    return split == TRAIN and found is not None and found.state["dataset"] == manifest.fingerprint
+    return (
+        split == TRAIN and found is not None and found.state.get("dataset") == manifest.fingerprint
+    )
 
 
 def image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ from lapilli.train.notes import note
 __all__ = [
     "CONFIG", "CUT", "DATA", "FACTS", "FILES", "FOLDER", "GONE", "MILESTONES", "MOMENTS", "STATE",
     "WEIGHTS",
-    "folder_bytes", "forget_old", "outdated", "put_in_place", "require_missing", "step_name",
-    "steps_in", "tidy", "write_checkpoint",
+    "folder_bytes", "forget_old", "is_step", "outdated", "put_in_place", "require_missing",
+    "step_name", "steps_in", "tidy", "write_checkpoint",
 ]  # fmt: skip
 
 FOLDER, MILESTONES = "checkpoints", "milestones"
@@ -177,13 +178,18 @@ def _clear(path: Path) -> str:
     return "removed"
 
 
+def is_step(name: str) -> bool:
+    """Whether a folder is called as `step_name` calls it."""
+    return re.fullmatch(r"step-\d{8,18}", name, re.ASCII) is not None
+
+
 def steps_in(folder: Path) -> list[Path]:
     """The folders of steps, first ones first, whole or not; none where there is no such folder.
 
     Raises:
         DataError: The folder may not be listed: what is in it is not known.
     """
-    return subpaths(folder, "step-")
+    return [path for path in subpaths(folder, "step-") if is_step(path.name)]
 
 
 def require_missing(path: Path, error: OSError) -> None:

@@ -13,11 +13,12 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from lapilli.data.typed_json import JsonError, as_type
 from lapilli.model.added_rows import source_rows, table_names
 from lapilli.model.trainable import base_name, is_adapter
 from lapilli.model.vlm import VisionLanguageModel
@@ -124,9 +125,9 @@ def check_frozen(
         TrainError: Other weights; names the run, the base, the first parameter that differs, both
             fingerprints and what to do.
     """
-    frozen: Any = state["frozen"]
+    frozen: Any = state.get("frozen")
     field = f"{what}: " if what else ""
-    if not isinstance(frozen, Mapping) or frozen.get("form") != FORM:
+    if not _is_comparable(frozen):
         raise TrainError(
             f"{field}{run} was saved by a version whose fingerprints of frozen weights cannot be "
             f"compared with today's ({FORM}); train it again, or use that version"
@@ -146,13 +147,28 @@ def check_frozen(
     )
 
 
+def _is_comparable(frozen: Any) -> bool:
+    """Whether fingerprints are of today's form, each a text by the name of its weight."""
+    try:
+        return as_type(frozen, _Frozen)["form"] == FORM
+    except JsonError:
+        return False
+
+
+class _Frozen(TypedDict):
+    form: str
+    weights: dict[str, str]
+
+
 def _base(state: Mapping[str, Any], name: str) -> str:
     """What a part's frozen weights are, in a recipe's words."""
     model: Any = state.get("config", {}).get("model", {})
     part = name.partition(".")[0]
-    pretrained = model.get(part, {}).get("pretrained") if part != "projector" else ""
+    named = model.get(part) if isinstance(model, dict) else None
+    pretrained = named.get("pretrained") if isinstance(named, dict) else ""
+    seed = model.get("seed", 0) if isinstance(model, dict) else 0
     if pretrained:
         return f"{part}.pretrained {pretrained}"
     if foreign := state.get("config", {}).get("start_from"):
         return f"the {part} below it (start_from {foreign})"
-    return f"the {part} of random weights (model.seed {model.get('seed', 0)})"
+    return f"the {part} of random weights (model.seed {seed})"

@@ -111,4 +111,4 @@ def write_generations(run: Path, generations: Sequence[Generation]) -> None:
 
 def read_generations(run: Path) -> list[Generation]:
     """What `generations.jsonl` holds, first steps first; nothing where there is none."""
-    return [Generation(**row) for row in read_lines(run / GENERATIONS)]
+    return read_lines(run / GENERATIONS, Generation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -55,6 +54,7 @@ from lapilli.train.loop import build_start, check_model, check_start, open_for
 from lapilli.train.metrics import read_metrics, read_new
 from lapilli.train.notes import notes_end, notes_from
 from lapilli.train.run_data import keep_data
+from lapilli.train.run_files import plain_settings, read_run_config, read_run_facts, settings_of
 from lapilli.train.sketch import sketch_model
 from lapilli.train.step import to_device
 from lapilli.train.stopping import forget_stop, is_stop_asked, stops_on_signals
@@ -254,7 +254,8 @@ def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[
     if config.mirror:
         start = _fetch(config, start, on_note)
     if start:
-        before = checkpoint.at_step(run, start).state["config"]
+        found = checkpoint.at_step(run, start)
+        before = settings_of(found.state.get("config", {}), found.path / STATE)
         check_length(before, config, start, total, on_note)
     return start
 
@@ -295,11 +296,12 @@ def finished_steps(config: RunConfig) -> int | None:
     run = Path(config.output)
     _check_config(run, config)
     found = checkpoint.latest_checkpoint(run)
-    if found is None or not exists(run / FACTS):
+    facts = read_run_facts(run)
+    if found is None or facts is None:
         return None
-    if changed_length(found.state["config"], config):
+    if changed_length(settings_of(found.state.get("config", {}), found.path / STATE), config):
         return None  # there may be more to do
-    total: int = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
+    total = facts["total_steps"]
     if found.step < total:
         return None
     _check_dataset(found, read_manifest(Path(config.dataset)).fingerprint)
@@ -309,10 +311,10 @@ def finished_steps(config: RunConfig) -> int | None:
 
 def _check_dataset(found: checkpoint.Checkpoint | None, fingerprint: str) -> None:
     """A run goes on, or has ended, with the dataset that it began with."""
-    if found and found.state["dataset"] != fingerprint:
+    if found and (before := found.state.get("dataset", "")) != fingerprint:
         raise TrainError(
             f"{found.path}: was saved with another dataset (fingerprint "
-            f"{found.state['dataset'][:12]}, now {fingerprint[:12]}); choose another --output"
+            f"{before[:12]}, now {fingerprint[:12]}); choose another --output"
         )
 
 
@@ -357,7 +359,7 @@ def _check_config(run: Path, config: RunConfig) -> None:
         if any(found.name != LOCK for found in subpaths(run)):
             raise TrainError(f"output: {run} is not empty and no run; choose another --output")
         return
-    _check_same(json.loads(path.read_text(encoding="utf-8")), config, run)
+    _check_same(read_run_config(run), config, run)
 
 
 def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int:
@@ -367,7 +369,7 @@ def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int
         return start
     _check_same(before, config, config.mirror)
     # the folder is this run's, whatever comes of it; its length changes when it goes on
-    write_json(run / CONFIG, asdict(config) | {key: before[key] for key in LENGTH})
+    write_json(run / CONFIG, asdict(config) | {key: getattr(before, key) for key in LENGTH})
     return fetch_newest(run, config.mirror, start, on_note)
 
 
@@ -395,8 +397,8 @@ def copy_rest(config: RunConfig, step: int) -> list[str]:
     return notes_from(run, said)[0]
 
 
-def _check_same(before: dict[str, Any], config: RunConfig, where: Path | str) -> None:
-    now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+def _check_same(old: RunConfig, config: RunConfig, where: Path | str) -> None:
+    before, now = plain_settings(old), plain_settings(config)
     if config.policy == "llava":  # the order is that of so many processes, whoever computes it
         before = {**before, "llava_processes": before["llava_processes"] or before["workers"]}
         now["llava_processes"] = config.llava_processes or config.workers

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
@@ -13,13 +12,13 @@ __all__ = ["LENGTH", "changed_length", "check_length"]
 LENGTH = ("epochs", "max_steps")  # settings that may change down to what the run has not passed
 
 
-def changed_length(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changed_length(before: RunConfig, config: RunConfig) -> list[str]:
     """The settings of a run's length that are others than before."""
-    return [key for key in LENGTH if before[key] != getattr(config, key)]
+    return [key for key in LENGTH if getattr(before, key) != getattr(config, key)]
 
 
 def check_length(
-    before: Mapping[str, Any],
+    before: RunConfig,
     config: RunConfig,
     done: int,
     total: int,
@@ -45,9 +44,10 @@ def check_length(
             "raise it, or choose another --output"
         )
     for key in changed:
+        old, new = getattr(before, key), getattr(config, key)
         follow = f"steps {done} to {total - 1} follow" if done < total else "none is left to follow"
         on_note(
-            f"{key}: {before[key]} before, now {getattr(config, key)}: the {done} steps that are "
+            f"{key}: {old} before, now {new}: the {done} steps that are "
             f"taken keep their learning rates, and the optimizer its moments; {follow} the "
             f"{config.optim.schedule} schedule of a run of {total} steps"
         )

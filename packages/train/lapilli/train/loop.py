@@ -231,14 +231,20 @@ def check_start(
     """
     if start is None:
         return
-    here, there = dataset.manifest.tokenizer["fingerprint"], start.state["data"]["tokenizer"]
+    before: dict[str, Any] = start.state.get("data", {})
+    if missing := {"tokenizer", "template"} - before.keys():
+        raise TrainError(
+            f"start_from: {start.path} does not say what {min(missing)} it was trained with; name "
+            "another run"
+        )
+    here, there = dataset.manifest.tokenizer["fingerprint"], before["tokenizer"]
     if here != there and not keeps_ids(start, dataset.tokenizer):
         raise TrainError(
             f"start_from: {start.path} was trained with another tokenizer (fingerprint "
             f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
             "same tokenizer, or with that one and tokens added"
         )
-    mine, theirs = data_facts(dataset), start.state["data"]
+    mine, theirs = data_facts(dataset), before
     is_named_alike = mine["template_name"] == theirs.get("template_name")
     if is_named_alike and mine["template"] != theirs["template"]:
         on_note(
@@ -275,10 +281,10 @@ def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.
         dist.broadcast_object_list(steps, src=0)
     found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
     for name in ("dataset", "start"):
-        if found and found.state[name] != state[name]:
+        if found and (before := found.state.get(name, "")) != state[name]:
             raise TrainError(
                 f"{found.path}: was saved with another {name} (fingerprint "
-                f"{found.state[name][:12]}, now {state[name][:12]}); choose another --output"
+                f"{before[:12]}, now {state[name][:12]}); choose another --output"
             )
     return found
 

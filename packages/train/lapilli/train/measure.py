@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lapilli.data.typed_json import Natural
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel
@@ -251,5 +252,14 @@ def read_worst(run: Path) -> list[SampleLoss]:
             r["step"], r["index"], r["sample_id"], r["has_images"],
             r["loss"] * r["trained_tokens"], r["trained_tokens"],
         )
-        for r in read_lines(run / WORST)
+        for r in read_lines(run / WORST, _WorstRow)
     ]  # fmt: skip
+
+
+class _WorstRow(TypedDict):
+    step: Natural
+    index: Natural
+    sample_id: str
+    has_images: bool
+    loss: float
+    trained_tokens: Annotated[int, lambda value: "" if value > 0 else "1 or more"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,8 @@ class Published:
         template: How conversations are written down; None where neither folder nor user says.
         spec: How images are made square; None likewise.
         is_own: Whether it is an export of ours, which says both as its run was trained.
+        trained: Of an export whose tokenizer and template were rewritten: what
+            `run_data.data_facts` said of the run's own.
     """
 
     model: VisionLanguageModel
@@ -53,6 +55,7 @@ class Published:
     template: Template | None
     spec: ImageSpec | None
     is_own: bool
+    trained: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def is_published(path: Path) -> bool:
@@ -88,7 +91,11 @@ def read_published(path: Path, *, template: str = "", view: str = "") -> Publish
                 raise DataError(f"{name}: {path} says how it was trained; leave --{name} out")
         tokenizer = _tokenizer(path, facts.get("tokenizer"))  # of before, it does not say
         own = Template(**facts["template"]), ImageSpec.of(facts["view"])
-        return Published(read_foreign(path), tokenizer, *own, is_own=True)
+        trained = facts.get("trained")
+        return Published(
+            read_foreign(path), tokenizer, *own, is_own=True,
+            trained=cast("dict[str, Any]", trained) if isinstance(trained, dict) else {},
+        )  # fmt: skip
     folders = _folders(path)
     tokenizer = _tokenizer(_first_with_tokenizer(folders))
     chosen = get_template(template) if template else _derived_template(folders, tokenizer)
@@ -107,7 +114,7 @@ def published_facts(found: Published) -> dict[str, Any]:
         facts["template"] = template_fingerprint(found.template)
         facts["template_name"] = found.template.name
         facts["view"] = json.loads(json.dumps(found.spec.facts()))
-    return facts
+    return facts | {**found.trained}
 
 
 def _tokenizer(folder: Path, expected: Mapping[str, Any] | None = None) -> Any:
@@ -150,6 +157,7 @@ def _derived_template(folders: list[Path], tokenizer: Any) -> Template | None:
     for name, template in TEMPLATES.items():
         if name == TOKENIZERS_OWN or template.drops_user_text:
             continue
+        template = _with_bos(template, tokenizer, source)
         try:
             if all(
                 prompt_ids(turns, tokenizer, template)
@@ -165,6 +173,18 @@ def _derived_template(folders: list[Path], tokenizer: Any) -> Template | None:
                 raise
             return None
     return None
+
+
+def _with_bos(template: Template, tokenizer: Any, source: str) -> Template:
+    """The template writing a bos where the chat template does and the tokenizer adds none."""
+    if "bos_token" not in source and str(tokenizer.bos_token) not in source:
+        return template
+    frames = {
+        item.name: value.replace("{bos}", "{bos!}")
+        for item in fields(template)
+        if isinstance(value := getattr(template, item.name), str)
+    }
+    return replace(template, **frames)
 
 
 def _chat_ids(tokenizer: Any, source: str, turns: Sequence[Turn]) -> list[int]:

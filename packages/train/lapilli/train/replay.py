@@ -6,19 +6,22 @@ micro-batch) and `rank-0.npz`, ... with the arrays of each rank's micro-batches.
 
 from __future__ import annotations
 
-import json
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
+from zipfile import BadZipFile
 
 import numpy as np
 import torch.distributed as dist
 
 from lapilli.data.collate import Batch
+from lapilli.data.record import excerpt
 from lapilli.data.shards import write_json
+from lapilli.data.typed_json import JsonError, Natural, from_json
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import require_missing
 
@@ -27,6 +30,7 @@ __all__ = ["KEPT", "KeptStep", "is_wrong", "keep_step", "read_kept"]
 FOLDER = "replay"
 KEPT = "step.json"
 ENOUGH = 10  # losses before a spike can be told
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error)  # an npz
 ARRAYS = (
     "input_ids", "position_ids", "segment_ids", "row_lengths", "merge_index", "pixels",
     "image_tokens", "predict_positions", "targets",
@@ -83,17 +87,28 @@ class KeptStep:
         return self.path.resolve().parents[1]
 
     def batches(self) -> list[list[Batch]]:
-        """Micro-batches by rank."""
-        found: list[list[Batch]] = []
-        for rank, micros in enumerate(self.sample_ids):
-            found.append([])
-            with np.load(self.path / f"rank-{rank}.npz", allow_pickle=False) as arrays:
+        """Micro-batches by rank.
+
+        Raises:
+            TrainError: A file that is missing, or holds something else.
+        """
+        return [self._rank(rank, micros) for rank, micros in enumerate(self.sample_ids)]
+
+    def _rank(self, rank: int, micros: list[list[str]]) -> list[Batch]:
+        file, found = self.path / f"rank-{rank}.npz", list[Batch]()
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
                 for micro, ids in enumerate(micros):
                     values: dict[str, Any] = {n: arrays[f"{micro}/{n}"] for n in ARRAYS}
-                    counts = [int(count) for count in arrays[f"{micro}/counts"]]
-                    found[-1].append(Batch(
-                        **values, sample_ids=tuple(ids), num_images=counts[0], num_targets=counts[1]
+                    images, targets = (int(count) for count in arrays[f"{micro}/counts"])
+                    found.append(Batch(
+                        **values, sample_ids=tuple(ids), num_images=images, num_targets=targets
                     ))  # fmt: skip
+        except UNREADABLE as error:
+            raise TrainError(
+                f"replay: {file} cannot be read ({excerpt(str(error))}); the run keeps such a step "
+                "whole, bring the folder back from a copy"
+            ) from None
         return found
 
 
@@ -143,6 +158,15 @@ def keep_step(
     return path
 
 
+class _Kept(TypedDict):
+    step: Natural
+    loss: float
+    grad_norm: float | None
+    global_tokens: Natural
+    sample_indices: list[int]
+    sample_ids: list[list[list[str]]]
+
+
 def read_kept(path: Path) -> KeptStep:
     """Read a kept step.
 
@@ -150,11 +174,12 @@ def read_kept(path: Path) -> KeptStep:
         TrainError: None is there.
     """
     try:
-        values: dict[str, Any] = json.loads((path / KEPT).read_text(encoding="utf-8"))
-        return KeptStep(path=path, **values)
-    except (OSError, ValueError, TypeError) as error:
+        kept = from_json((path / KEPT).read_bytes(), _Kept)
+        return KeptStep(path=path, **kept)
+    except (OSError, JsonError) as error:
         if isinstance(error, OSError):
             require_missing(path / KEPT, error)
+        why = f" ({error})" if isinstance(error, JsonError) else ""
         raise TrainError(
-            f"replay: {path} holds no kept step; expected a folder replay/step-N of a run"
+            f"replay: {path} holds no kept step{why}; expected a folder replay/step-N of a run"
         ) from None

@@ -16,13 +16,19 @@ from lapilli.data.errors import DataError
 from lapilli.data.mixture import HELD_OUT, TRAIN
 from lapilli.data.page import Figure, GalleryItem, Page
 from lapilli.data.transcript import transcript
+from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import require_missing
 from lapilli.train.generations import Generation, read_generations
 from lapilli.train.measure import SampleLoss, read_worst
-from lapilli.train.metrics import read_metrics
+from lapilli.train.metrics import read_steps
 from lapilli.train.notes import notes_from
 from lapilli.train.probes import WORKERS
+from lapilli.train.run_files import (
+    RunFacts,
+    plain_settings,
+    read_run_config,
+    read_run_facts,
+)
 from lapilli.train.starts import Start, read_starts
 
 __all__ = ["REPORT", "curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
@@ -71,28 +77,22 @@ def write_run_report(run: Path) -> Path:
     Raises:
         TrainError: No run, or no step of it is done.
     """
-    try:
-        config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        facts: dict[str, Any] = json.loads((run / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError):
-            require_missing(run / "config.json", error)
-        raise TrainError(f"{run}: no run; expected the --output of train") from None
-    rows = read_metrics(run)
-    if not rows:
+    config, facts = read_run_config(run), read_run_facts(run)
+    rows = read_steps(run)
+    if not rows or facts is None:
         raise TrainError(f"{run}: not a step done; nothing to report yet")
-    page = Page(f"Run {run.name}", f"{config['dataset']}, view {config['view']}")
+    page = Page(f"Run {run.name}", f"{config.dataset}, view {config.view}")
     page.figures(_figures(rows, facts))
     _add_loss(page, rows)
     _add_speed(page, rows, read_starts(run))
     _add_answers(page, run, config, facts)
     _add_worst(page, run, config, facts)
     _add_notes(page, run)
-    page.section("Settings").key_values(flat_settings(config))
+    page.section("Settings").key_values(flat_settings(plain_settings(config)))
     return page.write(run / REPORT)
 
 
-def _figures(rows: Rows, facts: Mapping[str, Any]) -> list[Figure]:
+def _figures(rows: Rows, facts: RunFacts) -> list[Figure]:
     last, total = rows[-1], facts["total_steps"]
     figures = [
         Figure("steps", f"{last['step'] + 1:,}", f"of {total:,}"),
@@ -213,7 +213,7 @@ def time_parts(rows: Rows, starts: Sequence[Start]) -> dict[str, float]:
     return {name: part for name, part in parts.items() if part or name == "waiting for data"}
 
 
-def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
+def _add_worst(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> None:
     worst = read_worst(run)
     if not worst:
         return
@@ -223,7 +223,7 @@ def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, A
         [[s.sample_id, f"{s.mean:.4f}", s.step, s.tokens] for s in worst],
         "Mean over a sample's trained tokens, when it was trained on",
     )
-    dataset = _open(page, config, facts, config["dataset"], TRAIN)
+    dataset = _open(page, config, facts, config.dataset, TRAIN)
     if dataset is None:
         return
     tokenizer = dataset.tokenizer
@@ -231,21 +231,19 @@ def _add_worst(page: Page, run: Path, config: dict[str, Any], facts: dict[str, A
         _add_sample(page, dataset, tokenizer, sample)
 
 
-def _open(
-    page: Page, config: Mapping[str, Any], facts: Mapping[str, Any], path: str, split: str
-) -> Dataset | None:
+def _open(page: Page, config: RunConfig, facts: RunFacts, path: str, split: str) -> Dataset | None:
     """A dataset as the run saw it; says on the page why it cannot be opened."""
     try:
         return open_dataset(
-            path, view=config["view"], image_tokens=facts["image_tokens"],
-            max_length=config["max_length"], split=split,
+            path, view=config.view, image_tokens=facts["image_tokens"],
+            max_length=config.max_length, split=split,
         )  # fmt: skip
     except DataError as error:
         page.text(f"What is in the samples is not shown: {error}")
         return None
 
 
-def _add_answers(page: Page, run: Path, config: dict[str, Any], facts: dict[str, Any]) -> None:
+def _add_answers(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> None:
     """What was answered to each held-out question: at first, at last and some times between."""
     found = read_generations(run)
     if not found:
@@ -253,9 +251,9 @@ def _add_answers(page: Page, run: Path, config: dict[str, Any], facts: dict[str,
     steps = sorted({one.step for one in found})
     places = np.linspace(0, len(steps) - 1, min(ASKED_STEPS, len(steps))).astype(int)
     shown = {steps[place] for place in places}
-    other = config.get("eval_dataset", "")
+    other = config.eval_dataset
     page.section("Answers to held-out questions")
-    dataset = _open(page, config, facts, other or config["dataset"], TRAIN if other else HELD_OUT)
+    dataset = _open(page, config, facts, other or config.dataset, TRAIN if other else HELD_OUT)
     by_sample: dict[str, list[Generation]] = {}
     for one in found:
         if one.step in shown:

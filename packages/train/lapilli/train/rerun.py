@@ -108,6 +108,11 @@ def _sample_losses(
     for index in kept.sample_indices:
         if index < 0:
             continue
+        if index >= len(feed.dataset):
+            raise TrainError(
+                f"replay: {kept.path} names sample {index} of {len(feed.dataset)}; expected the "
+                "run's own dataset"
+            )
         sample = feed.dataset.sample(index)
         batch = collate([sample], feed.shape, feed.dataset.image_size)
         with torch.no_grad():

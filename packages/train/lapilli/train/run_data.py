@@ -12,17 +12,25 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from lapilli.data.dataset import Dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec
-from lapilli.data.manifest import Manifest, digest, read_manifest, template_fingerprint
+from lapilli.data.manifest import (
+    Manifest,
+    TokenizerFields,
+    digest,
+    read_manifest,
+    template_fingerprint,
+)
 from lapilli.data.shards import sha256_file, write_json
 from lapilli.data.templates import Template
-from lapilli.data.tokenizer_copy import TOKENIZER, check_copy_files, open_copy
+from lapilli.data.tokenizer_copy import TOKENIZER, check_copy_files, kept_files, open_copy
+from lapilli.data.typed_json import Digest, FilePath, JsonError, from_json
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG, CUT, DATA, GONE
+from lapilli.train.folders import CUT, DATA, GONE
+from lapilli.train.run_files import read_run_config
 
 __all__ = [
     "RunData", "check_data", "check_same_data", "data_facts", "keep_data", "read_data",
@@ -30,6 +38,18 @@ __all__ = [
 ]  # fmt: skip
 
 TEMPLATE, VIEW, FACTS = "template.json", "view.json", "facts.json"
+T = TypeVar("T")
+
+
+class Kept(TypedDict):
+    """`data/facts.json`."""
+
+    tokenizer: TokenizerFields
+    special_ids: list[int | None]
+    template: str
+    template_name: str
+    view: dict[str, Any]
+    files: dict[FilePath, Digest]
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,9 @@ def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
     for leftover in (temporary, gone):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        shutil.copytree(dataset / TOKENIZER, temporary / TOKENIZER)
+        (temporary / TOKENIZER).mkdir(parents=True)
+        for file in _tokenizer_files(dataset, manifest):
+            shutil.copyfile(file, temporary / TOKENIZER / file.name)
         write_json(temporary / TEMPLATE, asdict(template))
         write_json(temporary / VIEW, facts["view"])
         files = {path: sha256_file(temporary / path) for path in sorted(_files(temporary))}
@@ -141,6 +163,16 @@ def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _tokenizer_files(dataset: Path, manifest: Manifest) -> list[Path]:
+    """What is copied of a dataset's tokenizer: the files that its manifest knows by their SHA-256.
+
+    Of one from before manifests had them, no link: it may lead to any file of this machine.
+    """
+    if manifest.tokenizer_files:
+        return [dataset / facts.path for facts in manifest.tokenizer_files]
+    return [path for path in kept_files(dataset / TOKENIZER) if not path.is_symlink()]
+
+
 def run_data_files(run: Path) -> list[str]:
     """The files that a run keeps of its dataset, relative to its folder; none before it starts."""
     names = sorted(_files(run / DATA), key=lambda name: (name == FACTS, name))  # that one last
@@ -149,7 +181,7 @@ def run_data_files(run: Path) -> list[str]:
 
 def _files(folder: Path) -> Iterator[str]:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             yield path.relative_to(folder).as_posix()
 
 
@@ -172,18 +204,16 @@ def read_data(run: Path, facts: Mapping[str, Any]) -> RunData:
         f"bring {folder} back from a copy of the run, or remove it and run the same train again "
         "with the run's dataset, which writes it anew"
     )
-    kept = _read(folder / FACTS, remedy)
-    try:
-        template, spec = Template(**_read(folder / TEMPLATE, remedy)), _spec(folder / VIEW, remedy)
-        tokenizer_facts, files = {**kept["tokenizer"]}, {**kept["files"]}
-        view = json.loads(json.dumps(spec.facts()))
-        found = {
-            **kept, "tokenizer": tokenizer_facts["fingerprint"], "view": view,
-            "special_ids": [tokenizer_facts["bos_id"], tokenizer_facts["eos_id"]],
-            "template": template_fingerprint(template),
-        }  # fmt: skip
-    except (TypeError, KeyError, ValueError) as error:
-        raise TrainError(f"{folder}: not what a run writes ({error}); {remedy}") from None
+    kept = _read(folder / FACTS, Kept, remedy)
+    template = _read(folder / TEMPLATE, Template, remedy)
+    spec = _read(folder / VIEW, ImageSpec, remedy)
+    tokenizer_facts, files = kept["tokenizer"], kept["files"]
+    found = {
+        **kept, "tokenizer": tokenizer_facts["fingerprint"],
+        "view": json.loads(json.dumps(spec.facts())),
+        "special_ids": [tokenizer_facts["bos_id"], tokenizer_facts["eos_id"]],
+        "template": template_fingerprint(template),
+    }  # fmt: skip
     sources = {"template": TEMPLATE, "view": VIEW, "tokenizer": FACTS, "special_ids": FACTS}
     for name, file in sources.items():
         if name in facts and digest(found[name]) != digest(facts[name]):
@@ -228,14 +258,14 @@ def _check_files(folder: Path, files: Mapping[str, str], remedy: str) -> None:
 def _of_dataset(run: Path, facts: Mapping[str, Any]) -> RunData:
     """The same from the dataset that a run's settings name."""
     lacks = f"{run}: keeps no template, view and tokenizer (no {DATA}/)"
-    config = _read(run / CONFIG, "expected the output of train")
-    dataset = Path(str(config["dataset"]))
+    config = read_run_config(run)
+    dataset = Path(config.dataset)
     try:
         manifest = read_manifest(dataset)
-        if str(config["view"]) not in manifest.views:
-            raise DataError(f"{dataset} has no view {config['view']}")
-        check_same_data(_facts(dataset, manifest, str(config["view"])), facts, str(dataset))
-        spec = ImageSpec.of(manifest.views[str(config["view"])].spec)
+        if config.view not in manifest.views:
+            raise DataError(f"{dataset} has no view {config.view}")
+        check_same_data(_facts(dataset, manifest, config.view), facts, str(dataset))
+        spec = ImageSpec.of(manifest.views[config.view].spec)
         tokenizer = open_copy(dataset / TOKENIZER, manifest.tokenizer)
         return RunData(tokenizer, manifest.bound_template(dataset), spec)
     except (DataError, TrainError) as error:
@@ -245,17 +275,10 @@ def _of_dataset(run: Path, facts: Mapping[str, Any]) -> RunData:
         ) from None
 
 
-def _read(path: Path, remedy: str) -> dict[str, Any]:
+def _read(path: Path, kind: type[T], remedy: str) -> T:
     try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_bytes(), kind)
     except OSError as error:
         raise TrainError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise TrainError(f"{path}: damaged, expected a JSON object; {remedy}")
-    return {str(key): value for key, value in found.items()}  # pyright: ignore
-
-
-def _spec(path: Path, remedy: str) -> ImageSpec:
-    return ImageSpec.of(_read(path, remedy))
+    except JsonError as error:
+        raise TrainError(f"{path}: damaged ({error}); {remedy}") from None

@@ -26,13 +26,14 @@ def keeps_ids(start: Checkpoint, tokenizer: Any) -> bool:
         tokenizer: transformers' tokenizer.
     """
     runs = (start.path.parent.parent, start.path)  # a milestone keeps its own
-    places = [*(run / DATA for run in runs), Path(start.state["config"]["dataset"])]
+    dataset: object = start.state.get("config", {}).get("dataset", "")
+    places = [*(run / DATA for run in runs), Path(str(dataset))]
     for folder in [place / TOKENIZER for place in places]:
         try:
             if not folder.is_dir():
                 continue
             old = load_tokenizer(folder)
-            if tokenizer_facts(old).fingerprint == start.state["data"]["tokenizer"]:
+            if tokenizer_facts(old).fingerprint == start.state.get("data", {}).get("tokenizer"):
                 return extends(tokenizer, old)
         except (DataError, OSError):
             continue  # the caller refuses what cannot be told

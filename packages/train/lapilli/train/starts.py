@@ -44,7 +44,7 @@ def record_start(run: Path, step: int, workers: int) -> Start:
     now = _changed(run / STARTS)  # by the clock of the other files' disk
     told, seen = _changed(run / FACTS), _changed(run / METRICS)
     since = max(told, seen) or now
-    undone = [row["seconds"] for row in read_metrics(run) if row["step"] >= step]
+    undone = [row.get("seconds", 0.0) for row in read_metrics(run) if row["step"] >= step]
     start = Start(
         step, workers, "restart" if seen > told else "command",
         max(0.0, now - since), len(undone), sum(undone),
@@ -60,4 +60,4 @@ def _changed(path: Path) -> float:
 
 def read_starts(run: Path) -> list[Start]:
     """All starts so far; nothing where there is no such file."""
-    return [Start(**row) for row in read_lines(run / STARTS)]
+    return read_lines(run / STARTS, Start)

@@ -8,7 +8,6 @@ first, so that a step is whole there or has none.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import threading
 import time
@@ -21,6 +20,9 @@ from lapilli.data.errors import DataError
 from lapilli.data.output import COPY_BYTES, RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards import sha256_file
+from lapilli.data.typed_json import JsonError, from_json, is_file_path
+from lapilli.train.checkpoint import read_state
+from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.folders import (
     CONFIG,
@@ -31,6 +33,7 @@ from lapilli.train.folders import (
     MILESTONES,
     STATE,
     forget_old,
+    is_step,
     outdated,
     put_in_place,
     step_name,
@@ -203,7 +206,7 @@ def _listed(address: str) -> dict[str, dict[str, RemotePath]]:
     found: dict[str, dict[str, RemotePath]] = {}
     for path in folder.files():
         step, *names = path.relative_to(folder).parts
-        if step.startswith("step-") and len(names) == 1:
+        if is_step(step) and len(names) == 1:
             found.setdefault(step, {})[names[0]] = path
     return found
 
@@ -218,7 +221,7 @@ def _prune(address: str, newest: str, keep: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def stored_config(address: str) -> dict[str, Any] | None:
+def stored_config(address: str) -> RunConfig | None:
     """The settings of the run whose copies are at an address; None where there is no run.
 
     Raises:
@@ -229,12 +232,11 @@ def stored_config(address: str) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(data)
-    except ValueError:
+        return from_json(data, RunConfig)
+    except JsonError as error:
         raise TrainError(
-            f"mirror: {address}/{CONFIG} is not a run's; choose another address"
+            f"mirror: {address}/{CONFIG} is not a run's ({error}); choose another address"
         ) from None
-    return found
 
 
 def store_config(run: Path, address: str) -> None:
@@ -288,7 +290,10 @@ def _fetch_data(run: Path, address: str) -> None:
         return
     shutil.rmtree(temporary, ignore_errors=True)
     for path in source.files():
-        target = temporary / path.relative_to(source)
+        name = str(path.relative_to(source))
+        if not is_file_path(name):  # a store's keys are any text
+            raise TrainError(f"mirror: {excerpt(str(path))} leads out of the run; remove it there")
+        target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(path, target)
     if temporary.exists():
@@ -303,14 +308,14 @@ def _fetch(source: RemotePath, path: Path) -> bool:
         temporary.mkdir(parents=True)
         state = source / STATE
         _download(state, temporary / STATE)
-        facts = json.loads((temporary / STATE).read_text(encoding="utf-8"))["files"]
+        facts = read_state(temporary)["files"]
         for name in FILES:
             _download(source / name, temporary / name)
             if sha256_file(temporary / name) != facts[name]["sha256"]:
                 return False
         put_in_place(temporary, path)
         return True
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, JsonError, KeyError):
         return False
     except OSError as error:
         remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,11 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
     resources = {"CPU": 1, RESOURCE[device]: 1}
     trainer = Trainer(
         _worker,
-        train_loop_config={"config": config, "device": device},
+        train_loop_config={
+            "config": config,
+            "device": device,
+            "working_folder": str(Path.cwd()),
+        },
         torch_config=TorchConfig(backend=BACKEND[device]),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(config.min_workers, config.workers)
@@ -99,6 +104,17 @@ def _is_bug(error: Exception) -> bool:
     return not raised or all(raised)
 
 
+def leave_working_folder(folder: str) -> None:
+    """Take the folder that the user's command stood in off a worker's import path.
+
+    Ray puts it there. Names `package.module:name` are not looked up in it (`load_builder`), unless
+    PYTHONPATH names it.
+    """
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in {str(Path(path).absolute()) for path in named if path} and folder in sys.path:
+        sys.path.remove(folder)
+
+
 def _worker(settings: dict[str, Any]) -> None:
     """One Ray Train worker: its process group is there already.
 
@@ -107,6 +123,7 @@ def _worker(settings: dict[str, Any]) -> None:
     """
     import ray.train
 
+    leave_working_folder(settings["working_folder"])
     config: RunConfig = settings["config"]
     mistake = Path(config.output) / MISTAKE
     if mistake.exists():

@@ -101,10 +101,10 @@ def _sizes(values: pa.Array, per_value: int) -> NDArray[np.int64]:
             starts = (np.arange(len(values) + 1) + values.offset) * kind.list_size
         else:
             starts = values.offsets.to_numpy(zero_copy_only=False)
-        return np.add(own, inner[starts[1:]] - inner[starts[:-1]], dtype=np.int64)
+        return np.asarray(own + inner[starts[1:]] - inner[starts[:-1]], np.int64)
     if pa.types.is_struct(kind):
-        fields = [_sizes(values.field(n), per_value) for n in range(kind.num_fields)]
-        return np.sum([own, *fields], axis=0, dtype=np.int64)
+        fields = (_sizes(values.field(n), per_value) for n in range(kind.num_fields))
+        return sum(fields, start=own)
     if _is_text(kind):
         lengths = pc.call_function("binary_length", [values])
         return own + _of_valid(values, _filled(lengths) + 1)

@@ -10,8 +10,10 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,15 +22,12 @@ from lapilli.model.errors import ModelError
 from lapilli.model.pretrained import require_missing
 
 __all__ = [
-    "PROJECTOR",
-    "check_weights",
-    "read_safetensors",
-    "read_tensors",
-    "save_tensors",
-    "share_as_usual",
-]
+    "INDICES", "PROJECTOR", "check_weights", "index_names", "open_safetensors", "read_object",
+    "read_safetensors", "read_tensors", "save_tensors", "share_as_usual",
+]  # fmt: skip
 
 PROJECTOR = "mm_projector.bin"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -58,7 +57,7 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for index in INDICES:
         if (path / index).is_file():
             yield from _indexed(path / index)
             return
@@ -73,15 +72,27 @@ def _files(path: Path) -> Iterator[Path]:
     yield from found
 
 
+def index_names(index: Path) -> list[str]:
+    """The files beside an index of weights that it names.
+
+    Raises:
+        ModelError: No index, or a path that leads elsewhere.
+    """
+    named: object = read_object(index).get("weight_map")
+    names = {*cast("dict[str, object]", named).values()} if isinstance(named, dict) else {None}
+    if not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{index}: no index of weights; expected weight_map")
+    files = sorted(cast("set[str]", names))
+    if outside := [n for n in files if "/" in n or "\\" in n or n in ("", ".", "..")]:
+        raise ModelError(
+            f"{index}: names {outside[0][:100]!r}; expected names of files beside it, without '/'"
+        )
+    return files
+
+
 def _indexed(index: Path) -> list[Path]:
     """The files an index names, all of which must be there."""
-    try:
-        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = [index.parent / name for name in sorted({*named.values()})]
-    except OSError as error:
-        raise ModelError(f"{index}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(f"{index}: no index of weights; expected weight_map") from None
+    found = [index.parent / name for name in index_names(index)]
     missing = [file.name for file in found if not file.is_file()]
     if missing:
         raise ModelError(
@@ -91,9 +102,24 @@ def _indexed(index: Path) -> list[Path]:
     return found
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a file, fields of any type.
 
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
+    try:
+        found: object = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: no JSON ({_first_line(error)[:100]})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return read_safetensors(file)
@@ -101,7 +127,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except OSError as error:
         why = error.strerror or _first_line(error)
         raise ModelError(f"{file}: cannot be read ({why})") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except ModelError:
+        raise
+    except (RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read ({_first_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle raises
         raise ModelError(
@@ -118,11 +146,40 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
     Raises:
         OSError: It is not there or cannot be read: safetensors calls both missing.
+        ModelError: It is no whole file of tensors.
     """
     from safetensors.torch import load_file
 
     file.open("rb").close()
-    return load_file(file)
+    with _one_file(file):
+        return load_file(file)
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Generator[Any]:
+    """A file whose tensors are read one at a time, as `safetensors.safe_open` has it.
+
+    Raises:
+        OSError, ModelError: As `read_safetensors`.
+    """
+    from safetensors import safe_open
+
+    file.open("rb").close()
+    with _one_file(file):
+        opened: Any = safe_open(file, framework="pt")
+    with opened as found:
+        yield found
+
+
+@contextmanager
+def _one_file(file: Path) -> Generator[None]:
+    """Whatever a header makes of safetensors and torch becomes one line."""
+    try:
+        yield
+    except (OSError, MemoryError, ModelError):
+        raise
+    except Exception as error:  # SafetensorError, and torch's own for types it does not have
+        raise ModelError(f"{file}: cannot be read ({_first_line(error)})") from None
 
 
 def save_tensors(

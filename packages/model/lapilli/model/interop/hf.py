@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import read_object
 from lapilli.model.interop.hf_files import base_end_ids, config_text, generation_text
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.language import logit_scale, logit_softcap
@@ -211,10 +212,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What `write_hf` kept beside transformers' files; empty for a folder of others."""
     path = folder / FACTS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        path.open("rb").close()
     except OSError as error:
         require_missing(path, error)
         return {}
+    return read_object(path)
 
 
 def read_hf(folder: Path | str) -> VisionLanguageModel:
@@ -252,7 +254,7 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
         raise ModelError(
             f"{folder}: projector {config.projector_hidden_act}; expected gelu, biased"
         )
-    rows = int(read_facts(Path(folder)).get("vocab_size", config.text_config.vocab_size))
+    rows = _rows(Path(folder), int(config.text_config.vocab_size))
     model = build_model(_our_config(config, tower, rows, _read_normalisation(Path(folder))))
     # a config may hold keys of other programs; they are kept, and a later export has them again
     for ours, theirs in (
@@ -263,6 +265,16 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
             setattr(ours, name, value)
     _load(model, twin, rows)
     return model.eval()
+
+
+def _rows(folder: Path, most: int) -> int:
+    """Rows of the vocabulary that are a text's; the image token's and padding come behind."""
+    found = read_facts(folder).get("vocab_size", most)
+    if type(found) is not int or not 1 <= found <= most:
+        raise ModelError(
+            f"{folder / FACTS}: vocab_size {found!r:.40}; expected 1 to the model's {most}"
+        )
+    return found
 
 
 def _our_config(config: Any, tower: str, rows: int, normalisation: dict[str, Any]) -> ModelConfig:

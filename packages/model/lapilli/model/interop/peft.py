@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lapilli.model.added_rows import added_rows, source_rows, table_names
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_tensors, save_tensors
+from lapilli.model.interop.files import read_object, read_tensors, save_tensors
 from lapilli.model.interop.weights import adapted_layers, low_rank, plain_weights
 from lapilli.model.trainable import base_name, is_adapter
 
@@ -117,22 +117,33 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ModelError: Not there, damaged, or without what an adapter of LoRA needs.
     """
     try:
-        found: object = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = read_object(folder / SETTINGS)
+    except ModelError as error:
         raise ModelError(
             f"{folder}: no adapter can be read ({error}); expected {SETTINGS} and {WEIGHTS}"
         ) from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{folder / SETTINGS}: damaged; expected a JSON object")
-    settings = cast("dict[str, Any]", found)
-    if settings.get("peft_type") == "LORA" and not _is_number(settings.get("lora_alpha")):
-        alpha = settings.get("lora_alpha")
-        raise ModelError(f"{folder / SETTINGS}: lora_alpha {alpha!r}; expected a number")
+    if settings.get("peft_type") == "LORA":
+        _check_settings(folder, settings)
     return settings
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """The numbers that `Adapter.scale` takes are numbers."""
+    patterns: object = settings.get("alpha_pattern") or {}
+    given = [settings.get("lora_alpha")]
+    if isinstance(patterns, dict):
+        given += cast("dict[str, object]", patterns).values()
+    if not isinstance(patterns, dict) or not all(type(one) in (int, float) for one in given):
+        raise ModelError(
+            f"{folder / SETTINGS}: lora_alpha {given[0]!r:.40} or an alpha_pattern is no number"
+        )
+    for pattern in cast("dict[str, object]", patterns):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            raise ModelError(
+                f"{folder / SETTINGS}: alpha_pattern {pattern[:60]!r} is no regular expression"
+            ) from None
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
