@@ -88,7 +88,10 @@ def _manifest(
         format=FORMAT,
         fingerprint=selection.sha256,
         plan={},
-        tokenizer={"name": "made up", "vocab_size": 32_000, "fingerprint": "0" * 64},
+        tokenizer={
+            "name": "made up", "vocab_size": 32_000, "fingerprint": "0" * 64,
+            "bos_id": 1, "eos_id": 2, "pad_id": None,
+        },
         template="v1",
         image_token=-200,
         counts={"read": records, "kept": records, "quarantined": 0, "reasons": {},

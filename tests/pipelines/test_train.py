@@ -145,7 +145,7 @@ def test_a_tokenizer_that_is_not_the_language_models_own_is_named(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--run=nowhere"], "nowhere: no run (no config.json)"),
+        (["--run=nowhere"], "nowhere: no such folder; expected a run"),
         (["--batch_of=3"], "batch_of"),
         (["--output=no/such/folder/answers.jsonl"], "is in no folder"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lapilli.train.device import prepare_process
 from lapilli.train.frozen import FORM
 from lapilli.train.launch import preflight
 from lapilli.train.optim import build_optimizer
+from lapilli.train.run_files import plain_settings
 from lapilli.train.step import to_device, train_step
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_zero import Probe
@@ -103,7 +104,7 @@ def worker(rank: int, place: str) -> None:
         found["first"], engine = run(model, config, rank, range(2))
         state = {
             "frozen": {"form": FORM, "weights": built.frozen},
-            "config": {"start_from": "", "model": asdict(config.model)},
+            "config": plain_settings(config),
         }
         saved = folder / f"{case}-run"
         checkpoint.save(engine, saved, 2, state, keep=1, is_writer=rank == 0)

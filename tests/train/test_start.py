@@ -116,7 +116,10 @@ def with_other_width(config: RunConfig) -> RunConfig:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: replace(c, start_from="nowhere"), "nowhere has no whole checkpoint"),
+        (
+            lambda c: replace(c, start_from="nowhere"),
+            "nowhere is no folder or file on this machine",
+        ),
         (with_other_width, r"of shape \(24,\), this model \(32,\)"),
         (with_other_seed, "beside other frozen weights"),
     ],
