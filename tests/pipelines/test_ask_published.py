@@ -21,6 +21,7 @@ import pipelines.generate
 from lapilli.data.errors import DataError
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.hf import FACTS
 from lapilli.model.language import build_language
 from lapilli.train.ask import Question, open_assistant
 from lapilli.train.errors import TrainError
@@ -355,3 +356,19 @@ def test_what_an_export_needs_covers_what_it_writes(
         assert pipelines.export.main([str(run), f"--to={to}", f"--output={output}", *flags]) == 0
         written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         assert 0.5 * asked[-1] < written <= asked[-1]
+
+
+@pytest.mark.parametrize("name", ["template", "view", "tokenizer", "trained"])
+@pytest.mark.parametrize("value", [None, [], 3, "text", {"name": 1}])
+def test_facts_of_an_export_have_types(
+    exports: dict[str, Path], tmp_path: Path, name: str, value: object
+) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(exports["hf"], folder)
+    path = folder / FACTS
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    if name == "trained" and isinstance(value, dict):
+        assert open_assistant(folder).name == "made"
+    else:
+        with pytest.raises(TrainError, match="damaged"):
+            open_assistant(folder)

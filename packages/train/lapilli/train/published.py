@@ -11,24 +11,26 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import yaml
 
 from lapilli.data.errors import DataError
 from lapilli.data.exported import TRIALS, messages_of, prompt_ids
 from lapilli.data.images import ImageSpec
-from lapilli.data.manifest import template_fingerprint
+from lapilli.data.manifest import TokenizerFields, template_fingerprint
 from lapilli.data.record import Turn
 from lapilli.data.templates import TEMPLATES, TOKENIZERS_OWN, Template, get_template
 from lapilli.data.tokenize import tokenizer_facts
 from lapilli.data.tokenizer_copy import check_copy, kept_files
+from lapilli.data.typed_json import JsonError, as_type
 from lapilli.data.vocabulary import has_vocabulary, load_tokenizer
 from lapilli.model.interop.foreign import base_folder, kind_of, read_foreign
-from lapilli.model.interop.hf import read_facts
+from lapilli.model.interop.hf import FACTS, read_facts
 from lapilli.model.interop.llava_config import CONFIG, is_llava_config, read_config
 from lapilli.model.interop.peft import SETTINGS, read_settings
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.errors import TrainError
 
 __all__ = ["Published", "is_published", "published_facts", "read_published", "read_view"]
 
@@ -89,12 +91,11 @@ def read_published(path: Path, *, template: str = "", view: str = "") -> Publish
         for name, value in (("template", template), ("view", view)):
             if value:
                 raise DataError(f"{name}: {path} says how it was trained; leave --{name} out")
-        tokenizer = _tokenizer(path, facts.get("tokenizer"))  # of before, it does not say
-        own = Template(**facts["template"]), ImageSpec.of(facts["view"])
-        trained = facts.get("trained")
+        own = _read_export(path, facts)
+        tokenizer = _tokenizer(path, own.get("tokenizer"))  # of before, it does not say
         return Published(
-            read_foreign(path), tokenizer, *own, is_own=True,
-            trained=cast("dict[str, Any]", trained) if isinstance(trained, dict) else {},
+            read_foreign(path), tokenizer, own["template"], own["view"], is_own=True,
+            trained=own.get("trained", {}),
         )  # fmt: skip
     folders = _folders(path)
     tokenizer = _tokenizer(_first_with_tokenizer(folders))
@@ -102,6 +103,23 @@ def read_published(path: Path, *, template: str = "", view: str = "") -> Publish
     read_view(view)  # before weights are read
     model = read_foreign(path)
     return Published(model, tokenizer, chosen, _view(folders, model, view), is_own=False)
+
+
+class _Export(TypedDict):
+    """What `pipelines.export` keeps beside the files of others."""
+
+    template: Template
+    view: ImageSpec
+    tokenizer: NotRequired[TokenizerFields]
+    trained: NotRequired[dict[str, Any]]
+
+
+def _read_export(path: Path, facts: Mapping[str, Any]) -> _Export:
+    known = {name: facts[name] for name in _Export.__annotations__ if name in facts}
+    try:
+        return as_type(known, _Export)
+    except JsonError as error:
+        raise TrainError(f"{path / FACTS}: damaged ({error}); export the run again") from None
 
 
 def published_facts(found: Published) -> dict[str, Any]:
