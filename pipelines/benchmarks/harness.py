@@ -11,11 +11,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +32,6 @@ __all__ = [
     "add_row",
     "by_turns",
     "clock",
-    "peak_memory",
     "pin_to_one_core",
     "provenance",
     "table",
@@ -165,16 +162,6 @@ def pin_to_one_core() -> int:
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     return core
-
-
-def peak_memory() -> int:
-    """Most bytes of memory this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure begins with what the process had that started this one
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _processor() -> str:

@@ -14,8 +14,9 @@ from multiprocessing import get_context
 
 import torch
 
+from lapilli.data.memory import peak_resident
 from lapilli.model.loss import trained_loss
-from pipelines.benchmarks.harness import add_row, clock, peak_memory, provenance
+from pipelines.benchmarks.harness import add_row, clock, provenance
 from pipelines.command import parse, say
 
 __all__ = ["LossConfig", "main"]
@@ -84,6 +85,6 @@ def measure(config: LossConfig, way: str) -> tuple[float, int]:
             loss = trained_loss(hidden, positions, targets, head, chunk=config.chunk)
         loss.backward()
 
-    before = peak_memory()
+    before = peak_resident()
     elapsed, _ = clock(work)
-    return elapsed.cpu, peak_memory() - before
+    return elapsed.cpu, peak_resident() - before

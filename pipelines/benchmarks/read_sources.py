@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
+from lapilli.data.memory import peak_resident
 from lapilli.data.sources.json_stream import read_json
 from pipelines.command import parse, run, say
 
@@ -100,7 +100,7 @@ def measure(what: Callable[[Path], int], path: Path) -> tuple[int, float, float]
     """Records, seconds of processor time and peak gigabytes, in this process."""
     before = time.process_time()
     records = what(path)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = peak_resident() / 1e9
     return records, time.process_time() - before, peak
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lapilli.data.backend import backend_for
+from lapilli.data.memory import peak_resident
 from lapilli.data.plan import TokenTask, writer_version
 from lapilli.data.record import Record, pack
 from lapilli.data.render import TextSegment, render
@@ -31,7 +32,6 @@ from pipelines.benchmarks.harness import (
     Elapsed,
     add_row,
     clock,
-    peak_memory,
     pin_to_one_core,
     provenance,
 )
@@ -99,7 +99,7 @@ def measure(config: TokensConfig) -> dict[str, Any]:
             for side in sides if shards % 2 else reversed(sides):
                 side()
             shards += 1
-            first_peak = first_peak or peak_memory()
+            first_peak = first_peak or peak_resident()
     return {
         "tokenizer": Path(config.tokenizer).name,
         "template": config.template,
@@ -110,7 +110,7 @@ def measure(config: TokensConfig) -> dict[str, Any]:
         "bare_per_cpu_second": bare.rate(),
         "ratio": round(ours.rate() / bare.rate(), 3),
         "ratio_by_wall_clock": round(bare.wall / ours.wall * ours.tokens / bare.tokens, 3),
-        "peak_mb": peak_memory() // 10**6,
+        "peak_mb": peak_resident() // 10**6,
         "peak_first_shard_mb": first_peak // 10**6,
     }
 

@@ -344,19 +344,20 @@ def test_troublesome_files_give_llavas_pixels_or_their_reason(fixtures_dir: Path
 
 
 MEASURE = """
-import resource, sys, warnings
+import sys, warnings
 from pathlib import Path
 from lapilli.data.images import BadImage, ImageSpec, Note, decode, prepare, square
+from lapilli.data.memory import peak_resident
 warnings.simplefilter("ignore")
 spec = ImageSpec(48, (0, 0, 0), max_pixels=40_000_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident()
 for path in sorted(Path(sys.argv[1]).rglob("*")):
     if path.is_file():
         try:
             decode(path.read_bytes(), spec)
         except BadImage:
             pass
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print((peak_resident() - before) >> 20)
 """
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import resource
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 
 from lapilli.data.collate import BatchShape, collate
 from lapilli.data.dataset import Sample
+from lapilli.data.memory import peak_resident
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.generate import generate_greedy
 from lapilli.model.trainable import trainable_parameters
@@ -191,5 +191,5 @@ def test_a_step_with_images_gives_every_trained_part_a_gradient(real: Real) -> N
         assert bool(parameter.grad.isfinite().all()), name
     parts = dict(real.model.named_children())
     assert all(p.grad is None for p in parts["vision"].parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_resident() / 2**30
     print(f"peak memory of the process: {peak:.2f} GiB")

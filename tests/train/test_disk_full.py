@@ -19,9 +19,9 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, tiny_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = small_dataset(tmp_path, images=8, text_only=4)
-    config = small_run(
-        dataset, tiny_disk / "run", launcher="process", workers=1, max_steps=6, save_every=2,
-        epochs=6, keep=1,
+    config = small_run(  # long enough for the driver to see step 3 before the last is saved
+        dataset, tiny_disk / "run", launcher="process", workers=1, max_steps=80, save_every=2,
+        epochs=80, keep=1,
     )  # fmt: skip
     whole = launch(preflight(replace(config, output=str(tmp_path / "whole"))))
     fill = tiny_disk / "fill"

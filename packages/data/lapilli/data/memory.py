@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import resource
+import sys
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Room", "keep_freed"]
+__all__ = ["Room", "keep_freed", "peak_resident"]
 
 # mallopt's settings, from malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -48,3 +51,17 @@ def keep_freed() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def peak_resident() -> int:
+    """Most bytes of memory that this process has held.
+
+    Linux has it as VmHWM; getrusage's figure begins there with the peak of the process that started
+    this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import resource
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 
+from lapilli.data.memory import peak_resident
 from lapilli.train.errors import TrainError
 
 __all__ = [
@@ -158,4 +158,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: on a GPU or HPU torch's tensors there, else by this process."""
     if device.type != "cpu":
         return int(getattr(torch, device.type).max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return peak_resident()
