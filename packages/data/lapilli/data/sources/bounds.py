@@ -21,7 +21,6 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_VALUES = 1 << 22  # of a record: an empty list of 3 characters takes 72 bytes of memory
-MANY = 1 << 20  # characters; a shorter text cannot hold too many values
 TOO_DEEP = "lists and objects nested too deeply to be read"
 TOO_MANY = f"a record of more than {MOST_VALUES} values"
 SKIPPED = 1 << 20
@@ -72,7 +71,7 @@ def too_large(size: str, most: int) -> str:
 
 def holds_too_much(text: str | bytes) -> bool:
     """Whether a JSON text may have more than `MOST_VALUES` values."""
-    if len(text) < MANY:
+    if len(text) <= MOST_VALUES:  # each of them is a character at least
         return False
     marks = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
     return sum(text.count(mark) for mark in marks) > MOST_VALUES  # type: ignore[arg-type]
