@@ -2,9 +2,11 @@
 #   PYTHON  what makes the virtual environment
 #   VENV    where the virtual environment lies
 #   TORCH   cpu, cuda, or auto: the CPU build where the package index offers one
+#   JOBS    processes that share the files of tests
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= auto
+JOBS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
@@ -38,7 +40,7 @@ quickstart: install  ## the whole way on a CPU: data, shards, training, evaluati
 	$(BIN)/python -m pipelines.quickstart
 
 test: lint  ## lint, then all tests that need minutes at most and no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-faults: install  ## tests that kill processes, cut files or take long
 	$(BIN)/python -m pytest -m faults

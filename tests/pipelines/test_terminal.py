@@ -102,6 +102,7 @@ def test_control_characters_are_spelt_out(way: str) -> None:
 
 def test_a_handler_of_logging_that_was_made_before_is_safe_too() -> None:
     logger = logging.getLogger("lib")
+    logger.propagate = False  # pytest's own record of it could not be sent between processes
     with streams() as written:
         handler = logging.StreamHandler()  # as of a library that was imported before
         logger.addHandler(handler)
