@@ -155,7 +155,10 @@ def _empty_layer(layer: Any, dtype: torch.dtype) -> Any:
     """A layer in 4 bits of the same shape, on the meta device."""
     rows, columns = _rows_first(layer).shape
     with torch.device("meta"):
-        return _bitsandbytes().nn.Linear4bit(columns, rows, layer.bias is not None, dtype, **KIND)
+        packed = _bitsandbytes().nn.Linear4bit(columns, rows, layer.bias is not None, dtype, **KIND)
+    # In eval mode it would repack its weight and compute in bf16 on processors with AVX512-BF16.
+    packed.support_avx512bf16_for_cpu = False
+    return packed
 
 
 def _pack(weight: Tensor, **values: Any) -> Any:
