@@ -155,10 +155,11 @@ def _empty_layer(layer: Any, dtype: torch.dtype) -> Any:
     """A layer in 4 bits of the same shape, on the meta device."""
     rows, columns = _rows_first(layer).shape
     with torch.device("meta"):
-        packed = _bitsandbytes().nn.Linear4bit(columns, rows, layer.bias is not None, dtype, **KIND)
-    # In eval mode it would repack its weight and compute in bf16 on processors with AVX512-BF16.
-    packed.support_avx512bf16_for_cpu = False
-    return packed
+        made = _bitsandbytes().nn.Linear4bit(columns, rows, layer.bias is not None, dtype, **KIND)
+    # On processors with AVX512-BF16 it would repack its weight for a kernel of fewer bits when it
+    # is first asked: other numbers than training's, and not for every shape.
+    made.support_avx512bf16_for_cpu = False
+    return made
 
 
 def _pack(weight: Tensor, **values: Any) -> Any:
