@@ -39,6 +39,7 @@ from lapilli.data.templates import get_template
 from lapilli.data.tokenize import bind_template, load_tokenizer
 from lapilli.data.verify import verify_images
 from pipelines.command import parse, progress_bar, run, say, say_title
+from pipelines.views import filled_views
 
 __all__ = ["CheckConfig", "check", "main"]
 
@@ -86,6 +87,7 @@ def check(config: CheckConfig) -> Survey:
     if config.output:
         require_writable("output", Path(config.output).parent)
     config = config if config.sources else find_published(config)
+    config = replace(config, views=filled_views(config.views))
     started = time.monotonic()
     for source in config.sources:
         files = ", ".join(p if is_remote(p) else str(root / p) for p in source.patterns)

@@ -98,7 +98,7 @@ def to_hf(config: ExportConfig) -> None:
     dtype: torch.dtype = getattr(torch, config.dtype)
     needed = weight_bytes(asked.model, dtype.itemsize) + tokenizer_bytes(asked.tokenizer)
     with filled(Path(config.output), needed) as folder:
-        how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.fill)
+        how = Preprocessing(asked.spec.size, asked.spec.aspect, asked.spec.colour)
         notes = write_processor(asked.model, how, folder) + _notes_of_end(exported.end)
         exported.write(folder)
         facts = {

@@ -114,8 +114,8 @@ def _say_tower(output: Path, tower: str, asked: Assistant) -> None:
         say(f"{place}: the tower as trained; config.json names this place, mend it after a move")
     mean = asked.model.config.vision.mean
     grey = tuple(int(255 * value) for value in mean or ())
-    if asked.spec.aspect == "pad" and grey != tuple(asked.spec.fill):
-        say(f"LLaVA pads images with {grey}, the run with {tuple(asked.spec.fill)}")
+    if asked.spec.aspect == "pad" and grey != asked.spec.colour:
+        say(f"LLaVA pads images with {grey}, the run with {asked.spec.colour}")
 
 
 def _say_name(output: Path, asked: Assistant, *words: str) -> None:

@@ -10,6 +10,7 @@ settings that have changed and makes only what these touch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from lapilli.data.report import IMAGE_NOTES, BuildTime, write_dataset_report
 from lapilli.data.tally import describe_tally
 from pipelines.command import parse, progress_bar, run, say
 from pipelines.live import build_line
+from pipelines.views import filled_views
 
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan, build and tell what came of it."""
     if not is_address(config.output):
         require_writable("output", Path(config.output))
+    config = replace(config, views=filled_views(config.views))
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     with progress_bar() as bar:
         task = bar.add_task("records", total=None)

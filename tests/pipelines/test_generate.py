@@ -105,7 +105,7 @@ def test_stock_transformers_sees_what_training_saw(
 
 def processed(backend: Any, asked: Assistant, aspect: str, image: Path, folder: Path) -> Tensor:
     """What transformers' processor, written for an aspect, makes of an image file."""
-    how = Preprocessing(32, aspect, asked.spec.fill)
+    how = Preprocessing(32, aspect, asked.spec.colour)
     write_processor(asked.model, how, folder)
     with Image.open(image) as opened:
         made = backend.from_pretrained(folder)(opened.convert("RGB"), return_tensors="pt")

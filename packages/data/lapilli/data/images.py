@@ -55,7 +55,8 @@ class ImageSpec:
 
     Attributes:
         size: Side of the square, in pixels.
-        fill: RGB colour of the padding, 0 to 255. CLIP's mean is (122, 116, 104).
+        fill: RGB colour of the padding, 0 to 255; in a recipe `mean` too, that of `tower`, which
+            `preprocess` replaces by its numbers. CLIP's mean is (122, 116, 104).
         aspect: `pad` to a square (LLaVA's 665K stage), `crop` the centre after resizing the short
             side (its 558K stage), or `stretch`.
         mode: `exact` decodes every pixel; `fast` lets the JPEG decoder scale down first.
@@ -69,10 +70,12 @@ class ImageSpec:
             (`mean`).
         depth: `clip` values of more than 8 bits to 0 to 255 as LLaVA does, or `scale` them: 16
             bits from their whole range, other integers and floats from their lowest and highest.
+        tower: Whose mean `fill: mean` is: `clip`, `siglip`, `dinov2`, or a vision model's hub name
+            or folder.
     """
 
     size: int
-    fill: tuple[int, int, int]
+    fill: tuple[int, int, int] | Literal["mean"]
     aspect: Literal["pad", "crop", "stretch"] = "pad"
     mode: Literal["exact", "fast"] = "exact"
     resizer: Literal["auto", "pillow", "simd", "torch"] = "auto"
@@ -80,20 +83,45 @@ class ImageSpec:
     max_pixels: int = PILLOW_LIMIT
     alpha: Alpha = "ignore"
     depth: Depth = "clip"
+    tower: str = ""
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         if self.size < 1:
             raise DataError(f"size: {self.size}; expected a number of pixels, at least 1")
-        if len(self.fill) != 3 or not all(0 <= channel <= 255 for channel in self.fill):
-            raise DataError(f"fill: {self.fill}; expected three numbers from 0 to 255")
+        if self.fill == "mean":
+            if not self.tower:
+                raise DataError(
+                    "fill: mean without a tower; set tower beside it to clip, siglip, dinov2 or a "
+                    "vision model's hub name or folder, or fill to three numbers from 0 to 255"
+                )
+        elif self.tower:
+            raise DataError(f"tower: {self.tower!r} is for fill: mean alone; leave it out")
+        elif len(self.fill) != 3 or not all(0 <= channel <= 255 for channel in self.fill):
+            raise DataError(f"fill: {self.fill}; expected three numbers from 0 to 255, or mean")
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise DataError(f"max_pixels: {self.max_pixels}; expected 1 to {MOST_PIXELS}")
 
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """RGB of the padding.
+
+        Raises:
+            DataError: It is a tower's `mean` still.
+        """
+        if self.fill == "mean":
+            raise DataError(f"fill: mean of {self.tower}; expected its numbers, as preprocess sets")
+        return self.fill
+
     def facts(self) -> dict[str, Any]:
-        """The settings as a dataset keeps them: those of `LATER` only where they are set."""
+        """The settings as a dataset keeps them: those of `LATER` only where they are set.
+
+        Raises:
+            DataError: As `colour`.
+        """
         unset = {name for name, default in LATER.items() if getattr(self, name) == default}
-        return {name: value for name, value in asdict(self).items() if name not in unset}
+        found = asdict(self) | {"fill": self.colour}
+        return {name: value for name, value in found.items() if name not in unset}
 
     @staticmethod
     def of(facts: Mapping[str, Any]) -> ImageSpec:
@@ -110,12 +138,13 @@ class ImageSpec:
                 "lapilli that made it"
             )
         try:
-            return as_type({**facts, "fill": [*facts.get("fill", ())]}, ImageSpec)
+            fill = facts.get("fill", ())
+            return as_type({**facts, "fill": fill if fill == "mean" else [*fill]}, ImageSpec)
         except (JsonError, TypeError) as error:
             raise DataError(f"view: {error}") from None
 
 
-LATER = {"alpha": "ignore", "depth": "clip"}
+LATER = {"alpha": "ignore", "depth": "clip", "tower": ""}
 """Settings that came later, by their default: a view that leaves them is what it was before."""
 
 
@@ -225,7 +254,7 @@ def _decode_with_pillow(image: Image.Image, spec: ImageSpec) -> tuple[Image.Imag
         image.draft("RGB", _least_size(*image.size, spec))
     image.load()
     _check_size(*image.size, spec)  # an icon may hold more than its header says
-    return to_rgb(image, alpha=spec.alpha, depth=spec.depth, fill=spec.fill)
+    return to_rgb(image, alpha=spec.alpha, depth=spec.depth, fill=spec.colour)
 
 
 @contextmanager
@@ -344,10 +373,10 @@ def _square(image: NDArray[np.uint8], spec: ImageSpec, resizer: Resizer) -> NDAr
     side = max(width, height)
 
     def pad(band: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return _across(_centre(band, len(band), side, spec.fill), size, resizer)
+        return _across(_centre(band, len(band), side, spec.colour), size, resizer)
 
     across = _by_bands(image, side, spec, pad)
-    return _down(_centre(across, side, size, spec.fill), size, resizer)
+    return _down(_centre(across, side, size, spec.colour), size, resizer)
 
 
 def _by_bands(

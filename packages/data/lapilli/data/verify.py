@@ -78,7 +78,7 @@ def verify_images(
     # what decoding does not look at is left out
     distinct = list(
         {
-            replace(s, resizer="auto", fill=s.fill if s.alpha == "mean" else (0, 0, 0)): s
+            replace(s, resizer="auto", fill=s.colour if s.alpha == "mean" else (0, 0, 0)): s
             for s in specs
         }.values()
     )

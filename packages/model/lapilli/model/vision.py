@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES", "TOWERS", "Family", "Tower", "TowerShape", "TransformersTower", "build_tower",
-    "tower_shape", "with_normalisation",
+    "tower_mean", "tower_shape", "with_normalisation",
 ]  # fmt: skip
 
 
@@ -304,6 +304,33 @@ def with_normalisation(config: VisionConfig) -> VisionConfig:
     mean = config.mean or given.get("image_mean") or family.mean
     std = config.std or given.get("image_std") or family.std
     return replace(config, mean=_channels(mean), std=_channels(std))
+
+
+def tower_mean(name: str) -> tuple[float, float, float]:
+    """What a tower takes off its pixels in 0 to 1, per channel.
+
+    Args:
+        name: A family in `FAMILIES`, or the hub name or folder of a vision model.
+
+    Raises:
+        ModelError: There is no such model, or none whose mean is known.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name].mean
+    with one_line(
+        f"tower: {name!r} cannot be read; expected {', '.join(FAMILIES)}, or a vision model's hub "
+        "name or folder with its config.json"
+    ):
+        from transformers import AutoConfig
+
+        check_readable(name)
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        family = kind.removesuffix("_vision_model")
+        if family not in FAMILIES:
+            raise ValueError(f"it is a {kind}")
+    mean = with_normalisation(VisionConfig(family, name)).mean
+    assert mean is not None  # a family has one
+    return mean
 
 
 def _channels(values: Any) -> tuple[float, float, float]:

@@ -267,6 +267,12 @@ def _view(folders: list[Path], model: VisionLanguageModel, view: str) -> ImageSp
     aspect = _aspect(folders, model)
     if aspect:
         found["aspect"] = aspect
+    if given.get("fill") == "mean":
+        if mean is None:
+            raise DataError(
+                f"view: fill mean; the model's tower {model.config.vision.tower} has none"
+            )
+        given = {name: value for name, value in given.items() if name != "fill"}
     found |= given
     if found["size"] != model.vision.image_size:
         raise DataError(

@@ -1,0 +1,28 @@
+"""Views as a recipe gives them, with a tower's mean in its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lapilli.data.images import ImageSpec
+
+__all__ = ["filled_views"]
+
+
+def filled_views(views: Mapping[str, ImageSpec]) -> dict[str, ImageSpec]:
+    """The views with `fill: mean` replaced by the colour that LLaVA and transformers pad with.
+
+    Raises:
+        ModelError: A tower that cannot be read; names it.
+    """
+    return {name: _filled(spec) for name, spec in views.items()}
+
+
+def _filled(spec: ImageSpec) -> ImageSpec:
+    if spec.fill != "mean":
+        return spec
+    from lapilli.model.vision import tower_mean  # torch, which a build may do without
+
+    red, green, blue = (int(255 * value) for value in tower_mean(spec.tower))
+    return replace(spec, fill=(red, green, blue), tower="")
