@@ -52,6 +52,8 @@ class EvaluateConfig(TrustFlags):
             model knows without looking.
         output: File for the answers, one JSON object a line, written by one process at a time;
             empty for none.
+        template: How a published model's conversations were written down, by name or file; a
+            dataset of another template is then refused.
     """
 
     run: str
@@ -61,6 +63,7 @@ class EvaluateConfig(TrustFlags):
     device: DeviceChoice = "auto"
     shuffle_images: bool = False
     output: str = ""
+    template: str = ""
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
@@ -82,7 +85,9 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
 
 def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     device = torch_device(choose_device(config.device, visible_devices()))
-    trained = open_trained(Path(config.run), Path(config.dataset), device, config.trust)
+    trained = open_trained(
+        Path(config.run), Path(config.dataset), device, config.trust, template=config.template
+    )
     view = config.view or _only_view(Path(config.dataset))
     manifest = read_manifest(Path(config.dataset))
     split = chosen_split(manifest, config.split)

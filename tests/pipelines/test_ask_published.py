@@ -90,6 +90,31 @@ def test_an_export_is_evaluated_as_its_run(
     assert answers(exports[form]) == answers(run)
 
 
+def test_a_template_that_is_said_must_be_the_datasets(
+    runs: Runs, run: Path, exports: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    """By evaluate, of a folder that does not say; a file with the same frames is the same."""
+    folder, data = of_others(exports["llava"], tmp_path / "llava"), runs.dataset("clip")
+    (tmp_path / "own.yaml").write_text("base: v1")
+
+    def arguments(model: Path, template: str) -> list[str]:
+        return [f"--run={model}", f"--dataset={data}", "--device=cpu", f"--template={template}"]
+
+    told: list[str] = []
+    for template in ("", "v1", str(tmp_path / "own.yaml")):
+        assert pipelines.evaluate.main(arguments(folder, template)) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2]
+    line = one_line(pipelines.evaluate.main, arguments(folder, "mpt"), capsys)
+    assert f"template: {data} was made with v1, the training data with mpt" in line
+    line = one_line(pipelines.evaluate.main, arguments(folder, "none"), capsys)
+    assert "template 'none' is unknown: take one of" in line
+    for model in (run, exports["llava"]):
+        assert "leave --template out" in one_line(
+            pipelines.evaluate.main, arguments(model, "v1"), capsys
+        )
+
+
 def test_transformers_llava_says_template_and_view_itself(
     run: Path, exports: dict[str, Path], photo: Path, capsys: Capture, tmp_path: Path
 ) -> None:
@@ -268,9 +293,13 @@ def test_what_is_no_model_is_one_line_for_every_verb(
         (pipelines.generate.main, [*asks, "--question=a", *known]),
         (pipelines.evaluate.main, [f"--run={folder}", data, "--device=cpu"]),
         (pipelines.chat.main, [*asks, *known]),
+        (pipelines.export.main, [str(folder), "--to=hf", f"--output={tmp_path / 'out'}"]),
     ]
     for verb, arguments in verbs:
-        assert words in one_line(verb, arguments, capsys)
+        line = one_line(verb, arguments, capsys)
+        is_export = verb is pipelines.export.main  # which takes runs alone
+        assert words in line or (is_export and "expected a training run's folder" in line)
+    assert not (tmp_path / "out").exists()
     if make in (a_config_of_another_model, adapters_without_the_projector):
         return  # a start takes its weights alone, and those fit
     with pytest.raises((TrainError, ModelError)) as found:

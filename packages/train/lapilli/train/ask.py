@@ -18,12 +18,13 @@ from lapilli.data.access import exists, is_folder
 from lapilli.data.errors import DataError
 from lapilli.data.exported import prompt_ids
 from lapilli.data.images import BadImage, ImageSpec, prepare
-from lapilli.data.manifest import TOKENIZER, read_manifest
+from lapilli.data.manifest import TOKENIZER, read_manifest, template_fingerprint
 from lapilli.data.questions import Frames, find_frames
 from lapilli.data.record import ImagePart, Record, Turn
 from lapilli.data.render import mark_images
 from lapilli.data.sources.turns import IMAGE_MARKER, split_markers
 from lapilli.data.templates import TEMPLATES, Template
+from lapilli.data.tokenize import bind_template
 from lapilli.data.tokenizer_copy import open_copy
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
@@ -228,9 +229,7 @@ def open_assistant(
             found.model.to(device), found.tokenizer, found.template, found.spec,
             path.resolve().name,
         )  # fmt: skip
-    for flag, value in (("template", template), ("view", view)):
-        if value:
-            raise DataError(f"{flag}: {path} is a run, which has its own; leave --{flag} out")
+    _refuse_flags(path, template=template, view=view)
     trained = load_trained(path, device, trust)
     data = read_data(path, trained.data)
     name = f"{path.resolve().name}/step-{trained.step}"
@@ -238,28 +237,51 @@ def open_assistant(
 
 
 def open_trained(
-    path: Path, dataset: Path, device: str | torch.device = "cpu", trust: Trust = NOTHING
+    path: Path,
+    dataset: Path,
+    device: str | torch.device = "cpu",
+    trust: Trust = NOTHING,
+    *,
+    template: str = "",
 ) -> Trained:
     """A model with what is known of its data, to be compared with those of a dataset.
 
     A published folder says which tokenizer it has, which may be the dataset's with tokens added;
     template and view are then the dataset's, but for exports, which say them.
 
+    Args:
+        path: The model's folder.
+        dataset: The dataset's folder.
+        device: Where the model computes.
+        trust: What the command allows of what a run's own files ask for.
+        template: Name or file of the template that a published folder was trained with, where it
+            does not say; empty takes the dataset's.
+
     Raises:
         TrainError, DataError, ModelError: As `open_assistant`.
     """
     _check_folder(path)
     if not is_published(path):
+        _refuse_flags(path, template=template)
         trained = load_trained(path, device, trust)
         check_data(path, trained.data)
         return trained
     manifest = read_manifest(dataset)
-    found = read_published(path)
+    found = read_published(path, template=template)
     facts = published_facts(found)
+    if template and found.template is not None:
+        bound = bind_template(found.template, found.tokenizer)
+        facts |= {"template": template_fingerprint(bound), "template_name": bound.name}
     if extends(found.tokenizer, open_copy(dataset / TOKENIZER, manifest.tokenizer)):
         facts["tokenizer"] = manifest.tokenizer["fingerprint"]
         facts.pop("special_ids", None)  # the ids of the dataset have them already
     return Trained(found.model.to(device), facts)
+
+
+def _refuse_flags(path: Path, **given: str) -> None:
+    for flag, value in given.items():
+        if value:
+            raise DataError(f"{flag}: {path} is a run, which has its own; leave --{flag} out")
 
 
 def _check_folder(path: Path) -> None:
