@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lapilli.data.errors import DataError
-from lapilli.data.questions import find_frames
+from lapilli.data.exported import end_ids, trained_end
 from lapilli.data.tokenize import tokenizer_facts
 from lapilli.data.vocabulary import load_tokenizer
 from lapilli.model.added_rows import added_rows, source_rows
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.foreign import BASE_FOLDER, MODEL, QUANTIZED
 from lapilli.model.interop.hf import FACTS
+from lapilli.model.interop.hf_files import base_end_ids, generation_text
 from lapilli.model.interop.llava import (
     LEFT_OVER,
     LlavaForm,
@@ -65,7 +66,7 @@ def to_llava(config: ExportConfig) -> None:
         reader = put_tokenizer_for_llava(asked.tokenizer, folder)
         with told() as on_progress:
             write_llava(asked.model, folder, form, on_progress)
-        _write_json(folder / "generation_config.json", _generation(asked))
+        (folder / "generation_config.json").write_text(_generation(asked), encoding="utf-8")
         _write_json(folder / FACTS, _facts(asked))
         path = write_projector(asked.model, folder / "projector").relative_to(folder)
     say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
@@ -93,14 +94,12 @@ def _facts(asked: Assistant) -> dict[str, Any]:
     }
 
 
-def _generation(asked: Assistant) -> dict[str, Any]:
+def _generation(asked: Assistant) -> str:
     """Greedy answers that stop where training stopped, or where the base did."""
     config: Any = asked.model.language.config
-    end = find_frames(asked.template, asked.tokenizer).end_id
-    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [i for i in dict.fromkeys([end, asked.tokenizer.eos_token_id, *own]) if i is not None]
-    known = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-    return {**{k: v for k, v in known.items() if v is not None}, "eos_token_id": ends}
+    own = end_ids(trained_end(asked.template, asked.tokenizer), asked.tokenizer)
+    ends = [*dict.fromkeys([*own, *base_end_ids(asked.model)])]
+    return generation_text(ends, config.pad_token_id, config.bos_token_id)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

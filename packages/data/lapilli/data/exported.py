@@ -27,10 +27,12 @@ __all__ = [
     "TRIALS",
     "Exported",
     "TrainedEnd",
+    "end_ids",
     "export_obstacle",
     "export_text",
     "messages_of",
     "prompt_ids",
+    "trained_end",
 ]
 
 TRIALS: tuple[tuple[Turn, ...], ...] = (
@@ -147,7 +149,7 @@ def export_text(template: Template, tokenizer: Any) -> Exported:
     """
     backend = plain_backend(tokenizer)
     backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    end = _trained_end(template, tokenizer)
+    end = trained_end(template, tokenizer)
     source = chat_template(template, tokenizer)
     settings = _settings(tokenizer, backend)
     own_eos = settings.get("eos_token")
@@ -159,13 +161,26 @@ def export_text(template: Template, tokenizer: Any) -> Exported:
     settings["chat_template"] = source
     image_id = backend.token_to_id(IMAGE)
     assert image_id is not None
-    ends = dict.fromkeys(i for i in (end.token_id, role_id(tokenizer, "eos")) if i is not None)
-    return Exported(
-        backend, settings, source, image_id, end, tuple(ends), _spelt_out(template, tokenizer)
-    )
+    ends = end_ids(end, tokenizer)
+    return Exported(backend, settings, source, image_id, end, ends, _spelt_out(template, tokenizer))
 
 
-def _trained_end(template: Template, tokenizer: Any) -> TrainedEnd:
+def end_ids(end: TrainedEnd, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer in every form of an export: the trained end, and the tokenizer's eos."""
+    found = (end.token_id, role_id(tokenizer, "eos"))
+    return tuple(dict.fromkeys(number for number in found if number is not None))
+
+
+def trained_end(template: Template, tokenizer: Any) -> TrainedEnd:
+    """What answers of a template end with.
+
+    Args:
+        template: The template.
+        tokenizer: transformers' tokenizer that the records were made with.
+
+    Raises:
+        DataError: The template cannot be written with this tokenizer.
+    """
     frames = find_frames(template, tokenizer)
     backend = backend_for(tokenizer).first
     if frames.end_id is not None:
