@@ -293,9 +293,9 @@ def plan_build(
     config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
     loaded = load_tokenizer(config.tokenizer)
     template = bind_template(get_template(config.template), loaded)
-    _try_out(template, loaded, config.compat)
     if obstacle := export_obstacle(template, loaded):
         raise DataError(obstacle)
+    _try_out(template, loaded, config.compat)
     tokenizer = tokenizer_facts(loaded)
     views = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
     codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in views.items()}
