@@ -155,9 +155,9 @@ def test_two_groups_are_kept_and_each_is_read_once(
     groups: list[int] = []
     real = tables._read_group  # pyright: ignore[reportPrivateUsage]
 
-    def counted(open_file: Any, cell: Any) -> Any:
+    def counted(identity: Any, open_file: Any, cell: Any) -> Any:
         groups.append(cell.group)
-        return real(open_file, cell)
+        return real(identity, open_file, cell)
 
     monkeypatch.setattr(tables, "_read_group", counted)
     order = [0, 1, 3, 2, 4, 5, 6, 8, 7, 9, 10, 11]  # as readers of several threads ask

@@ -8,17 +8,19 @@ read as indices into it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lapilli.data.mounts.parquet_footer import Footer
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DAMAGED_VALUES", "Reopen", "holds_any", "longest_value", "row_sizes", "unpacked_size"]
+__all__ = ["DAMAGED_VALUES", "Reopen", "holds_any", "longest_value", "row_sizes"]
 
 Reopen: TypeAlias = Callable[[Sequence[str]], pq.ParquetFile]
 DICTIONARIES = frozenset({"PLAIN_DICTIONARY", "RLE_DICTIONARY"})
@@ -29,19 +31,12 @@ PER_VALUE = 8  # bytes that any value counts for
 DAMAGED_VALUES = (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException)
 
 
-def unpacked_size(file: pq.ParquetFile, group: int, leaves: Sequence[str]) -> int:
-    """Bytes of the pages of some leaves in a row group, as its footer has them."""
-    return sum(int(_chunk(file, group, leaf).total_uncompressed_size) for leaf in leaves)
-
-
-def longest_value(
-    file: pq.ParquetFile, reopen: Reopen, group: int, leaf: str
-) -> tuple[int, int, bool]:
+def longest_value(footer: Footer, reopen: Reopen, group: int, leaf: str) -> tuple[int, int, bool]:
     """What a leaf holds in a row group that many rows may share.
 
     Args:
-        file: The file.
-        reopen: Opens it once more, to read the leaves of these paths as indices.
+        footer: The file's.
+        reopen: Opens the file once more, to read the leaves of these paths as indices.
         group: The row group.
         leaf: Dotted path of the leaf.
 
@@ -49,13 +44,13 @@ def longest_value(
         Bytes of the longest value that rows share, 0 where each stands by itself; how many values
         there are; whether they can be read as indices into a dictionary.
     """
-    chunk = _chunk(file, group, leaf)
-    count = int(chunk.num_values)
+    chunk = footer.groups[group].chunks[leaf]
+    count = chunk.num_values
     if chunk.physical_type != "BYTE_ARRAY":
         return 0, count, False
     if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may go on from the one before it
-        return int(chunk.total_uncompressed_size), count, False
-    if not chunk.has_dictionary_page and DICTIONARIES.isdisjoint(chunk.encodings):
+        return chunk.uncompressed, count, False
+    if not chunk.has_dictionary and DICTIONARIES.isdisjoint(chunk.encodings):
         return 0, count, False
     # Where the first rows hold nothing the dictionary is not read yet.
     batches = reopen([leaf]).iter_batches(PROBED, row_groups=[group], columns=[leaf])
@@ -134,16 +129,3 @@ def _is_text(kind: pa.DataType) -> bool:
     checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
               pa.types.is_large_binary)  # fmt: skip
     return any(check(kind) for check in checks)
-
-
-def _chunk(file: pq.ParquetFile, group: int, leaf: str) -> Any:
-    """What the footer says of a leaf in a row group.
-
-    Raises:
-        pa.ArrowInvalid: Nothing.
-    """
-    facts = file.metadata.row_group(group)
-    number = next((n for n in range(len(file.schema)) if file.schema.column(n).path == leaf), -1)
-    if not 0 <= number < facts.num_columns:
-        raise pa.ArrowInvalid(f"row group {group} has no column {leaf!r}")
-    return facts.column(number)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from lapilli.data.images import BadImage
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.parquet_bounds import longest_value
+from lapilli.data.mounts.parquet_footer import Footer, read_footer
 from lapilli.data.mounts.places import LARGEST_FILE, Cell
 from lapilli.data.record import Reason, excerpt
 
@@ -27,6 +28,7 @@ __all__ = ["ImageColumn", "Rows", "Table", "image_columns", "read_cell", "read_t
 
 KEPT_GROUPS = 2
 MOST_SHARED = 1 << 32  # bytes of values that rows share; of more only indices are held
+PART = 1 << 20  # bytes
 BATCH = 64  # rows decoded at once: nested bytes of 2 GB have no one array
 Opened: TypeAlias = Callable[[], IO[bytes]]
 
@@ -130,16 +132,14 @@ def read_table(file: IO[bytes], name: str) -> Table:
     """
     try:
         parquet = pq.ParquetFile(file)
-        columns, metadata = image_columns(parquet), parquet.metadata
+        columns, footer = image_columns(parquet), read_footer(parquet)
         starts, sizes = [0], dict[tuple[str, int], int]()
-        places = {parquet.schema.column(n).path: n for n in range(len(parquet.schema))}
-        for group in range(metadata.num_row_groups):
-            facts = metadata.row_group(group)
-            starts.append(starts[-1] + facts.num_rows)
+        for number, group in enumerate(footer.groups):
+            starts.append(starts[-1] + group.num_rows)
             for column in columns.values():
-                chunk = facts.column(places[column.leaf])
-                mean = chunk.total_uncompressed_size // max(1, chunk.num_values)
-                sizes[column.name, group] = max(1, mean)
+                chunk = group.chunks[column.leaf]
+                mean = chunk.uncompressed // max(1, chunk.num_values)
+                sizes[column.name, number] = max(1, mean)
     except (
         pa.ArrowException,
         OSError,
@@ -155,6 +155,7 @@ def read_table(file: IO[bytes], name: str) -> Table:
 
 
 _groups: OrderedDict[tuple[object, ...], pa.ChunkedArray] = OrderedDict()
+_footers: OrderedDict[tuple[object, ...], Footer] = OrderedDict()
 _lock = threading.Lock()  # readers of a task are threads; a group is read by one of them
 
 
@@ -179,10 +180,12 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
             while len(_groups) >= KEPT_GROUPS:
                 _groups.popitem(last=False)
             try:
-                _groups[key] = _read_group(open_file, cell)
-            except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and not _has_bytes(open_file, cell):
-                    raise
+                _groups[key] = _read_group(identity, open_file, cell)
+            except (pa.ArrowException, OSError, MemoryError) as error:
+                if isinstance(error, OSError):
+                    if identity not in _footers:
+                        raise
+                    _read_bytes(open_file, _footers[identity], cell)
                 why = excerpt(" ".join(str(error).split()))
                 detail = f"{shown}: damaged in its file ({why})"
                 raise BadImage(Reason.IMAGE_UNDECODABLE, detail) from None
@@ -201,32 +204,44 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
     return data
 
 
-def _has_bytes(open_file: Opened, cell: Cell) -> bool:
-    """Whether a row group can be read though not understood: Arrow raises OSError for both."""
+def _read_bytes(open_file: Opened, footer: Footer, cell: Cell) -> None:
+    """Read the bytes of a column that is not understood: Arrow raises OSError for both.
+
+    Raises:
+        OSError: They cannot be read.
+    """
+    chunks = footer.groups[cell.group].chunks
+    chunk = next(chunk for leaf, chunk in chunks.items() if leaf.partition(".")[0] == cell.column)
     with open_file() as file:
-        metadata = pq.ParquetFile(file).metadata.row_group(cell.group)
-        chunk = next(
-            metadata.column(number)
-            for number in range(metadata.num_columns)
-            if metadata.column(number).path_in_schema.partition(".")[0] == cell.column
-        )
-        file.seek(chunk.data_page_offset)
-        return len(file.read(chunk.total_compressed_size)) == chunk.total_compressed_size
+        file.seek(chunk.start)
+        left = chunk.compressed
+        while left and (part := file.read(min(left, PART))):
+            left -= len(part)
 
 
-def _read_group(open_file: Opened, cell: Cell) -> pa.ChunkedArray:
+def _read_group(identity: tuple[object, ...], open_file: Opened, cell: Cell) -> pa.ChunkedArray:
     with open_file() as file:
         parquet = pq.ParquetFile(file, pre_buffer=True)
+        footer = _footer(identity, parquet)
         leaf = image_columns(parquet)[cell.column].leaf
 
         def indexed(leaves: Sequence[str]) -> pq.ParquetFile:
             return pq.ParquetFile(file, metadata=parquet.metadata, read_dictionary=[*leaves])
 
-        longest, values, has_indices = longest_value(parquet, indexed, cell.group, leaf)
+        longest, values, has_indices = longest_value(footer, indexed, cell.group, leaf)
         rows = BATCH
         if has_indices and longest * values > MOST_SHARED:
-            parquet, rows = indexed([leaf]), max(1, parquet.metadata.row_group(cell.group).num_rows)
+            parquet, rows = indexed([leaf]), max(1, footer.groups[cell.group].num_rows)
         batches = parquet.iter_batches(
             rows, row_groups=[cell.group], columns=[leaf], use_threads=False
         )
         return pa.chunked_array([batch.column(0) for batch in batches])
+
+
+def _footer(identity: tuple[object, ...], file: pq.ParquetFile) -> Footer:
+    """A file's footer, kept for its next row group."""
+    if identity not in _footers:
+        while len(_footers) >= KEPT_GROUPS:
+            _footers.popitem(last=False)
+        _footers[identity] = read_footer(file)
+    return _footers[identity]

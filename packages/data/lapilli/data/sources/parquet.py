@@ -9,7 +9,8 @@ binary column), or a list of these. Bytes are not read here: an embedded image i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -21,6 +22,7 @@ from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.mounts.parquet_bounds import holds_any
+from lapilli.data.mounts.parquet_footer import read_footer
 from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
@@ -35,6 +37,7 @@ __all__ = ["read"]
 
 ROWS = 1024  # decoded at once; a row group may hold a million
 WITH_BYTES = 16  # the same where bytes are decoded to see which rows have any
+NO_ROW = object()  # of a column that has ended
 Mark: TypeAlias = bool | None  # of an image: its bytes are there, or null; None for none at all
 
 
@@ -83,7 +86,7 @@ class _File:
 
     def __init__(self, file: pq.ParquetFile, place: str, shard: str | None, bounds: Bounds) -> None:
         self._file, self._place, self._shard = file, place, shard
-        self._reader = RowReader(place, bounds)
+        self._reader, self._footer = RowReader(place, bounds), read_footer(file)
         self._leaves = {
             file.schema.column(number).path: number for number in range(len(file.schema))
         }
@@ -134,31 +137,33 @@ class _File:
 
     def _filled(self, leaf: str) -> bool:
         """Whether some value of a leaf may not be null."""
-        groups = range(self._file.metadata.num_row_groups)
-        return any(self._not_null(group, leaf) != 0 for group in groups)
+        return any(group.chunks[leaf].not_null != 0 for group in self._footer.groups)
 
     def _not_null(self, group: int, leaf: str) -> int | None:
         """How many values of a leaf are not null, if the file says so."""
-        chunk = self._file.metadata.row_group(group).column(self._leaves[leaf])
-        facts = chunk.statistics
-        if facts is None or not facts.has_null_count:
-            return None
-        return chunk.num_values - facts.null_count
+        return self._footer.groups[group].chunks[leaf].not_null
 
     def rows(self) -> Iterator[dict[str, Any] | Unreadable]:
-        """Every row, in order; see `RowReader`."""
-        number = 0
-        for group in range(self._file.metadata.num_row_groups):
-            marks = {name: self._marks(group, column) for name, column in self._embedded.items()}
+        """Every row, in order; see `RowReader`.
+
+        Raises:
+            pa.ArrowInvalid: Columns of a row group have other numbers of rows than it is said to.
+        """
+        first = 0
+        for group, facts in enumerate(self._footer.groups):
+            columns = {name: self._marks(group, column) for name, column in self._embedded.items()}
             others = {leaf: self._with_bytes(group, leaf) for leaf in self._others}
-            for row in self._texts(group):
-                shapes = {name: next(mark) for name, mark in marks.items()}
-                filled = [leaf for leaf, found in others.items() if next(found)]
+            numbers = range(first, first + facts.num_rows)
+            values = (self._texts(group), *columns.values(), *others.values())
+            for number, row, *found in _together(numbers, *values):
+                shapes = dict(zip(columns, found, strict=False))
+                has_bytes = zip(others, found[len(columns) :], strict=True)
+                filled = [leaf for leaf, has in has_bytes if has]
                 if isinstance(row, Unreadable):
                     yield row
                 else:
                     yield _parsed(self._with_keys(row, shapes, filled, number))
-                number += 1
+            first += facts.num_rows
 
     def _with_keys(
         self,
@@ -179,7 +184,7 @@ class _File:
     def _texts(self, group: int) -> Iterator[dict[str, Any] | Unreadable]:
         """The rows of a group without their bytes."""
         if not self._chosen:
-            yield from ({} for _ in range(self._file.metadata.row_group(group).num_rows))
+            yield from ({} for _ in range(self._footer.groups[group].num_rows))
             return
         for batch in self._batches(group, self._chosen, ROWS):
             yield from self._reader.rows(batch)
@@ -188,19 +193,19 @@ class _File:
         def reopen(indexed: Sequence[str]) -> pq.ParquetFile:
             return _open(self._place, read_dictionary=[*indexed])
 
-        yield from bounded_batches(self._file, reopen, group, leaves, rows)
+        yield from bounded_batches(self._file, self._footer, reopen, group, leaves, rows)
 
     def _with_bytes(self, group: int, leaf: str) -> Iterator[bool]:
         """Of each row whether a leaf that is no image's has bytes, for the count of its fields."""
         if self._not_null(group, leaf) == 0:
-            yield from (False for _ in range(self._file.metadata.row_group(group).num_rows))
+            yield from (False for _ in range(self._footer.groups[group].num_rows))
             return
         for batch in self._batches(group, [leaf], WITH_BYTES):
             yield from holds_any(batch.column(0)).tolist()
 
     def _marks(self, group: int, column: ImageColumn) -> Iterator[Mark | list[Mark]]:
         """Of each row which images have bytes, told by the counts in the footer where they do."""
-        rows = self._file.metadata.row_group(group).num_rows
+        rows = self._footer.groups[group].num_rows
         known = self._not_null(group, column.leaf)
         if column.path:
             structs = sum(map(_there, self._shapes(group, column, column.path, ROWS)))
@@ -232,6 +237,10 @@ class _File:
             return None
         if isinstance(mark, list):
             names: Sequence[Any] = given if isinstance(given, list) else [None] * len(mark)
+            if len(names) != len(mark):
+                raise pa.ArrowInvalid(
+                    f"column {column.name}: {len(names)} paths, {len(mark)} bytes"
+                )
             return [
                 self._one(column, name, inner, f"{number}/{index}")
                 for index, (name, inner) in enumerate(zip(names, mark, strict=True))
@@ -250,6 +259,14 @@ class _File:
                 "`images`; set `images` to a folder or an address above it"
             )
         return f"{self._shard}/{column.name}/{place}"
+
+
+def _together(*columns: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """The rows of several columns, which must be as many."""
+    for row in zip_longest(*columns, fillvalue=NO_ROW):
+        if any(value is NO_ROW for value in row):
+            raise pa.ArrowInvalid("its columns have different numbers of rows")
+        yield row
 
 
 def _null_marks(values: pa.Array, is_struct: bool) -> list[Mark]:

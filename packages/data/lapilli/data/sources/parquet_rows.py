@@ -16,8 +16,8 @@ from lapilli.data.mounts.parquet_bounds import (
     Reopen,
     longest_value,
     row_sizes,
-    unpacked_size,
 )
+from lapilli.data.mounts.parquet_footer import Footer
 from lapilli.data.record import excerpt
 from lapilli.data.sources.bounds import Bounds, Unreadable, too_large
 
@@ -31,18 +31,24 @@ LARGE_GROUP = 2 << 30  # bytes of pages; from such a row group rows are read one
 
 
 def bounded_batches(
-    file: pq.ParquetFile, reopen: Reopen, group: int, leaves: Sequence[str], rows: int
+    file: pq.ParquetFile,
+    footer: Footer,
+    reopen: Reopen,
+    group: int,
+    leaves: Sequence[str],
+    rows: int,
 ) -> Iterator[pa.RecordBatch]:
     """A row group's values of some leaves, at most `rows` rows at once and fewer of large values.
 
     Where very large values stand in many rows, they come as indices into a dictionary.
     """
-    count = max(1, file.metadata.row_group(group).num_rows)
+    facts = footer.groups[group]
+    count = max(1, facts.num_rows)
     indexed: list[str] = []
-    if unpacked_size(file, group, leaves) > LARGE_GROUP:
+    if sum(facts.chunks[leaf].uncompressed for leaf in leaves) > LARGE_GROUP:
         rows = 1
     for leaf in leaves:
-        longest, values, is_indexed = longest_value(file, reopen, group, leaf)
+        longest, values, is_indexed = longest_value(footer, reopen, group, leaf)
         most = max(1, int(longest * max(1.0, values / count) * SKEW))
         if BUDGET // most < FEWEST and is_indexed:
             indexed.append(leaf)
