@@ -15,6 +15,7 @@ from typing import Any, cast
 from lapilli.data.access import is_file
 from lapilli.data.config import MOST_RECORD
 from lapilli.data.errors import DataError
+from lapilli.data.mounts.keys import is_inside
 from lapilli.data.record import element_json, excerpt, is_unicode
 from lapilli.data.sources.bounds import (
     Unreadable,
@@ -73,10 +74,11 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
 
     Args:
         path: JSON lines.
-        images: Folder that their images are in.
+        images: Folder that their images are in; links below it lead nowhere else.
 
     Raises:
-        DataError: No such file, or a line that is no question; names it by its number.
+        DataError: No such file, or a line that is no question or that names an image outside of
+            the folder; says its number.
     """
     asked: list[Asked] = []
     unused: Counter[str] = Counter()
@@ -84,7 +86,7 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
         where = f"{path} line {number}"
         row = _object(line, where)
         unused.update(row.keys() & {*UNUSED})
-        files = tuple(existing(images / key, f"{where}: image") for key in _image_keys(row, where))
+        files = tuple(_image_file(images, key, where) for key in _image_keys(row, where))
         asked.append(Asked(_question_id(row, where), _text(row, where), files, where))
     if not asked:
         raise DataError(f"questions: {path} is empty; expected a question a line")
@@ -92,6 +94,20 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
         counts = ", ".join(f"{name} ({count} lines)" for name, count in sorted(unused.items()))
         say(f"{path}: of no use here, and not asked: {counts}")
     return asked
+
+
+def _image_file(images: Path, key: str, where: str) -> Path:
+    """The file that a line names, which may be nowhere but below the folder."""
+    path = images / key
+    is_below = is_inside(key) or (path.is_absolute() and ".." not in path.parts)
+    if is_below:
+        is_below = existing(path, f"{where}: image").resolve().is_relative_to(images.resolve())
+    if not is_below:
+        raise DataError(
+            f"{where}: image {excerpt(key)} leads out of {images}; expected a file below it; set "
+            "--images to a folder above its images"
+        )
+    return path
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

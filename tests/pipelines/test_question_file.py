@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pipelines.generate
+from lapilli.data.errors import DataError
 from lapilli.data.images import ImageSpec, prepare
 from lapilli.data.templates import get_template
 from lapilli.data.tokenize import bind_template, load_tokenizer
@@ -17,6 +18,7 @@ from lapilli.model.generate import Decoding
 from lapilli.model.vlm import build_model
 from lapilli.train.ask import Assistant, Question
 from pipelines.command import run
+from pipelines.question_file import read_questions
 from tests.factories import image_bytes, make_tokenizer
 from tests.train.small_run import small_run
 
@@ -170,6 +172,40 @@ def test_a_line_that_is_no_question_is_named_by_its_number(
     assert said.startswith(f"error: {tmp_path / 'q.jsonl'} line 3: ")
     assert words in said
     assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "is_shown"),
+    [("0.png", True), ("./0.png", True), ("inside.png", True), ("FOLDER/0.png", True),
+     ("../out/0.png", False), ("a/../../out/0.png", False), ("../images/0.png", False),
+     ("OUT/0.png", False), ("FOLDER/../out/0.png", False), ("link/0.png", False),
+     ("link.png", False), ("FOLDER/link.png", False), ("FOLDERmore/0.png", False),
+     ("/etc/hostname", False), ("loop.png", False), ("../../../../../../etc/passwd", False)],
+)  # fmt: skip
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_images_are_below_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, is_shown: bool, is_relative: bool
+) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out"
+    for path in (folder, out, tmp_path / "imagesmore"):
+        path.mkdir()
+        (path / "0.png").write_bytes(image_bytes("png", 4, 4))
+    (folder / "inside.png").symlink_to("0.png")
+    (folder / "link").symlink_to("../out")
+    (folder / "link.png").symlink_to(out / "0.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    key = key.replace("FOLDER", str(folder)).replace("OUT", str(out))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "a", "image": key}))
+    monkeypatch.chdir(tmp_path)
+    if is_shown:
+        (found,) = read_questions(tmp_path / "q.jsonl", Path("images") if is_relative else folder)
+        assert found.images[0].resolve() == folder / "0.png"
+    else:
+        with pytest.raises(
+            DataError, match=r"line 1: image.*(leads out of|is not there)"
+        ) as caught:
+            read_questions(tmp_path / "q.jsonl", Path("images") if is_relative else folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_long_question_is_said_once_with_both_numbers(tmp_path: Path) -> None:
