@@ -30,6 +30,18 @@ with ray_session():
 """
 
 
+SMALL_SHM = """
+import os, sys, warnings, numpy as np, ray
+from pathlib import Path
+from lapilli.data.cluster import ray_session
+warnings.formatwarning = lambda message, *rest: f"warning: {message}\\n"
+print(os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize)
+with ray_session():
+    large = ray.put(np.ones(200 << 20, np.uint8))
+    print(ray.get(ray.remote(lambda array: int(array.sum(dtype="int64"))).remote(large)))
+"""
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A home and a temporary folder of its own, and the umask that most systems have."""
@@ -100,3 +112,30 @@ def test_what_the_environment_says_of_interfaces_stays(
         assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
         assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
     assert "NCCL_SOCKET_IFNAME" not in os.environ
+
+
+def test_without_room_in_shared_memory_work_goes_on_and_says_so() -> None:
+    """Containers have 64 MB unless they are told otherwise; Ray's store takes much more."""
+    mount = "mount -t tmpfs -o size=64m tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("/dev/shm cannot be mounted here; it takes root")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c",
+         SMALL_SHM], env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(64 << 20), str(200 << 20)], done.stderr[-2000:]
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert said.startswith("warning: /dev/shm has 64 MiB free, Ray needs 1024 MiB")
+
+
+@pytest.mark.parametrize(("blocks", "is_said"), [(1 << 18, False), ((1 << 18) - 1, True)])
+@pytest.mark.usefixtures("home")
+def test_little_shared_memory_is_said(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, blocks: int, is_said: bool
+) -> None:
+    found = os.statvfs_result((4096, 4096, blocks, blocks, blocks, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: found)
+    with local_ray():
+        pass
+    assert ["/dev/shm" in str(one.message) for one in recwarn] == [True] * is_said

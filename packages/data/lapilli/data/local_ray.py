@@ -11,6 +11,7 @@ import resource
 import secrets
 import stat
 import tempfile
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LOOPBACK = {NO_CLUSTERS: "0", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 FOLDER = f"ray-{os.getuid()}/r"  # the first is closed; Ray opens the second to everybody
 LEAST_FILES = 1024
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED = 1 << 30  # bytes
 
 
 @contextmanager
@@ -42,6 +45,7 @@ def local_ray() -> Generator[Path]:
 
     require_open_files()
     folder = _own_folder()
+    _warn_of_little_memory(folder)
     _own_token()
     added = {name: value for name, value in LOOPBACK.items() if name not in os.environ}
     before = ray_constants.ENABLE_RAY_CLUSTER  # read from the variable when Ray was imported
@@ -68,6 +72,22 @@ def require_open_files() -> None:
         f"open files: the limit is {soft}, Ray needs {LEAST_FILES}; run ulimit -n {LEAST_FILES} "
         "before" + ("" if hard == resource.RLIM_INFINITY or hard >= LEAST_FILES else " as root")
     )
+
+
+def _warn_of_little_memory(folder: Path) -> None:
+    """Say where Ray keeps its objects if there is no room for them in shared memory."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+        free = found.f_bavail * found.f_frsize
+    except OSError:
+        free = 0
+    if free < LEAST_SHARED:
+        warnings.warn(
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, Ray needs {LEAST_SHARED >> 20} MiB "
+            f"and more; its objects go to the disk of {folder.parent}, which is slow: free "
+            "space, or start the container with --shm-size=2g",
+            stacklevel=2,
+        )
 
 
 def _own_folder() -> Path:
