@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lapilli.data.access import blame, system_error
-from lapilli.data.addresses import hide_secrets, refuse_secrets
+from lapilli.data.addresses import hide_secrets, refuse_address, refuse_secrets
 from lapilli.data.errors import DataError
 from lapilli.data.printable import one_line, spell_out
 from lapilli.data.yaml_text import load_yaml
@@ -42,6 +42,12 @@ __all__ = [
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
+# Settings that name a file or folder of this machine. What names more has its own look at it:
+# sources, `mirror`, `eval_dataset`.
+PLACES = frozenset(
+    {"dataset", "extra_roots", "folders", "html", "image", "images", "model", "offload_path",
+     "output", "pretrained", "questions", "root", "run", "start_from", "template", "tokenizer"}
+)  # fmt: skip
 LONGEST_MISTAKE = 1200  # characters: it may hold a value of a recipe
 _yaml_load: Callable[[str], Any] = get_loader("yaml")
 
@@ -50,18 +56,30 @@ class UsageError(Exception):
     """A flag or a recipe's key that is wrong."""
 
 
-def parse(kind: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+def parse(
+    kind: type[Config],
+    argv: Sequence[str] | None,
+    description: str,
+    addresses: Sequence[str] = (),
+) -> Config:
     """Read a config dataclass from `--config RECIPE.yaml` (several are layered) and flags.
+
+    Args:
+        kind: The dataclass.
+        argv: The arguments; None for the command's own.
+        description: What the command does, for its help.
+        addresses: Those of `PLACES` that may be addresses (`s3://bucket/folder`) here.
 
     Raises:
         UsageError: An unknown key, a wrong type or something missing; names the field.
-        DataError: An address with a password; does not repeat it.
+        DataError: An address with a password, which is not repeated, or one where a path of this
+            machine is expected.
     """
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; several are layered")
     parser.add_class_arguments(kind)
     arguments = with_switches(kind, sys.argv[1:] if argv is None else argv)
-    namespace = read_arguments(parser, arguments)
+    namespace = read_arguments(parser, arguments, addresses)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
@@ -73,18 +91,21 @@ def first_as(name: str, argv: Sequence[str] | None) -> list[str]:
     return words
 
 
-def read_arguments(parser: ArgumentParser, argv: Sequence[str] | None) -> Any:
+def read_arguments(
+    parser: ArgumentParser, argv: Sequence[str] | None, addresses: Sequence[str] = ()
+) -> Any:
     """What a parser (made with `exit_on_error=False`) makes of the arguments.
 
     Raises:
-        UsageError: As `parse`.
-        DataError: An address with a password; does not repeat it.
+        UsageError, DataError: As `parse`.
     """
     if get_loader("yaml") is not _load_recipe:
         set_loader("yaml", _load_recipe, (yaml.YAMLError,))
     try:
         found = parser.parse_args(argv)
-        _refuse_secrets("", found.as_dict())
+        settings = found.as_dict()
+        _refuse_secrets("", settings)
+        _refuse_addresses("", settings, PLACES.difference(addresses))
         return parser.instantiate_classes(found)
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
@@ -107,6 +128,17 @@ def _refuse_secrets(setting: str, value: object) -> None:
     elif isinstance(value, (list, tuple)):
         for one in cast("Sequence[object]", value):
             _refuse_secrets(setting, one)
+
+
+def _refuse_addresses(setting: str, value: object, places: Set[str]) -> None:
+    """Refuse an address where a setting names a place of this machine; sources have their own."""
+    if isinstance(value, dict):
+        for name, one in cast("dict[str, object]", value).items():
+            if name != "sources":
+                _refuse_addresses(f"{setting}.{name}".lstrip("."), one, places)
+    elif setting.rpartition(".")[2] in places:
+        for one in cast("Sequence[object]", value if isinstance(value, (list, tuple)) else [value]):
+            refuse_address(setting, str(one))
 
 
 def with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:

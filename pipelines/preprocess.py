@@ -121,7 +121,9 @@ def tell_blend(mixture: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(BuildConfig, argv, "Turn a mixture into a dataset of Arrow shards.")
+    config = parse(
+        BuildConfig, argv, "Turn a mixture into a dataset of Arrow shards.", addresses=["output"]
+    )
     preprocess(config)
     say(f"dataset: {config.output}")
     return 0

@@ -238,3 +238,17 @@ def test_a_build_by_rays_workers_into_a_bucket_is_the_local_one(tmp_path: Path) 
     assert f"{made.shards_built} shards built, 0 reused" in first.stdout
     assert f"0 shards built, {made.shards_built} reused" in second.stdout
     assert opened.manifest.fingerprint == made.manifest.fingerprint
+
+
+def test_at_an_address_of_this_machine_folders_are_made_and_files_are_none(tmp_path: Path) -> None:
+    """`file://` has folders, other stores have none."""
+    (tmp_path / "a").write_text("1")
+    RemotePath(f"file://{tmp_path}/new/deep/b").put(tmp_path / "a")
+    assert (tmp_path / "new" / "deep" / "b").read_text() == "1"
+    below = RemotePath(f"file://{tmp_path}/a/below/b")
+    with pytest.raises(DataError, match=f"file://{tmp_path}/a/below/b: cannot be written"):
+        below.put(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        below.read_bytes()
+    assert list(below.files()) == []
+    assert (below.size, below.exists()) == (None, False)

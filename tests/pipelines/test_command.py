@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+import pipelines.chat
+import pipelines.check
+import pipelines.evaluate
+import pipelines.export
+import pipelines.generate
+import pipelines.preprocess
+import pipelines.quickstart
+import pipelines.show
 import pipelines.train
 from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
@@ -15,6 +24,10 @@ from pipelines.command import parse, run, say
 from pipelines.quickstart import QuickstartConfig
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"
+
+DATA = RECIPE.with_name("pretrain_data.yaml")
+RUN = f"--config={RECIPE}"
+BUILD = [f"--config={DATA}", "--root=r"]
 
 
 def test_help_tells_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,3 +91,52 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None:
     say("dataset: /data/[bold]x")
     assert capsys.readouterr().out == "dataset: /data/[bold]x\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "name"),
+    [
+        (pipelines.train.main, [RUN, "--dataset=ADDRESS", "--output=o"], "dataset"),
+        (pipelines.train.main, [RUN, "--dataset=d", "--output=ADDRESS"], "output"),
+        (pipelines.train.main, [RUN, "--dataset=d", "--output=o", "--start_from=ADDRESS"],
+            "start_from"),
+        (pipelines.train.main, [RUN, "--dataset=d", "--output=o",
+            "--model.language.pretrained=ADDRESS"], "model.language.pretrained"),
+        (pipelines.train.main, [RUN, "--dataset=d", "--output=o",
+            "--model.vision.pretrained=ADDRESS"], "model.vision.pretrained"),
+        (pipelines.preprocess.main, [f"--config={DATA}", "--output=o", "--root=ADDRESS",
+            "--tokenizer=t"], "root"),
+        (pipelines.preprocess.main, [*BUILD, "--output=o", "--tokenizer=ADDRESS"],
+            "tokenizer"),
+        (pipelines.preprocess.main, [*BUILD, "--output=o", "--tokenizer=t",
+            "--template=ADDRESS"], "template"),
+        (pipelines.check.main, [*BUILD, "--output=ADDRESS"], "output"),
+        (pipelines.check.main, [*BUILD, "--extra_roots=[a, ADDRESS]"], "extra_roots"),
+        (pipelines.generate.main, ["ADDRESS", "--question=a"], "model"),
+        (pipelines.generate.main, ["r", "--questions=ADDRESS"], "questions"),
+        (pipelines.generate.main, ["r", "--questions=q", "--images=ADDRESS"], "images"),
+        (pipelines.generate.main, ["r", "--question=q", "--image=ADDRESS"], "image"),
+        (pipelines.generate.main, ["r", "--questions=q", "--output=ADDRESS"], "output"),
+        (pipelines.chat.main, ["ADDRESS"], "model"),
+        (pipelines.evaluate.main, ["--run=ADDRESS", "--dataset=d"], "run"),
+        (pipelines.evaluate.main, ["--run=r", "--dataset=ADDRESS"], "dataset"),
+        (pipelines.export.main, ["ADDRESS", "--to=hf", "--output=o"], "run"),
+        (pipelines.export.main, ["r", "--to=hf", "--output=ADDRESS"], "output"),
+        (pipelines.show.main, ["ADDRESS"], "folders"),
+        (pipelines.show.main, ["a", "--html=ADDRESS"], "html"),
+        (pipelines.show.main, ["a", "--root=ADDRESS"], "root"),
+        (pipelines.quickstart.main, ["--output=ADDRESS"], "output"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("address", ["s3://bucket/a", "file:///a"])
+def test_an_address_is_refused_where_a_path_is_expected(
+    main: Callable[[list[str]], int], arguments: list[str], name: str, address: str,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: main([word.replace("ADDRESS", address) for word in arguments]))
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {name}: {address!r} is an address; expected a path of this mac")
+    assert [*tmp_path.iterdir()] == []

@@ -6,7 +6,7 @@ import re
 
 from lapilli.data.errors import DataError
 
-__all__ = ["WEB", "hide_secrets", "refuse_secrets", "refuse_web"]
+__all__ = ["WEB", "hide_secrets", "refuse_address", "refuse_secrets", "refuse_web"]
 
 WEB = ("http", "https", "ftp")  # pages, which cannot be listed
 # A user and a password, which may hold any letter, or a user alone, in front of the host; with one
@@ -53,4 +53,17 @@ def refuse_web(setting: str, value: str) -> None:
         raise DataError(
             f"{setting}: {value!r} is on the web; download it and name the file or folder, or name "
             "a store (s3://, gs://)"
+        )
+
+
+def refuse_address(setting: str, value: str) -> None:
+    """Refuse an address where a path of this machine is read or written.
+
+    Raises:
+        DataError: Names both.
+    """
+    if "://" in value:
+        raise DataError(
+            f"{setting}: {value!r} is an address; expected a path of this machine; copy what is "
+            "there to a folder, or mount it"
         )

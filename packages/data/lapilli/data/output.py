@@ -6,6 +6,7 @@ is whole or not there. Every call is tried again a few times before it is an err
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from lapilli.data.record import excerpt
 __all__ = ["Output", "RemotePath", "open_output"]
 
 Result = TypeVar("Result")
+FOLDERS = ("file://", "local://")  # addresses of what has folders that must be there
 ATTEMPTS = 6
 FIRST_WAIT = 0.2  # seconds, doubled after each attempt: 6 s in all
 COPY_BYTES = 8 * 2**20
@@ -88,7 +90,7 @@ class RemotePath:
 
         try:
             found = self._call("listed", listed)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return
         # Not `find`: it passes over a folder whose listing fails.
         for item in found:
@@ -125,22 +127,39 @@ class RemotePath:
     def put(self, local: Path) -> None:
         """Store a local file as this object, whole or not at all."""
 
-        def upload(fs: Any, path: str) -> None:
-            with local.open("rb") as source, fs.open(path, "wb") as sink:
+        def upload(sink: Any) -> None:
+            with local.open("rb") as source:
                 while data := source.read(COPY_BYTES):
                     sink.write(data)
 
-        self._call("written", upload)
+        self._write(upload)
 
     def copy_from(self, other: RemotePath) -> None:
         """Store another object's bytes as this object."""
         data = other.read_bytes()
+        self._write(lambda sink: sink.write(data))
+
+    def _write(self, write: Callable[[Any], object]) -> None:
+        """Store what `write` writes; at file:// the folder above is made, as for a path.
+
+        Raises:
+            DataError: It cannot be stored.
+        """
 
         def upload(fs: Any, path: str) -> None:
+            if self.address.startswith(FOLDERS):
+                with contextlib.suppress(FileExistsError):  # a file, which opening tells
+                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             with fs.open(path, "wb") as sink:
-                sink.write(data)
+                write(sink)
 
-        self._call("written", upload)
+        try:
+            self._call("written", upload)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.address}: cannot be written ({excerpt(str(error), 300)}); make what it "
+                "lies in, or choose another address"
+            ) from None
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -161,8 +180,10 @@ class RemotePath:
         for attempt in range(ATTEMPTS):
             try:
                 return call(open_storage(scheme), path)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 raise
+            except NotADirectoryError as error:  # a file stands where a folder is meant
+                raise FileNotFoundError(*error.args, error.filename) from None
             except OSError as error:
                 if attempt == ATTEMPTS - 1:
                     why = excerpt(str(error), 300)

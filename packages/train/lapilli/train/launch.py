@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lapilli.data.access import exists, is_folder, subpaths
+from lapilli.data.addresses import refuse_address
 from lapilli.data.dataset import Dataset
 from lapilli.data.exported import export_obstacle
 from lapilli.data.lock import LOCK, only_writer
@@ -62,13 +63,8 @@ from lapilli.train.uploads import Uploads, fetch_newest, store_config, stored_co
 from lapilli.train.workers import fit_here, fit_on_ray
 
 __all__ = [
-    "Preflight",
-    "copy_rest",
-    "finished_steps",
-    "launch",
-    "only_trainer",
-    "preflight",
-]
+    "Preflight", "copy_rest", "finished_steps", "launch", "only_trainer", "preflight",
+]  # fmt: skip
 
 FREE_WITHIN = 60.0  # seconds to wait for an HPU that can be asked for its software
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
@@ -320,6 +316,8 @@ def _check_dataset(found: checkpoint.Checkpoint | None, fingerprint: str) -> Non
 
 def _absolute(config: RunConfig) -> RunConfig:
     """Make every path of this machine absolute; a name that is no folder here may be a hub's."""
+    for name in ("dataset", "output", "start_from", "offload_path"):
+        refuse_address(name, getattr(config, name))
 
     def local(name: str) -> str:
         return str(Path(name).resolve()) if name and is_folder(Path(name)) else name
