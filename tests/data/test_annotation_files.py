@@ -82,6 +82,9 @@ def test_compressed_files_that_are_cut_short_are_named(tmp_path: Path, kind: str
             ).encode(),
             "COCO's form",
         ),
+        (json.dumps(RECORDS[0], indent=2).encode(), "an object over several lines: write one a li"),
+        ("\n".join(json.dumps(r, indent=1) for r in RECORDS).encode(), "jq -c . OLD > NEW.jsonl"),
+        (gzip.compress(json.dumps(RECORDS[:2]).encode())[:-20], "cut short: get it again"),
         (b"PAR1....", "a Parquet file: as annotations it takes `format: parquet`"),
         (gzip.compress(b""), "empty"),
     ],
@@ -164,7 +167,7 @@ def test_a_source_without_a_record_is_an_error_of_check(
         if name == "a.json":
             assert check_main(arguments) == 0
         else:
-            with pytest.raises(Exception, match=r"b\.json.*(holds no record|is empty)"):
+            with pytest.raises(Exception, match=r"b\.json.*(holds no record|white space)"):
                 check_main(arguments)
     capsys.readouterr()
 

@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.mounts import Located, Mount, read_image
-from lapilli.data.record import Entry, Record
+from lapilli.data.record import Entry, Record, Verdict
 from lapilli.data.tally import Members, Tally
 from tests.data.source_files import JPEG, as_bytes, said
 from tests.factories import conversation, image_bytes
@@ -189,6 +189,9 @@ def test_a_suffix_stands_for_its_numbered_ones(tmp_path: Path) -> None:
         ([("a.jpg", ("soft", "a.jpg"))], "'a.jpg' is a link to no one file"),
         ([("a.seg.png", PNG)], "not read: seg.png"),
         ([("b.jpg", JPEG)], "expected an image and a txt"),
+        ([("a.jpg", JPEG), ("a.json", b"{")], "'a.json' is no valid JSON"),
+        ([("a.jpg", JPEG), ("a.json", b"\xff\xfe{\0}\0")], "'a.json': this is UTF-16 text"),
+        ([("a.jpg", JPEG), ("a.json", b'{"caption": "\xe9"}')], "this is no UTF-8 text"),
     ],
 )
 def test_what_is_not_clear_is_a_verdict_that_names_it(
@@ -200,6 +203,57 @@ def test_what_is_not_clear_is_a_verdict_that_names_it(
     assert str(entry.verdict.reason) == "schema"
     assert words in entry.verdict.detail
     assert counted.total == len(members) + 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    members = [("a.jpg", JPEG), ("a.txt", mark + b"A goat."), ("b.jpg", JPEG)]
+    write(tmp_path / "s.tar", [*members, ("b.json", mark + as_bytes({"caption": "A cat."}))])
+    found, _ = read(tmp_path)
+    assert [said(record)[-1] for record in records(found).values()] == [
+        ("assistant", "A goat."), ("assistant", "A cat."),
+    ]  # fmt: skip
+
+
+THREE = [("a.jpg", JPEG), ("a.txt", b"A goat."), ("b.jpg", JPEG), ("b.txt", b"A cat."),
+         ("c.jpg", JPEG), ("c.txt", b"A cow.")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda tar, at: tar[: at + 100], "cut short in the header at byte"),
+        (lambda tar, at: tar[:at] + b"\xff" * 512 + tar[at + 512 :], "damaged header at byte"),
+        (lambda tar, at: tar + tar, "bytes follow behind its end"),
+    ],
+)
+def test_a_tar_that_goes_on_behind_its_apparent_end_is_an_error(
+    tmp_path: Path, harm: Callable[[bytes, int], bytes], words: str
+) -> None:
+    """`tarfile` ends there without a word; so does an archive of images."""
+    path = write(tmp_path / "s.tar", THREE)
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        at = tar.getmember("b.txt").offset
+    path.write_bytes(harm(whole, at))
+    with pytest.raises(DataError, match=words) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "this is a tar" not in str(caught.value)
+    verdict = Mount(tmp_path).locate("s.tar/a.jpg")
+    assert isinstance(verdict, Verdict)
+    assert words in verdict.detail
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 20, 64])
+def test_a_tar_may_be_padded_or_have_no_end_marker(tmp_path: Path, blocks: int) -> None:
+    path = write(tmp_path / "s.tar", THREE)
+    path.write_bytes(path.read_bytes().rstrip(b"\0") + b"\0" * 512)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size - size % 512] + b"\0" * 512 * blocks)
+    found, counted = read(tmp_path)
+    assert len(records(found)) == 3
+    assert counted.total == 6
 
 
 def test_a_key_that_comes_back_is_no_second_record(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def what_it_is_instead(start: bytes, expected: Expected) -> str:
     kind = file_kind(start)
     if kind is None and expected == "image":
         kind = _plain_text(start)
+    if kind is None and expected == "annotations":
+        kind = _over_lines(start)
     return "" if kind is None or expected in kind.expected_as else str(kind)
 
 
@@ -228,6 +230,21 @@ def _begins_with_a_line(text: str) -> tuple[bool, bool]:
     except (ValueError, RecursionError):
         return False, bool(rest.strip())
     return True, bool(rest.strip())
+
+
+def _over_lines(start: bytes) -> FileKind | None:
+    """An object that goes on behind its first line, as jq writes it."""
+    text = start.decode("utf-8-sig", "replace").lstrip()
+    if not text.startswith("{") or _begins_with_a_line(text)[0] or not _top_fields(text):
+        return None
+    if text.partition("\n")[0].strip() != "{":
+        try:
+            _, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return None
+        if "\n" not in text[:end]:
+            return None
+    return FileKind("an object over several lines", "write one a line: jq -c . OLD > NEW.jsonl")
 
 
 def _top_fields(text: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import IO, cast
 __all__ = ["bounded", "headers"]
 
 LONGEST_HEADER = 1 << 20  # bytes of a name or of pax records; no file system takes more
+BEHIND_END = 1 << 16  # bytes looked at behind the end: tar pads to 10,240, or a few times that
 
 
 class _Bounded:
@@ -44,7 +45,8 @@ def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Each member once; behind one whose size leads backwards the next header is read.
 
     Raises:
-        tarfile.TarError, OSError, ValueError, OverflowError: The tar is damaged.
+        tarfile.TarError, OSError, ValueError, OverflowError: The tar is damaged, cut short, or
+            followed by another.
         RecursionError: Headers of headers without an end.
     """
     end = -1
@@ -55,3 +57,24 @@ def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield info
         # A member of tarfile's takes 1 KB; a tar has a million of them.
         tar.members = cast("list[tarfile.TarInfo]", [])  # pyright: ignore[reportAttributeAccessIssue]
+    _require_end(tar)
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Stop where `tarfile` does not: it takes a header that it cannot read for the end of the tar.
+
+    Raises:
+        tarfile.ReadError: No end of a tar, or not the end of this file.
+    """
+    file = cast("IO[bytes]", tar.fileobj)
+    file.seek(tar.offset)
+    found = file.read(tarfile.BLOCKSIZE)
+    if found and len(found) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut short in the header at byte {tar.offset}")
+    if found.strip(tarfile.NUL):
+        raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+    if found and file.read(BEHIND_END).strip(tarfile.NUL):
+        raise tarfile.ReadError(
+            f"more than a tar: bytes follow behind its end at byte {tar.offset}, as where tars "
+            "were joined with cat; join them with tar --concatenate"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -19,7 +20,7 @@ from lapilli.data import file_kinds
 from lapilli.data.access import exists, folders_below, is_denied, subpaths
 from lapilli.data.config import MOST_UNPACKED, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.file_kinds import SNIFFED
+from lapilli.data.file_kinds import SNIFFED, Expected
 from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.output import Output, RemotePath
@@ -198,8 +199,8 @@ def _open(place: Output) -> BinaryIO:
     return cast("BinaryIO", file)
 
 
-def what_it_is_instead(place: Output) -> str:
-    """What a file obviously is that should be annotations, with what to do; "" if unknown.
+def what_it_is_instead(place: Output, expected: Expected = "annotations") -> str:
+    """What a file obviously is that is not what was expected, with what to do; "" if unknown.
 
     Raises:
         DataError: The file cannot be opened.
@@ -209,11 +210,11 @@ def what_it_is_instead(place: Output) -> str:
             start = file.read(SNIFFED)
     except EOFError:
         return "this is a compressed file that is cut short: get it again"
-    except (OSError, lzma.LZMAError) as error:
+    except (OSError, lzma.LZMAError, zlib.error) as error:
         if is_denied(error):
             raise file_error(place, error) from None
         return f"it is compressed and damaged ({excerpt(str(error))}): get it again"
-    return file_kinds.what_it_is_instead(start, "annotations")
+    return file_kinds.what_it_is_instead(start, expected)
 
 
 def file_error(path: Output, error: OSError) -> DataError:

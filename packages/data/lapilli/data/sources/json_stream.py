@@ -13,6 +13,7 @@ from typing import Any, TextIO, TypeVar
 from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.file_kinds import EMPTY_FILE
 from lapilli.data.output import Output
 from lapilli.data.record import excerpt
 from lapilli.data.sources.bounds import (
@@ -104,10 +105,13 @@ def _open_text(path: Output, bounds: Bounds, errors: str = "strict") -> TextIO:
 
 
 def _unexpected(path: Output, start: str, expected: str) -> DataError:
-    if not start:
+    instead = what_it_is_instead(path)
+    if not start and (not instead or instead == EMPTY_FILE):
         return DataError(f"annotations: {path} is empty; download or write it again")
-    remedy = what_it_is_instead(path) or "check the file and the recipe's `annotations`"
-    begin = f" starts with {start!r};" if start.isprintable() and start != "\ufffd" else ":"
+    remedy = instead or "check the file and the recipe's `annotations`"
+    begin = (
+        f" starts with {start!r};" if start and start.isprintable() and start != "\ufffd" else ":"
+    )
     return DataError(f"annotations: {path}{begin} expected {expected}; {remedy}")
 
 

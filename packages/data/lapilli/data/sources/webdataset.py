@@ -18,11 +18,12 @@ from typing import Any, BinaryIO, cast
 from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.file_kinds import file_kind
 from lapilli.data.mounts import EXTENSIONS
 from lapilli.data.mounts.tar_headers import bounded
 from lapilli.data.record import Reason, Verdict, excerpt
 from lapilli.data.sources import rows
-from lapilli.data.sources.bounds import holds_too_much, too_large
+from lapilli.data.sources.bounds import TOO_MANY, holds_too_much, too_large
 from lapilli.data.sources.captions import caption_turns, draw_prompt
 from lapilli.data.sources.fields import NOTHING, Inspection, inspect_fields
 from lapilli.data.sources.files import (
@@ -63,7 +64,7 @@ def read(config: SourceConfig, root: Path) -> Generator[Any, None, Members]:
             )
         shard = path.relative_to(folder).as_posix()
         found: list[TarMember] = []
-        instead = what_it_is_instead(path)
+        instead = what_it_is_instead(path, "archive")
         try:
             with path.open("rb") as file, tarfile.open(fileobj=bounded(file), mode="r:") as tar:
                 read_members(tar, found)
@@ -114,7 +115,7 @@ class _Reading:
         }
         found = self._text("json")
         if found is not None:
-            element["json"] = value = _parsed(found)
+            element["json"] = value = self._parsed(found)
             if isinstance(value, dict):
                 element["id"] = cast("dict[str, Any]", value).get("id", key)
         conversation = element["json"] if rows.is_conversation(element.get("json")) else None
@@ -146,7 +147,25 @@ class _Reading:
             self._defects.append(too_large(size, most))
             return ""
         self._file.seek(member.offset)
-        return self._file.read(member.size).decode("utf-8", "surrogateescape")
+        data = self._file.read(member.size)
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            kind = file_kind(data) or "this is no UTF-8 text: write it as UTF-8"
+            self._defects.append(f"'{excerpt(member.name)}': {kind}")
+            return ""
+
+    def _parsed(self, text: str) -> Any:
+        """The value of the json member, or its text where it is none."""
+        name = excerpt(self._sample.members["json"].name)
+        if holds_too_much(text):
+            self._defects.append(f"'{name}': {TOO_MANY}")
+        elif not self._defects:
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError) as error:
+                self._defects.append(f"'{name}' is no valid JSON ({excerpt(str(error))})")
+        return text
 
     def _images(self, conversation: Any) -> list[str]:
         """The names of the members that are the sample's images."""
@@ -223,16 +242,6 @@ def _label(suffix: str) -> str:
     """What a suffix is counted as: numbered images as one."""
     match = NUMBERED.fullmatch(suffix)
     return f"N.{match[2]}" if match else excerpt(suffix, 60) or "(no suffix)"
-
-
-def _parsed(text: str) -> Any:
-    """A json member's value, or its text where it is none."""
-    if holds_too_much(text):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def inspect(element: Any) -> Inspection:
