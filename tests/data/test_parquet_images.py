@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, pa.DataType]] = {
     "large list": ("images", pa.large_list(pa.struct([("path", pa.string()),
                                                       ("bytes", pa.binary())]))),
     "list of binary": ("images", pa.list_(pa.binary())),
+    "dictionary": ("image", pa.dictionary(pa.int32(), pa.binary())),
+    "list of dictionary": ("images", pa.list_(pa.dictionary(pa.int32(), pa.binary()))),
 }  # fmt: skip
 
 
@@ -319,3 +321,23 @@ def test_what_is_wrong_with_an_address_is_one_line(
 ) -> None:
     assert words in refused(tmp_path, format="parquet", **config)
     assert bucket.is_dir()
+
+
+@pytest.mark.parametrize("of", [pa.binary(), STRUCT])
+def test_a_list_of_one_length_holds_images(tmp_path: Path, of: pa.DataType) -> None:
+    """Arrow's `fixed_size_list`, which Parquet keeps as any list; null rows among them."""
+    cells = [[b"one", b"two"], None, [b"three", b"four"]]
+    if pa.types.is_struct(of):
+        cells = [c and [{"bytes": one, "path": None} for one in c] for c in cells]
+    turns = [TEXT["conversations"] if c is None else conversation("a", ["x", "y"])["conversations"]
+             for c in cells]  # fmt: skip
+    rows = [{"conversations": t, "images": c} for t, c in zip(turns, cells, strict=True)]
+    pq.write_table(table(rows, "images", pa.list_(of, 2)), tmp_path / "a.parquet", row_group_size=2)
+    found = read(tmp_path)
+    keys = [entry.record.images for entry in found if entry.record is not None]
+    assert keys == [
+        ("a.parquet/images/0/0", "a.parquet/images/0/1"), (),
+        ("a.parquet/images/2/0", "a.parquet/images/2/1"),
+    ]  # fmt: skip
+    bytes_of = [read_image(tmp_path, located(tmp_path, key)) for row in keys for key in row]
+    assert bytes_of == [b"one", b"two", b"three", b"four"]

@@ -31,6 +31,7 @@ MOST_SHARED = 1 << 32  # bytes of values that rows share; of more only indices a
 PART = 1 << 20  # bytes
 BATCH = 64  # rows decoded at once: nested bytes of 2 GB have no one array
 Opened: TypeAlias = Callable[[], IO[bytes]]
+LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 class ImageColumn(NamedTuple):
@@ -100,13 +101,13 @@ def image_columns(file: pq.ParquetFile) -> dict[str, ImageColumn]:
     leaves = [file.schema.column(number).path for number in range(len(file.schema))]
     found: dict[str, ImageColumn] = {}
     for field in file.schema_arrow:
-        kind, is_list = field.type, False
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            kind, is_list = kind.value_type, True
+        kind, is_list = _value_type(field.type), False
+        if any(check(kind) for check in LISTS):
+            kind, is_list = _value_type(kind.value_type), True
         is_struct = pa.types.is_struct(kind)
         names = [kind.field(n).name for n in range(kind.num_fields)] if is_struct else []
         bytes_kind = kind.field("bytes").type if "bytes" in names else None if is_struct else kind
-        if bytes_kind is None or not is_binary(bytes_kind):
+        if bytes_kind is None or not is_binary(_value_type(bytes_kind)):
             continue
         own = [leaf for leaf in leaves if leaf == field.name or leaf.startswith(f"{field.name}.")]
         end = ".bytes" if is_struct else ""
@@ -116,6 +117,11 @@ def image_columns(file: pq.ParquetFile) -> dict[str, ImageColumn]:
         path = next((leaf for leaf in own if is_struct and leaf.endswith(".path")), "")
         found[field.name] = ImageColumn(field.name, leaf, is_list, is_struct, path)
     return found
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    """The type itself, or that of a dictionary's values: an `ARROW:schema` may say so of bytes."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def is_binary(kind: pa.DataType) -> bool:
