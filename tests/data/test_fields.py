@@ -262,13 +262,15 @@ MEANING: dict[str, Any] = {
     "non_preferred_output": [{}, {"role": "assistant", "content": "No."}], "label": False,
     "weight": 0, "loss": False, "loss_scale": 0.5, "reasoning": "So it is.",
     "Image": "a.jpg", "img": ["a.png"], "file_name": "x/a.webp", "image_id": "1.jpg",
-    "picture": "data:image/png;base64,AAAA", "pixel_file": {"bytes": "AAAA", "path": None},
+    "picture": "data:image/png;base64,AAAA", "Tools": [{"name": "w"}], "BBox": [1, 2, 3, 4],
+    "jpg": "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBD", "image_base64": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAAB",
+    "pixel_file": {"bytes": "AAAA", "path": None},
 }  # fmt: skip
 
 
 # Counted when they are empty, or wishes that an empty value is none of.
 NEVER_EMPTY = {"label", "kto_tag", "weight", "loss", "loss_scale", "Image", "img", "picture",
-               "pixel_file"}  # fmt: skip
+               "pixel_file", "Tools", "BBox", "jpg", "image_base64"}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["messages", "llava", "texts"])
@@ -293,7 +295,8 @@ def test_what_changes_the_meaning_is_a_verdict_that_names_the_field(
     "value",
     [
         "<video>\nWhat happens?", "Picture 1: <img>a.jpg</img>\nWhat?", "<audio>a.wav</audio>Who?",
-        "What is in <video>?",
+        "What is in <video>?", "<|vision_start|><|image_pad|><|vision_end|>What?", "<|audio|>Who?",
+        "<|image|>What?", "<|video_pad|>What happens?",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["messages", "llava", "texts"])
@@ -315,6 +318,7 @@ def test_tags_of_media_in_a_question_are_a_verdict(tmp_path: Path, value: str, f
         ("What does <video> do?", "It is closed by </video>."),
         ("Mend <video>\n<source src='a.mp4'></video>", "So."),
         ("Mend <img src='a.jpg'>", "<img>a.jpg</img>"),
+        ("Explain <|im_end|> in <|images|>?", "<|image_pad|> is a token."),
         ("Where is <ref>the goat</ref><box>(1,2),(3,4)</box>? [0.1, 0.2]", "<video> is a tag."),
     ],
 )

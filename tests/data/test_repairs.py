@@ -186,6 +186,17 @@ def test_another_name_is_no_repair(tmp_path: Path, file: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBD", "iVBORw0KGgoAAAANSUhEUgAAAAEAAAAB" * 300,
+        "R0lGODlhAQABAIAAAP///wAAACwAAAAA", "DATA:image/png;base64,iVBORw0KGgo",
+    ],
+)  # fmt: skip
+def test_an_image_in_place_of_its_name_is_told(tmp_path: Path, key: str) -> None:
+    assert "is the image itself" in refused(Mount(tmp_path), key, Reason.SCHEMA)
+
+
+@pytest.mark.parametrize(
     ("file", "key", "kind"),
     [
         ("f/12.5.jpg", "f/12.5", "extension"),

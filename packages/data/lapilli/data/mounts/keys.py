@@ -6,11 +6,14 @@ import re
 
 from lapilli.data.record import Reason, Verdict, excerpt
 
-__all__ = ["is_inside", "plain_path", "unusable"]
+__all__ = ["is_base64", "is_inside", "plain_path", "unusable"]
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/?/?")
 WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
-SHOWN = 60  # characters of a data: URL
+SHOWN = 60  # characters of an image that is written into the key
+# What a JPEG, PNG, GIF and WebP begin with in base64; `/9j/4` may be a path too.
+BASE64 = re.compile(r"(?:/9j/[4527]|iVBORw0KGgo|R0lGODlh|R0lGODdh|UklGR)[A-Za-z0-9+/\s]*={0,2}\s*")
+SHORTEST = 24  # characters of an image in base64
 
 
 def is_inside(key: str) -> bool:
@@ -18,6 +21,11 @@ def is_inside(key: str) -> bool:
     if "\0" in key or key.startswith("/"):
         return False
     return ".." not in key or ".." not in key.split("/")
+
+
+def is_base64(text: str) -> bool:
+    """Whether a text is the beginning of an image, or all of it, in base64."""
+    return len(text) >= SHORTEST and BASE64.fullmatch(text[:4096]) is not None
 
 
 def plain_path(key: str) -> str:
@@ -34,7 +42,10 @@ def unusable(key: str) -> Verdict | None:
             "marker out of the text",
         )
     shown = excerpt(key)
-    if key.startswith("data:"):
+    if is_base64(key):
+        detail = f"'{excerpt(key, SHOWN)}' is the image itself (base64); write it to a file and "
+        return Verdict(Reason.SCHEMA, f"{detail}name that")
+    if key[:5].lower() == "data:":
         detail = f"'{excerpt(key, SHOWN)}' is the image itself (data: URL); write it to a file and "
         return Verdict(Reason.SCHEMA, f"{detail}name that")
     if WINDOWS.match(key):

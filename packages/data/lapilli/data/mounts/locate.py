@@ -16,7 +16,7 @@ from lapilli.data.access import blame, is_denied
 from lapilli.data.errors import DataError
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, open_folder
-from lapilli.data.mounts.keys import is_inside, plain_path, unusable
+from lapilli.data.mounts.keys import is_base64, is_inside, plain_path, unusable
 from lapilli.data.mounts.names import code_pages, composed, decoded
 from lapilli.data.mounts.places import ARCHIVES, Located, is_remote
 from lapilli.data.mounts.published import PublishedArchive, published
@@ -394,7 +394,7 @@ def _tidy(path: str) -> str:
 
 def _too_long(key: str) -> Verdict | None:
     """The verdict on what cannot be a path at all, such as an image written into the key."""
-    if key.startswith("data:"):
+    if key[:5].lower() == "data:" or is_base64(key):
         return unusable(key)
     if len(key) <= LONGEST_KEY and key.count("/") <= DEEPEST_KEY:
         return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from lapilli.data.mounts.keys import is_base64
 from lapilli.data.record import Reason, Role, Verdict, excerpt
 
 __all__ = [
@@ -117,7 +118,11 @@ _TOOL_ROLES = words(
     """
 )
 _USERS = frozenset({"user", "human"})
-_MEDIA_TAG = re.compile(r"<(?:img|video|audio)>")
+_MEDIA_TAG = re.compile(r"<(?:img|video|audio)>|<\|(?:image|video|audio|vision)")
+# What the templates of other models write for a medium.
+_PLACEHOLDER = re.compile(
+    r"<\|(?:image|video|audio|image_pad|video_pad|audio_pad|vision_start|audio_bos)\|>"
+)
 _FILE_IN_TAGS = re.compile(r"<(img|video|audio)>[^<>]*</\1>")
 _MEDIA_NAME = re.compile(
     r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|avif|heic|jp2|jxl|svg|mp4|mov|avi|mkv|webm|m4v|wav|"
@@ -221,6 +226,7 @@ def _inspect(name: str, value: Any, has_images: bool) -> Inspection:
 
 def _changes_meaning(name: str, value: Any) -> bool:
     """Whether a field that is not read says something that must not be left out."""
+    name = name.lower()
     if name in _TRAINED:
         return value is not None and value != 1
     if name in _LOSS:
@@ -246,7 +252,8 @@ def _unsupported(name: str, what: str = "changes what the record means") -> Insp
 def _holds_media(value: Any, depth: int = 0) -> bool:
     """Whether a value names a file of pixels or sound, or holds one."""
     if isinstance(value, str):
-        return value.startswith("data:") or _MEDIA_NAME.search(value.rstrip()) is not None
+        is_inside = value.startswith("data:") or is_base64(value)
+        return is_inside or _MEDIA_NAME.search(value.rstrip()) is not None
     if isinstance(value, dict) and not is_empty(cast("dict[str, Any]", value).get("bytes")):
         return True
     if depth < _DEEPEST and _is_nested(value):
@@ -309,7 +316,7 @@ def _inspect_text(place: int, text: str) -> Inspection:
     """A placeholder, or a file between two tags; HTML has another element between them."""
     tags = (f"<{name}>" for name in ("video", "audio") if f"</{name}>" not in text)
     shown = next((tag for tag in tags if tag in text), "")
-    if not shown and (between := _FILE_IN_TAGS.search(text)):
+    if not shown and (between := _FILE_IN_TAGS.search(text) or _PLACEHOLDER.search(text)):
         shown = excerpt(between[0], 60)
     detail = f"'{shown}' in turn {place} stands for a medium that is not read from a text"
     return Inspection(detail) if shown else NOTHING
