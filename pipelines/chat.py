@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapilli.data.errors import DataError
-from lapilli.data.printable import one_line
+from lapilli.data.io.printable import one_line
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import Decoding
-from lapilli.train.ask import Assistant, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
-from pipelines.chat_request import MIB, ChatLimits, read_question
-from pipelines.chat_server import listen, make_server, require_server
-from pipelines.chat_worker import Busy, ChatWorker
-from pipelines.command import first_as, parse, run, say
-from pipelines.trust_flags import TrustFlags
+from lapilli.train.inference.assistant import Assistant, open_assistant
+from pipelines.chat_page.request import MIB, ChatLimits, read_question
+from pipelines.chat_page.server import listen, make_server, require_server
+from pipelines.chat_page.worker import Busy, ChatWorker
+from pipelines.cli.command import first_as, parse, run, say
+from pipelines.cli.trust_flags import TrustFlags
 
 __all__ = ["ChatConfig", "chat", "main", "make_app"]
 

@@ -18,27 +18,27 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from lapilli.data.access import is_folder, require_writable
-from lapilli.data.checks import Rules, plain_rules
-from lapilli.data.codecs import resolve_codecs
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, Note, decode, square
-from lapilli.data.lock import only_writer
+from lapilli.data.images.codecs import resolve_codecs
+from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, square
+from lapilli.data.io.access import is_folder, require_writable
+from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.published import ANNOTATIONS
+from lapilli.data.planning.decode_check import verify_images
+from lapilli.data.planning.rules import record_rules
+from lapilli.data.planning.scan import Survey, survey
+from lapilli.data.planning.selection import quarantine_table
 from lapilli.data.record import Entry, Verdict, excerpt
-from lapilli.data.report import IMAGE_NOTES
-from lapilli.data.rules import record_rules
-from lapilli.data.selection import quarantine_table
-from lapilli.data.shards import write_atomic
-from lapilli.data.survey import Survey, survey
-from lapilli.data.tally import Tally, describe_tally
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import bind_template, load_tokenizer
-from lapilli.data.verify import verify_images
-from pipelines.command import parse, progress_bar, run, say, say_title
+from lapilli.data.shards.files import write_atomic
+from lapilli.data.sources.tally import Tally, describe_tally
+from lapilli.data.sources.validation import Rules, plain_rules
+from lapilli.data.text.encode import bind_template, load_tokenizer
+from lapilli.data.text.templates import get_template
+from pipelines.cli.command import parse, progress_bar, run, say, say_title
+from pipelines.reports.dataset_report import IMAGE_NOTES
 from pipelines.views import filled_views
 
 __all__ = ["CheckConfig", "check", "main"]

@@ -318,7 +318,7 @@ def codecs_row() -> Row:
     """Decoder and resizer that `resizer: auto` takes here."""
 
     def probe() -> tuple[str, str]:
-        from lapilli.data.codecs import replaced_simd, resolve_codecs
+        from lapilli.data.images.codecs import replaced_simd, resolve_codecs
 
         return resolve_codecs("auto").describe(), replaced_simd()
 
@@ -342,7 +342,7 @@ def torch_rows() -> Iterator[Row]:
         return f"{cuda}, {torch.get_num_threads()} threads", gpus
 
     def merges() -> str:
-        from lapilli.model.merge import IMPLEMENTATIONS
+        from lapilli.model.merging import IMPLEMENTATIONS
 
         return ", ".join(IMPLEMENTATIONS)
 
@@ -416,7 +416,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     """A table, or plain lines where rich does not import; then the commands, to be copied."""
     commands = [row for row in rows if row.remedy]
     table, error = attempt(lambda: _table(rows))
-    console, has_none = attempt(lambda: importlib.import_module("pipelines.terminal").console)
+    console, has_none = attempt(lambda: importlib.import_module("pipelines.cli.terminal").console)
     if error or has_none:
         for row in rows:
             print(f"{row.state:8}{row.what}: {row.found}")
@@ -455,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code 0: preprocessing, training and the quickstart can run. 1: they cannot.",
     )
     parser.parse_args(argv)
-    safe_output, _ = attempt(lambda: importlib.import_module("pipelines.terminal").safe_output)
+    safe_output, _ = attempt(lambda: importlib.import_module("pipelines.cli.terminal").safe_output)
     with safe_output() if safe_output else contextlib.nullcontext():
         rows = diagnose()
         print_rows(rows)

@@ -9,21 +9,21 @@ import torch
 from rich import box
 from rich.table import Table
 
-from lapilli.data.access import exists
-from lapilli.data.dataset import Dataset, open_dataset
-from lapilli.data.manifest import NAME as MANIFEST
-from lapilli.model.attention import choose_attention
+from lapilli.data.dataset.dataset import Dataset, open_dataset
+from lapilli.data.io.access import exists
+from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
-from lapilli.model.language import language_settings
+from lapilli.model.parts.attention import choose_attention
+from lapilli.model.parts.language import language_settings
 from lapilli.model.peak import peak_flops
 from lapilli.model.vlm import read_outline
 from lapilli.train.config import RunConfig
 from lapilli.train.device import device_memory
-from lapilli.train.estimate import Estimate, estimate_run, follow, sketch_run
-from lapilli.train.loop import check_model
-from lapilli.train.sketch import Sketch
-from pipelines.command import console, say
-from pipelines.describe import bytes_text, duration_text
+from lapilli.train.driver.fake_model import Sketch
+from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
+from lapilli.train.worker.loop import check_model
+from pipelines.cli.command import console, say
+from pipelines.reports.describe import bytes_text, duration_text
 
 __all__ = ["ESTIMATE", "sample_operations", "tell_estimate"]
 

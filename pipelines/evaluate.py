@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lapilli.data.access import cannot_read, is_denied, is_folder
-from lapilli.data.lock import only_writer
-from lapilli.data.manifest import read_manifest
-from lapilli.data.shards import write_atomic, write_json
-from lapilli.data.typed_json import JsonError, from_json
-from lapilli.train.ask import open_trained
-from lapilli.train.checkpoint import WEIGHTS, newest_weights
+from lapilli.data.io.access import cannot_read, is_denied, is_folder
+from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.writer_lock import only_writer
+from lapilli.data.shards.files import write_atomic, write_json
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.train.checkpoint.save_load import WEIGHTS, newest_weights
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import (
+from lapilli.train.inference.assistant import open_trained
+from lapilli.train.inference.evaluate import (
     Answer,
     Scores,
     answer_dataset,
@@ -29,9 +29,9 @@ from lapilli.train.evaluate import (
     open_test,
     score,
 )
-from lapilli.train.json_lines import parse_lines
-from pipelines.command import parse, progress_bar, run, say
-from pipelines.trust_flags import TrustFlags
+from lapilli.train.run_folder.jsonl import parse_lines
+from pipelines.cli.command import parse, progress_bar, run, say
+from pipelines.cli.trust_flags import TrustFlags
 
 __all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main", "what_was_asked"]
 

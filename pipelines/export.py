@@ -14,21 +14,21 @@ from typing import Literal
 
 import torch
 
-from lapilli.data.access import is_folder
-from lapilli.data.build_settings import read_build_config
+from lapilli.data.dataset.build_settings import read_build_config
+from lapilli.data.dataset.export_webdataset import export_webdataset
 from lapilli.data.errors import DataError
-from lapilli.data.export import export_webdataset
-from lapilli.data.exported import TrainedEnd, export_obstacle, export_text
-from lapilli.data.lock import only_writer
-from lapilli.data.manifest import template_fingerprint
-from lapilli.data.tokenize import tokenizer_facts
-from lapilli.data.vocabulary import load_tokenizer
+from lapilli.data.io.access import is_folder
+from lapilli.data.io.writer_lock import only_writer
+from lapilli.data.shards.manifest import template_fingerprint
+from lapilli.data.text.encode import tokenizer_facts
+from lapilli.data.text.export_template import TrainedEnd, export_obstacle, export_text
+from lapilli.data.text.tokenizer_files import load_tokenizer
 from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
 from lapilli.model.interop.hf_files import oldest_reader
-from pipelines.command import first_as, parse, progress_bar, run, say
-from pipelines.export_llava import to_llava, to_peft
-from pipelines.export_output import filled, open_run, tokenizer_bytes, told, weight_bytes
-from pipelines.trust_flags import TrustFlags
+from pipelines.cli.command import first_as, parse, progress_bar, run, say
+from pipelines.cli.trust_flags import TrustFlags
+from pipelines.exports.llava import to_llava, to_peft
+from pipelines.exports.output import filled, open_run, tokenizer_bytes, told, weight_bytes
 
 
 @dataclass(frozen=True)

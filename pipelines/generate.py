@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from lapilli.data.access import exists, is_folder, naming, require_listable
 from lapilli.data.errors import DataError
-from lapilli.data.lock import only_writer
-from lapilli.data.printable import one_line
-from lapilli.data.typed_json import JsonError, from_json
+from lapilli.data.io.access import exists, is_folder, naming, require_listable
+from lapilli.data.io.printable import one_line
+from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.writer_lock import only_writer
 from lapilli.model.generate import Decoding
-from lapilli.train.ask import Assistant, Question, open_assistant
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
-from pipelines.command import (
+from lapilli.train.inference.assistant import Assistant, Question, open_assistant
+from pipelines.cli.command import (
     first_as,
     parse,
     progress_bar,
@@ -32,8 +32,8 @@ from pipelines.command import (
     say_text,
     stream_text,
 )
-from pipelines.question_file import Asked, existing, read_questions
-from pipelines.trust_flags import TrustFlags
+from pipelines.cli.question_file import Asked, existing, read_questions
+from pipelines.cli.trust_flags import TrustFlags
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 

@@ -14,16 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lapilli.data.access import require_writable
-from lapilli.data.build import BuildReport, build, task_bytes
-from lapilli.data.codecs import replaced_simd
+from lapilli.data.building.driver import BuildReport, build, task_bytes
 from lapilli.data.config import BuildConfig
-from lapilli.data.mirror import is_address
-from lapilli.data.plan import BuildPlan, plan_build
-from lapilli.data.report import IMAGE_NOTES, BuildTime, write_dataset_report
-from lapilli.data.tally import describe_tally
-from pipelines.command import parse, progress_bar, run, say
-from pipelines.live import build_line
+from lapilli.data.dataset.shard_cache import is_address
+from lapilli.data.images.codecs import replaced_simd
+from lapilli.data.io.access import require_writable
+from lapilli.data.planning.plan import BuildPlan, plan_build
+from lapilli.data.sources.tally import describe_tally
+from pipelines.cli.command import parse, progress_bar, run, say
+from pipelines.cli.progress import build_line
+from pipelines.reports.dataset_report import IMAGE_NOTES, BuildTime, write_dataset_report
 from pipelines.views import filled_views
 
 

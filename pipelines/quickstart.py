@@ -20,23 +20,23 @@ from typing import Any, Literal
 
 import torch
 
-from lapilli.data.access import exists
-from lapilli.data.cluster import ray_session
 from lapilli.data.config import BuildConfig
-from lapilli.data.dataset import open_dataset
-from lapilli.data.lock import only_writer
-from lapilli.data.shards import write_json
-from lapilli.data.tokenize import train_tokenizer
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.io.access import exists
+from lapilli.data.io.writer_lock import only_writer
+from lapilli.data.ray_session import ray_session
+from lapilli.data.shards.files import write_json
+from lapilli.data.text.encode import train_tokenizer
 from lapilli.train.config import RunConfig
-from lapilli.train.evaluate import Answer, Scores, score
-from pipelines.blind import blind_answers
-from pipelines.command import parse, run, say, say_text, say_title
-from pipelines.easy_vqa_data import write_easy_vqa
+from lapilli.train.inference.evaluate import Answer, Scores, score
+from pipelines.cli.command import parse, run, say, say_text, say_title
+from pipelines.cli.conversation import print_transcript, read_transcript
 from pipelines.evaluate import EvaluateConfig, evaluate_once
 from pipelines.preprocess import preprocess
-from pipelines.quickstart_report import Story, describe_hardware, versions, write_report
+from pipelines.quickstart_data.easy_vqa import write_easy_vqa
+from pipelines.quickstart_data.majority_baseline import blind_answers
+from pipelines.reports.quickstart_report import Story, describe_hardware, versions, write_report
 from pipelines.train import train
-from pipelines.transcript import print_transcript, read_transcript
 
 __all__ = ["QuickstartConfig", "judge", "main", "quickstart"]
 

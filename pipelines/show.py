@@ -18,24 +18,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lapilli.data.access import require_writable
-from lapilli.data.build_settings import read_build_config
-from lapilli.data.dataset import Dataset, open_dataset
-from lapilli.data.manifest import read_manifest
-from lapilli.data.page import GalleryItem, Page
-from lapilli.data.printable import one_line, relative_names
-from lapilli.data.report import write_dataset_report
-from lapilli.data.transcript import Piece
+from lapilli.data.dataset.build_settings import read_build_config
+from lapilli.data.dataset.dataset import Dataset, open_dataset
+from lapilli.data.io.access import require_writable
+from lapilli.data.io.printable import one_line, relative_names
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.text.token_text import Piece
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.train.errors import TrainError
-from lapilli.train.report import write_run_report
-from lapilli.train.run_files import read_run_config, read_run_facts
-from pipelines import command
-from pipelines.command import UsageError, read_arguments, run, say
-from pipelines.compare import Compared, add_curves, compare_rows, differing, read_compared
-from pipelines.describe import Description, counted, describe, kind_of
-from pipelines.transcript import has_colour, print_transcript, read_transcript
-from pipelines.trust_flags import trusted_names
+from lapilli.train.run_folder.settings import read_run_config, read_run_facts
+from pipelines.cli import command
+from pipelines.cli.command import UsageError, read_arguments, run, say
+from pipelines.cli.conversation import has_colour, print_transcript, read_transcript
+from pipelines.cli.trust_flags import trusted_names
+from pipelines.reports.compare import Compared, add_curves, compare_rows, differing, read_compared
+from pipelines.reports.dataset_report import write_dataset_report
+from pipelines.reports.describe import Description, counted, describe, kind_of
+from pipelines.reports.page import GalleryItem, Page
+from pipelines.reports.run_report import write_run_report
 from pipelines.verify import verify_folders
 
 __all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]

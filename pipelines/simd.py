@@ -33,7 +33,7 @@ INSTALL = ("-m", "pip", "install", "--no-cache-dir", "--force-reinstall", "--no-
 REPORT = f"""
 import PIL
 from PIL import features
-from lapilli.data.codecs import note_simd
+from lapilli.data.images.codecs import note_simd
 note_simd()
 lacking = [name for name in {FEATURES} if not features.check(name)]
 print(f"Pillow is pillow-simd {{PIL.__version__}}; it lacks: {{', '.join(lacking) or 'nothing'}}")

@@ -20,13 +20,12 @@ from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
-from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
+from lapilli.data.ray_session import ray_session
 from lapilli.data.trust import NOTHING, Trust
+from lapilli.train.checkpoint.layout import CONFIG
 from lapilli.train.config import RunConfig
-from lapilli.train.errors import TrainError
-from lapilli.train.folders import CONFIG
-from lapilli.train.launch import (
+from lapilli.train.driver.launching import (
     Preflight,
     copy_rest,
     finished_steps,
@@ -34,12 +33,12 @@ from lapilli.train.launch import (
     only_trainer,
     preflight,
 )
-from lapilli.train.metrics import read_metrics
-from lapilli.train.replay import read_kept
-from lapilli.train.report import write_run_report
-from lapilli.train.rerun import Finding, rerun
-from lapilli.train.run_files import read_run_config, require_trust
-from pipelines.command import (
+from lapilli.train.driver.replay import Finding, rerun
+from lapilli.train.errors import TrainError
+from lapilli.train.health.step_dump import read_kept
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.settings import read_run_config, require_trust
+from pipelines.cli.command import (
     console,
     parse,
     progress_bar,
@@ -48,9 +47,10 @@ from pipelines.command import (
     say,
     with_switches,
 )
-from pipelines.describe import bytes_text, duration_text
+from pipelines.cli.trust_flags import TrustFlags
 from pipelines.estimate import ESTIMATE, tell_estimate
-from pipelines.trust_flags import TrustFlags
+from pipelines.reports.describe import bytes_text, duration_text
+from pipelines.reports.run_report import write_run_report
 
 __all__ = ["follow", "live_line", "replay", "tell_preflight", "train"]
 

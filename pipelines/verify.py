@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from lapilli.data.build_settings import read_build_config
-from lapilli.data.integrity import Verification, repair_dataset, verify_dataset
+from lapilli.data.dataset.build_settings import read_build_config
+from lapilli.data.dataset.verify import Verification, repair_dataset, verify_dataset
 from lapilli.data.trust import NOTHING, Trust
-from pipelines import command
-from pipelines.command import UsageError, progress_bar, say
-from pipelines.describe import bytes_text, counted, kind_of
+from pipelines.cli import command
+from pipelines.cli.command import UsageError, progress_bar, say
+from pipelines.reports.describe import bytes_text, counted, kind_of
 
 __all__ = ["verify_folders"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lapilli.data.images import ImageSpec
+from lapilli.data.images.view import ImageSpec
 
 __all__ = ["filled_views"]
 
@@ -22,7 +22,7 @@ def filled_views(views: Mapping[str, ImageSpec]) -> dict[str, ImageSpec]:
 def _filled(spec: ImageSpec) -> ImageSpec:
     if spec.fill != "mean":
         return spec
-    from lapilli.model.vision import tower_mean  # torch, which a build may do without
+    from lapilli.model.parts.vision import tower_mean  # torch, which a build may do without
 
     red, green, blue = (int(255 * value) for value in tower_mean(spec.tower))
     return replace(spec, fill=(red, green, blue), tower="")

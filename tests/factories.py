@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lapilli.data.build import BuildReport, build
+from lapilli.data.building.driver import BuildReport, build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig, SourceConfig
-from lapilli.data.images import ImageSpec
-from lapilli.data.plan import plan_build
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.planning.plan import plan_build
 from lapilli.data.record import Reason
-from lapilli.data.runners import run_here
-from lapilli.data.tokenize import train_tokenizer
+from lapilli.data.text.encode import train_tokenizer
 
 __all__ = [
     "BAD_KINDS",

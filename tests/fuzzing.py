@@ -30,20 +30,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapilli.data import open_dataset
-from lapilli.data.bounded_jinja import BoundedTemplate
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
+from lapilli.data.dataset.verify import verify_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, prepare
-from lapilli.data.integrity import verify_dataset
+from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.mounts import Located, Mount, read_image
-from lapilli.data.survey import survey
-from lapilli.data.templates import get_template
+from lapilli.data.planning.scan import survey
+from lapilli.data.sources.validation import read_entries
+from lapilli.data.text.chat_template.bounded_jinja import BoundedTemplate
+from lapilli.data.text.templates import get_template
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
 from pipelines.check import CheckConfig
-from pipelines.command import UsageError, parse
-from pipelines.question_file import read_questions
+from pipelines.cli.command import UsageError, parse
+from pipelines.cli.question_file import read_questions
 from tests.factories import build_dataset, conversation, image_bytes, make_mixture, make_tokenizer
 
 __all__ = ["FILES", "OWN", "main"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lapilli.data.mounts.storage import open_storage
+from lapilli.data.io.filesystems import open_storage
 
 __all__ = ["failing_proxy", "serve", "serve_s3", "use_endpoint"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lapilli.data.page import Figure, GalleryItem, Page
-from lapilli.data.transcript import Piece
+from lapilli.data.text.token_text import Piece
+from pipelines.reports.page import Figure, GalleryItem, Page
 from tests.browser import Chromium
 
 HEAD = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.sources import SOURCES
-from pipelines.question_file import read_questions
+from lapilli.data.sources.validation import read_entries
+from pipelines.cli.question_file import read_questions
 from tests.conftest import ROOT
 from tests.fuzzing import OWN
 

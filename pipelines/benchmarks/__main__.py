@@ -19,7 +19,7 @@ from pipelines.benchmarks import (
     training,
     whole,
 )
-from pipelines.command import UsageError, run, say
+from pipelines.cli.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
 TOPICS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -24,7 +24,7 @@ from pipelines.benchmarks.build_sides import SIDES, shown_side
 from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
 from pipelines.benchmarks.photos import photo_name, write_photos
 from pipelines.benchmarks.plot import Bar, draw_bars
-from pipelines.command import UsageError, parse, say
+from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["BuildTopicConfig", "main"]
 

@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.data.codecs import resolve_codecs
-from lapilli.data.images import ImageSpec, prepare
+from lapilli.data.images.codecs import resolve_codecs
+from lapilli.data.images.view import ImageSpec, prepare
 from lapilli.data.mounts import Located
-from lapilli.data.shard_task import ImageTask, writer_version
+from lapilli.data.planning.shard_task import ImageTask, writer_version
 from pipelines.benchmarks.image_sides import FILL, SIZE, llava_square
 
 __all__ = ["SIDES", "Job", "pixels", "shown_side", "write_alone"]
@@ -149,7 +149,7 @@ def _place(path: Path) -> Located:
 
 
 def _here(job: Job) -> Timed:
-    from lapilli.data.runners import run_here
+    from lapilli.data.building.runners import run_here
 
     tasks = _tasks(job)
     return _timed(lambda: list(run_here(tasks, Path(job.output), 1)))
@@ -157,8 +157,8 @@ def _here(job: Job) -> Timed:
 
 def _lapilli(job: Job) -> Timed:
     """Twice with the same workers: first they are started, then they are there."""
-    from lapilli.data.cluster import ray_session
-    from lapilli.data.runners import run_on_ray
+    from lapilli.data.building.runners import run_on_ray
+    from lapilli.data.ray_session import ray_session
 
     tasks = _tasks(job)
     with ray_session():

@@ -25,20 +25,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lapilli.data.build import build
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
-from lapilli.data.dataset import Dataset, open_dataset
-from lapilli.data.manifest import read_manifest
-from lapilli.data.plan import plan_build
-from lapilli.data.runners import run_here
+from lapilli.data.dataset.dataset import Dataset, open_dataset
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.shards.manifest import read_manifest
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
-from lapilli.train import feed as feed_module
 from lapilli.train.config import RunConfig
-from lapilli.train.feed import Feed, StepBatches, mock_steps
+from lapilli.train.steps import feed as feed_module
+from lapilli.train.steps.feed import Feed, StepBatches, mock_steps
 from pipelines.benchmarks.harness import add_row, provenance
 from pipelines.benchmarks.llava_way import LlavaSamples
 from pipelines.benchmarks.whole import make_mixture
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["FeedConfig", "main"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.benchmarks.harness import RESULTS
-from pipelines.command import UsageError
+from pipelines.cli.command import UsageError
 
 __all__ = ["FIGURES", "Figure", "newest_table", "with_table"]
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from rich import box
 from rich.table import Table
 
-from pipelines.command import UsageError, console
+from pipelines.cli.command import UsageError, console
 
 __all__ = [
     "RESULTS",

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lapilli.data.codecs import is_simd
-from lapilli.data.images import ImageSpec, Resizer, prepare
-from lapilli.data.memory import keep_freed
-from pipelines.command import UsageError
+from lapilli.data.images.buffers import keep_freed
+from lapilli.data.images.codecs import is_simd
+from lapilli.data.images.view import ImageSpec, Resizer, prepare
+from pipelines.cli.command import UsageError
 
 __all__ = ["FILL", "SIZE", "Apart", "Spent", "llava_pixels", "llava_square", "sides", "spent"]
 

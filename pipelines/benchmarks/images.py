@@ -30,7 +30,7 @@ from pipelines.benchmarks.harness import (
 from pipelines.benchmarks.image_sides import Apart
 from pipelines.benchmarks.photos import write_photos
 from pipelines.benchmarks.plot import Bar, draw_bars
-from pipelines.command import UsageError, parse, say
+from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["ImagesConfig", "main"]
 

@@ -10,8 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.manifest import FORMAT, PLAN, Manifest, ViewFacts, write_manifest
-from lapilli.data.shards import IMAGE_SCHEMA, SELECTION_SCHEMA, TOKEN_SCHEMA, ShardFacts, write_json
+from lapilli.data.shards.files import (
+    IMAGE_SCHEMA,
+    SELECTION_SCHEMA,
+    TOKEN_SCHEMA,
+    ShardFacts,
+    write_json,
+)
+from lapilli.data.shards.manifest import FORMAT, PLAN, Manifest, ViewFacts, write_manifest
 
 __all__ = ["RECORDS", "write_large"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.text.encode import load_tokenizer
 
 __all__ = ["LlavaSamples"]
 

@@ -14,10 +14,10 @@ from multiprocessing import get_context
 
 import torch
 
-from lapilli.data.memory import peak_resident
+from lapilli.data.images.buffers import peak_resident
 from lapilli.model.loss import trained_loss
 from pipelines.benchmarks.harness import add_row, clock, provenance
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["LossConfig", "main"]
 

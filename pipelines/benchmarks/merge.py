@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapilli.model.merge import merge
+from lapilli.model.merging import merge
 from pipelines.benchmarks.harness import add_row, provenance
 from pipelines.benchmarks.merge_kernels import compile_kernels
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["MergeConfig", "main"]
 

@@ -21,7 +21,7 @@ from typing import Any
 from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
 from pipelines.benchmarks.large import RECORDS, write_large
 from pipelines.benchmarks.plot import Bar, Kind, draw_bars
-from pipelines.command import UsageError, parse, say
+from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["OpenConfig", "main"]
 
@@ -116,7 +116,7 @@ def _apart(side: str, folder: Path, memory: list[float]) -> float:
 
 
 def _open(folder: Path) -> object:
-    from lapilli.data.dataset import open_dataset
+    from lapilli.data.dataset.dataset import open_dataset
 
     dataset = open_dataset(folder, view="wide", image_tokens=576)
     return dataset, dataset.lengths, dataset.has_images, dataset.num_trained
@@ -141,7 +141,7 @@ def _resident() -> int:
 
 
 def _serve(side: str, folder: Path) -> None:
-    for name in ("pyarrow.compute", "lapilli.data.dataset"):  # importing is not opening
+    for name in ("pyarrow.compute", "lapilli.data.dataset.dataset"):  # importing is not opening
         import_module(name)
     before = _resident()
     started = time.perf_counter()

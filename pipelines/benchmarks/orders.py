@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.llava_sampler import llava_order
-from lapilli.data.sampler import EpochPlan, plan_epoch
+from lapilli.data.batches.llava_sampler import llava_order
+from lapilli.data.batches.sampler import EpochPlan, plan_epoch
 
 __all__ = ["ORDERS", "Samples", "Shape"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.command import UsageError
+from pipelines.cli.command import UsageError
 
 __all__ = ["photo_name", "sources", "write_photos"]
 

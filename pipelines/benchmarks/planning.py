@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.collate import choose_buckets
-from lapilli.data.dataset import open_dataset
-from lapilli.data.manifest import read_manifest
-from lapilli.data.sampler import EpochPlan, assign
+from lapilli.data.batches.collate import choose_buckets
+from lapilli.data.batches.sampler import EpochPlan, assign
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.shards.manifest import read_manifest
 from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
 from pipelines.benchmarks.orders import ORDERS, Samples, Shape
 from pipelines.benchmarks.plot import Bar, Kind, draw_bars
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["PlanConfig", "main", "waste"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.benchmarks.harness import Spread
-from pipelines.command import UsageError
+from pipelines.cli.command import UsageError
 
 __all__ = ["Bar", "draw_bars"]
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
-from lapilli.data.memory import peak_resident
-from lapilli.data.sources.json_stream import read_json
-from pipelines.command import parse, run, say
+from lapilli.data.images.buffers import peak_resident
+from lapilli.data.sources.reading.json_stream import read_json
+from lapilli.data.sources.validation import read_entries
+from pipelines.cli.command import parse, run, say
 
 WORDS = (
     "a",

@@ -31,7 +31,7 @@ from pipelines.benchmarks.harness import (
 from pipelines.benchmarks.image_sides import SIZE
 from pipelines.benchmarks.large import write_large
 from pipelines.benchmarks.plot import Bar, draw_bars
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["ReadConfig", "main"]
 
@@ -134,7 +134,7 @@ def _by_reference(folder: Path, pictures: NDArray[np.uint8], count: int) -> Read
 
 
 def _open_large(folder: Path, count: int) -> Any:
-    from lapilli.data.dataset import open_dataset
+    from lapilli.data.dataset.dataset import open_dataset
 
     path = folder / "dataset"
     if not path.exists():

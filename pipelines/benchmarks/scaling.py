@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lapilli.data.runners import group_sizes
+from lapilli.data.building.runners import group_sizes
 from pipelines.benchmarks.harness import RESULTS, Spread, add_row, provenance, table
 from pipelines.benchmarks.plot import Bar, draw_bars
-from pipelines.command import UsageError, parse, say
+from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["Limits", "ScalingConfig", "limits", "main", "measured_per_core"]
 

@@ -18,15 +18,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lapilli.data.backend import backend_for
-from lapilli.data.memory import peak_resident
-from lapilli.data.plan import TokenTask, writer_version
+from lapilli.data.building.run_task import run_task
+from lapilli.data.images.buffers import peak_resident
+from lapilli.data.planning.plan import TokenTask, writer_version
 from lapilli.data.record import Record, pack
-from lapilli.data.render import TextSegment, render
-from lapilli.data.shards import TOKEN_SCHEMA, finished_facts, open_table
-from lapilli.data.tasks import run_task
-from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import bind_template, load_tokenizer, tokenizer_facts
+from lapilli.data.shards.files import TOKEN_SCHEMA, finished_facts, open_table
+from lapilli.data.text.encode import bind_template, load_tokenizer, tokenizer_facts
+from lapilli.data.text.rendering import TextSegment, render
+from lapilli.data.text.templates import Template, get_template
+from lapilli.data.text.tokenizer import backend_for
 from pipelines.benchmarks.corpus import conversations
 from pipelines.benchmarks.harness import (
     Elapsed,
@@ -35,7 +35,7 @@ from pipelines.benchmarks.harness import (
     pin_to_one_core,
     provenance,
 )
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["TokensConfig", "main"]
 

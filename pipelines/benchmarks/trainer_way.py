@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lapilli.data.collate import Batch
+from lapilli.data.batches.collate import Batch
 from lapilli.model.config import ModelConfig
 from lapilli.train.device import peak_memory
 

@@ -1,6 +1,6 @@
 """A training step of LLaVA-1.5's shapes with random weights: time, MFU, memory, the largest costs.
 
-One process and plain torch (`lapilli.train.plain`): neither Ray nor DeepSpeed is needed. On a GPU
+One process and plain torch (`lapilli.train.engine.torch_engine`): neither Ray nor DeepSpeed is needed. On a GPU
 the 7B sizes in bf16, else a tiny model in fp32; stage 1 (the projector learns), LoRA, and full.
 Beside it transformers' Trainer on `LlavaForConditionalGeneration` of the same sizes, rows and
 learning parts. MFU and HFU are `step_flops` over the peak rate: a data sheet's on a GPU, on a CPU
@@ -22,21 +22,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lapilli.data.collate import Batch, BatchShape, collate
-from lapilli.data.dataset import Sample
+from lapilli.data.batches.collate import Batch, BatchShape, collate
+from lapilli.data.dataset.dataset import Sample
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.flops import BatchNumbers, StepFlops, model_numbers, step_flops
+from lapilli.model.parts.trainable import set_modes
 from lapilli.model.peak import measured_peak, peak_flops
-from lapilli.model.trainable import set_modes
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import OptimConfig
 from lapilli.train.device import peak_memory
-from lapilli.train.optim import build_optimizer
-from lapilli.train.plain import PlainEngine
-from lapilli.train.step import to_device, train_step
+from lapilli.train.engine.torch_engine import PlainEngine
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, provenance
 from pipelines.benchmarks.trainer_way import trainer_seconds
-from pipelines.command import parse, say
+from pipelines.cli.command import parse, say
 
 __all__ = ["TrainBenchmark", "main"]
 

@@ -23,7 +23,7 @@ from lapilli.data.record import ImagePart, Record
 from pipelines.benchmarks.corpus import conversations
 from pipelines.benchmarks.harness import add_row, provenance
 from pipelines.benchmarks.photos import photo_name, write_photos
-from pipelines.command import UsageError, say
+from pipelines.cli.command import UsageError, say
 
 __all__ = ["main"]
 

@@ -21,13 +21,13 @@ HEADER = "# The public names. Renew by `make public-names`, and tell of it in th
 PACKAGES = ("lapilli.data", "lapilli.model", "lapilli.train")
 # Called by checks and people by their full path, besides what the packages re-export.
 FIXED = (
-    "lapilli.data.images:ImageSpec",
-    "lapilli.data.images:prepare",
-    "lapilli.data.tokenize:encode",
-    "lapilli.data.sampler:EpochPlan",
-    "lapilli.data.sampler:assign",
-    "lapilli.data.sampler:plan_epoch",
-    "lapilli.model.merge:merge",
+    "lapilli.data.images.view:ImageSpec",
+    "lapilli.data.images.view:prepare",
+    "lapilli.data.text.encode:encode",
+    "lapilli.data.batches.sampler:EpochPlan",
+    "lapilli.data.batches.sampler:assign",
+    "lapilli.data.batches.sampler:plan_epoch",
+    "lapilli.model.merging:merge",
 )
 
 

@@ -43,9 +43,9 @@ def test_import_directions_hold() -> None:
     ("package", "planted", "contract"),
     [
         ("data", "import lapilli.train", "data and model do not know each other"),
-        ("data", "import lapilli.model.merge", "data and model do not know each other"),
+        ("data", "import lapilli.model.merging", "data and model do not know each other"),
         ("model", "from lapilli.data import DataError", "data and model do not know each other"),
-        ("train", "import pipelines.command", "pipelines are on top"),
+        ("train", "import pipelines.cli.command", "pipelines are on top"),
         ("model", "import tests.factories", "nothing imports the tests"),
         ("model", "import ray.train", "models know nothing of Ray and DeepSpeed"),
         ("model", "import deepspeed", "models know nothing of Ray and DeepSpeed"),

@@ -13,10 +13,10 @@ import yaml
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
-from lapilli.data.templates import Template, get_template
+from lapilli.data.text.templates import Template, get_template
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from pipelines.command import UsageError, parse
+from pipelines.cli.command import UsageError, parse
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 PATHS = sorted(RECIPES.rglob("*.yaml"))

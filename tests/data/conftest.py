@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.text.encode import load_tokenizer
 from tests.data.text_material import FIXTURES, sentencepiece_tokenizer, unpacked
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage
+from lapilli.data.images.view import BadImage
 from lapilli.data.mounts import Located, Mount, read_image
+from lapilli.data.sources.validation import read_entries
 from tests.factories import conversation, image_bytes
 
 __all__ = ["damaged", "other_lengths", "read_all", "tables"]

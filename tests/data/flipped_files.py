@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lapilli.data.amend import read_previous
-from lapilli.data.build_settings import read_build_config
-from lapilli.data.dataset import open_dataset
-from lapilli.data.manifest import read_manifest
-from lapilli.data.report import write_dataset_report
+from lapilli.data.dataset.build_settings import read_build_config
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.planning.incremental import read_previous
+from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.trust import NOTHING
-from pipelines.describe import describe_dataset
+from pipelines.reports.dataset_report import write_dataset_report
+from pipelines.reports.describe import describe_dataset
 from tests.hostile import flipped, refuses, vouch
 
 __all__ = ["read_all"]

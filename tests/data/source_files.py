@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from webdataset.writer import TarWriter
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.record import Entry, Record, TextPart
+from lapilli.data.sources.validation import read_entries
 from tests.factories import conversation, image_bytes
 
 Said = list[tuple[str, str]]

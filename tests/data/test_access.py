@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from lapilli.data.access import blame, exists, is_file, is_folder, naming, subpaths, system_error
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import SourceConfig
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.dataset.verify import repair_dataset, verify_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage
-from lapilli.data.integrity import repair_dataset, verify_dataset
-from lapilli.data.manifest import read_manifest
+from lapilli.data.images.view import BadImage
+from lapilli.data.io.access import blame, exists, is_file, is_folder, naming, subpaths, system_error
 from lapilli.data.mounts import Mount, read_image
 from lapilli.data.mounts.places import Located
 from lapilli.data.record import Reason, Verdict
-from lapilli.data.runners import run_here
-from lapilli.data.shards import SELECTION_SCHEMA, finished_facts, open_table, write_atomic
-from lapilli.data.sources.files import annotation_files
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.shards.files import SELECTION_SCHEMA, finished_facts, open_table, write_atomic
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.sources.reading.files import annotation_files
+from lapilli.data.text.encode import load_tokenizer
 from tests.factories import build_config, build_dataset, image_bytes, make_mixture, make_tokenizer
 
 Nobody = Callable[[], AbstractContextManager[None]]

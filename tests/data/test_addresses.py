@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.data.addresses import hide_secrets, refuse_secrets
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.output import open_output
+from lapilli.data.io.addresses import hide_secrets, refuse_secrets
+from lapilli.data.io.remote_path import open_output
 
 PLAIN = ["s3://bucket/a@b", "s3://bucket/key=1", "http://host:8080/a@b", "gs://b", "a:b@c", "x@y"]
 # what may stand in a password; a space ends an address in a line of text

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lapilli.data.config import SourceConfig
+from lapilli.data.planning.scan import survey
 from lapilli.data.record import Entry
-from lapilli.data.survey import survey
-from lapilli.data.tally import tally_facts
+from lapilli.data.sources.tally import tally_facts
 from tests.data.source_files import JPEG, message, write_lines, write_parquet, write_tar
 from tests.factories import Mixture, build_config, build_dataset, conversation, make_tokenizer
 

@@ -14,16 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from lapilli.data.build import BuildReport, build
+from lapilli.data.building.driver import BuildReport, build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig, SourceConfig
-from lapilli.data.dataset import open_dataset
-from lapilli.data.encoding import Encoding
+from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
-from lapilli.data.manifest import read_manifest
-from lapilli.data.output import Output
-from lapilli.data.plan import Task, plan_build
-from lapilli.data.runners import run_here
+from lapilli.data.images.encodings import Encoding
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.remote_path import Output
+from lapilli.data.planning.plan import Task, plan_build
+from lapilli.data.shards.manifest import read_manifest
 from tests.factories import (
     CLIP_MEAN,
     build_config,

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 
 from lapilli.data.config import SourceConfig
-from lapilli.data.images import ImageSpec
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.planning.scan import survey
 from lapilli.data.record import Entry, Reason, element_json
-from lapilli.data.survey import survey
 from pipelines.check import CheckConfig
 from pipelines.check import main as check_main
 from tests.data.source_files import entries, refused

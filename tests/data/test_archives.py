@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage
+from lapilli.data.images.view import BadImage
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.mounts.places import LARGEST_FILE
 from lapilli.data.mounts.published import ARCHIVES_BY_FOLDER

@@ -14,19 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lapilli.data.build import BuildReport, build, check_disk
-from lapilli.data.codecs import Codecs
+from lapilli.data.building.driver import BuildReport, build, check_disk
+from lapilli.data.building.run_task import run_task
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, prepare
-from lapilli.data.manifest import read_manifest
-from lapilli.data.output import Output
-from lapilli.data.plan import ImageTask, Task, plan_build
+from lapilli.data.images.codecs import Codecs
+from lapilli.data.images.view import BadImage, prepare
+from lapilli.data.io.remote_path import Output
+from lapilli.data.planning.plan import ImageTask, Task, plan_build
 from lapilli.data.record import Reason
-from lapilli.data.runners import run_here
-from lapilli.data.shards import ShardFacts
-from lapilli.data.tasks import run_task
-from lapilli.data.tokenize import encode, load_tokenizer
+from lapilli.data.shards.files import ShardFacts
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.text.encode import encode, load_tokenizer
 from tests.factories import (
     BAD_KINDS,
     Mixture,
@@ -223,7 +223,7 @@ def test_a_record_that_trains_nothing_is_quarantined(tmp_path: Path, tokenizer: 
 
 def test_the_settings_lie_in_the_dataset(config: BuildConfig, report: BuildReport) -> None:
     del report
-    from pipelines.command import parse
+    from pipelines.cli.command import parse
 
     again = parse(BuildConfig, [f"--config={Path(config.output) / 'config.json'}"], "")
     assert again == config

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from lapilli.data.errors import DataError
-from lapilli.data.templates import Template, get_template
-from lapilli.data.tokenize import bind_template, encode, encode_batch, load_tokenizer
+from lapilli.data.text.encode import bind_template, encode, encode_batch, load_tokenizer
+from lapilli.data.text.templates import Template, get_template
 from tests.data.text_material import conversation, to_record
 from tests.factories import make_tokenizer
 

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.chat_analysis import looks_at_text
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Part, Record, TextPart, Turn
-from lapilli.data.templates import Template
-from lapilli.data.tokenize import (
+from lapilli.data.text.chat_template.analysis import looks_at_text
+from lapilli.data.text.encode import (
     IMAGE_TOKEN_INDEX,
     encode_batch,
     load_tokenizer,
     template_refusal,
     train_tokenizer,
 )
+from lapilli.data.text.templates import Template
 from tests.data.chat_templates import MANNERS, SPECIALS
 
 pytestmark = pytest.mark.filterwarnings("ignore:template .*its end marker")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.checks import check_record, read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, excerpt
+from lapilli.data.sources.validation import check_record, read_entries
 from tests.factories import conversation
 
 LETTERS = {"s": "system", "u": "user", "a": "assistant"}

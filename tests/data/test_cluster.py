@@ -13,8 +13,8 @@ import pytest
 import ray
 from ray.exceptions import RaySystemError
 
-from lapilli.data.cluster import ray_session
 from lapilli.data.errors import DataError
+from lapilli.data.ray_session import ray_session
 
 # Words of Ray's own sources (_private/node.py, worker.py, services.py).
 LATE = [
@@ -132,7 +132,7 @@ def test_a_real_ray_that_is_waited_for_no_time_leaves_no_process_behind() -> Non
         os.environ["RAY_gcs_server_port_wait_time_s"] = "0"
         warnings.simplefilter("ignore")
         import psutil
-        from lapilli.data.cluster import ray_session
+        from lapilli.data.ray_session import ray_session
         from lapilli.data.errors import DataError
         try:
             with ray_session():

@@ -12,8 +12,8 @@ from typing import Any
 import PIL
 import pytest
 
-from lapilli.data.codecs import note_simd, replaced_simd, resolve_codecs, resolve_resizer
 from lapilli.data.errors import DataError
+from lapilli.data.images.codecs import note_simd, replaced_simd, resolve_codecs, resolve_resizer
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.collate import Batch, BatchShape, blank_batches, choose_buckets, collate
-from lapilli.data.dataset import Sample, open_dataset
+from lapilli.data.batches.collate import Batch, BatchShape, blank_batches, choose_buckets, collate
+from lapilli.data.dataset.dataset import Sample, open_dataset
 from lapilli.data.errors import DataError
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 

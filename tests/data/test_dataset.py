@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.images import prepare
-from lapilli.data.manifest import read_manifest
+from lapilli.data.images.view import prepare
+from lapilli.data.shards.manifest import read_manifest
 from tests.factories import build_config, build_dataset, make_mixture, make_tokenizer
 
 VIEW, IMAGE_TOKENS = "pad32", 4

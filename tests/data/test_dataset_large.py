@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.dataset.dataset import Dataset, open_dataset
 from pipelines.benchmarks.large import RECORDS, write_large
 
 SHARDS = 200

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lapilli.data.decode_apart import DecodeLimits, DecoderProcess, OverLimit
-from lapilli.data.images import BadImage, ImageSpec, prepare
+from lapilli.data.images.decode_worker import DecodeLimits, DecoderProcess, OverLimit
+from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.record import Reason
 from tests.factories import BAD_KINDS, IMAGE_KINDS, bad_image, image_bytes
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from lapilli.data.exported import TRIALS, export_obstacle, export_text, prompt_ids
-from lapilli.data.templates import TEMPLATES, Template
-from lapilli.data.tokenize import bind_template
+from lapilli.data.text.encode import bind_template
+from lapilli.data.text.export_template import TRIALS, export_obstacle, export_text, prompt_ids
+from lapilli.data.text.templates import TEMPLATES, Template
 from tests.made_tokenizers import FAMILIES, made_tokenizer
 
 THINKS = (

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.record import Entry, ImagePart, Turn
-from lapilli.data.tally import MOST_NAMES, OTHER_NAMES, Tally
+from lapilli.data.sources.tally import MOST_NAMES, OTHER_NAMES, Tally
+from lapilli.data.sources.validation import read_entries
 from tests.data.source_files import image_url, message, pair, said, text, write_parquet, write_tar
 from tests.factories import conversation
 

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from lapilli.data.file_kinds import Expected, file_kind, what_it_is_instead
-from lapilli.data.images import BadImage, ImageSpec, decode
+from lapilli.data.images.view import BadImage, ImageSpec, decode
+from lapilli.data.io.file_kinds import Expected, file_kind, what_it_is_instead
 from lapilli.data.mounts import Mount
 from lapilli.data.record import Reason, Verdict
 from tests.factories import conversation, image_bytes

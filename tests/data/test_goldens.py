@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from lapilli.data.checks import check_record
-from lapilli.data.compat import LLAVA_TEMPLATES, check_as_llava, encode_as_llava
 from lapilli.data.errors import DataError
 from lapilli.data.record import Reason, Record
-from lapilli.data.templates import TEMPLATES, Template, get_template
-from lapilli.data.tokenize import (
+from lapilli.data.sources.validation import check_record
+from lapilli.data.text.encode import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     encode,
@@ -19,6 +17,8 @@ from lapilli.data.tokenize import (
     labels_of,
     load_tokenizer,
 )
+from lapilli.data.text.llava_compat import LLAVA_TEMPLATES, check_as_llava, encode_as_llava
+from lapilli.data.text.templates import TEMPLATES, Template, get_template
 from tests.data.text_material import FIXTURES, goldens, needs_fixtures, to_record, trained_ids
 
 MISTRAL, LLAMA2 = "llava_text_mistral", "llava_text_llama2"

@@ -18,16 +18,16 @@ import pyarrow as pa
 import pytest
 from fsspec import AbstractFileSystem
 
-from lapilli.data.build_settings import read_build_config
 from lapilli.data.config import MixtureConfig
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset.build_settings import read_build_config
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.dataset.verify import repair_dataset, verify_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.integrity import repair_dataset, verify_dataset
-from lapilli.data.manifest import read_manifest
-from lapilli.data.report import write_dataset_report
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.text.tokenizer_files import load_tokenizer
 from lapilli.data.trust import NOTHING
-from lapilli.data.vocabulary import load_tokenizer
-from pipelines.describe import describe_dataset
+from pipelines.reports.dataset_report import write_dataset_report
+from pipelines.reports.describe import describe_dataset
 from tests.data.flipped_files import read_all
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.hostile import is_one_line, refuses, replaced, vouch

@@ -20,13 +20,13 @@ import pytest
 
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
+from lapilli.data.images.view import ImageSpec
 from lapilli.data.mounts import Located, Mount, read_image
-from lapilli.data.plan import plan_build
+from lapilli.data.planning.plan import plan_build
 from lapilli.data.record import Reason, Verdict
-from lapilli.data.sources import bounds, json_scanner
-from lapilli.data.sources.patterns import MOST_NAMES, expand_braces
-from lapilli.data.sources.tar_members import key_and_suffix
+from lapilli.data.sources.reading import bounds, json_scanner
+from lapilli.data.sources.reading.patterns import MOST_NAMES, expand_braces
+from lapilli.data.sources.reading.tar_members import key_and_suffix
 from pipelines.check import main as check
 from tests.conftest import ROOT
 from tests.data.source_files import entries, refused, write_lines
@@ -345,7 +345,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6_000_000_000,) * 2)
 from pathlib import Path
 from tests.data.test_hostile_files import parquet_reasons
-from lapilli.data.memory import peak_resident
+from lapilli.data.images.buffers import peak_resident
 from lapilli.data.record import Reason
 found = parquet_reasons(Path(sys.argv[1]), max_record_bytes=4 << 20)
 print(len(found), set(found) == {Reason.SCHEMA})

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from lapilli.data import bounded_jinja
-from lapilli.data.bounded_jinja import BoundedTemplate, TemplateBound
-from lapilli.data.chat import ChatWriter
 from lapilli.data.errors import DataError
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import load_tokenizer
-from lapilli.data.yaml_text import UnusableYaml, load_yaml
+from lapilli.data.io.yaml_text import UnusableYaml, load_yaml
+from lapilli.data.text.chat_template import bounded_jinja
+from lapilli.data.text.chat_template.bounded_jinja import BoundedTemplate, TemplateBound
+from lapilli.data.text.chat_template.rendering import ChatWriter
+from lapilli.data.text.encode import load_tokenizer
+from lapilli.data.text.templates import get_template
 from pipelines.check import main as check
-from pipelines.command import run
+from pipelines.cli.command import run
 from tests.factories import make_tokenizer
 
 LAUGHS = "a0: &a0 [x, x, x]\n" + "".join(

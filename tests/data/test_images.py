@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, Note, decode, prepare, square
+from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, prepare, square
 from lapilli.data.record import Reason
 from tests.factories import (
     BAD_KINDS,
@@ -346,8 +346,8 @@ def test_troublesome_files_give_llavas_pixels_or_their_reason(fixtures_dir: Path
 MEASURE = """
 import sys, warnings
 from pathlib import Path
-from lapilli.data.images import BadImage, ImageSpec, Note, decode, prepare, square
-from lapilli.data.memory import peak_resident
+from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, prepare, square
+from lapilli.data.images.buffers import peak_resident
 warnings.simplefilter("ignore")
 spec = ImageSpec(48, (0, 0, 0), max_pixels=40_000_000)
 before = peak_resident()

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapilli.data import plan
-from lapilli.data.build import build
-from lapilli.data.images import BadImage, ImageSpec, prepare
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
+from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.mounts import read_image
-from lapilli.data.plan import plan_build
-from lapilli.data.runners import run_here
+from lapilli.data.planning import plan
+from lapilli.data.planning.plan import plan_build
 from tests.factories import CLIP_MEAN, build_config, image_bytes, make_mixture, make_tokenizer
 
 FAST = ImageSpec(24, CLIP_MEAN, mode="fast", resizer="torch", max_pixels=10_000_000)

@@ -13,8 +13,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from lapilli.data import images
-from lapilli.data.images import BadImage, ImageSpec, decode, prepare
+from lapilli.data.images import view as images
+from lapilli.data.images.view import BadImage, ImageSpec, decode, prepare
 from tests.factories import CLIP_MEAN, IMAGE_KINDS, bad_image, image_bytes, picture
 
 SPEC = ImageSpec(24, CLIP_MEAN)

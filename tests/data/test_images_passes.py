@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from lapilli.data.codecs import is_simd
-from lapilli.data.images import BadImage, ImageSpec, decode, prepare, square
+from lapilli.data.images.codecs import is_simd
+from lapilli.data.images.view import BadImage, ImageSpec, decode, prepare, square
 from tests.factories import CLIP_MEAN, picture
 
 SPEC = ImageSpec(24, CLIP_MEAN)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapilli.data import image_shard
-from lapilli.data.codecs import resolve_codecs
-from lapilli.data.image_shard import image_columns, read_ahead
-from lapilli.data.images import BadImage, ImageSpec, prepare
+from lapilli.data.building import image_shard
+from lapilli.data.building.image_shard import image_columns, read_ahead
+from lapilli.data.images.codecs import resolve_codecs
+from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.mounts import Located
-from lapilli.data.plan import ImageTask, writer_version
-from lapilli.data.shards import IMAGE_SCHEMA, write_shard
+from lapilli.data.planning.plan import ImageTask, writer_version
+from lapilli.data.shards.files import IMAGE_SCHEMA, write_shard
 from tests.factories import BAD_KINDS, CLIP_MEAN, IMAGE_KINDS, bad_image, image_bytes
 
 SPEC = ImageSpec(24, CLIP_MEAN, max_pixels=1_000_000)

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from lapilli.data import images
-from lapilli.data.codecs import is_simd
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec, Note, decode, prepare, square
+from lapilli.data.images import view as images
+from lapilli.data.images.codecs import is_simd
+from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, prepare, square
 from lapilli.data.record import Reason
 from tests.data.test_images_passes import pad_then_resize, pillows_square
 from tests.factories import CLIP_MEAN, image_bytes, picture
@@ -86,7 +86,7 @@ MEASURE = """
 import io, sys
 from PIL import Image
 import torch
-from lapilli.data.images import ImageSpec, prepare
+from lapilli.data.images.view import ImageSpec, prepare
 width, height, mode, resizer = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 buffer = io.BytesIO()
 Image.new(mode, (width, height), 200 if len(mode) == 1 else (9, 9, 9, 0)[: len(mode)]).save(

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lapilli.data.exported import export_obstacle
-from lapilli.data.jinja import chat_template
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
-from lapilli.data.templates import TEMPLATES
-from lapilli.data.tokenize import encode, load_tokenizer
+from lapilli.data.text.encode import encode, load_tokenizer
+from lapilli.data.text.export_chat_template import chat_template
+from lapilli.data.text.export_template import export_obstacle
+from lapilli.data.text.templates import TEMPLATES
 from tests.factories import make_tokenizer
 
 NAMES = sorted(

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from lapilli.data import journal
-from lapilli.data.codecs import resolve_codecs
+from lapilli.data.building import crash_guard as journal
+from lapilli.data.building.crash_guard import MOST_ATTEMPTS, Journal, journal_folder, try_apart
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage, ImageSpec
-from lapilli.data.journal import MOST_ATTEMPTS, Journal, journal_folder, try_apart
+from lapilli.data.images.codecs import resolve_codecs
+from lapilli.data.images.view import BadImage, ImageSpec
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.mounts import Located
-from lapilli.data.output import RemotePath
+from lapilli.data.planning.shard_task import ImageTask
 from lapilli.data.record import Reason
-from lapilli.data.shard_task import ImageTask
 from tests.factories import CLIP_MEAN, bad_image, image_bytes
 
 NAME = "images/pad32/00000.arrow"
@@ -40,7 +40,7 @@ def died_at(folder: Path, row: int) -> None:
     """An attempt whose process ends while it decodes a row."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from lapilli.data.journal import Journal\n"
+        "from lapilli.data.building.crash_guard import Journal\n"
         "with Journal(Path(sys.argv[1]), 'x').decoding(int(sys.argv[2])):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
-from lapilli.data.llava_sampler import llava_steps
+from lapilli.data.batches.llava_sampler import llava_steps
 
 Ids = NDArray[np.int64]
 

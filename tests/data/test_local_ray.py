@@ -19,7 +19,7 @@ from lapilli.data.local_ray import FOLDER, LEAST_FILES, local_ray
 
 LISTENING = """
 import json, os, psutil, ray
-from lapilli.data.cluster import ray_session
+from lapilli.data.ray_session import ray_session
 with ray_session():
     ray.get(ray.remote(lambda: 0).remote())
     mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
@@ -33,7 +33,7 @@ with ray_session():
 SMALL_SHM = """
 import os, sys, warnings, numpy as np, ray
 from pathlib import Path
-from lapilli.data.cluster import ray_session
+from lapilli.data.ray_session import ray_session
 warnings.formatwarning = lambda message, *rest: f"warning: {message}\\n"
 print(os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize)
 with ray_session():

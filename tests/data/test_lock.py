@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.data.errors import DataError
-from lapilli.data.lock import LOCK, only_writer
+from lapilli.data.io.writer_lock import LOCK, only_writer
 
 HOLD = """
 import sys
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from lapilli.data.lock import only_writer
+from lapilli.data.io.writer_lock import only_writer
 with only_writer(Path(sys.argv[1]), "built"):
     print("held", flush=True)
     sys.stdin.read()

@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.manifest import FORMAT, Manifest, ViewFacts, digest, read_manifest, write_manifest
-from lapilli.data.shards import ShardFacts
+from lapilli.data.shards.files import ShardFacts
+from lapilli.data.shards.manifest import (
+    FORMAT,
+    Manifest,
+    ViewFacts,
+    digest,
+    read_manifest,
+    write_manifest,
+)
 
 SHARD = ShardFacts("tokens/0.arrow", 3, 100, "ab" * 32)
 SPEC = {"size": 8, "fill": [0, 0, 0], "aspect": "pad", "mode": "exact"}

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from lapilli.data.memory import Room
+from lapilli.data.images.buffers import Room
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from lapilli.data.memory import keep_freed
+from lapilli.data.images.buffers import keep_freed
 if sys.argv[1] == "keep":
     assert keep_freed()
 def work():

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.config import MixtureConfig, SourceConfig
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.manifest import read_manifest
-from lapilli.data.mixture import Blend, Pool, blend, check_sources
-from lapilli.data.plan import plan_build
+from lapilli.data.planning.mixture import Blend, Pool, blend, check_sources
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.shards.manifest import read_manifest
 from tests.factories import (
     Mixture,
     build_config,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from lapilli.data import open_dataset
-from lapilli.data.build import build
-from lapilli.data.integrity import verify_dataset
-from lapilli.data.plan import plan_build
-from lapilli.data.runners import run_here
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
+from lapilli.data.dataset.verify import verify_dataset
+from lapilli.data.planning.plan import plan_build
 from tests.factories import Mixture, build_config, build_dataset, make_mixture, make_tokenizer
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from lapilli.data.build import build
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
-from lapilli.data.manifest import read_manifest
-from lapilli.data.output import Output, RemotePath, open_output
-from lapilli.data.plan import Task, plan_build
-from lapilli.data.runners import run_here
-from lapilli.data.shards import write_json
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.remote_path import Output, RemotePath, open_output
+from lapilli.data.planning.plan import Task, plan_build
+from lapilli.data.shards.files import write_json
+from lapilli.data.shards.manifest import read_manifest
 from tests.factories import CLIP_MEAN, build_config, make_mixture, make_tokenizer
 from tests.object_store import failing_proxy, serve, serve_s3, use_endpoint
 
@@ -72,8 +72,8 @@ def use_store(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
 
     def use(fails: Callable[[int], bool] = lambda _: False) -> Store:
         store = Store(fails)
-        monkeypatch.setattr("lapilli.data.output.open_storage", lambda scheme: store)
-        monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.001)
+        monkeypatch.setattr("lapilli.data.io.remote_path.open_storage", lambda scheme: store)
+        monkeypatch.setattr("lapilli.data.io.remote_path.FIRST_WAIT", 0.001)
         return store
 
     return use

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lapilli.data import charts, scales
-from lapilli.data.page import Figure, GalleryItem, Page
-from lapilli.data.transcript import Piece
+from lapilli.data.text.token_text import Piece
+from pipelines.reports import charts
+from pipelines.reports import ticks as scales
+from pipelines.reports.page import Figure, GalleryItem, Page
 
 VOID = {"meta", "link", "img", "br"}
 EVIL = "</figcaption><script>alert(1)</script>\"'&\x00\ud800"
@@ -403,7 +404,7 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
 
 def test_importing_the_page_loads_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, lapilli.data.page;"
+        "import sys, pipelines.reports.page;"
         "print(sorted({'torch', 'ray'} & {name.partition('.')[0] for name in sys.modules}))"
     )
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.amend import image_stamp
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
-from lapilli.data.images import BadImage
+from lapilli.data.images.view import BadImage
 from lapilli.data.mounts import Located, Mount, read_image, tables
+from lapilli.data.planning.incremental import image_stamp
 from lapilli.data.record import Entry, Verdict
-from lapilli.data.tally import Tally
+from lapilli.data.sources.tally import Tally
+from lapilli.data.sources.validation import read_entries
 from tests.data.source_files import JPEG, entries, refused, write_parquet
 from tests.factories import Mixture, build_dataset, conversation, image_bytes, make_tokenizer
 from tests.object_store import serve_s3

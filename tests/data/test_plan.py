@@ -12,8 +12,8 @@ import pytest
 
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
-from lapilli.data.plan import ImageTask, plan_build
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.planning.plan import ImageTask, plan_build
 from lapilli.data.record import Reason
 from tests.factories import (
     CLIP_MEAN,

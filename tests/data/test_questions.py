@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lapilli.data.errors import DataError
-from lapilli.data.questions import find_frames, first_question
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
-from lapilli.data.templates import TEMPLATES, Template
-from lapilli.data.tokenize import bind_template, encode_batch
+from lapilli.data.text.encode import bind_template, encode_batch
+from lapilli.data.text.questions import find_frames, first_question
+from lapilli.data.text.templates import TEMPLATES, Template
 from tests.made_tokenizers import FAMILIES, made_tokenizer
 
 QUESTION = "Is 3 > 2, or # <|im_end|> not?"

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.build import build
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import SourceConfig
 from lapilli.data.mounts import Located, Mount
-from lapilli.data.plan import plan_build
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.scan import Survey, survey
 from lapilli.data.record import Entry, Reason, Verdict
-from lapilli.data.runners import run_here
-from lapilli.data.survey import Survey, survey
 from tests.factories import (
     Mixture,
     build_config,

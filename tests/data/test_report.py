@@ -16,7 +16,7 @@ from PIL import Image
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.record import Reason
-from lapilli.data.report import REMEDIES, BuildTime, write_dataset_report
+from pipelines.reports.dataset_report import REMEDIES, BuildTime, write_dataset_report
 from tests.browser import Chromium
 from tests.factories import (
     Mixture,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.data.runners import LOOKS, MOST_SHARDS, SOON, full_at_once, group_sizes
+from lapilli.data.building.runners import LOOKS, MOST_SHARDS, SOON, full_at_once, group_sizes
 
 MODULE = "ray.data._internal.execution.resource_manager"
 

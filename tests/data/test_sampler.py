@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lapilli.data.collate import choose_buckets
+from lapilli.data.batches.collate import choose_buckets
+from lapilli.data.batches.llava_sampler import llava_order
+from lapilli.data.batches.sampler import EpochPlan, assign, longest_rows, plan_epoch
 from lapilli.data.errors import DataError
-from lapilli.data.llava_sampler import llava_order
-from lapilli.data.sampler import EpochPlan, assign, longest_rows, plan_epoch
 
 GOLDENS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "goldens" / "llava_sampler.json").read_text()

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.shards import (
+from lapilli.data.shards.files import (
     IMAGE_SCHEMA,
     TOKEN_SCHEMA,
     ShardFacts,

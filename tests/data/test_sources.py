@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Reason, TextPart, Turn, Verdict
-from lapilli.data.sources import SOURCES, Source, get_source, json_scanner, json_stream, llava
+from lapilli.data.sources import SOURCES, Source, get_source, llava
+from lapilli.data.sources.reading import json_scanner, json_stream
 from lapilli.data.sources.turns import split_markers
 
 OURS = Source(json_stream.read, llava.normalise)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import Entry, Reason
-from lapilli.data.sources import json_scanner, json_stream
+from lapilli.data.sources.reading import json_scanner, json_stream
 from tests.data.source_files import (
     entries,
     pair,

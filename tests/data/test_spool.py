@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.data.building.task_file import TASKS, read_task, write_tasks
 from lapilli.data.errors import DataError
-from lapilli.data.plan import plan_build
-from lapilli.data.shard_task import Task
-from lapilli.data.spool import TASKS, read_task, write_tasks
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.shard_task import Task
 from tests.factories import build_config, make_mixture, make_tokenizer
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import BadImage
+from lapilli.data.images.view import BadImage
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.record import Reason, Verdict
+from lapilli.data.sources.validation import read_entries
 from tests.data.test_archives import write_tar, write_zip
 from tests.factories import Mixture, build_dataset, conversation, image_bytes, make_tokenizer
 from tests.object_store import serve_s3

@@ -9,9 +9,9 @@ import pytest
 
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.mounts.published import HOLES
+from lapilli.data.planning.decode_check import verify_images
+from lapilli.data.planning.scan import survey
 from lapilli.data.record import Entry, Reason
-from lapilli.data.survey import survey
-from lapilli.data.verify import verify_images
 from tests.factories import Mixture, build_config, conversation, image_bytes, make_mixture
 
 

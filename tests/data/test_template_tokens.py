@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from lapilli.data.record import ImagePart, Part, Record, TextPart, Turn
-from lapilli.data.templates import TEMPLATES
-from lapilli.data.tokenize import (
+from lapilli.data.text.encode import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     encode,
@@ -27,6 +26,7 @@ from lapilli.data.tokenize import (
     load_tokenizer,
     train_tokenizer,
 )
+from lapilli.data.text.templates import TEMPLATES
 from tests.data.text_material import FIXTURES, needs_fixtures, unpacked
 
 Rounds = list[tuple[str, str]]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Part, Record, Role, TextPart, Turn
-from lapilli.data.render import (
+from lapilli.data.text.rendering import (
     ImageSlot,
     Segment,
     SpecialToken,
@@ -17,7 +17,7 @@ from lapilli.data.render import (
     mark_images,
     render,
 )
-from lapilli.data.templates import TEMPLATES, Template, get_template
+from lapilli.data.text.templates import TEMPLATES, Template, get_template
 
 SYSTEM = TEMPLATES["v1"].system
 

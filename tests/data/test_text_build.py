@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lapilli.data.build import BuildReport, build
+from lapilli.data.building.driver import BuildReport, build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
-from lapilli.data.plan import plan_build
-from lapilli.data.runners import run_here
-from lapilli.data.tokenize import IMAGE_TOKEN_INDEX
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.text.encode import IMAGE_TOKEN_INDEX
 from tests.data.text_material import goldens
 from tests.factories import CLIP_MEAN, image_bytes, make_tokenizer
 

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import Record, TextPart, Turn
-from lapilli.data.templates import Template
-from lapilli.data.tokenize import (
+from lapilli.data.text.encode import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     Encoded,
@@ -27,6 +26,7 @@ from lapilli.data.tokenize import (
     train_tokenizer,
     truncate,
 )
+from lapilli.data.text.templates import Template
 from tests.data.text_material import (
     FIXTURES,
     conversation,

@@ -15,19 +15,19 @@ import pytest
 import transformers
 from tokenizers import AddedToken
 
-from lapilli.data.backend import backend_for, tokenizer_facts
-from lapilli.data.build import build
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.dataset.tokenizer_copy import open_copy, write_copy
+from lapilli.data.dataset.verify import repair_dataset, verify_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.integrity import repair_dataset, verify_dataset
-from lapilli.data.manifest import read_manifest
-from lapilli.data.plan import plan_build
+from lapilli.data.planning.plan import plan_build
 from lapilli.data.record import Record, TextPart, Turn
-from lapilli.data.runners import run_here
-from lapilli.data.tokenize import encode_batch, load_tokenizer
-from lapilli.data.tokenizer_copy import open_copy, write_copy
-from lapilli.data.vocabulary import KEPT_FILES
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.text.encode import encode_batch, load_tokenizer
+from lapilli.data.text.tokenizer import backend_for, tokenizer_facts
+from lapilli.data.text.tokenizer_files import KEPT_FILES
 from tests.data.text_material import needs_fixtures, unpacked
 from tests.factories import Mixture, build_config, make_mixture, make_tokenizer
 
@@ -284,7 +284,7 @@ def test_a_copy_that_writes_other_ids_ends_the_build(
     """As a library would that reads a copy otherwise, and has the same fingerprint for it."""
     wrong: Any = load_tokenizer(config.tokenizer)
     wrong.backend_tokenizer.pre_tokenizer = None
-    monkeypatch.setattr(sys.modules["lapilli.data.build"], "open_copy", lambda *_: wrong)
+    monkeypatch.setattr(sys.modules["lapilli.data.building.driver"], "open_copy", lambda *_: wrong)
     with pytest.raises(
         DataError, match=r"writes other ids than .*llama did: .* from place"
     ) as found:

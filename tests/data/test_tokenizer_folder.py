@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lapilli.data.backend import check_agreement, tokenizer_facts
 from lapilli.data.errors import DataError
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.text.encode import load_tokenizer
+from lapilli.data.text.tokenizer import check_agreement, tokenizer_facts
 from tests.factories import make_tokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 499723\n"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
-from lapilli.data.templates import Template
-from lapilli.data.tokenize import encode_batch, load_tokenizer
-from lapilli.data.transcript import Piece, join_pieces, transcript
+from lapilli.data.text.encode import encode_batch, load_tokenizer
+from lapilli.data.text.templates import Template
+from lapilli.data.text.token_text import Piece, join_pieces, transcript
 from tests.factories import make_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens" / "llava_text_mistral.json"

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapilli.data.compat import check_as_llava
 from lapilli.data.config import SourceConfig
-from lapilli.data.dataset import Sample, open_dataset
-from lapilli.data.export import _message_form  # pyright: ignore[reportPrivateUsage]
+from lapilli.data.dataset.dataset import Sample, open_dataset
+from lapilli.data.dataset.export_webdataset import _message_form  # pyright: ignore[reportPrivateUsage]
 from lapilli.data.record import ImagePart, Record, TextPart, Turn, Verdict, pack, unpack
 from lapilli.data.sources import messages
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import encode_batch, load_tokenizer
+from lapilli.data.text.encode import encode_batch, load_tokenizer
+from lapilli.data.text.llava_compat import check_as_llava
+from lapilli.data.text.templates import get_template
 from tests.data.source_files import write_lines
 from tests.factories import Mixture, build_dataset, image_bytes, make_tokenizer
 

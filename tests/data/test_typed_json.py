@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.data.typed_json import (
+from lapilli.data.io.typed_json import (
     Digest,
     FilePath,
     JsonError,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.data.images import BadImage, ImageSpec, prepare
+from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.mounts import Located, Mount
+from lapilli.data.planning.decode_check import verify_image, verify_images
 from lapilli.data.record import Reason
-from lapilli.data.verify import verify_image, verify_images
 from tests.factories import BAD_KINDS, CLIP_MEAN, IMAGE_KINDS, bad_image, image_bytes
 
 SPEC = ImageSpec(16, CLIP_MEAN, resizer="pillow", max_pixels=10_000_000)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.data.backend import backend_for, check_agreement
 from lapilli.data.errors import DataError
-from lapilli.data.plan import plan_build
-from lapilli.data.tokenize import load_tokenizer
-from lapilli.data.vocabulary import QWEN_SPECIALS, second_opinion
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.text.encode import load_tokenizer
+from lapilli.data.text.tokenizer import backend_for, check_agreement
+from lapilli.data.text.tokenizer_files import QWEN_SPECIALS, second_opinion
 from tests.data.text_material import needs_fixtures, sentencepiece_tokenizer
 from tests.factories import build_config, make_mixture, make_tokenizer
 

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.record import Entry, Record, Verdict
-from lapilli.data.tally import Members, Tally
+from lapilli.data.sources.tally import Members, Tally
+from lapilli.data.sources.validation import read_entries
 from tests.data.source_files import JPEG, as_bytes, said
 from tests.factories import conversation, image_bytes
 

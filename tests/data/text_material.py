@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lapilli.data.record import ImagePart, Part, Record, TextPart, Turn, Verdict
 from lapilli.data.sources.llava import normalise
-from lapilli.data.templates import Template
-from lapilli.data.tokenize import encode_batch, load_tokenizer
+from lapilli.data.text.encode import encode_batch, load_tokenizer
+from lapilli.data.text.templates import Template
 
 __all__ = [
     "FIXTURES",

@@ -10,8 +10,8 @@ import pytest
 
 import pipelines.preprocess
 import pipelines.train
-from lapilli.data.manifest import read_manifest
-from lapilli.train.metrics import read_metrics
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.train.run_folder.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,11 +20,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lapilli.data.build import build
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
-from lapilli.data.plan import plan_build
-from lapilli.data.runners import run_here
-from pipelines.command import parse
+from lapilli.data.planning.plan import plan_build
+from pipelines.cli.command import parse
 from tests.factories import picture
 
 __all__ = [

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint import newest_weights
+from lapilli.train.checkpoint.save_load import newest_weights
 from lapilli.train.config import RunConfig
-from lapilli.train.feed import Feed
-from lapilli.train.launch import launch, preflight
-from lapilli.train.loop import build_start, open_for
-from pipelines.command import parse
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.steps.feed import Feed
+from lapilli.train.worker.loop import build_start, open_for
+from pipelines.cli.command import parse
 from tests.foreign.environments import HERE, ROOT, run_in
 from tests.foreign.llava_material import LIMIT, RECIPES, Material, make_models, make_records
 

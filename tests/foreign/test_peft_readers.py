@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.train.ask import open_assistant
-from lapilli.train.evaluate import load_trained
+from lapilli.train.inference.assistant import open_assistant
+from lapilli.train.inference.evaluate import load_trained
 from tests.foreign.environments import ROOT, SCRIPTS, run_in
 from tests.foreign.trained_runs import LORA, TOKENS, Forms
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from lapilli.data.images import prepare
+from lapilli.data.images.view import prepare
 from lapilli.model.generate import Decoding
-from lapilli.train.ask import Assistant, Question, open_assistant
+from lapilli.train.inference.assistant import Assistant, Question, open_assistant
 from tests.factories import image_bytes
 from tests.foreign.environments import ROOT, SCRIPTS, run_in
 from tests.pipelines.test_export_runs import DECODER, LORA, Runs

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
-from lapilli.train.step import to_device
+from lapilli.train.steps.step import to_device
 from tests.train.tiny import model_config, random_steps
 
 pytestmark = [
@@ -37,7 +37,7 @@ def test_loss_and_gradients_equal_the_cpus(step: int) -> None:
 
 
 def test_the_merge_never_waits_for_the_device() -> None:
-    from lapilli.model.merge import merge
+    from lapilli.model.merging import merge
 
     ids = torch.zeros(2, 64, dtype=torch.long, device=CUDA)
     index = torch.arange(-64, 64, dtype=torch.int32, device=CUDA).clamp(min=-1).view(2, 64)

@@ -11,7 +11,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton", reason="triton is absent; torch's CUDA build brings it")
 
-from lapilli.model.merge import merge  # noqa: E402
+from lapilli.model.merging import merge  # noqa: E402
 from tests.model.triton_merge import *  # noqa: E402, F403
 from tests.model.triton_merge import case  # noqa: E402
 

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lapilli.data.collate import Batch, BatchShape, collate
-from lapilli.model.added_rows import added_rows, source_rows, table_names
+from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.model.config import LoraConfig, ModelConfig
 from lapilli.model.generate import generate_greedy
 from lapilli.model.interop.lora_run import write_lora_run
 from lapilli.model.interop.peft import merge_adapter, read_adapter
 from lapilli.model.interop.weights import plain_weights
-from lapilli.model.trainable import group_of, trainable_parameters
+from lapilli.model.parts.added_rows import added_rows, source_rows, table_names
+from lapilli.model.parts.trainable import group_of, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 

@@ -12,9 +12,9 @@ import torch
 
 from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.language import build_language
-from lapilli.model.pretrained import one_line
-from lapilli.model.vision import build_tower
+from lapilli.model.parts.language import build_language
+from lapilli.model.parts.pretrained import one_line
+from lapilli.model.parts.vision import build_tower
 from tests.model import twins
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.model.config import LoraConfig
 from lapilli.model.flops import (
     BatchNumbers,
@@ -21,8 +21,8 @@ from lapilli.model.flops import (
     part_numbers,
     step_flops,
 )
+from lapilli.model.parts.trainable import set_modes
 from lapilli.model.peak import measured_peak, peak_flops
-from lapilli.model.trainable import set_modes
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 

@@ -16,7 +16,7 @@ from lapilli.model.config import VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import read_hf, write_hf
 from lapilli.model.interop.llava_tower import TowerImages, published_tower, write_tower
-from lapilli.model.vision import FAMILIES, Tower, TransformersTower, build_tower, tower_shape
+from lapilli.model.parts.vision import FAMILIES, Tower, TransformersTower, build_tower, tower_shape
 from lapilli.model.vlm import build_model
 from tests.model import twins
 

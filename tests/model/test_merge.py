@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.model.errors import ModelError
-from lapilli.model.merge import merge
+from lapilli.model.merging import merge
 
 
 def case(

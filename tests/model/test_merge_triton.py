@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lapilli.model.errors import ModelError
-from lapilli.model.merge import merge
+from lapilli.model.merging import merge
 
 pytest.importorskip("triton", reason="triton (extra `dev`, on Linux) is absent")
 CASES = Path(__file__).with_name("triton_merge.py")

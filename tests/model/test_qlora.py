@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lapilli.data.collate import BatchShape, collate
+from lapilli.data.batches.collate import BatchShape, collate
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError

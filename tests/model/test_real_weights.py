@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from lapilli.data.collate import BatchShape, collate
-from lapilli.data.dataset import Sample
-from lapilli.data.memory import peak_resident
+from lapilli.data.batches.collate import BatchShape, collate
+from lapilli.data.dataset.dataset import Sample
+from lapilli.data.images.buffers import peak_resident
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.generate import generate_greedy
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 

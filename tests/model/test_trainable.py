@@ -11,10 +11,10 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 
-from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.model.config import LoraConfig, ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.trainable import parameter_groups, set_modes, trainable_parameters
+from lapilli.model.parts.trainable import parameter_groups, set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 

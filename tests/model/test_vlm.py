@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lapilli.data.collate import BatchShape, collate
+from lapilli.data.batches.collate import BatchShape, collate
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
 from tests.model import twins
 from tests.model.twins import forward, samples

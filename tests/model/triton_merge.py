@@ -17,7 +17,7 @@ from lapilli.model.kernels.merge import (
     merge_op,
     tile,
 )
-from lapilli.model.merge import merge
+from lapilli.model.merging import merge
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

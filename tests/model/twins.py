@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lapilli.data.collate import Batch
-from lapilli.data.dataset import Sample
+from lapilli.data.batches.collate import Batch
+from lapilli.data.dataset.dataset import Sample
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.interop.llava import LlavaForm
 from lapilli.model.interop.llava_tower import TowerImages

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapilli.data.images import ImageSpec
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import bind_template, load_tokenizer
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.text.encode import bind_template, load_tokenizer
+from lapilli.data.text.templates import get_template
 from lapilli.model.generate import Decoding
 from lapilli.model.vlm import build_model
-from lapilli.train.ask import Assistant
+from lapilli.train.inference.assistant import Assistant
 from pipelines.chat import ChatConfig, make_app
-from pipelines.chat_request import ChatLimits
-from pipelines.chat_server import listen, make_server
+from pipelines.chat_page.request import ChatLimits
+from pipelines.chat_page.server import listen, make_server
 from tests.factories import make_tokenizer
 from tests.train.small_run import small_run
 

@@ -22,10 +22,10 @@ from lapilli.data.errors import DataError
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import FACTS
-from lapilli.model.language import build_language
-from lapilli.train.ask import Question, open_assistant
+from lapilli.model.parts.language import build_language
 from lapilli.train.errors import TrainError
-from pipelines import export_output
+from lapilli.train.inference.assistant import Question, open_assistant
+from pipelines.exports import output as export_output
 from tests.pipelines.test_export_runs import DECODER, LORA, Runs
 from tests.pipelines.test_generate import one_line
 
@@ -377,7 +377,7 @@ def test_what_an_export_needs_covers_what_it_writes(
             yield folder
 
     monkeypatch.setattr("pipelines.export.filled", noted)
-    monkeypatch.setattr("pipelines.export_llava.filled", noted)
+    monkeypatch.setattr("pipelines.exports.llava.filled", noted)
     for number, (to, *flags) in enumerate(
         [["hf"], ["llava"], ["llava", "--files=bin", "--dtype=bfloat16"], ["peft"]]
     ):

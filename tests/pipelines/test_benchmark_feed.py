@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapilli.train import feed as feed_module
+from lapilli.train.steps import feed as feed_module
 from pipelines.benchmarks import feed, harness
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.large import write_large

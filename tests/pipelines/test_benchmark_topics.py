@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lapilli.data.sampler import EpochPlan
+from lapilli.data.batches.sampler import EpochPlan
 from pipelines.benchmarks import build, harness, images, opening, planning, reading, scaling
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.build_sides import write_alone
@@ -23,7 +23,7 @@ from pipelines.benchmarks.large import write_large
 from pipelines.benchmarks.orders import ORDERS, Samples, Shape
 from pipelines.benchmarks.photos import write_photos
 from pipelines.benchmarks.plot import Bar, draw_bars
-from pipelines.command import UsageError
+from pipelines.cli.command import UsageError
 from tests.factories import image_bytes
 
 TOPICS = (build, images, opening, planning, reading, scaling)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lapilli.data.checks import check_record
+from lapilli.data.sources.validation import check_record
 from pipelines.benchmarks import figures, harness, photos, tokens, training
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.corpus import KINDS, conversations
 from pipelines.benchmarks.photos import photo_name, write_photos
 from pipelines.benchmarks.whole import watch
-from pipelines.command import UsageError
+from pipelines.cli.command import UsageError
 from tests.factories import make_tokenizer
 
 

@@ -18,9 +18,9 @@ from typing import ClassVar
 import psutil
 import pytest
 
-from lapilli.model.positions import positions_of
-from lapilli.train.ask import Assistant, Question
-from pipelines.chat_request import ChatLimits
+from lapilli.model.parts.positions import positions_of
+from lapilli.train.inference.assistant import Assistant, Question
+from pipelines.chat_page.request import ChatLimits
 from tests.browser import FLAGS, Chromium, find_chromium
 from tests.factories import image_bytes
 from tests.pipelines.served import Served, asked, encoded, serve

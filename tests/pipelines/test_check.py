@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.check import CheckConfig, find_published, main
-from pipelines.command import run
+from pipelines.cli.command import run
 from tests.data.test_archives import write_zip
 from tests.e2e.test_mini_mixture import RECIPES, STAGES, expected_verdicts
 from tests.factories import conversation, image_bytes

@@ -20,7 +20,7 @@ import pipelines.show
 import pipelines.train
 from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
-from pipelines.command import parse, run, say
+from pipelines.cli.command import parse, run, say
 from pipelines.quickstart import QuickstartConfig
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"

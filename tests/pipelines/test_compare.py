@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.compare import Compared, compare_rows, differing, read_compared
+from pipelines.reports.compare import Compared, compare_rows, differing, read_compared
 from pipelines.show import main
 from tests.browser import Chromium
 from tests.train.small_run import small_run

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.data.dataset import open_dataset
-from lapilli.train.estimate import sketch_run
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import read_metrics
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.memory_estimate import sketch_run
+from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.estimate import sample_operations, tell_estimate
 from pipelines.train import main
 from tests.train.small_run import small_dataset, small_run

@@ -11,7 +11,7 @@ import pytest
 import pipelines.evaluate
 import pipelines.train
 from lapilli.data.config import MixtureConfig
-from pipelines.command import run
+from pipelines.cli.command import run
 from pipelines.evaluate import EvaluateConfig, evaluate_once
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.pipelines.test_train import RECIPE

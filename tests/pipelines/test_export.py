@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from lapilli.data.checks import read_entries
 from lapilli.data.config import MixtureConfig, SourceConfig
-from lapilli.data.dataset import open_dataset
+from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.mounts import EXTENSIONS
 from lapilli.data.record import Record
-from pipelines.command import UsageError
+from lapilli.data.sources.validation import read_entries
+from pipelines.cli.command import UsageError
 from pipelines.export import main
 from tests.factories import (
     Mixture,

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, StopStringCriteria
 
 import pipelines.preprocess
-from lapilli.data.images import ImageSpec
+from lapilli.data.images.view import ImageSpec
 from tests.factories import CLIP_MEAN, Mixture, build_dataset, make_mixture
 from tests.made_tokenizers import made_tokenizer
 from tests.pipelines.test_export_runs import Runs
@@ -104,7 +104,7 @@ def test_a_pair_that_cannot_be_exported_is_refused_before_training(
     assert line.startswith(f"error: {words}")
     assert line.endswith("take a template with {<|im_start|>} in its frames, or another tokenizer")
     assert not (output / "manifest.json").exists()
-    monkeypatch.setattr("lapilli.data.plan.export_obstacle", lambda *pair: "")
+    monkeypatch.setattr("lapilli.data.planning.plan.export_obstacle", lambda *pair: "")
     with pytest.warns(UserWarning, match="its end marker"):
         data = dataset(runs, mixture, "phi_hf", has_specials=True)
 

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditiona
 import pipelines.export
 import pipelines.generate
 import pipelines.train
-from lapilli.data.images import ImageSpec, prepare
+from lapilli.data.images.view import ImageSpec, prepare
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf import read_hf
 from lapilli.model.interop.llava import load_llava
 from lapilli.model.interop.weights import plain_weights
-from lapilli.model.language import build_language
+from lapilli.model.parts.language import build_language
 from lapilli.model.vlm import build_model
-from lapilli.train.ask import Assistant, Question, open_assistant
-from lapilli.train.evaluate import answer_dataset, load_trained, open_test
+from lapilli.train.inference.assistant import Assistant, Question, open_assistant
+from lapilli.train.inference.evaluate import answer_dataset, load_trained, open_test
 from tests.factories import build_dataset, image_bytes, make_mixture, make_tokenizer
 from tests.pipelines.test_generate import STOCK_RESIZER, messages, one_line
 

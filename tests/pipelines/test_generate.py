@@ -24,12 +24,12 @@ from transformers.utils.import_utils import is_torchvision_available
 import pipelines.export
 import pipelines.generate
 import pipelines.train
-from lapilli.data.images import ImageSpec, prepare
+from lapilli.data.images.view import ImageSpec, prepare
 from lapilli.model.interop.hf import Preprocessing, read_hf, write_processor
 from lapilli.model.interop.llava import load_llava
 from lapilli.model.vlm import build_model
-from lapilli.train.ask import Assistant, Question, open_assistant
-from pipelines.command import run
+from lapilli.train.inference.assistant import Assistant, Question, open_assistant
+from pipelines.cli.command import run
 from tests.factories import image_bytes
 from tests.pipelines.test_train import RECIPE
 from tests.train.small_run import small_dataset

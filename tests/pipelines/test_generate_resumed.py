@@ -11,7 +11,7 @@ import pytest
 import pipelines.generate
 import pipelines.train
 from lapilli.data.errors import DataError
-from lapilli.train.ask import Assistant, Question
+from lapilli.train.inference.assistant import Assistant, Question
 from tests.factories import image_bytes
 from tests.pipelines.test_train import RECIPE
 from tests.train.small_run import small_dataset

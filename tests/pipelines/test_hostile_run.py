@@ -17,22 +17,22 @@ import pytest
 
 import pipelines.train
 from lapilli.data.config import MixtureConfig
-from lapilli.data.output import RemotePath
-from lapilli.data.page import Page
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import read_safetensors, read_tensors
-from lapilli.model.pretrained import check_memory, check_readable
-from lapilli.train.ask import open_assistant
-from lapilli.train.chain import find_chain
-from lapilli.train.checkpoint import find_checkpoints, latest_checkpoint, newest_weights
+from lapilli.model.parts.pretrained import check_memory, check_readable
+from lapilli.train.checkpoint.init_from import find_chain
+from lapilli.train.checkpoint.layout import steps_in
+from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint, newest_weights
+from lapilli.train.checkpoint.upload import fetch_newest
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import steps_in
-from lapilli.train.replay import read_kept
-from lapilli.train.report import write_run_report
-from lapilli.train.run_data import read_data
-from lapilli.train.uploads import fetch_newest
-from pipelines.compare import add_curves, compare_rows, differing, read_compared
-from pipelines.describe import describe_run, kind_of
+from lapilli.train.health.step_dump import read_kept
+from lapilli.train.inference.assistant import open_assistant
+from lapilli.train.run_folder.dataset_files import read_data
+from pipelines.reports.compare import add_curves, compare_rows, differing, read_compared
+from pipelines.reports.describe import describe_run, kind_of
+from pipelines.reports.page import Page
+from pipelines.reports.run_report import write_run_report
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.hostile import is_one_line, refuses, replaced
 from tests.pipelines.test_train import RECIPE

@@ -27,7 +27,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from lapilli.data.tokenize import train_tokenizer
+from lapilli.data.text.encode import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.data.build import build
-from lapilli.data.plan import plan_build
-from lapilli.data.runners import run_here
-from pipelines import live
-from pipelines.live import build_line, describe_rate
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
+from lapilli.data.planning.plan import plan_build
+from pipelines.cli import progress as live
+from pipelines.cli.progress import build_line, describe_rate
 from tests.factories import build_config, make_mixture, make_tokenizer
 
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import pipelines.export
 import pipelines.show
-from lapilli.data.page import Figure, GalleryItem, Page
-from lapilli.data.printable import relative_names
-from lapilli.data.transcript import Piece
-from lapilli.train.folders import CONFIG
-from lapilli.train.notes import note
-from lapilli.train.probes import WORKERS
-from lapilli.train.report import write_run_report
+from lapilli.data.io.printable import relative_names
+from lapilli.data.text.token_text import Piece
+from lapilli.train.checkpoint.layout import CONFIG
+from lapilli.train.health.network_check import WORKERS
+from lapilli.train.run_folder.messages import note
+from pipelines.reports.page import Figure, GalleryItem, Page
+from pipelines.reports.run_report import write_run_report
 from pipelines.train import train
 from tests.browser import FLAGS, Chromium, find_chromium
 from tests.train.small_run import small_dataset, small_run

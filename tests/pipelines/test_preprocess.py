@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.data.config import MixtureConfig
-from pipelines.command import run
+from pipelines.cli.command import run
 from pipelines.preprocess import main, tell_report
 from tests.factories import CLIP_MEAN, Mixture, build_dataset, make_mixture, make_tokenizer
 

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from lapilli.data.dataset import open_dataset
-from lapilli.data.images import ImageSpec, prepare
-from lapilli.data.runners import run_here
+from lapilli.data.building.runners import run_here
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.images.view import ImageSpec, prepare
 from pipelines import check, preprocess
-from pipelines.live import build_line
+from pipelines.cli.progress import build_line
 from tests.data.source_files import write_parquet, write_tar
 from tests.factories import CLIP_MEAN, conversation, image_bytes, make_tokenizer
 

@@ -11,14 +11,14 @@ import pytest
 
 import pipelines.generate
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec, prepare
-from lapilli.data.templates import get_template
-from lapilli.data.tokenize import bind_template, load_tokenizer
+from lapilli.data.images.view import ImageSpec, prepare
+from lapilli.data.text.encode import bind_template, load_tokenizer
+from lapilli.data.text.templates import get_template
 from lapilli.model.generate import Decoding
 from lapilli.model.vlm import build_model
-from lapilli.train.ask import Assistant, Question
-from pipelines.command import run
-from pipelines.question_file import read_questions
+from lapilli.train.inference.assistant import Assistant, Question
+from pipelines.cli.command import run
+from pipelines.cli.question_file import read_questions
 from tests.factories import image_bytes, make_tokenizer
 from tests.train.small_run import small_run
 

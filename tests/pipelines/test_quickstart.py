@@ -11,11 +11,11 @@ import easy_vqa
 import pytest
 
 from lapilli.data.config import SourceConfig
-from lapilli.train.evaluate import Answer
-from pipelines.blind import blind_answers
-from pipelines.easy_vqa_data import KINDS, caption, write_easy_vqa
+from lapilli.train.inference.evaluate import Answer
 from pipelines.quickstart import QuickstartConfig, judge
-from pipelines.quickstart_report import Story, describe_hardware, versions, write_report
+from pipelines.quickstart_data.easy_vqa import KINDS, caption, write_easy_vqa
+from pipelines.quickstart_data.majority_baseline import blind_answers
+from pipelines.reports.quickstart_report import Story, describe_hardware, versions, write_report
 from tests.browser import Chromium
 from tests.factories import Mixture, build_dataset, make_tokenizer
 

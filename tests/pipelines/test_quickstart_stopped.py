@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.train.checkpoint import latest_checkpoint
-from lapilli.train.folders import FACTS
-from lapilli.train.metrics import read_metrics
+from lapilli.train.checkpoint.layout import FACTS
+from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.run_folder.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]

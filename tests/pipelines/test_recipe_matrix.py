@@ -18,10 +18,10 @@ import pytest
 
 import pipelines.train
 from lapilli.train.config import RunConfig
-from lapilli.train.estimate import sketch_run
-from lapilli.train.launch import preflight
-from lapilli.train.sketch import Sketch
-from pipelines.command import parse
+from lapilli.train.driver.fake_model import Sketch
+from lapilli.train.driver.launching import preflight
+from lapilli.train.driver.memory_estimate import sketch_run
+from pipelines.cli.command import parse
 from tests.pipelines.test_train import one_line
 from tests.pipelines.tiny_recipes import (
     LANGUAGES,
@@ -113,7 +113,9 @@ def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
         fake.append(made.parameters())
         return made
 
-    driver = sys.modules["lapilli.train.launch"]  # the package has a function of that name
+    driver = sys.modules[
+        "lapilli.train.driver.launching"
+    ]  # the package has a function of that name
     monkeypatch.setattr(driver, "device_memory", lambda device: 10**10)  # as on a GPU
     monkeypatch.setattr(driver, "sketch_run", sketched)
     for _, way, stage in cells([recipe]):

@@ -13,18 +13,18 @@ import pytest
 
 import pipelines.evaluate
 import pipelines.export
+from lapilli.data.dataset.tokenizer_copy import write_copy
 from lapilli.data.errors import DataError
 from lapilli.data.record import TextPart, Turn
-from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
-from lapilli.data.tokenizer_copy import write_copy
+from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
 from lapilli.model.interop.hf import read_facts
 from lapilli.model.vlm import build_model
-from lapilli.train.ask import open_assistant
-from lapilli.train.checkpoint import find_checkpoints
+from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.launching import finished_steps, launch, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import finished_steps, launch, preflight
-from lapilli.train.run_data import keep_data, read_data
+from lapilli.train.inference.assistant import open_assistant
+from lapilli.train.run_folder.dataset_files import keep_data, read_data
 from tests.factories import Mixture, build_dataset, make_mixture, make_tokenizer
 from tests.train.small_run import VIEW, small_run
 
@@ -292,7 +292,7 @@ def test_a_mirror_has_what_the_run_keeps_and_gives_it_back(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = fsspec.filesystem("file", auto_mkdir=True)
-    monkeypatch.setattr("lapilli.data.output.open_storage", lambda scheme: files)
+    monkeypatch.setattr("lapilli.data.io.remote_path.open_storage", lambda scheme: files)
     store = tmp_path / "store"
     config = settings(dataset, tmp_path / "run", milestone_every=2, mirror=f"file://{store}")
     launch(preflight(config))

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lapilli.data.config import BuildConfig
-from lapilli.data.plan import BuildPlan, plan_build
-from pipelines.command import parse
+from lapilli.data.planning.plan import BuildPlan, plan_build
+from pipelines.cli.command import parse
 from tests.factories import conversation, image_bytes, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"

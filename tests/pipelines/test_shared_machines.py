@@ -27,10 +27,10 @@ import pipelines.preprocess
 import pipelines.quickstart
 import pipelines.show
 import pipelines.train
-from lapilli.data.lock import LOCK
-from lapilli.data.shards import sha256_file
+from lapilli.data.io.writer_lock import LOCK
+from lapilli.data.shards.files import sha256_file
 from lapilli.train.errors import TrainError
-from lapilli.train.journal import Journal
+from lapilli.train.metrics.step_log import Journal
 from tests.factories import image_bytes
 from tests.open_directory import open_directory
 from tests.pipelines.test_train import RECIPE, one_line
@@ -42,7 +42,7 @@ Capture = pytest.CaptureFixture[str]
 HOLD = """
 import sys
 from pathlib import Path
-from lapilli.data.lock import only_writer
+from lapilli.data.io.writer_lock import only_writer
 with only_writer(Path(sys.argv[1]), "written", beside=sys.argv[2] == "beside"):
     print("held", flush=True)
     sys.stdin.read()
@@ -337,7 +337,7 @@ def test_an_export_without_room_says_how_much_it_needs_before_it_begins(
     output = tiny_disk / "e"
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.export.write_hf", None)  # nothing is begun
-        patched.setattr("pipelines.export_llava.write_llava", None)
+        patched.setattr("pipelines.exports.llava.write_llava", None)
         said = one_line(
             pipelines.export.main, [str(trained.run), *form, f"--output={output}"], capsys
         )

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lapilli.data.build import BuildReport
-from lapilli.data.transcript import Piece
-from pipelines import command
-from pipelines.command import run
-from pipelines.describe import bytes_text, describe_dataset, describe_run, duration_text
+from lapilli.data.building.driver import BuildReport
+from lapilli.data.text.token_text import Piece
+from pipelines.cli import command
+from pipelines.cli.command import run
+from pipelines.cli.conversation import print_transcript
+from pipelines.reports.describe import bytes_text, describe_dataset, describe_run, duration_text
 from pipelines.show import main
-from pipelines.transcript import print_transcript
 from tests.browser import Chromium
 from tests.factories import Mixture, build_dataset, make_mixture, make_tokenizer
 from tests.train.small_run import small_run

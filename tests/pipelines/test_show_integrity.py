@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.data.integrity import repair_dataset, verify_dataset
-from lapilli.data.runners import run_here
+from lapilli.data.building.runners import run_here
+from lapilli.data.dataset.verify import repair_dataset, verify_dataset
 from pipelines import verify
-from pipelines.command import run
+from pipelines.cli.command import run
 from pipelines.show import main
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 

@@ -23,10 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lapilli.data.errors import DataError
-from lapilli.data.printable import one_line, spell_out
-from pipelines import command
-from pipelines.command import run, say, say_text, say_title, stream_text
-from pipelines.terminal import SafeConsole, safe_output
+from lapilli.data.io.printable import one_line, spell_out
+from pipelines.cli import command
+from pipelines.cli.command import run, say, say_text, say_title, stream_text
+from pipelines.cli.terminal import SafeConsole, safe_output
 
 EVIL = "\x1b]0;PWNED\x07\x1b[2Ja\x9bb\u202ec\x85d\u2028e\udc80f"
 SPELT = r"\x1b]0;PWNED\x07\x1b[2Ja\x9bb\u202ec\x85d\u2028e\udc80f"
@@ -176,7 +176,7 @@ def test_the_streams_are_as_before_afterwards() -> None:
         assert written() == "ab\n"
 
 
-LINES = """from pipelines.command import run, say
+LINES = """from pipelines.cli.command import run, say
 def main():
     for _ in range(9999): say('a' * 80)
     return 0

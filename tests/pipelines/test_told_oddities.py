@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from lapilli.data.build import build
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
-from lapilli.data.manifest import Manifest
-from lapilli.data.plan import plan_build
-from lapilli.data.report import write_dataset_report
-from lapilli.data.runners import run_here
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.shards.manifest import Manifest
 from pipelines.check import main
-from pipelines.describe import describe_dataset
+from pipelines.reports.dataset_report import write_dataset_report
+from pipelines.reports.describe import describe_dataset
 from tests.data.chat_templates import MANNERS
 from tests.data.test_images_whole import FLAT, SIDE_CHUNKS
 from tests.factories import CLIP_MEAN, conversation, image_bytes, make_tokenizer

@@ -10,9 +10,9 @@ import pytest
 
 import pipelines.evaluate
 import pipelines.train
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.text.encode import load_tokenizer
 from lapilli.model.vlm import build_model
-from pipelines.command import run
+from pipelines.cli.command import run
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.small_run import VIEW, small_dataset
 from tests.train.tiny import model_config

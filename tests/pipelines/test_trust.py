@@ -22,16 +22,16 @@ import pipelines.generate
 import pipelines.show
 import pipelines.train
 from lapilli.data.errors import DataError
-from lapilli.data.extension import load_named
+from lapilli.data.registry import load_named
 from lapilli.data.sources import SOURCES, Source
 from lapilli.data.trust import Trust
 from lapilli.model.errors import ModelError
-from lapilli.model.extension import load_builder
+from lapilli.model.registry import load_builder
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import load_trained
-from lapilli.train.loop import build_start
-from lapilli.train.run_files import read_run_config
-from pipelines.command import run
+from lapilli.train.inference.evaluate import load_trained
+from lapilli.train.run_folder.settings import read_run_config
+from lapilli.train.worker.loop import build_start
+from pipelines.cli.command import run
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.pipelines.test_train import RECIPE
 from tests.train.small_run import VIEW

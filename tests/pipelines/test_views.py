@@ -14,12 +14,12 @@ from transformers import CLIPVisionConfig
 import pipelines.check
 import pipelines.export
 import pipelines.preprocess
+from lapilli.data.building.runners import Runner, run_here
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
-from lapilli.data.manifest import read_manifest
-from lapilli.data.runners import Runner, run_here
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.shards.manifest import read_manifest
 from lapilli.model.errors import ModelError
-from lapilli.train.ask import open_assistant
+from lapilli.train.inference.assistant import open_assistant
 from pipelines.views import filled_views
 from tests.factories import make_mixture, make_tokenizer
 from tests.pipelines.test_ask_published import of_others

@@ -17,9 +17,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from lapilli.data.images import ImageSpec
+from lapilli.data.images.view import ImageSpec
 from lapilli.train.config import RunConfig
-from pipelines.command import parse
+from pipelines.cli.command import parse
 from tests.factories import CLIP_MEAN, build_dataset, make_mixture, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from lapilli.train.config import RunConfig
-from lapilli.train.metrics import read_metrics
+from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.pipelines.builds import PATIENCE, ROOT, Running
 
 __all__ = ["driver", "ends", "kill_at", "lose_machine", "raylets", "train_workers", "wait_for_step"]

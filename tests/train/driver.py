@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from pipelines.command import run
+from pipelines.cli.command import run
 from pipelines.train import main
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lapilli.train import engine
 from lapilli.train.config import RunConfig
-from lapilli.train.loop import fit, setup
-from lapilli.train.metrics import read_metrics
+from lapilli.train.engine import deepspeed_engine as engine
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.worker.loop import fit, setup
 
 __all__ = ["train_together"]
 

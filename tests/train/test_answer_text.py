@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lapilli.train.ask
-from lapilli.data.images import ImageSpec
-from lapilli.data.questions import Frames, find_frames, first_question
+import lapilli.train.inference.assistant
+from lapilli.data.images.view import ImageSpec
 from lapilli.data.record import Record, TextPart, Turn
-from lapilli.data.templates import TEMPLATES, Template
-from lapilli.data.tokenize import bind_template, encode_batch
+from lapilli.data.text.encode import bind_template, encode_batch
+from lapilli.data.text.questions import Frames, find_frames, first_question
+from lapilli.data.text.templates import TEMPLATES, Template
 from lapilli.model.generate import Decoding, Watch
-from lapilli.train.answer_text import AnswerReader, Decoder, expected_text
-from lapilli.train.ask import Assistant, Question
+from lapilli.train.inference.assistant import Assistant, Question
+from lapilli.train.validation.answer_text import AnswerReader, Decoder, expected_text
 from tests.factories import image_bytes
 from tests.made_tokenizers import FAMILIES, made_tokenizer
 
@@ -65,7 +65,7 @@ def said_by(assistant: Assistant, ids: list[int], monkeypatch: pytest.MonkeyPatc
         assert all(len(row) < len(ids) for row in taken), "it was not ended"
         return taken
 
-    monkeypatch.setattr(lapilli.train.ask, "generate", generate)
+    monkeypatch.setattr(lapilli.train.inference.assistant, "generate", generate)
     monkeypatch.setattr(Assistant, "check", lambda *_: None)
     return assistant
 

@@ -13,10 +13,10 @@ import transformers
 from lapilli.data.errors import DataError
 from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.language import build_language
+from lapilli.model.parts.language import build_language
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.launching import preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import preflight
 from tests.train.small_run import small_dataset, small_run
 
 

@@ -17,8 +17,8 @@ from lapilli.model.interop.weights import plain_weights
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import load_trained
-from lapilli.train.loop import build_run
+from lapilli.train.inference.evaluate import load_trained
+from lapilli.train.worker.loop import build_run
 from tests.train.made_run import configured, made_run, summed_loss
 from tests.train.tiny import VOCABULARY, model_config
 

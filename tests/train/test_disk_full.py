@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import read_metrics
-from pipelines.command import run
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.run_folder.metrics_file import read_metrics
+from pipelines.cli.command import run
 from tests.train.small_run import small_dataset, small_run
 
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.model.config import ModelConfig, Part
 from lapilli.model.vlm import build_model
-from lapilli.train.errors import TrainError
-from lapilli.train.estimate import (
+from lapilli.train.driver.fake_model import sketch_model
+from lapilli.train.driver.memory_estimate import (
     estimate_run,
     follow,
     sketch_run,
     state_bytes,
     time_micro_batch,
 )
-from lapilli.train.sketch import sketch_model
-from lapilli.train.step import to_device
+from lapilli.train.errors import TrainError
+from lapilli.train.steps.step import to_device
 from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config
 
 

@@ -10,16 +10,23 @@ import pytest
 import torch
 
 from lapilli.data.config import MixtureConfig
-from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import generate_greedy
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import Answer, Trained, answer_dataset, image_order, open_test, score
-from lapilli.train.feed import Feed
-from lapilli.train.loop import data_facts
-from lapilli.train.optim import build_optimizer
-from lapilli.train.step import to_device
+from lapilli.train.inference.evaluate import (
+    Answer,
+    Trained,
+    answer_dataset,
+    image_order,
+    open_test,
+    score,
+)
+from lapilli.train.steps.feed import Feed
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device
+from lapilli.train.worker.loop import data_facts
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.small_run import VIEW, small_dataset, small_run
 from tests.train.tiny import IMAGE_SIZE, model_config

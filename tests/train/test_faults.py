@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lapilli.train.batch_digest import lanes_text, sample_lanes
-from lapilli.train.checkpoint import latest_checkpoint
+from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.config import RunConfig
-from lapilli.train.metrics import read_metrics
+from lapilli.train.metrics.batch_digest import lanes_text, sample_lanes
+from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.disturbed import driver, ends, kill_at
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run

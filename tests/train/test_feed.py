@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from lapilli.data.collate import Batch
-from lapilli.data.dataset import Dataset, open_dataset
+from lapilli.data.batches.collate import Batch
+from lapilli.data.batches.llava_sampler import llava_steps
+from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.llava_sampler import llava_steps
-from lapilli.model.trainable import set_modes
+from lapilli.model.parts.trainable import set_modes
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from lapilli.train import feed as feed_module
 from lapilli.train.config import RunConfig
+from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.errors import TrainError
-from lapilli.train.feed import Feed, StepBatches, host_bytes, mock_steps
-from lapilli.train.plain import PlainEngine
-from lapilli.train.step import seed_step, to_device, train_step
-from lapilli.train.transfer import send_ahead
+from lapilli.train.steps import feed as feed_module
+from lapilli.train.steps.device_copy import send_ahead
+from lapilli.train.steps.feed import Feed, StepBatches, host_bytes, mock_steps
+from lapilli.train.steps.step import seed_step, to_device, train_step
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 CPU = torch.device("cpu")

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.train import engine as deepspeed_engine
-from lapilli.train.checkpoint import latest_checkpoint
+from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.device import check_precision
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.engine import deepspeed_engine
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import read_metrics
-from lapilli.train.notes import notes_from
+from lapilli.train.run_folder.messages import notes_from
+from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lapilli.model.config import LoraConfig
 from lapilli.model.vlm import build_model
-from lapilli.train import frozen
+from lapilli.train.checkpoint import frozen
+from lapilli.train.checkpoint.frozen import digest
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import load_trained
-from lapilli.train.frozen import digest
-from lapilli.train.loop import build_run
+from lapilli.train.inference.evaluate import load_trained
+from lapilli.train.worker.loop import build_run
 from tests.train.made_run import configured, made_run, summed_loss
 from tests.train.tiny import VOCABULARY, model_config
 

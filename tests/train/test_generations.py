@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapilli.data.dataset import open_dataset
-from lapilli.data.tokenize import load_tokenizer
+from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.text.encode import load_tokenizer
 from lapilli.model.generate import generate_greedy
 from lapilli.train.config import RunConfig
-from lapilli.train.evaluate import load_trained
-from lapilli.train.generations import (
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.inference.evaluate import load_trained
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.validation.sample_generations import (
     Generation,
     forget_generations,
     read_generations,
     write_generations,
 )
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import read_metrics
-from lapilli.train.report import write_run_report
+from pipelines.reports.run_report import write_run_report
 from tests.browser import Chromium
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.gang import train_together

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.train.hang import HangWatch, hang_line, stack_path, where
-from lapilli.train.notes import note, notes_end, notes_from
-from lapilli.train.probes import Worker, probe_line, probe_warnings, save_warning
-from lapilli.train.straggler import slow_line, slow_ranks
+from lapilli.train.health.network_check import Worker, probe_line, probe_warnings, save_warning
+from lapilli.train.health.straggler import slow_line, slow_ranks
+from lapilli.train.health.watchdog import HangWatch, hang_line, stack_path, where
+from lapilli.train.run_folder.messages import note, notes_end, notes_from
 from tests.train.disturbed import driver, train_workers, wait_for_step
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run

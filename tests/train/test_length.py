@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint import find_checkpoints, latest_checkpoint
+from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.driver.launching import finished_steps, launch, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import finished_steps, launch, preflight
-from lapilli.train.metrics import read_metrics
-from lapilli.train.optim import learning_rate
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.steps.optim import learning_rate
 from tests.train.small_run import small_dataset, small_run
 
 CONSTANT = OptimConfig(lr=0.01, schedule="constant", warmup_ratio=0.0)

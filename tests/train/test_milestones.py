@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.model.trainable import trainable_parameters
-from lapilli.train.ask import open_assistant
-from lapilli.train.checkpoint import find_checkpoints
+from lapilli.model.parts.trainable import trainable_parameters
+from lapilli.train.checkpoint.layout import MOMENTS, WEIGHTS
+from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.launching import launch, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import load_trained
-from lapilli.train.folders import MOMENTS, WEIGHTS
-from lapilli.train.launch import launch, preflight
-from lapilli.train.loop import build_start
-from pipelines.describe import describe_run
+from lapilli.train.inference.assistant import open_assistant
+from lapilli.train.inference.evaluate import load_trained
+from lapilli.train.worker.loop import build_start
+from pipelines.reports.describe import describe_run
 from tests.train.small_run import small_dataset, small_run
 
 

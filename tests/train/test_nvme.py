@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
-from lapilli.train import checkpoint
-from lapilli.train import engine as deepspeed_engine
+from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.estimate import state_bytes
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import read_metrics
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.memory_estimate import state_bytes
+from lapilli.train.engine import deepspeed_engine
+from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_offload import SAVED, STEPS, go_on, start
 from tests.train.tiny import model_config, run_config

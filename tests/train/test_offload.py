@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
-from lapilli.train import checkpoint
-from lapilli.train import engine as deepspeed_engine
+from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.engine import MOMENTS
+from lapilli.train.driver.launching import preflight
+from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
+from lapilli.train.engine import deepspeed_engine
+from lapilli.train.engine.deepspeed_engine import MOMENTS
 from lapilli.train.errors import TrainError
-from lapilli.train.estimate import estimate_run, follow, sketch_run, state_bytes
-from lapilli.train.launch import preflight
-from lapilli.train.optim import build_optimizer
-from lapilli.train.step import to_device, train_step
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device, train_step
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_zero import Probe, part_norms, plain_pytorch
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config

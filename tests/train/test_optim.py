@@ -13,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.optim import build_optimizer, learning_rate
+from lapilli.train.steps.optim import build_optimizer, learning_rate
 from tests.train.tiny import model_config, run_config
 
 

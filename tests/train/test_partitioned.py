@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
-from lapilli.model.trainable import is_adapter, shape_of, trainable_parameters
+from lapilli.model.parts.trainable import is_adapter, shape_of, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from lapilli.train import checkpoint
-from lapilli.train import engine as deepspeed_engine
-from lapilli.train.chain import Built, build_on, find_chain
+from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.frozen import FORM
+from lapilli.train.checkpoint.init_from import Built, build_on, find_chain
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.frozen import FORM
-from lapilli.train.launch import preflight
-from lapilli.train.optim import build_optimizer
-from lapilli.train.run_files import plain_settings
-from lapilli.train.step import to_device, train_step
+from lapilli.train.driver.launching import preflight
+from lapilli.train.engine import deepspeed_engine
+from lapilli.train.run_folder.settings import plain_settings
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device, train_step
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_zero import Probe
 from tests.train.tiny import VOCABULARY, global_tokens, model_config, random_steps, run_config
@@ -201,7 +201,9 @@ def test_the_driver_does_not_build_what_no_worker_holds(
         dataset, tmp_path / "run", zero_stage=3, workers=1, launcher="process", micro_batch=4
     )
     built = preflight(config)
-    module = sys.modules["lapilli.train.launch"]  # the package has a function of that name
+    module = sys.modules[
+        "lapilli.train.driver.launching"
+    ]  # the package has a function of that name
     monkeypatch.setattr(module, "MEASURED", 1)  # what is large
     monkeypatch.setattr(module, "build_start", lambda config: pytest.fail("it was built"))
     seen = preflight(config)

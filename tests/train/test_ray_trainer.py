@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.train.torch import TorchTrainer
 
-from lapilli.train import ray_trainer
+from lapilli.train.driver import ray_trainer
 
 
 def helpers(trainer: Any) -> set[str]:

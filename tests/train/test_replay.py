@@ -10,10 +10,10 @@ import torch
 
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.replay import examine
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import launch, preflight
-from lapilli.train.replay import is_wrong, read_kept
-from lapilli.train.rerun import examine
+from lapilli.train.health.step_dump import is_wrong, read_kept
 from pipelines.train import main, replay
 from tests.train.small_run import small_dataset, small_run
 from tests.train.tiny import model_config, random_steps

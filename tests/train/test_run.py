@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.model.trainable import trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
-from lapilli.train.checkpoint import find_checkpoints, latest_checkpoint
+from lapilli.train.checkpoint.layout import forget_old
+from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.driver.launching import launch, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.folders import forget_old
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import MetricsFile, read_metrics
+from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
 from tests.train.small_run import small_dataset, small_run
 
 pytestmark = pytest.mark.usefixtures("ray_local")

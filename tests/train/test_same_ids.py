@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from lapilli.data.tokenize import load_tokenizer, tokenizer_facts
-from lapilli.train.checkpoint import Checkpoint
-from lapilli.train.same_ids import extends, keeps_ids
+from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
+from lapilli.train.checkpoint.save_load import Checkpoint
+from lapilli.train.checkpoint.token_ids import extends, keeps_ids
 from tests.factories import make_tokenizer
 
 NEW = ["<seg>", "<box>"]

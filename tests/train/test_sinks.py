@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lapilli.train.answers import Asked
-from lapilli.train.notes import NOTES
-from lapilli.train.sinks import MlflowSink, SinkThread, TensorboardSink, WandbSink
+from lapilli.train.metrics.loggers import MlflowSink, SinkThread, TensorboardSink, WandbSink
+from lapilli.train.run_folder.messages import NOTES
+from lapilli.train.validation.decoding import Asked
 
 CONFIG = {"global_batch": 8, "seed": 3}
 ANSWERS = [Asked("a/7", "What colour?", "red", "blue"), Asked("b/1", "A dog?", "no", "no")]

@@ -12,20 +12,20 @@ import torch
 import transformers
 from torch import nn
 
-from lapilli.data.collate import Batch, BatchShape, collate
+from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.flops import model_numbers
-from lapilli.model.language import build_language
-from lapilli.model.quantized import PACKED_BYTES, packed_numbers
-from lapilli.model.trainable import parameter_counts, set_modes
-from lapilli.model.vision import FAMILIES, Tower
+from lapilli.model.parts.language import build_language
+from lapilli.model.parts.quantized import PACKED_BYTES, packed_numbers
+from lapilli.model.parts.trainable import parameter_counts, set_modes
+from lapilli.model.parts.vision import FAMILIES, Tower
 from lapilli.model.vlm import build_model
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.fake_model import sketch_model
+from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
 from lapilli.train.errors import TrainError
-from lapilli.train.estimate import estimate_run, follow, sketch_run, state_bytes
-from lapilli.train.sketch import sketch_model
-from lapilli.train.step import to_device
+from lapilli.train.steps.step import to_device
 from tests.model import twins
 
 DECODERS = [

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.data.shards import write_json
-from lapilli.train.folders import FACTS
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import METRICS, MetricsFile, read_metrics
-from lapilli.train.notes import NOTES
-from lapilli.train.report import time_parts
-from lapilli.train.starts import Start, read_starts, record_start
-from pipelines.describe import describe_run
+from lapilli.data.shards.files import write_json
+from lapilli.train.checkpoint.layout import FACTS
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.run_folder.messages import NOTES
+from lapilli.train.run_folder.metrics_file import METRICS, MetricsFile, read_metrics
+from lapilli.train.run_folder.restarts import Start, read_starts, record_start
+from pipelines.reports.describe import describe_run
+from pipelines.reports.run_report import time_parts
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 

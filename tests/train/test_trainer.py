@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from lapilli.data.collate import Batch
-from lapilli.data.dataset import Dataset, Sample, open_dataset
+from lapilli.data.batches.collate import Batch
+from lapilli.data.dataset.dataset import Dataset, Sample, open_dataset
 from lapilli.model.interop.hf import write_hf
-from lapilli.model.vision import FAMILIES
+from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig, RunConfig
-from lapilli.train.feed import Feed
-from lapilli.train.launch import launch, preflight
+from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.steps.feed import Feed
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 STEPS, IMAGE_TOKENS = 50, 4

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from lapilli.data.errors import DataError
-from lapilli.data.output import RemotePath
-from lapilli.train.checkpoint import find_checkpoints
+from lapilli.data.io.remote_path import RemotePath
+from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.launching import launch, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.launch import launch, preflight
-from lapilli.train.metrics import read_metrics
+from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
 from tests.train.small_run import small_dataset, small_run
@@ -147,7 +147,7 @@ def test_a_run_is_made_longer_on_a_machine_that_has_only_its_store(
 def test_a_store_that_fails_now_and_then_is_tried_again(
     dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lapilli.data.output.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("lapilli.data.io.remote_path.FIRST_WAIT", 0.001)
     config = mirrored(dataset, tmp_path / "run")
     with failing_proxy(port, lambda i: i % 3 == 1) as (proxy, failed), use_endpoint(proxy):
         run(config)
@@ -159,7 +159,7 @@ def test_a_store_that_is_gone_does_not_end_the_run(
     dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what it has not got is copied when the same command is given again."""
-    monkeypatch.setattr("lapilli.data.output.ATTEMPTS", 1)
+    monkeypatch.setattr("lapilli.data.io.remote_path.ATTEMPTS", 1)
     config = mirrored(dataset, tmp_path / "run", milestone_every=3)
     is_gone = False
     with failing_proxy(port, lambda i: is_gone) as (proxy, _), use_endpoint(proxy):
@@ -184,7 +184,7 @@ def test_a_store_that_is_gone_does_not_end_the_run(
 def test_what_cannot_be_stored_is_said_before_the_first_step(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
-    monkeypatch.setattr("lapilli.data.output.ATTEMPTS", 1)
+    monkeypatch.setattr("lapilli.data.io.remote_path.ATTEMPTS", 1)
     config = mirrored(dataset, tmp_path / "run")
     with (
         failing_proxy(port, lambda i: True) as (proxy, _),

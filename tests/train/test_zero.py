@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import LoraConfig
-from lapilli.model.trainable import GROUPS, group_of, trainable_parameters
+from lapilli.model.parts.trainable import GROUPS, group_of, trainable_parameters
 from lapilli.model.vlm import build_model
-from lapilli.train import checkpoint
-from lapilli.train import engine as deepspeed_engine
+from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.optim import build_optimizer
-from lapilli.train.step import to_device, train_step
+from lapilli.train.engine import deepspeed_engine
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device, train_step
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config
 
 STEPS = {"frozen tower": 20, "all trained": 8, "projector only": 8, "adapters": 8}

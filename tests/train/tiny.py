@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.data.collate import Batch, BatchShape, collate
-from lapilli.data.dataset import Sample
+from lapilli.data.batches.collate import Batch, BatchShape, collate
+from lapilli.data.dataset.dataset import Sample
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, Part, VisionConfig
 from lapilli.train.config import OptimConfig, RunConfig
 

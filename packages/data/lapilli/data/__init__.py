@@ -1,17 +1,17 @@
 """lapilli.data: LLaVA mixtures to shards, shards to batches. Imports neither torch nor ray."""
 
-from lapilli.data.build import BuildReport, build
-from lapilli.data.collate import Batch, BatchShape, choose_buckets, collate
+from lapilli.data.batches.collate import Batch, BatchShape, choose_buckets, collate
+from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.config import BuildConfig, MixtureConfig, SourceConfig
-from lapilli.data.dataset import Dataset, Sample, open_dataset
+from lapilli.data.dataset.dataset import Dataset, Sample, open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec, prepare
-from lapilli.data.manifest import Manifest, read_manifest
-from lapilli.data.plan import BuildPlan, plan_build
+from lapilli.data.images.view import ImageSpec, prepare
+from lapilli.data.planning.plan import BuildPlan, plan_build
 from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, Verdict
-from lapilli.data.sampler import EpochPlan, assign, plan_epoch
-from lapilli.data.templates import TEMPLATES, Template, get_template
-from lapilli.data.tokenize import encode, load_tokenizer
+from lapilli.data.shards.manifest import Manifest, read_manifest
+from lapilli.data.text.encode import encode, load_tokenizer
+from lapilli.data.text.templates import TEMPLATES, Template, get_template
 
 __all__ = [
     "TEMPLATES",

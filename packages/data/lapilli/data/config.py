@@ -6,10 +6,10 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lapilli.data.addresses import refuse_secrets, refuse_web
-from lapilli.data.encoding import ORIGINAL, Encoding
 from lapilli.data.errors import DataError
-from lapilli.data.images import ImageSpec
+from lapilli.data.images.encodings import ORIGINAL, Encoding
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.addresses import refuse_secrets, refuse_web
 
 __all__ = ["MOST_RECORD", "MOST_UNPACKED", "BuildConfig", "MixtureConfig", "SourceConfig"]
 

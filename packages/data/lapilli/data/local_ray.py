@@ -16,8 +16,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lapilli.data.access import blame
 from lapilli.data.errors import DataError
+from lapilli.data.io.access import blame
 
 __all__ = ["FOLDER", "LEAST_FILES", "local_ray", "require_open_files"]
 

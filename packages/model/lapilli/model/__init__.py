@@ -4,8 +4,8 @@ from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, Vision
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import generate_greedy
 from lapilli.model.loss import trained_loss
-from lapilli.model.merge import merge
-from lapilli.model.trainable import freeze, trainable_parameters
+from lapilli.model.merging import merge
+from lapilli.model.parts.trainable import freeze, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = [

@@ -18,7 +18,7 @@ class VisionConfig:
     """The vision tower.
 
     Attributes:
-        tower: Name in `lapilli.model.vision.TOWERS`, or `package.module:name`.
+        tower: Name in `lapilli.model.parts.vision.TOWERS`, or `package.module:name`.
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the tower's transformers config, when there are no weights.
         layer: Which hidden state is taken, as LLaVA counts (-2: before the last layer). Layers
@@ -134,7 +134,7 @@ class ModelConfig:
         trainable: Parts that learn; the others are frozen.
         lora: Adapters, through which alone the parts learn that have any; None for none.
         gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
-        merge: How image features are put among the text's embeddings (`lapilli.model.merge`).
+        merge: How image features are put among the text's embeddings (`lapilli.model.merging`).
         loss: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
         dtype: What weights are loaded in. bf16 takes half the host's memory; a bf16 run rounds
             them anyway, and its fp32 copies in the optimizer begin there.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lapilli.model.added_rows import added_rows
-from lapilli.model.trainable import shape_of
-from lapilli.model.vision import TransformersTower
+from lapilli.model.parts.added_rows import added_rows
+from lapilli.model.parts.trainable import shape_of
+from lapilli.model.parts.vision import TransformersTower
 
 if TYPE_CHECKING:
     from lapilli.model.vlm import VisionLanguageModel

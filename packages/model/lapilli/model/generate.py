@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lapilli.model.errors import ModelError
-from lapilli.model.positions import positions_of
+from lapilli.model.parts.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapilli.model.added_rows import added_rows
-from lapilli.model.attention import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.language import (
+from lapilli.model.loss import trained_loss
+from lapilli.model.merging import merge
+from lapilli.model.parts.added_rows import added_rows
+from lapilli.model.parts.attention import choose_attention
+from lapilli.model.parts.language import (
     build_language,
     language_settings,
     logit_scale,
@@ -26,18 +28,16 @@ from lapilli.model.language import (
     text_scale,
     vocabulary_size,
 )
-from lapilli.model.loss import trained_loss
-from lapilli.model.merge import merge
-from lapilli.model.pretrained import Loading, whole
-from lapilli.model.projector import build_projector, set_scale
-from lapilli.model.quantized import pack_shapes, quantize
-from lapilli.model.trainable import (
+from lapilli.model.parts.pretrained import Loading, whole
+from lapilli.model.parts.projector import build_projector, set_scale
+from lapilli.model.parts.quantized import pack_shapes, quantize
+from lapilli.model.parts.trainable import (
     add_adapters,
     checkpoint_activations,
     freeze,
     trainable_parameters,
 )
-from lapilli.model.vision import TowerShape, build_tower, tower_shape, with_normalisation
+from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
 
 __all__ = ["Outline", "VisionLanguageModel", "build_model", "read_outline"]
 
@@ -124,7 +124,7 @@ class VisionLanguageModel(nn.Module):
         targets: Tensor,
         row_losses: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross-entropy of a batch's trained positions (`lapilli.data.collate.Batch`).
+        """Summed cross-entropy of a batch's trained positions (`lapilli.data.batches.collate.Batch`).
 
         Padding stands on the right and attention is causal, so no mask is needed. `row_losses`,
         fp32 [B], is filled with each row's share of the sum, on the device and detached.

@@ -1,11 +1,11 @@
 """lapilli.train: vision-language models on Ray Train and DeepSpeed."""
 
 from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.driver.launching import Preflight, launch, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.evaluate import Trained, answer_dataset, load_trained, open_test, score
-from lapilli.train.launch import Preflight, launch, preflight
-from lapilli.train.loop import fit, setup
-from lapilli.train.step import train_step
+from lapilli.train.inference.evaluate import Trained, answer_dataset, load_trained, open_test, score
+from lapilli.train.steps.step import train_step
+from lapilli.train.worker.loop import fit, setup
 
 __all__ = [
     "OptimConfig",

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lapilli.model.config import ModelConfig
-from lapilli.model.trainable import GROUPS
+from lapilli.model.parts.trainable import GROUPS
 from lapilli.train.device import DeviceChoice
 from lapilli.train.errors import TrainError
-from lapilli.train.sinks import LoggerName
+from lapilli.train.metrics.loggers import LoggerName
 
 __all__ = ["OptimConfig", "RunConfig"]
 
@@ -79,7 +79,7 @@ class RunConfig:
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA, whole
             or as PEFT adapters with their base.
-        policy: Order of an epoch (`lapilli.data.sampler`). `llava` is that of LLaVA's trainer, in
+        policy: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's trainer, in
             which the micro-batches are part of the order; the learning rate then starts at 0 too.
         group_by_modality_length: LLaVA's flag, for policy `llava`; false for its order without it,
             which its pretrain script has. Left out, true.

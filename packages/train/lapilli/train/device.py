@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from lapilli.data.memory import peak_resident
+from lapilli.data.images.buffers import peak_resident
 from lapilli.train.errors import TrainError
 
 __all__ = [

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, cast
 
-from lapilli.data.access import is_denied
-from lapilli.data.file_kinds import SNIFFED, what_it_is_instead
+from lapilli.data.io.access import is_denied
+from lapilli.data.io.file_kinds import SNIFFED, what_it_is_instead
 from lapilli.data.mounts.places import Member
 from lapilli.data.mounts.tar_headers import bounded, headers
 from lapilli.data.record import Reason, excerpt

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from lapilli.data.access import blame, is_denied
 from lapilli.data.errors import DataError
+from lapilli.data.io.access import blame, is_denied
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, open_folder
 from lapilli.data.mounts.keys import is_base64, is_inside, plain_path, unusable

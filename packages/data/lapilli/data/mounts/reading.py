@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from lapilli.data.access import is_denied
-from lapilli.data.images import BadImage
+from lapilli.data.images.view import BadImage
+from lapilli.data.io.access import is_denied
+from lapilli.data.io.filesystems import open_storage, split_address
 from lapilli.data.mounts.places import LARGEST_FILE, Cell, Located, Member, is_remote
-from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.mounts.tables import read_cell
 from lapilli.data.record import Reason
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.images import BadImage
+from lapilli.data.images.view import BadImage
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.parquet_bounds import longest_value
 from lapilli.data.mounts.parquet_footer import Footer, read_footer

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.config import SourceConfig
-from lapilli.data.extension import load_named
 from lapilli.data.record import Verdict
+from lapilli.data.registry import load_named
 from lapilli.data.sources import (
     ai_challenger,
     basic_vlm,
     captions,
-    json_stream,
     llava,
     messages,
     parquet,
@@ -27,6 +26,7 @@ from lapilli.data.sources import (
     webdataset,
 )
 from lapilli.data.sources.fields import NOTHING, Inspection
+from lapilli.data.sources.reading import json_stream
 from lapilli.data.sources.turns import Turns
 
 __all__ = ["SOURCES", "Source", "Turns", "get_source"]

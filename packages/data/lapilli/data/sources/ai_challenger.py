@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
-from lapilli.data.sources import json_stream
 from lapilli.data.sources.captions import choose, draw_prompt, left_over
+from lapilli.data.sources.reading import json_stream
 
 __all__ = ["read"]
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.sources.bounds import Bounds, Unreadable
 from lapilli.data.sources.captions import choose, left_over
-from lapilli.data.sources.files import annotation_places
-from lapilli.data.sources.json_stream import read_items
+from lapilli.data.sources.reading.bounds import Bounds, Unreadable
+from lapilli.data.sources.reading.files import annotation_places
+from lapilli.data.sources.reading.json_stream import read_items
 from lapilli.data.sources.turns import IMAGE_MARKER
 
 __all__ = ["read"]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from lapilli.data.config import SourceConfig
-from lapilli.data.draw import draw
 from lapilli.data.record import ImagePart, Reason, TextPart, Turn, Verdict, excerpt
+from lapilli.data.seeded import draw
 from lapilli.data.sources.fields import HARMLESS, NOTHING, Inspection, inspect_fields
 from lapilli.data.sources.turns import Turns, split_markers
 

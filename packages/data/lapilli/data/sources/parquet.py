@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
+from lapilli.data.io.access import is_denied
+from lapilli.data.io.filesystems import open_storage, split_address
 from lapilli.data.mounts.parquet_bounds import holds_any
 from lapilli.data.mounts.parquet_footer import read_footer
 from lapilli.data.mounts.places import is_remote
-from lapilli.data.mounts.storage import open_storage, split_address
 from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
-from lapilli.data.sources.bounds import TOO_MANY, Bounds, Unreadable, holds_too_much
 from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS
-from lapilli.data.sources.files import annotation_places, file_error, what_it_is_instead
-from lapilli.data.sources.parquet_rows import RowReader, bounded_batches
+from lapilli.data.sources.reading.bounds import TOO_MANY, Bounds, Unreadable, holds_too_much
+from lapilli.data.sources.reading.files import annotation_places, file_error, what_it_is_instead
+from lapilli.data.sources.reading.parquet_rows import RowReader, bounded_batches
 from lapilli.data.sources.rows import LISTS
 
 __all__ = ["read"]

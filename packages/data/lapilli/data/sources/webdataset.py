@@ -15,26 +15,26 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lapilli.data.access import is_denied
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.file_kinds import file_kind
+from lapilli.data.io.access import is_denied
+from lapilli.data.io.file_kinds import file_kind
 from lapilli.data.mounts import EXTENSIONS
 from lapilli.data.mounts.tar_headers import bounded
 from lapilli.data.record import Reason, Verdict, excerpt
 from lapilli.data.sources import rows
-from lapilli.data.sources.bounds import TOO_MANY, holds_too_much, too_large
 from lapilli.data.sources.captions import caption_turns, draw_prompt
 from lapilli.data.sources.fields import NOTHING, Inspection, inspect_fields
-from lapilli.data.sources.files import (
+from lapilli.data.sources.reading.bounds import TOO_MANY, holds_too_much, too_large
+from lapilli.data.sources.reading.files import (
     annotation_files,
     file_error,
     is_compressed,
     what_it_is_instead,
 )
-from lapilli.data.sources.tar_members import TEXTS, Sample, TarMember, group, read_members
+from lapilli.data.sources.reading.tar_members import TEXTS, Sample, TarMember, group, read_members
+from lapilli.data.sources.tally import Members
 from lapilli.data.sources.turns import Turns
-from lapilli.data.tally import Members
 
 __all__ = ["inspect", "normalise", "read"]
 

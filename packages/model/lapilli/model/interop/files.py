@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
-from lapilli.model.pretrained import require_missing
+from lapilli.model.parts.pretrained import require_missing
 
 __all__ = [
     "INDICES", "PROJECTOR", "check_weights", "index_names", "open_safetensors", "read_object",

@@ -28,11 +28,11 @@ from lapilli.model.interop.llava_config import (
     read_config,
 )
 from lapilli.model.interop.peft import SETTINGS, Adapter, merge_adapter, read_adapter
-from lapilli.model.language import grow_vocabulary
-from lapilli.model.pretrained import local_folder, one_line
-from lapilli.model.quantized import check_quantization, round_linear_layers
-from lapilli.model.trainable import base_name, is_adapter
-from lapilli.model.vision import FAMILIES
+from lapilli.model.parts.language import grow_vocabulary
+from lapilli.model.parts.pretrained import local_folder, one_line
+from lapilli.model.parts.quantized import check_quantization, round_linear_layers
+from lapilli.model.parts.trainable import base_name, is_adapter
+from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 
 __all__ = [

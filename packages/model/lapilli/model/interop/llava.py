@@ -26,7 +26,7 @@ from lapilli.model.interop.llava_config import (
 from lapilli.model.interop.llava_tower import TowerImages, write_tower
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
-from lapilli.model.trainable import base_name, is_adapter
+from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [

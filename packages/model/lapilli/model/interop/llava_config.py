@@ -15,8 +15,8 @@ from typing import Any, Literal, cast
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.pretrained import local_folder, one_line, require_missing
-from lapilli.model.vision import FAMILIES, TransformersTower
+from lapilli.model.parts.pretrained import local_folder, one_line, require_missing
+from lapilli.model.parts.vision import FAMILIES, TransformersTower
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [

@@ -16,8 +16,8 @@ from torch import Tensor
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.llava_config import CONFIG, TOWER_FOLDER
 from lapilli.model.interop.weights import Weight, plain_weights, write_weights
-from lapilli.model.trainable import is_adapter
-from lapilli.model.vision import FAMILIES, TransformersTower, build_tower
+from lapilli.model.parts.trainable import is_adapter
+from lapilli.model.parts.vision import FAMILIES, TransformersTower, build_tower
 from lapilli.model.vlm import DTYPES, VisionLanguageModel
 
 __all__ = ["PROCESSOR", "TowerImages", "published_tower", "tower_bytes", "write_tower"]

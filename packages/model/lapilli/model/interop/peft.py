@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lapilli.model.added_rows import added_rows, source_rows, table_names
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import read_object, read_tensors, save_tensors
 from lapilli.model.interop.weights import adapted_layers, low_rank, plain_weights
-from lapilli.model.trainable import base_name, is_adapter
+from lapilli.model.parts.added_rows import added_rows, source_rows, table_names
+from lapilli.model.parts.trainable import base_name, is_adapter
 
 __all__ = [
     "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter",

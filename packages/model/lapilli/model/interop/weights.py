@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lapilli.model.added_rows import added_rows, table_names
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.files import save_tensors
-from lapilli.model.quantized import whole_shape, whole_weight
-from lapilli.model.trainable import base_name, is_adapter
+from lapilli.model.parts.added_rows import added_rows, table_names
+from lapilli.model.parts.quantized import whole_shape, whole_weight
+from lapilli.model.parts.trainable import base_name, is_adapter
 
 __all__ = ["Progress", "Weight", "adapted_layers", "low_rank", "plain_weights", "write_weights"]
 

@@ -275,7 +275,7 @@ merge_op.register_autograd(_backward, setup_context=_setup)
 def merge_triton(
     input_ids: Tensor, merge_index: Tensor, embedding: Tensor, features: Tensor
 ) -> Tensor:
-    """`lapilli.model.merge.merge` on a CUDA device, or anywhere under Triton's interpreter.
+    """`lapilli.model.merging.merge` on a CUDA device, or anywhere under Triton's interpreter.
 
     Raises:
         ModelError: A device that no kernel runs on.

@@ -1,0 +1,1 @@
+"""Samples to batches: the order of an epoch and collation."""

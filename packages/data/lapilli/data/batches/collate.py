@@ -1,0 +1,304 @@
+"""Samples to one Batch of numpy arrays in a shape from a small fixed set.
+
+The collator knows every count, so that the device is never asked for one: no data-dependent shape
+and no host synchronisation between here and the end of backward.
+
+Shape suffix legend: B rows, S tokens, N images, F feature rows in all (N x tokens an image),
+P trained positions, padded to a multiple of the head's chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lapilli.data.dataset.dataset import Sample
+from lapilli.data.errors import DataError
+from lapilli.data.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Batch", "BatchShape", "blank_batches", "choose_buckets", "collate"]
+
+CANDIDATES = 512  # lengths that buckets are chosen from: 10 ms for 16 of them
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shapes a batch may have.
+
+    Attributes:
+        rows: Rows B of a micro-batch; what is not filled is padding.
+        buckets: Sequence lengths S, ascending; a batch takes the first that holds it.
+        image_tokens: Tokens an image takes.
+        predict_chunk: P is padded to a multiple of this.
+        text_buckets: The same for batches without images; empty for `buckets`.
+    """
+
+    rows: int
+    buckets: tuple[int, ...]
+    image_tokens: int
+    predict_chunk: int = 1024
+    text_buckets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-step needs, on the host.
+
+    Attributes:
+        input_ids: int64 [B, S]; 0, a safe id, at image slots and padding.
+        position_ids: int64 [B, S], 0 to S - 1 in every row: padding is on the right.
+        segment_ids: int32 [B, S]; 1 for a row's own tokens, 0 for padding.
+        row_lengths: int64 [B], tokens of each row.
+        merge_index: int32 [B, S]; the feature row that stands there, -1 for text.
+        pixels: uint8 [N, H, W, 3].
+        image_tokens: int64 [N], feature rows of each image; 0 for one that pads N.
+        predict_positions: int64 [P], flattened positions in B x S whose next token is trained.
+        targets: int64 [P], that next token; -100 where P is padded.
+        sample_ids: The rows' samples.
+        num_images: Images that are no padding.
+        num_targets: Targets that are no padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    segment_ids: NDArray[np.int32]
+    row_lengths: NDArray[np.int64]
+    merge_index: NDArray[np.int32]
+    pixels: NDArray[np.uint8]
+    image_tokens: NDArray[np.int64]
+    predict_positions: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    sample_ids: tuple[str, ...]
+    num_images: int
+    num_targets: int
+
+
+def choose_buckets(
+    with_images: NDArray[np.int64], text_only: NDArray[np.int64], *, count: int, multiple: int = 8
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sequence lengths for batches with and without images, under which least is padded.
+
+    Exact: `_best_buckets` by dynamic programming for each of the two, and every way to share
+    `count` between them.
+
+    Args:
+        with_images: int64 [m], the longest row of each micro-batch that has images.
+        text_only: int64 [n], the same of those that have none.
+        count: Shapes in all, at least one for each kind that there is.
+        multiple: Every length is a multiple of this (tensor cores like 8), or of 2, 4, ... times
+            it where there would be more than `CANDIDATES` to choose from.
+
+    Returns:
+        Lengths, ascending, for each of the two; none where there is no micro-batch.
+
+    Raises:
+        DataError: No micro-batch, or a number below 1.
+    """
+    for name, value in (("count", count), ("multiple", multiple)):
+        if value < 1:
+            raise DataError(f"choose_buckets: {name} is {value}; expected at least 1")
+    curves = [_best_buckets(one, count, multiple) for one in (with_images, text_only)]
+    images, text = curves
+    if not images and not text:
+        raise DataError("choose_buckets: no micro-batch; expected at least one length")
+    if not images or not text:
+        best = (images or text)[-1][1]
+        return (best, ()) if images else ((), best)
+    pairs = [
+        (one[0] + other[0], one[1], other[1])
+        for one in images
+        for other in text
+        if len(one[1]) + len(other[1]) <= max(2, count)
+    ]
+    _, best_images, best_text = min(pairs)
+    return best_images, best_text
+
+
+def _best_buckets(
+    lengths: NDArray[np.int64], count: int, multiple: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """For 1, 2, ... buckets the least sum of padded lengths, and the buckets that have it."""
+    if not lengths.size:
+        return []
+    while int(lengths.max()) > multiple * CANDIDATES:
+        multiple *= 2
+    ends, counts = np.unique(-(-lengths // multiple) * multiple, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i, j]: one bucket of length ends[j] for all lengths above ends[i - 1]
+    cost = ends[np.newaxis] * (below[np.newaxis, 1:] - below[:-1, np.newaxis])
+    cost = np.where(np.tri(len(ends), k=-1, dtype=np.bool_), np.iinfo(np.int64).max // 4, cost)
+    best = cost[0]
+    choices: list[NDArray[np.int64]] = []
+    found: list[tuple[int, tuple[int, ...]]] = [(int(best[-1]), (int(ends[-1]),))]
+    for _ in range(1, min(count, len(ends))):
+        sums = best[:-1, np.newaxis] + cost[1:]
+        choices.append(sums.argmin(axis=0))
+        best = sums.min(axis=0)
+        place, chosen = len(ends) - 1, [int(ends[-1])]
+        for choice in reversed(choices):
+            place = int(choice[place])
+            chosen.append(int(ends[place]))
+        found.append((int(best[-1]), tuple(reversed(chosen))))
+    return found
+
+
+def collate(
+    samples: Sequence[Sample], shape: BatchShape, image_size: int, *, with_images: bool = False
+) -> Batch:
+    """Put samples into one batch; missing rows are padding.
+
+    Args:
+        samples: At most `shape.rows` samples.
+        shape: The shapes allowed.
+        image_size: Side of the images, for a batch without any.
+        with_images: Carry blank images if there are none of its own: set where another rank has
+            some in the same micro-step. All ranks run the tower or none does; ZeRO-3 gathers a
+            module's weights on every rank at once and would wait for ever.
+
+    Raises:
+        DataError: Too many samples; a sample longer than the longest bucket, whose placeholders
+            and images differ in number, or whose images are of another size; names it.
+    """
+    if len(samples) > shape.rows:
+        raise DataError(
+            f"batch: {len(samples)} samples from {samples[0].sample_id} on for {shape.rows} rows; "
+            "expected no more than rows"
+        )
+    expanded = [_expand(sample, shape.image_tokens) for sample in samples]
+    pixels, image_tokens = _images(samples, shape, image_size, with_images)
+    of_kind = shape.buckets if len(pixels) else shape.text_buckets or shape.buckets
+    length = _bucket(samples, expanded, of_kind)
+    ids_BS = np.zeros((shape.rows, length), np.int64)
+    merge_BS = np.full((shape.rows, length), -1, np.int32)
+    segment_BS = np.zeros((shape.rows, length), np.int32)
+    row_lengths = np.zeros(shape.rows, np.int64)
+    positions: list[NDArray[np.int64]] = []
+    targets: list[NDArray[np.int64]] = []
+    features = 0
+    for row, (sample, (ids, feature_rank, trained)) in enumerate(
+        zip(samples, expanded, strict=True)
+    ):
+        size = len(ids)
+        is_image = feature_rank >= 0
+        ids_BS[row, :size] = np.where(is_image, 0, ids)
+        merge_BS[row, :size] = np.where(is_image, feature_rank + features, -1)
+        segment_BS[row, :size] = 1
+        row_lengths[row] = size
+        features += len(sample.pixels) * shape.image_tokens
+        positions.append(trained - 1 + row * length)
+        targets.append(ids[trained])
+    positions_P, targets_P, num_targets = _pad_targets(positions, targets, shape.predict_chunk)
+    return Batch(
+        input_ids=ids_BS,
+        position_ids=np.broadcast_to(np.arange(length, dtype=np.int64), ids_BS.shape).copy(),
+        segment_ids=segment_BS,
+        row_lengths=row_lengths,
+        merge_index=merge_BS,
+        pixels=pixels,
+        image_tokens=image_tokens,
+        predict_positions=positions_P,
+        targets=targets_P,
+        sample_ids=tuple(sample.sample_id for sample in samples),
+        num_images=int((image_tokens > 0).sum()),
+        num_targets=num_targets,
+    )
+
+
+def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:
+    """One batch without a sample of every shape, the longest first; nothing is trained in them.
+
+    Several images a row are shapes of their own and not among these.
+    """
+    for length in reversed(shape.buckets):
+        one = replace(shape, buckets=(length,))
+        yield collate([], one, image_size, with_images=True)
+    for length in reversed(shape.text_buckets or shape.buckets):
+        one = replace(shape, text_buckets=(length,))
+        yield collate([], one, image_size)
+
+
+def _expand(
+    sample: Sample, image_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Give every placeholder its image's tokens.
+
+    Returns:
+        ids int64 [n]; feature_rank int64 [n], the feature row within the sample or -1;
+        trained int64 [t], the places of the trained ids. The first id has nothing before it that
+        could predict it, so it is never among them.
+    """
+    is_image = sample.input_ids == IMAGE_TOKEN_INDEX
+    if int(is_image.sum()) != len(sample.pixels):
+        raise DataError(
+            f"{sample.sample_id}: {int(is_image.sum())} image places for {len(sample.pixels)} "
+            "images; expected one each; preprocess again"
+        )
+    repeats = np.where(is_image, image_tokens, 1)
+    ids = np.repeat(sample.input_ids.astype(np.int64), repeats)
+    slots = np.repeat(is_image, repeats)
+    feature_rank = np.where(slots, np.cumsum(slots) - 1, -1)
+    is_trained = np.zeros(len(sample.input_ids), np.bool_)
+    for start, end in sample.label_spans:
+        is_trained[start:end] = True
+    trained = np.flatnonzero(np.repeat(is_trained, repeats) & ~slots)
+    return ids, feature_rank, trained[trained > 0]
+
+
+def _bucket(
+    samples: Sequence[Sample],
+    expanded: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
+    buckets: tuple[int, ...],
+) -> int:
+    lengths = [len(ids) for ids, _, _ in expanded] or [0]
+    longest = max(lengths)
+    for bucket in buckets:
+        if longest <= bucket:
+            return bucket
+    name = samples[lengths.index(longest)].sample_id
+    raise DataError(
+        f"{name}: {longest} tokens; the longest bucket has {buckets[-1]}; lower max_length"
+    )
+
+
+def _pad_targets(
+    positions: list[NDArray[np.int64]], targets: list[NDArray[np.int64]], chunk: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Join and pad to a multiple of `chunk`, at least one: the head always has work to do."""
+    count = sum(map(len, targets))
+    padded = max(chunk, -(-count // chunk) * chunk)
+    positions_P = np.zeros(padded, np.int64)
+    targets_P = np.full(padded, IGNORE_INDEX, np.int64)
+    if count:
+        positions_P[:count] = np.concatenate(positions)
+        targets_P[:count] = np.concatenate(targets)
+    return positions_P, targets_P, count
+
+
+def _images(
+    samples: Sequence[Sample], shape: BatchShape, size: int, with_images: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """All images; N is padded with blank ones to a multiple of the rows, or is 0."""
+    stacked: list[NDArray[np.uint8]] = []
+    for sample in samples:
+        if not len(sample.pixels):
+            continue
+        if sample.pixels.shape[1:] != (size, size, 3):
+            raise DataError(
+                f"{sample.sample_id}: images of {sample.pixels.shape[1:]}; expected "
+                f"{(size, size, 3)}; open the dataset with the tower's view"
+            )
+        stacked.append(sample.pixels)
+    count = sum(map(len, stacked))
+    padded = max(shape.rows * with_images, -(-count // shape.rows) * shape.rows)
+    pixels = np.zeros((padded, size, size, 3), np.uint8)
+    if count:
+        np.concatenate(stacked, out=pixels[:count])
+    image_tokens = np.zeros(padded, np.int64)
+    image_tokens[:count] = shape.image_tokens
+    return pixels, image_tokens

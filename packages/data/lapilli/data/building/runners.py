@@ -1,0 +1,216 @@
+"""Who makes the shards of a plan: Ray Data's workers, or this process.
+
+A runner takes tasks and yields the facts of finished shards, in any order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from lapilli.data.building.crash_guard import WORK, Journal, journal_folder
+from lapilli.data.building.run_task import begin_task, finished_task, run_task
+from lapilli.data.building.task_file import TASKS, read_task, write_tasks
+from lapilli.data.errors import DataError
+from lapilli.data.io.access import blame, system_error
+from lapilli.data.io.remote_path import Output, open_output
+from lapilli.data.planning.plan import Task
+from lapilli.data.ray_session import RayDied, ray_session, watched
+from lapilli.data.shards.files import ShardFacts
+
+__all__ = ["Runner", "full_at_once", "group_sizes", "run_here", "run_on_ray"]
+
+MOST_SHARDS = 8
+LOOKS = "GLOBAL_LIMITS_UPDATE_INTERVAL_S"  # between Ray Data's looks at the cluster's size
+SOON = 0.05  # seconds
+
+Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
+Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
+
+
+def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
+    """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
+
+    Ray is started if none runs, and not at all where there is nothing to do. Tasks lie in one file
+    beside the output, so that the driver and Ray hold just their places. A worker that dies is
+    replaced; what its image did is found by `journal`.
+
+    Args:
+        tasks: The shards to make.
+        output: The dataset's folder or store; every worker must see it under this path.
+        workers: Tasks at the same time; 0 takes every core.
+
+    Raises:
+        DataError: A task met a user's mistake, such as a node with other libraries; a task's
+            process ended too often; Ray died.
+    """
+    _clear(output, tasks)
+    if not tasks:
+        return
+    left = len(tasks)
+    where = str(output.resolve())
+    places = write_tasks(tasks, output)
+    rows = [
+        {"name": task.name, "place": place, "output": where}
+        for task, place in zip(tasks, places, strict=True)
+    ]
+    try:
+        with ray_session(), full_at_once() as begun:
+            for row in watched(lambda: _mapped(rows, workers).iter_rows()):
+                if row["error"]:
+                    raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
+                begun()
+                left -= 1
+                yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
+    except RayDied as error:
+        raise DataError(f"{error}, it goes on with the {left} shards that are missing") from None
+    finally:
+        _clear(output, tasks)
+
+
+def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
+    """The dataset of the tasks' results."""
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised too
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
+    slots = workers or int(ray.cluster_resources().get("CPU", 1))
+    blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
+    # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
+    return ray.data.from_arrow(blocks).map_batches(
+        _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
+    )
+
+
+@contextmanager
+def full_at_once() -> Generator[Callable[[], None]]:
+    """Have Ray Data fill all slots in its first second too, until what is yielded is called.
+
+    It asks how large the cluster is, goes by "nothing is known yet", which leaves all slots but one
+    empty, and looks again only after a second. A Ray without this setting begins as it likes.
+    """
+    manager: Any = None
+    with suppress(ImportError):
+        manager = importlib.import_module("ray.data._internal.execution.resource_manager")
+    usual = getattr(getattr(manager, "ResourceManager", None), LOOKS, None)
+    if usual is None:
+        yield lambda: None
+        return
+    setattr(manager.ResourceManager, LOOKS, SOON)
+    try:
+        yield lambda: setattr(manager.ResourceManager, LOOKS, usual)
+    finally:
+        setattr(manager.ResourceManager, LOOKS, usual)
+
+
+def group_sizes(shards: int, slots: int) -> Iterator[int]:
+    """How many shards each of Ray's tasks makes: fewer towards the end, so that all end together.
+
+    Args:
+        shards: All that are to be made.
+        slots: Tasks at the same time.
+    """
+    while shards:
+        size = max(1, min(MOST_SHARDS, shards // (2 * slots)))
+        yield size
+        shards -= size
+
+
+def _groups(rows: list[dict[str, Any]], slots: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows for one of Ray's tasks each."""
+    left = iter(rows)
+    for size in group_sizes(len(rows), slots):
+        yield list(islice(left, size))
+
+
+def _run_rows(rows: pa.Table) -> Iterator[dict[str, list[Any]]]:
+    """A task of Ray's: some shards, each flushed or stored while the next is made.
+
+    The facts of each are passed on once it is finished.
+    """
+    unfinished: Future[Result] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for row in rows.to_pylist():
+            finish = _begin_row(row)
+            if unfinished:
+                yield _block(unfinished.result())
+            unfinished = pool.submit(finish)
+        if unfinished:
+            yield _block(unfinished.result())
+
+
+def _block(result: Result) -> dict[str, list[Any]]:
+    return {name: [value] for name, value in result.items()}
+
+
+def _clear(output: Output, tasks: list[Task]) -> None:
+    """Remove what only a build that runs needs, of this one or of one that was killed."""
+    if isinstance(output, Path):
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    elif tasks:
+        (output / TASKS).unlink(missing_ok=True)
+
+
+def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
+    """Make a shard's rows; what is returned finishes it.
+
+    In both halves errors become values, since one exception ends a dataset.
+    """
+    try:
+        output = open_output(row["output"])
+        journal = Journal(journal_folder(output, row["name"]), row["name"])
+    except Exception as error:
+        return partial(_failed, row, error)
+    try:
+        task = read_task(output, row["place"])
+        journal.examine(task)
+        # Where Ray starts a task again, its first shards may be there already.
+        facts = finished_task(task, output)
+        finish = (lambda: facts) if facts else begin_task(task, output, journal.decoding)
+    except Exception as error:
+        journal.close()
+        return partial(_failed, row, error)
+    return partial(_finish_row, row, journal, finish)
+
+
+def _finish_row(row: dict[str, Any], journal: Journal, finish: Callable[[], ShardFacts]) -> Result:
+    try:
+        return {**asdict(finish()), "error": "", "expected": False}
+    except Exception as error:
+        return _failed(row, error)
+    finally:
+        journal.close()
+
+
+def _failed(row: dict[str, Any], error: Exception) -> Result:
+    expected = isinstance(error, DataError)
+    said = str(error) if expected else "".join(traceback.format_exception(error))
+    if (found := system_error(error)) and (line := blame(found, row["output"])):
+        said, expected = line, True
+    return {"path": "", "rows": 0, "bytes": 0, "sha256": "", "error": said, "expected": expected}
+
+
+def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
+    """Run tasks one after the other in this process: a runner without Ray, for small things.
+
+    An image whose decoding ends its process ends this one.
+    """
+    del workers
+    for task in tasks:
+        yield run_task(task, output)

@@ -1,0 +1,70 @@
+"""The tasks of a build in one file beside the output: the driver and Ray hold only their places."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any, TypedDict
+
+from lapilli.data.building.crash_guard import WORK
+from lapilli.data.errors import DataError
+from lapilli.data.io.remote_path import Output, RemotePath
+from lapilli.data.planning.shard_task import Task
+from lapilli.data.shards.files import write_atomic
+
+__all__ = ["TASKS", "Place", "read_task", "write_tasks"]
+
+TASKS = f"{WORK}/tasks.pickle"
+
+
+class Place(TypedDict):
+    """Where a task lies in the file, and the SHA-256 of its bytes."""
+
+    start: int
+    size: int
+    sha256: str
+
+
+def write_tasks(tasks: list[Task], output: Output) -> list[Place]:
+    """Write the tasks one after the other; the place of each."""
+    places: list[Place] = []
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            for task in tasks:
+                data = pickle.dumps(task)
+                places.append({"start": file.tell(), "size": len(data), "sha256": _digest(data)})
+                file.write(data)
+
+    write_atomic(output / TASKS, write)
+    return places
+
+
+def read_task(output: Output, place: Place) -> Task:
+    """A task as the driver wrote it. Others may be able to write where the output lies.
+
+    Raises:
+        DataError: It is another one.
+    """
+
+    def read(file: Any) -> bytes:
+        file.seek(place["start"])
+        return file.read(place["size"])
+
+    path = output / TASKS
+    if isinstance(path, RemotePath):
+        data: bytes = path.read_with(read)
+    else:
+        with path.open("rb") as file:
+            data = read(file)
+    if _digest(data) != place["sha256"]:
+        raise DataError(
+            f"{path}: changed since this build wrote it; see that nothing else writes there and "
+            "run the same command again"
+        )
+    return pickle.loads(data)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

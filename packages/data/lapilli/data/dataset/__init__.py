@@ -1,0 +1,1 @@
+"""A finished dataset: opened, cached, verified, exported."""

@@ -1,0 +1,45 @@
+"""The settings a dataset was built with, read out of the dataset: it may be somebody else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lapilli.data.config import BuildConfig
+from lapilli.data.errors import DataError
+from lapilli.data.io.access import cannot_read, is_denied
+from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.trust import Trust, require_readers
+
+__all__ = ["CONFIG", "read_build_config"]
+
+CONFIG = "config.json"  # the recipe that makes this dataset again
+
+
+def read_build_config(dataset: Path, trust: Trust) -> BuildConfig:
+    """The settings of a finished dataset.
+
+    Args:
+        dataset: Its folder.
+        trust: What the command allows of what they ask for.
+
+    Raises:
+        DataError: No dataset, settings that are damaged, or a reader of their own that the command
+            does not allow.
+    """
+    read_manifest(dataset)  # no dataset, no settings
+    path = dataset / CONFIG
+    try:
+        config = from_json(path.read_bytes(), BuildConfig)
+    except OSError as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
+        raise DataError(
+            f"{path}: missing; run the same preprocess again, it writes it anew"
+        ) from None
+    except JsonError as error:
+        raise DataError(
+            f"{path}: damaged ({error}); run the same preprocess again, it writes it anew"
+        ) from None
+    require_readers(config, trust, path)
+    return config

@@ -1,0 +1,76 @@
+"""One shard of a plan: what to make it of, all that a worker needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from lapilli.data.images.codecs import Codecs
+from lapilli.data.images.encodings import Encoding
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.mounts import Located
+from lapilli.data.record import Record, unpack
+from lapilli.data.text.templates import Template
+
+__all__ = ["RAW", "ImageTask", "Task", "TokenTask", "writer_version"]
+
+WRITERS = ("pyarrow", "tokenizers")
+RAW = Encoding()
+
+
+def writer_version() -> str:
+    """The libraries that, beside codecs and tokenizer, decide a shard's bytes."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in WRITERS)
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """One image shard: decode these images below `root`, in this order, and encode the pixels.
+
+    `images` says where each is, and how large and old its file was; a slot without use has no
+    container. `writer` is the driver's `writer_version`; a worker with another one stops. Of mode
+    `fast`, the first `compared` images are made exactly too, to say how far off they are.
+    """
+
+    name: str
+    writer: str
+    root: str
+    images: tuple[Located, ...]
+    spec: ImageSpec
+    codecs: Codecs
+    encoding: Encoding = RAW
+    compared: int = 0
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """The identities of the images, in order."""
+        return tuple(place.image_id for place in self.images)
+
+
+@dataclass(frozen=True)
+class TokenTask:
+    """One token shard: tokenise these records, in this order.
+
+    `image_ids` are those of the records' images, resolved; `fingerprint` is that of the tokenizer
+    the driver loaded from the same name; `compat` and `max_text_length` are the config's.
+    """
+
+    name: str
+    writer: str
+    packed: tuple[bytes, ...]
+    image_ids: tuple[tuple[str, ...], ...]
+    tokenizer: str
+    fingerprint: str
+    template: Template
+    compat: str | None
+    max_text_length: int
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """The records, made where they are needed."""
+        return tuple(map(unpack, self.packed))
+
+
+Task: TypeAlias = ImageTask | TokenTask

@@ -1,0 +1,1 @@
+"""The files of a dataset: schemas, writing and reading, the manifest."""

@@ -1,0 +1,146 @@
+"""What is checked of an Arrow file once, when it is opened: it may be somebody else's.
+
+Arrow trusts the offsets of a file that it maps: wild ones end the process. Columns of the right
+types, with offsets and numbers that stay inside what they point to, cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lapilli.data.errors import DataError
+from lapilli.data.io.remote_path import Output
+from lapilli.data.planning.mixture import HELD_OUT, TRAIN
+from lapilli.data.record import excerpt
+from lapilli.data.shards.files import SELECTION_SCHEMA, TOKEN_SCHEMA, ShardFacts, open_table
+from lapilli.data.shards.manifest import Manifest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["only_chunk", "open_selection", "open_tokens"]
+
+MOST_REPEATS = 1000  # of a record in an epoch, on average: what bounds an epoch's arrays
+
+
+def only_chunk(table: pa.Table, name: str) -> Any:
+    """A column of a file of one record batch, as one array."""
+    return table[name].combine_chunks() if table[name].num_chunks != 1 else table[name].chunk(0)
+
+
+def open_selection(output: Output, manifest: Manifest, view: str = "") -> pa.Table:
+    """A dataset's selection: every place in it is there.
+
+    Args:
+        output: The dataset, or the folder its files are copied to.
+        manifest: Its facts.
+        view: The view whose image slots are looked up; empty looks up none.
+
+    Raises:
+        DataError: As `open_table`, or a place out of range.
+    """
+    table = open_table(output, manifest.selection, SELECTION_SCHEMA)
+    problem = _selection_problem(table, manifest, view)
+    if problem:
+        raise _damaged(output / manifest.selection.path, problem)
+    return table
+
+
+def open_tokens(output: Output, facts: ShardFacts, vocab_size: int, image_token: int) -> pa.Table:
+    """A token shard: every id is one of the tokenizer's, every trained span lies in its row.
+
+    Args:
+        output: The dataset, or the folder its files are copied to.
+        facts: The shard's.
+        vocab_size: Ids of the tokenizer.
+        image_token: The placeholder of images.
+
+    Raises:
+        DataError: As `open_table`, or ids and spans that cannot be.
+    """
+    table = open_table(output, facts, TOKEN_SCHEMA)
+    if problem := _tokens_problem(table, vocab_size, image_token):
+        raise _damaged(output / facts.path, problem)
+    return table
+
+
+def _damaged(path: object, problem: str) -> DataError:
+    return DataError(
+        f"{path}: damaged ({excerpt(problem)}); run preprocess again into another --output, or "
+        "get the dataset again"
+    )
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
+    return only_chunk(table, name).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _selection_problem(table: pa.Table, manifest: Manifest, view: str) -> str:
+    shard, row = _numbers(table, "token_shard"), _numbers(table, "token_row")
+    if problem := _outside("token_shard", "token_row", shard, row, manifest.tokens):
+        return problem
+    for name in ("text_length", "num_trained", "llava_length", "repeats"):
+        values = _numbers(table, name)
+        if len(values) and values.min() < 0:
+            return f"{name} {values.min()}; expected 0 or more"
+    if (total := int(_numbers(table, "repeats").sum())) > MOST_REPEATS * len(table):
+        return f"an epoch of {total:,} samples from {len(table):,} records"
+    splits = {*pc.call_function("unique", [only_chunk(table, "split")]).to_pylist()}
+    if strange := sorted(splits - {TRAIN, HELD_OUT}):
+        return f"split {strange[0]!r}; expected {TRAIN} or {HELD_OUT}"
+    if not view:
+        return ""
+    slots = only_chunk(table, "image_slots").flatten().to_numpy().astype(np.int64)
+    if len(slots) and slots.min() < 0:
+        return f"image slot {slots.min()}"
+    number, place = np.divmod(slots, manifest.views[view].images_per_shard)
+    return _outside("image shard", "row", number, place, manifest.views[view].shards)
+
+
+def _outside(
+    shard_name: str, row_name: str, shard: NDArray[np.int64], row: NDArray[np.int64],
+    shards: Sequence[ShardFacts],
+) -> str:  # fmt: skip
+    """The first place that is not in any shard; empty where all are."""
+    rows = np.array([facts.rows for facts in shards], np.int64)
+    there = (shard >= 0) & (shard < len(rows)) & (row >= 0)
+    there[there] = row[there] < rows[shard[there]]
+    if there.all():
+        return ""
+    first = int(np.argmin(there))
+    return f"{shard_name} {shard[first]}, {row_name} {row[first]}: there is no such row"
+
+
+def _tokens_problem(table: pa.Table, vocab_size: int, image_token: int) -> str:
+    ids, spans = only_chunk(table, "input_ids"), only_chunk(table, "label_spans")
+    values = ids.flatten().to_numpy()
+    is_image = values == image_token
+    wrong = ~is_image & ((values < 0) | (values >= vocab_size))
+    if wrong.any():
+        return f"token id {values[np.argmax(wrong)]} of a tokenizer with {vocab_size} ids"
+    starts_of_rows = np.concatenate([[0], np.cumsum(ids.value_lengths().to_numpy())])
+    counts = spans.value_lengths().to_numpy()
+    if (counts % 2).any():
+        return "a trained span without an end"
+    rows = np.repeat(np.arange(len(table)), counts // 2)
+    starts, ends = spans.flatten().to_numpy().astype(np.int64).reshape(-1, 2).T
+    lengths = np.diff(starts_of_rows)[rows]
+    follows = np.zeros(len(rows), np.int64)
+    follows[1:] = np.where(rows[1:] == rows[:-1], ends[:-1], 0)
+    bad = (starts < follows) | (ends <= starts) | (ends > lengths)
+    if not bad.any():
+        images = np.concatenate([[0], np.cumsum(is_image)])
+        first = starts_of_rows[rows]
+        bad = images[first + ends] != images[first + starts]
+    if bad.any():
+        at = int(np.argmax(bad))
+        return f"row {rows[at]}: a trained span {starts[at]} to {ends[at]} of {lengths[at]} ids"
+    trained = np.bincount(rows, ends - starts, len(table))
+    if (trained != _numbers(table, "num_trained")).any():
+        return "num_trained is not the trained spans' length"
+    return ""

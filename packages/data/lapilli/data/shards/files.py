@@ -1,0 +1,421 @@
+"""Arrow shards: their schemas, atomic writing with a checksum, checked reading.
+
+Every file is written under a temporary name, flushed to the disk and renamed, so that a name
+stands for a whole file or for none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lapilli.data.errors import DataError
+from lapilli.data.io.access import FULL, cannot_read, is_denied
+from lapilli.data.io.remote_path import Output, RemotePath
+from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
+from lapilli.data.record import excerpt
+
+__all__ = [
+    "FAST_COLUMNS",
+    "IMAGE_SCHEMA",
+    "INPUT_SCHEMA",
+    "JPEG_SCHEMA",
+    "OK",
+    "SELECTION_SCHEMA",
+    "TEMPORARY",
+    "TOKEN_SCHEMA",
+    "UNUSED",
+    "ShardFacts",
+    "begin_atomic",
+    "begin_shard",
+    "check_table",
+    "finished_facts",
+    "open_table",
+    "sha256_file",
+    "stand_for",
+    "write_atomic",
+    "write_json",
+    "write_shard",
+]
+
+TEMPORARY = ".tmp"
+PIECE_BYTES = 256 << 10
+OK = "ok"  # status of an image that a view has pixels of
+UNUSED = "unused"  # status of a slot whose image no record names any more
+
+# Images are large_binary: 32-bit offsets overflow at 2 GiB.
+IMAGE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("status", pa.string()),  # "ok" or a Reason
+        ("detail", pa.string()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB; "jpeg"; "original"
+        ("pixels", pa.large_binary()),
+    ]
+)
+JPEG_SCHEMA = pa.schema(
+    [
+        *IMAGE_SCHEMA,
+        ("absolute_error", pa.int64()),  # what JPEG has changed, summed over the image's values
+        ("squared_error", pa.int64()),
+        ("worst_error", pa.int32()),
+    ]
+)
+FAST_COLUMNS = (  # what mode `fast` has changed, of the images that were made exactly too
+    pa.field("fast_absolute_error", pa.int64()),
+    pa.field("fast_squared_error", pa.int64()),
+    pa.field("fast_worst_error", pa.int32()),
+)
+INPUT_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # "image" by slot, then "record" by token row
+        ("name", pa.string()),
+        ("stamp", pa.binary()),  # tells the content under the name from another
+    ]
+)
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("source", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),  # -200 at an image's place
+        ("label_spans", pa.list_(pa.int32())),  # start, end, start, end, ... of trained ids
+        ("text_length", pa.int32()),  # ids without the placeholders
+        ("num_trained", pa.int32()),
+        ("image_ids", pa.list_(pa.string())),
+        ("llava_length", pa.int32()),
+    ]
+)
+SELECTION_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("token_shard", pa.int32()),
+        ("token_row", pa.int32()),
+        ("image_slots", pa.list_(pa.int32())),
+        ("text_length", pa.int32()),
+        ("num_trained", pa.int32()),
+        ("llava_length", pa.int32()),
+        ("split", pa.string()),  # "train" or "held_out"
+        ("repeats", pa.int32()),  # how often the row stands in an epoch of its split
+    ]
+)
+_SCHEMAS = (JPEG_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)
+COLUMN_TYPES = {field.name: field.type for schema in _SCHEMAS for field in schema}
+NULLABLE = {field.name for field in (*JPEG_SCHEMA, *FAST_COLUMNS)} - {"image_id", "status"}
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the manifest says of one file: enough to notice that it is missing or damaged."""
+
+    path: FilePath
+    rows: Natural
+    bytes: Natural
+    sha256: Digest
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
+    """Let `write` fill a temporary file beside `path`, flush it and rename it over `path`.
+
+    An object of a store is written to a local file first and stored whole.
+
+    Returns:
+        The file's facts, with its bare name as `path` and no rows.
+
+    Raises:
+        DataError: The disk is full or the folder cannot be written; nothing stands under `path`.
+    """
+    return begin_atomic(path, write)()
+
+
+def begin_atomic(path: Output, write: Callable[[Path], None]) -> Callable[[], ShardFacts]:
+    """Fill the temporary file now; what is returned flushes or stores it, which waits for a disk.
+
+    Either half raises what `write_atomic` does, and removes the temporary file when it fails.
+    """
+    remote = isinstance(path, RemotePath)
+    # Two nodes may share a disk and a process id, and Ray may start a task twice.
+    unique = f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
+    temporary = Path(tempfile.gettempdir()) / unique if remote else path.with_name(unique)
+    with _removed_if_failed(path, temporary):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+
+    def finish() -> ShardFacts:
+        with _removed_if_failed(path, temporary):
+            size = temporary.stat().st_size
+            if isinstance(path, RemotePath):  # nothing is flushed that is removed again
+                sha256 = sha256_file(temporary)
+                path.put(temporary)
+                temporary.unlink()
+            else:
+                sha256 = _flush_and_hash(temporary)
+                temporary.replace(path)
+        return ShardFacts(path.name, 0, size, sha256)
+
+    return finish
+
+
+@contextmanager
+def _removed_if_failed(path: Output, temporary: Path) -> Generator[None]:
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # what went wrong first is what is told
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        remedy = f"{'free space or ' * (error.errno in FULL)}choose another --output"
+        if isinstance(path, RemotePath):
+            remedy = (
+                f"free space in {temporary.parent}, where shards lie until they are stored, or set "
+                "TMPDIR"
+            )
+        raise DataError(f"{path}: cannot be written ({error}); {remedy}") from None
+
+
+def _flush_and_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, computed while the disk takes them."""
+    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(os.fsync, file.fileno())
+        digest = sha256_file(path)
+        flushed.result()
+    return digest
+
+
+def _give_up_cache(path: Path) -> None:
+    """Leave the page cache to the photos and to the next shard: it takes the same pages."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_json(path: Output, value: Any) -> None:
+    """Write a JSON file atomically; see `write_atomic`."""
+    text = json.dumps(value, indent=1)
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_shard(
+    output: Output, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
+) -> ShardFacts:
+    """Write one record batch as an Arrow IPC file and its facts beside it.
+
+    The facts are written last: a shard without them is not finished. One batch a file makes every
+    row reachable by its number.
+    """
+    return begin_shard(output, name, columns, schema)()
+
+
+def begin_shard(
+    output: Output, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
+) -> Callable[[], ShardFacts]:
+    """Write a shard's rows now; what is returned finishes it, as with `begin_atomic`."""
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
+        for field, column in ((field, columns[field.name]) for field in schema)
+    ]
+    batch = pa.record_batch(arrays, schema=schema)
+    rows = batch.num_rows
+
+    def write(temporary: Path) -> None:
+        with (
+            temporary.open("wb", buffering=0) as file,
+            pa.PythonFile(_Pieces(file), mode="w") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
+            writer.write_batch(batch)
+
+    target = output / name
+    finish_file = begin_atomic(target, write)
+
+    def finish() -> ShardFacts:
+        facts = replace(finish_file(), path=name, rows=rows)
+        write_json(_facts_path(target), asdict(facts))
+        if isinstance(target, Path):
+            _give_up_cache(target)
+        return facts
+
+    return finish
+
+
+class _Pieces:
+    """A file that takes a column of any size in small writes.
+
+    For one write of 64 MiB Linux takes its page cache in pieces of 2 MiB. Those lie idle at first
+    and have to be cleared, or a virtual machine has to ask its host for them: 0.8 ms an image of
+    336 px instead of 0.1.
+    """
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, data: Any) -> int:
+        """All of it, whatever the system takes at once."""
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[self._file.write(left[:PIECE_BYTES]) or 0 :]
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def stand_for(output: Output, facts: ShardFacts, name: str) -> None:
+    """Let a file be found under `name` too, without a second copy where the disk has links."""
+    source, target = output / facts.path, output / name
+    if isinstance(source, RemotePath) and isinstance(target, RemotePath):
+        target.copy_from(source)
+    elif isinstance(source, Path):
+        write_atomic(target, lambda temporary: _link(source, temporary))
+    write_json(_facts_path(output / name), asdict(replace(facts, path=name)))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _facts_path(path: Output) -> Output:
+    return path.with_name(f"{path.name}.json")
+
+
+def finished_facts(output: Output, name: str) -> ShardFacts | None:
+    """The facts of a shard that an earlier run finished, or None if it is missing or damaged.
+
+    In a store only the size is compared: the store has checksums of its own.
+
+    Raises:
+        DataError: It cannot be read: it may be whole, and is not made again.
+    """
+    path = output / name
+    try:
+        facts = from_json(_facts_path(path).read_bytes(), ShardFacts)
+        if isinstance(path, RemotePath):
+            whole = path.size == facts.bytes
+        else:
+            whole = path.stat().st_size == facts.bytes and sha256_file(path) == facts.sha256
+    except (OSError, JsonError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(error.filename or path, error)) from None
+        return None
+    return facts if whole and facts.path == name else None
+
+
+def open_table(
+    output: Output, facts: ShardFacts, schema: pa.Schema, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Memory-map a shard; its size, columns, rows and offsets are checked, its values are not read.
+
+    Args:
+        output: The dataset, or the folder its files are copied to.
+        facts: What the manifest says of the file.
+        schema: Columns that the file has at least.
+        columns: Those to open, of the schema or of `JPEG_SCHEMA` and `FAST_COLUMNS`; None opens
+            the schema's. From a store just these are read.
+
+    Raises:
+        DataError: The file is missing, of another size than the manifest says, or no such file.
+    """
+    path = output / facts.path
+    try:
+        size = path.size if isinstance(path, RemotePath) else path.stat().st_size
+    except OSError as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
+        size = None
+    if size is None:
+        raise DataError(
+            f"{path}: missing; run preprocess again, it rebuilds what is missing"
+        ) from None
+    if size != facts.bytes:
+        raise DataError(
+            f"{path}: {size} bytes, the manifest says {facts.bytes}; "
+            "run preprocess again, it rebuilds what is damaged"
+        )
+    names = schema.names if columns is None else [*columns]
+    try:
+        if isinstance(path, RemotePath):
+            table = path.read_with(lambda file: _read_columns(file, names))
+        else:
+            with pa.memory_map(str(path), "r") as file:  # the map outlives the descriptor
+                table = pa.ipc.open_file(file).read_all()
+        check_table(table, facts.rows, names)
+        return table.select(names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
+        said = f": {excerpt(str(error))}" if type(error) is ValueError else ""
+        raise DataError(
+            f"{path}: damaged ({type(error).__name__}{said}); run preprocess again, it rebuilds it"
+        ) from None
+
+
+def check_table(table: pa.Table, rows: int, names: Sequence[str]) -> None:
+    """Check what a file holds that this process did not write, before any value of it is used.
+
+    Arrow believes a file's offsets; `validate` compares them with the buffers they point into.
+
+    Raises:
+        ValueError, pa.ArrowException: Another number of rows, a column that is missing, of another
+            type or with nulls where none may be, more than one record batch, or wild offsets.
+    """
+    for name in names:
+        places = table.schema.get_all_field_indices(name)
+        if len(places) != 1:
+            raise ValueError(f"column {name} is there {len(places)} times")
+        found = table.schema.field(places[0]).type
+        if found != COLUMN_TYPES[name]:
+            raise ValueError(f"column {name} is {found}, expected {COLUMN_TYPES[name]}")
+    table.select(names).validate(full=True)
+    if len(table) != rows:
+        raise ValueError(f"{len(table)} rows, the manifest says {rows}")
+    for name in names:
+        if table[name].num_chunks > 1:
+            raise ValueError("more than one record batch")
+        if name not in NULLABLE and table[name].null_count:
+            raise ValueError(f"column {name} has nulls")
+
+
+def _read_columns(file: Any, columns: Sequence[str]) -> pa.Table:
+    """Columns of an Arrow file that is read by parts."""
+    source = pa.PythonFile(file, mode="r")
+    schema = pa.ipc.open_file(source).schema
+    fields = [schema.get_field_index(name) for name in columns]
+    if min(fields) < 0:
+        raise ValueError(f"column {columns[fields.index(min(fields))]} is missing")
+    options = pa.ipc.IpcReadOptions(included_fields=fields)
+    return pa.ipc.open_file(source, options=options).read_all()

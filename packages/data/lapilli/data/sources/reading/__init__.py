@@ -1,0 +1,1 @@
+"""Annotation files as records of bytes: streaming JSON, Parquet rows, tar members."""

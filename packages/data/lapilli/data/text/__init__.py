@@ -1,0 +1,1 @@
+"""Conversations to token ids: templates, chat templates and tokenizers."""

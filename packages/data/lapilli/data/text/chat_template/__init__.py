@@ -1,0 +1,1 @@
+"""A tokenizer's own chat template: read, run within bounds, its turns located."""

@@ -1,0 +1,265 @@
+"""What a template writes around a question and its answer, and a row of a dataset taken apart.
+
+A template is asked to write stand-ins; whatever stands between them is frame. So a template of
+frames and a tokenizer's own chat template are told apart nowhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lapilli.data.errors import DataError
+from lapilli.data.record import Record, Role, TextPart, Turn
+from lapilli.data.sources.turns import IMAGE_MARKER
+from lapilli.data.text.encode import bind_template, segments_of
+from lapilli.data.text.rendering import SpecialToken, TextSegment, frame_pieces
+from lapilli.data.text.templates import Template
+from lapilli.data.text.token_text import transcript
+from lapilli.data.text.tokenizer import AnyTokenizer, Backend, backend_for
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["FirstQuestion", "Frames", "find_frames", "first_question"]
+
+# Private-use characters that no template strips, cuts or compares; chat.py uses two others.
+_SYSTEM, _QUESTION, _ANSWER = "\ue0b0", "\ue0b1", "\ue0b2"
+_IMAGE = "\ue0b3"
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What a template writes around what is said, special tokens as their content.
+
+    Attributes:
+        openings: What stands before the first question: without a system turn; and before and
+            behind a record's own system text, where the template takes one.
+        before_answer: From a question's end to where the model goes on.
+        answer_start: Trained, before the answer.
+        end: Trained, behind the answer.
+        end_text: What of `end` stands before its first special token, or all of it.
+        end_id: The first special token behind the answer, which no text can produce; None where
+            the end is a text alone.
+        next_question: From an answer's end, that included, to the next question; empty where a
+            template does not take a second one.
+        image: Before and behind each image.
+        drops_question: A question's words are not written down.
+    """
+
+    openings: tuple[tuple[str, ...], ...]
+    before_answer: str
+    answer_start: str
+    end: str
+    end_text: str
+    end_id: int | None
+    next_question: str
+    image: tuple[str, str]
+    drops_question: bool
+
+    @property
+    def has_end(self) -> bool:
+        """Whether anything ends an answer."""
+        return bool(self.end)
+
+
+@dataclass(frozen=True)
+class FirstQuestion:
+    """The first question of a row.
+
+    Attributes:
+        prompt: int64 [n], the ids up to where the answer begins, -200 for each image.
+        question: The user's own words; images in front or behind are left out, others are
+            `<image>`. Empty for a template that drops them.
+        answer: The ids of the expected answer with what is trained around it.
+    """
+
+    prompt: NDArray[np.int64]
+    question: str
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A record as one string, with which of its characters are trained or special tokens."""
+
+    text: str
+    trained: list[bool]
+    special: dict[int, int]  # place of a special token's first character -> its id
+
+    def edge(self, start: int, step: int) -> int:
+        """The end of the trained stretch around `start`, forwards (1) or backwards (-1)."""
+        place = start
+        while 0 <= place + step < len(self.text) and self.trained[place + step]:
+            place += step
+        return place
+
+
+def find_frames(template: Template, tokenizer: AnyTokenizer) -> Frames:
+    """The frames of a template in a tokenizer's spelling.
+
+    Raises:
+        DataError: The template cannot be written with this tokenizer.
+    """
+    template = replace(bind_template(template, tokenizer), trains="answers")
+
+    def write(*turns: tuple[Role, str]) -> _Written:
+        return _write(template, tokenizer, [Turn(r, (TextPart(t),)) for r, t in turns])
+
+    one = write(("user", _QUESTION), ("assistant", _ANSWER))
+    at = one.text.index(_ANSWER)
+    start, end = one.edge(at, -1), one.edge(at, 1) + 1
+    question = one.text.find(_QUESTION)
+    first = min((place for place in one.special if at < place < end), default=end)
+    openings: list[tuple[str, ...]] = [(one.text[: max(question, 0)],)]
+    next_question = ""
+    try:
+        own = write(("system", _SYSTEM), ("user", _QUESTION), ("assistant", _ANSWER)).text
+        if _SYSTEM in own and _QUESTION in own:
+            before, _, behind = own.partition(_SYSTEM)
+            openings.append((before, behind[: behind.index(_QUESTION)]))
+        said: list[tuple[Role, str]] = [("user", _QUESTION), ("assistant", _ANSWER)]
+        two = write(*said, *said).text
+        behind = two[two.index(_ANSWER) + 1 :]
+        next_question = behind[: behind.index(_QUESTION)] if _QUESTION in behind else ""
+    except DataError:
+        pass  # a chat template may refuse a system turn or a second question
+    return Frames(
+        openings=tuple(openings),
+        before_answer=one.text[question + 1 : start] if question >= 0 else "",
+        answer_start=one.text[start:at],
+        end=one.text[at + 1 : end],
+        end_text=one.text[at + 1 : first],
+        end_id=one.special.get(first),
+        next_question=next_question,
+        image=(_spelt(template.image_start), _spelt(template.image_end)),
+        drops_question=question < 0,
+    )
+
+
+def _write(template: Template, tokenizer: AnyTokenizer, turns: list[Turn]) -> _Written:
+    backend = backend_for(tokenizer)
+    is_prefixed = _is_prefixed(backend)
+    text, trained, special = "", list[bool](), dict[int, int]()
+    for segment in segments_of(Record("", "", "", tuple(turns)), tokenizer, template):
+        if isinstance(segment, TextSegment):
+            flags = [False] * len(segment.text)
+            for start, end in segment.trained:
+                flags[start:end] = [True] * (end - start)
+            first = int(is_prefixed and segment.text.startswith(" "))
+            text, trained = text + segment.text[first:], trained + flags[first:]
+        elif isinstance(segment, SpecialToken):
+            for token_id in backend.special_ids(segment.name):
+                special[len(text)] = token_id
+                content = backend.first.id_to_token(token_id) or ""
+                text, trained = text + content, trained + [segment.trained] * len(content)
+    return _Written(text, trained, special)
+
+
+def _spelt(frame: str) -> str:
+    return "".join(content for _, content in frame_pieces(frame))
+
+
+def first_question(
+    input_ids: Sequence[int] | NDArray[np.int32],
+    label_spans: NDArray[np.int32],
+    tokenizer: AnyTokenizer,
+    template: Template,
+    frames: Frames,
+) -> FirstQuestion:
+    """Take a row apart.
+
+    Args:
+        input_ids: The row's ids [n], -200 at an image's place.
+        label_spans: Start and end of the trained ids, [m, 2].
+        tokenizer: What the row was made with.
+        template: What the row was written by.
+        frames: `find_frames` of both.
+
+    Raises:
+        DataError: The template trains whole conversations, and what it writes before an answer is
+            not in the row.
+    """
+    ids = [int(i) for i in input_ids]
+    if template.trains == "answers":
+        start, end = (int(place) for place in label_spans[0])
+        pieces = _texts(ids[:end], tokenizer)
+        text, before = _joined(pieces), len(_joined(_texts(ids[:start], tokenizer)))
+        # a header's last letters may lie in the answer's first token
+        found = text.rfind(frames.before_answer, 0, before + len(frames.before_answer))
+        question = _question(text[: before if found < 0 else found], frames)
+        return FirstQuestion(np.array(ids[:start], np.int64), question, ids[start:end])
+    pieces = _texts(ids, tokenizer)
+    text = _joined(pieces)
+    found = -1
+    if frames.before_answer:
+        found = text.find(frames.before_answer, _question_start(text, frames))
+    if found < 0:
+        raise DataError(
+            f"template {template.name}: trains whole conversations, and {frames.before_answer!r} "
+            "before an answer is not found in a row; ask with a template that trains answers"
+        )
+    start = found + len(frames.before_answer)
+    end = text.find(frames.next_question, start) if frames.next_question else -1
+    end = len(text) if end < 0 else end + len(frames.end)
+    prompt: list[int] = []
+    answer: list[int] = []
+    place = 0
+    for piece, own in pieces:
+        # as in training, a token with a character of the answer is the answer's
+        if place + len(piece) <= start:
+            prompt += own
+        elif place < end:
+            answer += own
+        place += len(piece)
+    return FirstQuestion(np.array(prompt, np.int64), _question(text[:found], frames), answer)
+
+
+def _texts(ids: Sequence[int], tokenizer: AnyTokenizer) -> list[tuple[str, tuple[int, ...]]]:
+    """Ids as text, special tokens as their content; put together it is what was tokenised."""
+    is_prefixed = _is_prefixed(backend_for(tokenizer))
+    found: list[tuple[str, tuple[int, ...]]] = []
+    is_first = True
+    for one in transcript(ids, np.zeros((0, 2), np.int32), tokenizer, image_text=_IMAGE):
+        is_text = one.kind == "text"
+        has_prefix = is_prefixed and is_text and is_first
+        found.append((one.text.removeprefix(" ") if has_prefix else one.text, one.ids))
+        is_first = not is_text
+    return found
+
+
+def _is_prefixed(backend: Backend) -> bool:
+    """Whether the tokenizer puts a space before a text that has none (GPT-2's add_prefix_space).
+
+    Where there is one, nothing tells the two apart any more, so it counts on neither side.
+    """
+    bare, spaced = (backend.first.encode(t, add_special_tokens=False).ids for t in ("a", " a"))
+    return bare == spaced
+
+
+def _question_start(text: str, frames: Frames) -> int:
+    """Where the first question's words begin."""
+    for opening in frames.openings:
+        if text.startswith(opening[0]):
+            if len(opening) == 1:
+                return len(opening[0])
+            found = text.find(opening[1], len(opening[0])) if opening[1] else -1
+            if found >= 0:
+                return found + len(opening[1])
+    return 0
+
+
+def _question(asked: str, frames: Frames) -> str:
+    """The user's words in what stands before an answer's header."""
+    if frames.drops_question:
+        return ""
+    words = asked[_question_start(asked, frames) :]
+    words = words.replace(f"{frames.image[0]}{_IMAGE}{frames.image[1]}", _IMAGE)
+    return words.strip(f"{_IMAGE} \t\r\n").replace(_IMAGE, IMAGE_MARKER)
+
+
+def _joined(pieces: list[tuple[str, tuple[int, ...]]]) -> str:
+    return "".join(text for text, _ in pieces)

@@ -1,0 +1,170 @@
+"""Which parameters learn: parts, adapters, groups; and what is computed again to save memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lapilli.model.config import LoraConfig
+from lapilli.model.errors import ModelError
+from lapilli.model.parts.added_rows import ADDED, add_rows
+from lapilli.model.parts.quantized import numbers_of
+
+if TYPE_CHECKING:
+    from lapilli.model.vlm import VisionLanguageModel
+
+__all__ = [
+    "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
+    "is_adapter", "parameter_counts", "parameter_groups", "set_modes", "shape_of",
+    "trainable_parameters",
+]  # fmt: skip
+
+ADAPTED = ("language", "vision")
+GROUPS = ("projector", "language", "vision", "adapters")
+
+
+def freeze(model: nn.Module, trainable: Collection[str]) -> None:
+    """Let the named parts (direct children of `model`) learn and freeze the others.
+
+    Weights in 4 bits are bytes, which have no gradient.
+    """
+    for name, child in model.named_children():
+        for value in child.parameters():
+            value.requires_grad_(name in trainable and value.is_floating_point())
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name; one shared by two modules stands once."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Numbers by part (direct children of `model`): all, and those that learn.
+
+    Weights in 4 bits count as the numbers they stand for.
+    """
+    return {
+        name: (
+            sum(numbers_of(p) for p in part.parameters()),
+            sum(numbers_of(p) for p in part.parameters() if p.requires_grad),
+        )
+        for name, part in model.named_children()
+    }
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has shared it out and it is empty here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def group_of(name: str) -> str:
+    """Which of `GROUPS` a parameter belongs to: its part, or the adapters."""
+    return "adapters" if is_adapter(name) else name.partition(".")[0]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter was added to the model to learn: a low-rank matrix, or added rows."""
+    return ".lora_" in name or ADDED in name.split(".")
+
+
+def parameter_groups(model: nn.Module) -> dict[tuple[str, bool], list[nn.Parameter]]:
+    """The parameters that learn, by (one of `GROUPS`, whether weight decay applies).
+
+    Vectors (biases, norms' weights) get none.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, value in trainable_parameters(model).items():
+        decays = len(shape_of(value)) >= 2
+        groups.setdefault((group_of(name), decays), []).append(value)
+    return groups
+
+
+def base_name(name: str) -> str:
+    """A parameter's name before adapters were put around its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
+    """Put LoRA adapters (arXiv 2106.09685) on linear layers of the parts that learn.
+
+    A part that gets any learns through them alone: its own weights freeze, but for biases by
+    `lora.bias`. The head and the embeddings get none; rows that `language.vocab_size` adds to them
+    learn by themselves (`AddedRows`) where the language model gets adapters.
+
+    Raises:
+        ModelError: No layer is matched; lists the names there are.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    parts = [part for part in ADAPTED if part in model.config.trainable]
+    layers = {part: _linear_layers(model, part) for part in parts}
+    matched = {
+        part: [name for name in names if _is_target(f"{part}.{name}", lora.target)]
+        for part, names in layers.items()
+    }
+    if not any(matched.values()):
+        raise ModelError(_nothing_matched(lora.target, layers))
+    for part, names in matched.items():
+        if names:
+            settings = PeftConfig(
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias,
+                target_modules=names,
+                fan_in_fan_out=isinstance(model.get_submodule(f"{part}.{names[0]}"), Conv1D),
+            )  # fmt: skip
+            inject_adapter_in_model(settings, model.get_submodule(part))
+    if matched.get("language"):
+        add_rows(model.language)
+
+
+def _linear_layers(model: VisionLanguageModel, part: str) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    whole = model.get_submodule(part)
+    head = model.language.get_output_embeddings()
+    return [
+        name
+        for name, module in whole.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+
+
+def _is_target(path: str, target: str) -> bool:
+    return target == "all-linear" or bool(re.fullmatch(rf"(?:.*\.)?(?:{target})", path))
+
+
+def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:
+    kinds = sorted({name.rpartition(".")[2] for names in layers.values() for name in names})
+    example = next((f"{part}.{names[0]}" for part, names in layers.items() if names), "none")
+    return (
+        f"lora.target: {target!r} matches no layer; expected all-linear or a regular expression "
+        f"over {', '.join(kinds)} (or over whole paths such as {example})"
+    )
+
+
+def checkpoint_activations(model: VisionLanguageModel) -> None:
+    """Keep each layer's input only and run the layer again in backward (arXiv 1604.06174)."""
+    from transformers import PreTrainedModel
+
+    parts = ["language", *(["vision"] if "vision" in model.config.trainable else [])]
+    for part in parts:
+        for module in model.get_submodule(part).modules():
+            if isinstance(module, PreTrainedModel):
+                module.activation_checkpointing_enable({"use_reentrant": False})
+                break
+
+
+def set_modes(model: VisionLanguageModel) -> None:
+    """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for name, part in model.named_children():
+        part.train(name in model.config.trainable)
+        for module in part.modules():
+            # transformers checkpoints a layer only in training mode; its parts stay as they are
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True

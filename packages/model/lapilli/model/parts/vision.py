@@ -1,0 +1,379 @@
+"""Vision towers: pixels to patch features.
+
+Shape suffix legend: N images, H height, W width, T tokens an image, C tower's hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.model.config import VisionConfig
+from lapilli.model.errors import ModelError
+from lapilli.model.parts.pretrained import (
+    check_memory,
+    check_readable,
+    check_settings,
+    one_line,
+    settings_text,
+)
+from lapilli.model.registry import build_own, load_builder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "FAMILIES", "TOWERS", "Family", "Tower", "TowerShape", "TransformersTower", "build_tower",
+    "tower_mean", "tower_shape", "with_normalisation",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family of transformers' vision models apart.
+
+    Attributes:
+        prefix: Its classes are `{prefix}Config` and `{prefix}Model`.
+        layers: Path of its list of layers.
+        norm: Name of the norm after the last layer, which hidden states do not pass.
+        positions: Name of the position embeddings below `embeddings`.
+        class_tokens: Tokens before the patches.
+        mean: Per channel, what its weights were trained with.
+        std: Per channel.
+    """
+
+    prefix: str
+    layers: str
+    norm: str
+    positions: str
+    class_tokens: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FAMILIES = {
+    "clip": Family(
+        "CLIPVision", "encoder.layers", "post_layernorm", "position_embedding.weight", 1,
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711),
+    ),
+    # also SigLIP 2 of fixed resolution, which is the same architecture
+    "siglip": Family(
+        "SiglipVision", "encoder.layers", "post_layernorm", "position_embedding.weight", 0,
+        (0.5, 0.5, 0.5), (0.5, 0.5, 0.5),
+    ),
+    "dinov2": Family(
+        "Dinov2", "encoder.layer", "layernorm", "position_embeddings", 1,
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
+    ),
+}  # fmt: skip
+
+
+class Tower(nn.Module):
+    """What a tower of one's own must be: these three numbers and a forward.
+
+    Attributes:
+        image_size: Side of the images, in pixels.
+        num_tokens: Feature rows an image gives, T.
+        hidden_size: Size of a feature row, C.
+    """
+
+    image_size: int
+    num_tokens: int
+    hidden_size: int
+
+    @abstractmethod
+    def forward(self, pixels_NHW3: Tensor) -> Tensor:
+        """uint8 pixels [N, H, W, 3] to features [N, T, C]."""
+        raise NotImplementedError
+
+
+class TransformersTower(Tower):
+    """One hidden state of a vision model of transformers; the model is the child `name`.
+
+    Only the layers up to that state are kept, no norm and no pooling after it: what does not
+    reach the output would never get a gradient.
+
+    Attributes:
+        own_size: Side of the images that the weights were trained with, in pixels. Where
+            `image_size` is another, the positions were interpolated.
+        num_patches: Patches of an image.
+        class_tokens: Tokens before the patches.
+    """
+
+    def __init__(self, name: str, config: VisionConfig, *, weights: bool = True) -> None:
+        super().__init__()
+        self._name, self._family = name, FAMILIES[name]
+        settings: Any = _settings(name, self._family, config)
+        shape = _shape(name, settings, config)
+        if not config.pretrained:
+            settings.image_size = shape.image_size  # no positions to interpolate: all are random
+        loaded: Any = _load(name, self._family, config, settings, weights=weights)
+        self.own_size = int(loaded.config.image_size)
+        if self.own_size != shape.image_size:
+            _resize(loaded, self._family, shape.image_size)
+        self._keep_layers(loaded, config.layer)
+        self.add_module(name, loaded)
+        self.class_tokens = self._family.class_tokens
+        self._skipped = self.class_tokens if config.features == "patch" else 0
+        self.image_size, self.num_tokens = shape.image_size, shape.num_tokens
+        self.num_patches = shape.num_tokens - self.class_tokens + self._skipped
+        self.hidden_size = int(loaded.config.hidden_size)
+        mean, std = config.mean or self._family.mean, config.std or self._family.std
+        # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
+        self._scale = 255 * torch.tensor([mean, std], dtype=torch.float32, device="cpu")
+
+    def _keep_layers(self, loaded: Any, layer: int) -> None:
+        owner = loaded.get_submodule(self._family.layers.rpartition(".")[0])
+        attribute = self._family.layers.rpartition(".")[2]
+        kept = _kept_layers(layer, int(loaded.config.num_hidden_layers))
+        setattr(owner, attribute, getattr(owner, attribute)[:kept])
+        setattr(loaded, self._family.norm, nn.Identity())
+        if hasattr(loaded.embeddings, "mask_token"):
+            loaded.embeddings.mask_token = None  # DINOv2's own training masks patches with it
+
+    @property
+    def encoder(self) -> Any:
+        """Transformers' model."""
+        return self.get_submodule(self._name)
+
+    def forward(self, pixels_NHW3: Tensor) -> Tensor:
+        """Normalise on the device in fp32, then encode in the weights' dtype."""
+        if self._scale.device != pixels_NHW3.device:
+            self._scale = self._scale.to(pixels_NHW3.device)
+        mean, std = self._scale
+        normal_N3HW = ((pixels_NHW3.float() - mean) / std).permute(0, 3, 1, 2)
+        output = self.encoder(pixel_values=normal_N3HW.to(self.encoder.dtype))
+        return output.last_hidden_state[:, self._skipped :]
+
+
+def _kept_layers(layer: int, layers: int) -> int:
+    kept = layer if layer >= 0 else layers + 1 + layer
+    if not 1 <= kept <= layers:
+        raise ModelError(f"vision.layer: {layer}; the tower has {layers} layers")
+    return kept
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """What a dataset must fit, known from a config alone.
+
+    Attributes:
+        image_size: Side of the images, in pixels.
+        num_tokens: Feature rows an image gives.
+    """
+
+    image_size: int
+    num_tokens: int
+
+
+def tower_shape(config: VisionConfig) -> TowerShape | None:
+    """What images a tower takes and how many feature rows it gives; no weight is read.
+
+    Returns:
+        None for a tower of one's own, which has to be built to be asked.
+
+    Raises:
+        ModelError: No config that can be read, wrong settings, or an image size that the patch
+            does not divide.
+    """
+    family = FAMILIES.get(config.tower)
+    if family is None:
+        return None
+    return _shape(config.tower, _settings(config.tower, family, config), config)
+
+
+def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> TowerShape:
+    """Sizes of a tower at the size asked for."""
+    family, sizes = FAMILIES[name], cast(Any, settings)
+    if config.features == "cls_patch" and not family.class_tokens:
+        raise ModelError(
+            f"vision.features: cls_patch, but {name} has no class token; expected patch"
+        )
+    _kept_layers(config.layer, int(sizes.num_hidden_layers))
+    heads = int(sizes.num_attention_heads)
+    if heads < 1 or sizes.hidden_size % heads:
+        raise ModelError(
+            f"vision: {name} tower with num_attention_heads {heads}; expected a divisor of "
+            f"hidden_size {sizes.hidden_size}"
+        )
+    for given in (sizes.image_size, sizes.patch_size):
+        if not isinstance(given, int) or given < 1:
+            raise ModelError(
+                f"vision: {name} tower with image_size {sizes.image_size!r} and patch_size "
+                f"{sizes.patch_size!r}; expected a side in pixels each, of squares"
+            )
+    size, patch = config.image_size or int(sizes.image_size), int(sizes.patch_size)
+    if size != sizes.image_size and size % patch:
+        fitting = {size // patch * patch, -(-size // patch) * patch} - {0}
+        raise ModelError(
+            f"vision.image_size: {size} is no multiple of the tower's patch, {patch}; set "
+            f"{' or '.join(map(str, sorted(fitting)))}"
+        )
+    if size < patch:
+        raise ModelError(f"vision: images of {size} px are smaller than the patch, {patch}")
+    skipped = 0 if config.features == "cls_patch" else family.class_tokens
+    return TowerShape(size, (size // patch) ** 2 + family.class_tokens - skipped)
+
+
+def _settings(name: str, family: Family, config: VisionConfig) -> PreTrainedConfig:
+    """Read transformers' config of a tower, from the recipe or beside the weights."""
+    import transformers
+
+    settings_class: Any = getattr(transformers, f"{family.prefix}Config")
+    without_pooling = {"vision_use_head": False} if name == "siglip" else {}
+    if not config.pretrained:
+        check_settings("vision.settings", config.settings, settings_class())
+        with one_line(
+            f"vision.settings: no {name} tower can be built of {settings_text(config.settings)}"
+        ):
+            return settings_class(**config.settings, **without_pooling)
+    with one_line(
+        f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
+        f"folder with a {name} vision model in safetensors"
+    ):
+        check_readable(config.pretrained)
+        _check_kind(name, config.pretrained)
+        return settings_class.from_pretrained(config.pretrained, **without_pooling)
+
+
+def _load(
+    name: str, family: Family, config: VisionConfig, settings: PreTrainedConfig, *, weights: bool
+) -> PreTrainedModel:
+    import transformers
+
+    model_class: Any = getattr(transformers, f"{family.prefix}Model")
+    if not config.pretrained or not weights:
+        what = config.pretrained or settings_text(config.settings)
+        field = "pretrained" if config.pretrained else "settings"
+        check_memory("vision.settings", settings)
+        with one_line(f"vision.{field}: no {name} tower can be built of {what}"):
+            return model_class(settings)
+    with one_line(
+        f"vision.pretrained: {config.pretrained!r} cannot be loaded; expected a hub name or a "
+        f"folder with a {name} vision model in safetensors"
+    ):
+        return model_class.from_pretrained(
+            config.pretrained,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=None if config.allow_pickle else True,
+        )
+
+
+def _resize(loaded: Any, family: Family, size: int) -> None:
+    """Give a tower position embeddings for images of `size` px, interpolated as its family does.
+
+    transformers would do it anew for every batch; here it is done once, in fp32, and what learns
+    and what is written are the positions that are used.
+    """
+    old, patch = loaded.embeddings, int(loaded.config.patch_size)
+    patches = (size // patch) ** 2
+    with torch.no_grad():
+        like_1TC = torch.empty(1, patches + family.class_tokens, int(loaded.config.hidden_size))
+        positions_1TC = old.interpolate_pos_encoding(like_1TC, size, size)
+    loaded.config.image_size = size
+    with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+        made = type(old)(loaded.config)
+    shape = made.get_parameter(family.positions).shape
+    state = {**old.state_dict(), family.positions: positions_1TC.reshape(shape)}
+    made.load_state_dict(state)
+    loaded.embeddings = made.train(old.training)
+
+
+def _check_kind(name: str, pretrained: str) -> None:
+    """Another architecture's weights would leave a model that is random without a word."""
+    from transformers import AutoConfig
+
+    # left open, transformers asks on the terminal whether to run what comes with the weights
+    kind = AutoConfig.from_pretrained(pretrained, trust_remote_code=False).model_type
+    if kind not in (name, f"{name}_vision_model"):
+        raise ValueError(f"it is a {kind}")
+
+
+def with_normalisation(config: VisionConfig) -> VisionConfig:
+    """A config with mean and std: its own, those that come with the weights, or the family's."""
+    if config.tower not in FAMILIES or (config.mean and config.std):
+        return config
+    family, given = FAMILIES[config.tower], _preprocessing(config.pretrained)
+    mean = config.mean or given.get("image_mean") or family.mean
+    std = config.std or given.get("image_std") or family.std
+    return replace(config, mean=_channels(mean), std=_channels(std))
+
+
+def tower_mean(name: str) -> tuple[float, float, float]:
+    """What a tower takes off its pixels in 0 to 1, per channel.
+
+    Args:
+        name: A family in `FAMILIES`, or the hub name or folder of a vision model.
+
+    Raises:
+        ModelError: There is no such model, or none whose mean is known.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name].mean
+    with one_line(
+        f"tower: {name!r} cannot be read; expected {', '.join(FAMILIES)}, or a vision model's hub "
+        "name or folder with its config.json"
+    ):
+        from transformers import AutoConfig
+
+        check_readable(name)
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        family = kind.removesuffix("_vision_model")
+        if family not in FAMILIES:
+            raise ValueError(f"it is a {kind}")
+    mean = with_normalisation(VisionConfig(family, name)).mean
+    assert mean is not None  # a family has one
+    return mean
+
+
+def _channels(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _preprocessing(pretrained: str) -> dict[str, Any]:
+    """What `preprocessor_config.json` beside the weights says; nothing, if there is none."""
+    if not pretrained:
+        return {}
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    check_readable(pretrained)
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(pretrained)[0]
+    except OSError:
+        return {}
+
+
+TOWERS: dict[str, Callable[..., Tower]] = {
+    name: partial(TransformersTower, name) for name in FAMILIES
+}
+
+
+def build_tower(config: VisionConfig, *, weights: bool = True) -> Tower:
+    """The tower a config names.
+
+    Args:
+        config: The tower's settings.
+        weights: Whether pretrained weights are read; without, the tower has their shapes and
+            random numbers. A tower of one's own decides for itself.
+
+    Raises:
+        ModelError: Unknown name, weights that are not there, or another image size than asked for.
+    """
+    builder = load_builder(config.tower, TOWERS, what="vision.tower")
+    if config.tower in FAMILIES:
+        return builder(config, weights=weights)
+    tower: Tower = build_own(lambda: builder(config))
+    if config.image_size not in (0, tower.image_size):
+        raise ModelError(
+            f"vision.image_size: {config.image_size}, but tower {config.tower} takes images of "
+            f"{tower.image_size} px; leave it out, or have the tower follow it"
+        )
+    return tower

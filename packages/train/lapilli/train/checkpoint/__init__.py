@@ -1,0 +1,1 @@
+"""Checkpoints: layout, saving and loading, starting from another run, upload."""

@@ -1,0 +1,207 @@
+"""The folders checkpoints lie in: filled under another name, then renamed; pruned; tidied.
+
+What is read here is either whole or not there, whenever the process was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lapilli.data.io.access import FULL, cannot_read, exists, is_missing, subpaths
+from lapilli.data.shards.files import sha256_file
+from lapilli.model.interop.files import save_tensors
+from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.messages import note
+
+__all__ = [
+    "CONFIG", "CUT", "DATA", "FACTS", "FILES", "FOLDER", "GONE", "MILESTONES", "MOMENTS", "STATE",
+    "WEIGHTS",
+    "folder_bytes", "forget_old", "is_step", "outdated", "put_in_place", "require_missing",
+    "step_name", "steps_in", "tidy", "write_checkpoint",
+]  # fmt: skip
+
+FOLDER, MILESTONES = "checkpoints", "milestones"
+WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
+STATE, CONFIG = "state.json", "config.json"
+DATA = "data"  # what a run keeps of its dataset (`run_data`)
+FACTS = "facts.json"  # what `preflight` found when the run was last started
+CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
+) -> None:
+    """Write a checkpoint's folder: it is whole or not there, also after a power cut.
+
+    Args:
+        path: The folder; one that is there already is replaced.
+        tensors: What each file holds.
+        state: JSON values kept with them; without moments, the run's `config` is among them.
+
+    Raises:
+        TrainError: The disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{CUT}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_tensors(values, temporary / name)
+        files = {
+            name: {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": sha256_file(temporary / name),
+            }
+            for name in tensors
+        }
+        text = json.dumps({**state, "files": files}, indent=1)
+        (temporary / STATE).write_text(text, encoding="utf-8")
+        if MOMENTS not in tensors:  # so that the folder can be named where a run can
+            config = json.dumps(state["config"], indent=1)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+            if (path.parent.parent / DATA).is_dir():
+                shutil.copytree(path.parent.parent / DATA, temporary / DATA)
+        put_in_place(temporary, path)
+    except OSError as error:
+        remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
+        raise TrainError(f"{path}: cannot be written ({error}); {remedy} and resume") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush a filled folder and rename it; the name is on the disk too when this returns."""
+    for file in temporary.rglob("*"):
+        _flush(file)
+    _flush(temporary)
+    _remove(path)
+    temporary.rename(path)
+    for folder in (path.parent, path.parent.parent):  # that one has a new name when it is the first
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some file systems of networks flush no folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves none that looks whole or damaged."""
+    if exists(path):
+        gone = path.with_name(f".{path.name}{GONE}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def outdated(names: Iterable[str], step: int, keep: int) -> set[str]:
+    """Which checkpoints' names go: all but the newest up to `step`.
+
+    A later one is damaged, or the run had not gone back.
+    """
+    there = {*names}
+    current = sorted(name for name in there if name <= step_name(step))
+    return there - {*current[-keep:]}
+
+
+def forget_old(run: Path, step: int, keep: int, *, held: Collection[Path] = ()) -> None:
+    """Remove the checkpoints that are `outdated`, but not what is `held`: it is being copied."""
+    paths = {path.name: path for path in steps_in(run / FOLDER)}
+    for path in {paths[name] for name in outdated(paths, step, keep)} - {*held}:
+        try:
+            _remove(path)
+        except OSError as error:
+            note(run, f"{FOLDER}/{path.name}: cannot be removed ({error.strerror}); it takes room")
+
+
+def tidy(run: Path, step: int) -> list[str]:
+    """Remove what a kill left half written, and tell what the run does not go on from.
+
+    Args:
+        run: The run's folder, to which nobody else writes.
+        step: The newest whole checkpoint's, or 0.
+
+    Returns:
+        One line for each checkpoint that is not what it should be.
+    """
+    said: list[str] = []
+    goes_on = f"the run goes on from step {step}" if step else "the run starts at step 0"
+    for folder in (FOLDER, MILESTONES):
+        for path in subpaths(run / folder, ".step-"):
+            removed = _clear(path)
+            if path.name.endswith(CUT):
+                name = path.name.removeprefix(".").removesuffix(CUT)
+                said.append(f"{folder}/{name}: cut short while it was saved; {removed}, {goes_on}")
+    for path in steps_in(run / FOLDER):
+        if path.name > step_name(step):
+            said.append(
+                f"{FOLDER}/{path.name}: damaged, or without optimizer moments; passed over, "
+                f"{goes_on} and removes it at the next save"
+            )
+    milestones = steps_in(run / MILESTONES)
+    if milestones and not step:
+        said.append(
+            f"no checkpoint to go on from, {goes_on}: a milestone has weights and no optimizer "
+            f"moments; start_from: {milestones[-1]} starts another run with the newest one's"
+        )
+    return said
+
+
+def _clear(path: Path) -> str:
+    """Remove what a kill left; what became of it."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        return f"cannot be removed ({error.strerror})"
+    return "removed"
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder is called as `step_name` calls it."""
+    return re.fullmatch(r"step-\d{8,18}", name, re.ASCII) is not None
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The folders of steps, first ones first, whole or not; none where there is no such folder.
+
+    Raises:
+        DataError: The folder may not be listed: what is in it is not known.
+    """
+    return [path for path in subpaths(folder, "step-") if is_step(path.name)]
+
+
+def require_missing(path: Path, error: OSError) -> None:
+    """Let an error pass that says that nothing is there, and no other.
+
+    Raises:
+        TrainError: The file is there, or may be, and cannot be read.
+    """
+    if not is_missing(error):
+        raise TrainError(cannot_read(path, error)) from None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,398 @@
+"""Checkpoints in a layout that knows neither world size nor ZeRO stage.
+
+`checkpoints/step-00000100/` holds `weights.safetensors` (fp32, what learns), `moments.safetensors`
+(fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json` with the sizes and checksums of the other
+two. `milestones/step-00000100/` has no moments: weights to keep, and no point to go on from.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict, cast
+
+from torch import Tensor, nn
+
+from lapilli.data.io.access import cannot_read, exists, is_denied, is_file, is_folder
+from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
+from lapilli.data.shards.files import sha256_file
+from lapilli.model.errors import ModelError
+from lapilli.model.interop.files import read_safetensors
+from lapilli.model.parts.trainable import shape_of, trainable_parameters
+from lapilli.train.checkpoint.layout import (
+    FILES,
+    FOLDER,
+    MILESTONES,
+    MOMENTS,
+    STATE,
+    WEIGHTS,
+    folder_bytes,
+    forget_old,
+    step_name,
+    steps_in,
+    write_checkpoint,
+)
+from lapilli.train.engine import deepspeed_engine
+from lapilli.train.errors import TrainError
+
+__all__ = [
+    "WEIGHTS",
+    "Checkpoint",
+    "Copies",
+    "Writer",
+    "at_step",
+    "check_disk",
+    "find_checkpoints",
+    "is_run",
+    "latest_checkpoint",
+    "load_into",
+    "load_weights",
+    "newest_weights",
+    "read_state",
+    "save",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, verified checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps taken.
+        state: Everything else: dataset and frozen fingerprints, versions.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+class _File(TypedDict):
+    bytes: Natural
+    sha256: Digest
+
+
+class _Data(TypedDict, total=False):
+    tokenizer: str
+    special_ids: list[int | None]
+    template: str
+    template_name: str
+    view: dict[str, Any]
+
+
+class State(TypedDict):
+    """`state.json`. Who needs one of its facts says what to do about a checkpoint without it."""
+
+    step: Natural
+    files: dict[FilePath, _File]
+    config: NotRequired[dict[str, Any]]
+    data: NotRequired[_Data]
+    dataset: NotRequired[str]
+    frozen: NotRequired[Any]  # an older version has another form: `frozen.check_frozen` says so
+    start: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    loss_scale: NotRequired[dict[str, float]]
+
+
+class Writer:
+    """Writes one checkpoint at a time behind the training. A context: its end waits for the last.
+
+    What is written was copied to the host before, so that training may go on.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Write behind the caller's back, after waiting for the write before.
+
+        Raises:
+            TrainError: The write before failed.
+        """
+        self.wait()
+
+        def work() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is on the disk.
+
+        Raises:
+            TrainError: It could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise at once what a write has met, without waiting for one.
+
+        Raises:
+            TrainError: It could not be written.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if raised[0] is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # what stopped the training is what is told
+
+
+class Copies(Protocol):
+    """What takes copies of saved folders elsewhere, behind the training."""
+
+    def offer(self, path: Path) -> None:
+        """A folder is whole; copy it when there is time."""
+        ...
+
+    def held(self) -> Collection[Path]:
+        """Folders that are still needed here."""
+        ...
+
+
+def save(
+    engine: Any,
+    run: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    is_writer: bool,
+    writer: Writer | None = None,
+    forms: Collection[str] = (FOLDER,),
+    copies: Copies | None = None,
+) -> Path:
+    """Gather what learns and its moments on every rank; one of them writes.
+
+    Args:
+        engine: DeepSpeed's engine.
+        run: The run's folder.
+        step: Optimizer steps taken.
+        state: JSON values kept with it.
+        keep: Newest checkpoints to keep, this one included.
+        is_writer: Whether this rank writes.
+        writer: Writes behind the training; None writes now.
+        forms: `checkpoints` for one to go on from, `milestones` for weights that are kept for ever.
+        copies: Takes what is written elsewhere.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in trainable_parameters(engine.module).items():
+        weight = deepspeed_engine.read_weight(parameter)
+        found = deepspeed_engine.read_moments(engine, parameter) if FOLDER in forms else {}
+        if is_writer:
+            weights[name] = weight.cpu().clone()
+            moments.update({f"{name}/{key}": value.cpu().clone() for key, value in found.items()})
+    tensors = {MILESTONES: {WEIGHTS: weights}, FOLDER: {WEIGHTS: weights, MOMENTS: moments}}
+
+    def write() -> None:
+        # The milestone first: a run goes on from the checkpoint, and would not come back for it.
+        for form, held in tensors.items():
+            if form in forms:
+                path = run / form / step_name(step)
+                write_checkpoint(path, held, {"step": step, **state})
+                if copies:
+                    copies.offer(path)
+        if FOLDER in forms:
+            forget_old(run, step, keep, held=copies.held() if copies else ())
+
+    if is_writer and writer:
+        writer.start(write)
+    elif is_writer:
+        write()
+    return run / FOLDER / step_name(step)
+
+
+def is_run(run: Path) -> bool:
+    """Whether a folder is that of a run that has saved, or one of its checkpoints."""
+    return is_folder(run / FOLDER) or is_file(run / STATE)
+
+
+def find_checkpoints(run: Path, *, hashed: bool = True) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first; one cut short or changed is left out.
+
+    Without `hashed` only sizes are compared: a look from outside need not read every weight.
+
+    Raises:
+        TrainError: One cannot be read: it may be whole.
+    """
+    found = [_read(path, hashed=hashed) for path in steps_in(run / FOLDER)]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None.
+
+    Raises:
+        TrainError: One that is newer than it cannot be read: it may be whole.
+    """
+    listed = steps_in(run / FOLDER)
+    while True:
+        for path in reversed(listed):
+            if checkpoint := _read(path):
+                return checkpoint
+        # A run that goes on may have replaced all that was listed.
+        listed, before = steps_in(run / FOLDER), listed
+        if listed == before:
+            return None
+
+
+def newest_weights(path: Path) -> Checkpoint | None:
+    """What a model's weights are taken from: the newest checkpoint of a run, or None.
+
+    `path` may also be the folder of one checkpoint or milestone.
+    """
+    if is_file(path / STATE):
+        return _read(path, needed=(WEIGHTS,))
+    return latest_checkpoint(path)
+
+
+def at_step(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, which another rank has found whole.
+
+    Raises:
+        TrainError: It is not here: the run's folder is not shared by all nodes.
+    """
+    path = run / FOLDER / step_name(step)
+    try:
+        state = read_state(path)
+    except (OSError, JsonError) as error:
+        if is_denied(error):
+            raise TrainError(f"{platform.node()}: {cannot_read(path / STATE, error)}") from None
+        raise TrainError(
+            f"output: {path} is not visible on {platform.node()}; expected a folder on a file "
+            "system that all nodes share"
+        ) from None
+    return Checkpoint(path, step, state)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; raises OSError and JsonError."""
+    return cast("dict[str, Any]", from_json((path / STATE).read_bytes(), State))
+
+
+def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -> Checkpoint | None:
+    try:
+        state = read_state(path)
+        if not {*needed} <= {*state["files"]}:
+            return None
+        for name, facts in state["files"].items():
+            if (path / name).stat().st_size != facts["bytes"]:
+                return None
+            if hashed and sha256_file(path / name) != facts["sha256"]:
+                return None
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, JsonError) as error:
+        if is_denied(error):  # it may be whole: nothing is removed and nothing begun anew
+            raise TrainError(cannot_read(error.filename or path, error)) from None
+        return None
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that was whole a moment ago."""
+    try:
+        return read_safetensors(file)
+    except FileNotFoundError:
+        raise TrainError(
+            f"{file}: was replaced by a newer one while it was read; run the same again"
+        ) from None
+    except OSError as error:
+        raise TrainError(cannot_read(file, error)) from None
+    except ModelError as error:
+        raise TrainError(str(error)) from None
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model that is not in an engine yet.
+
+    Raises:
+        TrainError: Other parameters than the model's trainable ones, or other shapes.
+    """
+    weights = _load(checkpoint.path / WEIGHTS)
+    _check_names(checkpoint, model, weights)
+    deepspeed_engine.assign(model, weights)
+
+
+def load_into(engine: Any, checkpoint: Checkpoint) -> None:
+    """Set an engine's weights, moments and step count to a checkpoint's. All ranks call it."""
+    weights = _load(checkpoint.path / WEIGHTS)
+    flat = _load(checkpoint.path / MOMENTS)
+    _check_names(checkpoint, engine.module, weights)
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
+    for key, value in flat.items():
+        name, _, moment = key.rpartition("/")
+        if name not in moments or value.shape != weights[name].shape:
+            raise TrainError(
+                f"{checkpoint.path / MOMENTS}: {key} of shape {tuple(value.shape)} is no moment of "
+                "its weights; remove this checkpoint, the run goes on from the one before"
+            )
+        moments[name][moment] = value
+    deepspeed_engine.restore(engine, weights, moments, checkpoint.step)
+
+
+def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = trainable_parameters(model)
+    if expected.keys() != weights.keys():
+        different = sorted(expected.keys() ^ weights.keys())
+        raise TrainError(
+            f"{checkpoint.path}: parameters differ from the model's ({different[0]} and "
+            f"{len(different) - 1} more); expected the same model config and trainable parts"
+        )
+    for name, parameter in expected.items():
+        shape = shape_of(parameter)
+        if not weights[name].is_floating_point():
+            raise TrainError(f"{checkpoint.path}: {name} is {weights[name].dtype}; expected floats")
+        if shape != tuple(weights[name].shape):
+            raise TrainError(
+                f"{checkpoint.path}: {name} has shape {tuple(weights[name].shape)}, the model's "
+                f"has {shape}; expected the same model config"
+            )
+
+
+def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> None:
+    """Stop before step 0 if the checkpoints to come do not fit on the disk.
+
+    Args:
+        run: The run's folder, absolute; it need not be there yet.
+        model: The model, for what learns.
+        keep: Checkpoints kept; one more is there while it is written.
+        milestones: Milestones of the whole run.
+
+    Raises:
+        TrainError: Names the bytes needed and free.
+    """
+    numbers = sum(math.prod(shape_of(p)) for p in trainable_parameters(model).values())
+    needed = 12 * numbers * (keep + 1) + 4 * numbers * milestones  # fp32, with two moments or none
+    there = sum(folder_bytes(run / form) for form in (FOLDER, MILESTONES))  # of a resumed run
+    existing = next(folder for folder in (run, *run.parents) if exists(folder))
+    free = shutil.disk_usage(existing).free
+    if needed > free + there:
+        beside = f" and {milestones} milestones" if milestones else ""
+        raise TrainError(
+            f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints{beside} need "
+            f"{needed / 1e9:.1f} GB; free space or lower keep"
+            + (", or raise milestone_every" if milestones else "")
+        )

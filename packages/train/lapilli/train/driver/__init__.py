@@ -1,0 +1,1 @@
+"""Starting a run: preflight, memory estimate, workers, replay."""

@@ -1,0 +1,196 @@
+"""A kept step once more, in one process: which sample, which module, which weight is no number."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.data.batches.collate import Batch, collate
+from lapilli.model.parts.trainable import set_modes
+from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.config import RunConfig
+from lapilli.train.device import choose_device, visible_devices
+from lapilli.train.driver.workers import join_alone
+from lapilli.train.errors import TrainError
+from lapilli.train.health.step_dump import KeptStep
+from lapilli.train.steps.device_copy import send_ahead
+from lapilli.train.steps.feed import Feed
+from lapilli.train.steps.step import seed_step, to_device
+from lapilli.train.worker.loop import Setup, build_start, one_step, setup
+
+__all__ = ["Finding", "examine", "rerun"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a step showed.
+
+    Attributes:
+        start: Step of the checkpoint it was approached from.
+        loss: Mean over the global batch's trained tokens.
+        samples: Sample ids with the mean loss of their trained tokens, highest first.
+        weight: The first parameter that holds a number that is none; "" if all are numbers.
+        output: The first module whose output does, in the order of execution.
+        gradient: The first module at whose output the gradient does, from the loss backwards.
+        operation: The operation whose backward made it, as autograd's anomaly detection names it.
+    """
+
+    start: int
+    loss: float
+    samples: list[tuple[str, float]]
+    weight: str
+    output: str
+    gradient: str
+    operation: str
+
+
+def rerun(
+    config: RunConfig, kept: KeptStep, on_step: Callable[[int], None] = lambda step: None
+) -> Finding:
+    """Go from the last checkpoint before a kept step to it, and look into it.
+
+    Args:
+        config: The run's settings.
+        kept: The step.
+        on_step: Called with each step taken on the way.
+
+    Raises:
+        DataError, ModelError, TrainError: The run or its dataset is no longer what it was.
+    """
+    newest = latest_checkpoint(kept.run)
+    if newest and newest.step > kept.step:
+        raise TrainError(
+            f"replay: {kept.run} has gone on to step {newest.step}; expected a checkpoint of step "
+            f"{kept.step} or before; nothing is left to start the step from"
+        )
+    config = replace(
+        config, output=str(kept.run), workers=1, min_workers=0, launcher="process",
+        zero_stage=0 if config.precision == "fp32" else 1, offload="none", offload_path="",
+    )  # fmt: skip
+    device = choose_device(config.device, visible_devices())
+    join_alone(device)
+    ready = setup(config, device, rank=0, world_size=1)
+    _step_to(ready, kept.step, on_step)
+    # DeepSpeed's hooks stay with its own copy.
+    model, _ = build_start(config)
+    model.to(ready.device).load_state_dict(ready.engine.module.state_dict())
+    set_modes(model)
+    losses = _sample_losses(model, ready.feed, kept, ready.device)
+    finding = examine(model, kept.batches(), ready.device, config.seed, kept.step)
+    return replace(
+        finding, start=ready.start, samples=losses, loss=finding.loss / max(1, kept.global_tokens)
+    )
+
+
+def _step_to(ready: Setup, step: int, on_step: Callable[[int], None]) -> None:
+    """Take the steps before it again; nothing is written."""
+    if ready.start == step:
+        return
+    with closing(ready.feed.steps(ready.start)) as steps:  # type: ignore[type-var]
+        for batches in send_ahead(steps, ready.device):
+            if batches.step == step:
+                return
+            one_step(ready, batches, wants_stop=False)
+            on_step(batches.step)
+
+
+def _sample_losses(
+    model: nn.Module, feed: Feed, kept: KeptStep, device: torch.device
+) -> list[tuple[str, float]]:
+    """Each sample alone in a batch; what is no number comes first."""
+    found: list[tuple[str, float]] = []
+    for index in kept.sample_indices:
+        if index < 0:
+            continue
+        if index >= len(feed.dataset):
+            raise TrainError(
+                f"replay: {kept.path} names sample {index} of {len(feed.dataset)}; expected the "
+                "run's own dataset"
+            )
+        sample = feed.dataset.sample(index)
+        batch = collate([sample], feed.shape, feed.dataset.image_size)
+        with torch.no_grad():
+            loss = float(model(**to_device(batch, device).inputs)) / max(1, batch.num_targets)
+        found.append((sample.sample_id, loss))
+    return sorted(found, key=lambda pair: (pair[1] == pair[1], -pair[1]))
+
+
+def examine(
+    model: nn.Module,
+    ranks: Sequence[Sequence[Batch]],
+    device: torch.device,
+    seed: int,
+    step: int,
+) -> Finding:
+    """Forward and backward over all micro-batches, with every module's output watched.
+
+    Returns:
+        A finding whose `loss` is the sum over trained tokens, without the samples'.
+    """
+    weights = (name for name, value in model.named_parameters() if not _is_finite(value))
+    outputs: list[str] = []
+    gradients: list[str] = []
+    handles = [
+        module.register_forward_hook(_watch(name, outputs, gradients))
+        for name, module in model.named_modules()
+        if name
+    ]
+    total, operation = 0.0, ""
+    try:
+        for rank, batches in enumerate(ranks):
+            seed_step(seed, step, rank)
+            for batch in batches:
+                loss = model(**to_device(batch, device).inputs)
+                total += float(loss.detach())
+                operation = operation or _backward(loss)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = [next(iter(names), "") for names in (outputs, gradients)]
+    return Finding(0, total, [], next(weights, ""), first[0], first[1], operation)
+
+
+def _watch(name: str, outputs: list[str], gradients: list[str]) -> Callable[..., None]:
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        del module, inputs
+        for tensor in _tensors(output):
+            if not _is_finite(tensor):
+                outputs.append(name)
+            if tensor.requires_grad:
+                tensor.register_hook(check)
+
+    def check(gradient: Tensor) -> None:
+        if not _is_finite(gradient):
+            gradients.append(name)
+
+    return after
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [value for value in values if isinstance(value, Tensor)] if output is not None else []
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+
+
+def _backward(loss: Tensor) -> str:
+    """The operation that autograd's anomaly detection stops at; "" if none."""
+    try:
+        with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings(action="ignore"):
+            loss.backward()  # what torch would warn of is what is found
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        if "returned nan" not in text:
+            raise
+        return text
+    return ""

@@ -1,0 +1,169 @@
+"""A run's workers: Ray Train's, or one in this process. Each does what `loop.fit` does."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from lapilli.data.errors import DataError
+from lapilli.data.io.access import blame
+from lapilli.data.ray_session import RayDied, watched
+from lapilli.model.errors import ModelError
+from lapilli.train.config import RunConfig
+from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
+from lapilli.train.engine.deepspeed_engine import forget_swapped
+from lapilli.train.errors import TrainError
+from lapilli.train.health.watchdog import hang_line
+from lapilli.train.worker.loop import fit, setup
+
+__all__ = ["MISTAKE", "fit_here", "fit_on_ray", "join_alone"]
+
+MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
+
+
+def fit_on_ray(config: RunConfig, device: Device) -> None:
+    """Ray Train's workers, which Ray replaces when they are lost, up to `max_failures` times.
+
+    Raises:
+        TrainError: A user's mistake that a worker came to, a hang, or too many workers lost.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig
+
+    from lapilli.train.driver.ray_trainer import Trainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    resources = {"CPU": 1, RESOURCE[device]: 1}
+    trainer = Trainer(
+        _worker,
+        train_loop_config={
+            "config": config,
+            "device": device,
+            "working_folder": str(Path.cwd()),
+        },
+        torch_config=TorchConfig(backend=BACKEND[device]),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(config.min_workers, config.workers)
+            if config.min_workers
+            else config.workers,
+            use_gpu=device == "cuda",
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=config.output,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    run, started = Path(config.output), time.time()
+    mistake = run / MISTAKE
+    mistake.unlink(missing_ok=True)
+    try:
+        # In the main thread Ray would take Ctrl-C for itself.
+        list(watched(lambda: [trainer.fit()], leave=0))
+    except RayDied as error:
+        raise TrainError(f"{error}, it goes on from the last checkpoint") from None
+    except Exception as error:
+        if mistake.exists():
+            raise TrainError(_read_mistake(mistake)) from None
+        if hung := hang_line(run, started):
+            raise TrainError(hung) from None
+        if _is_bug(error):
+            raise
+        raise TrainError(
+            f"workers were lost more than max_failures = {config.max_failures} times; the same "
+            f"command goes on from the last checkpoint; Ray says: {error}"
+        ) from error
+
+
+def _read_mistake(path: Path) -> str:
+    """The line a worker left; on a full disk there was no room for it and the file is empty."""
+    said = path.read_text(encoding="utf-8")
+    return said or f"output: {path.parent} is on a full disk; free space and run the same again"
+
+
+def _write_mistake(path: Path, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        path.write_text(str(error), encoding="utf-8")
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether code of ours raised in every worker; when one is killed, Ray reports that loss."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [type(failure).__name__.startswith("UserException") for failure in failures.values()]
+    return not raised or all(raised)
+
+
+def leave_working_folder(folder: str) -> None:
+    """Take the folder that the user's command stood in off a worker's import path.
+
+    Ray puts it there. Names `package.module:name` are not looked up in it (`load_builder`), unless
+    PYTHONPATH names it.
+    """
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in {str(Path(path).absolute()) for path in named if path} and folder in sys.path:
+        sys.path.remove(folder)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One Ray Train worker: its process group is there already.
+
+    Ray restarts workers whatever they stopped for. A user's mistake is written down, so that the
+    next start ends at once instead of coming to it again.
+    """
+    import ray.train
+
+    leave_working_folder(settings["working_folder"])
+    config: RunConfig = settings["config"]
+    mistake = Path(config.output) / MISTAKE
+    if mistake.exists():
+        raise TrainError(_read_mistake(mistake))
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    config = replace(config, workers=world_size)  # Ray may have started fewer, see `min_workers`
+    try:
+        _train(config, settings["device"], rank, world_size)
+    except (DataError, ModelError, TrainError) as error:
+        _write_mistake(mistake, error)
+        raise
+
+
+def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> None:
+    """One worker's part of a run; a full disk, or rights that are missing, are a user's mistake."""
+    try:
+        fit(setup(config, device, rank=rank, world_size=world_size))
+    except OSError as error:
+        if (line := blame(error, config.output)) is None:
+            raise
+        raise TrainError(line) from None
+    finally:
+        forget_swapped(config, rank)
+
+
+def fit_here(config: RunConfig, device: Device) -> None:
+    """The only worker, in this process; DeepSpeed wants a process group even of one.
+
+    The group stays until the process ends: DeepSpeed keeps it in places that a second run of the
+    same process would find.
+    """
+    join_alone(device)
+    _train(config, device, rank=0, world_size=1)
+
+
+def join_alone(device: Device) -> None:
+    """A process group of this process alone, if there is none yet."""
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
+        know_collectives(device)
+        dist.init_process_group(BACKEND[device], store=HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)

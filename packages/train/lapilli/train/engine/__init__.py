@@ -1,0 +1,1 @@
+"""DeepSpeed's engine: its settings, and access to the state it partitions."""

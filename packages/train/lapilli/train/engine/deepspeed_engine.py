@@ -1,0 +1,419 @@
+"""DeepSpeed, only here: its settings, and reading and setting what it has partitioned."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lapilli.data.record import excerpt
+from lapilli.model.parts.pretrained import Loading
+from lapilli.model.parts.trainable import GROUPS, parameter_groups, trainable_parameters
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+
+__all__ = [
+    "MOMENTS",
+    "assign",
+    "deepspeed_settings",
+    "forget_swapped",
+    "gathered",
+    "initialize",
+    "loading_of",
+    "loss_scale",
+    "part_squares",
+    "read_gradient",
+    "read_moments",
+    "read_weight",
+    "restore",
+    "restore_scale",
+    "scale_state",
+    "set_learning_rate",
+    "swap_folder",
+]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# fp16: halved at every overflow, doubled after so many steps without one
+SCALING = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1}
+SUB_GROUP = 2 * 10**7  # numbers that are read from a disk and written to it at once
+SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """A run's settings as DeepSpeed spells them."""
+    return {
+        "train_batch_size": config.global_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage, **_offloading(config)},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16", **SCALING},
+        "zero_allow_untested_optimizer": True,
+        # torch's AdamW on the host as well: DeepSpeed's would be compiled, and resumes 1e-4 off
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def _offloading(config: RunConfig) -> dict[str, Any]:
+    """What lies elsewhere: optimizer state, at stage 3 weights too."""
+    if config.offload == "none":
+        return {}
+    found: dict[str, Any] = {"offload_optimizer": {"device": config.offload}}
+    if config.zero_stage == 3:
+        found["offload_param"] = {"device": "cpu"}
+    if config.offload == "nvme":
+        found["offload_optimizer"]["nvme_path"] = str(swap_folder(config))
+        found["sub_group_size"] = SUB_GROUP
+    return found
+
+
+def swap_folder(config: RunConfig) -> Path:
+    """Where a run's workers keep optimizer state on a disk; no other run's."""
+    name = hashlib.sha256(config.output.encode()).hexdigest()[:12]
+    return Path(config.offload_path) / f"lapilli-{name}"
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine over the process group that is there. Compiles nothing."""
+    import deepspeed
+
+    _quieten()
+    if nvme_path := settings["zero_optimization"].get("offload_optimizer", {}).get("nvme_path"):
+        _prepare_swapping(Path(nvme_path), model)
+    engine: Any
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    # Stages 1 and 2 look for the moments after the first parameter group's first step and then
+    # never again: without this, a second group's moments could not be read.
+    _create_moments(engine)
+    if scale_state(engine):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `StepGuard` says it better
+    return engine
+
+
+def _quieten() -> None:
+    """What DeepSpeed must be told before it does anything: compile nothing, say little."""
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU DeepSpeed would compile its shared-memory operator first (42 s seen); gloo is there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel("ERROR")
+    # torch's new names for two collectives; DeepSpeed calls the old ones at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+
+
+def _prepare_swapping(folder: Path, model: nn.Module) -> None:
+    """What offloading to a disk takes, on every worker. Collective.
+
+    Raises:
+        TrainError: The folder cannot be written past the cache, its disk is too small, or the
+            operator cannot be compiled.
+    """
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if workers > 1:
+        dist.barrier()
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _check_disk(folder, 16 * numbers * workers_here // workers)  # fp32: weight, two moments, slope
+    _load_async_io()
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    probe = folder / f"probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise TrainError(
+            f"offload_path: {folder} cannot be written past the cache ({error.strerror}); choose a "
+            "folder on a disk of the worker's machine"
+        ) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    if needed > free:
+        raise TrainError(
+            f"offload_path: {folder} has {free / 1e9:.1f} GB free, this machine's workers need "
+            f"{needed / 1e9:.1f}; free space or choose another folder"
+        )
+
+
+def _load_async_io() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    builder = accelerator.get_op_builder("AsyncIOBuilder")()
+    why = "libaio is not found"
+    if builder.is_compatible(verbose=False):
+        try:
+            builder.load(verbose=False)
+            return
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            why = excerpt(str(error), 200)
+    raise TrainError(
+        "offload: nvme needs DeepSpeed's async_io operator, which it compiles where a worker runs, "
+        f"with g++, ninja and libaio's headers ({why}); apt-get install g++ ninja-build libaio-dev"
+    )
+
+
+def forget_swapped(config: RunConfig, rank: int) -> None:
+    """Remove what a worker has kept on its disk, and the folders once they are empty."""
+    if config.offload != "nvme":
+        return
+    run = swap_folder(config)
+    own = run / "zero_stage_3" / "optimizer" / f"rank{rank}"
+    shutil.rmtree(own, ignore_errors=True)
+    for folder in (own.parent, run / "zero_stage_3", run):
+        with suppress(OSError):  # others are still in it
+            folder.rmdir()
+
+
+def loading_of(config: RunConfig) -> Loading:
+    """How this run's pretrained weights are read: at ZeRO stage 3 no worker ever holds them whole.
+
+    There transformers shares every layer among the workers as it is made, and rank 0 alone reads
+    the files, a layer at a time. All workers build the model, in a process group.
+    """
+    if config.zero_stage < 3 or config.model.language.quantize != "none":
+        return nullcontext
+    return partial(_shared, config)
+
+
+@contextmanager
+def _shared(config: RunConfig) -> Generator[None]:
+    import deepspeed.comm
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    _quieten()
+    deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)  # torch's, known to it
+    settings = deepspeed_settings(config)
+    # the weights' own type and not the engine's: what is frozen must be the same at every stage
+    settings["bf16"] = {"enabled": config.model.dtype == "bf16"}
+    settings["fp16"] = {"enabled": False}
+    alive = HfDeepSpeedConfig(settings)  # transformers looks whether there is one
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter], *, changes: bool = False) -> Generator[None]:
+    """Have whole weights inside, also of parameters that ZeRO-3 has shared out. Collective.
+
+    Args:
+        parameters: Those needed; others are whole anyway.
+        changes: Keep what is written inside; all ranks write the same.
+    """
+    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shared:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(shared, modifier_rank=0 if changes else None):
+        yield
+
+
+def assign(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights into a model's parameters by name, shared out or not. Collective."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in weights.items():
+        with torch.no_grad(), gathered([parameters[name]], changes=True):
+            parameters[name].copy_(value)
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set every group's learning rate for the next step, each by its own factor."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
+
+
+def read_weight(parameter: nn.Parameter) -> Tensor:
+    """The whole fp32 weight, on every rank. Collective: all ranks call it in the same order."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = safe_get_full_fp32_param(parameter)
+    return (parameter.detach() if found is None else found).float()
+
+
+def read_gradient(parameter: nn.Parameter) -> Tensor:
+    """The whole gradient after the last backward of a step and before the update. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = safe_get_full_grad(parameter)
+    if found is None:
+        raise RuntimeError("no gradient: read it between backward and step")
+    return found
+
+
+def part_squares(engine: Any) -> Tensor:
+    """This rank's share of the squared gradient norm, by part.
+
+    To be read between a step's last backward and its update. Summed over ranks it is the square of
+    the whole gradient's norm, before clipping, as `get_global_grad_norm` has it. Not collective.
+
+    Args:
+        engine: The engine.
+
+    Returns:
+        fp32 [len(GROUPS)] on the device; 0 for a part that does not learn.
+    """
+    sums = torch.zeros(len(GROUPS), device=engine.device)
+    for part, norms in _own_norms(engine):
+        if norms:
+            sums[GROUPS.index(part)] += torch.stack([*norms]).to(sums.device).square().sum()
+    return sums / loss_scale(engine) ** 2
+
+
+def _own_norms(engine: Any) -> Generator[tuple[str, Sequence[Tensor]]]:
+    """Norms of the pieces of gradient that this rank counts, with the part that they are of."""
+    zero = engine.optimizer
+    if hasattr(zero, "sub_group_to_group_id"):  # stage 3
+        groups = {i: zero.param_groups[g]["part"] for i, g in zero.sub_group_to_group_id.items()}
+        parameters, is_offloaded = zero.fp16_groups, zero.offload_optimizer
+    elif hasattr(zero, "params_in_partition"):  # stages 1 and 2
+        groups = {i: group["part"] for i, group in enumerate(zero.param_groups)}
+        parameters, is_offloaded = zero.params_in_partition, zero.cpu_offload
+    else:  # whole on every rank
+        share = dist.get_world_size() ** -0.5 if dist.is_initialized() else 1.0
+        for (part, _), whole in parameter_groups(engine.module).items():
+            gradients = [p.grad for p in whole if p.grad is not None]
+            yield part, [norm * share for norm in _norms(gradients)]
+        return
+    for i, part in groups.items():
+        if is_offloaded:  # taken on the device before the gradient was sent to the host
+            ids = [zero.get_param_id(parameter) for parameter in parameters[i]]
+            known = zero.norm_for_param_grads
+            yield part, [torch.as_tensor(known[key]).float() for key in ids if key in known]
+        else:
+            yield part, _norms(zero.averaged_gradients[i])
+
+
+def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+
+
+def loss_scale(engine: Any) -> float:
+    """What the loss is multiplied with before backward so that fp16 can hold its gradient."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def scale_state(engine: Any) -> dict[str, float]:
+    """What fp16's loss scale follows from at the next step; nothing in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: getattr(scaler, name) for name in SCALE_STATE}
+
+
+def restore_scale(engine: Any, state: dict[str, float]) -> None:
+    """Go on with the loss scale of `scale_state`."""
+    for name in SCALE_STATE:
+        if name in state:
+            setattr(engine.optimizer.loss_scaler, name, state[name])
+
+
+def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The whole fp32 moments of a parameter by name. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if _is_partitioned(parameter):
+        read: Any = safe_get_full_optimizer_state
+        return {name: read(parameter, name) for name in MOMENTS}
+    state = engine.optimizer.state[parameter]
+    return {name: state[name] for name in MOMENTS}
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO keeps this parameter's fp32 weight and moments (stages 1 to 3)."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def restore(
+    engine: Any, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], step: int
+) -> None:
+    """Set fp32 weights, moments and the step count, whatever the ZeRO stage and world size.
+
+    The model must have been given the same weights before `initialize`: that is where its working
+    copies (bf16, or partitioned) come from. Collective.
+
+    Args:
+        engine: The engine.
+        weights: fp32 weight by parameter name.
+        moments: Moments by parameter name and moment.
+        step: Optimizer steps taken so far.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    for tensor in _optimized_tensors(engine):
+        _inner_optimizer(engine).state[tensor]["step"].fill_(step)
+    for name, parameter in trainable_parameters(engine.module).items():
+        if not _is_partitioned(parameter):
+            parameter.data.copy_(weights[name])
+            for moment, value in moments[name].items():
+                engine.optimizer.state[parameter][moment].copy_(value)
+            continue
+        safe_set_full_fp32_param(parameter, weights[name])
+        for moment, value in moments[name].items():
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _create_moments(engine: Any) -> None:
+    """Make the inner optimizer's state, which DeepSpeed and torch only make at the first step."""
+    inner = _inner_optimizer(engine)
+    for number, tensor in enumerate(_optimized_tensors(engine)):
+        with _swapped_in(engine, number):
+            inner.state[tensor] = {"step": torch.tensor(0.0)}
+            inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _swapped_in(engine: Any, number: int) -> Generator[None]:
+    """Have a piece of what the optimizer updates in memory inside, if it lies on a disk.
+
+    An error inside leaves the disk as it was.
+    """
+    zero = engine.optimizer
+    swaps = getattr(zero, "swap_optimizer", False)
+    is_on_disk = swaps and zero._swappable_optimizer_subgroup(number)
+    if is_on_disk:
+        zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if is_on_disk:
+        zero._optimizer_states_and_gradient_swap_out(number)
+
+
+def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Torch's own optimizer, which ZeRO wraps."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _optimized_tensors(engine: Any) -> Iterable[Tensor]:
+    """What the inner optimizer updates: flat partitions under ZeRO, else the parameters."""
+    zero = engine.optimizer
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        if hasattr(zero, name):
+            return getattr(zero, name)
+    return trainable_parameters(engine.module).values()

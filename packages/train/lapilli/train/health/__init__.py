@@ -1,0 +1,1 @@
+"""What guards a step: hangs, stragglers, bad losses, a slow network or disk."""

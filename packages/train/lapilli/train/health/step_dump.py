@@ -1,0 +1,185 @@
+"""A step whose loss is no number, or far too large: what it was made of is kept, to be run again.
+
+`replay/step-00000012/` holds `step.json` (the step, what was seen, sample ids by rank and
+micro-batch) and `rank-0.npz`, ... with the arrays of each rank's micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, TypedDict
+from zipfile import BadZipFile
+
+import numpy as np
+import torch.distributed as dist
+
+from lapilli.data.batches.collate import Batch
+from lapilli.data.io.typed_json import JsonError, Natural, from_json
+from lapilli.data.record import excerpt
+from lapilli.data.shards.files import write_json
+from lapilli.train.checkpoint.layout import require_missing
+from lapilli.train.errors import TrainError
+
+__all__ = ["KEPT", "KeptStep", "is_wrong", "keep_step", "read_kept"]
+
+FOLDER = "replay"
+KEPT = "step.json"
+ENOUGH = 10  # losses before a spike can be told
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error)  # an npz
+ARRAYS = (
+    "input_ids", "position_ids", "segment_ids", "row_lengths", "merge_index", "pixels",
+    "image_tokens", "predict_positions", "targets",
+)  # fmt: skip
+
+
+def is_wrong(
+    loss: float, norm: float | None, recent: Iterable[float], max_spike: float
+) -> str | None:
+    """Why a step must not be taken for granted; None if it may.
+
+    Args:
+        loss: The step's loss.
+        norm: Norm of its gradient; None where nothing was reduced.
+        recent: Losses of the steps before.
+        max_spike: Largest loss in medians of `recent`; 0 takes any.
+    """
+    if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
+        return "expected numbers; lower optim.lr"
+    before = [*recent]
+    if max_spike and len(before) >= ENOUGH and loss > max_spike * median(before):
+        return (
+            f"more than max_spike = {max_spike:g} times {median(before):.4g}, the median before; "
+            "lower optim.lr, or raise max_spike"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """A step that was kept.
+
+    Attributes:
+        path: Its folder.
+        step: Its number.
+        loss: The loss that was seen.
+        grad_norm: The gradient norm that was seen.
+        global_tokens: Trained tokens of the global batch.
+        sample_indices: Its samples, as the dataset counts them; -1 for empty slots.
+        sample_ids: Their ids by rank and micro-batch.
+    """
+
+    path: Path
+    step: int
+    loss: float
+    grad_norm: float | None
+    global_tokens: int
+    sample_indices: list[int]
+    sample_ids: list[list[list[str]]]
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.path.resolve().parents[1]
+
+    def batches(self) -> list[list[Batch]]:
+        """Micro-batches by rank.
+
+        Raises:
+            TrainError: A file that is missing, or holds something else.
+        """
+        return [self._rank(rank, micros) for rank, micros in enumerate(self.sample_ids)]
+
+    def _rank(self, rank: int, micros: list[list[str]]) -> list[Batch]:
+        file, found = self.path / f"rank-{rank}.npz", list[Batch]()
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                for micro, ids in enumerate(micros):
+                    values: dict[str, Any] = {n: arrays[f"{micro}/{n}"] for n in ARRAYS}
+                    images, targets = (int(count) for count in arrays[f"{micro}/counts"])
+                    found.append(Batch(
+                        **values, sample_ids=tuple(ids), num_images=images, num_targets=targets
+                    ))  # fmt: skip
+        except UNREADABLE as error:
+            raise TrainError(
+                f"replay: {file} cannot be read ({excerpt(str(error))}); the run keeps such a step "
+                "whole, bring the folder back from a copy"
+            ) from None
+        return found
+
+
+def keep_step(
+    run: Path,
+    step: int,
+    seen: tuple[float, float | None],
+    batches: Sequence[Batch],
+    facts: tuple[int, Sequence[int]],
+    place: tuple[int, int],
+) -> Path:
+    """Write down a step. Collective: every rank writes its micro-batches, rank 0 the rest.
+
+    Args:
+        run: The run's folder.
+        step: Its number.
+        seen: Its loss and gradient norm.
+        batches: This rank's micro-batches.
+        facts: Trained tokens and sample indices of the global batch.
+        place: Rank and world size.
+
+    Returns:
+        The folder.
+    """
+    rank, world_size = place
+    path = run / FOLDER / f"step-{step:08d}"
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{micro}/{name}": getattr(batch, name)
+        for micro, batch in enumerate(batches)
+        for name in ARRAYS
+    }
+    for micro, batch in enumerate(batches):
+        arrays[f"{micro}/counts"] = np.array([batch.num_images, batch.num_targets])
+    np.savez(path / f"rank-{rank}.npz", **arrays)  # type: ignore[arg-type]
+    ids: list[Any] = [[list(batch.sample_ids) for batch in batches]]
+    if world_size > 1:
+        mine, ids = ids[0], [None] * world_size
+        dist.all_gather_object(ids, mine)
+    if rank == 0:
+        loss, norm = seen
+        kept = {
+            "step": step, "loss": loss, "grad_norm": norm, "global_tokens": facts[0],
+            "sample_indices": [int(index) for index in facts[1]], "sample_ids": ids,
+        }  # fmt: skip
+        write_json(path / KEPT, kept)
+    return path
+
+
+class _Kept(TypedDict):
+    step: Natural
+    loss: float
+    grad_norm: float | None
+    global_tokens: Natural
+    sample_indices: list[int]
+    sample_ids: list[list[list[str]]]
+
+
+def read_kept(path: Path) -> KeptStep:
+    """Read a kept step.
+
+    Raises:
+        TrainError: None is there.
+    """
+    try:
+        kept = from_json((path / KEPT).read_bytes(), _Kept)
+        return KeptStep(path=path, **kept)
+    except (OSError, JsonError) as error:
+        if isinstance(error, OSError):
+            require_missing(path / KEPT, error)
+        why = f" ({error})" if isinstance(error, JsonError) else ""
+        raise TrainError(
+            f"replay: {path} holds no kept step{why}; expected a folder replay/step-N of a run"
+        ) from None

@@ -1,0 +1,1 @@
+"""A trained or published model: opened, asked, evaluated."""

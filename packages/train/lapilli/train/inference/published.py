@@ -1,0 +1,314 @@
+"""A published model that is asked: its template and view, as its folder or the user says.
+
+Folders of transformers' LLaVA, of LLaVA's own code, and of adapters for either. What a folder does
+not say is asked for by name and never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
+
+import yaml
+
+from lapilli.data.dataset.tokenizer_copy import check_copy, kept_files
+from lapilli.data.errors import DataError
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.typed_json import JsonError, as_type
+from lapilli.data.record import Turn
+from lapilli.data.shards.manifest import TokenizerFields, template_fingerprint
+from lapilli.data.text.encode import tokenizer_facts
+from lapilli.data.text.export_template import TRIALS, messages_of, prompt_ids
+from lapilli.data.text.templates import TEMPLATES, TOKENIZERS_OWN, Template, get_template
+from lapilli.data.text.tokenizer_files import has_vocabulary, load_tokenizer
+from lapilli.model.interop.foreign import base_folder, kind_of, read_foreign
+from lapilli.model.interop.hf import FACTS, read_facts
+from lapilli.model.interop.llava_config import CONFIG, is_llava_config, read_config
+from lapilli.model.interop.peft import SETTINGS, read_settings
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.errors import TrainError
+
+__all__ = ["Published", "is_published", "published_facts", "read_published", "read_view"]
+
+IMAGE_TOKEN = "<image>"
+ASPECTS = ("pad", "crop", "stretch")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a folder holds.
+
+    Attributes:
+        model: The model.
+        tokenizer: transformers' tokenizer.
+        template: How conversations are written down; None where neither folder nor user says.
+        spec: How images are made square; None likewise.
+        is_own: Whether it is an export of ours, which says both as its run was trained.
+        trained: Of an export whose tokenizer and template were rewritten: what
+            `run_data.data_facts` said of the run's own.
+    """
+
+    model: VisionLanguageModel
+    tokenizer: Any
+    template: Template | None
+    spec: ImageSpec | None
+    is_own: bool
+    trained: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def is_published(path: Path) -> bool:
+    """Whether a folder is a model of others or an export, and no run's.
+
+    Raises:
+        ModelError: Its `config.json` cannot be read.
+    """
+    if not path.is_dir():
+        return False
+    return (path / SETTINGS).is_file() or "model_type" in read_config(path)
+
+
+def read_published(path: Path, *, template: str = "", view: str = "") -> Published:
+    """Read a folder; tokenizer, template and view before any weights.
+
+    Args:
+        path: The folder.
+        template: Name or file of a template, for a folder that does not say.
+        view: `pad`, `crop` or `stretch`, or fields of an `ImageSpec` as YAML; likewise.
+
+    Raises:
+        DataError, ModelError: A part that cannot be read or that is not on this machine; a flag
+            for what the folder says itself.
+    """
+    kind = kind_of(path)
+    if kind is None or kind == "file":
+        read_foreign(path)  # says what is wrong
+    facts = read_facts(path)
+    if "template" in facts:
+        for name, value in (("template", template), ("view", view)):
+            if value:
+                raise DataError(f"{name}: {path} says how it was trained; leave --{name} out")
+        own = _read_export(path, facts)
+        tokenizer = _tokenizer(path, own.get("tokenizer"))  # of before, it does not say
+        return Published(
+            read_foreign(path), tokenizer, own["template"], own["view"], is_own=True,
+            trained=own.get("trained", {}),
+        )  # fmt: skip
+    folders = _folders(path)
+    tokenizer = _tokenizer(_first_with_tokenizer(folders))
+    chosen = get_template(template) if template else _derived_template(folders, tokenizer)
+    read_view(view)  # before weights are read
+    model = read_foreign(path)
+    return Published(model, tokenizer, chosen, _view(folders, model, view), is_own=False)
+
+
+class _Export(TypedDict):
+    """What `pipelines.export` keeps beside the files of others."""
+
+    template: Template
+    view: ImageSpec
+    tokenizer: NotRequired[TokenizerFields]
+    trained: NotRequired[dict[str, Any]]
+
+
+def _read_export(path: Path, facts: Mapping[str, Any]) -> _Export:
+    known = {name: facts[name] for name in _Export.__annotations__ if name in facts}
+    try:
+        return as_type(known, _Export)
+    except JsonError as error:
+        raise TrainError(f"{path / FACTS}: damaged ({error}); export the run again") from None
+
+
+def published_facts(found: Published) -> dict[str, Any]:
+    """What `run_data.data_facts` says of a dataset, as far as a folder says it."""
+    tokenizer = tokenizer_facts(found.tokenizer)
+    facts: dict[str, Any] = {
+        "tokenizer": tokenizer.fingerprint, "special_ids": [tokenizer.bos_id, tokenizer.eos_id],
+    }  # fmt: skip
+    if found.is_own and found.template is not None and found.spec is not None:
+        facts["template"] = template_fingerprint(found.template)
+        facts["template_name"] = found.template.name
+        facts["view"] = json.loads(json.dumps(found.spec.facts()))
+    return facts | {**found.trained}
+
+
+def _tokenizer(folder: Path, expected: Mapping[str, Any] | None = None) -> Any:
+    """A folder's tokenizer, compared with the facts of the one it should be, where there are any.
+
+    Without LLaVA's `config.json` beside it, of which transformers warns that it is unknown.
+    """
+    if not is_llava_config(read_config(folder)) or not has_vocabulary(folder):
+        tokenizer: Any = load_tokenizer(folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="lapilli-") as made:
+            for path in kept_files(folder):
+                if path.name != CONFIG:
+                    (Path(made) / path.name).symlink_to(path.resolve())
+            tokenizer = load_tokenizer(Path(made))
+        tokenizer.name_or_path = str(folder)
+    if expected is not None:
+        check_copy(folder, tokenizer, expected, "export the run again")
+    return tokenizer
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folder, and the one of the base model of an adapter."""
+    if not (path / SETTINGS).is_file():
+        return [path]
+    name = str(read_settings(path).get("base_model_name_or_path") or "")
+    return [path, base_folder(path, name)]
+
+
+def _first_with_tokenizer(folders: list[Path]) -> Path:
+    return next((folder for folder in folders if has_vocabulary(folder)), folders[-1])
+
+
+def _derived_template(folders: list[Path], tokenizer: Any) -> Template | None:
+    """The template whose ids a folder's own chat template writes, if it is one of ours."""
+    source = _chat_template(folders, tokenizer)
+    if not source:
+        return None
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    for name, template in TEMPLATES.items():
+        if name == TOKENIZERS_OWN or template.drops_user_text:
+            continue
+        template = _with_bos(template, tokenizer, source)
+        try:
+            if all(
+                prompt_ids(turns, tokenizer, template)
+                == [-200 if i == image_id else i for i in _chat_ids(tokenizer, source, turns)]
+                for turns in TRIALS
+                if turns[0].role == "user"  # a chat template may refuse a system turn
+            ):
+                return template
+        except (DataError, ValueError, TypeError):
+            continue
+        except Exception as error:  # Jinja raises what a template asks it to
+            if "jinja2" not in type(error).__module__:
+                raise
+            return None
+    return None
+
+
+def _with_bos(template: Template, tokenizer: Any, source: str) -> Template:
+    """The template writing a bos where the chat template does and the tokenizer adds none."""
+    if "bos_token" not in source and str(tokenizer.bos_token) not in source:
+        return template
+    frames = {
+        item.name: value.replace("{bos}", "{bos!}")
+        for item in fields(template)
+        if isinstance(value := getattr(template, item.name), str)
+    }
+    return replace(template, **frames)
+
+
+def _chat_ids(tokenizer: Any, source: str, turns: Sequence[Turn]) -> list[int]:
+    """The ids of a prompt as transformers' processor writes them by a chat template."""
+    text: str = tokenizer.apply_chat_template(
+        messages_of(turns), chat_template=source, tokenize=False, add_generation_prompt=True
+    )
+    plain = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not plain)["input_ids"]
+
+
+def _chat_template(folders: list[Path], tokenizer: Any) -> str:
+    """The processor's chat template, or else the tokenizer's."""
+    for folder in folders:
+        for name in ("chat_template.jinja", "chat_template.json", "processor_config.json"):
+            path = folder / name
+            if not path.is_file():
+                continue
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".jinja":
+                return text
+            found: object = yaml.safe_load(text)
+            given = (
+                cast("dict[str, Any]", found).get("chat_template")
+                if isinstance(found, dict)
+                else None
+            )
+            if isinstance(given, str):
+                return given
+    own = getattr(tokenizer, "chat_template", None)
+    return own if isinstance(own, str) else ""
+
+
+def read_view(view: str) -> dict[str, Any]:
+    """The fields of an `ImageSpec` that a user gives; `pad`, `crop` or `stretch` is the aspect.
+
+    Raises:
+        DataError: Neither one of those words nor a mapping of fields.
+    """
+    if not view:
+        return {}
+    if view in ASPECTS:
+        return {"aspect": view}
+    try:
+        found: object = yaml.safe_load(view)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(
+            f"view: {view!r}; expected {', '.join(ASPECTS)}, or fields such as "
+            "'{aspect: pad, fill: [122, 116, 104]}'"
+        )
+    return cast("dict[str, Any]", found)
+
+
+def _view(folders: list[Path], model: VisionLanguageModel, view: str) -> ImageSpec | None:
+    given = read_view(view)
+    mean = model.config.vision.mean
+    found: dict[str, Any] = {"size": model.vision.image_size}
+    if mean is not None:  # what LLaVA and transformers pad with
+        found["fill"] = tuple(int(255 * value) for value in mean)
+    aspect = _aspect(folders, model)
+    if aspect:
+        found["aspect"] = aspect
+    if given.get("fill") == "mean":
+        if mean is None:
+            raise DataError(
+                f"view: fill mean; the model's tower {model.config.vision.tower} has none"
+            )
+        given = {name: value for name, value in given.items() if name != "fill"}
+    found |= given
+    if found["size"] != model.vision.image_size:
+        raise DataError(
+            f"view: size {found['size']}; the model takes images of {model.vision.image_size} px"
+        )
+    if "aspect" not in found or "fill" not in found:
+        return None
+    return ImageSpec.of(found)
+
+
+def _aspect(folders: list[Path], model: VisionLanguageModel) -> str:
+    """How the folder's own programs make an image square; empty where it does not say."""
+    for folder in folders:
+        config = read_config(folder)
+        if is_llava_config(config):
+            if config.get("image_aspect_ratio") == "pad":
+                return "pad"
+            return _processors_aspect(Path(model.config.vision.pretrained))
+        if found := _processors_aspect(folder):
+            return found
+    return ""
+
+
+def _processors_aspect(folder: Path) -> str:
+    """What an image processor's settings say."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    if not folder.is_dir():
+        return ""
+    try:
+        given: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    except (OSError, ValueError):
+        return ""
+    if given.get("do_pad"):
+        return "pad"
+    if given.get("do_center_crop"):
+        return "crop"
+    size = given.get("size")
+    return "stretch" if isinstance(size, Mapping) and {*size} >= {"height", "width"} else ""

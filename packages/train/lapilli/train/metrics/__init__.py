@@ -1,0 +1,1 @@
+"""The figures of a step, and where they are logged."""

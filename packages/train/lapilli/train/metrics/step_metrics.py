@@ -1,0 +1,265 @@
+"""The figures of a step: whose loss it was, how fast, and how much of what the device can do."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lapilli.data.io.typed_json import Natural
+from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
+from lapilli.model.peak import measured_peak, peak_flops
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.device import device_name
+from lapilli.train.run_folder.jsonl import read_lines, write_lines
+from lapilli.train.steps.feed import Feed, StepBatches
+from lapilli.train.steps.step import DeviceBatch
+
+__all__ = [
+    "WORST", "SampleLoss", "StepMeter", "Worst", "group_means", "padded_numbers", "read_worst",
+    "slot_losses",
+]  # fmt: skip
+
+WORST = "worst.jsonl"
+KEPT = 20  # samples in it
+WINDOW = 200  # steps it looks back
+REWRITTEN = 50  # steps from one writing to the next
+
+
+def slot_losses(
+    slots: Sequence[NDArray[np.int64]], batches: Sequence[DeviceBatch], size: int
+) -> Tensor:
+    """This rank's summed losses by place in the global batch, 0 elsewhere, on the device.
+
+    The sum over ranks has every sample's loss unrounded: one rank's number and zeros.
+
+    Args:
+        slots: The place of each row (`StepBatches.slots`).
+        batches: The micro-batches, after the model has filled `row_losses`.
+        size: Samples of a global batch.
+
+    Returns:
+        fp32 [size].
+    """
+    losses = batches[0].inputs["row_losses"].new_zeros(size)
+    for places, batch in zip(slots, batches, strict=True):
+        if len(places):  # consecutive: empty slots of a micro-batch are its last
+            start = int(places[0])
+            losses[start : start + len(places)] = batch.inputs["row_losses"][: len(places)]
+    return losses
+
+
+def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
+    """What every rank's micro-batches are padded to, from lengths alone: no rank is asked.
+
+    The same rules as `lapilli.data.batches.collate.collate`'s, for which other ranks' samples need not be
+    read.
+
+    Args:
+        step: The step.
+        feed: Whose dataset, shape and number of ranks are used.
+
+    Returns:
+        One a micro-batch, rank by rank.
+    """
+    dataset, shape = feed.dataset, feed.shape
+    rows = shape.rows
+    micros = step.placed.reshape(feed.world_size, -1, rows)
+    is_filled = micros >= 0
+    counts = np.where(is_filled, dataset.num_images[micros], 0).sum(axis=2)
+    together = counts.any(axis=0)  # a micro-step's ranks all have images or none
+    found: list[BatchNumbers] = []
+    for rank, of_rank in enumerate(micros):
+        for micro, slots in enumerate(of_rank):
+            ids = slots[slots >= 0]
+            lengths, images = dataset.lengths[ids], int(counts[rank, micro])
+            padded_images = max(rows * bool(together[micro]), -(-images // rows) * rows)
+            kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
+            targets, chunk = int(dataset.num_trained[ids].sum()), shape.predict_chunk
+            found.append(BatchNumbers(
+                lengths.tolist(), images, targets,
+                padded_rows=rows,
+                padded_length=next(n for n in kind if n >= lengths.max(initial=0)),
+                padded_images=padded_images,
+                padded_targets=max(chunk, -(-targets // chunk) * chunk),
+            ))  # fmt: skip
+    return found
+
+
+class StepMeter:
+    """What rank 0 adds to a step's row. Asks the device for nothing.
+
+    Args:
+        feed: The run's data, the shapes of its batches, and the number of devices.
+        module: The model, as the engine holds it.
+        device: What it computes on.
+    """
+
+    def __init__(self, feed: Feed, module: VisionLanguageModel, device: torch.device) -> None:
+        self._feed = feed
+        self._dataset = feed.dataset
+        self._numbers = model_numbers(module)
+        is_eager = getattr(module.language.config, "_attn_implementation", "") == "eager"
+        self._attention: Literal["eager", "flash"] = "eager" if is_eager else "flash"
+        is_cpu = device.type == "cpu"
+        peak = measured_peak(device) if is_cpu else peak_flops(device_name(device))
+        self._peak = peak and peak * feed.world_size
+
+    def speed(self, step: StepBatches, seconds: float) -> dict[str, Any]:
+        """Tokens, operations and the share of the devices' peak rate they make.
+
+        Args:
+            step: The step.
+            seconds: How long it took, with waiting for data.
+
+        Returns:
+            `tokens`, `tokens_per_second`; `flops`, what the mathematics of the real tokens needs,
+            and `mfu`, its share of the peak; `hardware_flops`, what all ranks execute, padding and
+            recomputation included, and `hfu`. Both shares are None where no peak is known.
+        """
+        micros = [
+            step_flops(
+                self._numbers, numbers, attention=self._attention,
+                skips_future=self._attention == "flash",
+            )
+            for numbers in padded_numbers(step, self._feed)
+        ]  # fmt: skip
+        flops = sum(micro.model.total for micro in micros)
+        executed = sum(micro.hardware.total for micro in micros)
+        tokens = int(self._dataset.lengths[step.placed[step.placed >= 0]].sum())
+        possible = seconds * self._peak if self._peak else None
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "flops": flops,
+            "mfu": flops / possible if possible else None,
+            "hardware_flops": executed,
+            "hfu": executed / possible if possible else None,
+        }
+
+    def samples(self, step: StepBatches, losses: Sequence[float]) -> list[SampleLoss]:
+        """Each sample's loss; none where the loss cannot be told apart (Liger).
+
+        Args:
+            step: The step.
+            losses: Summed losses by place in the global batch.
+        """
+        found: list[SampleLoss] = []
+        for index, loss in zip(step.placed.tolist(), losses, strict=False):
+            tokens = int(self._dataset.num_trained[index]) if index >= 0 else 0
+            if tokens and not math.isnan(loss):
+                name = self._dataset.sample_id(index)
+                has_images = bool(self._dataset.num_images[index])
+                found.append(SampleLoss(step.step, index, name, has_images, loss, tokens))
+        return found
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """A sample's part of a step's loss.
+
+    Attributes:
+        step: The step.
+        index: The sample, as the dataset counts them.
+        sample_id: Its id, `source/record`.
+        has_images: Its modality.
+        total: Summed over its trained tokens.
+        tokens: Their number.
+    """
+
+    step: int
+    index: int
+    sample_id: str
+    has_images: bool
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over its trained tokens."""
+        return self.total / self.tokens
+
+    @property
+    def source(self) -> str:
+        """Where it is from."""
+        return self.sample_id.partition("/")[0]
+
+    @property
+    def modality(self) -> str:
+        """`image` or `text`."""
+        return "image" if self.has_images else "text"
+
+
+def group_means(samples: Sequence[SampleLoss], by: str) -> dict[str, list[float]]:
+    """Mean loss over trained tokens, and their number, by `source` or `modality`."""
+    sums: dict[str, list[float]] = {}
+    for sample in samples:
+        group = sums.setdefault(getattr(sample, by), [0.0, 0])
+        group[0] += sample.total
+        group[1] += sample.tokens
+    return {name: [total / tokens, tokens] for name, (total, tokens) in sorted(sums.items())}
+
+
+class Worst:
+    """The samples of highest mean loss of the last steps, in `worst.jsonl`."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        self._path = run / WORST
+        before = [sample for sample in read_worst(run) if sample.step < start]
+        self._steps: deque[list[SampleLoss]] = deque([before] if before else [], maxlen=WINDOW)
+
+    def add(self, samples: Sequence[SampleLoss]) -> None:
+        """Remember a step; now and then write."""
+        self._steps.append(_highest(samples))
+        if len(self._steps) == 1 or (samples and samples[0].step % REWRITTEN == 0):
+            self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        highest = _highest([sample for step in self._steps for sample in step])
+        rows: list[dict[str, Any]] = [
+            {
+                "sample_id": s.sample_id, "loss": s.mean, "step": s.step,
+                "trained_tokens": s.tokens, "index": s.index, "has_images": s.has_images,
+            }
+            for s in highest
+        ]  # fmt: skip
+        write_lines(self._path, rows)
+
+
+def _highest(samples: Sequence[SampleLoss]) -> list[SampleLoss]:
+    """The first `KEPT`, a sample once, with its highest loss."""
+    found: dict[int, SampleLoss] = {}
+    for sample in sorted(samples, key=lambda s: (-s.mean, s.step, s.index)):
+        found.setdefault(sample.index, sample)
+        if len(found) == KEPT:
+            break
+    return list(found.values())
+
+
+def read_worst(run: Path) -> list[SampleLoss]:
+    """What `worst.jsonl` holds, highest first; nothing where there is none."""
+    return [
+        SampleLoss(
+            r["step"], r["index"], r["sample_id"], r["has_images"],
+            r["loss"] * r["trained_tokens"], r["trained_tokens"],
+        )
+        for r in read_lines(run / WORST, _WorstRow)
+    ]  # fmt: skip
+
+
+class _WorstRow(TypedDict):
+    step: Natural
+    index: Natural
+    sample_id: str
+    has_images: bool
+    loss: float
+    trained_tokens: Annotated[int, lambda value: "" if value > 0 else "1 or more"]

@@ -1,0 +1,63 @@
+"""Every start of a run's steps, and what it cost: `starts.jsonl`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from lapilli.train.checkpoint.layout import FACTS
+from lapilli.train.run_folder.jsonl import read_lines, write_lines
+from lapilli.train.run_folder.metrics_file import METRICS, read_metrics
+
+__all__ = ["STARTS", "Start", "read_starts", "record_start"]
+
+STARTS = "starts.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run's steps.
+
+    Attributes:
+        step: The first step it takes.
+        workers: How many there are.
+        reason: `command`, or `restart` where Ray replaced lost workers or changed their number.
+        seconds: Until the workers are ready, from the end of the command's checks on, or from the
+            last step of the workers before.
+        repeated: Steps that were done before and are taken again, since no checkpoint has them.
+        repeated_seconds: What they had taken.
+    """
+
+    step: int
+    workers: int
+    reason: Literal["command", "restart"]
+    seconds: float
+    repeated: int
+    repeated_seconds: float
+
+
+def record_start(run: Path, step: int, workers: int) -> Start:
+    """Write down that a run starts now with a step; called before its metrics are cut there."""
+    before = read_starts(run)
+    (run / STARTS).touch()
+    now = _changed(run / STARTS)  # by the clock of the other files' disk
+    told, seen = _changed(run / FACTS), _changed(run / METRICS)
+    since = max(told, seen) or now
+    undone = [row.get("seconds", 0.0) for row in read_metrics(run) if row["step"] >= step]
+    start = Start(
+        step, workers, "restart" if seen > told else "command",
+        max(0.0, now - since), len(undone), sum(undone),
+    )  # fmt: skip
+    write_lines(run / STARTS, map(asdict, (*before, start)))
+    return start
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written; 0 where there is none."""
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def read_starts(run: Path) -> list[Start]:
+    """All starts so far; nothing where there is no such file."""
+    return read_lines(run / STARTS, Start)

@@ -1,0 +1,128 @@
+"""A run's settings and facts, read as what they are: a run may come from somebody else.
+
+Its `config.json` describes the run. It is nobody's command: what in it would run code counts only
+where the command allows it (`lapilli.data.trust`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
+from lapilli.data.record import excerpt
+from lapilli.data.trust import Trust, is_own_code
+from lapilli.model.config import ModelConfig
+from lapilli.train.checkpoint.layout import CONFIG, FACTS, require_missing
+from lapilli.train.config import RunConfig
+from lapilli.train.errors import TrainError
+
+__all__ = [
+    "RunFacts", "plain_settings", "read_run_config", "read_run_facts", "require_trust",
+    "settings_of",
+]  # fmt: skip
+
+
+class RunFacts(TypedDict):
+    """What `facts.json` says of a run that has been started (`launch.Preflight`)."""
+
+    total_steps: Natural
+    samples: Natural
+    too_long: Natural
+    parameters: dict[str, tuple[int, int]]
+    image_tokens: Annotated[int, lambda value: "" if value > 0 else "1 or more"]
+    device: NotRequired[str]
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """The settings of a run, or of a checkpoint's folder, as its own file has them.
+
+    Raises:
+        TrainError: No run, or settings that are none.
+    """
+    path = run / CONFIG
+    try:
+        return settings_of(path.read_bytes(), path)
+    except OSError as error:
+        require_missing(path, error)
+        raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
+
+
+def settings_of(found: bytes | Mapping[str, Any], where: object) -> RunConfig:
+    """A run's settings out of JSON, or out of what a checkpoint says.
+
+    Raises:
+        TrainError: They are none; names the field.
+    """
+    try:
+        if isinstance(found, bytes):
+            return from_json(found, RunConfig)
+        return as_type(dict(found), RunConfig)
+    except JsonError as error:
+        raise TrainError(
+            f"{where}: no run's settings ({error}); bring it back from a copy of the run, or "
+            "use the version of lapilli that wrote it"
+        ) from None
+
+
+def plain_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings as `config.json` has them."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def read_run_facts(run: Path) -> RunFacts | None:
+    """What was found when a run was last started; None where it never was.
+
+    Raises:
+        TrainError: The file is damaged or cannot be read.
+    """
+    path = run / FACTS
+    try:
+        return from_json(path.read_bytes(), RunFacts)
+    except OSError as error:
+        require_missing(path, error)
+        return None
+    except JsonError as error:
+        raise TrainError(
+            f"{path}: damaged ({error}); run the same train again, it writes it anew"
+        ) from None
+
+
+def require_trust(config: ModelConfig, trust: Trust, where: object) -> None:
+    """Refuse a model out of a run's own file that would run code which the command does not allow.
+
+    Args:
+        config: The model's settings.
+        trust: What the command allows.
+        where: The file they stand in, for the error.
+
+    Raises:
+        TrainError: Names all that is asked for, and the flags that allow it.
+    """
+    asked, flags, names = list[str](), list[str](), list[str]()
+    language = config.language
+    if not trust.remote_code:
+        beside = f"the code that comes with {language.pretrained or language.model_type}"
+        if language.trust_remote_code:
+            asked.append(f"model.language.trust_remote_code runs {beside}")
+        if "/" in language.attention:  # a kernel of the hub
+            asked.append(f"model.language.attention runs the code of {language.attention}")
+        flags += ["--trust_remote_code"] * bool(asked)
+    pickles = [p for p in ("vision", "language") if getattr(config, p).allow_pickle]
+    if pickles and not trust.pickle:
+        asked.append(f"model.{pickles[0]}.allow_pickle reads pickles of weights")
+        flags.append("--allow_pickle")
+    for field, name in (("vision.tower", config.vision.tower), ("projector", config.projector)):
+        if is_own_code(name) and name not in trust.code:
+            asked.append(f"model.{field} runs code of its own, {name}")
+            names.append(name)
+    if names:
+        flags.append(f"--allow_code {','.join(dict.fromkeys(names))}")
+    if asked:
+        said = excerpt("; ".join(asked), 400)
+        raise TrainError(
+            f"{where}: {said}; if you trust whoever made it, pass {excerpt(' '.join(flags), 300)}"
+        )

@@ -1,0 +1,1 @@
+"""One optimizer step: batches to the device, forward, backward, update."""

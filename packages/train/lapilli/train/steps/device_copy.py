@@ -1,0 +1,69 @@
+"""Steps to the device, one ahead of the one that is computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from lapilli.train.steps.feed import StepBatches
+from lapilli.train.steps.step import DeviceBatch, to_device
+
+__all__ = ["SentStep", "send_ahead"]
+
+
+@dataclass(frozen=True)
+class SentStep(StepBatches):
+    """A step whose micro-batches are on the device, or on their way there.
+
+    Attributes:
+        on_device: The micro-batches as the model's forward takes them.
+    """
+
+    on_device: list[DeviceBatch]
+
+
+def send_ahead(steps: Iterator[StepBatches], device: torch.device) -> Iterator[SentStep]:
+    """The same steps, each copied while the one before it is computed.
+
+    On a GPU from pinned memory on a stream of its own; computing waits for the copy's event and not
+    on the host. On a CPU the same steps without a copy.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    sent: tuple[SentStep, torch.cuda.Event | None] | None = None
+    for step in steps:
+        following = _send(step, device, stream)
+        if sent:
+            yield _arrived(*sent)
+        sent = following
+    if sent:
+        yield _arrived(*sent)
+
+
+def _send(
+    step: StepBatches, device: torch.device, stream: torch.cuda.Stream | None
+) -> tuple[SentStep, torch.cuda.Event | None]:
+    """Start the copies of one step."""
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        moved = [
+            to_device(batch, device, weight)
+            for batch, weight in zip(step.batches, step.weights, strict=True)
+        ]
+    known = {field.name: getattr(step, field.name) for field in fields(StepBatches)}
+    copied = torch.cuda.Event() if stream else None
+    if copied:
+        copied.record(stream)
+    return SentStep(**known, on_device=moved), copied
+
+
+def _arrived(step: SentStep, copied: torch.cuda.Event | None) -> SentStep:
+    """Let the stream that computes wait for the copies; their memory is its own from here on."""
+    if copied:
+        here = torch.cuda.current_stream()
+        here.wait_event(copied)
+        for batch in step.on_device:
+            for tensor in batch.inputs.values():
+                tensor.record_stream(here)
+    return step

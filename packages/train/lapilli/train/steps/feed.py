@@ -1,0 +1,209 @@
+"""From dataset and plan to this worker's batches, made ahead by threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapilli.data.batches.collate import Batch, BatchShape, choose_buckets, collate
+from lapilli.data.batches.sampler import EpochPlan, assign, longest_rows, plan_epoch
+from lapilli.data.dataset.dataset import Dataset
+from lapilli.train.config import RunConfig
+
+__all__ = ["Feed", "StepBatches", "batch_shape", "host_bytes", "mean_weights", "mock_steps"]
+
+THREADS = 2  # copying pixels leaves Python's lock to the others
+AHEAD = 4  # steps kept ready
+MOST_BYTES = 2**30  # of steps kept ready
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One optimizer step of one worker.
+
+    Attributes:
+        step: Number of the step in the run, from 0.
+        batches: The worker's micro-batches.
+        global_tokens: Trained tokens of the whole global batch.
+        global_samples: Samples of the whole global batch, empty slots left out.
+        sample_indices: The global batch's samples, -1 for empty slots.
+        weights: What each micro-batch's summed loss is multiplied by before it is divided by
+            `global_tokens`.
+        placed: The same samples in the order in which ranks and micro-batches hold them.
+        slots: Of each row of each of this worker's micro-batches, its place in `placed`.
+    """
+
+    step: int
+    batches: list[Batch]
+    global_tokens: int
+    global_samples: int
+    sample_indices: NDArray[np.int64]
+    weights: list[float]
+    placed: NDArray[np.int64]
+    slots: list[NDArray[np.int64]]
+
+
+def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchShape:
+    """The few shapes a run's batches have, chosen for its first epoch; the others are like it."""
+    lengths, has_images = dataset.lengths, dataset.has_images
+    images, text = longest_rows(plan, lengths, has_images, micro_batch=config.micro_batch)
+    # Whatever the other epochs put together: the longest sample has a place. Where a text-only
+    # micro-batch may stand beside another rank's images, it has one among theirs.
+    is_apart = config.policy == "grouped"
+    with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
+    images = np.append(images, with_images.max(initial=0))
+    text = np.append(text, lengths[~has_images].max(initial=0))
+    buckets, text_buckets = choose_buckets(images[images > 0], text[text > 0], count=config.buckets)
+    chunk = config.model.head_chunk
+    image_tokens = dataset.image_tokens
+    return BatchShape(config.micro_batch, buckets, image_tokens, chunk, text_buckets)
+
+
+def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
+    """Weights under which a global batch's loss is the mean of its micro-batches' means.
+
+    With m micro-batches that train anything, T trained tokens in all and t in one of them, its
+    summed loss over T times T / (t m) is its mean over m. That is what LLaVA's trainer computes
+    where all micro-batches train something; there one that does not makes the loss no number.
+
+    Args:
+        trained: Trained tokens by [rank][micro-step].
+        rank: Whose weights are asked for.
+
+    Returns:
+        One weight a micro-step; 0 where nothing is trained.
+    """
+    counts = [count for of_rank in trained for count in of_rank]
+    means = sum(count > 0 for count in counts)
+    return [sum(counts) / (count * means) if count else 0.0 for count in trained[rank]]
+
+
+class Feed:
+    """A worker's steps from `start` to `total`, the same global batches whatever the world size."""
+
+    def __init__(self, dataset: Dataset, config: RunConfig, *, rank: int, world_size: int) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        first = self._plan_epoch(0)
+        self._plan: tuple[int, EpochPlan] = 0, first
+        self._planning = threading.Lock()
+        self.shape = batch_shape(dataset, config, first)
+        steps = first.num_steps * config.epochs
+        self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
+
+    def _plan_epoch(self, epoch: int) -> EpochPlan:
+        is_llava = self.config.policy == "llava"
+        return plan_epoch(
+            self.dataset.llava_lengths if is_llava else self.dataset.lengths,
+            self.dataset.has_images,
+            global_batch=self.config.global_batch,
+            seed=self.config.seed,
+            epoch=epoch,
+            policy=self.config.policy,
+            remainder=self.config.remainder,
+            llava_micro_batch=self.config.micro_batch if is_llava else None,
+            llava_processes=self.config.llava_processes or self.config.workers,
+            group_by_modality_length=self.config.group_by_modality_length is not False,
+        )
+
+    def _locate(self, step: int) -> tuple[EpochPlan, int]:
+        with self._planning:
+            # every epoch has as many steps as the first
+            epoch, inside = divmod(step, self._plan[1].num_steps)
+            if epoch != self._plan[0]:
+                self._plan = epoch, self._plan_epoch(epoch)
+            return self._plan[1], inside
+
+    def make(self, step: int) -> StepBatches:
+        """This worker's micro-batches of one step."""
+        plan, inside = self._locate(step)
+        ranks = assign(
+            plan, inside, self.dataset.lengths,
+            world_size=self.world_size, micro_batch=self.config.micro_batch,
+        )  # fmt: skip
+        batches = [
+            collate(
+                [self.dataset.sample(int(i)) for i in ids if i >= 0],
+                self.shape,
+                self.dataset.image_size,
+                with_images=self._has_images([rank[micro] for rank in ranks]),
+            )
+            for micro, ids in enumerate(ranks[self.rank])
+        ]
+        indices = plan.global_batch(inside)
+        filled = indices[indices >= 0]
+        tokens = self._trained(indices)
+        weights = [1.0] * len(batches)
+        if self.config.loss == "means":
+            trained = [[self._trained(ids) for ids in rank] for rank in ranks]
+            weights = mean_weights(trained, self.rank)
+        placed, slots = _slots(ranks, self.rank)
+        return StepBatches(
+            step, batches, tokens, len(filled), indices, weights, placed, slots
+        )  # fmt: skip
+
+    def _trained(self, ids: NDArray[np.int64]) -> int:
+        """Trained tokens of a micro-batch."""
+        return int(self.dataset.num_trained[ids[ids >= 0]].sum())
+
+    def _has_images(self, ranks: list[NDArray[np.int64]]) -> bool:
+        """Whether any rank has an image in a micro-step."""
+        ids = np.concatenate(ranks)
+        return bool(self.dataset.num_images[ids[ids >= 0]].any())
+
+    def steps(self, start: int) -> Iterator[StepBatches]:
+        """Steps from `start` on, in order, made ahead by `THREADS` threads.
+
+        At most `AHEAD` steps are kept, and fewer where they would take more than `MOST_BYTES`. An
+        error of a thread is raised where its step is due.
+        """
+        ready: deque[Future[StepBatches]] = deque()
+        numbers = iter(range(start, self.total_steps))
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="feed")
+        ahead = THREADS
+        try:
+            while True:
+                for number in islice(numbers, ahead - len(ready)):
+                    ready.append(pool.submit(self.make, number))
+                if not ready:
+                    return
+                made = ready.popleft().result()
+                ahead = max(THREADS, min(AHEAD, MOST_BYTES // max(1, host_bytes(made))))
+                yield made
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _slots(
+    ranks: Sequence[Sequence[NDArray[np.int64]]], rank: int
+) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """All samples by rank and micro-batch, and where in them this rank's rows are."""
+    placed = np.concatenate([ids for micros in ranks for ids in micros])
+    start = sum(len(ids) for micros in ranks[:rank] for ids in micros)
+    slots: list[NDArray[np.int64]] = []
+    for ids in ranks[rank]:
+        slots.append(start + np.flatnonzero(ids >= 0))  # a batch's rows have no gaps
+        start += len(ids)
+    return placed, slots
+
+
+def host_bytes(step: StepBatches) -> int:
+    """Bytes of a step's arrays."""
+    arrays = [getattr(batch, f.name) for batch in step.batches for f in fields(batch)]
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+
+
+def mock_steps(feed: Feed, start: int = 0) -> Iterator[StepBatches]:
+    """As many steps of the same shapes as one of the feed has, at no cost: a bound for any feed."""
+    middle = feed.make(feed.total_steps // 2)
+    for step in range(start, feed.total_steps):
+        yield replace(middle, step=step)

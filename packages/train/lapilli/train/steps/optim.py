@@ -1,0 +1,52 @@
+"""AdamW and the learning rate as a pure function of the step: nothing of it needs saving."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from lapilli.model.parts.trainable import parameter_groups
+from lapilli.train.config import OptimConfig
+
+__all__ = ["build_optimizer", "learning_rate"]
+
+
+def learning_rate(
+    config: OptimConfig, step: int, total: int, *, starts_at_zero: bool = False
+) -> float:
+    """The rate of optimizer step `step` of `total`, counted from 0.
+
+    Warm-up takes n steps, or their share of all, rounded up; the decay reaches 0 after the last.
+    Step k of the warm-up has (k + 1) / n of the rate, or k / n where it `starts_at_zero`, as under
+    transformers' Trainer, whose first update changes nothing.
+    """
+    warmup = min(config.warmup_steps or math.ceil(config.warmup_ratio * total), total)
+    if step < warmup:
+        return config.lr * (step + (not starts_at_zero)) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "linear":
+        return config.lr * (1 - done)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start.
+
+    A group's `part` is one of `GROUPS`; its `lr_factor` is its peak rate over `config.lr`: all
+    rates follow one schedule.
+    """
+    groups = [
+        {
+            "params": params,
+            "part": group,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.lrs.get(group, config.lr),
+            "lr_factor": config.lrs.get(group, config.lr) / config.lr,
+        }
+        for (group, decays), params in parameter_groups(model).items()
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

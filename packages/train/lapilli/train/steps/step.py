@@ -1,0 +1,111 @@
+"""One optimizer step: needs an engine and device batches, and neither Ray nor a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapilli.data.batches.collate import Batch
+from lapilli.model.parts.trainable import trainable_parameters
+
+__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step", "warm_up"]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """The tensors the model's forward takes, by its argument names, and what its loss weighs."""
+
+    inputs: dict[str, Tensor]
+    weight: float = 1.0
+
+
+def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> DeviceBatch:
+    """Copy what the model needs to the device; pixels stay uint8 until they are there.
+
+    To a GPU the copies go from pinned memory and are not waited for.
+
+    Args:
+        batch: A micro-batch.
+        device: Where to.
+        weight: Multiplies its summed loss (`StepBatches.weights`).
+    """
+    arrays = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "merge_index": batch.merge_index,
+        "pixels": batch.pixels,
+        "predict_positions": batch.predict_positions,
+        "targets": batch.targets,
+        "row_losses": np.zeros(len(batch.input_ids), np.float32),  # the model fills it
+    }
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    if device.type == "cuda":
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    return DeviceBatch(moved, weight)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what is random in the model (dropout) from the step itself.
+
+    A resumed run draws what the uninterrupted one would have; no random state needs saving.
+    """
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+
+
+def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
+    """Forward and backward of each batch, which leaves no gradient and takes no step.
+
+    What a shape's first pass costs (memory that is found, kernels that are compiled) is paid
+    before step 0, and what does not fit fails there. Gradients are asked for by name and not
+    accumulated, so no hook of ZeRO's sees them. Collective: all ranks, the same shapes.
+    """
+    learning = list(trainable_parameters(engine.module).values())
+    for batch in batches:
+        loss = engine.module(**batch.inputs)  # the engine's own call would expect its `backward`
+        torch.autograd.grad(loss, learning, allow_unused=True)
+
+
+def train_step(
+    engine: Any,
+    batches: Sequence[DeviceBatch],
+    *,
+    global_tokens: int,
+    world_size: int,
+    before_update: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Forward and backward over a worker's micro-batches, then one optimizer step.
+
+    The gradient is that of the mean over all trained tokens of the global batch, or where the
+    batches carry weights of the mean over its micro-batches' means: DeepSpeed divides by the
+    accumulation and by the number of workers, so both are multiplied in before.
+
+    Args:
+        engine: DeepSpeed's engine.
+        batches: This worker's micro-batches, at least one; as many as the accumulation, or fewer
+            where the global batch is cut short.
+        global_tokens: Trained tokens of the global batch, known from the plan.
+        world_size: Number of workers.
+        before_update: Called once, between the last backward and the update.
+
+    Returns:
+        This worker's summed loss, weighted, fp32 scalar, detached.
+    """
+    scale = world_size * engine.gradient_accumulation_steps() / max(1, global_tokens)
+    total = torch.zeros((), dtype=torch.float32, device=engine.device)
+    for number, batch in enumerate(batches, start=1):
+        # said and not counted by DeepSpeed: a short batch has fewer micro-steps
+        is_last = number == len(batches)
+        engine.set_gradient_accumulation_boundary(is_last)
+        loss = engine(**batch.inputs) * batch.weight
+        engine.backward(loss * scale)
+        if is_last:
+            before_update()
+        engine.step()
+        total += loss.detach()
+    return total

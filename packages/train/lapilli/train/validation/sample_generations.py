@@ -1,0 +1,114 @@
+"""What a model answers to held-out samples while it is trained: `generations.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.errors import DataError
+from lapilli.model.parts.trainable import set_modes
+from lapilli.train.config import RunConfig
+from lapilli.train.engine.deepspeed_engine import gathered
+from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.jsonl import read_lines, write_lines
+from lapilli.train.validation.decoding import Asked, RowReader, ask_first
+
+__all__ = [
+    "GENERATIONS", "Generation", "Generations", "choose_questions", "forget_generations",
+    "read_generations", "write_generations",
+]  # fmt: skip
+
+GENERATIONS = "generations.jsonl"
+
+
+@dataclass(frozen=True)
+class Generation(Asked):
+    """An answer at some step.
+
+    Attributes:
+        step: The step after which it was asked.
+        index: The sample's place among those that are held out.
+    """
+
+    step: int
+    index: int
+
+
+def choose_questions(dataset: Dataset, count: int) -> list[int]:
+    """Places of samples in a dataset, from all over it, whose questions are asked.
+
+    Raises:
+        TrainError: It cannot be told where a question ends.
+    """
+    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
+    chosen: list[int] = np.unique(places.astype(np.int64)).tolist()
+    try:
+        reader = RowReader.of(dataset)
+        for index in chosen:
+            reader.first(dataset.sample(index))
+    except DataError as error:
+        raise TrainError(f"generate_every: {dataset.path}: {error}; or set it to 0") from None
+    return chosen
+
+
+class Generations:
+    """Asks a few held-out samples the same first question each time.
+
+    Every rank asks all of them, since under ZeRO-3 a forward needs every rank; rank 0 writes.
+
+    Args:
+        dataset: The samples, of which `config.generate_samples` from all over it are asked.
+        config: The run's settings.
+        rank: This worker's.
+    """
+
+    def __init__(self, dataset: Dataset, config: RunConfig, rank: int) -> None:
+        self._dataset = dataset
+        self._indices = choose_questions(dataset, config.generate_samples)
+        self._reader = RowReader.of(dataset)
+        self._rows = config.micro_batch
+        longest = max(self._reader.answer_length(dataset.token_row(i)) for i in self._indices)
+        self._most_tokens = min(longest, config.generate_tokens)
+        self._gathered = gathered if config.zero_stage == 3 else None
+        self._run = Path(config.output) if rank == 0 else None
+
+    def ask(self, engine: Any, step: int) -> list[Generation]:
+        """Ask after a step, a micro-batch at a time, and write down. Collective at ZeRO stage 3."""
+        engine.module.eval()
+        asked: list[Asked] = []
+        for start in range(0, len(self._indices), self._rows):
+            samples = map(self._dataset.sample, self._indices[start : start + self._rows])
+            asked += ask_first(
+                engine.module, [*samples], self._reader,
+                most_tokens=self._most_tokens, gathered=self._gathered,
+            )  # fmt: skip
+        set_modes(engine.module)
+        found = [
+            Generation(**asdict(one), step=step, index=index)
+            for one, index in zip(asked, self._indices, strict=True)
+        ]
+        if self._run:
+            write_generations(self._run, [*read_generations(self._run), *found])
+        return found
+
+
+def forget_generations(run: Path, start: int) -> None:
+    """Forget what an earlier try wrote of a step and later ones."""
+    found = read_generations(run)
+    if found and found[-1].step >= start:
+        write_generations(run, [one for one in found if one.step < start])
+
+
+def write_generations(run: Path, generations: Sequence[Generation]) -> None:
+    """Replace the file."""
+    write_lines(run / GENERATIONS, map(asdict, generations))
+
+
+def read_generations(run: Path) -> list[Generation]:
+    """What `generations.jsonl` holds, first steps first; nothing where there is none."""
+    return read_lines(run / GENERATIONS, Generation)

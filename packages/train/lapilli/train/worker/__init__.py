@@ -1,0 +1,1 @@
+"""What each worker does: set up, then step after step."""

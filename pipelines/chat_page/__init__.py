@@ -1,0 +1,1 @@
+"""The chat page's server: requests, bounds and the model's worker."""

@@ -1,0 +1,240 @@
+"""What every pipeline shares: settings from recipes and flags, and errors as one line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence, Set
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lapilli.data.errors import DataError
+from lapilli.data.io.access import blame, system_error
+from lapilli.data.io.addresses import hide_secrets, refuse_address, refuse_secrets
+from lapilli.data.io.printable import one_line, spell_out
+from lapilli.data.io.yaml_text import load_yaml
+from lapilli.model.errors import ModelError
+from lapilli.train.errors import TrainError
+from pipelines.cli.terminal import console, flush_output, safe_output
+
+__all__ = [
+    "UsageError",
+    "console",
+    "first_as",
+    "parse",
+    "progress_bar",
+    "read_arguments",
+    "run",
+    "say",
+    "say_text",
+    "say_title",
+    "stream_text",
+    "with_switches",
+]
+
+Config = TypeVar("Config")
+USERS_MISTAKE = 2
+# Settings that name a file or folder of this machine. What names more has its own look at it:
+# sources, `mirror`, `eval_dataset`.
+PLACES = frozenset(
+    {"dataset", "extra_roots", "folders", "html", "image", "images", "model", "offload_path",
+     "output", "pretrained", "questions", "root", "run", "start_from", "template", "tokenizer"}
+)  # fmt: skip
+LONGEST_MISTAKE = 1200  # characters: it may hold a value of a recipe
+_yaml_load: Callable[[str], Any] = get_loader("yaml")
+
+
+class UsageError(Exception):
+    """A flag or a recipe's key that is wrong."""
+
+
+def parse(
+    kind: type[Config],
+    argv: Sequence[str] | None,
+    description: str,
+    addresses: Sequence[str] = (),
+) -> Config:
+    """Read a config dataclass from `--config RECIPE.yaml` (several are layered) and flags.
+
+    Args:
+        kind: The dataclass.
+        argv: The arguments; None for the command's own.
+        description: What the command does, for its help.
+        addresses: Those of `PLACES` that may be addresses (`s3://bucket/folder`) here.
+
+    Raises:
+        UsageError: An unknown key, a wrong type or something missing; names the field.
+        DataError: An address with a password, which is not repeated, or one where a path of this
+            machine is expected.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe; several are layered")
+    parser.add_class_arguments(kind)
+    arguments = with_switches(kind, sys.argv[1:] if argv is None else argv)
+    namespace = read_arguments(parser, arguments, addresses)
+    return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
+
+
+def first_as(name: str, argv: Sequence[str] | None) -> list[str]:
+    """The arguments, where a first one without dashes is the value of `--name`."""
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    if words and not words[0].startswith("-"):
+        words[0] = f"--{name}={words[0]}"
+    return words
+
+
+def read_arguments(
+    parser: ArgumentParser, argv: Sequence[str] | None, addresses: Sequence[str] = ()
+) -> Any:
+    """What a parser (made with `exit_on_error=False`) makes of the arguments.
+
+    Raises:
+        UsageError, DataError: As `parse`.
+    """
+    if get_loader("yaml") is not _load_recipe:
+        set_loader("yaml", _load_recipe, (yaml.YAMLError,))
+    try:
+        found = parser.parse_args(argv)
+        settings = found.as_dict()
+        _refuse_secrets("", settings)
+        _refuse_addresses("", settings, PLACES.difference(addresses))
+        return parser.instantiate_classes(found)
+    except ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a recipe is not UTF-8 text ({error.reason})") from None
+
+
+def _load_recipe(text: str) -> Any:
+    """A recipe, or the value of a flag."""
+    return load_yaml(text, _yaml_load)
+
+
+def _refuse_secrets(setting: str, value: object) -> None:
+    """Refuse an address with a password, wherever in the settings it stands."""
+    if isinstance(value, (str, Path)):
+        refuse_secrets(setting, str(value))
+    elif isinstance(value, dict):
+        for name, one in cast("dict[object, object]", value).items():
+            _refuse_secrets(f"{setting}.{name}".lstrip("."), one)
+    elif isinstance(value, (list, tuple)):
+        for one in cast("Sequence[object]", value):
+            _refuse_secrets(setting, one)
+
+
+def _refuse_addresses(setting: str, value: object, places: Set[str]) -> None:
+    """Refuse an address where a setting names a place of this machine; sources have their own."""
+    if isinstance(value, dict):
+        for name, one in cast("dict[str, object]", value).items():
+            if name != "sources":
+                _refuse_addresses(f"{setting}.{name}".lstrip("."), one, places)
+    elif setting.rpartition(".")[2] in places:
+        for one in cast("Sequence[object]", value if isinstance(value, (list, tuple)) else [value]):
+            refuse_address(setting, str(one))
+
+
+def with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
+    """`--decode` without a value means true; `--decode false` stays what it is."""
+    switches = {f"--{item.name}" for item in fields(kind) if item.type in ("bool", bool)}
+    words = [*argv, "--"]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in pairwise(words)
+    ]
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one.
+
+    So does what rights, a disk or a server refuse; any other error keeps its traceback. A closed
+    pipe ends the command without a word, with the exit code of SIGPIPE.
+    """
+    warnings.formatwarning = warning_line
+    sys.excepthook = _spelt_traceback
+    with safe_output():
+        code = _exit_code(main)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int]) -> int:
+    try:
+        code = main()
+        flush_output()
+    except (DataError, ModelError, TrainError, UsageError) as error:
+        return _mistake(str(error))
+    except Exception as error:
+        found = system_error(error)
+        if found is None or (line := blame(found)) is None:
+            raise
+        return _mistake(line)
+    except KeyboardInterrupt as stopped:
+        where = f"{stopped}; " if str(stopped) else ""
+        print(f"interrupted; {where}run the same command again to go on", file=sys.stderr)
+        return 130
+    return code
+
+
+def _mistake(line: str) -> int:
+    print(f"error: {hide_secrets(_short(line))}", file=sys.stderr)
+    return USERS_MISTAKE
+
+
+def _spelt_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    sys.stderr.write(spell_out("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _short(text: str) -> str:
+    """A message as one line; of a long one, which has a value of a file in it, both ends."""
+    line = " ".join(text.split())
+    if len(line) <= LONGEST_MISTAKE:
+        return line
+    return f"{line[: LONGEST_MISTAKE - 300]} ... {line[-300:]}"
+
+
+def warning_line(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as a reader wants it: what it says, without the place in the code."""
+    del where, line
+    return f"warning: {hide_secrets(' '.join(str(message).split()))}\n"
+
+
+def say(text: str) -> None:
+    """One line of narration; brackets in it are text. Newlines in front are empty lines."""
+    line = text.lstrip("\n")
+    say_text("\n" * (len(text) - len(line)) + one_line(line))
+
+
+def say_text(text: str) -> None:
+    """Text of several lines, such as an answer; brackets in it are text."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def stream_text(piece: str) -> None:
+    """A piece of a text as it comes, without an end of line."""
+    sys.stdout.write(spell_out(piece))
+    sys.stdout.flush()
+
+
+def say_title(text: str) -> None:
+    """The line a phase begins with."""
+    console.print(f"\n{one_line(text)}", style="bold", markup=False)
+
+
+def progress_bar(*columns: Any) -> Progress:
+    """A progress bar with counts and time to go; prints nothing but its last state to a file."""
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        *columns,
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )

@@ -1,0 +1,376 @@
+"""What a dataset and a run are, read from their folders alone: names with short texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from lapilli.data.errors import DataError
+from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
+from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.shards.checks import open_selection
+from lapilli.data.shards.files import ShardFacts
+from lapilli.data.shards.manifest import NAME as MANIFEST
+from lapilli.data.shards.manifest import PLAN, Manifest, ViewFacts, read_manifest
+from lapilli.data.shards.quarantine import read_quarantine
+from lapilli.train.checkpoint.layout import CONFIG, FOLDER, MILESTONES, folder_bytes, steps_in
+from lapilli.train.checkpoint.save_load import find_checkpoints
+from lapilli.train.config import RunConfig
+from lapilli.train.driver.workers import MISTAKE
+from lapilli.train.run_folder.metrics_file import METRICS, read_steps
+from lapilli.train.run_folder.restarts import read_starts
+from lapilli.train.run_folder.settings import RunFacts, read_run_config, read_run_facts
+
+__all__ = [
+    "Description",
+    "SourceRow",
+    "bytes_text",
+    "describe",
+    "describe_dataset",
+    "describe_run",
+    "duration_text",
+    "kind_of",
+]
+
+SHOWN_VERSIONS = ("lapilli", "torch", "deepspeed", "transformers", "ray", "pyarrow", "tokenizers")
+
+
+Lines: TypeAlias = tuple[str, ...]  # short texts, one below the other or in a row
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """Records of one source; `reasons` are those of the quarantined ones."""
+
+    name: str
+    read: int
+    kept: int
+    quarantined: int
+    reasons: Lines
+
+
+@dataclass(frozen=True)
+class Description:
+    """A dataset or a run.
+
+    Attributes:
+        path: Its folder.
+        kind: Which of the two.
+        facts: What there is to say by name, in the order to be shown.
+        sources: A dataset's sources.
+    """
+
+    path: Path
+    kind: Literal["dataset", "run"]
+    facts: dict[str, Lines]
+    sources: tuple[SourceRow, ...] = ()
+
+
+def kind_of(path: Path) -> Literal["dataset", "run"]:
+    """Whether a folder is a dataset, finished or not, or a run.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if not is_folder(path):
+        raise DataError(f"{path}: no such folder; expected the --output of preprocess or train")
+    if exists(path / MANIFEST) or exists(path / PLAN):
+        return "dataset"
+    if "global_batch" in _read_json(path / CONFIG):
+        return "run"
+    raise DataError(
+        f"{path}: neither a dataset nor a run; expected the --output of preprocess or train"
+    )
+
+
+def describe(path: Path) -> Description:
+    """Read what there is to say of a folder.
+
+    Raises:
+        DataError, TrainError: It is neither dataset nor run, unfinished or damaged.
+    """
+    return describe_dataset(path) if kind_of(path) == "dataset" else describe_run(path)
+
+
+# ---- datasets ----------------------------------------------------------------------------------
+
+
+def describe_dataset(path: Path) -> Description:
+    """Counts, views, shards, tokens and versions of a dataset. Opens no image."""
+    manifest = read_manifest(path)
+    counts = manifest.counts
+    read, bad = counts["read"], counts["quarantined"]
+    sources = _sources(path, manifest)
+    facts: dict[str, Lines] = {
+        "records": (
+            f"{read:,} read",
+            f"{counts['kept']:,} kept",
+            f"{bad:,} quarantined{_share(bad, read)}",
+        ),
+        "quarantined": _counted(counts["reasons"]) or ("none",),
+        "repaired keys": _counted(counts["repairs"]) or ("none",),
+        "images": (f"{counts['images']:,} files", *_counted(counts.get("image_notes", {}))),
+        **{f"view {name}": _view(view) for name, view in manifest.views.items()},
+        **_tokens(path, manifest),
+        "fingerprint": (manifest.fingerprint[:16],),
+        "versions": _versions(manifest.versions),
+    }
+    return Description(path, "dataset", facts, sources)
+
+
+def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
+    """Each source with what was quarantined of it and why."""
+    bad: dict[str, Counter[str]] = {name: Counter() for name in manifest.counts["sources"]}
+    if manifest.counts["quarantined"]:
+        table = read_quarantine(path, ["source", "reason"])
+        for row in table.group_by(["source", "reason"]).aggregate([([], "count_all")]).to_pylist():
+            bad.setdefault(row["source"], Counter())[row["reason"]] += row["count_all"]
+    return tuple(
+        SourceRow(name, read, read - bad[name].total(), bad[name].total(), _counted(bad[name]))
+        for name, read in manifest.counts["sources"].items()
+    )
+
+
+def _view(view: ViewFacts) -> Lines:
+    spec, codecs = view.spec, view.codecs
+    error = f", PSNR {view.fast_error['psnr']:.1f} dB" if view.fast_error else ""
+    set_later = "".join(f", {name} {spec[name]}" for name in ("alpha", "depth") if name in spec)
+    return (
+        f"{spec['size']} px, {spec['aspect']}, {spec['mode']}{set_later}{error}",
+        *_shards(view.shards),
+        f"decoder {codecs['decoder']}",
+        f"resizer {codecs['resizer']} {codecs['resizer_version']}",
+    )
+
+
+def _tokens(path: Path, manifest: Manifest) -> dict[str, Lines]:
+    """Text tokens; how many an image takes is the tower's affair."""
+    table = open_selection(path, manifest)
+    text, trained = table["text_length"].to_numpy(), table["num_trained"].to_numpy()
+    images = np.diff(table["image_slots"].combine_chunks().offsets.to_numpy())
+    tokenizer = manifest.tokenizer
+    return {
+        "images a record": (
+            f"mean {images.mean():.2f}",
+            f"most {images.max()}",
+            f"{int((images == 0).sum()):,} text only",
+        ),
+        "token shards": _shards(manifest.tokens),
+        "text tokens": (
+            f"mean {text.mean():,.1f}",
+            f"most {text.max():,}",
+            f"{text.sum():,} in all",
+        ),
+        "trained tokens": (f"{trained.sum():,}{_share(int(trained.sum()), int(text.sum()))}",),
+        "tokenizer": (f"{tokenizer['name']}", f"{tokenizer['vocab_size']:,} ids"),
+        "template": (manifest.template,),
+    }
+
+
+def _shards(shards: Sequence[ShardFacts]) -> Lines:
+    rows, size = sum(shard.rows for shard in shards), sum(shard.bytes for shard in shards)
+    return f"{rows:,} rows", counted(len(shards), "shard"), bytes_text(size)
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+def describe_run(path: Path) -> Description:
+    """State, loss, speed, parts, checkpoints and settings of a run. Loads no weight."""
+    config, found = read_run_config(path), read_run_facts(path)
+    metrics = read_steps(path)
+    checkpoints = find_checkpoints(path, hashed=False)
+    saved = checkpoints[-1].state if checkpoints else {}
+    optim = config.optim
+    accumulated = config.accumulation if config.micro_batch else 0
+    facts: dict[str, Lines] = {
+        "state": _state(path, metrics, found["total_steps"] if found else None),
+        "loss": _loss(metrics),
+        "held-out loss": _held_out(metrics),
+        "speed": _speed(metrics),
+        **_starts(path),
+        "parameters": _parts(found["parameters"] if found else {}),
+        "global batch": (
+            f"{config.global_batch:,} samples",
+            f"{counted(config.workers, 'worker')} x {config.micro_batch} x {accumulated}",
+        ),
+        "optimizer": (f"lr {optim.lr:g} {optim.schedule}", f"ZeRO-{config.zero_stage}"),
+        "device": ((found or {}).get("device", config.device), config.precision),
+        "samples": _samples(config, found),
+        "dataset": (config.dataset, f"view {config.view}"),
+        "checkpoints": _checkpoints([c.step for c in checkpoints], path),
+        **_milestones(path),
+        "versions": _versions(saved.get("versions", {})) or ("—",),
+    }
+    return Description(path, "run", facts)
+
+
+def _state(path: Path, metrics: Sequence[Mapping[str, Any]], total: int | None) -> Lines:
+    done = metrics[-1]["step"] + 1 if metrics else 0
+    of = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
+    mistake = path / MISTAKE
+    if total and done >= total:
+        return "finished", of
+    if exists(mistake):
+        why = " ".join(mistake.read_text(encoding="utf-8", errors="replace").split())
+        return "stopped", of, why
+    if not metrics:
+        return ("not a step done",)
+    ago = time.time() - (path / METRICS).stat().st_mtime
+    return "not finished", f"{of}{_share(done, total or 0)}", f"last step {duration_text(ago)} ago"
+
+
+def _loss(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+    ends = (metrics[0], metrics[-1]) if metrics else ()
+    return tuple(f"{row['loss']:.4f} at step {row['step']:,}" for row in ends) or ("—",)
+
+
+def _held_out(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+    """The last and the best one."""
+    found = [row for row in metrics if "held_out_loss" in row]
+    if not found:
+        return ("—",)
+    best = min(found, key=lambda row: row["held_out_loss"])
+    shown = found[-1:] if best is found[-1] else [found[-1], best]
+    return tuple(f"{row['held_out_loss']:.4f} at step {row['step']:,}" for row in shown)
+
+
+def _speed(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+    """The median step's rate: the first steps compile, and a disk may have held one up."""
+    rates = [row["samples"] / row["seconds"] for row in metrics if row["seconds"]]
+    if not rates:
+        return ("—",)
+    seconds = math.fsum(row["seconds"] for row in metrics)
+    waited = math.fsum(row["wait_seconds"] for row in metrics) / seconds
+    return (
+        f"{float(np.median(rates)):,.1f} samples/s",
+        *_utilisation(metrics),
+        f"{duration_text(seconds)} of steps",
+        f"{waited:.1%} waiting for data",
+    )
+
+
+def _utilisation(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+    """Tokens a second and MFU of the median step, where they are known."""
+    speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
+    mfus = [row["mfu"] for row in metrics if row.get("mfu") is not None]
+    return (
+        *((f"{float(np.median(speeds)):,.0f} tokens/s",) if speeds else ()),
+        *((f"MFU {float(np.median(mfus)):.1%}",) if mfus else ()),
+    )
+
+
+def _starts(path: Path) -> dict[str, Lines]:
+    """How often a run was started, and what it cost; a run that was not restarted says nothing."""
+    starts = read_starts(path)
+    if len(starts) < 2:
+        return {}
+    restarts = sum(start.reason == "restart" for start in starts)
+    repeated = sum(start.repeated for start in starts)
+    seconds = sum(start.repeated_seconds for start in starts)
+    return {
+        "starts": (
+            f"{len(starts)}, {restarts} of them by Ray",
+            f"{duration_text(sum(start.seconds for start in starts))} until workers were ready",
+            f"{counted(repeated, 'step')} repeated, {duration_text(seconds)}",
+        )
+    }
+
+
+def _parts(parameters: Mapping[str, Sequence[int]]) -> Lines:
+    """Each part of the model, and what of it learns, in the order data pass through."""
+    order = ("vision", "projector", "language")
+    lines: list[str] = []
+    for name in sorted(parameters, key=lambda name: order.index(name) if name in order else 9):
+        total, trained = parameters[name]
+        state = "trained" if trained == total else f"{trained:,} trained" if trained else "frozen"
+        lines.append(f"{name} {total:,} {state}")
+    return tuple(lines) or ("—",)
+
+
+def _samples(config: RunConfig, found: RunFacts | None) -> Lines:
+    epochs = counted(config.epochs, "epoch")
+    if found is None:
+        return (epochs,)
+    left_out = (f"{found['too_long']:,} too long",) if found["too_long"] else ()
+    return f"{found['samples']:,}", epochs, *left_out
+
+
+def _checkpoints(steps: Sequence[int], run: Path) -> Lines:
+    """Their steps, or how many there are where these would fill the table."""
+    if not steps:
+        return ("none",)
+    size = folder_bytes(run / FOLDER)
+    if len(steps) <= 4:
+        return f"step {' and '.join(f'{step:,}' for step in steps)}", bytes_text(size)
+    return f"{len(steps)} from step {steps[0]:,} to {steps[-1]:,}", bytes_text(size)
+
+
+def _milestones(run: Path) -> dict[str, Lines]:
+    steps = [int(path.name.partition("-")[2]) for path in steps_in(run / MILESTONES)]
+    if not steps:
+        return {}
+    ends = f"step {steps[0]:,}" if len(steps) == 1 else f"step {steps[0]:,} to {steps[-1]:,}"
+    size = bytes_text(folder_bytes(run / MILESTONES))
+    return {"milestones": (counted(len(steps), "milestone"), ends, size)}
+
+
+# ---- words -------------------------------------------------------------------------------------
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def bytes_text(size: float) -> str:
+    """`17.2 kB`, `189.3 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """`12 s`, `3.5 min`, `2.1 h`, `4 days`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
+
+
+def _share(part: int, whole: int) -> str:
+    return f" ({part / whole:.1%})" if part and whole else ""
+
+
+def _counted(counts: Mapping[str, int]) -> Lines:
+    return tuple(f"{name} {count:,}" for name, count in sorted(counts.items()))
+
+
+def _versions(versions: Mapping[str, str]) -> Lines:
+    first = [name for name in SHOWN_VERSIONS if name in versions]
+    rest = [name for name in versions if name not in SHOWN_VERSIONS]
+    return tuple(f"{name} {versions[name]}" for name in [*first, *rest])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return from_json(path.read_bytes(), dict[str, Any])
+    except (OSError, JsonError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
+        return {}
