@@ -27,7 +27,7 @@ from pipelines.cli.trust_flags import TrustFlags
 __all__ = ["ChatConfig", "chat", "main", "make_app"]
 
 Found = TypeVar("Found")
-PAGE = Path(__file__).with_name("chat.html")
+PAGE = Path(__file__).parent / "chat_page" / "chat.html"
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 HEADERS = {
     "Cache-Control": "no-store",

@@ -23,16 +23,16 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import resolve_codecs
 from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, square
 from lapilli.data.io.access import is_folder, require_writable
+from lapilli.data.io.atomic import write_atomic
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts import Located, read_image
-from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.published import ANNOTATIONS
 from lapilli.data.planning.decode_check import verify_images
 from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.scan import Survey, survey
 from lapilli.data.planning.selection import quarantine_table
 from lapilli.data.record import Entry, Verdict, excerpt
-from lapilli.data.shards.files import write_atomic
 from lapilli.data.sources.tally import Tally, describe_tally
 from lapilli.data.sources.validation import Rules, plain_rules
 from lapilli.data.text.encode import bind_template, load_tokenizer

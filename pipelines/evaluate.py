@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapilli.data.io.access import cannot_read, is_denied, is_folder
+from lapilli.data.io.atomic import write_atomic, write_json
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.writer_lock import only_writer
-from lapilli.data.shards.files import write_atomic, write_json
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.train.checkpoint.save_load import WEIGHTS, newest_weights
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lapilli.data.building.driver import BuildReport, build, task_bytes
+from lapilli.data.building.disk import task_bytes
+from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.shard_cache import is_address
 from lapilli.data.images.codecs import replaced_simd

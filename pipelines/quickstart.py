@@ -23,9 +23,9 @@ import torch
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.io.access import exists
+from lapilli.data.io.atomic import write_json
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.ray_session import ray_session
-from lapilli.data.shards.files import write_json
 from lapilli.data.text.encode import train_tokenizer
 from lapilli.train.config import RunConfig
 from lapilli.train.inference.evaluate import Answer, Scores, score

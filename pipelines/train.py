@@ -23,7 +23,6 @@ from rich.table import Table
 from lapilli.data.errors import DataError
 from lapilli.data.ray_session import ray_session
 from lapilli.data.trust import NOTHING, Trust
-from lapilli.train.checkpoint.layout import CONFIG
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import (
     Preflight,
@@ -37,6 +36,7 @@ from lapilli.train.driver.replay import Finding, rerun
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import read_kept
 from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.run_folder.settings import read_run_config, require_trust
 from pipelines.cli.command import (
     console,

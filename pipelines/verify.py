@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lapilli.data.building.repair import repair_dataset
 from lapilli.data.dataset.build_settings import read_build_config
-from lapilli.data.dataset.verify import Verification, repair_dataset, verify_dataset
+from lapilli.data.dataset.verify import Verification, verify_dataset
 from lapilli.data.trust import NOTHING, Trust
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, progress_bar, say

@@ -10,14 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.shards.files import (
-    IMAGE_SCHEMA,
-    SELECTION_SCHEMA,
-    TOKEN_SCHEMA,
-    ShardFacts,
-    write_json,
-)
+from lapilli.data.io.atomic import ShardFacts, write_json
 from lapilli.data.shards.manifest import FORMAT, PLAN, Manifest, ViewFacts, write_manifest
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, SELECTION_SCHEMA, TOKEN_SCHEMA
 
 __all__ = ["RECORDS", "write_large"]
 

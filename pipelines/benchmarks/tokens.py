@@ -22,7 +22,8 @@ from lapilli.data.building.run_task import run_task
 from lapilli.data.images.buffers import peak_resident
 from lapilli.data.planning.plan import TokenTask, writer_version
 from lapilli.data.record import Record, pack
-from lapilli.data.shards.files import TOKEN_SCHEMA, finished_facts, open_table
+from lapilli.data.shards.files import finished_facts, open_table
+from lapilli.data.shards.schemas import TOKEN_SCHEMA
 from lapilli.data.text.encode import bind_template, load_tokenizer, tokenizer_facts
 from lapilli.data.text.rendering import TextSegment, render
 from lapilli.data.text.templates import Template, get_template

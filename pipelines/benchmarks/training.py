@@ -1,7 +1,8 @@
 """A training step of LLaVA-1.5's shapes with random weights: time, MFU, memory, the largest costs.
 
-One process and plain torch (`lapilli.train.engine.torch_engine`): neither Ray nor DeepSpeed is needed. On a GPU
-the 7B sizes in bf16, else a tiny model in fp32; stage 1 (the projector learns), LoRA, and full.
+One process and plain torch (`lapilli.train.engine.torch_engine`): neither Ray nor DeepSpeed is
+needed. On a GPU the 7B sizes in bf16, else a tiny model in fp32; stage 1 (the projector learns),
+LoRA, and full.
 Beside it transformers' Trainer on `LlavaForConditionalGeneration` of the same sizes, rows and
 learning parts. MFU and HFU are `step_flops` over the peak rate: a data sheet's on a GPU, on a CPU
 that of a square matrix product. The wait for data is the feed's matter (topic `feed`): here a batch

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from rich.progress import Progress, TextColumn
 
 from lapilli.data.building.runners import Runner, run_on_ray
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.shard_task import ImageTask, Task
-from lapilli.data.shards.files import IMAGE_SCHEMA, OK, ShardFacts, open_table
+from lapilli.data.shards.files import open_table
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK
 from pipelines.cli.command import progress_bar
 
 __all__ = ["build_line", "describe_rate"]

@@ -22,14 +22,16 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage, ImageSpec, decode
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.printable import relative_names
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.planning.located_entries import open_mount
 from lapilli.data.record import Verdict, excerpt
 from lapilli.data.shards.checks import open_selection
-from lapilli.data.shards.files import IMAGE_SCHEMA, OK, ShardFacts, open_table
+from lapilli.data.shards.files import open_table
 from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.shards.quarantine import read_quarantine
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK
 from lapilli.data.sources import get_source
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.sources.tally import named

@@ -14,17 +14,17 @@ import numpy as np
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.shards.checks import open_selection
-from lapilli.data.shards.files import ShardFacts
 from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.data.shards.manifest import PLAN, Manifest, ViewFacts, read_manifest
 from lapilli.data.shards.quarantine import read_quarantine
-from lapilli.train.checkpoint.layout import CONFIG, FOLDER, MILESTONES, folder_bytes, steps_in
+from lapilli.train.checkpoint.layout import folder_bytes, steps_in
 from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.workers import MISTAKE
-from lapilli.train.run_folder.metrics_file import METRICS, read_steps
+from lapilli.train.run_folder.metrics_file import read_steps
+from lapilli.train.run_folder.names import CONFIG, FOLDER, METRICS, MILESTONES, MISTAKE
 from lapilli.train.run_folder.restarts import read_starts
 from lapilli.train.run_folder.settings import RunFacts, read_run_config, read_run_facts
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
-from lapilli.data.planning.mixture import HELD_OUT, TRAIN
+from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.text.token_text import transcript
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.health.network_check import WORKERS
 from lapilli.train.metrics.step_metrics import SampleLoss, read_worst
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import read_steps
+from lapilli.train.run_folder.names import WORKERS
 from lapilli.train.run_folder.restarts import Start, read_starts
 from lapilli.train.run_folder.settings import (
     RunFacts,

@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 
+from lapilli.data.building.repair import repair_dataset
 from lapilli.data.building.runners import run_here
 from lapilli.data.config import SourceConfig
 from lapilli.data.dataset.dataset import open_dataset
-from lapilli.data.dataset.verify import repair_dataset, verify_dataset
+from lapilli.data.dataset.verify import verify_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage
 from lapilli.data.io.access import blame, exists, is_file, is_folder, naming, subpaths, system_error
+from lapilli.data.io.atomic import write_atomic
 from lapilli.data.mounts import Mount, read_image
 from lapilli.data.mounts.places import Located
 from lapilli.data.record import Reason, Verdict
-from lapilli.data.shards.files import SELECTION_SCHEMA, finished_facts, open_table, write_atomic
+from lapilli.data.shards.files import finished_facts, open_table
 from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.shards.schemas import SELECTION_SCHEMA
 from lapilli.data.sources.reading.files import annotation_files
 from lapilli.data.text.encode import load_tokenizer
 from tests.factories import build_config, build_dataset, image_bytes, make_mixture, make_tokenizer

@@ -14,17 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lapilli.data.building.driver import BuildReport, build, check_disk
+from lapilli.data.building.disk import check_disk
+from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.building.run_task import run_task
 from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.view import BadImage, prepare
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.plan import ImageTask, Task, plan_build
 from lapilli.data.record import Reason
-from lapilli.data.shards.files import ShardFacts
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.encode import encode, load_tokenizer
 from tests.factories import (

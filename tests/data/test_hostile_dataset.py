@@ -18,10 +18,11 @@ import pyarrow as pa
 import pytest
 from fsspec import AbstractFileSystem
 
+from lapilli.data.building.repair import repair_dataset
 from lapilli.data.config import MixtureConfig
 from lapilli.data.dataset.build_settings import read_build_config
 from lapilli.data.dataset.dataset import open_dataset
-from lapilli.data.dataset.verify import repair_dataset, verify_dataset
+from lapilli.data.dataset.verify import verify_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.tokenizer_files import load_tokenizer

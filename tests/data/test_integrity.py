@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.data.building.repair import repair_dataset
 from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
-from lapilli.data.dataset.verify import Damage, repair_dataset, verify_dataset
+from lapilli.data.dataset.verify import Damage, verify_dataset
 from lapilli.data.errors import DataError
 from tests.factories import build_config, build_dataset, make_mixture, make_tokenizer
 

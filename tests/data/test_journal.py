@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lapilli.data.building import crash_guard as journal
-from lapilli.data.building.crash_guard import MOST_ATTEMPTS, Journal, journal_folder, try_apart
+from lapilli.data.building.crash_guard import MOST_ATTEMPTS, Journal, journal_folder
+from lapilli.data.building.decode_child import try_apart
 from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import resolve_codecs
 from lapilli.data.images.view import BadImage, ImageSpec

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.shards.files import ShardFacts
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.shards.manifest import (
     FORMAT,
     Manifest,

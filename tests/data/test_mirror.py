@@ -20,7 +20,7 @@ from lapilli.data.dataset import shard_cache as mirror_module
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.dataset.shard_cache import open_mirror, parse_bytes
 from lapilli.data.errors import DataError
-from lapilli.data.shards.files import TEMPORARY, sha256_file
+from lapilli.data.io.atomic import TEMPORARY, sha256_file
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.object_store import serve_s3
 

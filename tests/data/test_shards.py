@@ -12,18 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.errors import DataError
-from lapilli.data.shards.files import (
-    IMAGE_SCHEMA,
-    TOKEN_SCHEMA,
-    ShardFacts,
-    begin_shard,
-    finished_facts,
-    open_table,
-    sha256_file,
-    write_atomic,
-    write_json,
-    write_shard,
-)
+from lapilli.data.io.atomic import ShardFacts, sha256_file, write_atomic, write_json
+from lapilli.data.shards.files import begin_shard, finished_facts, open_table, write_shard
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, TOKEN_SCHEMA
 
 ROWS: dict[str, list[Any]] = {
     "image_id": ["a.png", "b.png"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,12 +14,14 @@ import pytest
 import transformers
 from tokenizers import AddedToken
 
+from lapilli.data.building import finish
 from lapilli.data.building.driver import build
+from lapilli.data.building.repair import repair_dataset
 from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.dataset.tokenizer_copy import open_copy, write_copy
-from lapilli.data.dataset.verify import repair_dataset, verify_dataset
+from lapilli.data.dataset.verify import verify_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.planning.plan import plan_build
 from lapilli.data.record import Record, TextPart, Turn
@@ -284,7 +285,7 @@ def test_a_copy_that_writes_other_ids_ends_the_build(
     """As a library would that reads a copy otherwise, and has the same fingerprint for it."""
     wrong: Any = load_tokenizer(config.tokenizer)
     wrong.backend_tokenizer.pre_tokenizer = None
-    monkeypatch.setattr(sys.modules["lapilli.data.building.driver"], "open_copy", lambda *_: wrong)
+    monkeypatch.setattr(finish, "open_copy", lambda *_: wrong)
     with pytest.raises(
         DataError, match=r"writes other ids than .*llama did: .* from place"
     ) as found:

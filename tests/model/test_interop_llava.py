@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_tensors
 from lapilli.model.interop.foreign import load_foreign
 from lapilli.model.interop.llava import load_llava, write_llava, write_projector
+from lapilli.model.parts.weight_files import read_tensors
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model.test_vlm import CLIP, CONFIG, LLAMA
 from tests.model.twins import llava_form

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 from lapilli.model.config import LoraConfig, ModelConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop import weights
-from lapilli.model.interop.files import read_tensors
 from lapilli.model.interop.hf import read_hf, write_hf
 from lapilli.model.interop.llava import load_llava, write_llava
 from lapilli.model.interop.lora_run import write_lora_run
 from lapilli.model.interop.weights import Weight, plain_weights, write_weights
+from lapilli.model.parts.weight_files import read_tensors
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 from tests.model.test_interop_hf import assert_same_logits

@@ -14,10 +14,10 @@ import torch
 
 from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_tensors, save_tensors
 from lapilli.model.interop.foreign import load_foreign
 from lapilli.model.parts.language import build_language
 from lapilli.model.parts.vision import with_normalisation
+from lapilli.model.parts.weight_files import read_tensors, save_tensors
 
 Nobody = Callable[[], AbstractContextManager[None]]
 NO_MODEL: Any = None  # nothing is put into one before the files are read

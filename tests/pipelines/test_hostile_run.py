@@ -19,8 +19,8 @@ import pipelines.train
 from lapilli.data.config import MixtureConfig
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_safetensors, read_tensors
 from lapilli.model.parts.pretrained import check_memory, check_readable
+from lapilli.model.parts.weight_files import read_safetensors, read_tensors
 from lapilli.train.checkpoint.init_from import find_chain
 from lapilli.train.checkpoint.layout import steps_in
 from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint, newest_weights

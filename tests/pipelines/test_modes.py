@@ -17,7 +17,7 @@ import pipelines.generate
 import pipelines.show
 import pipelines.train
 from lapilli.data.dataset.dataset import open_dataset
-from lapilli.model.interop.files import save_tensors
+from lapilli.model.parts.weight_files import save_tensors
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.pipelines.test_train import RECIPE
 from tests.train.small_run import VIEW

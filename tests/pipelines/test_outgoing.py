@@ -16,9 +16,8 @@ import pipelines.export
 import pipelines.show
 from lapilli.data.io.printable import relative_names
 from lapilli.data.text.token_text import Piece
-from lapilli.train.checkpoint.layout import CONFIG
-from lapilli.train.health.network_check import WORKERS
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.names import CONFIG, WORKERS
 from pipelines.reports.page import Figure, GalleryItem, Page
 from pipelines.reports.run_report import write_run_report
 from pipelines.train import train

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.train.checkpoint.layout import FACTS
 from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.names import FACTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,6 @@ step is taken where a cell differs in what a worker does: families, parts that l
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 import pipelines.train
 from lapilli.train.config import RunConfig
+from lapilli.train.driver import launching
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.launching import preflight
 from lapilli.train.driver.memory_estimate import sketch_run
@@ -113,11 +113,8 @@ def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
         fake.append(made.parameters())
         return made
 
-    driver = sys.modules[
-        "lapilli.train.driver.launching"
-    ]  # the package has a function of that name
-    monkeypatch.setattr(driver, "device_memory", lambda device: 10**10)  # as on a GPU
-    monkeypatch.setattr(driver, "sketch_run", sketched)
+    monkeypatch.setattr(launching, "device_memory", lambda device: 10**10)  # as on a GPU
+    monkeypatch.setattr(launching, "sketch_run", sketched)
     for _, way, stage in cells([recipe]):
         output = tmp_path / f"{way} {stage}"
         arguments = material.arguments(recipe, output, *flags(way, stage))

@@ -27,8 +27,8 @@ import pipelines.preprocess
 import pipelines.quickstart
 import pipelines.show
 import pipelines.train
+from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.writer_lock import LOCK
-from lapilli.data.shards.files import sha256_file
 from lapilli.train.errors import TrainError
 from lapilli.train.metrics.step_log import Journal
 from tests.factories import image_bytes

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.data.building.repair import repair_dataset
 from lapilli.data.building.runners import run_here
-from lapilli.data.dataset.verify import repair_dataset, verify_dataset
+from lapilli.data.dataset.verify import verify_dataset
 from pipelines import verify
 from pipelines.cli.command import run
 from pipelines.show import main

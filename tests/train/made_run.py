@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from lapilli.data.batches.collate import Batch, collate
-from lapilli.data.shards.files import write_json
+from lapilli.data.io.atomic import write_json
 from lapilli.model.config import LoraConfig, ModelConfig, Part
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint.frozen import FORM
-from lapilli.train.checkpoint.layout import CONFIG, FOLDER, MOMENTS, step_name, write_checkpoint
+from lapilli.train.checkpoint.layout import write_checkpoint
 from lapilli.train.checkpoint.save_load import WEIGHTS
 from lapilli.train.config import RunConfig
+from lapilli.train.run_folder.names import CONFIG, FOLDER, MOMENTS, step_name
 from lapilli.train.steps.step import to_device
 from lapilli.train.worker.loop import build_run
 from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config

@@ -46,7 +46,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
     assert "rank 1 at train/planted.py" in line
     assert "rank 1 is at train/planted.py" in said
     waiting = stack_path(tmp_path / "run", 0).read_text()
-    assert "lapilli/train/loop.py" in waiting
+    assert "lapilli/train/worker/loop.py" in waiting
     assert "planted.py" not in waiting
     assert "planted.py" in stack_path(tmp_path / "run", 1).read_text()
 
@@ -94,7 +94,7 @@ Thread 0x02 (most recent call first):
   File "/y/lib/python3.11/threading.py", line 331 in wait
 Thread 0x03 (most recent call first):
   File "/y/site-packages/torch/distributed/x.py", line 9 in all_reduce
-  File "/z/lapilli/train/loop.py", line 257 in one_step
+  File "/z/lapilli/train/worker/loop.py", line 257 in one_step
 """
     assert where(dump) == "train/loop.py:257 in one_step"
     assert where("") == "an unknown place"

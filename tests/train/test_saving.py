@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.layout import MOMENTS, WEIGHTS, forget_old, tidy, write_checkpoint
+from lapilli.train.checkpoint.layout import forget_old, tidy, write_checkpoint
 from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import launch, preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.names import MOMENTS, WEIGHTS
 from tests.train.small_run import small_dataset, small_run
 
 SIZE = 1_500_000  # numbers in each of two tensors of a checkpoint: writing takes some 30 ms
@@ -51,9 +52,7 @@ def save_on_and_on(run: Path, step: int, told: Connection) -> None:
 def kill_while_saving(run: Path, start: int, wait: float) -> int:
     """Kill -9 a process so many seconds after its second save began; the last step it had saved."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["lapilli.train.checkpoint.save_load", "tests.train.test_saving"]
-    )
+    context.set_forkserver_preload([checkpoint.__name__, "tests.train.test_saving"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=save_on_and_on, args=(run, start, sender))
     child.start()

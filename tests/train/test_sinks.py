@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lapilli.train.metrics.loggers import MlflowSink, SinkThread, TensorboardSink, WandbSink
-from lapilli.train.run_folder.messages import NOTES
+from lapilli.train.run_folder.names import NOTES
 from lapilli.train.validation.decoding import Asked
 
 CONFIG = {"global_batch": 8, "seed": 3}

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.data.shards.files import write_json
-from lapilli.train.checkpoint.layout import FACTS
+from lapilli.data.io.atomic import write_json
 from lapilli.train.driver.launching import launch, preflight
-from lapilli.train.run_folder.messages import NOTES
-from lapilli.train.run_folder.metrics_file import METRICS, MetricsFile, read_metrics
+from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
+from lapilli.train.run_folder.names import FACTS, METRICS, NOTES
 from lapilli.train.run_folder.restarts import Start, read_starts, record_start
 from pipelines.reports.describe import describe_run
 from pipelines.reports.run_report import time_parts

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-__all__ = ["ModelError"]
+import errno
+from pathlib import Path
+
+__all__ = [
+    "ModelError",
+    "require_missing",
+]
 
 
 class ModelError(Exception):
     """A model that cannot be put together: names the value, what was expected and what to do."""
+
+
+def require_missing(path: Path, error: OSError) -> None:
+    """Let an error pass that says that nothing is there, and no other.
+
+    Raises:
+        ModelError: The file is there, or may be, and cannot be read.
+    """
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); give this user the right to read it, or "
+            "see to the disk"
+        ) from None

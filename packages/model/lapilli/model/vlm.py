@@ -124,7 +124,7 @@ class VisionLanguageModel(nn.Module):
         targets: Tensor,
         row_losses: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross-entropy of a batch's trained positions (`lapilli.data.batches.collate.Batch`).
+        """Summed cross-entropy of the trained positions of a batch (`lapilli.data.Batch`).
 
         Padding stands on the right and attention is causal, so no mask is needed. `row_losses`,
         fp32 [B], is filled with each row's share of the sum, on the device and detached.

@@ -9,9 +9,12 @@ from lapilli.model.config import ModelConfig
 from lapilli.model.parts.trainable import GROUPS
 from lapilli.train.device import DeviceChoice
 from lapilli.train.errors import TrainError
-from lapilli.train.metrics.loggers import LoggerName
 
-__all__ = ["OptimConfig", "RunConfig"]
+__all__ = [
+    "LoggerName",
+    "OptimConfig",
+    "RunConfig",
+]
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class RunConfig:
         start_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA, whole
             or as PEFT adapters with their base.
-        policy: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's trainer, in
-            which the micro-batches are part of the order; the learning rate then starts at 0 too.
+        policy: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's
+            trainer, in which the micro-batches are part of the order; the learning rate then
+            starts at 0 too.
         group_by_modality_length: LLaVA's flag, for policy `llava`; false for its order without it,
             which its pretrain script has. Left out, true.
         llava_processes: For policy `llava`, how many processes the LLaVA run has whose order and
@@ -306,3 +310,6 @@ def _check_batch(global_batch: int, workers: int, micro_batch: int) -> None:
         f"global_batch: {global_batch} is no multiple of workers x micro_batch = "
         f"{workers} x {max(1, micro_batch)} = {rows}; {remedy}"
     )
+
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]

@@ -8,21 +8,16 @@ no image.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
 
+from lapilli.data.building.decode_child import DECODE_SECONDS, try_apart
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage
 from lapilli.data.io.remote_path import Output
@@ -30,34 +25,18 @@ from lapilli.data.planning.shard_task import ImageTask, Task
 from lapilli.data.record import Reason
 
 __all__ = [
-    "DECODE_SECONDS",
     "MOST_ATTEMPTS",
     "WORK",
-    "Guard",
     "Journal",
     "journal_folder",
-    "unguarded",
 ]
 
 WORK = ".work"  # in the output while a build runs; nothing in it outlives the build
-DECODE_SECONDS = 300  # for one image; the largest that is allowed takes some 10 s
 MOST_ATTEMPTS = 10  # at one shard, without an image to blame
-KILLED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # from outside
-BEGUN, DONE = b"begun\n", b"done\n"
 DETAILS = {
     "crash": "decoding it ends the process, each of two times in a process of its own",
     "slow": f"decoding it takes more than {DECODE_SECONDS} s, each of two times",
 }
-
-# What stands around the decoding of a row of a shard.
-Guard: TypeAlias = Callable[[int], AbstractContextManager[None]]
-Outcome: TypeAlias = Literal["fine", "crash", "slow"]
-
-
-def unguarded(row: int) -> AbstractContextManager[None]:
-    """No guard: what ends this process ends the build."""
-    del row
-    return nullcontext()
 
 
 def journal_folder(output: Output, name: str) -> Path:
@@ -146,55 +125,3 @@ def _noted(attempt: Path) -> int | None:
         return int(attempt.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-# ---- a suspect, alone --------------------------------------------------------------------------
-
-
-def try_apart(task: ImageTask) -> Outcome:
-    """Make a shard of one image in a process of its own, twice if that does not end well."""
-    outcomes = [_try_once(task)]
-    if outcomes[0] != "fine":
-        outcomes.append(_try_once(task))
-    return "fine" if "fine" in outcomes else "slow" if set(outcomes) == {"slow"} else "crash"
-
-
-def _try_once(task: ImageTask) -> Outcome:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "lapilli.data.building.crash_guard"]
-    try:
-        done = subprocess.run(
-            command, input=pickle.dumps(task), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=environment, check=False, timeout=2 * DECODE_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return "fine"  # decoding has a limit of its own; it was something else
-    if BEGUN not in done.stdout or DONE in done.stdout or -done.returncode in KILLED:
-        return "fine"
-    return "slow" if -done.returncode == signal.SIGALRM else "crash"
-
-
-@contextlib.contextmanager
-def _told(row: int) -> Generator[None]:
-    """Say on stdout when decoding begins and when it is over, with an error of Python's too."""
-    del row
-    os.write(1, BEGUN)
-    signal.setitimer(signal.ITIMER_REAL, DECODE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(1, DONE)
-
-
-def _main() -> None:
-    """The process of a suspect: a task comes through stdin."""
-    from lapilli.data.building.image_shard import image_columns
-
-    with contextlib.suppress(OSError):  # where memory is short, this process goes first
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-    image_columns(pickle.load(sys.stdin.buffer), _told)
-
-
-if __name__ == "__main__":
-    _main()

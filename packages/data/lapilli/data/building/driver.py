@@ -2,71 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.building.reencode import check_ids
+from lapilli.data.building.disk import check_disk
+from lapilli.data.building.finish import finish, tidy
 from lapilli.data.building.run_task import finished_task
 from lapilli.data.building.runners import Runner, run_on_ray
-from lapilli.data.dataset.build_settings import CONFIG
-from lapilli.data.dataset.tokenizer_copy import TOKENIZER, open_copy, place_copy, write_copy
 from lapilli.data.errors import DataError
-from lapilli.data.images.encodings import ORIGINAL, encoding_error, estimated_bytes
 from lapilli.data.io.access import cannot_read, exists, is_folder
-from lapilli.data.io.remote_path import Output, RemotePath, open_output
+from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_json
+from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.writer_lock import LOCK, only_writer
-from lapilli.data.planning.incremental import UNUSED_STAMP, input_columns
-from lapilli.data.planning.plan import BuildPlan, ImageTask, Task, source_bytes
-from lapilli.data.planning.selection import (
-    Selection,
-    read_image_rows,
-    read_token_rows,
-    select,
-    write_quarantine,
-    write_repairs,
-)
-from lapilli.data.record import Reason, Verdict
-from lapilli.data.shards.files import (
-    INPUT_SCHEMA,
-    JPEG_SCHEMA,
-    SELECTION_SCHEMA,
-    TEMPORARY,
-    ShardFacts,
-    open_table,
-    stand_for,
-    write_json,
-    write_shard,
-)
+from lapilli.data.planning.plan import BuildPlan, Task
 from lapilli.data.shards.manifest import (
-    FORMAT,
     PLAN,
     Manifest,
-    ViewFacts,
-    digest,
-    read_manifest,
-    write_manifest,
 )
-from lapilli.data.sources.tally import tally_facts
-from lapilli.data.text.encode import IMAGE_TOKEN_INDEX, load_tokenizer
 
-__all__ = ["BuildReport", "build", "check_disk", "task_bytes"]
+__all__ = [
+    "BuildReport",
+    "build",
+]
 
-# What a build writes, and may remove again when nothing names it any more.
-OWN_FILES = tuple(
-    f"{name}{facts}"
-    for name in ("tokens/*/*.arrow", "images/*/*.arrow", "selection*.arrow", "inputs*.arrow",
-                 "quarantine-*.parquet", "repairs-*.parquet")
-    for facts in ("", ".json")
-)  # fmt: skip
-TOKEN_ROW_BYTES = 100  # names, spans and offsets of a row
 Progress: TypeAlias = Callable[[int, int], None]
 
 
@@ -118,9 +81,9 @@ def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runne
     for built in runner(missing, output, plan.config.workers):
         facts[built.path] = built
         on_progress(len(facts), len(tasks))
-    manifest = _finish(plan, output, facts)
-    _tidy(plan, output, manifest)
-    reused += len(_shards(manifest)) - len(tasks)  # those that stay as they are have no task
+    manifest = finish(plan, output, facts)
+    tidy(plan, output, manifest)
+    reused += len(manifest.shards()) - len(tasks)  # those that stay as they are have no task
     return BuildReport(manifest, len(missing), reused, time.monotonic() - started)
 
 
@@ -174,205 +137,3 @@ def _finished(tasks: list[Task], output: Output) -> dict[str, ShardFacts]:
     with ThreadPoolExecutor() as pool:  # hashing gives the interpreter free: 1.5 GB/s a core
         found = pool.map(lambda task: finished_task(task, output), tasks)
         return {facts.path: facts for facts in found if facts is not None}
-
-
-def check_disk(output: Output, missing: Iterable[Task]) -> None:
-    """Stop before the work if the shards still to be written do not fit on the disk.
-
-    Raises:
-        DataError: Names the bytes needed and free.
-    """
-    if isinstance(output, RemotePath):
-        return  # no store says how much it has left
-    needed = sum(map(task_bytes, missing))
-    existing = next(
-        folder for folder in (output.absolute(), *output.absolute().parents) if exists(folder)
-    )
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"output: {output} has {free / 1e9:.3f} GB free, the shards need "
-            f"{needed / 1e9:.3f} GB; free space or choose another --output"
-        )
-
-
-def task_bytes(task: Task) -> int:
-    """Bytes that a task's shard will take: exact for raw pixels, estimated for the rest."""
-    if not isinstance(task, ImageTask):
-        # A token of four letters takes as many bytes as its letters.
-        return sum(map(len, task.packed)) + TOKEN_ROW_BYTES * len(task.packed)
-    if task.encoding.kind == ORIGINAL:
-        return sum(map(source_bytes, task.images))
-    return len(task.images) * estimated_bytes(task.spec.size**2 * 3, task.encoding)
-
-
-def _finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Manifest:
-    """Join verdicts and statuses: selection, quarantine, then the manifest."""
-    tokens = [_facts(shard, facts) for shard in plan.token_shards()]
-    views = _view_facts(plan, output, facts)
-    images = [shard for view in views.values() for shard in view.shards]
-    rows = read_image_rows(output, images)
-    _check_unchanged(rows.bad)
-    selection = select(plan, read_token_rows(output, tokens, plan.token_groups), rows.bad)
-    selected, quarantined, inputs, repaired = _write_selection(plan, output, selection)
-    kept = _keep_tokenizer(plan, output, tokens)
-    if plan.previous is None:  # of an amended dataset, when it is one
-        _write_config(plan, output)
-    counts = selection.counts() | {
-        "images": len(plan.image_ids),
-        "unused_images": sum(stamp == UNUSED_STAMP for _, stamp in plan.stamped),
-        "repairs": dict(sorted(plan.repairs.items())),
-        "image_notes": rows.count_notes(plan.slots),
-        **tally_facts(plan.tallies),
-    }
-    manifest = Manifest(
-        format=FORMAT,
-        fingerprint=digest([shard.sha256 for shard in (*tokens, *images, selected)]),
-        plan=plan.digests,
-        tokenizer=asdict(plan.tokenizer),
-        template=plan.template.name,
-        image_token=IMAGE_TOKEN_INDEX,
-        counts=counts,
-        mixture=selection.mixture,
-        tokens=tokens,
-        views=views,
-        selection=selected,
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("lapilli", "pyarrow", "pillow", "tokenizers", "transformers", "ray")
-        },
-        quarantine=quarantined,
-        inputs=inputs,
-        repairs=repaired,
-        template_fields=asdict(plan.template),
-        tokenizer_files=kept,
-    )
-    write_manifest(output, manifest)
-    return read_manifest(output)
-
-
-def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
-    """Every image could be read when the build was planned; one that cannot is not quarantined.
-
-    Its shard is made again by the next run.
-    """
-    lost = [v.detail for v in bad_images.values() if v.reason == Reason.IMAGE_MISSING]
-    if lost:
-        raise DataError(
-            f"{len(lost)} images changed or vanished while the build ran, first {lost[0]}; "
-            "bring them back and run the same command again, or take them as they are now into "
-            "another --output"
-        )
-    kept_back = [v.detail for v in bad_images.values() if v.reason == Reason.IMAGE_UNREADABLE]
-    if kept_back:
-        raise DataError(
-            f"{len(kept_back)} images could not be read while the build ran, first {kept_back[0]}; "
-            "see to their rights or their disk and run the same command again"
-        )
-
-
-def _keep_tokenizer(plan: BuildPlan, output: Output, tokens: list[ShardFacts]) -> list[ShardFacts]:
-    """Put a copy of the tokenizer into the dataset, once it has written the shards' ids again."""
-    with tempfile.TemporaryDirectory(prefix="lapilli-") as folder:
-        copy = Path(folder) / TOKENIZER
-        write_copy(load_tokenizer(plan.config.tokenizer), copy)
-        remedy = f"{plan.config.tokenizer} changed while the build ran; run the same command again"
-        tokenizer = open_copy(copy, asdict(plan.tokenizer), remedy)
-        check_ids(plan, output, tokens, copy, tokenizer)
-        return place_copy(copy, output / TOKENIZER)
-
-
-def _write_selection(
-    plan: BuildPlan, output: Output, selection: Selection
-) -> tuple[ShardFacts, ShardFacts, ShardFacts, ShardFacts]:
-    """Write selection, quarantine, inputs and repairs; an amended dataset's have other names."""
-    mark = ""
-    if plan.previous is not None:
-        mark = f"-{digest(plan.digests)[:12]}"
-        if plan.previous.manifest.plan == plan.digests:
-            mark = Path(plan.previous.manifest.selection.path).stem.removeprefix("selection")
-    selected = write_shard(output, f"selection{mark}.arrow", selection.columns, SELECTION_SCHEMA)
-    name = f"quarantine{mark}.parquet"
-    quarantined = write_quarantine(output / name, selection.entries, plan.config)
-    rows = [row for group in plan.token_groups for row in group.rows]
-    columns = input_columns(plan.stamped, rows)
-    inputs = write_shard(output, f"inputs{mark}.arrow", columns, INPUT_SCHEMA)
-    repaired = write_repairs(output / f"repairs{mark}.parquet", plan.repaired)
-    return selected, replace(quarantined, path=name), inputs, repaired
-
-
-def _write_config(plan: BuildPlan, output: Output) -> None:
-    """Inputs and settings, for naming what changes, and the recipe that makes this dataset."""
-    write_json(output / PLAN, plan.digests)
-    write_json(output / CONFIG, asdict(replace(plan.config, amend=False)))
-
-
-def _tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
-    """What follows a new manifest: fixed names stand for its files, files of no use go."""
-    _write_config(plan, output)
-    for facts, name in (
-        (manifest.selection, "selection.arrow"),
-        (manifest.quarantine, "quarantine.parquet"),
-        (manifest.repairs, "repairs.parquet"),
-    ):
-        if facts is not None and facts.path != name:
-            stand_for(output, facts, name)
-    named = {"selection.arrow", "quarantine.parquet", "repairs.parquet"}
-    named |= {facts.path for facts in _files(manifest)}
-    for pattern in OWN_FILES:
-        for path in list(output.glob(pattern)):
-            if _name(path, output).removesuffix(".json") not in named:
-                path.unlink(missing_ok=True)
-    if isinstance(output, Path):
-        _remove_empty(output)
-
-
-def _name(path: Output, output: Output) -> str:
-    return str(path).removeprefix(f"{output}/")
-
-
-def _remove_empty(output: Path) -> None:
-    for folder in (*output.glob("tokens/*"), *output.glob("images/*")):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _shards(manifest: Manifest) -> list[ShardFacts]:
-    return [*manifest.tokens, *(s for view in manifest.views.values() for s in view.shards)]
-
-
-def _files(manifest: Manifest) -> list[ShardFacts]:
-    others = (manifest.selection, manifest.quarantine, manifest.inputs, manifest.repairs)
-    return [*_shards(manifest), *(facts for facts in others if facts is not None)]
-
-
-def _facts(shard: Task | ShardFacts, built: dict[str, ShardFacts]) -> ShardFacts:
-    return shard if isinstance(shard, ShardFacts) else built[shard.name]
-
-
-def _view_facts(
-    plan: BuildPlan, output: Output, built: dict[str, ShardFacts]
-) -> dict[str, ViewFacts]:
-    views: dict[str, ViewFacts] = {}
-    for view, spec in plan.views.items():
-        shards = [_facts(shard, built) for shard in plan.image_shards(view)]
-        encoding = plan.encoding(view)
-        stored: dict[str, Any] = {"kind": encoding.kind, "name": encoding.describe()}
-        if encoding.kind == "jpeg":
-            rows = [row for shard in shards for row in _errors(output, shard)]
-            error = encoding_error(rows, spec.size**2 * 3)
-            stored |= {"quality": encoding.quality, "error": error}
-        compared = [shard for n, shard in enumerate(shards) if plan.compared(view, n)]
-        rows = [row for shard in compared for row in _errors(output, shard, "fast_")]
-        views[view] = ViewFacts(
-            spec.facts(), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored,
-            encoding_error(rows, spec.size**2 * 3),
-        )  # fmt: skip
-    return views
-
-
-def _errors(output: Output, shard: ShardFacts, prefix: str = "") -> list[tuple[int, int, int]]:
-    """Absolute, squared and worst error of each image of a shard that they were measured of."""
-    names = [f"{prefix}{kind}_error" for kind in ("absolute", "squared", "worst")]
-    table = open_table(output, shard, JPEG_SCHEMA, names).drop_null()
-    return list(zip(*(table[name].to_pylist() for name in names), strict=True))

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,24 +19,36 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lapilli.data.building.crash_guard import Guard, unguarded
 from lapilli.data.images.buffers import Room, keep_freed
 from lapilli.data.images.encodings import ORIGINAL, encode_pixels, pixel_error
 from lapilli.data.images.view import BadImage, decode, square
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.planning.originals import original_row
 from lapilli.data.planning.shard_task import ImageTask
-from lapilli.data.shards.files import FAST_COLUMNS, IMAGE_SCHEMA, JPEG_SCHEMA, OK, UNUSED
+from lapilli.data.shards.schemas import FAST_COLUMNS, IMAGE_SCHEMA, JPEG_SCHEMA, OK, UNUSED
 
-__all__ = ["image_columns", "image_schema"]
+__all__ = [
+    "Guard",
+    "image_columns",
+    "image_schema",
+    "unguarded",
+]
 
 READERS = 4  # threads; a disk or a bucket answers several questions at once
 PARCEL = 4  # files a thread reads at a time: to wake it costs as much as to read one
 READ_AHEAD = 32  # files on their way
 READ_AHEAD_BYTES = 64 << 20
 
+# What stands around the decoding of a row of a shard.
+Guard: TypeAlias = Callable[[int], AbstractContextManager[None]]
 Row: TypeAlias = dict[str, Any]
 Read: TypeAlias = Callable[[], bytes]
+
+
+def unguarded(row: int) -> AbstractContextManager[None]:
+    """No guard: what ends this process ends the build."""
+    del row
+    return nullcontext()
 
 
 def image_schema(task: ImageTask) -> pa.Schema:

@@ -9,10 +9,12 @@ from typing import Any
 
 from lapilli.data.building.run_task import encode_rows
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.plan import BuildPlan, TokenTask
 from lapilli.data.record import excerpt
-from lapilli.data.shards.files import TOKEN_SCHEMA, ShardFacts, open_table
+from lapilli.data.shards.files import open_table
+from lapilli.data.shards.schemas import TOKEN_SCHEMA
 
 __all__ = ["REENCODED", "check_ids"]
 

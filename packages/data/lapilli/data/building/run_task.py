@@ -13,21 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.data.building.crash_guard import Guard, unguarded
-from lapilli.data.building.image_shard import image_columns, image_schema
+from lapilli.data.building.image_shard import Guard, image_columns, image_schema, unguarded
 from lapilli.data.errors import DataError
 from lapilli.data.images.buffers import Room
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.plan import ImageTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason
-from lapilli.data.shards.files import (
-    IMAGE_SCHEMA,
-    TOKEN_SCHEMA,
-    ShardFacts,
-    begin_shard,
-    finished_facts,
-    open_table,
-)
+from lapilli.data.shards.files import begin_shard, finished_facts, open_table
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, TOKEN_SCHEMA
 from lapilli.data.text.encode import (
     Encoded,
     encode_batch,

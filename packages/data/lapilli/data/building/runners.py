@@ -25,10 +25,10 @@ from lapilli.data.building.run_task import begin_task, finished_task, run_task
 from lapilli.data.building.task_file import TASKS, read_task, write_tasks
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, system_error
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.planning.plan import Task
 from lapilli.data.ray_session import RayDied, ray_session, watched
-from lapilli.data.shards.files import ShardFacts
 
 __all__ = ["Runner", "full_at_once", "group_sizes", "run_here", "run_on_ray"]
 

@@ -9,9 +9,9 @@ from typing import Any, TypedDict
 
 from lapilli.data.building.crash_guard import WORK
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import write_atomic
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.planning.shard_task import Task
-from lapilli.data.shards.files import write_atomic
 
 __all__ = ["TASKS", "Place", "read_task", "write_tasks"]
 

@@ -18,10 +18,11 @@ from lapilli.data.dataset.tokenizer_copy import TOKENIZER, check_copy_files, ope
 from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL, decode_pixels
 from lapilli.data.io.access import cannot_read, is_denied
-from lapilli.data.planning.mixture import HELD_OUT, TRAIN
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.shards.checks import only_chunk, open_selection, open_tokens
-from lapilli.data.shards.files import IMAGE_SCHEMA, ShardFacts, open_table
+from lapilli.data.shards.files import open_table
 from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
+from lapilli.data.shards.schemas import HELD_OUT, IMAGE_SCHEMA, TRAIN
 from lapilli.data.text.templates import Template
 
 if TYPE_CHECKING:

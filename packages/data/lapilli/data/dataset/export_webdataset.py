@@ -22,15 +22,15 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
+from lapilli.data.io.atomic import write_atomic, write_json
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts import EXTENSIONS, Located, read_image
 from lapilli.data.planning.located_entries import locate_images, open_mount
-from lapilli.data.planning.mixture import HELD_OUT, TRAIN
 from lapilli.data.record import ImagePart, Record
 from lapilli.data.shards.checks import open_selection
-from lapilli.data.shards.files import write_atomic, write_json
 from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.sources.validation import read_entries
 from lapilli.data.text.encode import llava_length
 

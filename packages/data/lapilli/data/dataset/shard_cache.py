@@ -22,9 +22,9 @@ from typing import Any
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, exists, naming
+from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_atomic
 from lapilli.data.io.filesystems import open_storage, split_address
 from lapilli.data.record import excerpt
-from lapilli.data.shards.files import TEMPORARY, ShardFacts, write_atomic
 from lapilli.data.shards.manifest import NAME, read_manifest
 
 __all__ = ["Mirror", "is_address", "open_mirror", "parse_bytes"]

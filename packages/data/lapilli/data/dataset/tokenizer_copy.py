@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import ShardFacts, sha256_file, write_atomic
 from lapilli.data.io.remote_path import Output, RemotePath
-from lapilli.data.shards.files import ShardFacts, sha256_file, write_atomic
 from lapilli.data.shards.manifest import TOKENIZER
 from lapilli.data.text.tokenizer import TokenizerFacts, raw_backend, tokenizer_facts
 from lapilli.data.text.tokenizer_files import KEPT_FILES, load_tokenizer, tokenizer_folder

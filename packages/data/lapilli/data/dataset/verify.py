@@ -1,9 +1,9 @@
-"""A dataset hashed against its manifest, and what is damaged made again from its sources."""
+"""A dataset's files hashed and compared with its manifest."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,20 +13,20 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lapilli.data.building.driver import build
-from lapilli.data.building.runners import Runner, run_on_ray
-from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.build_settings import CONFIG
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, is_denied, is_missing
-from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.plan import Task, plan_build
-from lapilli.data.shards.files import ShardFacts, sha256_file
+from lapilli.data.io.atomic import ShardFacts, sha256_file
 from lapilli.data.shards.manifest import NAME, PLAN, Manifest, read_manifest
 from lapilli.data.shards.quarantine import QUARANTINE
 
-__all__ = ["Damage", "Verification", "repair_dataset", "verify_dataset"]
+__all__ = [
+    "Damage",
+    "Verification",
+    "checksummed",
+    "verify_dataset",
+]
 
 REPAIRS = "repairs.parquet"
 REPORT = "report.html"
@@ -77,7 +77,7 @@ def verify_dataset(
         DataError: No dataset, or a file that cannot be read: it may be whole.
     """
     manifest = read_manifest(path)
-    shards = _shards(manifest)
+    shards = checksummed(manifest)
     total, done = sum(shard.bytes for shard in shards), 0
     damaged: list[Damage] = []
     on_progress(0, total)
@@ -101,11 +101,10 @@ def verify_dataset(
     return Verification(damaged, _foreign(path, manifest), files, total)
 
 
-def _shards(manifest: Manifest) -> list[ShardFacts]:
-    """Every file with a checksum, the largest kind last."""
-    views = [shard for view in manifest.views.values() for shard in view.shards]
-    inputs: ShardFacts | None = getattr(manifest, "inputs", None)
-    return [manifest.selection, *([inputs] if inputs else []), *manifest.tokens, *views]
+def checksummed(manifest: Manifest) -> list[ShardFacts]:
+    """Every Arrow file of a dataset with its checksum, the largest kind last."""
+    inputs = [manifest.inputs] if manifest.inputs else []
+    return [manifest.selection, *inputs, *manifest.shards()]
 
 
 def _problem(path: Path, shard: ShardFacts) -> Problem | None:
@@ -140,7 +139,7 @@ def _quarantine_problem(path: Path, manifest: Manifest) -> Problem | None:
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:
     own = {NAME, PLAN, CONFIG, QUARANTINE, REPAIRS, REPORT}
-    for shard in _shards(manifest):
+    for shard in checksummed(manifest):
         own |= {shard.path, f"{shard.path}.json"}
     return sorted(name for name in _files(path) if name not in own)
 
@@ -150,74 +149,3 @@ def _files(path: Path) -> Iterator[str]:
         inside = Path(folder).relative_to(path)
         if inside.parts[:1] != (TOKENIZER,):
             yield from ((inside / name).as_posix() for name in names)
-
-
-def repair_dataset(
-    path: Path,
-    config: BuildConfig,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
-    runner: Runner = run_on_ray,
-) -> int:
-    """Make again, from the sources, the shards that are missing or damaged; the others stay.
-
-    It is the dataset's own build, run again and held to the manifest: what comes out must have the
-    SHA-256 that stands there.
-
-    Args:
-        path: The dataset's folder.
-        config: The settings it was built with, from its `config.json`; a root that has moved is
-            given here.
-        on_progress: As in `build`.
-        runner: As in `build`.
-
-    Returns:
-        The number of shards made.
-
-    Raises:
-        DataError: The sources are gone or are not what they were; nothing has been changed then,
-            or only the file that was damaged anyway.
-    """
-    manifest = read_manifest(path)
-    plan = plan_build(replace(config, output=str(path)))
-    changed = [
-        name
-        for name in {**manifest.plan, **plan.digests}
-        if manifest.plan.get(name) != plan.digests.get(name)
-    ]
-    if changed:
-        raise DataError(
-            f"{path}: cannot be repaired: other than when it was built: {', '.join(changed)}; "
-            "bring these back as they were, or preprocess into another --output"
-        )
-    expected = {shard.path: shard for shard in _shards(manifest)}
-    _check_links(path, expected)
-
-    def held_to_manifest(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
-        for made in runner(tasks, output, workers):
-            if made != expected.get(made.path):
-                raise DataError(
-                    f"{path}: {made.path} made again is not what it was: an image or a library has "
-                    "changed since; bring it back, or preprocess into another --output"
-                )
-            yield made
-
-    report = build(plan, on_progress, runner=held_to_manifest)
-    if report.manifest.fingerprint != manifest.fingerprint:
-        raise DataError(
-            f"{path}: made again it is another dataset (fingerprint "
-            f"{report.manifest.fingerprint[:12]}, it was {manifest.fingerprint[:12]}); runs that "
-            "used it cannot go on"
-        )
-    return report.shards_built
-
-
-def _check_links(path: Path, names: Iterable[str]) -> None:
-    """Refuse to write through a link inside a dataset: it may lead to any folder."""
-    for name in names:
-        folder = (path / name).parent
-        if not folder.resolve().is_relative_to(path.resolve()):
-            raise DataError(
-                f"{folder}: leads out of the dataset, and nothing is written there; put the folder "
-                "itself in the link's place"
-            )

@@ -15,7 +15,11 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.addresses import WEB, refuse_secrets
 from lapilli.data.record import excerpt
 
-__all__ = ["open_storage", "split_address"]
+__all__ = [
+    "is_remote",
+    "open_storage",
+    "split_address",
+]
 
 BY_PYARROW = ("s3", "gs", "gcs")
 
@@ -71,3 +75,8 @@ def _by_pyarrow(scheme: str) -> Any:
     return ArrowFSWrapper(
         S3FileSystem(endpoint_override=endpoint, allow_delayed_open=True, background_writes=False)
     )
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address such as `s3://bucket/images`."""
+    return "://" in path

@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
 from lapilli.data.errors import DataError
-from lapilli.data.io.filesystems import open_storage, split_address
-from lapilli.data.mounts.places import is_remote
+from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.record import excerpt
 
 __all__ = ["Output", "RemotePath", "open_output"]

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.io.access import is_denied
-from lapilli.data.io.filesystems import open_storage, split_address
+from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.mounts.archives import BadArchive, Index, read_index
 from lapilli.data.mounts.names import loose_form, name_form, split_name
-from lapilli.data.mounts.places import ARCHIVES, LARGEST_FILE, Located, Member, is_remote
+from lapilli.data.mounts.places import ARCHIVES, LARGEST_FILE, Located, Member
 from lapilli.data.mounts.tables import Rows, Table, read_table
 from lapilli.data.record import Reason, Verdict, excerpt, is_unicode
 

@@ -14,11 +14,12 @@ from pathlib import Path, PurePosixPath
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, is_denied
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, open_folder
 from lapilli.data.mounts.keys import is_base64, is_inside, plain_path, unusable
 from lapilli.data.mounts.names import code_pages, composed, decoded
-from lapilli.data.mounts.places import ARCHIVES, Located, is_remote
+from lapilli.data.mounts.places import ARCHIVES, Located
 from lapilli.data.mounts.published import PublishedArchive, published
 from lapilli.data.mounts.repairs import EXACT, Repair, contradictions, folded, kind_of, worse
 from lapilli.data.record import Reason, Verdict, excerpt

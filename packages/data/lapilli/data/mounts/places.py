@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["ARCHIVES", "EXTENSIONS", "LARGEST_FILE", "Cell", "Located", "Member", "is_remote"]
+__all__ = [
+    "ARCHIVES",
+    "EXTENSIONS",
+    "LARGEST_FILE",
+    "Cell",
+    "Located",
+    "Member",
+]
 
 # Extensions that image files have; a name's last part is an extension only if it is one of these.
 # Another extension is a repair only if the file found claims to be an image: a caption or a
@@ -87,8 +94,3 @@ class Located:
     mtime_ns: int
     member: Member | Cell | None = None
     repair: str = ""
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address such as `s3://bucket/images`."""
-    return "://" in path

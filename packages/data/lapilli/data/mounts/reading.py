@@ -13,8 +13,8 @@ from typing import IO, Any, BinaryIO
 
 from lapilli.data.images.view import BadImage
 from lapilli.data.io.access import is_denied
-from lapilli.data.io.filesystems import open_storage, split_address
-from lapilli.data.mounts.places import LARGEST_FILE, Cell, Located, Member, is_remote
+from lapilli.data.io.filesystems import is_remote, open_storage, split_address
+from lapilli.data.mounts.places import LARGEST_FILE, Cell, Located, Member
 from lapilli.data.mounts.tables import read_cell
 from lapilli.data.record import Reason
 

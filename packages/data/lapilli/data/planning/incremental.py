@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.mounts import Located
-from lapilli.data.shards.files import INPUT_SCHEMA, ShardFacts, finished_facts, open_table
+from lapilli.data.shards.files import finished_facts, open_table
 from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
+from lapilli.data.shards.schemas import INPUT_SCHEMA
 
 __all__ = [
     "Previous",

@@ -16,13 +16,17 @@ import numpy as np
 from lapilli.data.config import MixtureConfig
 from lapilli.data.errors import DataError
 from lapilli.data.seeded import draw
+from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["HELD_OUT", "TRAIN", "Blend", "Pool", "blend", "check_sources"]
-
-TRAIN, HELD_OUT = "train", "held_out"  # the splits
+__all__ = [
+    "Blend",
+    "Pool",
+    "blend",
+    "check_sources",
+]
 
 
 @dataclass(frozen=True)

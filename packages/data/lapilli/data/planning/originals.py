@@ -13,20 +13,15 @@ import pyarrow as pa
 
 from lapilli.data.images.encodings import ORIGINAL
 from lapilli.data.images.view import BadImage, ImageSpec, decode
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.mounts import Located
 from lapilli.data.mounts.places import Member
 from lapilli.data.planning.incremental import Previous, row_stamp
 from lapilli.data.record import Entry, Verdict, pack
 from lapilli.data.shards.checks import only_chunk
-from lapilli.data.shards.files import (
-    IMAGE_SCHEMA,
-    OK,
-    TOKEN_SCHEMA,
-    ShardFacts,
-    check_table,
-    open_table,
-)
+from lapilli.data.shards.files import check_table, open_table
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, TOKEN_SCHEMA
 
 __all__ = ["Originals", "original_row"]
 

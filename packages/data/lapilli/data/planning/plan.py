@@ -22,6 +22,7 @@ from lapilli.data.images.codecs import Codecs, resolve_codecs
 from lapilli.data.images.encodings import ORIGINAL, Encoding
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import is_folder
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import open_output
 from lapilli.data.mounts import Located
 from lapilli.data.mounts.repairs import repairs_table
@@ -54,7 +55,6 @@ from lapilli.data.record import (
     excerpt,
     unpack,
 )
-from lapilli.data.shards.files import ShardFacts
 from lapilli.data.shards.manifest import FORMAT, digest
 from lapilli.data.sources.tally import Tally
 from lapilli.data.sources.validation import Rules

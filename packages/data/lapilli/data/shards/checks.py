@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.mixture import HELD_OUT, TRAIN
 from lapilli.data.record import excerpt
-from lapilli.data.shards.files import SELECTION_SCHEMA, TOKEN_SCHEMA, ShardFacts, open_table
+from lapilli.data.shards.files import open_table
 from lapilli.data.shards.manifest import Manifest
+from lapilli.data.shards.schemas import HELD_OUT, SELECTION_SCHEMA, TOKEN_SCHEMA, TRAIN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,218 +6,41 @@ stands for a whole file or for none.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import shutil
-import tempfile
-import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from lapilli.data.errors import DataError
-from lapilli.data.io.access import FULL, cannot_read, is_denied
+from lapilli.data.io.access import cannot_read, is_denied
+from lapilli.data.io.atomic import (
+    ShardFacts,
+    begin_atomic,
+    drop_page_cache,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from lapilli.data.io.remote_path import Output, RemotePath
-from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
+from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.record import excerpt
+from lapilli.data.shards.schemas import COLUMN_TYPES, NULLABLE
 
 __all__ = [
-    "FAST_COLUMNS",
-    "IMAGE_SCHEMA",
-    "INPUT_SCHEMA",
-    "JPEG_SCHEMA",
-    "OK",
-    "SELECTION_SCHEMA",
-    "TEMPORARY",
-    "TOKEN_SCHEMA",
-    "UNUSED",
-    "ShardFacts",
-    "begin_atomic",
     "begin_shard",
     "check_table",
     "finished_facts",
     "open_table",
-    "sha256_file",
     "stand_for",
-    "write_atomic",
-    "write_json",
     "write_shard",
 ]
 
-TEMPORARY = ".tmp"
 PIECE_BYTES = 256 << 10
-OK = "ok"  # status of an image that a view has pixels of
-UNUSED = "unused"  # status of a slot whose image no record names any more
-
-# Images are large_binary: 32-bit offsets overflow at 2 GiB.
-IMAGE_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("status", pa.string()),  # "ok" or a Reason
-        ("detail", pa.string()),
-        ("source_width", pa.int32()),
-        ("source_height", pa.int32()),
-        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB; "jpeg"; "original"
-        ("pixels", pa.large_binary()),
-    ]
-)
-JPEG_SCHEMA = pa.schema(
-    [
-        *IMAGE_SCHEMA,
-        ("absolute_error", pa.int64()),  # what JPEG has changed, summed over the image's values
-        ("squared_error", pa.int64()),
-        ("worst_error", pa.int32()),
-    ]
-)
-FAST_COLUMNS = (  # what mode `fast` has changed, of the images that were made exactly too
-    pa.field("fast_absolute_error", pa.int64()),
-    pa.field("fast_squared_error", pa.int64()),
-    pa.field("fast_worst_error", pa.int32()),
-)
-INPUT_SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),  # "image" by slot, then "record" by token row
-        ("name", pa.string()),
-        ("stamp", pa.binary()),  # tells the content under the name from another
-    ]
-)
-TOKEN_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("source", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),  # -200 at an image's place
-        ("label_spans", pa.list_(pa.int32())),  # start, end, start, end, ... of trained ids
-        ("text_length", pa.int32()),  # ids without the placeholders
-        ("num_trained", pa.int32()),
-        ("image_ids", pa.list_(pa.string())),
-        ("llava_length", pa.int32()),
-    ]
-)
-SELECTION_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("token_shard", pa.int32()),
-        ("token_row", pa.int32()),
-        ("image_slots", pa.list_(pa.int32())),
-        ("text_length", pa.int32()),
-        ("num_trained", pa.int32()),
-        ("llava_length", pa.int32()),
-        ("split", pa.string()),  # "train" or "held_out"
-        ("repeats", pa.int32()),  # how often the row stands in an epoch of its split
-    ]
-)
-_SCHEMAS = (JPEG_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)
-COLUMN_TYPES = {field.name: field.type for schema in _SCHEMAS for field in schema}
-NULLABLE = {field.name for field in (*JPEG_SCHEMA, *FAST_COLUMNS)} - {"image_id", "status"}
-
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """What the manifest says of one file: enough to notice that it is missing or damaged."""
-
-    path: FilePath
-    rows: Natural
-    bytes: Natural
-    sha256: Digest
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
-    """Let `write` fill a temporary file beside `path`, flush it and rename it over `path`.
-
-    An object of a store is written to a local file first and stored whole.
-
-    Returns:
-        The file's facts, with its bare name as `path` and no rows.
-
-    Raises:
-        DataError: The disk is full or the folder cannot be written; nothing stands under `path`.
-    """
-    return begin_atomic(path, write)()
-
-
-def begin_atomic(path: Output, write: Callable[[Path], None]) -> Callable[[], ShardFacts]:
-    """Fill the temporary file now; what is returned flushes or stores it, which waits for a disk.
-
-    Either half raises what `write_atomic` does, and removes the temporary file when it fails.
-    """
-    remote = isinstance(path, RemotePath)
-    # Two nodes may share a disk and a process id, and Ray may start a task twice.
-    unique = f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
-    temporary = Path(tempfile.gettempdir()) / unique if remote else path.with_name(unique)
-    with _removed_if_failed(path, temporary):
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-
-    def finish() -> ShardFacts:
-        with _removed_if_failed(path, temporary):
-            size = temporary.stat().st_size
-            if isinstance(path, RemotePath):  # nothing is flushed that is removed again
-                sha256 = sha256_file(temporary)
-                path.put(temporary)
-                temporary.unlink()
-            else:
-                sha256 = _flush_and_hash(temporary)
-                temporary.replace(path)
-        return ShardFacts(path.name, 0, size, sha256)
-
-    return finish
-
-
-@contextmanager
-def _removed_if_failed(path: Output, temporary: Path) -> Generator[None]:
-    try:
-        yield
-    except BaseException as error:
-        with suppress(OSError):  # what went wrong first is what is told
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        remedy = f"{'free space or ' * (error.errno in FULL)}choose another --output"
-        if isinstance(path, RemotePath):
-            remedy = (
-                f"free space in {temporary.parent}, where shards lie until they are stored, or set "
-                "TMPDIR"
-            )
-        raise DataError(f"{path}: cannot be written ({error}); {remedy}") from None
-
-
-def _flush_and_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, computed while the disk takes them."""
-    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(os.fsync, file.fileno())
-        digest = sha256_file(path)
-        flushed.result()
-    return digest
-
-
-def _give_up_cache(path: Path) -> None:
-    """Leave the page cache to the photos and to the next shard: it takes the same pages."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def write_json(path: Output, value: Any) -> None:
-    """Write a JSON file atomically; see `write_atomic`."""
-    text = json.dumps(value, indent=1)
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def write_shard(
@@ -257,7 +80,7 @@ def begin_shard(
         facts = replace(finish_file(), path=name, rows=rows)
         write_json(_facts_path(target), asdict(facts))
         if isinstance(target, Path):
-            _give_up_cache(target)
+            drop_page_cache(target)
         return facts
 
     return finish

@@ -11,9 +11,9 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import cannot_read, exists, is_denied
+from lapilli.data.io.atomic import ShardFacts, write_json
 from lapilli.data.io.remote_path import Output
 from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
-from lapilli.data.shards.files import ShardFacts, write_json
 from lapilli.data.text.templates import Template, template_facts
 
 __all__ = [
@@ -175,6 +175,10 @@ class Manifest:
     repairs: ShardFacts | None = None
     template_fields: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer_files: list[ShardFacts] = field(default_factory=list[ShardFacts])
+
+    def shards(self) -> list[ShardFacts]:
+        """The token shards, then those of every view."""
+        return [*self.tokens, *(shard for view in self.views.values() for shard in view.shards)]
 
     def bound_template(self, where: object) -> Template:
         """The template that the records were written with; no file beside is asked.

@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_denied
-from lapilli.data.io.filesystems import open_storage, split_address
+from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.mounts.parquet_bounds import holds_any
 from lapilli.data.mounts.parquet_footer import read_footer
-from lapilli.data.mounts.places import is_remote
 from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
 from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import PROJECTOR, check_weights, read_tensors
 from lapilli.model.interop.hf import read_facts, read_hf
 from lapilli.model.interop.llava import (
     BESIDE_ADAPTER,
@@ -33,6 +32,7 @@ from lapilli.model.parts.pretrained import local_folder, one_line
 from lapilli.model.parts.quantized import check_quantization, round_linear_layers
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.vision import FAMILIES
+from lapilli.model.parts.weight_files import PROJECTOR, check_weights, read_tensors
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 
 __all__ = [

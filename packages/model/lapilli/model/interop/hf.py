@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
-from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_object
+from lapilli.model.errors import ModelError, require_missing
 from lapilli.model.interop.hf_files import base_end_ids, config_text, generation_text
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.parts.language import logit_scale, logit_softcap
-from lapilli.model.parts.pretrained import check_readable, one_line, require_missing
+from lapilli.model.parts.pretrained import check_readable, one_line
 from lapilli.model.parts.vision import FAMILIES
+from lapilli.model.parts.weight_files import read_object
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = ["FACTS", "Preprocessing", "read_facts", "read_hf", "write_hf", "write_processor"]

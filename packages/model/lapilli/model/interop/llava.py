@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import PROJECTOR, read_tensors, save_tensors
 from lapilli.model.interop.llava_config import (
     CONFIG,
     TOWER_FOLDER,
@@ -27,6 +26,7 @@ from lapilli.model.interop.llava_tower import TowerImages, write_tower
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
 from lapilli.model.parts.trainable import base_name, is_adapter
+from lapilli.model.parts.weight_files import PROJECTOR, read_tensors, save_tensors
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [

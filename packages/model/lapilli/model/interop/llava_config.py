@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
-from lapilli.model.errors import ModelError
-from lapilli.model.parts.pretrained import local_folder, one_line, require_missing
+from lapilli.model.errors import ModelError, require_missing
+from lapilli.model.parts.pretrained import local_folder, one_line
 from lapilli.model.parts.vision import FAMILIES, TransformersTower
 from lapilli.model.vlm import VisionLanguageModel
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import save_tensors
 from lapilli.model.interop.foreign import BASE_FOLDER
 from lapilli.model.interop.llava import LEFT_OVER, TOWER, VISION_FOLDER
 from lapilli.model.interop.llava_config import CONFIG
@@ -27,6 +26,7 @@ from lapilli.model.interop.weights import (
     plain_weights,
     write_weights,
 )
+from lapilli.model.parts.weight_files import save_tensors
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = ["VISION_FOLDER", "check_adapters", "write_base", "write_lora_run"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lapilli.model.config import LoraConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_object, read_tensors, save_tensors
 from lapilli.model.interop.weights import adapted_layers, low_rank, plain_weights
 from lapilli.model.parts.added_rows import added_rows, source_rows, table_names
 from lapilli.model.parts.trainable import base_name, is_adapter
+from lapilli.model.parts.weight_files import read_object, read_tensors, save_tensors
 
 __all__ = [
     "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import save_tensors
 from lapilli.model.parts.added_rows import added_rows, table_names
 from lapilli.model.parts.quantized import whole_shape, whole_weight
 from lapilli.model.parts.trainable import base_name, is_adapter
+from lapilli.model.parts.weight_files import save_tensors
 
 __all__ = ["Progress", "Weight", "adapted_layers", "low_rank", "plain_weights", "write_weights"]
 

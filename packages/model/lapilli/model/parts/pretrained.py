@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,15 +9,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from lapilli.model.errors import ModelError
+from lapilli.model.errors import ModelError, require_missing
+from lapilli.model.parts.weight_files import index_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "Loading", "check_memory", "check_readable", "check_settings", "local_folder", "one_line",
-    "require_missing",
-    "settings_text", "whole",
+    "Loading",
+    "check_memory",
+    "check_readable",
+    "check_settings",
+    "local_folder",
+    "one_line",
+    "settings_text",
+    "whole",
 ]  # fmt: skip
 
 # What a language model's weights are loaded in: nothing, or what shares them among processes while
@@ -59,8 +64,6 @@ def check_readable(name: str | Path) -> None:
         ModelError: Names the first file that cannot be read, and the cause; or an index that names
             a file elsewhere.
     """
-    from lapilli.model.interop.files import index_names  # which imports this module
-
     folder = Path(name)
     try:
         files = sorted(folder.iterdir())
@@ -92,19 +95,6 @@ def local_folder(name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
-
-
-def require_missing(path: Path, error: OSError) -> None:
-    """Let an error pass that says that nothing is there, and no other.
-
-    Raises:
-        ModelError: The file is there, or may be, and cannot be read.
-    """
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-        raise ModelError(
-            f"{path}: cannot be read ({error.strerror}); give this user the right to read it, or "
-            "see to the disk"
-        ) from None
 
 
 def check_memory(name: str, settings: PreTrainedConfig) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 from torch import nn
 
-from lapilli.model.config import LoraConfig
+from lapilli.model.config import LoraConfig, ModelConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.added_rows import ADDED, add_rows
 from lapilli.model.parts.quantized import numbers_of
-
-if TYPE_CHECKING:
-    from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
     "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
@@ -87,7 +84,11 @@ def base_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
+def _trainable_parts(model: nn.Module) -> Collection[str]:
+    return cast("ModelConfig", model.config).trainable
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     """Put LoRA adapters (arXiv 2106.09685) on linear layers of the parts that learn.
 
     A part that gets any learns through them alone: its own weights freeze, but for biases by
@@ -101,7 +102,8 @@ def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
     from peft import inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
-    parts = [part for part in ADAPTED if part in model.config.trainable]
+    trainable = _trainable_parts(model)
+    parts = [part for part in ADAPTED if part in trainable]
     layers = {part: _linear_layers(model, part) for part in parts}
     matched = {
         part: [name for name in names if _is_target(f"{part}.{name}", lora.target)]
@@ -118,14 +120,15 @@ def add_adapters(model: VisionLanguageModel, lora: LoraConfig) -> None:
             )  # fmt: skip
             inject_adapter_in_model(settings, model.get_submodule(part))
     if matched.get("language"):
-        add_rows(model.language)
+        add_rows(model.get_submodule("language"))
 
 
-def _linear_layers(model: VisionLanguageModel, part: str) -> list[str]:
+def _linear_layers(model: nn.Module, part: str) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     whole = model.get_submodule(part)
-    head = model.language.get_output_embeddings()
+    language: Any = model.get_submodule("language")
+    head = language.get_output_embeddings()
     return [
         name
         for name, module in whole.named_modules()
@@ -146,11 +149,11 @@ def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:
     )
 
 
-def checkpoint_activations(model: VisionLanguageModel) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
     """Keep each layer's input only and run the layer again in backward (arXiv 1604.06174)."""
     from transformers import PreTrainedModel
 
-    parts = ["language", *(["vision"] if "vision" in model.config.trainable else [])]
+    parts = ["language", *(["vision"] if "vision" in _trainable_parts(model) else [])]
     for part in parts:
         for module in model.get_submodule(part).modules():
             if isinstance(module, PreTrainedModel):
@@ -158,12 +161,13 @@ def checkpoint_activations(model: VisionLanguageModel) -> None:
                 break
 
 
-def set_modes(model: VisionLanguageModel) -> None:
+def set_modes(model: nn.Module) -> None:
     """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    trainable = _trainable_parts(model)
     for name, part in model.named_children():
-        part.train(name in model.config.trainable)
+        part.train(name in trainable)
         for module in part.modules():
             # transformers checkpoints a layer only in training mode; its parts stay as they are
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:

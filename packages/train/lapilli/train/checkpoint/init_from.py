@@ -17,20 +17,21 @@ from torch import Tensor, nn
 
 from lapilli.data.io.access import exists, is_file
 from lapilli.model.config import ModelConfig
-from lapilli.model.interop.files import open_safetensors
 from lapilli.model.interop.foreign import has_language, load_foreign
 from lapilli.model.interop.weights import low_rank
 from lapilli.model.parts.added_rows import ADDED, source_rows, table_names
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.quantized import quantized_layers, round_trip
 from lapilli.model.parts.trainable import base_name, is_adapter, shape_of, trainable_parameters
+from lapilli.model.parts.weight_files import open_safetensors
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.frozen import check_frozen, source_digests
-from lapilli.train.checkpoint.layout import FOLDER, MILESTONES, STATE, steps_in
+from lapilli.train.checkpoint.layout import steps_in
 from lapilli.train.checkpoint.save_load import WEIGHTS, Checkpoint
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.names import FOLDER, MILESTONES, STATE
 from lapilli.train.run_folder.settings import settings_of
 
 __all__ = ["Built", "Chain", "build_on", "find_chain", "keeps_language", "recorded"]

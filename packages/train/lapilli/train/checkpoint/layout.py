@@ -16,30 +16,33 @@ from typing import Any
 
 from torch import Tensor
 
-from lapilli.data.io.access import FULL, cannot_read, exists, is_missing, subpaths
-from lapilli.data.shards.files import sha256_file
-from lapilli.model.interop.files import save_tensors
+from lapilli.data.io.access import FULL, exists, subpaths
+from lapilli.data.io.atomic import sha256_file
+from lapilli.model.parts.weight_files import save_tensors
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.names import (
+    CONFIG,
+    CUT,
+    DATA,
+    FOLDER,
+    GONE,
+    MILESTONES,
+    MOMENTS,
+    STATE,
+    step_name,
+)
 
 __all__ = [
-    "CONFIG", "CUT", "DATA", "FACTS", "FILES", "FOLDER", "GONE", "MILESTONES", "MOMENTS", "STATE",
-    "WEIGHTS",
-    "folder_bytes", "forget_old", "is_step", "outdated", "put_in_place", "require_missing",
-    "step_name", "steps_in", "tidy", "write_checkpoint",
+    "folder_bytes",
+    "forget_old",
+    "is_step",
+    "outdated",
+    "put_in_place",
+    "steps_in",
+    "tidy",
+    "write_checkpoint",
 ]  # fmt: skip
-
-FOLDER, MILESTONES = "checkpoints", "milestones"
-WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
-STATE, CONFIG = "state.json", "config.json"
-DATA = "data"  # what a run keeps of its dataset (`run_data`)
-FACTS = "facts.json"  # what `preflight` found when the run was last started
-CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed
-
-
-def step_name(step: int) -> str:
-    """The name of a step's folder; names sort as steps do."""
-    return f"step-{step:08d}"
 
 
 def write_checkpoint(
@@ -190,16 +193,6 @@ def steps_in(folder: Path) -> list[Path]:
         DataError: The folder may not be listed: what is in it is not known.
     """
     return [path for path in subpaths(folder, "step-") if is_step(path.name)]
-
-
-def require_missing(path: Path, error: OSError) -> None:
-    """Let an error pass that says that nothing is there, and no other.
-
-    Raises:
-        TrainError: The file is there, or may be, and cannot be read.
-    """
-    if not is_missing(error):
-        raise TrainError(cannot_read(path, error)) from None
 
 
 def folder_bytes(folder: Path) -> int:

@@ -19,26 +19,23 @@ from typing import Any, NotRequired, Protocol, TypedDict, cast
 from torch import Tensor, nn
 
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_file, is_folder
+from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
-from lapilli.data.shards.files import sha256_file
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.files import read_safetensors
 from lapilli.model.parts.trainable import shape_of, trainable_parameters
-from lapilli.train.checkpoint.layout import (
+from lapilli.model.parts.weight_files import read_safetensors
+from lapilli.train.checkpoint.layout import folder_bytes, forget_old, steps_in, write_checkpoint
+from lapilli.train.engine import deepspeed_engine
+from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.names import (
     FILES,
     FOLDER,
     MILESTONES,
     MOMENTS,
     STATE,
     WEIGHTS,
-    folder_bytes,
-    forget_old,
     step_name,
-    steps_in,
-    write_checkpoint,
 )
-from lapilli.train.engine import deepspeed_engine
-from lapilli.train.errors import TrainError
 
 __all__ = [
     "WEIGHTS",

@@ -9,8 +9,8 @@ from typing import Any
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER
 from lapilli.data.errors import DataError
 from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
-from lapilli.train.checkpoint.layout import DATA
 from lapilli.train.checkpoint.save_load import Checkpoint
+from lapilli.train.run_folder.names import DATA
 
 __all__ = ["extends", "keeps_ids"]
 

@@ -17,33 +17,29 @@ from typing import Any
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import FULL
+from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.remote_path import COPY_BYTES, RemotePath
 from lapilli.data.io.typed_json import JsonError, from_json, is_file_path
 from lapilli.data.record import excerpt
-from lapilli.data.shards.files import sha256_file
-from lapilli.train.checkpoint.layout import (
-    CONFIG,
-    CUT,
-    DATA,
-    FILES,
-    FOLDER,
-    MILESTONES,
-    STATE,
-    forget_old,
-    is_step,
-    outdated,
-    put_in_place,
-    step_name,
-    steps_in,
-)
+from lapilli.train.checkpoint.layout import forget_old, is_step, outdated, put_in_place, steps_in
 from lapilli.train.checkpoint.save_load import read_state
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import run_data_files
 from lapilli.train.run_folder.messages import note
-from lapilli.train.run_folder.metrics_file import METRICS
-from lapilli.train.run_folder.restarts import STARTS
-from lapilli.train.validation.sample_generations import GENERATIONS
+from lapilli.train.run_folder.names import (
+    CONFIG,
+    CUT,
+    DATA,
+    FILES,
+    FOLDER,
+    GENERATIONS,
+    METRICS,
+    MILESTONES,
+    STARTS,
+    STATE,
+    step_name,
+)
 
 __all__ = ["Uploads", "fetch_newest", "store_config", "stored_config"]
 

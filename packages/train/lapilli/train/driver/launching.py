@@ -15,8 +15,8 @@ import torch
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.io.access import exists, is_folder, subpaths
 from lapilli.data.io.addresses import refuse_address
+from lapilli.data.io.atomic import write_json
 from lapilli.data.io.writer_lock import LOCK, only_writer
-from lapilli.data.shards.files import write_json
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
 from lapilli.model.parts.attention import Attention, choose_attention
@@ -26,7 +26,6 @@ from lapilli.model.parts.quantized import packed_numbers
 from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.layout import CONFIG, FACTS, STATE
 from lapilli.train.checkpoint.upload import Uploads, fetch_newest, store_config, stored_config
 from lapilli.train.config import RunConfig
 from lapilli.train.device import (
@@ -49,18 +48,20 @@ from lapilli.train.driver.memory_estimate import (
     time_micro_batch,
 )
 from lapilli.train.driver.run_length import LENGTH, changed_length, check_length
-from lapilli.train.driver.signals import forget_stop, is_stop_asked, stops_on_signals
+from lapilli.train.driver.signals import stops_on_signals
 from lapilli.train.driver.workers import fit_here, fit_on_ray
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.messages import notes_end, notes_from
 from lapilli.train.run_folder.metrics_file import read_metrics, read_new
+from lapilli.train.run_folder.names import CONFIG, FACTS, STATE
 from lapilli.train.run_folder.settings import (
     plain_settings,
     read_run_config,
     read_run_facts,
     settings_of,
 )
+from lapilli.train.run_folder.stop_request import forget_stop, is_stop_asked
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import to_device
 from lapilli.train.validation.sample_generations import choose_questions

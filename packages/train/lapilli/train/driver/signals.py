@@ -13,20 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["forget_stop", "is_stop_asked", "stops_on_signals"]
+from lapilli.train.run_folder.names import STOP
+from lapilli.train.run_folder.stop_request import is_stop_asked
 
-STOP = "stop"
+__all__ = [
+    "stops_on_signals",
+]
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def is_stop_asked(run: Path) -> bool:
-    """Whether somebody wants the run to save and end."""
-    return (run / STOP).exists()
-
-
-def forget_stop(run: Path) -> None:
-    """What an earlier start was asked does not hold for this one."""
-    (run / STOP).unlink(missing_ok=True)
 
 
 @contextmanager

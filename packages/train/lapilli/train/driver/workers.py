@@ -24,11 +24,14 @@ from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
 from lapilli.train.engine.deepspeed_engine import forget_swapped
 from lapilli.train.errors import TrainError
 from lapilli.train.health.watchdog import hang_line
+from lapilli.train.run_folder.names import MISTAKE
 from lapilli.train.worker.loop import fit, setup
 
-__all__ = ["MISTAKE", "fit_here", "fit_on_ray", "join_alone"]
-
-MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mistake
+__all__ = [
+    "fit_here",
+    "fit_on_ray",
+    "join_alone",
+]
 
 
 def fit_on_ray(config: RunConfig, device: Device) -> None:

@@ -15,13 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lapilli.data.shards.files import write_json
+from lapilli.data.io.atomic import write_json
 from lapilli.train.device import synchronize
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.names import WORKERS
 
-__all__ = ["WORKERS", "Worker", "probe_line", "probe_warnings", "probe_workers", "save_warning"]
+__all__ = [
+    "Worker",
+    "probe_line",
+    "probe_warnings",
+    "probe_workers",
+    "save_warning",
+]
 
-WORKERS = "workers.json"
 SIZES = (1 << 16, 1 << 20, 1 << 24)  # bytes reduced
 REPEATS = 3
 WRITTEN = 64 << 20  # bytes

@@ -19,11 +19,11 @@ import numpy as np
 import torch.distributed as dist
 
 from lapilli.data.batches.collate import Batch
+from lapilli.data.io.atomic import write_json
 from lapilli.data.io.typed_json import JsonError, Natural, from_json
 from lapilli.data.record import excerpt
-from lapilli.data.shards.files import write_json
-from lapilli.train.checkpoint.layout import require_missing
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.settings import require_missing
 
 __all__ = ["KEPT", "KeptStep", "is_wrong", "keep_step", "read_kept"]
 

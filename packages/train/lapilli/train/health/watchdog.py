@@ -25,7 +25,7 @@ GRACE = 3.0  # seconds between the stacks and the end: no rank ends before all h
 EXIT_CODE = 17
 FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
 NOT_OURS = ("site-packages", "/lib/python", "<frozen")
-TRAINING = "lapilli/train/loop.py"  # a frame of the thread that trains
+TRAINING = "lapilli/train/worker/loop.py"  # a frame of the thread that trains
 
 
 class HangWatch:

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
-from lapilli.data.planning.mixture import HELD_OUT, TRAIN
 from lapilli.data.shards.manifest import Manifest
+from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.frozen import check_frozen
 from lapilli.train.checkpoint.init_from import build_on, find_chain
-from lapilli.train.checkpoint.layout import CONFIG
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import check_same_data, data_facts
+from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.run_folder.settings import read_run_config, require_trust
 from lapilli.train.validation.decoding import Asked, RowReader, ask_first
 from lapilli.train.worker.loop import check_model

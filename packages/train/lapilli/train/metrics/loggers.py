@@ -15,14 +15,20 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from lapilli.train.config import LoggerName
 from lapilli.train.run_folder.messages import note
 from lapilli.train.validation.decoding import Asked
 
-__all__ = ["LoggerName", "MlflowSink", "SinkThread", "TensorboardSink", "WandbSink", "open_sinks"]
+__all__ = [
+    "MlflowSink",
+    "SinkThread",
+    "TensorboardSink",
+    "WandbSink",
+    "open_sinks",
+]
 
-LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 WAITING = 10_000  # rows that may wait for a sink
 PATIENCE = 30.0  # seconds a sink has to take what is left when the run ends
 

@@ -20,15 +20,20 @@ from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.device import device_name
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
+from lapilli.train.run_folder.names import WORST
 from lapilli.train.steps.feed import Feed, StepBatches
 from lapilli.train.steps.step import DeviceBatch
 
 __all__ = [
-    "WORST", "SampleLoss", "StepMeter", "Worst", "group_means", "padded_numbers", "read_worst",
+    "SampleLoss",
+    "StepMeter",
+    "Worst",
+    "group_means",
+    "padded_numbers",
+    "read_worst",
     "slot_losses",
 ]  # fmt: skip
 
-WORST = "worst.jsonl"
 KEPT = 20  # samples in it
 WINDOW = 200  # steps it looks back
 REWRITTEN = 50  # steps from one writing to the next
@@ -60,8 +65,8 @@ def slot_losses(
 def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
     """What every rank's micro-batches are padded to, from lengths alone: no rank is asked.
 
-    The same rules as `lapilli.data.batches.collate.collate`'s, for which other ranks' samples need not be
-    read.
+    The same rules as those of `lapilli.data.batches.collate.collate`, without reading other ranks'
+    samples.
 
     Args:
         step: The step.

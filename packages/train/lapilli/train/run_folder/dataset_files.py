@@ -18,8 +18,8 @@ from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, check_copy_files, kept_files, open_copy
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.atomic import sha256_file, write_json
 from lapilli.data.io.typed_json import Digest, FilePath, JsonError, from_json
-from lapilli.data.shards.files import sha256_file, write_json
 from lapilli.data.shards.manifest import (
     Manifest,
     TokenizerFields,
@@ -28,8 +28,8 @@ from lapilli.data.shards.manifest import (
     template_fingerprint,
 )
 from lapilli.data.text.templates import Template
-from lapilli.train.checkpoint.layout import CUT, DATA, GONE
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.names import CUT, DATA, GONE
 from lapilli.train.run_folder.settings import read_run_config
 
 __all__ = [

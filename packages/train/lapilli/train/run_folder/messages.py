@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-__all__ = ["NOTES", "note", "notes_end", "notes_from"]
+from lapilli.train.run_folder.names import NOTES
 
-NOTES = "notes.txt"
+__all__ = [
+    "note",
+    "notes_end",
+    "notes_from",
+]
 
 
 def note(run: Path, text: str) -> None:

@@ -9,10 +9,14 @@ from typing import Annotated, Any, NotRequired, TypedDict, cast
 from lapilli.data.io.typed_json import JsonError, Natural, as_type
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.jsonl import parse_lines
+from lapilli.train.run_folder.names import METRICS
 
-__all__ = ["METRICS", "MetricsFile", "read_metrics", "read_new", "read_steps"]
-
-METRICS = "metrics.jsonl"
+__all__ = [
+    "MetricsFile",
+    "read_metrics",
+    "read_new",
+    "read_steps",
+]
 
 
 class MetricsFile:

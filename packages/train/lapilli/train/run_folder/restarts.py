@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lapilli.train.checkpoint.layout import FACTS
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
-from lapilli.train.run_folder.metrics_file import METRICS, read_metrics
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.names import FACTS, METRICS, STARTS
 
-__all__ = ["STARTS", "Start", "read_starts", "record_start"]
-
-STARTS = "starts.jsonl"
+__all__ = [
+    "Start",
+    "read_starts",
+    "record_start",
+]
 
 
 @dataclass(frozen=True)

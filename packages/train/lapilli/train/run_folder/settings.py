@@ -12,16 +12,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
+from lapilli.data.io.access import cannot_read, is_missing
 from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
 from lapilli.data.record import excerpt
 from lapilli.data.trust import Trust, is_own_code
 from lapilli.model.config import ModelConfig
-from lapilli.train.checkpoint.layout import CONFIG, FACTS, require_missing
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.names import CONFIG, FACTS
 
 __all__ = [
-    "RunFacts", "plain_settings", "read_run_config", "read_run_facts", "require_trust",
+    "RunFacts",
+    "plain_settings",
+    "read_run_config",
+    "read_run_facts",
+    "require_missing",
+    "require_trust",
     "settings_of",
 ]  # fmt: skip
 
@@ -126,3 +132,13 @@ def require_trust(config: ModelConfig, trust: Trust, where: object) -> None:
         raise TrainError(
             f"{where}: {said}; if you trust whoever made it, pass {excerpt(' '.join(flags), 300)}"
         )
+
+
+def require_missing(path: Path, error: OSError) -> None:
+    """Let an error pass that says that nothing is there, and no other.
+
+    Raises:
+        TrainError: The file is there, or may be, and cannot be read.
+    """
+    if not is_missing(error):
+        raise TrainError(cannot_read(path, error)) from None

@@ -16,14 +16,17 @@ from lapilli.train.config import RunConfig
 from lapilli.train.engine.deepspeed_engine import gathered
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
+from lapilli.train.run_folder.names import GENERATIONS
 from lapilli.train.validation.decoding import Asked, RowReader, ask_first
 
 __all__ = [
-    "GENERATIONS", "Generation", "Generations", "choose_questions", "forget_generations",
-    "read_generations", "write_generations",
+    "Generation",
+    "Generations",
+    "choose_questions",
+    "forget_generations",
+    "read_generations",
+    "write_generations",
 ]  # fmt: skip
-
-GENERATIONS = "generations.jsonl"
 
 
 @dataclass(frozen=True)

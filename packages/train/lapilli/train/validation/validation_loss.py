@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lapilli.data.batches.collate import BatchShape, collate
 from lapilli.data.dataset.dataset import Dataset, open_dataset
-from lapilli.data.planning.mixture import HELD_OUT, TRAIN
+from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError

@@ -26,12 +26,11 @@ from lapilli.model.vlm import Outline, VisionLanguageModel
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.frozen import FORM, check_frozen
 from lapilli.train.checkpoint.init_from import Built, build_on, find_chain, recorded
-from lapilli.train.checkpoint.layout import FOLDER, MILESTONES, tidy
+from lapilli.train.checkpoint.layout import tidy
 from lapilli.train.checkpoint.token_ids import extends, keeps_ids
 from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, check_precision, peak_memory, prepare_process
-from lapilli.train.driver.signals import is_stop_asked
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_guard import StepGuard
@@ -40,7 +39,9 @@ from lapilli.train.metrics.step_log import Journal
 from lapilli.train.metrics.step_metrics import StepMeter, slot_losses
 from lapilli.train.run_folder.dataset_files import data_facts
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.names import FOLDER, MILESTONES
 from lapilli.train.run_folder.restarts import record_start
+from lapilli.train.run_folder.stop_request import is_stop_asked
 from lapilli.train.steps.device_copy import SentStep, send_ahead
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer, learning_rate

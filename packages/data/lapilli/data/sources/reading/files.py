@@ -21,9 +21,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.io import file_kinds
 from lapilli.data.io.access import exists, folders_below, is_denied, subpaths
 from lapilli.data.io.file_kinds import SNIFFED, Expected
-from lapilli.data.io.filesystems import open_storage, split_address
+from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.io.remote_path import Output, RemotePath
-from lapilli.data.mounts.places import is_remote
 from lapilli.data.record import excerpt
 from lapilli.data.sources.reading.bounds import bounded_stream
 from lapilli.data.sources.reading.patterns import MOST_NAMES, expand_braces, matching

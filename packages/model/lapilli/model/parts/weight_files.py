@@ -18,8 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lapilli.model.errors import ModelError
-from lapilli.model.parts.pretrained import require_missing
+from lapilli.model.errors import ModelError, require_missing
 
 __all__ = [
     "INDICES", "PROJECTOR", "check_weights", "index_names", "open_safetensors", "read_object",

@@ -1,0 +1,92 @@
+"""Damaged or missing shards of a dataset, made again from its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from lapilli.data.building.driver import build
+from lapilli.data.building.runners import Runner, run_on_ray
+from lapilli.data.config import BuildConfig
+from lapilli.data.dataset.verify import checksummed
+from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.remote_path import Output
+from lapilli.data.planning.plan import Task, plan_build
+from lapilli.data.shards.manifest import read_manifest
+
+__all__ = [
+    "repair_dataset",
+]
+
+
+def repair_dataset(
+    path: Path,
+    config: BuildConfig,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    runner: Runner = run_on_ray,
+) -> int:
+    """Make again, from the sources, the shards that are missing or damaged; the others stay.
+
+    It is the dataset's own build, run again and held to the manifest: what comes out must have the
+    SHA-256 that stands there.
+
+    Args:
+        path: The dataset's folder.
+        config: The settings it was built with, from its `config.json`; a root that has moved is
+            given here.
+        on_progress: As in `build`.
+        runner: As in `build`.
+
+    Returns:
+        The number of shards made.
+
+    Raises:
+        DataError: The sources are gone or are not what they were; nothing has been changed then,
+            or only the file that was damaged anyway.
+    """
+    manifest = read_manifest(path)
+    plan = plan_build(replace(config, output=str(path)))
+    changed = [
+        name
+        for name in {**manifest.plan, **plan.digests}
+        if manifest.plan.get(name) != plan.digests.get(name)
+    ]
+    if changed:
+        raise DataError(
+            f"{path}: cannot be repaired: other than when it was built: {', '.join(changed)}; "
+            "bring these back as they were, or preprocess into another --output"
+        )
+    expected = {shard.path: shard for shard in checksummed(manifest)}
+    _check_links(path, expected)
+
+    def held_to_manifest(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
+        for made in runner(tasks, output, workers):
+            if made != expected.get(made.path):
+                raise DataError(
+                    f"{path}: {made.path} made again is not what it was: an image or a library has "
+                    "changed since; bring it back, or preprocess into another --output"
+                )
+            yield made
+
+    report = build(plan, on_progress, runner=held_to_manifest)
+    if report.manifest.fingerprint != manifest.fingerprint:
+        raise DataError(
+            f"{path}: made again it is another dataset (fingerprint "
+            f"{report.manifest.fingerprint[:12]}, it was {manifest.fingerprint[:12]}); runs that "
+            "used it cannot go on"
+        )
+    return report.shards_built
+
+
+def _check_links(path: Path, names: Iterable[str]) -> None:
+    """Refuse to write through a link inside a dataset: it may lead to any folder."""
+    for name in names:
+        folder = (path / name).parent
+        if not folder.resolve().is_relative_to(path.resolve()):
+            raise DataError(
+                f"{folder}: leads out of the dataset, and nothing is written there; put the folder "
+                "itself in the link's place"
+            )

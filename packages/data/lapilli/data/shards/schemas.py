@@ -1,0 +1,105 @@
+"""Arrow schemas of a dataset's files, and the values of their enumerations."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+__all__ = [
+    "FAST_COLUMNS",
+    "HELD_OUT",
+    "IMAGE_SCHEMA",
+    "INPUT_SCHEMA",
+    "JPEG_SCHEMA",
+    "OK",
+    "SELECTION_SCHEMA",
+    "TOKEN_SCHEMA",
+    "TRAIN",
+    "UNUSED",
+]
+
+
+TRAIN, HELD_OUT = "train", "held_out"  # the splits
+
+
+OK = "ok"  # status of an image that a view has pixels of
+
+
+UNUSED = "unused"  # status of a slot whose image no record names any more
+
+
+# Images are large_binary: 32-bit offsets overflow at 2 GiB.
+IMAGE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("status", pa.string()),  # "ok" or a Reason
+        ("detail", pa.string()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("encoding", pa.string()),  # "raw": uint8 height x width x RGB; "jpeg"; "original"
+        ("pixels", pa.large_binary()),
+    ]
+)
+
+
+JPEG_SCHEMA = pa.schema(
+    [
+        *IMAGE_SCHEMA,
+        ("absolute_error", pa.int64()),  # what JPEG has changed, summed over the image's values
+        ("squared_error", pa.int64()),
+        ("worst_error", pa.int32()),
+    ]
+)
+
+
+FAST_COLUMNS = (  # what mode `fast` has changed, of the images that were made exactly too
+    pa.field("fast_absolute_error", pa.int64()),
+    pa.field("fast_squared_error", pa.int64()),
+    pa.field("fast_worst_error", pa.int32()),
+)
+
+
+INPUT_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # "image" by slot, then "record" by token row
+        ("name", pa.string()),
+        ("stamp", pa.binary()),  # tells the content under the name from another
+    ]
+)
+
+
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("source", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),  # -200 at an image's place
+        ("label_spans", pa.list_(pa.int32())),  # start, end, start, end, ... of trained ids
+        ("text_length", pa.int32()),  # ids without the placeholders
+        ("num_trained", pa.int32()),
+        ("image_ids", pa.list_(pa.string())),
+        ("llava_length", pa.int32()),
+    ]
+)
+
+
+SELECTION_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("token_shard", pa.int32()),
+        ("token_row", pa.int32()),
+        ("image_slots", pa.list_(pa.int32())),
+        ("text_length", pa.int32()),
+        ("num_trained", pa.int32()),
+        ("llava_length", pa.int32()),
+        ("split", pa.string()),  # "train" or "held_out"
+        ("repeats", pa.int32()),  # how often the row stands in an epoch of its split
+    ]
+)
+
+
+_SCHEMAS = (JPEG_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)
+
+
+COLUMN_TYPES = {field.name: field.type for schema in _SCHEMAS for field in schema}
+
+
+NULLABLE = {field.name for field in (*JPEG_SCHEMA, *FAST_COLUMNS)} - {"image_id", "status"}
