@@ -21,7 +21,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.device import device_memory
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
-from lapilli.train.worker.loop import check_model
+from lapilli.train.worker.compatibility import check_model
 from pipelines.cli.command import console, say
 from pipelines.reports.describe import bytes_text, duration_text
 

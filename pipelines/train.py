@@ -24,14 +24,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.ray_session import ray_session
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import (
-    Preflight,
-    copy_rest,
-    finished_steps,
-    launch,
-    only_trainer,
-    preflight,
-)
+from lapilli.train.driver.launching import copy_rest, launch, only_trainer
+from lapilli.train.driver.preflight import Preflight, finished_steps, preflight
 from lapilli.train.driver.replay import Finding, rerun
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import read_kept

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -14,6 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
+MAX_MODULES = 14
 
 PACKAGED = sorted((ROOT / "packages").rglob("*.py"))
 ALL = [
@@ -46,7 +49,8 @@ def test_module_says_what_it_is_and_what_is_public(path: Path) -> None:
         for target in statement.targets
         if isinstance(target, ast.Name)
     }
-    assert "__all__" in assigned, "the module needs __all__"
+    is_empty = path.name == "__init__.py" and len(module.body) == 1
+    assert is_empty or "__all__" in assigned, "the module needs __all__"
 
 
 def test_files_are_short() -> None:
@@ -63,6 +67,22 @@ def test_functions_are_short() -> None:
                 if lines > MAX_FUNCTION_LINES:
                     long[f"{name_of(path)}:{node.lineno} {node.name}"] = lines
     assert long == {}
+
+
+def test_rooms_are_small() -> None:
+    """A folder of modules is read at a glance; `pipelines/` has one module a verb."""
+    rooms = {path.parent for path in ALL if "tests" not in path.relative_to(ROOT).parts}
+    rooms -= {ROOT / "pipelines", ROOT / "pipelines" / "benchmarks"}
+    sizes = {name_of(room): len({*room.glob("*.py")} - {room / "__init__.py"}) for room in rooms}
+    assert {name: size for name, size in sizes.items() if size > MAX_MODULES} == {}
+
+
+@pytest.mark.parametrize("package", ["data", "model", "train"])
+def test_no_module_has_the_name_of_something_public(package: str) -> None:
+    """Importing such a module would replace the function of the package by it."""
+    public = importlib.import_module(f"lapilli.{package}")
+    modules = {module.name for module in pkgutil.iter_modules(public.__path__)}
+    assert modules & {*public.__all__} == set()
 
 
 def test_nothing_is_called_utils() -> None:

@@ -20,8 +20,11 @@ print(json.dumps([time.perf_counter() - started, sorted(sys.modules)]))
     ("package", "absent"),
     [
         ("lapilli.data", ["torch", "ray", "transformers", "deepspeed", "lapilli.model"]),
-        ("lapilli.model", ["ray", "transformers", "deepspeed", "lapilli.data"]),
-        ("lapilli.train", ["ray", "transformers", "deepspeed"]),
+        ("lapilli.model", ["torch", "ray", "transformers", "deepspeed", "lapilli.data"]),
+        ("lapilli.model.vlm", ["ray", "transformers", "deepspeed", "lapilli.data"]),
+        ("lapilli.train", ["torch", "ray", "transformers", "deepspeed"]),
+        ("lapilli.train.driver.launching", ["ray", "transformers", "deepspeed"]),
+        ("pipelines.check", ["torch", "ray", "transformers", "lapilli.model.vlm"]),
     ],
 )
 def test_import_loads_only_what_it_must(package: str, absent: list[str]) -> None:

@@ -49,6 +49,9 @@ def test_import_directions_hold() -> None:
         ("model", "import tests.factories", "nothing imports the tests"),
         ("model", "import ray.train", "models know nothing of Ray and DeepSpeed"),
         ("model", "import deepspeed", "models know nothing of Ray and DeepSpeed"),
+        ("data", "import lapilli.data.io.access", "rooms of lapilli.data import downwards"),
+        ("model", "import lapilli.model.vlm", "rooms of lapilli.model import downwards"),
+        ("train", "import lapilli.train.worker.loop", "rooms of lapilli.train import downwards"),
     ],
 )
 def test_a_planted_import_is_found(

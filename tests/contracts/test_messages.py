@@ -24,13 +24,14 @@ CONFIGS = {
 # Whose message a module's is: the commands that come to it. The longest prefix counts.
 OWNERS = {
     "packages/data": {"preprocess"}, "packages/data/lapilli/data/dataset": {"train", "evaluate"},
-    "packages/data/lapilli/data/export": {"export"}, "packages/data/lapilli/data/jinja": {"export"},
-    "packages/data/lapilli/data/integrity": {"show"}, "packages/model": {"train"},
+    "packages/data/lapilli/data/dataset/export": {"export"},
+    "packages/data/lapilli/data/text/export": {"export"},
+    "packages/data/lapilli/data/dataset/verify": {"show"}, "packages/model": {"train"},
     "packages/model/lapilli/model/interop": {"export"}, "packages/train": {"train"},
-    "packages/train/lapilli/train/ask": {"generate", "chat"},
-    "packages/train/lapilli/train/evaluate": {"evaluate"},
-    "pipelines/chat_": {"chat"}, "pipelines/export_": {"export"},
-    "pipelines/question_file": {"generate"}, "pipelines/verify": {"show"},
+    "packages/train/lapilli/train/inference/assistant": {"generate", "chat"},
+    "packages/train/lapilli/train/inference/evaluate": {"evaluate"},
+    "pipelines/chat_page": {"chat"}, "pipelines/exports": {"export"},
+    "pipelines/cli/question_file": {"generate"}, "pipelines/verify": {"show"},
 }  # fmt: skip
 # Options of other programs.
 FOREIGN = {

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from lapilli.train.checkpoint.save_load import newest_weights
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.steps.feed import Feed
-from lapilli.train.worker.loop import build_start, open_for
+from lapilli.train.worker.compatibility import build_start, open_for
 from pipelines.cli.command import parse
 from tests.foreign.environments import HERE, ROOT, run_in
 from tests.foreign.llava_material import LIMIT, RECIPES, Material, make_models, make_records

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lapilli.data.dataset.dataset import open_dataset
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
 from lapilli.train.driver.memory_estimate import sketch_run
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.estimate import sample_operations, tell_estimate
 from pipelines.train import main

@@ -17,10 +17,10 @@ import pytest
 
 import pipelines.train
 from lapilli.train.config import RunConfig
-from lapilli.train.driver import launching
+from lapilli.train.driver import preflight as preflight_module
 from lapilli.train.driver.fake_model import Sketch
-from lapilli.train.driver.launching import preflight
 from lapilli.train.driver.memory_estimate import sketch_run
+from lapilli.train.driver.preflight import preflight
 from pipelines.cli.command import parse
 from tests.pipelines.test_train import one_line
 from tests.pipelines.tiny_recipes import (
@@ -113,8 +113,8 @@ def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
         fake.append(made.parameters())
         return made
 
-    monkeypatch.setattr(launching, "device_memory", lambda device: 10**10)  # as on a GPU
-    monkeypatch.setattr(launching, "sketch_run", sketched)
+    monkeypatch.setattr(preflight_module, "device_memory", lambda device: 10**10)  # as on a GPU
+    monkeypatch.setattr(preflight_module, "sketch_run", sketched)
     for _, way, stage in cells([recipe]):
         output = tmp_path / f"{way} {stage}"
         arguments = material.arguments(recipe, output, *flags(way, stage))

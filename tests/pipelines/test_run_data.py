@@ -21,7 +21,8 @@ from lapilli.model.interop.hf import read_facts
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import finished_steps, launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import finished_steps, preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import open_assistant
 from lapilli.train.run_folder.dataset_files import keep_data, read_data

@@ -30,7 +30,7 @@ from lapilli.model.registry import load_builder
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.run_folder.settings import read_run_config
-from lapilli.train.worker.loop import build_start
+from lapilli.train.worker.compatibility import build_start
 from pipelines.cli.command import run
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.pipelines.test_train import RECIPE

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from lapilli.train.config import RunConfig
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.worker.loop import fit, setup
+from lapilli.train.worker.loop import fit
+from lapilli.train.worker.setup import setup
 
 __all__ = ["train_together"]
 

@@ -21,7 +21,7 @@ from lapilli.train.checkpoint.save_load import WEIGHTS
 from lapilli.train.config import RunConfig
 from lapilli.train.run_folder.names import CONFIG, FOLDER, MOMENTS, step_name
 from lapilli.train.steps.step import to_device
-from lapilli.train.worker.loop import build_run
+from lapilli.train.worker.compatibility import build_run
 from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config
 
 __all__ = ["configured", "made_run", "moved", "one_batch", "summed_loss"]

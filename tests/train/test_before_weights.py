@@ -15,7 +15,7 @@ from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.language import build_language
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import preflight
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from tests.train.small_run import small_dataset, small_run
 

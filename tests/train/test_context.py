@@ -12,7 +12,7 @@ from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.model.config import LanguageConfig
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import preflight
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.validation.decoding import RowReader, ask_first
 from tests.train.small_run import VIEW, small_dataset, small_run

@@ -62,7 +62,7 @@ ON_RAY = """
 import sys
 import ray
 from lapilli.train.errors import TrainError
-from lapilli.train.driver.launching import preflight
+from lapilli.train.driver.preflight import preflight
 from pathlib import Path
 from tests.train.small_run import small_run
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.cli.command import run
 from tests.train.small_run import small_dataset, small_run

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.disturbed import driver, lose_machine, wait_for_step
 from tests.train.small_run import small_dataset, small_run

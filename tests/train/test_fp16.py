@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.device import check_precision
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.messages import notes_from

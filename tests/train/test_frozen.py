@@ -26,7 +26,7 @@ from lapilli.train.checkpoint.frozen import digest
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import load_trained
-from lapilli.train.worker.loop import build_run
+from lapilli.train.worker.compatibility import build_run
 from tests.train.made_run import configured, made_run, summed_loss
 from tests.train.tiny import VOCABULARY, model_config
 

@@ -13,7 +13,8 @@ from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.text.encode import load_tokenizer
 from lapilli.model.generate import generate_greedy
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.validation.sample_generations import (

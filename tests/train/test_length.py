@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
-from lapilli.train.driver.launching import finished_steps, launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import finished_steps, preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.steps.optim import learning_rate

@@ -9,7 +9,8 @@ import pytest
 
 from lapilli.model.config import LanguageConfig, LoraConfig
 from lapilli.model.vlm import build_model
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.small_run import small_dataset, small_run
 

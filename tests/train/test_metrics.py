@@ -15,14 +15,15 @@ import torch
 from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.metrics.step_metrics import SampleLoss, group_means, read_worst
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import to_device
 from lapilli.train.validation.validation_loss import HeldOut
-from lapilli.train.worker.loop import open_for
+from lapilli.train.worker.compatibility import open_for
 from pipelines.reports.run_report import smoothed, write_run_report
 from tests.browser import Chromium
 from tests.train.small_run import VIEW, small_dataset, small_run

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import open_assistant
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.run_folder.names import MOMENTS, WEIGHTS
-from lapilli.train.worker.loop import build_start
+from lapilli.train.worker.compatibility import build_start
 from pipelines.reports.describe import describe_run
 from tests.train.small_run import small_dataset, small_run
 

@@ -17,8 +17,9 @@ from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
 from lapilli.train.driver.memory_estimate import state_bytes
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.small_run import small_dataset, small_run

@@ -17,8 +17,8 @@ from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.driver.launching import preflight
 from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.engine.deepspeed_engine import MOMENTS
 from lapilli.train.errors import TrainError

@@ -13,7 +13,7 @@ from lapilli.model.parts.trainable import set_modes
 from lapilli.model.vlm import build_model
 from lapilli.train.metrics.step_metrics import StepMeter, padded_numbers
 from lapilli.train.steps.feed import Feed
-from lapilli.train.worker.loop import open_for
+from lapilli.train.worker.compatibility import open_for
 from tests.model.test_flops import numbers_of, seen_by_torch
 from tests.train.small_run import small_dataset, small_run
 

@@ -22,8 +22,8 @@ from lapilli.train.checkpoint.frozen import FORM
 from lapilli.train.checkpoint.init_from import Built, build_on, find_chain
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.driver import launching
-from lapilli.train.driver.launching import preflight
+from lapilli.train.driver import preflight as preflight_module
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.run_folder.settings import plain_settings
 from lapilli.train.steps.optim import build_optimizer
@@ -201,8 +201,8 @@ def test_the_driver_does_not_build_what_no_worker_holds(
         dataset, tmp_path / "run", zero_stage=3, workers=1, launcher="process", micro_batch=4
     )
     built = preflight(config)
-    monkeypatch.setattr(launching, "MEASURED", 1)  # what is large
-    monkeypatch.setattr(launching, "build_start", lambda config: pytest.fail("it was built"))
+    monkeypatch.setattr(preflight_module, "MEASURED", 1)  # what is large
+    monkeypatch.setattr(preflight_module, "build_start", lambda config: pytest.fail("it was built"))
     seen = preflight(config)
     assert built.step_seconds is not None
     assert replace(built, step_seconds=None) == seen

@@ -10,7 +10,8 @@ import torch
 
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig, RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.driver.replay import examine
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import is_wrong, read_kept

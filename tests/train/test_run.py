@@ -22,7 +22,8 @@ from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint.layout import forget_old
 from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
 from tests.train.small_run import small_dataset, small_run

@@ -18,7 +18,8 @@ from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.layout import forget_old, tidy, write_checkpoint
 from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.names import MOMENTS, WEIGHTS

@@ -15,10 +15,11 @@ from lapilli.model.config import LoraConfig, Part
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint.save_load import latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
-from lapilli.train.driver.launching import finished_steps, launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import finished_steps, preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import load_trained
-from lapilli.train.worker.loop import build_start
+from lapilli.train.worker.compatibility import build_start
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.small_run import small_dataset, small_run
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lapilli.data.io.atomic import write_json
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
 from lapilli.train.run_folder.names import FACTS, METRICS, NOTES
 from lapilli.train.run_folder.restarts import Start, read_starts, record_start

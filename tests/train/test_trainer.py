@@ -16,7 +16,8 @@ from lapilli.model.interop.hf import write_hf
 from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig, RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.steps.feed import Feed
 from tests.train.small_run import VIEW, small_dataset, small_run
 

@@ -14,7 +14,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.launching import launch, preflight
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.train import train

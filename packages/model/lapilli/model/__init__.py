@@ -1,12 +1,18 @@
 """lapilli.model: vision-language models and their merge. Never imports ray."""
 
-from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
-from lapilli.model.errors import ModelError
-from lapilli.model.generate import generate_greedy
-from lapilli.model.loss import trained_loss
-from lapilli.model.merging import merge
-from lapilli.model.parts.trainable import freeze, trainable_parameters
-from lapilli.model.vlm import VisionLanguageModel, build_model
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+    from lapilli.model.errors import ModelError
+    from lapilli.model.generate import generate_greedy
+    from lapilli.model.loss import trained_loss
+    from lapilli.model.merging import merge
+    from lapilli.model.parts.trainable import freeze, trainable_parameters
+    from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = [
     "LanguageConfig",
@@ -22,3 +28,25 @@ __all__ = [
     "trainable_parameters",
     "trained_loss",
 ]
+
+_MODULES = {
+    "LanguageConfig": "config",
+    "LoraConfig": "config",
+    "ModelConfig": "config",
+    "ModelError": "errors",
+    "VisionConfig": "config",
+    "VisionLanguageModel": "vlm",
+    "build_model": "vlm",
+    "freeze": "parts.trainable",
+    "generate_greedy": "generate",
+    "merge": "merging",
+    "trainable_parameters": "parts.trainable",
+    "trained_loss": "loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, whose module is imported when the name is first used: torch takes a second."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

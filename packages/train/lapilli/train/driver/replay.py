@@ -22,7 +22,9 @@ from lapilli.train.health.step_dump import KeptStep
 from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import seed_step, to_device
-from lapilli.train.worker.loop import Setup, build_start, one_step, setup
+from lapilli.train.worker.compatibility import build_start
+from lapilli.train.worker.loop import one_step
+from lapilli.train.worker.setup import Setup, setup
 
 __all__ = ["Finding", "examine", "rerun"]
 

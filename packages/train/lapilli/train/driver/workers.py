@@ -25,7 +25,8 @@ from lapilli.train.engine.deepspeed_engine import forget_swapped
 from lapilli.train.errors import TrainError
 from lapilli.train.health.watchdog import hang_line
 from lapilli.train.run_folder.names import MISTAKE
-from lapilli.train.worker.loop import fit, setup
+from lapilli.train.worker.loop import fit
+from lapilli.train.worker.setup import setup
 
 __all__ = [
     "fit_here",

@@ -25,7 +25,7 @@ from lapilli.train.run_folder.dataset_files import check_same_data, data_facts
 from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.run_folder.settings import read_run_config, require_trust
 from lapilli.train.validation.decoding import Asked, RowReader, ask_first
-from lapilli.train.worker.loop import check_model
+from lapilli.train.worker.compatibility import check_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

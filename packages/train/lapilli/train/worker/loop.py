@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lapilli.data.batches.collate import blank_batches
-from lapilli.data.dataset.dataset import Dataset, open_dataset
-from lapilli.data.errors import DataError
-from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
-from lapilli.data.text.tokenizer_files import has_vocabulary, tokenizer_folder
-from lapilli.model.parts.pretrained import Loading, whole
-from lapilli.model.parts.trainable import GROUPS, set_modes
-from lapilli.model.vlm import Outline, VisionLanguageModel
+from lapilli.model.parts.trainable import GROUPS
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.frozen import FORM, check_frozen
-from lapilli.train.checkpoint.init_from import Built, build_on, find_chain, recorded
 from lapilli.train.checkpoint.layout import tidy
-from lapilli.train.checkpoint.token_ids import extends, keeps_ids
 from lapilli.train.checkpoint.upload import Uploads
-from lapilli.train.config import RunConfig
-from lapilli.train.device import Device, check_precision, peak_memory, prepare_process
+from lapilli.train.device import peak_memory
 from lapilli.train.engine import deepspeed_engine as engine
-from lapilli.train.errors import TrainError
 from lapilli.train.health.step_guard import StepGuard
 from lapilli.train.metrics.batch_digest import lanes_text, sample_lanes
 from lapilli.train.metrics.step_log import Journal
@@ -43,252 +29,16 @@ from lapilli.train.run_folder.names import FOLDER, MILESTONES
 from lapilli.train.run_folder.restarts import record_start
 from lapilli.train.run_folder.stop_request import is_stop_asked
 from lapilli.train.steps.device_copy import SentStep, send_ahead
-from lapilli.train.steps.feed import Feed
-from lapilli.train.steps.optim import build_optimizer, learning_rate
-from lapilli.train.steps.step import seed_step, to_device, train_step, warm_up
-from lapilli.train.validation.sample_generations import Generation, Generations, forget_generations
-from lapilli.train.validation.validation_loss import HeldOut, open_held_out
+from lapilli.train.steps.optim import learning_rate
+from lapilli.train.steps.step import seed_step, train_step
+from lapilli.train.validation.sample_generations import Generation, forget_generations
+from lapilli.train.worker.setup import Setup
 
 __all__ = [
-    "Setup", "build_run", "build_start", "check_model", "check_start", "data_facts", "fit",
-    "one_step", "open_for", "setup",
+    "data_facts",
+    "fit",
+    "one_step",
 ]  # fmt: skip
-
-
-@dataclass
-class Setup:
-    """What a worker has before its first step."""
-
-    config: RunConfig
-    device: torch.device
-    feed: Feed
-    engine: Any
-    start: int
-    state: dict[str, Any]
-    rank: int
-    world_size: int
-    held_out: HeldOut | None = None
-    generations: Generations | None = None
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this worker writes metrics and checkpoints."""
-        return self.rank == 0
-
-
-def build_start(
-    config: RunConfig, loading: Loading = whole
-) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
-    """The model as its run begins, and the checkpoint of the earlier run it starts from.
-
-    `loading` as for `build_run`, which also tells what lies frozen below.
-
-    Raises:
-        ModelError, TrainError: A part that cannot be built, or a start that does not fit.
-    """
-    built = build_run(config, loading)
-    return built.model, built.start
-
-
-def build_run(config: RunConfig, loading: Loading = whole) -> Built:
-    """The model as its run begins: on the weights that the run has started from, if it has.
-
-    `loading` stands around the reading of pretrained weights; a worker gives `engine.loading_of`.
-
-    Raises:
-        ModelError, TrainError: A part that cannot be built, a start that does not fit, or other
-            frozen weights than the run was begun beside.
-    """
-    run = Path(config.output)
-    before = recorded(run)
-    chain = find_chain(config.start_from, before.get("start", ""), by=run)
-    built = build_on(config.model, chain, loading)
-    if before:
-        check_frozen(before, built.frozen, run=run)
-    return built
-
-
-def open_for(
-    model: VisionLanguageModel | Outline,
-    config: RunConfig,
-    on_note: Callable[[str], None] = lambda line: None,
-) -> Dataset:
-    """Open a run's dataset as its model sees it, and check that they fit.
-
-    `on_note` is called with a line where there is no tokenizer to compare with.
-
-    Raises:
-        DataError: The dataset cannot be opened.
-        TrainError: Another image size, token ids the model does not know, another tokenizer than
-            the language model's own, or one of its own that cannot be loaded.
-    """
-    dataset = open_dataset(
-        config.dataset,
-        view=config.view,
-        image_tokens=model.vision.num_tokens,
-        max_length=config.max_length,
-        truncate=config.truncates,
-    )
-    check_model(model, dataset)
-    _check_tokenizer(config.model.language.pretrained, dataset, on_note)
-    return dataset
-
-
-def _check_tokenizer(pretrained: str, dataset: Dataset, on_note: Callable[[str], None]) -> None:
-    """The shards' ids are the language model's own, if that comes with a tokenizer."""
-    if not pretrained:
-        return
-    try:
-        folder = tokenizer_folder(pretrained)
-        if not has_vocabulary(folder):
-            on_note(
-                f"tokenizer: {pretrained} holds weights alone, so that {dataset.path} is compared "
-                "in the number of ids and not in the tokenizer"
-            )
-            return
-        loaded = load_tokenizer(pretrained)
-        own = tokenizer_facts(loaded)
-    except DataError as error:
-        raise TrainError(
-            f"tokenizer: that of model.language.pretrained cannot be compared with the one "
-            f"{dataset.path} was made with: {error}"
-        ) from None
-    there = dataset.manifest.tokenizer
-    if own.fingerprint == there["fingerprint"]:
-        return
-    if not extends(dataset.tokenizer, loaded):  # tokens may be added
-        raise TrainError(
-            f"tokenizer: {dataset.path} was made with {there['name']} (fingerprint "
-            f"{there['fingerprint'][:12]}), {pretrained} has another ({own.fingerprint[:12]}); "
-            f"preprocess with --tokenizer {pretrained}"
-        )
-
-
-def check_model(model: VisionLanguageModel | Outline, dataset: Dataset) -> None:
-    """Compare the manifest's facts with the model's.
-
-    Raises:
-        TrainError: Names both values and the remedy.
-    """
-    if dataset.image_size != model.vision.image_size:
-        raise TrainError(
-            f"view: {dataset.view} has images of {dataset.image_size} px, the tower takes "
-            f"{model.vision.image_size}; choose another view or preprocess one with that size"
-        )
-    tokenizer = dataset.manifest.tokenizer
-    if tokenizer["vocab_size"] > model.vocab_size:
-        raise TrainError(
-            f"tokenizer: {dataset.path} was made with {tokenizer['name']} "
-            f"({tokenizer['vocab_size']} ids), the language model knows {model.vocab_size}; "
-            "preprocess with the language model's own tokenizer, or set "
-            f"model.language.vocab_size: {tokenizer['vocab_size']} if it has tokens added"
-        )
-
-
-def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
-    """Build model, feed and engine, and load the newest checkpoint there is."""
-    torch_device = prepare_process(device)
-    check_precision(device, config.precision)
-    built_on = build_run(config, engine.loading_of(config))
-    model = built_on.model
-    set_modes(model)
-    dataset = open_for(model, config)
-    check_start(built_on.start, dataset)
-    state = _facts(built_on, dataset, config)
-    found = _find_checkpoint(Path(config.output), state, rank)
-    if found:
-        checkpoint.load_weights(found, model)
-    model.to(torch_device)
-    feed = Feed(dataset, config, rank=rank, world_size=world_size)
-    optimizer = build_optimizer(model, config.optim)
-    built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
-    if found:
-        checkpoint.load_into(built, found)
-        engine.restore_scale(built, found.state.get("loss_scale", {}))
-    if torch_device.type != "cpu":  # whose shapes cost nothing the first time
-        blank = blank_batches(feed.shape, dataset.image_size)
-        warm_up(built, (to_device(batch, torch_device) for batch in blank))
-    start = found.step if found else 0
-    ready = Setup(config, torch_device, feed, built, start, state, rank, world_size)
-    if samples := open_held_out(config, dataset.image_tokens):
-        if config.eval_every:
-            ready.held_out = HeldOut(samples, config, feed.shape, (rank, world_size))
-        if config.generate_every:
-            ready.generations = Generations(samples, config, rank)
-    return ready
-
-
-def check_start(
-    start: checkpoint.Checkpoint | None,
-    dataset: Dataset,
-    on_note: Callable[[str], None] = lambda line: None,
-) -> None:
-    """An embedding that has learnt other ids is no start; tokens may have been added.
-
-    Another template is one, as LLaVA's second stage has it; `on_note` is called with a line where
-    it has the same name.
-
-    Raises:
-        TrainError: Names both tokenizers' fingerprints.
-    """
-    if start is None:
-        return
-    before: dict[str, Any] = start.state.get("data", {})
-    if missing := {"tokenizer", "template"} - before.keys():
-        raise TrainError(
-            f"start_from: {start.path} does not say what {min(missing)} it was trained with; name "
-            "another run"
-        )
-    here, there = dataset.manifest.tokenizer["fingerprint"], before["tokenizer"]
-    if here != there and not keeps_ids(start, dataset.tokenizer):
-        raise TrainError(
-            f"start_from: {start.path} was trained with another tokenizer (fingerprint "
-            f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
-            "same tokenizer, or with that one and tokens added"
-        )
-    mine, theirs = data_facts(dataset), before
-    is_named_alike = mine["template_name"] == theirs.get("template_name")
-    if is_named_alike and mine["template"] != theirs["template"]:
-        on_note(
-            f"start_from: {start.path} was trained with another template named "
-            f"{mine['template_name']} (fingerprint {theirs['template'][:12]}, of {dataset.path} "
-            f"{mine['template'][:12]}); this run takes the dataset's"
-        )
-
-
-def _facts(built: Built, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint says of the run it is from."""
-    start = built.start
-    return {
-        "start": start.state["files"][checkpoint.WEIGHTS]["sha256"] if start else "",
-        "dataset": dataset.manifest.fingerprint,
-        "data": data_facts(dataset),
-        "frozen": {"form": FORM, "weights": built.frozen},
-        "config": asdict(config),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("lapilli", "torch", "deepspeed", "transformers")
-        },
-    }
-
-
-def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, checked to be of this dataset and this start.
-
-    Rank 0 decides for all: ranks that went on from different steps would wait for each other.
-    """
-    newest = checkpoint.latest_checkpoint(run) if rank == 0 else None
-    steps = [newest.step if newest else -1]
-    if dist.is_initialized():
-        dist.broadcast_object_list(steps, src=0)
-    found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
-    for name in ("dataset", "start"):
-        if found and (before := found.state.get(name, "")) != state[name]:
-            raise TrainError(
-                f"{found.path}: was saved with another {name} (fingerprint "
-                f"{before[:12]}, now {state[name][:12]}); choose another --output"
-            )
-    return found
 
 
 def fit(ready: Setup) -> None:

@@ -1,0 +1,396 @@
+"""What must hold before a run starts: settings, data, model, devices, disk and memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.io.access import exists, is_folder, subpaths
+from lapilli.data.io.addresses import refuse_address
+from lapilli.data.io.atomic import write_json
+from lapilli.data.io.writer_lock import LOCK
+from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.text.export_template import export_obstacle
+from lapilli.model.parts.attention import Attention, choose_attention
+from lapilli.model.parts.language import language_settings
+from lapilli.model.parts.pretrained import one_line
+from lapilli.model.parts.quantized import packed_numbers
+from lapilli.model.parts.trainable import parameter_counts
+from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
+from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.upload import fetch_newest, stored_config
+from lapilli.train.config import RunConfig
+from lapilli.train.device import (
+    NO_HABANA,
+    RESOURCE,
+    Device,
+    choose_device,
+    device_memory,
+    has_habana,
+    visible_devices,
+)
+from lapilli.train.driver.context_length import check_context
+from lapilli.train.driver.fake_model import sketch_model
+from lapilli.train.driver.memory_estimate import (
+    StateBytes,
+    estimate_run,
+    follow,
+    sketch_run,
+    state_bytes,
+    time_micro_batch,
+)
+from lapilli.train.driver.run_length import LENGTH, changed_length, check_length
+from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.dataset_files import keep_data
+from lapilli.train.run_folder.names import CONFIG, STATE
+from lapilli.train.run_folder.settings import (
+    plain_settings,
+    read_run_config,
+    read_run_facts,
+    settings_of,
+)
+from lapilli.train.steps.feed import Feed
+from lapilli.train.steps.step import to_device
+from lapilli.train.validation.sample_generations import choose_questions
+from lapilli.train.validation.validation_loss import check_same_tokenizer, open_held_out
+from lapilli.train.worker.compatibility import build_start, check_model, check_start, open_for
+
+__all__ = [
+    "Preflight",
+    "check_same_settings",
+    "finished_steps",
+    "preflight",
+    "with_absolute_paths",
+]
+
+
+FREE_WITHIN = 60.0  # seconds to wait for an HPU that can be asked for its software
+
+
+MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
+
+
+# What may differ when a run is resumed: it decides speed and not the loss.
+RESUMABLE = {
+    "output", "dataset", "micro_batch", "zero_stage", "offload", "offload_path", "workers",
+    "device", "save_every", "keep", "max_failures", "launcher", "min_workers", "hang_seconds",
+    "max_spike", "loggers", "eval_every", "eval_samples", "eval_dataset", "milestone_every",
+    "mirror", "generate_every", "generate_samples", "generate_tokens",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before anything starts.
+
+    Attributes:
+        config: The run's settings, its local paths absolute: workers have folders of their own.
+        total_steps: Optimizer steps of the run.
+        start: Step it goes on with.
+        samples: Samples of the dataset that are used.
+        too_long: Samples left out because they exceed `max_length`.
+        parameters: Parameters by part: total and trained.
+        memory: What a worker holds for each part; activations come on top.
+        step_seconds: Forward and backward of an optimizer step, measured on one core of this
+            machine; None where workers compute on something else.
+        device: What the workers compute on.
+        image_tokens: Tokens an image takes in the sequence.
+        attention: The language model's attention implementation.
+        num_cut: Samples whose text is cut at `max_length`.
+    """
+
+    config: RunConfig
+    total_steps: int
+    start: int
+    samples: int
+    too_long: int
+    parameters: dict[str, tuple[int, int]]
+    memory: dict[str, StateBytes]
+    step_seconds: float | None
+    device: Device
+    image_tokens: int
+    attention: Attention
+    num_cut: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an earlier run came to the end."""
+        return self.start >= self.total_steps
+
+
+def _check_loggers(config: RunConfig) -> None:
+    for name in config.loggers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(
+                f"loggers: {name} is not installed; pip install 'lapilli[{name}]', or leave it out"
+            )
+
+
+def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: None) -> Preflight:
+    """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
+
+    A newer checkpoint that the run has at its `mirror` is fetched; `on_note` is called with a line.
+
+    Raises:
+        DataError, ModelError, TrainError: What does not fit, and the remedy.
+    """
+    _check_loggers(config)
+    config = with_absolute_paths(config)
+    device = _find_device(config)
+    run = Path(config.output)
+    _check_config(run, config)
+    # No weight is read before dataset, view and sizes are known to fit.
+    outline = read_outline(config.model)
+    opened = _open_datasets(outline, config, on_note) if outline else None
+    attention = choose_attention(
+        config.model.language.attention, language_settings(config.model.language)
+    )
+    model, start_weights = _look_at(config)
+    dataset, held_out = opened or _open_datasets(model, config, on_note)
+    check_model(model, dataset)
+    check_start(start_weights, dataset, on_note)
+    check_context(model, dataset, held_out, on_note)
+    longest = int(dataset.lengths.max())
+    config = follow(
+        config, None if config.micro_batch else device_memory(device),
+        lambda: estimate_run(config, sketch_run(config), length=longest),
+    )  # fmt: skip
+    feed = Feed(dataset, config, rank=0, world_size=config.workers)
+    every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
+    checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
+    start = _goes_on_at(config, dataset.manifest.fingerprint, feed.total_steps, on_note)
+    parameters = parameter_counts(model)
+    memory = {
+        name: state_bytes(
+            *parameters[name],
+            stage=config.zero_stage,
+            workers=config.workers,
+            precision=config.precision,
+            offload=config.offload,
+            packed=packed_numbers(part),
+        )
+        for name, part in model.named_children()
+    }
+    is_small = sum(total for total, _ in parameters.values()) < MEASURED
+    step_seconds = None
+    if device == "cpu" and is_small and start < feed.total_steps:
+        step_seconds = _time_step(model, feed)
+    return Preflight(
+        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
+        step_seconds, device, dataset.image_tokens, attention, dataset.num_cut,
+    )  # fmt: skip
+
+
+def _open_datasets(
+    model: VisionLanguageModel | Outline, config: RunConfig, on_note: Callable[[str], None]
+) -> tuple[Dataset, Dataset | None]:
+    """The run's dataset and the held-out one, checked to fit the model."""
+    dataset = open_for(model, config, on_note)
+    # what the run keeps is what the dataset was made with, or said now
+    if obstacle := export_obstacle(dataset.template, dataset.tokenizer):
+        raise TrainError(f"dataset: {obstacle}")
+    if held_out := open_held_out(config, dataset.image_tokens):
+        check_model(model, held_out)
+        check_same_tokenizer(dataset, held_out)
+        if config.generate_every:
+            choose_questions(held_out, config.generate_samples)
+    return dataset, held_out
+
+
+def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
+    """The model to check a run against; one that no worker will hold whole is not built here.
+
+    Of such a model only shapes are known; whether a start fits is then found by the workers.
+    """
+    if config.zero_stage == 3:
+        sketch = sketch_model(config.model)
+        if sum(total for total, _ in sketch.parameters().values()) >= MEASURED:
+            return sketch.model, None
+    return build_start(config)
+
+
+def _find_device(config: RunConfig) -> Device:
+    """What the workers compute on, of which there must be enough."""
+    if config.launcher == "process":
+        return choose_device(config.device, visible_devices())
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    resources = ray.cluster_resources()
+    available: dict[Device, int] = {
+        name: int(resources.get(RESOURCE[name], 0)) for name in RESOURCE
+    }
+    device = choose_device(config.device, available)
+    slots = available[device]
+    fewest = config.min_workers or config.workers
+    if fewest > slots:
+        raise TrainError(
+            f"{'min_workers' if config.min_workers else 'workers'}: {fewest}; Ray has {slots} "
+            f"{'cores' if device == 'cpu' else f'{RESOURCE[device]}s'}; lower it or add nodes"
+        )
+    if device == "hpu":
+        asked = ray.remote(num_cpus=0, resources={RESOURCE[device]: 1})(has_habana)
+        try:
+            has_software = ray.get(asked.remote(), timeout=FREE_WITHIN)
+        except GetTimeoutError:
+            raise TrainError(
+                f"device: hpu; no HPU of {slots} was free within {FREE_WITHIN:.0f} s; wait for "
+                "what runs there, or set device: cpu"
+            ) from None
+        if not has_software:
+            raise TrainError(NO_HABANA)
+    return device
+
+
+def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:
+    """The step a run goes on with, on this dataset; what is newer at its mirror is here then."""
+    run = Path(config.output)
+    found = checkpoint.latest_checkpoint(run)
+    _check_dataset(found, dataset)
+    start = found.step if found else 0
+    if config.mirror:
+        start = _fetch(config, start, on_note)
+    if start:
+        found = checkpoint.at_step(run, start)
+        before = settings_of(found.state.get("config", {}), found.path / STATE)
+        check_length(before, config, start, total, on_note)
+    return start
+
+
+def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
+    """Forward and backward of the step in the middle of the run: neither longest nor shortest."""
+    middle = feed.make(feed.total_steps // 2)
+    batch = to_device(middle.batches[0], torch.device("cpu"))
+    parts = (feed.config.model.vision, feed.config.model.language)
+    if all(part.pretrained for part in parts):
+        return time_micro_batch(model, batch) * len(middle.batches)
+    with one_line("model: a batch cannot be computed with these settings"):
+        return time_micro_batch(model, batch) * len(middle.batches)
+
+
+def finished_steps(config: RunConfig) -> int | None:
+    """Steps of the run, if an earlier one with the same settings and data came to its end.
+
+    Needs neither Ray nor the model. One from before runs kept what they need of their dataset gets
+    it.
+
+    Raises:
+        DataError, TrainError: The dataset cannot be read or is another, or the folder belongs to
+            other settings.
+    """
+    config = with_absolute_paths(config)
+    run = Path(config.output)
+    _check_config(run, config)
+    found = checkpoint.latest_checkpoint(run)
+    facts = read_run_facts(run)
+    if found is None or facts is None:
+        return None
+    if changed_length(settings_of(found.state.get("config", {}), found.path / STATE), config):
+        return None  # there may be more to do
+    total = facts["total_steps"]
+    if found.step < total:
+        return None
+    _check_dataset(found, read_manifest(Path(config.dataset)).fingerprint)
+    keep_data(run, Path(config.dataset), config.view, anew=False)
+    return total
+
+
+def _check_dataset(found: checkpoint.Checkpoint | None, fingerprint: str) -> None:
+    """A run goes on, or has ended, with the dataset that it began with."""
+    if found and (before := found.state.get("dataset", "")) != fingerprint:
+        raise TrainError(
+            f"{found.path}: was saved with another dataset (fingerprint "
+            f"{before[:12]}, now {fingerprint[:12]}); choose another --output"
+        )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make every path of this machine absolute; a name that is no folder here may be a hub's.
+
+    Raises:
+        DataError: An address where a path is expected.
+    """
+    for name in ("dataset", "output", "start_from", "offload_path"):
+        refuse_address(name, getattr(config, name))
+
+    def local(name: str) -> str:
+        return str(Path(name).resolve()) if name and is_folder(Path(name)) else name
+
+    model = config.model
+    return replace(
+        config,
+        dataset=str(Path(config.dataset).resolve()),
+        output=str(Path(config.output).resolve()),
+        start_from=_existing(config.start_from),
+        offload_path=str(Path(config.offload_path).resolve()) if config.offload_path else "",
+        eval_dataset=local(config.eval_dataset),
+        model=replace(
+            model,
+            vision=replace(model.vision, pretrained=local(model.vision.pretrained)),
+            language=replace(model.language, pretrained=local(model.language.pretrained)),
+        ),
+    )
+
+
+def _existing(path: str) -> str:
+    """Absolute where it is there: a folder, or a file such as `mm_projector.bin`."""
+    return str(Path(path).resolve()) if path and exists(Path(path)) else path
+
+
+def _check_config(run: Path, config: RunConfig) -> None:
+    """A run folder belongs to one config; what decides the loss may not change."""
+    path = run / CONFIG
+    if exists(run / STATE):
+        raise TrainError(
+            f"output: {run} is a checkpoint and no run; a milestone has no optimizer moments to go "
+            f"on from; set start_from: {run} and choose another --output"
+        )
+    if exists(run) and not is_folder(run):
+        raise TrainError(f"output: {run} is a file; expected a folder; choose another --output")
+    if not exists(path):
+        if any(found.name != LOCK for found in subpaths(run)):
+            raise TrainError(f"output: {run} is not empty and no run; choose another --output")
+        return
+    check_same_settings(read_run_config(run), config, run)
+
+
+def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int:
+    """Bring what this machine has not got of a run from its mirror; the step it goes on from."""
+    run, before = Path(config.output), stored_config(config.mirror)
+    if before is None:
+        return start
+    check_same_settings(before, config, config.mirror)
+    # the folder is this run's, whatever comes of it; its length changes when it goes on
+    write_json(run / CONFIG, asdict(config) | {key: getattr(before, key) for key in LENGTH})
+    return fetch_newest(run, config.mirror, start, on_note)
+
+
+def check_same_settings(old: RunConfig, config: RunConfig, where: Path | str) -> None:
+    """Refuse to resume with a setting that a resumed run may not change.
+
+    Args:
+        old: The settings in the run's folder or its copy.
+        config: What the command says.
+        where: The folder or address, for the error.
+
+    Raises:
+        TrainError: Names the first setting that differs, with both values.
+    """
+    before, now = plain_settings(old), plain_settings(config)
+    if config.policy == "llava":  # the order is that of so many processes, whoever computes it
+        before = {**before, "llava_processes": before["llava_processes"] or before["workers"]}
+        now["llava_processes"] = config.llava_processes or config.workers
+    is_cut_fixed = config.policy == "llava" or config.loss == "means"
+    may_change = RESUMABLE.union(LENGTH) - ({"micro_batch"} if is_cut_fixed else set())
+    changed = [key for key in now if key not in may_change and before.get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        raise TrainError(
+            f"{key}: {where} was started with {before.get(key)!r}, now {now[key]!r}; "
+            f"choose another --{'mirror' if where == config.mirror else 'output'} or the same value"
+        )

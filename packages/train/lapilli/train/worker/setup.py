@@ -1,0 +1,123 @@
+"""A worker's model, engine, data and checkpoint, made ready for the first step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lapilli.data.batches.collate import blank_batches
+from lapilli.data.dataset.dataset import Dataset
+from lapilli.model.parts.trainable import set_modes
+from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.frozen import FORM
+from lapilli.train.checkpoint.init_from import Built
+from lapilli.train.config import RunConfig
+from lapilli.train.device import Device, check_precision, prepare_process
+from lapilli.train.engine import deepspeed_engine as engine
+from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.dataset_files import data_facts
+from lapilli.train.steps.feed import Feed
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device, warm_up
+from lapilli.train.validation.sample_generations import Generations
+from lapilli.train.validation.validation_loss import HeldOut, open_held_out
+from lapilli.train.worker.compatibility import build_run, check_start, open_for
+
+__all__ = [
+    "Setup",
+    "setup",
+]
+
+
+@dataclass
+class Setup:
+    """What a worker has before its first step."""
+
+    config: RunConfig
+    device: torch.device
+    feed: Feed
+    engine: Any
+    start: int
+    state: dict[str, Any]
+    rank: int
+    world_size: int
+    held_out: HeldOut | None = None
+    generations: Generations | None = None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this worker writes metrics and checkpoints."""
+        return self.rank == 0
+
+
+def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
+    """Build model, feed and engine, and load the newest checkpoint there is."""
+    torch_device = prepare_process(device)
+    check_precision(device, config.precision)
+    built_on = build_run(config, engine.loading_of(config))
+    model = built_on.model
+    set_modes(model)
+    dataset = open_for(model, config)
+    check_start(built_on.start, dataset)
+    state = _facts(built_on, dataset, config)
+    found = _find_checkpoint(Path(config.output), state, rank)
+    if found:
+        checkpoint.load_weights(found, model)
+    model.to(torch_device)
+    feed = Feed(dataset, config, rank=rank, world_size=world_size)
+    optimizer = build_optimizer(model, config.optim)
+    built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
+    if found:
+        checkpoint.load_into(built, found)
+        engine.restore_scale(built, found.state.get("loss_scale", {}))
+    if torch_device.type != "cpu":  # whose shapes cost nothing the first time
+        blank = blank_batches(feed.shape, dataset.image_size)
+        warm_up(built, (to_device(batch, torch_device) for batch in blank))
+    start = found.step if found else 0
+    ready = Setup(config, torch_device, feed, built, start, state, rank, world_size)
+    if samples := open_held_out(config, dataset.image_tokens):
+        if config.eval_every:
+            ready.held_out = HeldOut(samples, config, feed.shape, (rank, world_size))
+        if config.generate_every:
+            ready.generations = Generations(samples, config, rank)
+    return ready
+
+
+def _facts(built: Built, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says of the run it is from."""
+    start = built.start
+    return {
+        "start": start.state["files"][checkpoint.WEIGHTS]["sha256"] if start else "",
+        "dataset": dataset.manifest.fingerprint,
+        "data": data_facts(dataset),
+        "frozen": {"form": FORM, "weights": built.frozen},
+        "config": asdict(config),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("lapilli", "torch", "deepspeed", "transformers")
+        },
+    }
+
+
+def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, checked to be of this dataset and this start.
+
+    Rank 0 decides for all: ranks that went on from different steps would wait for each other.
+    """
+    newest = checkpoint.latest_checkpoint(run) if rank == 0 else None
+    steps = [newest.step if newest else -1]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps, src=0)
+    found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
+    for name in ("dataset", "start"):
+        if found and (before := found.state.get(name, "")) != state[name]:
+            raise TrainError(
+                f"{found.path}: was saved with another {name} (fingerprint "
+                f"{before[:12]}, now {state[name][:12]}); choose another --output"
+            )
+    return found
