@@ -19,16 +19,6 @@ LISTING = Path(__file__).with_name("public_names.txt")
 HEADER = "# The public names. Renew by `make public-names`, and tell of it in the commit message."
 
 PACKAGES = ("lapilli.data", "lapilli.model", "lapilli.train")
-# Called by checks and people by their full path, besides what the packages re-export.
-FIXED = (
-    "lapilli.data.images.view:ImageSpec",
-    "lapilli.data.images.view:prepare",
-    "lapilli.data.text.encode:encode",
-    "lapilli.data.batches.sampler:EpochPlan",
-    "lapilli.data.batches.sampler:assign",
-    "lapilli.data.batches.sampler:plan_epoch",
-    "lapilli.model.merging:merge",
-)
 
 
 def listing() -> str:
@@ -38,7 +28,7 @@ def listing() -> str:
         for package in PACKAGES
         for name in sorted(importlib.import_module(package).__all__)
     ]
-    return "\n".join([HEADER, *map(line, [*names, *FIXED])]) + "\n"
+    return "\n".join([HEADER, *map(line, names)]) + "\n"
 
 
 def line(full_name: str) -> str:

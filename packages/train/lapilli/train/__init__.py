@@ -40,7 +40,7 @@ __all__ = [
 
 _MODULES = {
     "OptimConfig": "config",
-    "Preflight": "driver.launching",
+    "Preflight": "driver.preflight",
     "RunConfig": "config",
     "TrainError": "errors",
     "Trained": "inference.evaluate",
@@ -49,9 +49,9 @@ _MODULES = {
     "launch": "driver.launching",
     "load_trained": "inference.evaluate",
     "open_test": "inference.evaluate",
-    "preflight": "driver.launching",
+    "preflight": "driver.preflight",
     "score": "inference.evaluate",
-    "setup": "worker.loop",
+    "setup": "worker.setup",
     "train_step": "steps.step",
 }
 
