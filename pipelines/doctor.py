@@ -450,7 +450,7 @@ def _table(rows: Sequence[Row]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.doctor",
+        prog="lapilli doctor",
         description="What this machine has for lapilli, what is missing, how to add it.",
         epilog="Exit code 0: preprocessing, training and the quickstart can run. 1: they cannot.",
     )

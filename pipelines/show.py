@@ -1,8 +1,6 @@
 """A dataset or a run as a table, several side by side; conversations with what is trained marked.
 
-python -m pipelines.show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
-python -m pipelines.show DATASET [...] --verify | --repair [--root DIR]
-python -m pipelines.show DIR [DIR ...] --report
+lapilli show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
 """
 
 from __future__ import annotations
@@ -18,31 +16,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lapilli.data.dataset.build_settings import read_build_config
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.io.access import require_writable
 from lapilli.data.io.printable import one_line, relative_names
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.token_text import Piece
-from lapilli.data.trust import NOTHING, Trust
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.settings import read_run_config, read_run_facts
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.cli.conversation import has_colour, print_transcript, read_transcript
-from pipelines.cli.trust_flags import trusted_names
 from pipelines.reports.compare import Compared, add_curves, compare_rows, differing, read_compared
-from pipelines.reports.dataset_report import write_dataset_report
-from pipelines.reports.describe import Description, counted, describe, kind_of
+from pipelines.reports.describe import Description, counted, describe
 from pipelines.reports.page import GalleryItem, Page
-from pipelines.reports.run_report import write_run_report
-from pipelines.verify import verify_folders
 
 __all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]
 
 COLUMN = 24  # characters a column needs for its lines to be read
 LONGEST_NAME = 18
-DAMAGED = 1  # exit code of --verify
 
 
 @dataclass(frozen=True)
@@ -54,11 +45,6 @@ class ShowConfig:
     tokens: bool
     view: str
     html: str
-    verify: bool
-    repair: bool
-    root: str
-    report: bool
-    trust: Trust = NOTHING
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,7 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
         UsageError: A flag that is unknown or has a wrong value.
     """
     parser = ArgumentParser(
-        prog="python -m pipelines.show",
+        prog="lapilli show",
         description="Datasets and runs as tables, conversations with trained tokens marked.",
         exit_on_error=False,
     )
@@ -94,29 +80,12 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
     )
     parser.add_argument("--view", type=str, default="", help="a dataset's view; else its first")
     parser.add_argument("--html", type=str, default="", help="write all of it as one page, too")
-    parser.add_argument("--verify", action="store_true", help="hash every byte of the datasets")
-    parser.add_argument(
-        "--repair", action="store_true", help="verify, and make again what is damaged"
-    )
-    parser.add_argument("--root", type=str, default="", help="where --repair reads, if it moved")
-    parser.add_argument(
-        "--report", action="store_true", help="write report.html of datasets and runs"
-    )
-    parser.add_argument(
-        "--allow_code", type=str, default="",
-        help="readers package.module:name, separated by commas, that a dataset's own settings may "
-        "import for --repair and --report",
-    )  # fmt: skip
     found = read_arguments(parser, argv)
     samples = int(found.tokens) if found.samples is None else found.samples
     if samples < 0:
         raise UsageError(f"samples: {samples}; expected 0 or more")
     folders = tuple(Path(folder) for folder in found.folders)
-    return ShowConfig(
-        folders, samples, found.tokens, found.view, found.html,
-        found.verify or found.repair, found.repair, found.root, found.report,
-        Trust(code=trusted_names(found.allow_code)),
-    )  # fmt: skip
+    return ShowConfig(folders, samples, found.tokens, found.view, found.html)
 
 
 def show(config: ShowConfig, console: Console) -> None:
@@ -297,23 +266,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_config(argv)
     if config.html:
         require_writable("html", Path(config.html).parent)
-    for folder in config.folders if config.report else ():
-        require_writable("report", folder, "free space or check rights")
-    if config.verify or config.root:
-        whole = verify_folders(
-            config.folders, repair=config.repair, root=config.root, trust=config.trust
-        )
-        return 0 if whole else DAMAGED
-    if config.report:
-        for folder in config.folders:
-            is_run = kind_of(folder) == "run"
-            page = (
-                write_run_report(folder)
-                if is_run
-                else write_dataset_report(folder, read_build_config(folder, config.trust))
-            )
-            say(f"report: {page}")
-        return 0
     show(config, command.console)
     return 0
 

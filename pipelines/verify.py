@@ -1,64 +1,30 @@
-"""A dataset verified, and mended, with a bar: what `show --verify` and `show --repair` do."""
+"""Hash every byte of a dataset and compare it with the manifest.
+
+lapilli verify DATASET [DATASET ...]
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from lapilli.data.building.repair import repair_dataset
-from lapilli.data.dataset.build_settings import read_build_config
 from lapilli.data.dataset.verify import Verification, verify_dataset
-from lapilli.data.trust import NOTHING, Trust
 from pipelines.cli import command
-from pipelines.cli.command import UsageError, progress_bar, say
+from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.reports.describe import bytes_text, counted, kind_of
 
-__all__ = ["verify_folders"]
+__all__ = ["DAMAGED", "main", "require_dataset", "verify"]
 
+DAMAGED = 1  # exit code
 NAMED = 20  # files of a kind, after which they are counted
 
 
-def verify_folders(
-    folders: Sequence[Path], *, repair: bool, root: str, trust: Trust = NOTHING
-) -> bool:
-    """Verify each dataset, and mend it if that is asked for; whether all are whole in the end.
-
-    Raises:
-        UsageError: A run among the folders, or a root that nothing is to be mended from.
-        DataError: A folder that is no dataset, or sources that have changed.
-    """
-    if root and not repair:
-        raise UsageError("root: is where --repair reads; give --repair, or leave it out")
-    runs = [folder for folder in folders if kind_of(folder) == "run"]
-    if runs:
-        raise UsageError(f"verify: {runs[0]} is a run; expected datasets")
-    whole = [_verify_one(folder, repair=repair, root=root, trust=trust) for folder in folders]
-    return all(whole)
-
-
-def _verify_one(folder: Path, *, repair: bool, root: str, trust: Trust) -> bool:
-    found = _verify(folder)
-    if found.is_whole or not repair:
-        if not found.is_whole:
-            say(f"mend it with: python -m pipelines.show {folder} --repair")
-        return found.is_whole
-    config = read_build_config(folder, trust)
-    with progress_bar() as bar:
-        task = bar.add_task("shards", total=None)
-        made = repair_dataset(
-            folder,
-            replace(config, root=root) if root else config,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    say(f"{folder}: {counted(made, 'shard')} made again")
-    return _verify(folder).is_whole
-
-
-def _verify(folder: Path) -> Verification:
+def verify(folder: Path) -> Verification:
+    """Verify a dataset with a bar, and print what is damaged or foreign in it."""
     columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn())
     started = time.monotonic()
     with Progress(TextColumn("  {task.description}"), *columns, console=command.console) as bar:
@@ -70,13 +36,46 @@ def _verify(folder: Path) -> Verification:
     rate = f"{bytes_text(found.bytes)} in {seconds:.1f} s, {found.bytes / seconds / 1e9:.2f} GB/s"
     state = "whole" if found.is_whole else f"{counted(len(found.damaged), 'file')} damaged"
     say(f"{folder}: {state} ({counted(found.files, 'file')}, {rate})")
-    _tell([f"{damage.path}: {damage.problem}" for damage in found.damaged])
-    _tell([f"{name}: foreign, of no build of this dataset" for name in found.foreign])
+    _print_first([f"{damage.path}: {damage.problem}" for damage in found.damaged])
+    _print_first([f"{name}: foreign, of no build of this dataset" for name in found.foreign])
     return found
 
 
-def _tell(lines: Sequence[str]) -> None:
+def _print_first(lines: Sequence[str]) -> None:
     for line in lines[:NAMED]:
         say(f"  {line}")
     if len(lines) > NAMED:
         say(f"  and {len(lines) - NAMED:,} more")
+
+
+def require_dataset(verb: str, folder: Path) -> None:
+    """Refuse a run.
+
+    Raises:
+        UsageError: It is one.
+        DataError: It is neither.
+    """
+    if kind_of(folder) == "run":
+        raise UsageError(f"{verb}: {folder} is a run; expected datasets")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = ArgumentParser(
+        prog="lapilli verify",
+        description="Hash every byte of datasets; name files that are damaged, missing or foreign. "
+        "Exit code 1 where one is damaged.",
+        exit_on_error=False,
+    )
+    parser.add_argument("folders", nargs="+", type=str, help="datasets")
+    folders = [Path(folder) for folder in read_arguments(parser, argv).folders]
+    for folder in folders:
+        require_dataset("verify", folder)
+    damaged = [folder for folder in folders if not verify(folder).is_whole]
+    for folder in damaged:
+        say(f"repair it with: lapilli repair {folder}")
+    return DAMAGED if damaged else 0
+
+
+if __name__ == "__main__":
+    run(main)

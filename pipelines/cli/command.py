@@ -23,6 +23,7 @@ from lapilli.data.io.printable import one_line, spell_out
 from lapilli.data.io.yaml_text import load_yaml
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
+from pipelines.cli.recipes import RecipeError, with_recipes
 from pipelines.cli.terminal import console, flush_output, safe_output
 
 __all__ = [
@@ -76,9 +77,20 @@ def parse(
             machine is expected.
     """
     parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe; several are layered")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a recipe's path or name (llava15/finetune); several are layered",
+    )
     parser.add_class_arguments(kind)
     arguments = with_switches(kind, sys.argv[1:] if argv is None else argv)
+    try:
+        known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+        arguments = with_recipes(arguments, _load_recipe, known)
+    except (RecipeError, yaml.YAMLError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a recipe is not UTF-8 text ({error.reason})") from None
     namespace = read_arguments(parser, arguments, addresses)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 

@@ -26,19 +26,21 @@ OWNERS = {
     "packages/data": {"preprocess"}, "packages/data/lapilli/data/dataset": {"train", "evaluate"},
     "packages/data/lapilli/data/dataset/export": {"export"},
     "packages/data/lapilli/data/text/export": {"export"},
-    "packages/data/lapilli/data/dataset/verify": {"show"}, "packages/model": {"train"},
+    "packages/data/lapilli/data/dataset/verify": {"verify"}, "packages/model": {"train"},
     "packages/model/lapilli/model/interop": {"export"}, "packages/train": {"train"},
     "packages/train/lapilli/train/inference/assistant": {"generate", "chat"},
     "packages/train/lapilli/train/inference/evaluate": {"evaluate"},
     "pipelines/chat_page": {"chat"}, "pipelines/exports": {"export"},
-    "pipelines/cli/question_file": {"generate"}, "pipelines/verify": {"show"},
+    "pipelines/cli/question_file": {"generate"},
 }  # fmt: skip
 # Options of other programs.
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
     "--require-hashes", "--pretrain_mm_mlp_adapter", "--model_max_length",
 }  # fmt: skip
-VERB = re.compile(r"\b(preprocess|train|show|check|export|chat|generate|evaluate)\b")
+VERB = re.compile(
+    r"\b(preprocess|train|show|verify|repair|report|check|export|chat|generate|evaluate)\b"
+)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 
 
@@ -137,7 +139,7 @@ def test_a_message_with_an_option_of_another_command_is_found(tmp_path: Path) ->
     assert "--template" in options("preprocess")
     assert "--template" not in options("export")
     assert {"--replay", "--estimate", "--optim.lr"} <= options("train")
-    assert {"--repair", "--root"} <= options("show")
+    assert {"--root", "--allow_code"} <= options("repair")
     module = tmp_path / "made.py"
     module.write_text('"""--doc"""\nA = f"take --no{1}thing, or name it with --template"\n')
     (text,) = (text for text in strings(module.read_text()) if "take" in text)

@@ -47,7 +47,11 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> No
         for path in (ROOT / "packages" / package / "lapilli").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert held == sources
+    verbs = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "pipelines").rglob("*") if path.is_file()
+    }
+    left_out = ("pipelines/benchmarks/", "__pycache__")
+    assert held == sources | {name for name in verbs if not any(part in name for part in left_out)}
 
 
 def test_wheel_carries_its_licence_and_dependencies(wheel: zipfile.ZipFile) -> None:
@@ -69,3 +73,24 @@ def test_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Pa
     found: dict[str, str] = json.loads(output.splitlines()[-1])
     outside = {k: path for k, path in found.items() if not Path(path).is_relative_to(tmp_path)}
     assert outside == {}
+
+
+def test_wheel_runs_verbs_and_finds_recipes_from_an_empty_folder(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path / "unpacked")
+    (tmp_path / "empty").mkdir()
+    where = {
+        "cwd": tmp_path / "empty",
+        "env": {**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
+        "text": True,
+        "capture_output": True,
+    }
+    command = [sys.executable, "-m", "pipelines.cli.main"]
+    listed = subprocess.run(command, check=True, **where).stdout
+    assert "quickstart" in listed
+    settings = ["check", "--config=llava15/finetune_data", f"--root={tmp_path / 'nowhere'}"]
+    done = subprocess.run([*command, *settings], check=False, **where)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "nowhere" in line

@@ -14,7 +14,7 @@ import torch
 import pipelines.evaluate
 import pipelines.export
 import pipelines.generate
-import pipelines.show
+import pipelines.report
 import pipelines.train
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.model.parts.weight_files import save_tensors
@@ -55,7 +55,7 @@ def write_everything(folder: Path) -> None:
     tokenizer = make_tokenizer(folder / "tokenizer")
     dataset = folder / "dataset"
     build_dataset(mixture, dataset, tokenizer)
-    assert pipelines.show.main([str(dataset), "--report"]) == 0
+    assert pipelines.report.main([str(dataset)]) == 0
     (folder / "run.yaml").write_text(RECIPE + LORA, encoding="utf-8")
     run = folder / "run"
     train = [f"--config={folder / 'run.yaml'}", f"--dataset={dataset}", "--launcher=process"]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipelines.export
+import pipelines.report
 import pipelines.show
 from lapilli.data.io.printable import relative_names
 from lapilli.data.text.token_text import Piece
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dataset = small_dataset(found, images=8, text_only=4)
         run = found / "run"
         train(small_run(dataset, run, launcher="process", workers=1, epochs=1, max_steps=2))
-        pipelines.show.main([str(dataset), "--report"])
+        pipelines.report.main([str(dataset)])
         pipelines.show.main([str(run), str(dataset), f"--html={found / 'page.html'}"])
         pipelines.export.main([str(run), "--to=hf", f"--output={found / 'export'}"])
     return found

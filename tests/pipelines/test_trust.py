@@ -19,6 +19,8 @@ import pipelines.chat
 import pipelines.evaluate
 import pipelines.export
 import pipelines.generate
+import pipelines.repair
+import pipelines.report
 import pipelines.show
 import pipelines.train
 from lapilli.data.errors import DataError
@@ -213,7 +215,7 @@ def test_showing_a_run_runs_nothing_and_is_not_refused(
 ) -> None:
     opened = with_remote_code(made, tmp_path / "run")
     assert pipelines.show.main([str(opened)]) == 0
-    assert pipelines.show.main([str(opened), "--report"]) == 0
+    assert pipelines.report.main([str(opened)]) == 0
     assert not left.exists()
 
 
@@ -241,8 +243,8 @@ def test_a_datasets_reader_is_not_imported(
     dataset: Path, tmp_path: Path, left: Path, verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main, arguments = {
-        "repair": (pipelines.show.main, [dataset, "--repair"]),
-        "report": (pipelines.show.main, [dataset, "--report"]),
+        "repair": (pipelines.repair.main, [dataset]),
+        "report": (pipelines.report.main, [dataset]),
         "webdataset": (
             pipelines.export.main,
             ["--to=webdataset", f"--dataset={dataset}", f"--output={tmp_path / 'tars'}"],

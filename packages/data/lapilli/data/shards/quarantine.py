@@ -35,9 +35,7 @@ def read_quarantine(dataset: Path, columns: Sequence[str] = COLUMNS) -> pa.Table
         if is_denied(error):
             raise DataError(cannot_read(file, error)) from None
         why = type(error).__name__
-    raise DataError(
-        f"{file}: missing or damaged ({why}); run `python -m pipelines.show {dataset} --repair`"
-    )
+    raise DataError(f"{file}: missing or damaged ({why}); run `lapilli repair {dataset}`")
 
 
 def _problem(table: pa.Table, columns: Sequence[str]) -> str:

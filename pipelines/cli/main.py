@@ -1,0 +1,60 @@
+"""`lapilli VERB ...`: the verbs of `pipelines` as one command."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+
+__all__ = ["VERBS", "main", "usage"]
+
+BARE = ("doctor", "simd")  # verbs that run where packages are missing
+# In the order they are used.
+VERBS = {
+    "doctor": "what this machine has, what is missing, and how to add it",
+    "quickstart": "the whole way on a CPU: data, shards, training, evaluation, report",
+    "check": "read annotations and images, report every record that cannot be used",
+    "preprocess": "annotations and images to a dataset of Arrow shards",
+    "train": "a dataset to a trained model",
+    "evaluate": "a model's answers to a dataset of questions, scored",
+    "generate": "a model's answers to images and questions",
+    "chat": "a web page to talk with a model about images",
+    "export": "a model for transformers, LLaVA or PEFT; a dataset as WebDataset",
+    "show": "datasets and runs as tables, samples with what is trained marked",
+    "report": "write report.html of datasets and runs",
+    "verify": "hash a dataset and compare it with its manifest",
+    "repair": "make damaged shards of a dataset again",
+    "simd": "build pillow-simd for this processor",
+}
+
+
+def usage() -> str:
+    """The verbs, a line each."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    more = "lapilli VERB --help says more; lapilli --version prints the version."
+    return "\n".join(["usage: lapilli VERB [options]", "", *lines, "", more])
+
+
+def main() -> None:
+    """The console script: run a verb; without one, list them."""
+    verb, *rest = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print(usage())
+    elif verb == "--version":
+        print(f"lapilli {importlib.metadata.version('lapilli')}")
+    elif verb not in VERBS:
+        print(f"error: {verb!r} is no verb; expected one of {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.argv = [f"lapilli {verb}", *rest]
+        module = importlib.import_module(f"pipelines.{verb}")
+        if verb in BARE:
+            sys.exit(module.main(rest))
+        from pipelines.cli.command import run
+
+        run(lambda: module.main(rest))
+
+
+if __name__ == "__main__":
+    main()
