@@ -7,14 +7,22 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import PIL
 
 from lapilli.data.errors import DataError
-from lapilli.data.images.view import Resizer
 
-__all__ = ["Codecs", "note_simd", "replaced_simd", "resolve_codecs", "resolve_resizer"]
+__all__ = [
+    "Codecs",
+    "Resizer",
+    "note_simd",
+    "replaced_simd",
+    "resolve_codecs",
+    "resolve_resizer",
+]
+
+Resizer: TypeAlias = Literal["pillow", "simd", "torch"]
 
 SIMD_NOTE = "lapilli-pillow-simd"  # in the environment's folder: the version that was built there
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from lapilli.data.errors import DataError
+from lapilli.data.images.codecs import Resizer, resolve_resizer
 from lapilli.data.images.pixel_modes import BAND_PIXELS, Alpha, Depth, bands, to_rgb
 from lapilli.data.images.side_data import without_side_data
 from lapilli.data.io.file_kinds import what_it_is_instead
@@ -27,9 +28,16 @@ from lapilli.data.record import Reason
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BadImage", "Decoded", "ImageSpec", "Note", "Resizer", "decode", "prepare", "square"]
+__all__ = [
+    "BadImage",
+    "Decoded",
+    "ImageSpec",
+    "Note",
+    "decode",
+    "prepare",
+    "square",
+]
 
-Resizer: TypeAlias = Literal["pillow", "simd", "torch"]
 
 PILLOWS_PIXEL = pa.list_(pa.uint8(), 4)  # Pillow keeps a byte behind each RGB that means nothing
 
@@ -494,7 +502,5 @@ def prepare(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
         BadImage: The bytes are no image, a damaged or a too large one.
         DataError: The resizer asked for is not installed.
     """
-    from lapilli.data.images.codecs import resolve_resizer
-
     resizer = resolve_resizer(spec.resizer)
     return square(decode(data, spec, resizer).image, spec, resizer)
