@@ -8,9 +8,8 @@ python -m pipelines.export runs/lora --to peft --output exports/lora
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -26,42 +25,9 @@ from lapilli.data.text.tokenizer_files import load_tokenizer
 from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
 from lapilli.model.interop.hf_files import oldest_reader
 from pipelines.cli.command import first_as, parse, progress_bar, run, say
-from pipelines.cli.trust_flags import TrustFlags
+from pipelines.exports.config import ExportConfig
 from pipelines.exports.llava import to_llava, to_peft
 from pipelines.exports.output import filled, open_run, tokenizer_bytes, told, weight_bytes
-
-
-@dataclass(frozen=True)
-class ExportConfig(TrustFlags):
-    """What is written in which form.
-
-    Attributes:
-        to: `webdataset`: tars of the original images with the conversations as json, an epoch of
-            each split. `hf`: a folder that transformers' LlavaForConditionalGeneration and its
-            processor load. `llava`: LLaVA's checkpoint, which its `load_pretrained_model` loads,
-            with a trained tower in `mm_vision_tower/`, and the projector as `mm_projector.bin`.
-            Both have adapters merged into the weights. `peft`: the adapters by themselves, as
-            PEFT and LLaVA load them, with whatever else learnt in `non_lora_trainables.bin`, and
-            their base model in `base/` where it lies nowhere else.
-        output: Folder to write, by one process at a time; a model's must be empty or not there.
-        run: Folder of a training run; its newest checkpoint is taken.
-        dtype: Of a model's weights; an adapter's stay float32.
-        shard_size: Most bytes in one file of weights, such as `5GB`.
-        files: Form of `llava`'s weights: `safetensors`, or `bin`, which older programs read.
-        dataset: Folder of a dataset.
-        root: Folder of its annotations and images; empty for where it was made of.
-        samples_per_tar: Samples in a tar.
-    """
-
-    to: str
-    output: str
-    run: str = ""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    shard_size: str = "5GB"
-    files: Literal["safetensors", "bin"] = "safetensors"
-    dataset: str = ""
-    root: str = ""
-    samples_per_tar: int = 10_000
 
 
 def to_webdataset(config: ExportConfig) -> None:

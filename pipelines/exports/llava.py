@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -40,11 +40,9 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint.init_from import keeps_language
 from lapilli.train.inference.assistant import Assistant
 from pipelines.cli.command import say
+from pipelines.exports.config import ExportConfig
 from pipelines.exports.output import filled, open_run, tokenizer_bytes, told, weight_bytes
 from pipelines.exports.tokenizer import put_tokenizer, put_tokenizer_for_llava
-
-if TYPE_CHECKING:
-    from pipelines.export import ExportConfig
 
 __all__ = ["to_llava", "to_peft"]
 

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +39,14 @@ def copy_tree(target: Path) -> None:
 def test_import_directions_hold() -> None:
     found = lint_imports(ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Late imports and those for types alone are imports too."""
+    graph = grimp.build_graph("lapilli.data", "lapilli.model", "lapilli.train", "pipelines")
+    packages = {m for m in graph.modules if graph.find_children(m)}  # which hand names on
+    imports = {m: graph.find_modules_directly_imported_by(m) - packages for m in graph.modules}
+    tuple(TopologicalSorter(imports).static_order())  # raises CycleError, with the circle
 
 
 @pytest.mark.parametrize(

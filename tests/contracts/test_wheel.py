@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_wheel_runs_verbs_and_finds_recipes_from_an_empty_folder(
 ) -> None:
     wheel.extractall(tmp_path / "unpacked")
     (tmp_path / "empty").mkdir()
-    where = {
+    where: dict[str, Any] = {
         "cwd": tmp_path / "empty",
         "env": {**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
         "text": True,
