@@ -96,7 +96,7 @@ Thread 0x03 (most recent call first):
   File "/y/site-packages/torch/distributed/x.py", line 9 in all_reduce
   File "/z/lapilli/train/worker/loop.py", line 257 in one_step
 """
-    assert where(dump) == "train/loop.py:257 in one_step"
+    assert where(dump) == "worker/loop.py:257 in one_step"
     assert where("") == "an unknown place"
 
 
