@@ -151,6 +151,43 @@ def test_a_folder_of_something_else_is_one_line(tmp_path: Path) -> None:
         read_hf(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": 64}, " and should be [64"),
+        ({"num_hidden_layers": 5}, "layers.2."),
+        ({"num_hidden_layers": 1}, "has no place"),
+    ],
+)
+def test_a_config_of_another_model_is_one_line(
+    settings: dict[str, int], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers fills what is not there with random numbers and drops what has no place."""
+    write_hf(build_model(CONFIG).eval(), tmp_path, image_token_id=60)
+    read_hf(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["text_config"] |= settings
+    path.write_text(json.dumps(values))
+    capfd.readouterr()
+    with pytest.raises(ModelError, match="weights are not of the model that config") as found:
+        read_hf(tmp_path)
+    assert "REPORT" not in capfd.readouterr().err
+    assert words in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_weight_file_cut_short_is_one_line(tmp_path: Path) -> None:
+    write_hf(build_model(CONFIG).eval(), tmp_path, image_token_id=60)
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for size in (0, 5, 300, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match="cannot be loaded; expected a folder") as found:
+            read_hf(tmp_path)
+        assert "\n" not in str(found.value)
+
+
 def test_keys_of_other_programs_are_kept(tmp_path: Path) -> None:
     write_hf(build_model(CONFIG).eval(), tmp_path / "a", image_token_id=60)
     path = tmp_path / "a" / "config.json"

@@ -7,7 +7,10 @@ layers behind the taken one, so its `vision_feature_layer` is -1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +35,7 @@ FACTS = "lapilli.json"
 """Beside transformers' files: what they have no place for."""
 
 IMAGE_TOKEN = "<image>"
+LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -228,13 +232,19 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
     from transformers import LlavaForConditionalGeneration
 
     check_readable(folder)
-    with one_line(
-        f"{str(folder)!r} cannot be loaded; expected a folder that transformers' "
-        "LlavaForConditionalGeneration wrote"
+    with (
+        _without_report(),
+        one_line(
+            f"{str(folder)!r} cannot be loaded; expected a folder that transformers' "
+            "LlavaForConditionalGeneration wrote"
+        ),
     ):
-        twin: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    twin, info = loaded
+    _check_loaded(folder, info)
     config = twin.config
     tower = config.vision_config.model_type.removesuffix("_vision_model")
     if tower not in FAMILIES:
@@ -265,6 +275,37 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
             setattr(ours, name, value)
     _load(model, twin, rows)
     return model.eval()
+
+
+@contextmanager
+def _without_report() -> Generator[None]:
+    """Without transformers' table of tensors that do not fit; `_check_loaded` says it in a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _check_loaded(folder: Path | str, info: Mapping[str, Any]) -> None:
+    """Refuse weights of another model than the config's: transformers fills in random ones."""
+    wrong = [
+        f"{name} is {[*found]} and should be {[*expected]}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    wrong += [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    layers = [name for name in sorted(info["unexpected_keys"]) if LAYER.search(name)]
+    wrong += [f"{name} has no place" for name in layers]
+    if wrong:
+        raise ModelError(
+            f"{folder}: the weights are not of the model that config.json describes: {wrong[0]} "
+            f"({len(wrong)} such tensors); take both from the same model"
+        )
 
 
 def _rows(folder: Path, most: int) -> int:
