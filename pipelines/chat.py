@@ -1,4 +1,4 @@
-"""A small web page to talk with a trained model about images, on this machine alone by default.
+"""Serve a web page to talk with a trained model about images, on loopback by default.
 
 python -m pipelines.chat runs/finetune
 """

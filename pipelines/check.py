@@ -1,4 +1,4 @@
-"""Every record and image of a mixture looked at, before anything is converted.
+"""Check every record and image of a mixture before anything is converted.
 
 python -m pipelines.check --root playground/data
 

@@ -1,4 +1,4 @@
-"""What this machine has for lapilli, what is missing, and the command that adds it.
+"""Report what this machine has for lapilli, what is missing, and how to add it.
 
 python -m pipelines.doctor
 

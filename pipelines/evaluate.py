@@ -1,4 +1,4 @@
-"""A trained model's greedy answers to a dataset of questions.
+"""Answer a dataset's questions with a trained model, and score the answers.
 
 python -m pipelines.evaluate --run DIR --dataset DIR [--split train] [--shuffle_images true]
 """

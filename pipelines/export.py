@@ -1,4 +1,4 @@
-"""A dataset or a trained model in another form, for other tools.
+"""Export a dataset or a trained model for other tools.
 
 python -m pipelines.export --to webdataset --dataset datasets/finetune --output shards/finetune
 python -m pipelines.export runs/finetune --to hf --output exports/finetune --dtype bfloat16

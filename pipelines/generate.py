@@ -1,4 +1,4 @@
-"""A trained model's answers: to one image, a folder of images, or a file of questions.
+"""Answer questions about an image, a folder of images or a file of questions.
 
 python -m pipelines.generate runs/finetune --image cat.jpg --question "What is this?"
 python -m pipelines.generate exports/finetune --questions questions.jsonl --images images \

@@ -1,4 +1,4 @@
-"""Annotations and images to a dataset of Arrow shards.
+"""Convert annotations and images to a dataset of Arrow shards.
 
 python -m pipelines.preprocess --config pipelines/recipes/llava15/finetune_data.yaml \
     --root playground/data --output datasets/llava15 --tokenizer lmsys/vicuna-7b-v1.5

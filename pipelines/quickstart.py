@@ -1,4 +1,4 @@
-"""The whole way in one command: data, shards, two stages of training, evaluation, report.
+"""Run everything on a CPU: data, shards, two training stages, evaluation, report.
 
 python -m pipelines.quickstart        (or: make quickstart)
 

@@ -1,4 +1,4 @@
-"""A dataset or a run as a table, several side by side; conversations with what is trained marked.
+"""Show datasets and runs as tables, with conversations and their trained tokens.
 
 lapilli show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
 """

@@ -1,4 +1,4 @@
-"""Build pillow-simd for this processor and put it in Pillow's place: what `make simd` runs.
+"""Build pillow-simd for this processor and install it in place of Pillow.
 
 python -m pipelines.simd
 

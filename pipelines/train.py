@@ -1,4 +1,4 @@
-"""A dataset to a trained model.
+"""Train a model on a dataset.
 
 python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR [--estimate]
 python -m pipelines.train --replay RUN/replay/step-N     a step that went wrong, looked into

@@ -1,4 +1,4 @@
-"""What a chat page may send: bounds, and a body's bytes made into a question."""
+"""Parse and bound the chat page's requests."""
 
 from __future__ import annotations
 

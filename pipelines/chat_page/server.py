@@ -1,4 +1,4 @@
-"""uvicorn with bounds: connections, the time a header may take, and nothing beside HTTP."""
+"""uvicorn with bounds on connections, header time and protocols."""
 
 from __future__ import annotations
 

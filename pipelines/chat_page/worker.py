@@ -1,4 +1,4 @@
-"""What answers a chat: images prepared apart, texts measured, questions one after the other.
+"""Answer chat requests: prepare images apart, bound prompts, generate one by one.
 
 Work that nobody waits for any more is ended: a decoder's process is killed, a question in the queue
 is passed over, an answer ends with its next token.

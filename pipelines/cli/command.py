@@ -1,4 +1,4 @@
-"""What every pipeline shares: settings from recipes and flags, and errors as one line."""
+"""Parse settings from recipes and flags, and report errors as one line."""
 
 from __future__ import annotations
 

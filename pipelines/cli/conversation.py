@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what is trained in colour, without colour in double brackets."""
+"""Print a conversation with the trained tokens marked."""
 
 from __future__ import annotations
 

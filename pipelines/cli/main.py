@@ -1,4 +1,4 @@
-"""`lapilli VERB ...`: the verbs of `pipelines` as one command."""
+"""The `lapilli` command: run a verb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The live line of a build: images done, their rate, a core's rate, time to go, unusable ones."""
+"""The live progress line of a build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of questions, in the form of LLaVA's: JSON lines, read as a whole before anything is asked.
+"""Read files of questions in LLaVA's JSON lines format.
 
 Every key of a line is used, known to be of no use here and counted, or refused by name.
 """

@@ -1,4 +1,4 @@
-"""Recipes: found by name or path, read, their paths taken from where they lie."""
+"""Find and read recipes, and resolve their paths."""
 
 from __future__ import annotations
 

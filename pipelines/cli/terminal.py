@@ -1,4 +1,4 @@
-"""The one way to a terminal, a file or a pipe: all that is printed passes here.
+"""Write to terminals, files and pipes safely.
 
 Characters that could steer a terminal are spelt out, what an encoding lacks is replaced, and a pipe
 that its reader has closed ends the command quietly.

@@ -1,4 +1,4 @@
-"""The flags that allow what a folder's own files ask for; every verb that opens one has them."""
+"""Flags that allow what a folder's own files ask for."""
 
 from __future__ import annotations
 

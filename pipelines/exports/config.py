@@ -1,4 +1,4 @@
-"""What `export` writes, and in which form."""
+"""Settings of `export`."""
 
 from __future__ import annotations
 

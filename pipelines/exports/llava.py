@@ -1,4 +1,4 @@
-"""A run as LLaVA's checkpoint, and a run's adapters as PEFT and LLaVA load them."""
+"""Export a run as LLaVA's checkpoint, or its adapters for PEFT and LLaVA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every export of a model shares: its run, the room it needs, a folder whole or none."""
+"""What all exports of models share: the run, the disk space, the atomic folder."""
 
 from __future__ import annotations
 

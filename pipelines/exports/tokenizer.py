@@ -1,4 +1,4 @@
-"""A tokenizer's files as LLaVA's code reads them: transformers 4.37, `use_fast=False`."""
+"""Write a tokenizer's files for LLaVA's code (transformers 4.37, `use_fast=False`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart's data: the `easy-vqa` package written out as a LLaVA-format folder.
+"""Write the `easy-vqa` package as a LLaVA-format folder.
 
 5,000 images of one coloured shape, 48,248 questions (MIT licence), as LLaVA's two stages want them:
 

@@ -1,4 +1,4 @@
-"""What can be answered without looking: the commonest training answer to the same question."""
+"""Answer with the most common training answer to the same question, without looking."""
 
 from __future__ import annotations
 

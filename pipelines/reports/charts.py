@@ -1,4 +1,4 @@
-"""Line charts, bar charts and histograms as SVG: pure functions from numbers to markup.
+"""Line charts, bar charts and histograms as SVG. Pure.
 
 Each chart is drawn twice, for a wide and for a narrow screen, so that its letters keep their size
 on a phone; the page's style sheet shows one of the two. Colours are CSS classes `s0` to `s7`.

@@ -1,4 +1,4 @@
-"""Runs beside each other: the settings that differ, loss after as many steps and as many tokens."""
+"""Compare runs: differing settings, loss by steps and by tokens."""
 
 from __future__ import annotations
 

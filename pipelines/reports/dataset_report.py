@@ -1,4 +1,4 @@
-"""report.html of a dataset: what it consists of, what was left out and why, on one page.
+"""report.html of a dataset: composition, quarantine, examples.
 
 Counts come from the manifest, lengths from the selection's columns and sizes from the image
 shards': no row becomes a Python object, and no pixel is read but the few that are shown.

@@ -1,4 +1,4 @@
-"""What a dataset and a run are, read from their folders alone: names with short texts."""
+"""Describe datasets and runs from their folders: names with short texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report as one HTML file: numbers, tables, charts and pictures, with nothing fetched from afar.
+"""Build a report as one self-contained HTML file.
 
 A page is a list of blocks; the template beside this file lays them out. All text is escaped, and a
 content security policy forbids scripts and requests, so a page may hold the data of strangers.

@@ -1,4 +1,4 @@
-"""The quickstart's page: what went in, how the loss fell, what the model answers."""
+"""report.html of the quickstart: data, loss curves, answers."""
 
 from __future__ import annotations
 

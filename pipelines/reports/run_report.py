@@ -1,4 +1,4 @@
-"""report.html of a run: its curves, its speed, the samples it finds hardest, on one page."""
+"""report.html of a run: loss curves, speed, samples with the highest loss."""
 
 from __future__ import annotations
 

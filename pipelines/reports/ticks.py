@@ -1,4 +1,4 @@
-"""Numbers for charts: how they are written, where round ones lie, and which points to keep."""
+"""Format numbers and choose ticks and points for charts."""
 
 from __future__ import annotations
 

@@ -31,8 +31,10 @@ def name_of(path: Path) -> str:
 
 
 def folders_to_explain() -> list[Path]:
-    """The packages, the pipelines and every folder below that holds code or recipes."""
+    """The packages, their rooms, the pipelines and every folder below that holds recipes."""
     packages = [folder for folder in (ROOT / "packages").iterdir() if folder.is_dir()]
+    rooms = {path.parent for path in PACKAGED} - {*ROOT.glob("packages/*/lapilli/*")}
+    packages += [room for room in rooms if len([*room.glob("*.py")]) > 4]
     pipelines = ROOT / "pipelines"
     held = {path.parent for kind in ("*.py", "*.yaml", "*.sh") for path in pipelines.rglob(kind)}
     return sorted({*packages, pipelines, *held})
@@ -93,6 +95,15 @@ def test_nothing_is_called_utils() -> None:
 @pytest.mark.parametrize("folder", folders_to_explain(), ids=name_of)
 def test_folder_has_a_readme(folder: Path) -> None:
     assert (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "readme", [path for path in ROOT.glob("p*/**/README.md") if "| module |" in path.read_text()],
+    ids=name_of,
+)  # fmt: skip
+def test_a_readmes_modules_are_those_of_its_folder(readme: Path) -> None:
+    named = set(re.findall(r"^\| `(\w+\.py)` \|", readme.read_text(), re.MULTILINE))
+    assert named == {path.name for path in readme.parent.glob("*.py")} - {"__init__.py"}
 
 
 CONSTRAINTS = [f"constraints{which}.txt" for which in ("", "-cpu", "-cuda", "-real-weights")]

@@ -37,6 +37,7 @@ OWNERS = {
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
     "--require-hashes", "--pretrain_mm_mlp_adapter", "--model_max_length", "--help", "--version",
+    "--concatenate",
 }  # fmt: skip
 VERB = re.compile(
     r"\b(preprocess|train|show|verify|repair|report|check|export|chat|generate|evaluate)\b"

@@ -1,4 +1,4 @@
-"""What a build is told: sources, mixture and settings. Read from a recipe's YAML."""
+"""Settings of a build: sources, mixture and views, read from a recipe's YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray of this machine alone: loopback addresses, a token and a folder that only this user reads.
+"""Start a local Ray bound to loopback, with a private token and temporary folder.
 
 Ray itself listens on all interfaces, writes its token with the umask's rights and opens its folder
 to everybody, so that several users can share one Ray.

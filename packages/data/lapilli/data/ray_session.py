@@ -1,4 +1,4 @@
-"""Ray for one script: the cluster it was submitted to, or a local one that ends with it."""
+"""Connect to the Ray cluster a job was submitted to, or start a local one for its duration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record, Turn, Part and Verdict: what every source is normalised to, and what became of it."""
+"""Record, Turn, Part and Verdict: the normalised form of every source."""
 
 from __future__ import annotations
 

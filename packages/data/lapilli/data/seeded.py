@@ -1,4 +1,4 @@
-"""Chance that is a function of a seed and a name: the same on every machine and in every order."""
+"""Deterministic pseudo-random draws from (seed, name), independent of machine and order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command allows of what a folder's own files ask for. Nothing, unless it says so.
+"""What a command allows a folder's own files to run. Nothing by default.
 
 Settings on the command line and in a recipe that the user names are the user's word. A run's, a
 dataset's or an export's own `config.json` is not: it may come from somebody else.

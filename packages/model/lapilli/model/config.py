@@ -1,4 +1,4 @@
-"""What a model is made of: tower, projector, language model. Read from a recipe's YAML."""
+"""Settings of a model: tower, projector, language model, read from a recipe's YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from a model's sizes and a batch's lengths.
+"""Count a training step's floating-point operations from model sizes and batch lengths.
 
 A multiplication and an addition are two. Counted is what is a matrix product or a convolution;
 norms, activations, softmax, rotary positions and the optimizer are not, as everywhere.

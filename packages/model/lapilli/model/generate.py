@@ -1,4 +1,4 @@
-"""Decoding after prompts with images: greedy or drawn, in batches, watched token by token.
+"""Generate after prompts with images: greedy or sampled, in batches, streaming tokens.
 
 The weights and `Decoding` alone decide an answer. What a base model says of its own generation
 (`generation_config.json`, old keys of `config.json`, a `generate` of its own) plays no part.

@@ -1,4 +1,4 @@
-"""Cross-entropy on the trained positions only, as a sum: the step divides by the global count.
+"""Cross-entropy over the trained positions, as a sum; the step divides by the global count.
 
 Shape suffix legend: B rows, S tokens, D hidden size, V vocabulary, P trained positions (of a
 chunk, where one is worked on).

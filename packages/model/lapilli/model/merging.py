@@ -1,4 +1,4 @@
-"""Image features among the text's embeddings: the contract and its eager implementation.
+"""Merge image features into text embeddings: the contract and its eager implementation.
 
 One pass forward, one backward, no data-dependent shape and no host synchronisation. Each feature
 row is used at most once, so its gradient is a copy and needs no atomics.

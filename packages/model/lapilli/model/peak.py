@@ -1,4 +1,4 @@
-"""How fast a device multiplies at most: what a utilisation is a share of."""
+"""Peak matrix-multiplication rates of devices, for utilisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open edges: a name in a registry, or `package.module:name` for a part of one's own."""
+"""Extension points: a name in a registry, or `package.module:name`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole model: tower, projector, merge, language model, loss.
+"""The vision-language model: tower, projector, merge, language model, loss.
 
 Shape suffix legend: B rows, S tokens, N images, H height, W width, T tokens an image,
 F = N x T feature rows, C tower's hidden size, D language model's hidden size, V vocabulary,

@@ -1,4 +1,4 @@
-"""What a run is told. Composes the model's config. Read from a recipe's YAML."""
+"""Settings of a training run, read from a recipe's YAML."""
 
 from __future__ import annotations
 

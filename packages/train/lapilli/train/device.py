@@ -1,4 +1,4 @@
-"""The device a worker computes on, and what must be set before DeepSpeed is imported.
+"""Choose the device of a worker, and prepare the process before DeepSpeed is imported.
 
 Intel Gaudi (`hpu`) has its names here; no step has been taken on one.
 """

@@ -1,4 +1,4 @@
-"""The one error of this package that a user can cause and mend."""
+"""The exception for a user's mistake in a run's settings or files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples to one Batch of numpy arrays in a shape from a small fixed set.
+"""Collate samples into a `Batch` of numpy arrays whose shape comes from a small fixed set.
 
 The collator knows every count, so that the device is never asked for one: no data-dependent shape
 and no host synchronisation between here and the end of backward.

@@ -1,4 +1,4 @@
-"""LLaVA-1.5's own order of samples, index for index, its random generators included.
+"""Reproduce LLaVA-1.5's order of samples exactly, including its random generators.
 
 `llava_order` is one call of its sampler. `llava_steps` is what its trainer makes of it: which
 samples each optimizer step takes, over several epochs, processes and accumulation steps

@@ -1,4 +1,4 @@
-"""The order of an epoch, and who computes which part of it. Pure: no files, no devices.
+"""Plan the order of an epoch and assign each global batch to ranks. Pure: no files, no devices.
 
 `plan_epoch` turns lengths and modalities into global batches and knows neither the number of
 workers nor the micro-batch, so a run resumes on another cluster with the same batches (resuming at

@@ -1,4 +1,4 @@
-"""What a worker leaves for the next one, should an image end its process.
+"""Find images whose decoding kills the process, across restarts of a task.
 
 An attempt at a shard writes down which image it decodes. Where the process dies, Ray starts the
 task again somewhere; that attempt finds the row, has it decoded twice in processes of its own, and

@@ -1,4 +1,4 @@
-"""One image decoded in a process of its own, to see whether it ends the process."""
+"""Decode one image in a child process to see whether it crashes or hangs."""
 
 from __future__ import annotations
 

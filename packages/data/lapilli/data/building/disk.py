@@ -1,4 +1,4 @@
-"""The disk space that a build needs, checked before it starts."""
+"""Estimate the disk space a build needs and check it before the build starts."""
 
 from __future__ import annotations
 

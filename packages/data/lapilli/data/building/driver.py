@@ -1,4 +1,4 @@
-"""A build: plan to shards with Ray Data, one task a shard, then selection and manifest."""
+"""Run a build: one Ray Data task per shard, then selection and manifest."""
 
 from __future__ import annotations
 

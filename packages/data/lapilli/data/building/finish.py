@@ -1,4 +1,4 @@
-"""The end of a build: selection, quarantine, manifest; then what no manifest names is removed."""
+"""Finish a build: write selection, quarantine and manifest, then remove stale files."""
 
 from __future__ import annotations
 

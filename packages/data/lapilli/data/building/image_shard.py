@@ -1,4 +1,4 @@
-"""The rows of one image shard: read each file, decode it, make it square, store the pixels.
+"""Build the rows of one image shard: read, decode, resize and store each image.
 
 Memory of a task: the shard's pixels, written once into a `Room` that Arrow takes as it is; files
 read ahead, up to `READ_AHEAD_BYTES` and one more; one image being decoded, at most `max_pixels`.

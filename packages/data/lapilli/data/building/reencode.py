@@ -1,4 +1,4 @@
-"""A build's first records encoded again with the tokenizer kept beside them: the same ids."""
+"""Check a build: its first records, encoded with the stored tokenizer, give the same ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged or missing shards of a dataset, made again from its sources."""
+"""Rebuild missing or damaged shards of a dataset from its sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One task makes one shard: decode these files, or tokenise these records. Bytes follow the task.
+"""Run one task: decode images or tokenize records into one shard.
 
 Pixels never pass through Ray's object store: a task reads files, writes its shard and returns
 the shard's facts.

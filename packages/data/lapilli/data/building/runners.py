@@ -1,4 +1,4 @@
-"""Who makes the shards of a plan: Ray Data's workers, or this process.
+"""Execute the tasks of a plan on Ray Data's workers or in this process.
 
 A runner takes tasks and yields the facts of finished shards, in any order.
 """

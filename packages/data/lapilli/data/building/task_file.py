@@ -1,4 +1,4 @@
-"""The tasks of a build in one file beside the output: the driver and Ray hold only their places."""
+"""Store a build's tasks in one file; the driver and Ray pass only offsets around."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings a dataset was built with, read out of the dataset: it may be somebody else's."""
+"""Read the settings a dataset was built with from the dataset itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataset opened for one tower: memory-mapped, with lengths, modality and random access."""
+"""Open a dataset for one view: memory-mapped shards, lengths, modality, random access."""
 
 from __future__ import annotations
 

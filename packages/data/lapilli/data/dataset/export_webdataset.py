@@ -1,4 +1,4 @@
-"""A dataset's records and original images as WebDataset tars.
+"""Export a dataset's records and original images as WebDataset tars.
 
 A tar holds samples `KEY.json` with `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... of several images.
 The json is OpenAI's form: `{id, source, messages}`, each image in its place under the name of its

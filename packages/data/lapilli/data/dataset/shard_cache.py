@@ -1,4 +1,4 @@
-"""Remote shards, copied once per node into a folder with a limit, however many processes read.
+"""Cache the shards of a remote dataset on a node's disk, shared by its processes.
 
 A shard is copied when it is first read, hashed on its way and renamed under its name when it is
 whole. Each file has a lock that ends with its holder, so a killed process blocks nobody and leaves

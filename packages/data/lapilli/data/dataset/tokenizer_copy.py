@@ -1,4 +1,4 @@
-"""A tokenizer's files kept beside data, and compared with the tokenizer they were copied from.
+"""Store a tokenizer's files in a dataset and compare them with their origin.
 
 `save_pretrained` writes down what transformers holds, and not all that it read (`legacy` is left
 out), so a tokenizer's own files are kept byte for byte and what is read from them is compared.

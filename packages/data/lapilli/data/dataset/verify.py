@@ -1,4 +1,4 @@
-"""A dataset's files hashed and compared with its manifest."""
+"""Hash a dataset's files and compare them with its manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that a worker uses again instead of giving it back to the system and asking anew.
+"""Reuse memory between shards instead of returning it to the system.
 
 Fresh pages have to be cleared, and a virtual machine may have to ask its host for them: up to half
 of an image's time.

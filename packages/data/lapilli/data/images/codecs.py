@@ -1,4 +1,4 @@
-"""Which decoder and resizer this process has: named, resolved once, recorded in the manifest."""
+"""Choose the image decoder and resizer of this process and record their versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images from strangers, decoded in processes of their own: each bounded in time and memory.
+"""Decode untrusted images in child processes with bounded time and memory.
 
 A decoder written in C can be stopped in no other way. A helper process that has everything loaded
 forks one child an image, so starting one takes milliseconds.

@@ -1,4 +1,4 @@
-"""How a view's pixels are stored: as they are, or as JPEG with its error measured."""
+"""Encodings of stored pixels: raw, or JPEG with its measured error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pillow's modes to RGB: as LLaVA does it, or with transparency and depth as a view asks."""
+"""Convert Pillow's modes to RGB as LLaVA does, or with a view's transparency and depth settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An image file without what stands beside its pixels: texts, profiles, previews, camera data.
+"""Strip what an image file holds beside its pixels: texts, profiles, previews, camera data.
 
 It is asked for when a file cannot be decoded: a damaged or overlong piece of side data makes Pillow
 refuse pixels that are whole.

@@ -1,4 +1,4 @@
-"""ImageSpec and prepare: an image's bytes to a square of pixels. Pure."""
+"""`ImageSpec` and `prepare`: turn an image's bytes into a square of pixels. Pure."""
 
 from __future__ import annotations
 
@@ -28,15 +28,7 @@ from lapilli.data.record import Reason
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "BadImage",
-    "Decoded",
-    "ImageSpec",
-    "Note",
-    "decode",
-    "prepare",
-    "square",
-]
+__all__ = ["BadImage", "Decoded", "ImageSpec", "Note", "decode", "prepare", "square"]
 
 
 PILLOWS_PIXEL = pa.list_(pa.uint8(), 4)  # Pillow keeps a byte behind each RGB that means nothing

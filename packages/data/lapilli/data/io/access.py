@@ -1,4 +1,4 @@
-"""What the system says of a path: not there, not readable, no room. One is never taken for another.
+"""Turn file system errors into messages: missing, unreadable and full are told apart.
 
 `Path.exists` and its like raise for a folder that may not be searched up to Python 3.13 and say
 "not there" from 3.14 on; `Path.glob` finds nothing in a folder that may not be listed. Where the

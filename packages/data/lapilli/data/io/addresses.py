@@ -1,4 +1,4 @@
-"""Addresses in settings: without users and passwords, which would be written down with them."""
+"""Reject addresses that contain a user name or password."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files written whole: under a temporary name, flushed, hashed and renamed."""
+"""Write files atomically: temporary name, flush, hash, rename."""
 
 from __future__ import annotations
 

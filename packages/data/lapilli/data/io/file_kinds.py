@@ -1,4 +1,4 @@
-"""What a file is that is not what was expected: told from its first bytes, with what to do.
+"""Identify unexpected files from their first bytes, and say what to do about them.
 
 Asked by whoever could not read a file: an image, annotations, an archive or a tokenizer's file.
 """

@@ -1,4 +1,4 @@
-"""Files at an address: s3:// and gs:// by pyarrow's own clients, anything else by fsspec.
+"""File systems by address: pyarrow's own for s3:// and gs://, fsspec for the others.
 
 pyarrow is here anyway and brings both clients, so that reading a bucket needs no further package.
 Credentials and endpoint come from the environment, as everywhere: AWS_ACCESS_KEY_ID,

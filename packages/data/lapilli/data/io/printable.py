@@ -1,4 +1,4 @@
-"""Text for others: nothing in it steers a terminal, or tells where on a machine files lie."""
+"""Make text safe to print: no terminal control characters, no absolute paths."""
 
 from __future__ import annotations
 

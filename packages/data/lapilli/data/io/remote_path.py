@@ -1,4 +1,4 @@
-"""Where a dataset is written: a folder, or a prefix of an object store by its address.
+"""Output locations: a local folder or a prefix in an object store.
 
 A `RemotePath` has the few methods of `pathlib.Path` that a build uses. A PUT is atomic: an object
 is whole or not there. Every call is tried again a few times before it is an error.

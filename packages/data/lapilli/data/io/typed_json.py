@@ -1,4 +1,4 @@
-"""JSON that this project wrote, read as the types it was written from.
+"""Read JSON into typed dataclasses, with errors that name the field.
 
 A folder may come from somebody else. Every JSON file of a dataset, a run or an export is read
 here: a wrong type, a missing or unknown field, a number that does not fit and nesting without end

@@ -1,4 +1,4 @@
-"""One writer at a time: of a dataset, of a run, of an export, of a file of answers."""
+"""Lock a dataset, run or export so that one process writes it at a time."""
 
 from __future__ import annotations
 

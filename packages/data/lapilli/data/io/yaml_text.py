@@ -1,4 +1,4 @@
-"""YAML of strangers, bounded: in its size, its depth, and what its aliases unfold to.
+"""Parse YAML with bounds on size, depth and alias expansion.
 
 A few lines of aliases of aliases stand for more values than there is memory, and whatever walks or
 prints what was loaded meets each of them.

@@ -1,4 +1,4 @@
-"""What is in a zip or a tar: every member's place, read once; nothing is unpacked.
+"""Index the members of zip and tar archives without unpacking them.
 
 A zip's central directory and a tar's headers are all that is read. Names in an archive are only
 compared with keys and never become paths, so one that leads upwards is harmless.

@@ -1,4 +1,4 @@
-"""Folders as keys see them: on a disk, in an archive, at an address. Each is listed once.
+"""List the folders that image keys refer to: on disk, in an archive, at an address.
 
 Listing a folder once and looking names up in it, instead of asking for every key, is what makes
 600,000 keys a matter of seconds on a disk and of hundreds of requests on an object store.

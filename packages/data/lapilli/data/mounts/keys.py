@@ -1,4 +1,4 @@
-"""What an image key is that names no file below the folder of the images. Pure."""
+"""Explain why an image key cannot name a file below the image root. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys to places: repairs, archives that stand in for folders, and nothing outside of the root.
+"""Resolve image keys to locations: repairs, archives in place of folders, never outside the root.
 
 A key that is not there as it is called is decoded, and must then be there exactly; else it may be
 another spelling of one file's name (`names`), or lie exactly so beside the annotation file.

@@ -1,4 +1,4 @@
-"""When a file's name is another spelling of a key's name. Pure.
+"""Decide whether a file name is another spelling of a key's name. Pure.
 
 Two names are the same if their stems have the same letters and the same numbers, in order, after
 NFC and Unicode case folding. Separators may differ, except that a separator between two numbers

@@ -1,4 +1,4 @@
-"""How much memory the values of a Parquet file take before they are read.
+"""Bound the memory of a Parquet file's values before they are read.
 
 A value that stands once in a chunk's dictionary may be named by a million rows, in a few bytes of
 the file. What the dictionary holds is looked at first; a chunk whose values would take too much is

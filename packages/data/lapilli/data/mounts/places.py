@@ -1,4 +1,4 @@
-"""Where an image's bytes are: a file, or a stretch of an archive."""
+"""Locations of an image's bytes: a file, an archive member, a Parquet cell."""
 
 from __future__ import annotations
 

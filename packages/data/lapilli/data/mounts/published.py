@@ -1,4 +1,4 @@
-"""The archives that LLaVA's data is published in, and what is known to be missing from it.
+"""The archives LLaVA's data is published in, and the images known to be missing.
 
 Addresses are those of LLaVA's README (section Visual Instruction Tuning), of the dataset cards
 `liuhaotian/LLaVA-Pretrain` and `liuhaotian/LLaVA-Instruct-150K`, of ICM-Instruct's training notes

@@ -1,4 +1,4 @@
-"""An image's bytes from the place that the plan found them at."""
+"""Read an image's bytes from its location."""
 
 from __future__ import annotations
 

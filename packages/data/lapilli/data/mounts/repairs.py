@@ -1,4 +1,4 @@
-"""Keys that were read from a file of another spelling: their kinds, and which of them contradict.
+"""Kinds of repaired keys, and repairs that contradict each other.
 
 A repair is listed and counted. Where two keys of a source that differ in more than case would be
 read from one file, neither is; one that names the file as it is called stays.

@@ -1,4 +1,4 @@
-"""Parquet files as containers of images: `FILE.parquet/COLUMN/ROW`, or `/INDEX` more in a list.
+"""Parquet files as image containers: `FILE.parquet/COLUMN/ROW[/INDEX]`.
 
 A column holds images if it is binary, Hugging Face's struct of `bytes` and `path`, or a list of
 either. Only the footer is read to find an image; its bytes come with those of its row group, of

@@ -1,4 +1,4 @@
-"""The headers of a tar of strangers, one after the other, in bounded memory.
+"""Read the headers of an untrusted tar in bounded memory.
 
 `tarfile` reads a header again and again where a size leads backwards, and takes whatever a header
 says of its own length for a length.

@@ -1,4 +1,4 @@
-"""Decode every image on all cores and keep nothing but what is wrong; no image ends the run.
+"""Decode every image on all cores and report those that fail.
 
 Memory is bounded: a few batches of places are on their way, and a worker holds one image within
 `max_pixels`.

@@ -1,4 +1,4 @@
-"""What a dataset already has, and which of it stays: where an amended build begins.
+"""Find which shards of an existing dataset an incremental build can keep.
 
 Image slots and token rows of the dataset in the output folder are kept where they are; what is new
 or changed comes behind them. A shard is made again only where an image that is still used has

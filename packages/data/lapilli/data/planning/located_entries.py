@@ -1,4 +1,4 @@
-"""A source's entries and where their images are: what a build, a check and an export agree on."""
+"""Read a source's entries and locate their images, for builds, checks and exports alike."""
 
 from __future__ import annotations
 

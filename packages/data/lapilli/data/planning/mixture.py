@@ -1,4 +1,4 @@
-"""The blend: which records are held out, and how often each of the others stands in an epoch.
+"""Split off held-out records and compute how often each record occurs in an epoch.
 
 Pure. Chance comes from `draw`, by a record's name and not by its place, so a record's lot stays as
 it is when records are added around it, and a smaller share is a part of a larger one.

@@ -1,4 +1,4 @@
-"""Source bytes in a dataset: how they are stored, and how they stand in for files that are gone."""
+"""Store original image bytes in a dataset, to rebuild views when the files are gone."""
 
 from __future__ import annotations
 

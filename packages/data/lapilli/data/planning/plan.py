@@ -1,4 +1,4 @@
-"""The build's plan: records and verdicts and codecs to shard tasks. Pure but for the reading.
+"""Plan a build: records, verdicts and codecs become shard tasks.
 
 The plan alone decides every shard's bytes: which records, which images, in which order.
 """

@@ -1,4 +1,4 @@
-"""How a build takes each record: by its own form, by its template, and as LLaVA if asked to."""
+"""Validate each record for a build: its own form, its template, LLaVA's rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A look at a mixture before any work: every record's verdict, every image's place, no conversion.
+"""Scan a mixture without converting it: verdicts of records, locations of images.
 
 Records pass through one at a time; what stays in memory is counts, ids and the places of the
 distinct images.

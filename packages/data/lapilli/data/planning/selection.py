@@ -1,4 +1,4 @@
-"""The last pass of a build: verdicts and statuses to what is kept. Pure but for the two readers."""
+"""Select the records to keep from verdicts and image statuses."""
 
 from __future__ import annotations
 

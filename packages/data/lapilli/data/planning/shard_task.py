@@ -1,4 +1,4 @@
-"""One shard of a plan: what to make it of, all that a worker needs."""
+"""Describe one shard to build: everything a worker needs."""
 
 from __future__ import annotations
 

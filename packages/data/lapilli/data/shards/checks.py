@@ -1,4 +1,4 @@
-"""What is checked of an Arrow file once, when it is opened: it may be somebody else's.
+"""Validate Arrow files from other machines once, when they are opened.
 
 Arrow trusts the offsets of a file that it maps: wild ones end the process. Columns of the right
 types, with offsets and numbers that stay inside what they point to, cannot.

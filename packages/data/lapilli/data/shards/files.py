@@ -1,4 +1,4 @@
-"""Arrow shards: their schemas, atomic writing with a checksum, checked reading.
+"""Write and read Arrow shards with checksums.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so that a name
 stands for a whole file or for none.

@@ -1,4 +1,4 @@
-"""manifest.json: the facts of a dataset. Written last; a folder without it is no dataset."""
+"""manifest.json: the facts of a dataset, written last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quarantine.parquet of a dataset, read: it may be somebody else's."""
+"""Read a dataset's quarantine.parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions: an image, a question and an answer, the question perhaps one of a recipe's prompts."""
+"""Caption records: an image, a question (or a recipe's prompt) and an answer."""
 
 from __future__ import annotations
 

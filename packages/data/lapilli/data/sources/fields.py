@@ -1,4 +1,4 @@
-"""No field of a record is ignored: understood, known to be harmless, or counted by its name.
+"""Classify every field of a record: used, known to be harmless, unsupported, or unknown.
 
 A field that changes what a record means and that nothing here can express (a video, a tool, a
 rejected answer) is the record's verdict. Null and empty values change nothing.

@@ -1,4 +1,4 @@
-"""Records of messages with role and content: OpenAI's, and vlm_training's JSON lines.
+"""Records of messages with role and content: OpenAI's format and vlm_training's JSON lines.
 
 The list is under `messages`, `hf_format_conversations` or `conversations`. Content is text or a
 list of parts (`text`, `image_url`, `image`). Images are named in the parts, in the message under

@@ -1,4 +1,4 @@
-"""Parquet files whose columns are a record's fields: `id`, `image` or `images`, a conversation.
+"""Parquet files with a record's fields as columns: `id`, `image` or `images`, a conversation.
 
 The conversation is under `conversations`, `messages` or `texts`: lists of objects, or the same as
 JSON text. An image is a key, or bytes in the file itself (Hugging Face's `{bytes, path}`, or a

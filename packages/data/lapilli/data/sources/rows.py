@@ -1,4 +1,4 @@
-"""Which of the conversation formats an object is that comes without one."""
+"""Detect the conversation format of an object that does not name one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source holds beside its records: fields that nothing reads, members of archives."""
+"""Count what a source holds beside its records: unread fields, archive members."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of a question and an answer under `texts`: the Cauldron's, FineVision's and Docmatix's.
+"""Question and answer pairs under `texts`: the Cauldron, FineVision and Docmatix.
 
 `{images, texts: [{user, assistant, source?}]}`. `<image>` in a question is the place of the next
 image; where no question has one, all images stand in front of the first question.

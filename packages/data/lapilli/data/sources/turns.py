@@ -1,4 +1,4 @@
-"""What the readers share: image keys beside a conversation, and markers in its text."""
+"""Helpers shared by the readers: image keys and image markers in texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an element of an annotation file to an entry with its verdict."""
+"""Turn an element of an annotation file into an entry with a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebDataset tars: the members of one key are a sample, images with a `json` or a `txt`.
+"""WebDataset tars: members with one key form a sample of images and a `json` or `txt`.
 
 Members are counted first and then grouped, so that each is used or named as not used. Image bytes
 are not read here: an image is the key `SHARD.tar/MEMBER`, read later at the member's place in the

@@ -1,4 +1,4 @@
-"""From records to ids and trained spans, at the speed of the Rust tokenizer.
+"""Encode records into token ids and trained spans.
 
 Every text between two special tokens or images is tokenised by itself, as LLaVA's slow tokenizer
 does it, all texts of a batch in one call. Labels come from the template's trained characters;

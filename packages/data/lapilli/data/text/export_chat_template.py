@@ -1,4 +1,4 @@
-"""A template as the Jinja chat template that other tools read.
+"""Convert a template to a Jinja chat template for other tools.
 
 It writes messages as `render` writes records: content is a string, or a list of
 `{"type": "text", "text": ...}` and `{"type": "image"}`. All that a model reads is in its text, the

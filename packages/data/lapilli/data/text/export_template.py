@@ -1,4 +1,4 @@
-"""A template and its tokenizer in the form that transformers and vLLM read.
+"""Export a template and its tokenizer in the form transformers and vLLM read.
 
 The chat template writes all of a prompt and the exported tokenizer adds nothing, so every way from
 messages to ids gives training's. It pads on the left, as generation in batches needs it, and its

@@ -1,4 +1,4 @@
-"""`compat: llava`: what LLaVA itself makes of a record, its mistakes included.
+"""`compat: llava`: reproduce LLaVA's preprocessing exactly, mistakes included.
 
 LLaVA tokenises a conversation as a whole, then counts its way through it by tokenising its pieces
 once more, and unmasks by those counts. Where the counts do not meet the whole, nothing of the

@@ -1,4 +1,4 @@
-"""What a template writes around a question and its answer, and a row of a dataset taken apart.
+"""Build prompts from a template, and split a dataset row into question and answer.
 
 A template is asked to write stand-ins; whatever stands between them is frame. So a template of
 frames and a tokenizer's own chat template are told apart nowhere here.

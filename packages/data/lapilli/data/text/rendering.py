@@ -1,4 +1,4 @@
-"""A record written down by a template: text, special tokens and image slots, and what is trained.
+"""Render a record with a template: text, special tokens, image slots, trained parts.
 
 No tokenizer is needed, so the trained characters are known from the conversation's structure alone.
 """

@@ -1,4 +1,4 @@
-"""Templates: how a conversation is written down, and what of it is trained. As data.
+"""Conversation templates as data: frames, special tokens, what is trained.
 
 The strings that frame a turn (`opening`, `before_user`, `answer_end`, ...) may name special tokens
 in braces: `{bos}` and `{eos}` are the tokenizer's own, any other name is a token's literal content,

@@ -1,4 +1,4 @@
-"""A sample's ids as a reader sees them: text in pieces, each trained or not.
+"""Decode a sample's ids into pieces of text, each trained or not.
 
 Ids are turned back into text byte by byte, so that the pieces, put together, are the text that was
 tokenised: the bytes of one letter stay together, and the space that SentencePiece puts before a

@@ -1,4 +1,4 @@
-"""A tokenizer's Rust backend as this package uses it: a copy, blind to special tokens in texts."""
+"""A tokenizer's Rust backend, copied so that special tokens in texts stay text."""
 
 from __future__ import annotations
 

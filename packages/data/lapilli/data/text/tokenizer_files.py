@@ -1,4 +1,4 @@
-"""Tokenizers' files: read, converted, compared with a second implementation, trained.
+"""Read, convert, compare and train tokenizer files.
 
 `tokenize` re-exports what callers need.
 """

@@ -1,4 +1,4 @@
-"""A folder of a tokenizer's files: unpacked if they are packed, and what is wrong with them."""
+"""Open a folder of tokenizer files and explain what is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that others trained, read: LLaVA's files, transformers' LLaVA, and adapters for both."""
+"""Read models trained elsewhere: LLaVA's files, transformers' LLaVA, adapters for both."""
 
 from __future__ import annotations
 

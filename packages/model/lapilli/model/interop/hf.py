@@ -1,4 +1,4 @@
-"""transformers' `LlavaForConditionalGeneration` folder, written and read.
+"""Write and read transformers' `LlavaForConditionalGeneration` folders.
 
 Weights keep their bits in both directions. The tower is written as it is held here, without the
 layers behind the taken one, so its `vision_feature_layer` is -1.

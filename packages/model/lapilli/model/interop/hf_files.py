@@ -1,4 +1,4 @@
-"""The settings beside an export's weights, so that several versions of transformers read the same.
+"""Write the settings beside an export's weights for several versions of transformers.
 
 transformers 4 and 5 name a few things otherwise: the rope's base, the dtype, the image processor's
 file. Each is written under both names.

@@ -1,4 +1,4 @@
-"""LLaVA's own files: the projector, what LoRA left over, and whole checkpoints."""
+"""Read and write LLaVA's files: projector, non-LoRA weights, whole checkpoints."""
 
 from __future__ import annotations
 

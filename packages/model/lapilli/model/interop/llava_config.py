@@ -1,4 +1,4 @@
-"""LLaVA's `config.json`: written for the transformers that its code runs on, read as it publishes.
+"""Write and read LLaVA's `config.json`.
 
 LLaVA's code runs on transformers 4.37, which knows `rope_theta` beside `rope_scaling` and no
 `rope_parameters`, computes the heads' size, and has two scalings of positions.

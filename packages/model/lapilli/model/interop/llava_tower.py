@@ -1,4 +1,4 @@
-"""A trained tower as a folder of its own, which LLaVA's loader takes in the original's place.
+"""Export a trained vision tower as a folder that LLaVA's loader accepts.
 
 LLaVA reads its tower from what `mm_vision_tower` names, whatever weights lie in the checkpoint.
 """

@@ -1,4 +1,4 @@
-"""What a run with adapters leaves for others: PEFT's folder, and LLaVA's beside it.
+"""Export a run with adapters as PEFT's folder and LLaVA's.
 
 LLaVA's loader takes `config.json` and `non_lora_trainables.bin` from the same folder; PEFT's takes
 `adapter_config.json` and `adapter_model.safetensors`. An adapter of the tower, which neither has a

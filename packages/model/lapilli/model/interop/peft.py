@@ -1,4 +1,4 @@
-"""PEFT's LoRA folders (`adapter_config.json`, `adapter_model.safetensors`) without PEFT.
+"""Read and write PEFT's LoRA folders without importing PEFT.
 
 An adapter adds `(B A) s` to a layer's weight, s = alpha / r, or alpha / sqrt(r) where the folder
 says `use_rslora` (Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732).

@@ -1,4 +1,4 @@
-"""A model's tensors under plain names, adapters merged, each made when its file is written.
+"""Collect a model's tensors under plain names, adapters merged, one file at a time.
 
 An export holds the model and one file's tensors, whatever the model's size.
 """

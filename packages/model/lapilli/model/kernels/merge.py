@@ -1,4 +1,4 @@
-"""The merge as Triton kernels, registered as custom ops.
+"""Triton kernels that merge image features into text embeddings, as custom ops.
 
 Forward copies one row from one of two places and notes where each feature row went, so that
 backward is a gather: no atomics, one write of every gradient row, zero where a row is unused. A

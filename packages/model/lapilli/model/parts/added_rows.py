@@ -1,4 +1,4 @@
-"""Rows that `language.vocab_size` adds to the vocabulary, learning while its tables are frozen.
+"""Train the vocabulary rows added by `language.vocab_size` while the tables stay frozen.
 
 What peft calls trainable tokens. Ours read the tables past their modules, so a wrapper around a
 module would not be seen; the rows are parameters of their own instead, as small as they are.

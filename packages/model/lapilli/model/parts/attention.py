@@ -1,4 +1,4 @@
-"""Which of transformers' attention implementations a language model runs."""
+"""Choose transformers' attention implementation for a language model."""
 
 from __future__ import annotations
 

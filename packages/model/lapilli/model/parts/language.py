@@ -1,4 +1,4 @@
-"""The language model: a decoder of transformers that takes `inputs_embeds`."""
+"""Build the language model: a transformers decoder that takes `inputs_embeds`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many positions a language model knows, and whether it can go beyond them."""
+"""Find a language model's number of positions and whether it can exceed them."""
 
 from __future__ import annotations
 

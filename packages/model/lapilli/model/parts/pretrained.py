@@ -1,4 +1,4 @@
-"""What transformers' configs and weights have in common: errors as one line."""
+"""Load transformers configs and weights, with errors as one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language model's linear layers in 4 bits (NF4, twice quantised; QLoRA, arXiv 2305.14314).
+"""Keep the language model's linear layers in 4 bits (NF4; QLoRA, arXiv 2305.14314).
 
 They are quantised by bitsandbytes after an earlier run's weights were put into them and before
 adapters are put around them, so that adapters of an earlier run are merged into whole numbers.

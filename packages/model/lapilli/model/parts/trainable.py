@@ -1,4 +1,4 @@
-"""Which parameters learn: parts, adapters, groups; and what is computed again to save memory."""
+"""Freeze parts, add adapters, group parameters, and enable activation checkpointing."""
 
 from __future__ import annotations
 

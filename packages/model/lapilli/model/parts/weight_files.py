@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, and pickles of tensors, which are read and never run.
+"""Read weight files: safetensors, and pickles of tensors without executing them.
 
 Everything is read with `weights_only=True`: a pickle that would run code is refused.
 """

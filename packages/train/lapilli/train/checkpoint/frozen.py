@@ -1,4 +1,4 @@
-"""Fingerprints of frozen weights: of values rounded to bf16, whatever type holds them.
+"""Fingerprint frozen weights by value, rounded to bf16, whatever dtype holds them.
 
 A run's checkpoints hold what learnt; what lay beside is read again whenever the run is opened, and
 compared with these. They are taken of a model as its base weights were read, before an earlier run

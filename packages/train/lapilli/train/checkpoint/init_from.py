@@ -1,4 +1,4 @@
-"""The runs that a run started from: found, compared, and put below it one after another.
+"""Start from earlier runs: find their chain, compare it, and load it in order.
 
 A run's checkpoint holds what it trained. What it started from is put together again whenever it is
 opened: base weights, then what each earlier run of the chain trained, adapters merged.

@@ -1,4 +1,4 @@
-"""The folders checkpoints lie in: filled under another name, then renamed; pruned; tidied.
+"""Folders of checkpoints: written atomically, pruned, cleaned up.
 
 What is read here is either whole or not there, whenever the process was killed.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints in a layout that knows neither world size nor ZeRO stage.
+"""Save and load checkpoints in a layout independent of world size and ZeRO stage.
 
 `checkpoints/step-00000100/` holds `weights.safetensors` (fp32, what learns), `moments.safetensors`
 (fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json` with the sizes and checksums of the other

@@ -1,4 +1,4 @@
-"""Whether a run's ids still mean what they did where tokens were added to its tokenizer."""
+"""Check that a run's token ids keep their meaning when tokens were added to its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints copied to an object store while the training goes on, and fetched from there.
+"""Upload checkpoints to an object store during training, and fetch them from there.
 
 The store holds what the run's folder does: `checkpoints/step-.../`, `milestones/step-.../`,
 `config.json`, `data/` and the files of `RECORDS`. A step's `state.json` is stored last and removed

@@ -1,4 +1,4 @@
-"""A run's longest sequences against the positions of its language model, before it starts."""
+"""Compare a run's longest sequences with its language model's positions."""
 
 from __future__ import annotations
 

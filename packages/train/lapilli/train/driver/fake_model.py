@@ -1,4 +1,4 @@
-"""A model without its weights: how large its parts are and what a micro-batch keeps for backward.
+"""Measure a model's size and activation memory without its weights.
 
 Nothing is allocated: torch's fake tensors have shapes and no memory, so 13B take seconds.
 """

@@ -1,4 +1,4 @@
-"""Start a run: Ray Train's workers, replaced when they are lost, or one worker in this process."""
+"""Launch a run and follow it: Ray Train's workers, or one worker in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts: memory by part, disk, the micro-batch that fits."""
+"""Estimate a run before it starts: memory by part, disk, the largest micro-batch."""
 
 from __future__ import annotations
 

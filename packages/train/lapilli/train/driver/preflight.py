@@ -1,4 +1,4 @@
-"""What must hold before a run starts: settings, data, model, devices, disk and memory."""
+"""Check settings, data, model, devices, disk and memory before a run starts."""
 
 from __future__ import annotations
 

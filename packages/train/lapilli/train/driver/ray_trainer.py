@@ -1,4 +1,4 @@
-"""Ray Train's trainer without the helper processes that a run of ours has no use for."""
+"""Ray Train's trainer without helper processes that a run does not need."""
 
 from __future__ import annotations
 

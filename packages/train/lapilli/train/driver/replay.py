@@ -1,4 +1,4 @@
-"""A kept step once more, in one process: which sample, which module, which weight is no number."""
+"""Replay a saved step in one process to find the sample, module and weight that went wrong."""
 
 from __future__ import annotations
 

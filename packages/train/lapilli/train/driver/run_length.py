@@ -1,4 +1,4 @@
-"""How long a run is may change while it goes on: more epochs, keeping the optimizer's moments."""
+"""Change a run's length on resume: more epochs with the same optimizer state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the run saves where it is and ends; a second one ends it at once.
+"""Save and exit on Ctrl-C or SIGTERM; exit at once on the second.
 
 The driver asks by a file in the run's folder. Rank 0 looks for it at every step and tells the
 others with the loss, so that all save after the same step.

@@ -1,4 +1,4 @@
-"""A run's workers: Ray Train's, or one in this process. Each does what `loop.fit` does."""
+"""Start a run's workers: Ray Train's, or one in this process."""
 
 from __future__ import annotations
 

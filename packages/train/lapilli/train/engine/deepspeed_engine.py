@@ -1,4 +1,4 @@
-"""DeepSpeed, only here: its settings, and reading and setting what it has partitioned."""
+"""DeepSpeed's settings, and access to the state that it partitions."""
 
 from __future__ import annotations
 

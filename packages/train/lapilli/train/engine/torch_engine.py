@@ -1,4 +1,4 @@
-"""What `train_step` calls of an engine, in plain torch: one process, no DeepSpeed."""
+"""The engine interface of `train_step` in plain torch: one process, no DeepSpeed."""
 
 from __future__ import annotations
 

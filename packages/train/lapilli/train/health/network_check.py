@@ -1,4 +1,4 @@
-"""Before step 0, in the workers: how fast they reach each other and the disk, and their clocks."""
+"""Measure the workers' network, disks and clocks before step 0."""
 
 from __future__ import annotations
 

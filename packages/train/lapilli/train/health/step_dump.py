@@ -1,4 +1,4 @@
-"""A step whose loss is no number, or far too large: what it was made of is kept, to be run again.
+"""Save a step whose loss is not finite or too high, so that it can be replayed.
 
 `replay/step-00000012/` holds `step.json` (the step, what was seen, sample ids by rank and
 micro-batch) and `rank-0.npz`, ... with the arrays of each rank's micro-batches.

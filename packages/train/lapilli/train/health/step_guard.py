@@ -1,4 +1,4 @@
-"""What watches a worker's steps: hangs, slow ranks, a slow disk, losses that are wrong."""
+"""Watch a worker's steps for hangs, stragglers, slow disks and wrong losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank is steadily slower than the others.
+"""Find ranks that are steadily slower than the others.
 
 In a step all ranks wait for each other, so its length says nothing of one of them. What a rank
 spends alone does: its wait for data and its forwards, which under ZeRO-0 to 2 meet no other rank.

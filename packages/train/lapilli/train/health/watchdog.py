@@ -1,4 +1,4 @@
-"""A step that never ends: every rank writes where it is, then its process ends.
+"""End a step that hangs, after every rank has written its stacks.
 
 Python's own watchdog writes the stacks: it needs no interpreter lock, so a rank that is stuck in a
 kernel or in a collective is seen too.

@@ -1,4 +1,4 @@
-"""A trained model that is asked: questions and images in training's form, answers as text.
+"""Answer questions about images with a trained model, formatted as in training.
 
 From a run's folder, an exported or a published one; template, view and tokenizer are the training
 data's, or what the user says they were.

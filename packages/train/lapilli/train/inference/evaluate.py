@@ -1,4 +1,4 @@
-"""Greedy answers of a trained model to a dataset's questions, and how many are right."""
+"""Answer a dataset's questions greedily and score the answers."""
 
 from __future__ import annotations
 

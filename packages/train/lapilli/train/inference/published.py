@@ -1,4 +1,4 @@
-"""A published model that is asked: its template and view, as its folder or the user says.
+"""Open published models: their template and view come from the folder or the user.
 
 Folders of transformers' LLaVA, of LLaVA's own code, and of adapters for either. What a folder does
 not say is asked for by name and never guessed.

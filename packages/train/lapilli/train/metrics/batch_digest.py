@@ -1,4 +1,4 @@
-"""Which samples a global batch was made of, in ten hexadecimal digits.
+"""Digest the sample ids of a global batch in ten hexadecimal digits.
 
 Every worker adds up what it really trained on; the sums ride in the all-reduce of the loss. They do
 not depend on the number of workers, and a sample lost or taken twice changes them.

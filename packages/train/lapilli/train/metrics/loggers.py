@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow: what a run shows elsewhere, beside `metrics.jsonl`.
+"""Log metrics to TensorBoard, Weights & Biases and MLflow.
 
 Each has a thread and a bounded queue of its own, so that neither a network nor a disk holds up
 training; one that fails says so in one line and the run goes on without it.

@@ -1,4 +1,4 @@
-"""What rank 0 writes down of every step: the metrics row, the worst samples."""
+"""Write each step's metrics row and the samples with the highest loss, on rank 0."""
 
 from __future__ import annotations
 

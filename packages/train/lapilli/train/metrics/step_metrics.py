@@ -1,4 +1,4 @@
-"""The figures of a step: whose loss it was, how fast, and how much of what the device can do."""
+"""Compute a step's metrics: loss per sample, throughput, utilisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps of its dataset: tokenizer, template and view, so that it needs it no more.
+"""Keep a dataset's tokenizer, template and view in the run.
 
 `data/` in a run's folder, and in each milestone's, holds `tokenizer/` (the tokenizer's own files),
 `template.json`, `view.json`, and `facts.json` with their fingerprints. It is written when the run

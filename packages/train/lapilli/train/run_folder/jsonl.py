@@ -1,4 +1,4 @@
-"""Small files of JSON lines that are written anew as a whole: a kill leaves the old or the new."""
+"""Rewrite small JSON lines files atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers have to say to the person who waits: one line each, appended to `notes.txt`."""
+"""Messages from workers to the driver: lines appended to `notes.txt`."""
 
 from __future__ import annotations
 

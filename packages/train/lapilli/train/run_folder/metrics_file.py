@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, whatever happened to the run in between."""
+"""metrics.jsonl: one row per step, across restarts."""
 
 from __future__ import annotations
 

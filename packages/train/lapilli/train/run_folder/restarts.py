@@ -1,4 +1,4 @@
-"""Every start of a run's steps, and what it cost: `starts.jsonl`."""
+"""Record every start of a run and what it cost: `starts.jsonl`."""
 
 from __future__ import annotations
 

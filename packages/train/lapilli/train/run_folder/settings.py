@@ -1,4 +1,4 @@
-"""A run's settings and facts, read as what they are: a run may come from somebody else.
+"""Read a run's settings and facts as typed values.
 
 Its `config.json` describes the run. It is nobody's command: what in it would run code counts only
 where the command allows it (`lapilli.data.trust`).

@@ -1,4 +1,4 @@
-"""Steps to the device, one ahead of the one that is computed."""
+"""Copy batches to the device one step ahead."""
 
 from __future__ import annotations
 

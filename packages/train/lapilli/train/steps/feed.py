@@ -1,4 +1,4 @@
-"""From dataset and plan to this worker's batches, made ahead by threads."""
+"""Assemble a worker's batches from dataset and plan, in background threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate as a pure function of the step: nothing of it needs saving."""
+"""AdamW and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step: needs an engine and device batches, and neither Ray nor a loop."""
+"""One optimizer step, given an engine and device batches."""
 
 from __future__ import annotations
 

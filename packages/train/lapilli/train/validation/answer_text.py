@@ -1,4 +1,4 @@
-"""An answer's ids turned into text as they come, up to the end that its template gives it.
+"""Decode an answer's ids into text as they arrive, up to the template's end.
 
 An end is a text of one or more tokens, or a special token. A tokenizer may join the first letters
 of a text with the answer's last ones, so an end is looked for in the text and not among the ids.

@@ -1,4 +1,4 @@
-"""A model's answers to samples' first questions, decoded greedily."""
+"""Answer samples' first questions greedily."""
 
 from __future__ import annotations
 

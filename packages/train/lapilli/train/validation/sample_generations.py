@@ -1,4 +1,4 @@
-"""What a model answers to held-out samples while it is trained: `generations.jsonl`."""
+"""Generate answers to held-out samples during training: `generations.jsonl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss on samples that are not trained on, while a run trains: the same however many workers."""
+"""Compute the loss on held-out samples during training, independent of world size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a dataset, a model and the checkpoint to start from fit together."""
+"""Check that dataset, model and initial checkpoint fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker does: set up, then step after step to the end, saving on the way."""
+"""The training loop of a worker: step, log, validate, save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's model, engine, data and checkpoint, made ready for the first step."""
+"""Set up a worker: model, engine, data and checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one record and one packed file of strangers may take, and what stands for a record over it.
+"""Bounds on the size of one record and of one unpacked file.
 
 A record that cannot be read within these bounds is quarantined; those behind it are read.
 """

@@ -1,4 +1,4 @@
-"""Which files a source's annotations are, on a disk or at an address, and their bytes.
+"""Find and open a source's annotation files on disk or at an address.
 
 A file that is compressed (gzip, zstd, xz) is told by its content, not by its name, and read as it
 is unpacked.

@@ -1,4 +1,4 @@
-"""JSON values from a file of any size, one at a time, through a window."""
+"""Scan JSON values one at a time from a file of any size."""
 
 from __future__ import annotations
 

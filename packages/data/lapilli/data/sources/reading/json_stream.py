@@ -1,4 +1,4 @@
-"""JSON arrays, JSON lines and JSON objects of any size, element by element."""
+"""Stream JSON arrays, JSON lines and JSON objects of any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a Parquet file as Python has them, in bounded memory; bad ones are left out alone."""
+"""Read Parquet rows as Python values in bounded memory, skipping bad rows alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that braces stand for, and the files that a glob finds; both without an end to fear."""
+"""Expand brace patterns and globs, with bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The members of a WebDataset tar, counted before they are grouped, and the samples they make.
+"""Count a WebDataset tar's members, then group them into samples.
 
 A sample's key is its members' name up to the first dot, as the webdataset library has it, unless
 that makes one sample of many: of `img.host_0.png`, `img.host_0.txt`, `img.host_1.png`, ... each

@@ -1,4 +1,4 @@
-"""Whether a chat template looks at what is said, found by reading its Jinja syntax tree.
+"""Decide from its Jinja syntax tree whether a chat template depends on message contents.
 
 A template that looks at roles and positions alone frames every conversation of one order of roles
 alike, so its frames can be found once. Anything that is not understood counts as looking.

@@ -1,4 +1,4 @@
-"""A chat template of strangers, run as transformers runs it, but in bounded steps, time and memory.
+"""Render untrusted chat templates with bounds on steps, time and memory.
 
 The sandbox of transformers keeps a template from files and code. It does not keep it from loops in
 loops, from texts that double at each step, or from numbers with a billion digits.

@@ -1,4 +1,4 @@
-"""Records written down by a tokenizer's own chat template: what is said, what is trained.
+"""Render records with a tokenizer's own chat template and mark what is trained.
 
 `chat_places` runs the template and finds the turns in its text. What stands outside of them is the
 template's own: a special token spelt there is one, while text of a record stays text.

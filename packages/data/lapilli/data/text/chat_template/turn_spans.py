@@ -1,4 +1,4 @@
-"""A conversation as a chat template writes it, and where in that text each turn stands.
+"""Render a conversation with a chat template and locate each turn in the text.
 
 A chat template is a program that turns a conversation into one string. Where it looks at roles and
 positions alone (`chat_analysis`), its frames are found once for each order of roles. Otherwise it
