@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
@@ -309,6 +310,13 @@ def test_a_missing_image_is_read_from_the_annotations_folder(tmp_path: Path) -> 
 
 def pack(path: Path, *members: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tar":
+        with tarfile.open(path, "w") as tar:
+            for name in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(PHOTO)
+                tar.addfile(info, io.BytesIO(PHOTO))
+        return
     with zipfile.ZipFile(path, "w") as archive:
         for name in members:
             archive.writestr(name, PHOTO)
@@ -321,6 +329,46 @@ def test_an_archive_in_the_root_needs_the_keys_own_path(tmp_path: Path) -> None:
     mount = Mount(tmp_path)
     assert read(mount, "mine/pictures/1.jpg")[1] == "archive"
     assert dict(mount.repairs) == {"archive": 1}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("above", ["", "set/"])
+@pytest.mark.parametrize(
+    ("member", "stands_in"),
+    [("foo/1.jpg", True), ("1.jpg", True), ("bar/foo/1.jpg", False), ("Foo/1.jpg", False)],
+)
+def test_an_archive_beside_a_folder_needs_the_keys_own_path(
+    tmp_path: Path, kind: str, above: str, member: str, stands_in: bool
+) -> None:
+    """As `unzip` would make it, into the folder above or into one of the archive's name."""
+    archive = f"{above}foo.{kind}"
+    pack(tmp_path / archive, member)
+    mount = Mount(tmp_path)
+    if stands_in:
+        assert read(mount, f"{above}foo/1.jpg") == (f"{archive}/{member}", "archive")
+        assert dict(mount.repairs) == {"archive": 1}
+        assert not mount.settle()
+    else:
+        refused(mount, f"{above}foo/1.jpg")
+        assert not mount.repairs
+
+
+def test_the_folder_in_an_archive_comes_before_its_top(tmp_path: Path) -> None:
+    pack(tmp_path / "foo.zip", "foo/1.jpg", "1.jpg", "2.jpg", "bar/foo/2.jpg")
+    mount = Mount(tmp_path)
+    assert read(mount, "foo/1.jpg") == ("foo.zip/foo/1.jpg", "archive")
+    refused(mount, "foo/2.jpg")
+
+
+@pytest.mark.parametrize("member", ["foo/1.jpg", "1.jpg"])
+def test_a_key_that_an_archive_has_stays_beside_one_that_is_repaired(
+    tmp_path: Path, member: str
+) -> None:
+    pack(tmp_path / "foo.zip", member)
+    mount = Mount(tmp_path)
+    read(mount, "foo/1.jpg")
+    read(mount, "foo/1.png")
+    assert set(mount.settle()) == {"foo/1.png"}
 
 
 def test_a_published_archive_in_the_root_is_counted(tmp_path: Path) -> None:

@@ -347,17 +347,14 @@ class Mount:
         name = path.rpartition("/")[2]
         names = [archive.name] if archive is not None else []
         names += [f"{name}.zip", f"{name}.tar"]
-        if above is not None:
-            for candidate in names:
-                if candidate in above.folder.listing.files:
-                    found = above.folder.child(candidate).folder_called(name)
-                    return _Reached(found, above.repair)
+        if above is not None and (found := self._packed_here(above, path, names)) is not None:
+            return found
         root = self._start.folder
         for candidate in names:
             if "/" not in path or candidate not in root.listing.files:
                 continue
             found = root.child(candidate)
-            own = found.folder_at(path) or found.folder_at(path.removeprefix(f"{self._below}/"))
+            own = self._own(found, path)
             # In the root `images.zip` may be anybody's: three data sets call theirs so.
             is_published = archive is not None and candidate == archive.name
             if own is None and is_published and not candidate.startswith("images."):
@@ -370,6 +367,23 @@ class Mount:
             command = archive.command(self._shown(path))
             hint = f", nor its archive {archive.name}{size}; get it: {command}"
         return Verdict(Reason.IMAGE_MISSING, f"no folder '{excerpt(path)}'{hint}")
+
+    def _packed_here(self, above: _Reached, path: str, names: list[str]) -> _Reached | None:
+        """The archive beside a folder that is not there: the published one, or one of its name."""
+        name, archive = path.rpartition("/")[2], self._published(path)
+        candidate = next((one for one in names if one in above.folder.listing.files), None)
+        if candidate is None:
+            return None
+        found = above.folder.child(candidate)
+        if archive is not None and candidate == archive.name:
+            return _Reached(found.folder_called(name), above.repair)
+        # Packed with the folder, or with the folders above it too, or without it.
+        own = found.folder_at(name) or self._own(found, path) or found
+        return _Reached(own, worse("archive", above.repair))
+
+    def _own(self, archive: Folder, path: str) -> Folder | None:
+        """The folder of an archive that has a key's own path."""
+        return archive.folder_at(path) or archive.folder_at(path.removeprefix(f"{self._below}/"))
 
     def _published(self, path: str) -> PublishedArchive | None:
         return published(path if "/" in path else f"{self.root.name}/{path}")

@@ -6,6 +6,7 @@ read from one file, neither is; one that names the file as it is called stays.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +27,7 @@ __all__ = [
     "worse",
 ]
 
-# From the least to the most. `archive`: the folder's archive in the root was read in its place.
+# From the least to the most. `archive`: an archive was read in the folder's place.
 KINDS = (
     "", "archive", "normal_form", "absolute", "backslash", "percent", "white_space", "code_page",
     "annotation_folder", "case", "extension", "alias",
@@ -34,6 +35,7 @@ KINDS = (
 # With these a key names its file exactly, once it is decoded.
 EXACT = frozenset(KINDS) - {"case", "extension", "alias"}
 
+PACKED = re.compile(r"\.(zip|tar)/")  # where a path goes on inside an archive
 ROWS = 8192  # of a part of the table
 REPAIRS_SCHEMA = pa.schema(
     [
@@ -65,7 +67,11 @@ class Repair:
     @property
     def is_exact(self) -> bool:
         """Whether the key, once decoded, is the file's own name."""
-        return self.kind in EXACT and self.kind != "archive"
+        if self.kind != "archive":
+            return self.kind in EXACT
+        above, inner = PACKED.split(f"/{folded(self.file)}", maxsplit=1)[::2]
+        folder = above.rpartition("/")[0]
+        return any(f"{own}/{inner}".endswith(f"/{self.name}") for own in (above, folder))
 
 
 def worse(one: str, other: str) -> str:
