@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -195,6 +196,104 @@ def test_every_member_is_what_the_library_unpacks(
             unpacked = {name: archive.read(name) for name in archive.namelist()}
     mount = Mount(root, "a")
     assert {name: read(mount, name) for name in unpacked} == unpacked == members
+
+
+# ---- links -------------------------------------------------------------------------------------
+
+LINKS = {"hard": tarfile.LNKTYPE, "soft": tarfile.SYMTYPE}
+
+
+def write_linked(path: Path, *members: tuple[str, bytes | tuple[str, str]]) -> None:
+    """A tar of bytes and of links, each a kind and what it leads to."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = LINKS[content[0]], content[1]
+            info.size = len(content) if isinstance(content, bytes) else 0
+            archive.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+
+
+def test_links_in_a_tar_are_read_as_they_are_unpacked(tmp_path: Path) -> None:
+    """The yardstick is what the standard library unpacks."""
+    write_linked(
+        tmp_path / "a.tar",
+        ("early.jpg", ("soft", "data/1.jpg")), ("data/1.jpg", b"one"), ("data/2.jpg", b"two"),
+        ("hard.jpg", ("hard", "data/1.jpg")), ("data/soft.jpg", ("soft", "2.jpg")),
+        ("deep/er/up.jpg", ("soft", "../../data/./2.jpg")), ("of.jpg", ("soft", "hard.jpg")),
+        ("all", ("soft", "data")), ("through.jpg", ("soft", "all/2.jpg")),
+        ("deep/all", ("soft", "../all")),
+    )  # fmt: skip
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    mount = Mount(tmp_path)
+    keys = [f"{name}.jpg" for name in ("early", "hard", "data/soft", "deep/er/up", "of", "through")]
+    for key in (*keys, "all/1.jpg", "all/soft.jpg", "deep/all/2.jpg", "data/1.jpg"):
+        assert read(mount, f"a.tar/{key}") == (tmp_path / "unpacked" / key).read_bytes(), key
+    for key in ("early.jpg", "hard.jpg", "of.jpg", "all/1.jpg"):
+        assert located(mount, f"a.tar/{key}").image_id == "a.tar/data/1.jpg"
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        ("soft", "../secret.jpg"),
+        ("soft", "../a.tar/1.jpg"),
+        ("soft", "/etc/passwd"),
+        ("hard", "../secret.jpg"),
+        ("soft", "nowhere.jpg"),
+        ("hard", "nowhere.jpg"),
+        ("soft", "link.jpg"),
+        ("soft", "x/" * 600 + "1.jpg"),
+    ],
+)
+def test_a_link_out_of_its_tar_or_to_nothing_is_a_verdict_that_names_it(
+    tmp_path: Path, link: tuple[str, str]
+) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    write_linked(tmp_path / "a.tar", ("1.jpg", b"one"), ("link.jpg", link), ("folder", link))
+    mount = Mount(tmp_path)
+    verdict = refused(mount, "a.tar/link.jpg")
+    assert verdict.reason == Reason.IMAGE_UNDECODABLE
+    assert "'a.tar/link.jpg' is a link to" in verdict.detail
+    assert "'a.tar/folder' is a link to" in refused(mount, "a.tar/folder/2.jpg").detail
+    assert read(mount, "a.tar/1.jpg") == b"one"
+
+
+def test_links_in_circles_and_long_chains_end(tmp_path: Path) -> None:
+    chain = [(f"{n}.jpg", ("soft", f"{n + 1}.jpg")) for n in range(30)]
+    circle = [("a.jpg", ("soft", "b.jpg")), ("b.jpg", ("soft", "a.jpg"))]
+    write_linked(tmp_path / "a.tar", *chain, ("30.jpg", b"end"), *circle)
+    mount = Mount(tmp_path)
+    assert read(mount, "a.tar/20.jpg") == b"end"
+    for name in ("0.jpg", "a.jpg", "b.jpg"):
+        assert f"'a.tar/{name}' is a link to" in refused(mount, f"a.tar/{name}").detail
+
+
+def test_a_link_to_one_of_two_members_of_a_name_is_a_verdict(tmp_path: Path) -> None:
+    write_linked(
+        tmp_path / "a.tar",
+        ("1.jpg", b"one"), ("link.jpg", ("hard", "1.jpg")), ("1.jpg", b"another"),
+        ("2.jpg", b"two"), ("2.jpg", ("hard", "2.jpg")),
+        ("3.jpg", ("soft", "2.jpg")), ("3.jpg", b"three"),
+        ("4", b"four"), ("4", ("soft", "data")), ("data/5.jpg", b"five"),
+    )  # fmt: skip
+    mount = Mount(tmp_path)
+    assert "is a link to '1.jpg'" in refused(mount, "a.tar/link.jpg").detail
+    assert read(mount, "a.tar/1.jpg") == b"another"
+    assert read(mount, "a.tar/2.jpg") == b"two"
+    assert read(mount, "a.tar/3.jpg") == b"three"
+    assert read(mount, "a.tar/4/5.jpg") == b"five"
+    refused(mount, "a.tar/4")
+
+
+def test_a_link_in_a_zip_is_a_verdict(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("1.jpg", b"one")
+        info = zipfile.ZipInfo("2.jpg")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16  # as `zip --symlinks` writes it
+        archive.writestr(info, "1.jpg")
+    assert "'a.zip/2.jpg' is a link" in refused(Mount(tmp_path), "a.zip/2.jpg").detail
 
 
 # ---- damaged, hostile --------------------------------------------------------------------------

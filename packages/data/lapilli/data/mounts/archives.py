@@ -6,17 +6,19 @@ compared with keys and never become paths, so one that leads upwards is harmless
 
 from __future__ import annotations
 
+import stat
 import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, cast
 
 from lapilli.data.io.access import is_denied
 from lapilli.data.io.file_kinds import SNIFFED, what_it_is_instead
 from lapilli.data.mounts.places import Member
-from lapilli.data.mounts.tar_headers import bounded, headers
+from lapilli.data.mounts.tar_headers import bounded, followed, headers, link_target
 from lapilli.data.record import Reason, excerpt
 
 __all__ = ["BadArchive", "Index", "read_index"]
@@ -35,25 +37,48 @@ class BadArchive(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link in a tar, and where it leads from the tar's top."""
+
+    target: str
+
+
 class Index:
     """The members of an archive by folder, then by name; `""` is the archive's top.
 
-    `backslashed` are the members, by folder and name, whose paths were written with backslashes.
+    `backslashed` are the members, by folder and name, whose paths were written with backslashes;
+    `linked` are the paths of the members and folders that links lead to, by the links' own paths.
     """
 
     def __init__(self) -> None:
         self.folders: dict[str, dict[str, Member | str]] = {"": {}}
         self.children: dict[str, set[str]] = {"": set()}
         self.backslashed: set[tuple[str, str]] = set()
+        self.linked: dict[str, str] = {}
+        self._links: dict[str, str] = {}
+        self._repeated: set[str] = set()
 
-    def add(self, name: str, member: Member | str) -> None:
-        """Add a member, or the reason why it cannot be read; a later one of a name replaces it.
+    def add(self, name: str, member: Member | Link | str) -> None:
+        """Add a member, a link, or the reason why it cannot be read.
 
-        A member that no key can name is left out: one without a name, or too deep.
+        A later one of a name replaces it. One that no key can name is left out: without a name,
+        or too deep.
         """
-        folder, _, last = _tidy(name).rpartition("/")
-        if last and folder.count("/") < DEEPEST:
-            self._folder(folder)[last] = member
+        path = _tidy(name)
+        folder, _, last = path.rpartition("/")
+        if not last or folder.count("/") >= DEEPEST:
+            return
+        members = self._folder(folder)
+        if isinstance(member, Link):
+            if last not in members or _tidy(member.target) != path:  # else it is that member
+                self._links[path] = member.target
+                members.pop(last, None)
+            return
+        if last in members:
+            self._repeated.add(path)
+        self._links.pop(path, None)
+        members[last] = member
 
     def add_backslashed(self, name: str, member: Member | str) -> None:
         """Add a member whose path has backslashes, below what has the same path with slashes."""
@@ -61,6 +86,24 @@ class Index:
         if last and folder.count("/") < DEEPEST and last not in self._folder(folder):
             self._folder(folder)[last] = member
             self.backslashed.add((folder, last))
+
+    def follow_links(self) -> None:
+        """Put what links lead to in their places; for one that leads nowhere, why not."""
+        for path, target in self._links.items():
+            folder, _, name = path.rpartition("/")
+            found = followed(path, self._links)
+            above, _, last = (found or "").rpartition("/")
+            if found in self.folders and path not in self.folders:
+                self.children[folder].add(name)
+                self.linked[path] = found
+            elif found and found not in self._repeated and last in self.folders.get(above, ()):
+                self.folders[folder][name] = self.folders[above][last]
+                self.linked[path] = found
+            else:
+                self.children[folder].add(name)  # so that a key below it is told of it
+                self.folders[folder][name] = (
+                    f"is a link to '{excerpt(target)}', no one member of the archive; pack it again"
+                )
 
     def _folder(self, path: str) -> dict[str, Member | str]:
         """The members of a folder, which is added with all above it."""
@@ -96,12 +139,14 @@ def read_index(file: IO[bytes], name: str) -> Index:
         OSError: It cannot be read, and may be whole.
     """
     index = Index()
+    members: Iterator[tuple[str, Member | Link | str]]
     members = _zip_members(file) if name.endswith(".zip") else _tar_members(file)
     backslashed: list[tuple[str, Member | str]] = []
     try:
         for path, member in members:
             index.add(path, member)
-            if "\\" in path and name.endswith(".zip"):  # some writers on Windows
+            if "\\" in path and not isinstance(member, Link) and name.endswith(".zip"):
+                # Some writers on Windows.
                 backslashed.append((path, member))
     except (
         zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError, OverflowError,
@@ -117,6 +162,7 @@ def read_index(file: IO[bytes], name: str) -> Index:
         ) from None
     for path, member in backslashed:
         index.add_backslashed(path, member)
+    index.follow_links()
     return index
 
 
@@ -165,7 +211,9 @@ def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
         for info in archive.infolist():
             if not info.filename or info.is_dir():
                 continue
-            if info.flag_bits & ENCRYPTED:
+            if stat.S_ISLNK(info.external_attr >> 16):
+                yield info.filename, "is a link; pack it again with what the link leads to"
+            elif info.flag_bits & ENCRYPTED:
                 yield info.filename, "is encrypted; pack it again without a password"
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 why = f"has compression method {info.compress_type}; pack it stored or deflated"
@@ -177,7 +225,7 @@ def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
                 )  # fmt: skip
 
 
-def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
+def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Member | Link | str]]:
     """A tar of WebDataset's or the like; a compressed one has no places to read at."""
     with tarfile.open(fileobj=bounded(file), mode="r:") as archive:
         for info in headers(archive):
@@ -185,5 +233,7 @@ def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
                 yield info.name, "has a negative size; pack it again"
             elif info.issparse():
                 yield info.name, "is a sparse file; pack it again"
+            elif info.islnk() or info.issym():
+                yield info.name, Link(link_target(info))
             elif info.isreg():
                 yield info.name, Member(info.offset_data, info.size, info.size, "tar", 0)

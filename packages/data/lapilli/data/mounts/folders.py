@@ -267,6 +267,9 @@ class ArchiveFolder(Folder):
         if name not in self.listing.folders:
             raise BadArchive(f"'{excerpt(name)}' is an archive in an archive; unpack it")
         inner = f"{self.inner}/{name}" if self.inner else name
+        inner = self.index.linked.get(inner, inner)
+        if inner not in self.index.folders:  # a link that leads nowhere
+            raise BadArchive(f"'{excerpt(self.path_of(name))}' {self.listing.files[name]}")
         return ArchiveFolder(self.archive, self.index, inner)
 
     def path_of(self, name: str) -> str:
@@ -280,7 +283,8 @@ class ArchiveFolder(Folder):
 
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """The member's place; one that cannot be read says why."""
-        image_id = self.path_of(name)
+        path = f"{self.inner}/{name}" if self.inner else name
+        image_id = f"{self.archive.image_id}/{self.index.linked.get(path, path)}"
         member: Member | str = self.listing.files[name]
         if isinstance(member, str):
             return Verdict(Reason.IMAGE_UNDECODABLE, f"'{excerpt(image_id)}' {member}")
@@ -301,6 +305,7 @@ class ArchiveFolder(Folder):
 
     def folder_at(self, path: str) -> Folder | None:
         """The folder of this path, if the archive has it."""
+        path = self.index.linked.get(path, path)
         return ArchiveFolder(self.archive, self.index, path) if path in self.index.folders else None
 
 

@@ -6,13 +6,16 @@ says of its own length for a length.
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, cast
 
-__all__ = ["bounded", "headers"]
+__all__ = ["bounded", "followed", "headers", "link_target"]
 
 LONGEST_HEADER = 1 << 20  # bytes of a name or of pax records; no file system takes more
+LONGEST_CHAIN = 16  # links of links
+DEEPEST_LINK = 512  # parts of a path that a link leads to
 BEHIND_END = 1 << 16  # bytes looked at behind the end: tar pads to 10,240, or a few times that
 
 
@@ -58,6 +61,43 @@ def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         # A member of tarfile's takes 1 KB; a tar has a million of them.
         tar.members = cast("list[tarfile.TarInfo]", [])  # pyright: ignore[reportAttributeAccessIssue]
     _require_end(tar)
+
+
+def link_target(info: tarfile.TarInfo) -> str:
+    """Where a link leads, from the tar's top: a hard link's name is, a soft link's is not yet."""
+    above = posixpath.dirname(info.name) if info.issym() else ""
+    return posixpath.join(above, info.linkname)
+
+
+def followed(path: str, links: Mapping[str, str]) -> str | None:
+    """The path that a member's path comes to, through links to members and to folders.
+
+    Args:
+        path: From the tar's top.
+        links: By the path of a link its `link_target`.
+
+    Returns:
+        The path, which no member may have; None if it leads out of the tar, in a circle, or on
+        and on.
+    """
+    left, found = path.split("/")[::-1], list[str]()
+    chain = 0
+    while left:
+        part = left.pop()
+        if part == ".." and not found:
+            return None
+        if part == "..":
+            found.pop()
+        elif part not in ("", "."):
+            found.append(part)
+            target = links.get("/".join(found))
+            if target is not None:
+                chain += 1
+                left += target.split("/")[::-1]
+                found.clear()
+                if chain > LONGEST_CHAIN or target.startswith("/") or len(left) > DEEPEST_LINK:
+                    return None
+    return "/".join(found)
 
 
 def _require_end(tar: tarfile.TarFile) -> None:

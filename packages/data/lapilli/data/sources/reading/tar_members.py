@@ -7,7 +7,6 @@ stem with a text and an image is a sample. Members of a sample need not be adjac
 
 from __future__ import annotations
 
-import posixpath
 import re
 import tarfile
 from collections import Counter
@@ -16,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from lapilli.data.mounts.tar_headers import headers
+from lapilli.data.mounts.tar_headers import followed, headers, link_target
 
 __all__ = ["TEXTS", "Sample", "TarMember", "group", "key_and_suffix", "read_members"]
 
 TEXTS = ("json", "txt")
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the tar, as webdataset skips them
-LONGEST_CHAIN = 16  # links of links
 LONGEST_NAME = 4096  # characters; no file system takes more
 
 
@@ -77,8 +75,7 @@ def read_members(tar: tarfile.TarFile, found: list[TarMember]) -> None:
     for info in headers(tar):
         name = PurePosixPath(info.name).as_posix()
         if info.islnk() or info.issym():
-            above = posixpath.dirname(name) if info.issym() else ""
-            links[name] = posixpath.normpath(posixpath.join(above, info.linkname))
+            links[name] = link_target(info)
             found.append(TarMember(name, "link", 0, 0, ""))
         else:
             kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
@@ -87,6 +84,7 @@ def read_members(tar: tarfile.TarFile, found: list[TarMember]) -> None:
             found.append(TarMember(name, kind, info.offset_data, max(0, info.size), target))
     if links:
         files = {member.name: member for member in found if member.kind == "file"}
+        links = {name: target for name, target in links.items() if name not in files}
         times = Counter(member.name for member in found if member.kind == "file")
         for place, member in enumerate(found):
             if member.kind == "link":
@@ -97,11 +95,7 @@ def _followed(
     member: TarMember, links: dict[str, str], files: dict[str, TarMember], times: Counter[str]
 ) -> TarMember:
     """A link as the file it leads to; one that leads nowhere, or to one of two, has no target."""
-    name = member.name
-    for _ in range(LONGEST_CHAIN):
-        if name not in links or name in files:
-            break
-        name = links[name]
+    name = followed(member.name, links) or ""
     target = files.get(name)
     if target is None or times[name] > 1:
         return member._replace(kind="file")
