@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -270,6 +272,41 @@ def test_of_a_conversation_the_caption_beside_it_is_counted_as_not_used(tmp_path
     found, counted = read(tmp_path)
     assert list(records(found)) == ["r"]
     assert (counted.used, counted.unused) == ({"json": 1}, {"txt": 1})
+
+
+def test_of_two_captions_the_one_in_the_json_is_counted_as_not_read(tmp_path: Path) -> None:
+    captioned = as_bytes({"caption": "A sheep."})
+    members = [
+        ("a.jpg", JPEG), ("a.txt", b"A goat."), ("a.json", captioned),
+        ("b.jpg", JPEG), ("b.json", captioned),
+    ]  # fmt: skip
+    write(tmp_path / "s.tar", members)
+    tally = Tally()
+    source = SourceConfig("s", "s.tar", format="webdataset")
+    found = records(list(read_entries(source, tmp_path, tally=tally)))
+    assert [said(found[key])[1][1] for key in ("a", "b")] == ["A goat.", "A sheep."]
+    assert tally.fields == {"caption": 1}
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_pairs_without_a_marker_have_their_images_in_front_as_in_parquet(
+    tmp_path: Path, images: int
+) -> None:
+    pairs = {"texts": [{"user": "What is it?", "assistant": "A goat."}, {"user": "Sure?",
+             "assistant": "Yes."}], "file_name": "goat.jpg"}  # fmt: skip
+    pictures = [JPEG, PNG][:images]
+    members = [(f"a.{n}.jpg", data) for n, data in enumerate(pictures)]
+    write(tmp_path / "s.tar", [*members, ("a.json", as_bytes(pairs))])
+    cells = [[{"bytes": data, "path": None} for data in pictures]]
+    pq.write_table(
+        pa.table({"images": cells, "texts": [pairs["texts"]], "file_name": ["goat.jpg"]}),
+        tmp_path / "s.parquet",
+    )
+    (packed,) = records(read(tmp_path)[0]).values()
+    (entry,) = read_entries(SourceConfig("s", "s.parquet", format="parquet"), tmp_path)
+    assert entry.record is not None
+    assert packed.turns == entry.record.turns
+    assert images_of(tmp_path, packed) == images_of(tmp_path, entry.record) == pictures
 
 
 def test_settings_of_other_formats_are_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 from lapilli.data.record import Role, Verdict
 from lapilli.data.sources import llava, messages, texts
@@ -23,7 +23,7 @@ SPELT: dict[str, dict[Role, str]] = {
 }
 
 
-def is_conversation(element: Any) -> bool:
+def is_conversation(element: Any) -> TypeGuard[dict[str, Any]]:
     """Whether an object holds a conversation in one of the known places."""
     return isinstance(element, dict) and any(name in element for name in LISTS)
 

@@ -246,12 +246,14 @@ def _label(suffix: str) -> str:
 
 def inspect(element: Any) -> Inspection:
     """What the fields of the json come to that `normalise` does not read."""
-    found = cast("dict[str, Any]", element).get("json")
+    sample = cast("dict[str, Any]", element)
+    found = sample.get("json")
     if rows.is_conversation(found):
-        return rows.inspect(found)
+        return rows.inspect({**found, "images": sample["images"]})
     if not isinstance(found, dict):
         return NOTHING
-    return inspect_fields(cast("dict[str, Any]", found), frozenset({"id", "caption"}), lambda: True)
+    understood = {"id"} if "txt" in sample else {"id", "caption"}
+    return inspect_fields(cast("dict[str, Any]", found), frozenset(understood), lambda: True)
 
 
 def normalise(element: Any) -> Turns | Verdict:
@@ -264,6 +266,8 @@ def normalise(element: Any) -> Turns | Verdict:
     keys = tuple(f"{sample['shard']}/{member}" for member in images)
     if rows.is_conversation(found):
         normalised = rows.normalise(found)
+        if not isinstance(normalised, Verdict) and not normalised[1]:
+            normalised = rows.normalise({**found, "images": list(keys)})  # as in a table
         return normalised if isinstance(normalised, Verdict) else (normalised[0], keys)
     caption = sample.get("txt")
     if caption is None and isinstance(found, dict):
