@@ -333,3 +333,14 @@ def test_a_template_runs_for_each_turn_a_fixed_number_of_times(
     encode_batch(records, counting, template)  # type: ignore[arg-type]
     again = counting.messages - before
     assert again == (0 if manner == "headers" else turns)
+
+
+def test_frames_are_kept_of_every_number_of_turns(made: Any) -> None:
+    """Records whose numbers of turns come round again need no other frames."""
+    counting = Counting(made)
+    template = Template(name="own", chat=MANNERS["headers"].source)
+    records = [to_record("", [("Q", "A")] * number) for number in range(1, 301)]
+    encode_batch(records, counting, template)  # type: ignore[arg-type]
+    before = counting.messages
+    encode_batch(records[:20], counting, template)  # type: ignore[arg-type]
+    assert counting.messages == before

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,17 @@ import pytest
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.mounts.published import HOLES
 from lapilli.data.planning.decode_check import verify_images
+from lapilli.data.planning.plan import plan_build
 from lapilli.data.planning.scan import survey
 from lapilli.data.record import Entry, Reason
-from tests.factories import Mixture, build_config, conversation, image_bytes, make_mixture
+from tests.factories import (
+    Mixture,
+    build_config,
+    conversation,
+    image_bytes,
+    make_mixture,
+    make_tokenizer,
+)
 
 
 @pytest.fixture
@@ -69,3 +80,19 @@ def test_progress_ends_at_the_number_of_records(config: BuildConfig) -> None:
     seen: list[int] = []
     found = survey(config, on_progress=seen.append)
     assert seen[-1] == found.read.total()
+
+
+@pytest.mark.parametrize("reads", [survey, plan_build])
+def test_progress_is_told_by_time_however_long_a_record_takes(
+    mixture: Mixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: Callable[..., object]
+) -> None:
+    """Each look at the clock is half a second on: every second record is told."""
+    tokenizer = make_tokenizer(tmp_path / "tok")
+    config = replace(build_config(mixture, tmp_path / "out", tokenizer), max_quarantined=1.0)
+    clock = count(0, 0.5)
+    monkeypatch.setattr("lapilli.data.progress.monotonic", lambda: next(clock))
+    seen: list[int] = []
+    reads(config, on_progress=seen.append)
+    total = seen[-1]
+    assert total > 4
+    assert set(range(2, total + 1, 2)) <= set(seen)

@@ -43,6 +43,7 @@ from lapilli.data.planning.mixture import check_sources
 from lapilli.data.planning.originals import Originals
 from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
+from lapilli.data.progress import paced
 from lapilli.data.record import (
     Entry,
     ImagePart,
@@ -86,7 +87,6 @@ Item = TypeVar("Item")
 
 VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
 ORIGINALS_PER_SHARD = 512
-PROGRESS_EVERY = 500  # records
 COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
 
 
@@ -281,7 +281,7 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
 
-    `on_progress` is told the number of records read.
+    `on_progress` is told the number of records read, about once a second.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
@@ -341,7 +341,7 @@ def _read_sources(
 ) -> _Read:
     """Every entry of every source with its verdict and its images."""
     read = _Read()
-    unseen = set(config.exclude)
+    unseen, told = set(config.exclude), paced(on_progress)
     for source in config.sources:
         mount = open_mount(source, config, root)
         if not originals:
@@ -356,8 +356,7 @@ def _read_sources(
                 read.located.setdefault(place.image_id, place)
             read.entries.append(checked.pack())
             read.entry_images.append(tuple(place.image_id for place in places))
-            if len(read.entries) % PROGRESS_EVERY == 0:
-                on_progress(len(read.entries))
+            told(len(read.entries))
         take_back(mount.settle(), read.entries, read.entry_images, first)
         read.repairs.update(mount.repairs)
         read.repaired.append(repairs_table(source.name, mount.repaired()))

@@ -16,13 +16,12 @@ from lapilli.data.io.file_kinds import EMPTY_FILE
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.mounts.published import HOLES, Hole
 from lapilli.data.planning.located_entries import entries_of, locate_images, open_mount
+from lapilli.data.progress import paced
 from lapilli.data.record import Entry, Reason, Verdict
 from lapilli.data.sources.tally import Tally
 from lapilli.data.sources.validation import Rules, plain_rules
 
 __all__ = ["Example", "Survey", "survey"]
-
-EVERY = 2000  # records between two calls of `on_progress`
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def survey(
         config: Root and sources; tokenizer, template and output are not looked at.
         bad_images: Verdict by image id, of images that have been decoded.
         rules: How a build's template takes records (`rules.record_rules`), if one is given.
-        on_progress: Called with the number of records read.
+        on_progress: Called with the number of records read, about once a second.
         on_bad: Called with each record that has a problem.
 
     Raises:
@@ -90,7 +89,7 @@ def survey(
     found = Survey()
     root = Path(config.root)
     bad_images = bad_images or {}
-    done = 0
+    done, told = 0, paced(on_progress)
 
     def note(entry: Entry) -> None:
         _note(found, entry)
@@ -112,8 +111,7 @@ def survey(
                 else:
                     note(checked)
             done += 1
-            if done % EVERY == 0:
-                on_progress(done)
+            told(done)
             found.read[source.name] += 1
         verdicts = mount.settle()
         found.repairs.update(mount.repairs)

@@ -9,6 +9,7 @@ around the texts: that run counts only if it gives the same string when the mark
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -38,6 +39,7 @@ _PROBES = (("user", "assistant"), ("system", "user", "assistant"))
 _DATE = "strftime_now"
 _NO_DATE = "it writes today's date, so the same input would give other tokens tomorrow"
 _USELESS = "cannot be used: {}; mend it or take another template"
+MOST_ORDERS = 8192  # orders of roles whose frames are kept: each number of turns is one
 MOST_ENDLESS = 8  # conversations that a template may take too long for
 _NO_DATE_MACRO = f"{{% macro {_DATE}(f) %}}{{{{ raise_exception({_NO_DATE!r}) }}}}{{% endmacro %}}"
 
@@ -87,7 +89,7 @@ class TemplateRunner:
         self._source = source
         self._is_dated = _DATE in source
         self._looks = looks_at_text(source)
-        self._frames = lru_cache(maxsize=256)(self._find_frames)
+        self._frames = lru_cache(maxsize=MOST_ORDERS)(self._find_frames)
         self._compared: set[tuple[str, ...]] = set()
         from transformers import PreTrainedTokenizerBase
 
@@ -175,7 +177,7 @@ class TemplateRunner:
             return ()
         pieces = re.split(f"{_OPEN}([0-9]+){_CLOSE}", text)
         whole = pieces[1::2] == [str(place) for place in range(len(roles))]
-        return tuple(pieces[::2]) if whole else ()
+        return tuple(map(sys.intern, pieces[::2])) if whole else ()  # most frames are alike
 
     @cached_property
     def _known_strips(self) -> dict[str, tuple[str, str]]:
