@@ -116,5 +116,5 @@ def _require_end(tar: tarfile.TarFile) -> None:
     if found and file.read(BEHIND_END).strip(tarfile.NUL):
         raise tarfile.ReadError(
             f"more than a tar: bytes follow behind its end at byte {tar.offset}, as where tars "
-            "were joined with cat; join them with tar --concatenate"
+            "were joined with cat; join them with tar -A"
         )
