@@ -90,7 +90,7 @@ def test_progress_is_told_by_time_however_long_a_record_takes(
     tokenizer = make_tokenizer(tmp_path / "tok")
     config = replace(build_config(mixture, tmp_path / "out", tokenizer), max_quarantined=1.0)
     clock = count(0, 0.5)
-    monkeypatch.setattr("lapilli.data.progress.monotonic", lambda: next(clock))
+    monkeypatch.setattr("lapilli.data.planning.progress.monotonic", lambda: next(clock))
     seen: list[int] = []
     reads(config, on_progress=seen.append)
     total = seen[-1]

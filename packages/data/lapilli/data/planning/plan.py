@@ -41,9 +41,9 @@ from lapilli.data.planning.incremental import (
 from lapilli.data.planning.located_entries import entries_of, locate_images, open_mount, take_back
 from lapilli.data.planning.mixture import check_sources
 from lapilli.data.planning.originals import Originals
+from lapilli.data.planning.progress import paced
 from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
-from lapilli.data.progress import paced
 from lapilli.data.record import (
     Entry,
     ImagePart,

@@ -16,7 +16,7 @@ from lapilli.data.io.file_kinds import EMPTY_FILE
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.mounts.published import HOLES, Hole
 from lapilli.data.planning.located_entries import entries_of, locate_images, open_mount
-from lapilli.data.progress import paced
+from lapilli.data.planning.progress import paced
 from lapilli.data.record import Entry, Reason, Verdict
 from lapilli.data.sources.tally import Tally
 from lapilli.data.sources.validation import Rules, plain_rules

@@ -1,4 +1,4 @@
-"""Progress of a pass over records: told by time, since one record may take as long as thousands."""
+"""Call a progress callback about once a second."""
 
 from __future__ import annotations
 
