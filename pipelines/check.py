@@ -38,8 +38,8 @@ from lapilli.data.sources.validation import Rules, plain_rules
 from lapilli.data.text.encode import bind_template, load_tokenizer
 from lapilli.data.text.templates import get_template
 from pipelines.cli.command import parse, progress_bar, run, say, say_title
+from pipelines.cli.views import filled_views
 from pipelines.reports.dataset_report import IMAGE_NOTES
-from pipelines.views import filled_views
 
 __all__ = ["CheckConfig", "check", "main"]
 
@@ -173,7 +173,7 @@ def _decode(config: CheckConfig, found: Survey, notes: Counter[Note]) -> dict[st
             found.images.values(),
             Path(config.root),
             list(config.views.values()),
-            workers=config.workers,
+            workers=config.num_workers,
             notes=notes,
             on_progress=lambda done: bar.update(task, completed=done),
         )
@@ -257,7 +257,7 @@ def tell_needs(config: CheckConfig, found: Survey) -> None:
     sizes = [place.size if place.member is None else place.member.stored
              for place in found.images.values()]  # fmt: skip
     say(f"\n{len(sizes):,} distinct images, {sum(sizes) / 1e9:.1f} GB")
-    cores = config.workers or len(os.sched_getaffinity(0))
+    cores = config.num_workers or len(os.sched_getaffinity(0))
     for view, spec in config.views.items():
         disk = len(sizes) * spec.size**2 * 3 / 1e9
         rate = _images_per_second(list(found.images.values()), Path(config.root), spec)

@@ -42,7 +42,7 @@ def tell_estimate(config: RunConfig) -> None:
     length = int(dataset.lengths.max()) if dataset else config.max_length
     estimate = estimate_run(config, sketch, length=length)
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
-    device_bytes = device_memory("cuda") if has_gpu and not config.micro_batch else None
+    device_bytes = device_memory("cuda") if has_gpu and not config.micro_batch_size else None
     config = follow(config, device_bytes, lambda: estimate)
     console.print(_stages(config, estimate))
     kept = "each layer's input kept" if config.model.gradient_checkpointing else "everything kept"
@@ -51,15 +51,15 @@ def tell_estimate(config: RunConfig) -> None:
         f"any micro-batch {bytes_text(estimate.fixed_bytes)} for the head"
     )
     say(
-        f"global batch {config.global_batch} = {config.workers} workers x micro-batch "
-        f"{config.micro_batch} x accumulation {config.accumulation}"
+        f"global batch {config.global_batch_size} = {config.num_workers} workers x micro-batch "
+        f"{config.micro_batch_size} x accumulation {config.accumulation}"
     )
-    disk = estimate.checkpoint_bytes * (config.keep + 1)
+    disk = estimate.checkpoint_bytes * (config.checkpoint.keep_last + 1)
     say(
         f"disk: {bytes_text(estimate.checkpoint_bytes)} a checkpoint, "
-        f"{bytes_text(disk)} with {config.keep} kept and one being written"
+        f"{bytes_text(disk)} with {config.checkpoint.keep_last} kept and one being written"
     )
-    if every := config.milestone_every:
+    if every := config.checkpoint.archive_every:
         size = bytes_text(estimate.checkpoint_bytes // 3)
         say(f"disk: {size} more every {every:,} steps, for a milestone")
     if dataset:
@@ -69,9 +69,9 @@ def tell_estimate(config: RunConfig) -> None:
 def _tell_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
     """Steps, operations, and the hours that these take at a rate."""
     samples = len(dataset)
-    steps = -(-samples // config.global_batch) * config.epochs
+    steps = -(-samples // config.global_batch_size) * config.epochs
     steps = min(steps, config.max_steps) if config.max_steps else steps
-    operations = sample_operations(sketch, dataset) * steps * config.global_batch
+    operations = sample_operations(sketch, dataset) * steps * config.global_batch_size
     say(
         f"{samples:,} samples x {config.epochs} epochs: about {steps:,} steps, "
         f"{operations:.2g} operations"
@@ -79,9 +79,9 @@ def _tell_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
     is_gpu = config.device != "cpu" and torch.cuda.is_available()
     peak = peak_flops(torch.cuda.get_device_name()) if is_gpu else None
     if peak:
-        seconds = operations / (config.workers * peak * USUAL_MFU)
+        seconds = operations / (config.num_workers * peak * USUAL_MFU)
         say(
-            f"time: about {duration_text(seconds)} where {config.workers} workers reach "
+            f"time: about {duration_text(seconds)} where {config.num_workers} workers reach "
             f"{USUAL_MFU:.0%} MFU of {peak / 1e12:,.0f} TFLOP/s each"
         )
     else:
@@ -131,14 +131,15 @@ def _stages(config: RunConfig, estimate: Estimate) -> Table:
     for part, (total, trained) in estimate.parameters.items():
         held = [bytes_text(states[part].total) for states in estimate.states.values()]
         table.add_row(part, f"{total / 1e6:,.1f} M", f"{trained / 1e6:,.1f} M", *held)
-    rows = config.micro_batch * estimate.row_bytes + estimate.fixed_bytes
-    table.add_row(f"activations of {config.micro_batch}", "", "", *[bytes_text(rows)] * 4)
+    rows = config.micro_batch_size * estimate.row_bytes + estimate.fixed_bytes
+    table.add_row(f"activations of {config.micro_batch_size}", "", "", *[bytes_text(rows)] * 4)
     sums = [
-        bytes_text(estimate.worker_bytes(stage, config.micro_batch)) for stage in estimate.states
+        bytes_text(estimate.worker_bytes(stage, config.micro_batch_size))
+        for stage in estimate.states
     ]
     table.add_row("a worker", "", "", *sums, style="bold")
     table.caption = f"zero_stage is {config.zero_stage}, {config.precision}"
-    if config.offload != "none":
+    if config.offload.to != "none":
         for what, name in (("in the host's memory", "host"), ("on its disk", "disk")):
             sizes = [
                 sum(getattr(part, name) for part in parts.values())

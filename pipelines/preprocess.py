@@ -3,8 +3,8 @@
 python -m pipelines.preprocess --config pipelines/recipes/llava15/finetune_data.yaml \
     --root playground/data --output datasets/llava15 --tokenizer lmsys/vicuna-7b-v1.5
 
-The same command again goes on where it was stopped; with --amend it brings a dataset to inputs or
-settings that have changed and makes only what these touch.
+The same command again goes on where it was stopped; with --incremental it brings a dataset to
+inputs or settings that have changed and makes only what these touch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lapilli.data.planning.plan import BuildPlan, plan_build
 from lapilli.data.sources.tally import describe_tally
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.progress import build_line
+from pipelines.cli.views import filled_views
 from pipelines.reports.dataset_report import IMAGE_NOTES, BuildTime, write_dataset_report
-from pipelines.views import filled_views
 
 
 def preprocess(config: BuildConfig) -> BuildReport:

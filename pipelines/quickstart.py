@@ -158,7 +158,7 @@ def _run_config(config: QuickstartConfig, output: Path, name: str) -> RunConfig:
     arguments = [f"--config={RECIPES / 'pretrain.yaml'}"]
     if name == "finetune":
         arguments.append(f"--config={RECIPES / 'finetune.yaml'}")
-        arguments.append(f"--start_from={output / 'runs' / 'pretrain'}")
+        arguments.append(f"--init_from={output / 'runs' / 'pretrain'}")
     if config.epochs:
         arguments.append(f"--epochs={config.epochs}")
     arguments.append(f"--dataset={output / 'datasets' / name}")
@@ -166,7 +166,7 @@ def _run_config(config: QuickstartConfig, output: Path, name: str) -> RunConfig:
     arguments.append(f"--device={config.device}")
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     if gpus:
-        arguments.append(f"--workers={min(2, gpus)}")
+        arguments.append(f"--num_workers={min(2, gpus)}")
     return parse(RunConfig, arguments, "")
 
 

@@ -56,7 +56,7 @@ QUIET = 30.0  # seconds between lines where there is no terminal to redraw one o
 def train(config: RunConfig) -> list[dict[str, Any]]:
     """Check everything, then run to the end; returns every step's metrics."""
     if steps := finished_steps(config):
-        for line in copy_rest(config, steps) if config.mirror else ():
+        for line in copy_rest(config, steps) if config.checkpoint.upload else ():
             say(line)
         say(f"{config.output}: finished already, at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
@@ -135,8 +135,8 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     console.print(_parts_table(ready))
     config = ready.config  # its micro-batch may have followed
     say(
-        f"global batch {config.global_batch} = {config.workers} workers x micro-batch "
-        f"{config.micro_batch} x accumulation {config.accumulation} on {ready.device}, "
+        f"global batch {config.global_batch_size} = {config.num_workers} workers x micro-batch "
+        f"{config.micro_batch_size} x accumulation {config.accumulation} on {ready.device}, "
         f"ZeRO-{config.zero_stage}, {config.precision}, {ready.attention.name} attention"
     )
     if ready.attention.note:
@@ -144,15 +144,15 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     if host := sum(memory.host for memory in ready.memory.values()):
         say(f"offload: {bytes_text(host)} a worker lie in the host's memory")
     if disk := sum(memory.disk for memory in ready.memory.values()):
-        say(f"offload: {bytes_text(disk)} a worker lie in {config.offload_path}")
+        say(f"offload: {bytes_text(disk)} a worker lie in {config.offload.nvme_path}")
     left_out = (
         f", {ready.too_long} longer than {config.max_length} left out" if ready.too_long else ""
     )
     cut = f", {ready.num_cut} cut at {config.max_length} tokens" if ready.num_cut else ""
     samples = f"{ready.samples:,} samples{cut}{left_out}"
     say(f"{samples} x {config.epochs} epochs: {ready.total_steps:,} steps")
-    if config.start_from:
-        say(f"starts from the weights of {config.start_from}")
+    if config.init_from:
+        say(f"starts from the weights of {config.init_from}")
     if ready.is_done:
         say(f"finished already, at step {ready.start}: nothing to do")
         return

@@ -56,7 +56,7 @@ class FeedConfig:
         tokenizer: Hub name or folder of a tokenizer.
         records: Conversations, of which each picks one of the photos.
         images: Photos of 640 x 480.
-        micro_batch: Samples of a batch.
+        micro_batch_size: Samples of a batch.
         seconds: How long each way runs in a round.
         rounds: How often the ways take turns.
         dataset: Another dataset whose first batch is timed; empty for none.
@@ -67,7 +67,7 @@ class FeedConfig:
     tokenizer: str
     records: int = 4000
     images: int = 1000
-    micro_batch: int = 16
+    micro_batch_size: int = 16
     seconds: float = 15.0
     rounds: int = 3
     dataset: str = ""
@@ -110,7 +110,7 @@ def first_batch(config: FeedConfig, path: str) -> dict[str, Any]:
     here = psutil.Process()
     before, cpu, started = here.memory_info(), _cpu(), time.perf_counter()
     dataset = open_dataset(path, view=view, image_tokens=IMAGE_TOKENS, max_length=2048)
-    run = replace(_run(config, view), global_batch=8 * config.micro_batch, workers=8)
+    run = replace(_run(config, view), global_batch_size=8 * config.micro_batch_size, num_workers=8)
     feed = Feed(dataset, run, rank=0, world_size=8)
     steps = feed.steps(0)
     next(steps)
@@ -139,7 +139,7 @@ def measure(
     elements = json.loads(annotations.read_text(encoding="utf-8"))
     theirs = LlavaSamples(elements, root, config.tokenizer, SIDE)
     ways: dict[str, Callable[[], Iterator[int]]] = {
-        "llava, 2 workers": lambda: _loaded(theirs, config.micro_batch, theirs.collate),
+        "llava, 2 workers": lambda: _loaded(theirs, config.micro_batch_size, theirs.collate),
         "ours, 1 thread": lambda: _threads(feed, 1),
         "ours, 2 threads": lambda: _threads(feed, 2),
         "ours, 2 workers": lambda: _loaded(_Steps(feed), None, None),
@@ -152,7 +152,7 @@ def measure(
     return [
         {
             "way": way,
-            "micro_batch": config.micro_batch,
+            "micro_batch": config.micro_batch_size,
             "rounds": config.rounds,
             "per_second": round(statistics.median(rate for rate, _ in found), 1),
             "per_cpu_second": round(statistics.median(rate for _, rate in found), 1),
@@ -236,6 +236,6 @@ def _run(config: FeedConfig, view: str) -> RunConfig:
     """A run of one worker, a micro-batch a step, for longer than is measured."""
     model = ModelConfig(VisionConfig(), LanguageConfig())
     return RunConfig(
-        "", "", view, model, global_batch=config.micro_batch, micro_batch=config.micro_batch,
-        epochs=1000,
+        "", "", view, model, global_batch_size=config.micro_batch_size,
+        micro_batch_size=config.micro_batch_size, epochs=1000,
     )  # fmt: skip

@@ -36,13 +36,13 @@ class Shape:
     """How an epoch's batches are shared: ranks x accumulation x micro-batch samples a step."""
 
     ranks: int
-    micro_batch: int
+    micro_batch_size: int
     accumulation: int
 
     @property
-    def global_batch(self) -> int:
+    def global_batch_size(self) -> int:
         """Samples of a step."""
-        return self.ranks * self.micro_batch * self.accumulation
+        return self.ranks * self.micro_batch_size * self.accumulation
 
 
 def plain(samples: Samples, shape: Shape) -> EpochPlan:
@@ -59,8 +59,8 @@ def by_modality(samples: Samples, shape: Shape) -> EpochPlan:
 def llava(samples: Samples, shape: Shape) -> EpochPlan:
     """LLaVA's own order, index for index, of its word counts."""
     return plan_epoch(
-        samples.words, samples.has_image, global_batch=shape.global_batch, seed=0, epoch=0,
-        policy="llava", llava_micro_batch=shape.micro_batch,
+        samples.words, samples.has_image, global_batch_size=shape.global_batch_size, seed=0,
+        epoch=0, sampler="llava", llava_micro_batch=shape.micro_batch_size,
     )  # fmt: skip
 
 
@@ -76,16 +76,18 @@ def prismatic(samples: Samples, shape: Shape) -> EpochPlan:
         if not ids.size:
             continue
         dealt = _dealt(ids, samples.words, shape, seed=number)
-        whole = dealt.size // shape.global_batch * shape.global_batch
+        whole = dealt.size // shape.global_batch_size * shape.global_batch_size
         batches.append(dealt[:whole])
         if left := dealt.size - whole:
-            stolen = np.resize(dealt[: shape.global_batch], shape.global_batch - left)
+            stolen = np.resize(dealt[: shape.global_batch_size], shape.global_batch_size - left)
             last = np.concatenate([dealt[whole:], stolen])
             batches.append(_dealt(last, samples.words, shape, seed=number))
-    shares = np.concatenate(batches).reshape(-1, shape.ranks, shape.accumulation, shape.micro_batch)
-    by_step = shares.swapaxes(1, 2).reshape(-1, shape.global_batch)
+    shares = np.concatenate(batches).reshape(
+        -1, shape.ranks, shape.accumulation, shape.micro_batch_size
+    )
+    by_step = shares.swapaxes(1, 2).reshape(-1, shape.global_batch_size)
     shuffled = by_step[np.random.default_rng(0).permutation(len(by_step))]
-    return _plan(shuffled, shape.micro_batch)
+    return _plan(shuffled, shape.micro_batch_size)
 
 
 def _dealt(ids: Ids, words: Ids, shape: Shape, seed: int) -> Ids:
@@ -93,23 +95,23 @@ def _dealt(ids: Ids, words: Ids, shape: Shape, seed: int) -> Ids:
 
     LLaVA deals its stretches in the same way, to micro-batches where prismatic deals to ranks.
     """
-    share = shape.micro_batch * shape.accumulation
+    share = shape.micro_batch_size * shape.accumulation
     return ids[llava_order(words[ids], batch_size=share, world_size=shape.ranks, global_seed=seed)]
 
 
 def random(samples: Samples, shape: Shape) -> EpochPlan:
-    """Our policy `random`: modalities mixed, a global batch shared by length."""
+    """Our sampler `random`: modalities mixed, a global batch shared by length."""
     return plan_epoch(
-        samples.tokens, samples.has_image, global_batch=shape.global_batch, seed=0, epoch=0,
-        policy="random",
+        samples.tokens, samples.has_image, global_batch_size=shape.global_batch_size, seed=0,
+        epoch=0, sampler="random",
     )  # fmt: skip
 
 
 def grouped(samples: Samples, shape: Shape) -> EpochPlan:
-    """Our policy `grouped`, the default."""
+    """Our sampler `grouped`, the default."""
     return plan_epoch(
-        samples.tokens, samples.has_image, global_batch=shape.global_batch, seed=0, epoch=0,
-        policy="grouped",
+        samples.tokens, samples.has_image, global_batch_size=shape.global_batch_size, seed=0,
+        epoch=0, sampler="grouped",
     )  # fmt: skip
 
 
@@ -130,12 +132,15 @@ def _kinds(samples: Samples) -> list[Ids]:
 def _fixed(orders: list[Ids], shape: Shape) -> EpochPlan:
     """Each order cut into global batches, its last filled with empty slots."""
     filled = [
-        np.pad(order, (0, -order.size % shape.global_batch), constant_values=-1) for order in orders
+        np.pad(order, (0, -order.size % shape.global_batch_size), constant_values=-1)
+        for order in orders
     ]
-    return _plan(np.concatenate(filled).reshape(-1, shape.global_batch), shape.micro_batch)
+    return _plan(
+        np.concatenate(filled).reshape(-1, shape.global_batch_size), shape.micro_batch_size
+    )
 
 
-def _plan(batches: Ids, micro_batch: int) -> EpochPlan:
+def _plan(batches: Ids, micro_batch_size: int) -> EpochPlan:
     steps, width = batches.shape
     offsets = np.arange(steps + 1, dtype=np.int64) * width
-    return EpochPlan(batches.reshape(-1), offsets, micro_batch, width)
+    return EpochPlan(batches.reshape(-1), offsets, micro_batch_size, width)

@@ -45,9 +45,9 @@ class PlanConfig:
     Attributes:
         samples: Samples of the epoch.
         ranks: Workers.
-        micro_batch: Samples a worker has at once.
+        micro_batch_size: Samples a worker has at once.
         accumulation: Micro-batches of a worker in a step.
-        buckets: Shapes that batches may have in all.
+        max_shapes: Shapes that batches may have in all.
         rounds: Turns that count.
         dataset: A built dataset whose lengths, words and modalities are taken; empty draws them.
         plot: A PNG, SVG or PDF file for the picture.
@@ -56,9 +56,9 @@ class PlanConfig:
 
     samples: int = 665_298
     ranks: int = 8
-    micro_batch: int = 16
+    micro_batch_size: int = 16
     accumulation: int = 1
-    buckets: int = 16
+    max_shapes: int = 16
     rounds: int = 7
     dataset: str = ""
     plot: str = ""
@@ -67,7 +67,7 @@ class PlanConfig:
     @property
     def shape(self) -> Shape:
         """How a step is shared."""
-        return Shape(self.ranks, self.micro_batch, self.accumulation)
+        return Shape(self.ranks, self.micro_batch_size, self.accumulation)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,12 +82,12 @@ def main(argv: Sequence[str]) -> int:
         "bucket_padded_percent": 1, "waiting_percent": 1, "shapes": 0, "of_llava": 3,
         "of_ungrouped": 3,
     }  # fmt: skip
-    title = f"{samples.tokens.size:,} samples, {config.ranks} ranks x {config.micro_batch}"
+    title = f"{samples.tokens.size:,} samples, {config.ranks} ranks x {config.micro_batch_size}"
     shown = [[_short(row[name], places) for name, places in digits.items()] for row in rows]
     table(title, columns, shown)
     say(
         "/: tokens that an epoch computes, padding and waiting in them, of those of LLaVA's order "
-        f"and of one without grouping; bucket: padding with {config.buckets} shapes in all"
+        f"and of one without grouping; bucket: padding with {config.max_shapes} shapes in all"
     )
     if config.plot:
         _draw(Path(config.plot), config, rows, int(samples.tokens.sum()))
@@ -128,7 +128,7 @@ def _row(
 
     return {
         "policy": name, "samples": samples.tokens.size, "ranks": config.ranks,
-        "micro_batch": config.micro_batch, "accumulation": config.accumulation,
+        "micro_batch": config.micro_batch_size, "accumulation": config.accumulation,
         "rounds": config.rounds, "seconds": round(spread.median, 4),
         "low": round(spread.low, 4), "high": round(spread.high, 4),
         "steps": int(cost["steps"]) if cost else "",
@@ -157,7 +157,7 @@ def waste(plan: EpochPlan, samples: Samples, config: PlanConfig) -> dict[str, fl
     """
     share = partial(
         assign, plan, lengths=samples.tokens, world_size=config.ranks,
-        micro_batch=config.micro_batch,
+        micro_batch_size=config.micro_batch_size,
     )  # fmt: skip
     started = time.perf_counter()
     shared = [share(step) for step in range(plan.num_steps)]
@@ -167,13 +167,13 @@ def waste(plan: EpochPlan, samples: Samples, config: PlanConfig) -> dict[str, fl
     pictured = (ids >= 0) & samples.has_image[ids]
     with_image: NDArray[np.bool_] = np.any(pictured, axis=-1)
     longest = tokens.max(axis=-1)
-    in_bucket = _in_buckets(longest, with_image, config.buckets)
-    real, held = int(tokens.sum()), int(longest.sum()) * config.micro_batch
-    computed = int(longest.max(axis=-1).sum()) * config.ranks * config.micro_batch
+    in_bucket = _in_buckets(longest, with_image, config.max_shapes)
+    real, held = int(tokens.sum()), int(longest.sum()) * config.micro_batch_size
+    computed = int(longest.max(axis=-1).sum()) * config.ranks * config.micro_batch_size
     return {
         "steps": plan.num_steps, "padded": 1 - real / held, "waiting": computed / held - 1,
         "computed": computed,
-        "bucket_padded": 1 - real / (int(in_bucket.sum()) * config.micro_batch),
+        "bucket_padded": 1 - real / (int(in_bucket.sum()) * config.micro_batch_size),
         "shapes": _distinct(longest, with_image), "bucket_shapes": _distinct(in_bucket, with_image),
         "assign_seconds": assign_seconds,
     }  # fmt: skip
@@ -224,8 +224,8 @@ def _draw(path: Path, config: PlanConfig, rows: Sequence[dict[str, Any]], real: 
         bars.append(Bar(label, Spread(millions, millions, millions), kind(row["policy"]), note))
     draw_bars(
         path, f"What an epoch of {rows[0]['samples']:,} samples computes", "million tokens", bars,
-        f"{config.ranks} ranks x {config.micro_batch} samples x {config.accumulation}; padding to "
-        "the longest of a micro-batch and waiting for the rank with most are in it. "
+        f"{config.ranks} ranks x {config.micro_batch_size} samples x {config.accumulation}; "
+        "padding to the longest of a micro-batch and waiting for the rank with most are in it. "
         f"Lengths: {'a dataset' if config.dataset else 'drawn like LLaVA-1.5'}'s.",
     )  # fmt: skip
 

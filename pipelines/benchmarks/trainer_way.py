@@ -77,7 +77,7 @@ def _model(shapes: ModelConfig, device: torch.device) -> Any:
         vision_config=CLIPVisionConfig(**shapes.vision.settings),
         text_config=text,
         image_token_index=text.vocab_size - 1,
-        vision_feature_layer=shapes.vision.layer,
+        vision_feature_layer=shapes.vision.vision_feature_layer,
     )
     with device:
         model: Any = LlavaForConditionalGeneration(config)

@@ -67,7 +67,7 @@ class TrainBenchmark:
     Attributes:
         size: `7b`, `tiny`, or `auto`: 7b on a GPU.
         modes: Of stage1, lora, full; one that does not fit in memory says so and has no row.
-        micro_batch: Rows with an image each.
+        micro_batch_size: Rows with an image each.
         text_tokens: Text of a row; half of it is trained.
         steps: Timed steps, after two that are not.
         checkpointing: Gradient checkpointing.
@@ -77,7 +77,7 @@ class TrainBenchmark:
 
     size: Literal["auto", "7b", "tiny"] = "auto"
     modes: tuple[Mode, ...] = field(default=("stage1", "lora", "full"))
-    micro_batch: int = 8
+    micro_batch_size: int = 8
     text_tokens: int = 224
     steps: int = 10
     checkpointing: bool = False
@@ -158,7 +158,7 @@ def _ours(
     with device:
         model = build_model(shapes)
     set_modes(model)
-    batch = make_batch(model, config.micro_batch, config.text_tokens)
+    batch = make_batch(model, config.micro_batch_size, config.text_tokens)
     engine = PlainEngine(model, build_optimizer(model, OptimConfig(lr=1e-5)), grad_clip=1.0)
     on_device = [to_device(batch, device)]
 
@@ -187,7 +187,7 @@ def _measure(
         for name, kind in (("mfu", "model"), ("hfu", "hardware"))
     }
     return {
-        "size": size, "mode": mode, "rows": config.micro_batch,
+        "size": size, "mode": mode, "rows": config.micro_batch_size,
         "length": batch.input_ids.shape[1], "checkpointing": config.checkpointing,
         "seconds": round(seconds, 4), **share,
         "peak_tflops": round(peak / 1e12, 3) if peak else "",

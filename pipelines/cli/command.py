@@ -23,6 +23,7 @@ from lapilli.data.io.printable import one_line, spell_out
 from lapilli.data.io.yaml_text import load_yaml
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
+from pipelines.cli.old_names import describe_old_names
 from pipelines.cli.recipes import RecipeError, with_recipes
 from pipelines.cli.terminal import console, flush_output, safe_output
 
@@ -43,11 +44,11 @@ __all__ = [
 
 Config = TypeVar("Config")
 USERS_MISTAKE = 2
-# Settings that name a file or folder of this machine. What names more has its own look at it:
-# sources, `mirror`, `eval_dataset`.
+# Settings that name a file or folder of this machine. Those that may be addresses are checked where
+# they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
-    {"dataset", "extra_roots", "folders", "html", "image", "images", "model", "offload_path",
-     "output", "pretrained", "questions", "root", "run", "start_from", "template", "tokenizer"}
+    {"dataset", "extra_roots", "folders", "html", "image", "images", "init_from", "model",
+     "nvme_path", "output", "pretrained", "questions", "root", "run", "template", "tokenizer"}
 )  # fmt: skip
 LONGEST_MISTAKE = 1200  # characters: it may hold a value of a recipe
 _yaml_load: Callable[[str], Any] = get_loader("yaml")
@@ -72,7 +73,7 @@ def parse(
         addresses: Those of `PLACES` that may be addresses (`s3://bucket/folder`) here.
 
     Raises:
-        UsageError: An unknown key, a wrong type or something missing; names the field.
+        UsageError: An unknown or renamed key, a wrong type, something missing; names the field.
         DataError: An address with a password, which is not repeated, or one where a path of this
             machine is expected.
     """
@@ -91,6 +92,8 @@ def parse(
         raise UsageError(" ".join(str(error).split())) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"a recipe is not UTF-8 text ({error.reason})") from None
+    if renamed := describe_old_names(kind, arguments):
+        raise UsageError(renamed)
     namespace = read_arguments(parser, arguments, addresses)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
@@ -146,7 +149,7 @@ def _refuse_addresses(setting: str, value: object, places: Set[str]) -> None:
     """Refuse an address where a setting names a place of this machine; sources have their own."""
     if isinstance(value, dict):
         for name, one in cast("dict[str, object]", value).items():
-            if name != "sources":
+            if name not in ("sources", "validation"):
                 _refuse_addresses(f"{setting}.{name}".lstrip("."), one, places)
     elif setting.rpartition(".")[2] in places:
         for one in cast("Sequence[object]", value if isinstance(value, (list, tuple)) else [value]):

@@ -202,7 +202,9 @@ def _unfit(asked: Assistant, rows: int, adapts_language: bool) -> str:
 def _made_of(
     model: VisionLanguageModel, rows: int, writes_base: bool, writes_tower: bool
 ) -> dict[str, Any]:
-    vision = replace(model.config.vision, layer=-1) if writes_tower else model.config.vision
+    vision = model.config.vision
+    if writes_tower:  # it is written up to that layer
+        vision = replace(vision, vision_feature_layer=-1)
     quantized = model.config.language.quantize != "none" and not writes_base
     size = max(rows, source_rows(model.language)) if rows else 0
     return {

@@ -23,6 +23,7 @@ from lapilli.data.shards.quarantine import read_quarantine
 from lapilli.train.checkpoint.layout import folder_bytes, steps_in
 from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
+from lapilli.train.renamed import RUN_NAMES
 from lapilli.train.run_folder.metrics_file import read_steps
 from lapilli.train.run_folder.names import CONFIG, FOLDER, METRICS, MILESTONES, MISTAKE
 from lapilli.train.run_folder.restarts import read_starts
@@ -83,7 +84,7 @@ def kind_of(path: Path) -> Literal["dataset", "run"]:
         raise DataError(f"{path}: no such folder; expected the --output of preprocess or train")
     if exists(path / MANIFEST) or exists(path / PLAN):
         return "dataset"
-    if "global_batch" in _read_json(path / CONFIG):
+    if "global_batch_size" in RUN_NAMES.with_new_names(_read_json(path / CONFIG)):
         return "run"
     raise DataError(
         f"{path}: neither a dataset nor a run; expected the --output of preprocess or train"
@@ -189,7 +190,7 @@ def describe_run(path: Path) -> Description:
     checkpoints = find_checkpoints(path, hashed=False)
     saved = checkpoints[-1].state if checkpoints else {}
     optim = config.optim
-    accumulated = config.accumulation if config.micro_batch else 0
+    accumulated = config.accumulation if config.micro_batch_size else 0
     facts: dict[str, Lines] = {
         "state": _state(path, metrics, found["total_steps"] if found else None),
         "loss": _loss(metrics),
@@ -198,8 +199,8 @@ def describe_run(path: Path) -> Description:
         **_starts(path),
         "parameters": _parts(found["parameters"] if found else {}),
         "global batch": (
-            f"{config.global_batch:,} samples",
-            f"{counted(config.workers, 'worker')} x {config.micro_batch} x {accumulated}",
+            f"{config.global_batch_size:,} samples",
+            f"{counted(config.num_workers, 'worker')} x {config.micro_batch_size} x {accumulated}",
         ),
         "optimizer": (f"lr {optim.lr:g} {optim.schedule}", f"ZeRO-{config.zero_stage}"),
         "device": ((found or {}).get("device", config.device), config.precision),

@@ -251,7 +251,7 @@ def _add_answers(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> N
     steps = sorted({one.step for one in found})
     places = np.linspace(0, len(steps) - 1, min(ASKED_STEPS, len(steps))).astype(int)
     shown = {steps[place] for place in places}
-    other = config.eval_dataset
+    other = config.validation.dataset
     page.section("Answers to held-out questions")
     dataset = _open(page, config, facts, other or config.dataset, TRAIN if other else HELD_OUT)
     by_sample: dict[str, list[Generation]] = {}

@@ -51,7 +51,7 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     if "sources" in values:
         # flags win over the file: a recipe may leave the tokenizer to the user
         return Recipe(BuildConfig, ("--root=in", "--output=out", "--tokenizer=name"))
-    if "policy" in values and "model" not in values:
+    if "sampler" in values and "model" not in values:
         # a layer on any run's recipe
         base = RECIPES / "tiny" / "pretrain.yaml"
         return Recipe(RunConfig, ("--dataset=in", "--output=out"), base)

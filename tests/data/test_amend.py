@@ -1,4 +1,4 @@
-"""--amend: only what changed is made again, and the dataset is what a fresh build would give."""
+"""--incremental makes only what changed again, and the dataset is what a fresh build would give."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def config(built: BuildConfig, tmp_path: Path) -> BuildConfig:
 
 
 def amend(config: BuildConfig, **changes: Any) -> BuildReport:
-    return build(plan_build(replace(config, amend=True, **changes)), runner=run_here)
+    return build(plan_build(replace(config, incremental=True, **changes)), runner=run_here)
 
 
 def content(output: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def shards(output: Path) -> dict[str, str]:
 def assert_as_fresh(config: BuildConfig) -> None:
     """The amended dataset holds what a fresh build gives, and every file has a use."""
     output = Path(config.output)
-    fresh = replace(config, output=str(output.with_name("fresh")), amend=False)
+    fresh = replace(config, output=str(output.with_name("fresh")), incremental=False)
     shutil.rmtree(fresh.output, ignore_errors=True)
     build(plan_build(fresh), runner=run_here)
     assert content(output) == content(Path(fresh.output))
@@ -108,7 +108,7 @@ def assert_as_fresh(config: BuildConfig) -> None:
     named = {s.path for s in manifest.tokens}
     named |= {s.path for view in manifest.views.values() for s in view.shards}
     assert set(shards(output)) == named
-    again = build(plan_build(replace(config, amend=False)), runner=run_here)
+    again = build(plan_build(replace(config, incremental=False)), runner=run_here)
     assert again.shards_built == 0
     assert again.manifest == manifest
 
@@ -211,7 +211,7 @@ def test_only_what_changed_is_made_again(
 ) -> None:
     before = shards(Path(config.output))
     changed = change(config)
-    with pytest.raises(DataError, match=r"was built with another .*pass --amend") as caught:
+    with pytest.raises(DataError, match=r"was built with another .*pass --incremental") as caught:
         build(plan_build(changed), runner=run_here)
     assert all(name in str(caught.value) for name in named.split("; another "))
     assert shards(Path(config.output)) == before
@@ -277,7 +277,7 @@ def test_an_amend_that_stops_leaves_the_old_dataset(config: BuildConfig) -> None
         raise Stop
 
     with pytest.raises(Stop):
-        build(plan_build(replace(changed, amend=True)), runner=stopped)
+        build(plan_build(replace(changed, incremental=True)), runner=stopped)
     assert content(output) == wanted
     again = amend(changed)
     assert again.shards_reused > 2
@@ -307,7 +307,7 @@ def test_an_amend_that_stops_at_the_manifest(
 def test_an_amend_that_is_given_up_leaves_nothing(config: BuildConfig) -> None:
     before = files(Path(config.output))
     before.pop("plan.json")
-    amended = replace(record_edited(config), amend=True, template="plain")
+    amended = replace(record_edited(config), incremental=True, template="plain")
     Path(config.root, "mixture.json").write_text(
         Path(config.root, "mixture.json").read_text().replace("Which colour", "What colour", 1)
     )

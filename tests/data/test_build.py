@@ -238,7 +238,7 @@ def test_order_and_place_of_the_work_decide_no_byte(config: BuildConfig, tmp_pat
     def backwards(tasks: list[Task], output: Output, workers: int) -> Any:
         return run_here(tasks[::-1], output, workers)
 
-    plan = plan_build(replace(config, output=str(tmp_path / "out"), workers=3))
+    plan = plan_build(replace(config, output=str(tmp_path / "out"), num_workers=3))
     again = build(plan, runner=backwards)
     assert hashes(tmp_path / "out") == hashes(Path(config.output))
     assert again.manifest.fingerprint == read_manifest(Path(config.output)).fingerprint

@@ -88,7 +88,9 @@ def test_an_image_that_is_well_is_tried_once_and_attempts_are_counted(
     for _ in range(MOST_ATTEMPTS - 1):
         Journal(tmp_path / "notes", NAME).examine(task)
     assert tried == ["2"]
-    with pytest.raises(DataError, match=f"{NAME}: .* ended {MOST_ATTEMPTS} times.*lower --workers"):
+    with pytest.raises(
+        DataError, match=f"{NAME}: .* ended {MOST_ATTEMPTS} times.*lower --num_workers"
+    ):
         Journal(tmp_path / "notes", NAME)
 
 

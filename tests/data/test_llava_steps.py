@@ -86,8 +86,8 @@ def test_steps_are_those_of_torchs_and_accelerates_loaders(
     ]
     found = [
         llava_steps(
-            signed, micro_batch=micro, processes=processes, accumulation=accumulation, seed=seed,
-            epoch=epoch, group_by_modality_length=grouped,
+            signed, micro_batch_size=micro, processes=processes, accumulation=accumulation,
+            seed=seed, epoch=epoch, group_by_modality_length=grouped,
         )
         for epoch in range(epochs)
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_the_shuffle_of_two_processes_has_a_generator_nobody_seeded() -> None:
     """With stretches of one sample on each of two processes: all but the pairs' order is known."""
     signed = np.where(np.arange(60) % 2, 5, -5)
     found = llava_steps(
-        signed, micro_batch=1, processes=2, accumulation=1, seed=3, epoch=1
+        signed, micro_batch_size=1, processes=2, accumulation=1, seed=3, epoch=1
     ).reshape(-1)
     torch.manual_seed(3)
     own = torch.Generator()
@@ -121,7 +121,7 @@ def test_the_shuffle_of_two_processes_has_a_generator_nobody_seeded() -> None:
 def test_padded_epochs_hold_every_sample_once(epoch: int) -> None:
     signed = np.where(np.arange(47) % 4, 7, -3)
     found = llava_steps(
-        signed, micro_batch=2, processes=2, accumulation=3, seed=1, epoch=epoch, pads=True
+        signed, micro_batch_size=2, processes=2, accumulation=3, seed=1, epoch=epoch, pads=True
     )
     assert found.shape == (4, 12)
     assert sorted(found.reshape(-1)[:47].tolist()) == list(range(47))

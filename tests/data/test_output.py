@@ -143,11 +143,11 @@ def test_a_dataset_in_a_store_is_amended(
     exclude = ["made_up/image-3"]
     changed: dict[str, Any] = {"keep_original": True, "views": views, "exclude": exclude}
     build_at(local, f"file://{tmp_path}/amended", keep_original=True)
-    with pytest.raises(DataError, match=r"views; .*pass --amend"):
+    with pytest.raises(DataError, match=r"views; .*pass --incremental"):
         build_at(
             local, f"file://{tmp_path}/amended", keep_original=True, views=views, exclude=exclude
         )
-    changed = {"keep_original": True, "views": views, "exclude": exclude, "amend": True}
+    changed = {"keep_original": True, "views": views, "exclude": exclude, "incremental": True}
     build_at(local, f"file://{tmp_path}/amended", **changed)
     folder = Path(local.output).with_name("amended")
     build_at(local, str(folder), keep_original=True)

@@ -110,7 +110,7 @@ def changed(config: BuildConfig, other: BuildConfig) -> set[str]:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"workers": 7, "max_quarantined": 0.9, "output": "/elsewhere"}, set[str]()),
+        ({"num_workers": 7, "max_quarantined": 0.9, "output": "/elsewhere"}, set[str]()),
         ({"template": "plain"}, {"template"}),
         ({"records_per_shard": 9}, {"records_per_shard"}),
         ({"shard_bytes": 99_999}, {"shard_bytes"}),
@@ -226,7 +226,7 @@ SOURCE = SourceConfig("s", "a.json")
         ({"max_quarantined": 1.5}, "max_quarantined: 1.5; expected a share from 0 to 1"),
         ({"records_per_shard": 0}, "records_per_shard: 0; expected at least 1"),
         ({"shard_bytes": -1}, "shard_bytes: -1; expected at least 1"),
-        ({"workers": -1}, r"workers: -1; expected 0 \(every core\) or more"),
+        ({"num_workers": -1}, r"num_workers: -1; expected 0 \(every core\) or more"),
     ],
 )
 def test_a_wrong_setting_is_named(

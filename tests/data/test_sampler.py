@@ -97,12 +97,13 @@ def test_llava_refuses_an_empty_conversation() -> None:
 def test_llava_plan_keeps_order_and_micro_batches(ranks: int) -> None:
     lengths, has_image = mixture(205)
     plan = plan_epoch(
-        lengths, has_image, global_batch=24, seed=5, epoch=2, policy="llava", llava_micro_batch=3
-    )
+        lengths, has_image, global_batch_size=24, seed=5, epoch=2, sampler="llava",
+        llava_micro_batch=3,
+    )  # fmt: skip
     assert sorted(filled(plan.order)) == list(range(205))
     assert plan.order[205:].tolist() == [-1] * (9 * 24 - 205)
     for step in range(plan.num_steps):
-        shares = assign(plan, step, lengths, world_size=ranks, micro_batch=3)
+        shares = assign(plan, step, lengths, world_size=ranks, micro_batch_size=3)
         in_turn = [shares[k % ranks][k // ranks] for k in range(8)]
         assert np.array_equal(np.concatenate(in_turn), plan.global_batch(step))
 
@@ -111,24 +112,26 @@ def test_llava_plan_keeps_order_and_micro_batches(ranks: int) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=datasets(), policy=st.sampled_from(["grouped", "random", "llava"]), seed=st.integers(0))
-def test_every_sample_once_in_batches_of_one_size(data: Any, policy: Any, seed: int) -> None:
+@given(
+    data=datasets(), sampler=st.sampled_from(["grouped", "random", "llava"]), seed=st.integers(0)
+)
+def test_every_sample_once_in_batches_of_one_size(data: Any, sampler: Any, seed: int) -> None:
     lengths, kinds, size = data
-    micro = 1 if policy == "llava" else None
+    micro = 1 if sampler == "llava" else None
     plan = plan_epoch(
         lengths,
         kinds,
-        global_batch=size,
+        global_batch_size=size,
         seed=seed,
         epoch=1,
-        policy=policy,
+        sampler=sampler,
         llava_micro_batch=micro,
     )
     assert sorted(filled(plan.order)) == list(range(lengths.size))
     assert (np.diff(plan.offsets) == size).all()
     assert plan.offsets[0] == 0
     assert plan.offsets[-1] == plan.order.size
-    groups = np.unique(kinds).size if policy == "grouped" else 1
+    groups = np.unique(kinds).size if sampler == "grouped" else 1
     assert plan.num_steps <= -(-lengths.size // size) + groups - 1
 
 
@@ -139,8 +142,9 @@ def test_grouped_has_one_modality_a_batch_and_the_longest_first(
 ) -> None:
     lengths, kinds, size = data
     plan = plan_epoch(
-        lengths, kinds, global_batch=size, seed=0, epoch=epoch, policy="grouped", window=window
-    )
+        lengths, kinds, global_batch_size=size, seed=0, epoch=epoch, sampler="grouped",
+        window=window,
+    )  # fmt: skip
     batches = [filled(plan.global_batch(step)) for step in range(plan.num_steps)]
     assert all(np.unique(kinds[batch]).size == 1 for batch in batches)
     assert lengths[batches[0]].max() == lengths.max()
@@ -153,13 +157,13 @@ def test_grouped_has_one_modality_a_batch_and_the_longest_first(
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=datasets(), policy=st.sampled_from(["grouped", "random"]), seed=st.integers(0, 9))
-def test_the_remainder_is_padded_cut_short_or_dropped(data: Any, policy: Any, seed: int) -> None:
+@given(data=datasets(), sampler=st.sampled_from(["grouped", "random"]), seed=st.integers(0, 9))
+def test_the_remainder_is_padded_cut_short_or_dropped(data: Any, sampler: Any, seed: int) -> None:
     lengths, kinds, size = data
 
     def batches(remainder: Any) -> list[Ints]:
         plan = plan_epoch(
-            lengths, kinds, global_batch=size, seed=seed, epoch=0, policy=policy,
+            lengths, kinds, global_batch_size=size, seed=seed, epoch=0, sampler=sampler,
             remainder=remainder,
         )  # fmt: skip
         return [plan.global_batch(step) for step in range(plan.num_steps)]
@@ -184,10 +188,11 @@ def test_a_short_batch_takes_fewer_micro_steps(count: int, geometry: tuple[int, 
     lengths, has_image = mixture(count)
     world, micro = geometry
     plan = plan_epoch(
-        lengths, has_image, global_batch=12, seed=0, epoch=0, policy="grouped", remainder="short"
-    )
+        lengths, has_image, global_batch_size=12, seed=0, epoch=0, sampler="grouped",
+        remainder="short",
+    )  # fmt: skip
     for step in range(plan.num_steps):
-        shares = assign(plan, step, lengths, world_size=world, micro_batch=micro)
+        shares = assign(plan, step, lengths, world_size=world, micro_batch_size=micro)
         needed = -(-plan.global_batch(step).size // (world * micro))
         assert {len(rank) for rank in shares} == {needed}
         together = np.concatenate([ids for rank in shares for ids in rank])
@@ -197,7 +202,7 @@ def test_a_short_batch_takes_fewer_micro_steps(count: int, geometry: tuple[int, 
 def test_a_window_holds_neighbours_of_the_length_order() -> None:
     lengths = np.random.default_rng(0).permutation(640) + 1
     one_window = plan_epoch(
-        lengths, lengths * 0, global_batch=10, seed=0, epoch=0, policy="grouped", window=64
+        lengths, lengths * 0, global_batch_size=10, seed=0, epoch=0, sampler="grouped", window=64
     )
     spans = [np.ptp(lengths[one_window.global_batch(k)]) for k in range(64)]
     assert spans == [9] * 64
@@ -212,7 +217,7 @@ def test_a_small_dataset_is_batched_otherwise_every_epoch() -> None:
 
     def batches(epoch: int) -> set[frozenset[int]]:
         plan = plan_epoch(
-            lengths, lengths * 0, global_batch=10, seed=0, epoch=epoch, policy="grouped"
+            lengths, lengths * 0, global_batch_size=10, seed=0, epoch=epoch, sampler="grouped"
         )
         return {frozenset(plan.global_batch(k).tolist()) for k in range(64)}
 
@@ -223,32 +228,32 @@ def test_windows_are_equally_large() -> None:
     # 65 batches in windows of at most 64: 33 + 32, so even the last is sorted over 320 samples.
     lengths = np.random.default_rng(1).permutation(650) + 1
     plan = plan_epoch(
-        lengths, lengths * 0, global_batch=10, seed=0, epoch=0, policy="grouped", window=64
+        lengths, lengths * 0, global_batch_size=10, seed=0, epoch=0, sampler="grouped", window=64
     )
     assert max(np.ptp(lengths[plan.global_batch(k)]) for k in range(65)) < 100
 
 
 def test_random_is_not_sorted_and_fills_only_the_tail() -> None:
     lengths, has_image = mixture(1000)
-    plan = plan_epoch(lengths, has_image, global_batch=64, seed=0, epoch=0, policy="random")
+    plan = plan_epoch(lengths, has_image, global_batch_size=64, seed=0, epoch=0, sampler="random")
     assert (plan.order[:1000] >= 0).all()
     assert (plan.order[1000:] == -1).all()
     assert abs(np.corrcoef(lengths[plan.order[:1000]], range(1000))[0, 1]) < 0.15
 
 
-@pytest.mark.parametrize("policy", ["grouped", "random", "llava"])
-def test_seed_and_epoch_decide_the_plan(policy: Any) -> None:
+@pytest.mark.parametrize("sampler", ["grouped", "random", "llava"])
+def test_seed_and_epoch_decide_the_plan(sampler: Any) -> None:
     lengths, has_image = mixture(300)
-    micro = 4 if policy == "llava" else None
+    micro = 4 if sampler == "llava" else None
 
     def order(seed: int, epoch: int) -> list[int]:
         plan = plan_epoch(
             lengths,
             has_image,
-            global_batch=16,
+            global_batch_size=16,
             seed=seed,
             epoch=epoch,
-            policy=policy,
+            sampler=sampler,
             llava_micro_batch=micro,
         )
         return plan.order.tolist()
@@ -259,22 +264,23 @@ def test_seed_and_epoch_decide_the_plan(policy: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "digest"),
+    ("sampler", "digest"),
     [("grouped", "a5fb0a0ff4b0ed33"), ("random", "aec07bdda03f82d2")],
 )
-def test_plans_do_not_change_between_versions(policy: Any, digest: str) -> None:
-    # A checkpoint keeps seed and policy, not the order: another order here would make every run
+def test_plans_do_not_change_between_versions(sampler: Any, digest: str) -> None:
+    # A checkpoint keeps seed and sampler, not the order: another order here would make every run
     # under way repeat and skip samples when it resumes.
     count = np.arange(1000)
     plan = plan_epoch(
-        count * 7919 % 503 + 1, count % 5 == 0, global_batch=48, seed=11, epoch=3, policy=policy
-    )
+        count * 7919 % 503 + 1, count % 5 == 0, global_batch_size=48, seed=11, epoch=3,
+        sampler=sampler,
+    )  # fmt: skip
     assert hashlib.sha256(plan.order.astype("<i8").tobytes()).hexdigest()[:16] == digest
 
 
 def test_plan_is_read_only_and_sliced_by_step() -> None:
     lengths, has_image = mixture(100)
-    plan = plan_epoch(lengths, has_image, global_batch=8, seed=0, epoch=0, policy="grouped")
+    plan = plan_epoch(lengths, has_image, global_batch_size=8, seed=0, epoch=0, sampler="grouped")
     batches = [plan.global_batch(step) for step in range(plan.num_steps)]
     assert np.array_equal(np.concatenate(batches[5:]), plan.order[plan.offsets[5] :])
     with pytest.raises(ValueError, match="read-only"):
@@ -290,18 +296,18 @@ def test_plan_is_read_only_and_sliced_by_step() -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     data=datasets(),
-    policy=st.sampled_from(["grouped", "random"]),
+    sampler=st.sampled_from(["grouped", "random"]),
     geometry=st.sampled_from([(1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]),
 )
 def test_batches_do_not_depend_on_the_number_of_ranks(
-    data: Any, policy: Any, geometry: tuple[int, int]
+    data: Any, sampler: Any, geometry: tuple[int, int]
 ) -> None:
     lengths, kinds, _ = data
     lengths, kinds = np.tile(lengths, 12), np.tile(kinds, 12)
     world, micro = geometry
-    plan = plan_epoch(lengths, kinds, global_batch=12, seed=0, epoch=0, policy=policy)
+    plan = plan_epoch(lengths, kinds, global_batch_size=12, seed=0, epoch=0, sampler=sampler)
     for step in range(plan.num_steps):
-        shares = assign(plan, step, lengths, world_size=world, micro_batch=micro)
+        shares = assign(plan, step, lengths, world_size=world, micro_batch_size=micro)
         assert len(shares) == world
         assert {len(rank) for rank in shares} == {12 // (world * micro)}
         assert {ids.shape for rank in shares for ids in rank} == {(micro,)}
@@ -315,7 +321,7 @@ def whole_batch(lengths: Ints, size: int) -> EpochPlan:
 
 def test_micro_steps_are_alike_and_ranks_take_turns() -> None:
     lengths = np.array([30, 10, 80, 60, 20, 70, 40, 50])
-    shares = assign(whole_batch(lengths, 8), 0, lengths, world_size=2, micro_batch=2)
+    shares = assign(whole_batch(lengths, 8), 0, lengths, world_size=2, micro_batch_size=2)
     assert [[lengths[ids].tolist() for ids in rank] for rank in shares] == [
         [[80, 70], [20, 10]],
         [[60, 50], [40, 30]],
@@ -325,14 +331,14 @@ def test_micro_steps_are_alike_and_ranks_take_turns() -> None:
 def test_rank_totals_are_balanced() -> None:
     # Evenly spaced lengths balance exactly over an even number of micro-steps.
     lengths = np.random.default_rng(0).permutation(128) + 500
-    shares = assign(whole_batch(lengths, 128), 0, lengths, world_size=8, micro_batch=2)
+    shares = assign(whole_batch(lengths, 128), 0, lengths, world_size=8, micro_batch_size=2)
     assert len({int(lengths[np.concatenate(rank)].sum()) for rank in shares}) == 1
 
 
 def test_empty_slots_are_spread() -> None:
     lengths = np.array([9, 8, 7, 6, 5])
     plan = EpochPlan(np.array([0, 1, 2, 3, 4, *[-1] * 11]), np.array([0, 16]))
-    shares = assign(plan, 0, lengths, world_size=2, micro_batch=4)
+    shares = assign(plan, 0, lengths, world_size=2, micro_batch_size=4)
     assert [[ids.tolist() for ids in rank] for rank in shares] == [
         [[0, 1, -1, -1], [4, -1, -1, -1]],
         [[2, -1, -1, -1], [3, -1, -1, -1]],
@@ -342,11 +348,11 @@ def test_empty_slots_are_spread() -> None:
 def test_665k_is_planned_at_once_and_hardly_padded() -> None:
     lengths, has_image = mixture(665_298)
     started = time.process_time()  # not wall time: other processes must not fail this
-    plan = plan_epoch(lengths, has_image, global_batch=128, seed=0, epoch=0, policy="grouped")
+    plan = plan_epoch(lengths, has_image, global_batch_size=128, seed=0, epoch=0, sampler="grouped")
     assert time.process_time() - started < 0.5  # 0.2 s seen
     tokens = padded = 0
     for step in range(0, plan.num_steps, 10):
-        shares = np.array(assign(plan, step, lengths, world_size=8, micro_batch=16))
+        shares = np.array(assign(plan, step, lengths, world_size=8, micro_batch_size=16))
         in_slots = np.where(shares < 0, 0, lengths[shares])
         tokens += int(in_slots.sum())
         padded += int(in_slots.max(axis=2).sum()) * 16
@@ -356,31 +362,35 @@ def test_665k_is_planned_at_once_and_hardly_padded() -> None:
 def test_665k_has_sixteen_shapes_and_little_padding() -> None:
     micro = 16
     lengths, has_image = mixture(665_298)
-    plan = plan_epoch(lengths, has_image, global_batch=128, seed=0, epoch=0, policy="grouped")
-    images, text = longest_rows(plan, lengths, has_image, micro_batch=micro)
+    plan = plan_epoch(lengths, has_image, global_batch_size=128, seed=0, epoch=0, sampler="grouped")
+    images, text = longest_rows(plan, lengths, has_image, micro_batch_size=micro)
     buckets = choose_buckets(images, text, count=16)
     assert sum(map(len, buckets)) <= 16
     # another epoch's micro-batches in the first one's buckets
-    other = plan_epoch(lengths, has_image, global_batch=128, seed=0, epoch=1, policy="grouped")
-    pairs = zip(longest_rows(other, lengths, has_image, micro_batch=micro), buckets, strict=True)
+    other = plan_epoch(
+        lengths, has_image, global_batch_size=128, seed=0, epoch=1, sampler="grouped"
+    )
+    pairs = zip(
+        longest_rows(other, lengths, has_image, micro_batch_size=micro), buckets, strict=True
+    )
     padded = sum(int(np.array(b)[np.searchsorted(b, rows)].sum()) for rows, b in pairs) * micro
     assert 0.01 < 1 - int(lengths.sum()) / padded < 0.06  # 5.0 % seen; evenly spaced 12 %
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=datasets(), policy=st.sampled_from(["grouped", "random", "llava"]))
-def test_longest_rows_are_those_of_every_assignment(data: Any, policy: Any) -> None:
+@given(data=datasets(), sampler=st.sampled_from(["grouped", "random", "llava"]))
+def test_longest_rows_are_those_of_every_assignment(data: Any, sampler: Any) -> None:
     lengths, kinds, size = data
-    micro, world = (1, size) if policy == "llava" else (1, 1)
+    micro, world = (1, size) if sampler == "llava" else (1, 1)
     plan = plan_epoch(
-        lengths, kinds, global_batch=size, seed=0, epoch=0, policy=policy,
-        llava_micro_batch=micro if policy == "llava" else None,
+        lengths, kinds, global_batch_size=size, seed=0, epoch=0, sampler=sampler,
+        llava_micro_batch=micro if sampler == "llava" else None,
     )  # fmt: skip
-    found = longest_rows(plan, lengths, kinds > 0, micro_batch=micro)
+    found = longest_rows(plan, lengths, kinds > 0, micro_batch_size=micro)
     chunks = [
         filled(ids)
         for step in range(plan.num_steps)
-        for rank in assign(plan, step, lengths, world_size=world, micro_batch=micro)
+        for rank in assign(plan, step, lengths, world_size=world, micro_batch_size=micro)
         for ids in rank
     ]
     chunks = [ids for ids in chunks if ids.size]
@@ -394,18 +404,18 @@ def test_longest_rows_are_those_of_every_assignment(data: Any, policy: Any) -> N
 GOOD: dict[str, Any] = {
     "lengths": [3, 4, 5, 6],
     "modalities": [True, False, True, True],
-    "global_batch": 4,
+    "global_batch_size": 4,
     "seed": 0,
     "epoch": 0,
-    "policy": "grouped",
+    "sampler": "grouped",
 }
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"global_batch": 5}, "4 samples are fewer than one global batch of 5.*at most 4"),
-        ({"global_batch": 0}, "global_batch is 0"),
+        ({"global_batch_size": 5}, "4 samples are fewer than one global batch of 5.*at most 4"),
+        ({"global_batch_size": 0}, "global_batch_size is 0"),
         ({"lengths": [3, 4, 5]}, "3 lengths and 4 modalities"),
         ({"lengths": [3, 0, 5, 6]}, "sample 1 has length 0"),
         ({"lengths": [3, 4, 5, -6]}, "sample 3 has length -6"),
@@ -415,21 +425,24 @@ GOOD: dict[str, Any] = {
         ({"seed": -1}, "seed is -1"),
         ({"epoch": -2}, "epoch is -2"),
         ({"window": 0}, "window is 0"),
-        ({"policy": "sorted"}, "'sorted'; choose one of grouped, random, llava"),
-        ({"policy": "llava"}, "no llava_micro_batch"),
-        ({"policy": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
-        ({"policy": "llava", "llava_micro_batch": 3}, "not a multiple of llava_micro_batch 3.* 6 "),
+        ({"sampler": "sorted"}, "'sorted'; choose one of grouped, random, llava"),
+        ({"sampler": "llava"}, "no llava_micro_batch"),
+        ({"sampler": "llava", "llava_micro_batch": 0}, "llava_micro_batch is 0"),
+        (
+            {"sampler": "llava", "llava_micro_batch": 3},
+            "not a multiple of llava_micro_batch 3.* 6 ",
+        ),
         ({"llava_micro_batch": 2}, "only 'llava' has micro-batches"),
         ({"remainder": "keep"}, "'keep'; choose one of auto, pad, short, drop, llava"),
-        ({"remainder": "llava"}, "'llava'; policy 'llava' takes 'llava' or 'pad', the others"),
+        ({"remainder": "llava"}, "'llava'; sampler 'llava' takes 'llava' or 'pad', the others"),
         ({"remainder": "drop"}, "leaves nothing.*global batch of 4"),
         (
-            {"policy": "llava", "llava_micro_batch": 2, "remainder": "drop"},
+            {"sampler": "llava", "llava_micro_batch": 2, "remainder": "drop"},
             "'llava' takes 'llava' or 'pad'",
         ),
         (
-            {"policy": "llava", "llava_micro_batch": 2, "llava_processes": 3},
-            "not a multiple of llava_micro_batch 2 x llava_processes 3; use a global_batch of 6",
+            {"sampler": "llava", "llava_micro_batch": 2, "llava_processes": 3},
+            "of llava_micro_batch 2 x llava_processes 3; use a global_batch_size of 6",
         ),
     ],
 )
@@ -441,27 +454,27 @@ def test_plan_errors_name_value_and_remedy(changed: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch", "message"),
+    ("world_size", "micro_batch_size", "message"),
     [
-        (8, 5, "128 .* 8 x micro_batch 5 = 40; use a global_batch of 120 or 160, or a micro_batch"),
-        (8, 5, "micro_batch of 1, 2, 4, 8, 16$"),
-        (6, 4, "= 24; use a global_batch of 120 or 144$"),
-        (64, 4, "= 256; use a global_batch of 256, or a micro_batch of 1, 2$"),
+        (8, 5, "128 .* 8 x micro_batch_size 5 = 40; use a global_batch_size of 120 or 160, or"),
+        (8, 5, "micro_batch_size of 1, 2, 4, 8, 16$"),
+        (6, 4, "= 24; use a global_batch_size of 120 or 144$"),
+        (64, 4, "= 256; use a global_batch_size of 256, or a micro_batch_size of 1, 2$"),
         (0, 4, "world_size is 0"),
-        (4, 0, "micro_batch is 0"),
+        (4, 0, "micro_batch_size is 0"),
     ],
 )
 def test_assign_errors_name_numbers_that_fit(
-    world_size: int, micro_batch: int, message: str
+    world_size: int, micro_batch_size: int, message: str
 ) -> None:
     lengths, _ = mixture(128)
     plan = whole_batch(lengths, 128)
     with pytest.raises(DataError, match=message):
-        assign(plan, 0, lengths, world_size=world_size, micro_batch=micro_batch)
+        assign(plan, 0, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
 
 
 def test_llava_plan_refuses_another_micro_batch() -> None:
-    settings: dict[str, Any] = {**GOOD, "policy": "llava", "llava_micro_batch": 2}
+    settings: dict[str, Any] = {**GOOD, "sampler": "llava", "llava_micro_batch": 2}
     plan = plan_epoch(**settings)
-    with pytest.raises(DataError, match=r"micro_batch is 1.*use 2 "):
-        assign(plan, 0, GOOD["lengths"], world_size=2, micro_batch=1)
+    with pytest.raises(DataError, match=r"micro_batch_size is 1.*use 2 "):
+        assign(plan, 0, GOOD["lengths"], world_size=2, micro_batch_size=1)

@@ -302,7 +302,7 @@ def test_an_amended_dataset_has_the_new_tokenizer(config: BuildConfig, pieces: b
     folder = Path(config.tokenizer)
     (folder / "tokenizer_config.json").unlink()
     other = llama_folder(folder.with_name("other"), pieces, legacy=False, add_bos_token=True)
-    built(replace(config, tokenizer=str(other), amend=True))
+    built(replace(config, tokenizer=str(other), incremental=True))
     assert (output / "tokenizer" / "tokenizer_config.json").read_bytes() == (
         other / "tokenizer_config.json"
     ).read_bytes()
@@ -317,7 +317,7 @@ def test_another_end_of_text_makes_other_rows(config: BuildConfig) -> None:
     path.write_text(path.read_text().replace('"eos_token": "</s>"', '"eos_token": "<unk>"'))
     with pytest.raises(DataError, match="built with another tokenizer"):
         built(config)
-    built(replace(config, amend=True))
+    built(replace(config, incremental=True))
     assert first_ids(output) != before
 
 

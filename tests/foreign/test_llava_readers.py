@@ -52,7 +52,7 @@ def run_of(forms: Forms, name: str) -> Path:
     flags: tuple[str, ...] = how.get("flags", ())
     aspect = how.get("aspect", "pad")
     if "after" in how:
-        flags = (*flags, f"--start_from={run_of(forms, how['after'])}")
+        flags = (*flags, f"--init_from={run_of(forms, how['after'])}")
     digest = hashlib.sha256(json.dumps([flags, kind, template, aspect]).encode()).hexdigest()
     return forms.run(digest[:8], *flags, kind=kind, template=template, aspect=aspect)
 

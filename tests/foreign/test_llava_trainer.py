@@ -101,12 +101,12 @@ def our_config(case: Case, material: Material, dataset: Path, output: Path) -> R
     arguments = [
         f"--config={RECIPES / f'{recipe}.yaml'}", f"--config={RECIPES / 'compat.yaml'}",
         f"--dataset={dataset}", f"--output={output}", f"--seed={case.seed}",
-        f"--global_batch={case.batch * case.accumulation * case.ranks}",
-        f"--micro_batch={case.batch}", "--workers=1", f"--llava_processes={case.ranks}",
+        f"--global_batch_size={case.batch * case.accumulation * case.ranks}",
+        f"--micro_batch_size={case.batch}", "--num_workers=1", f"--llava_processes={case.ranks}",
         f"--epochs={case.epochs}", f"--max_length={LIMIT}",
-        f"--start_from={material.folder / 'mm_projector.bin'}",
+        f"--init_from={material.folder / 'mm_projector.bin'}",
         "--precision=fp32", "--model.dtype=fp32", "--zero_stage=0", "--launcher=process",
-        "--device=cpu", "--save_every=100000", "--optim.warmup_ratio=0.1",
+        "--device=cpu", "--checkpoint.every=100000", "--optim.warmup_ratio=0.1",
         f"--model.vision.pretrained={material.folder / 'tower'}",
         f"--model.language.pretrained={material.folder / 'language'}",
     ]  # fmt: skip
@@ -293,7 +293,7 @@ def test_without_compat_the_order_is_ours(material: Material, tmp_path: Path) ->
     dataset = material.dataset("own_order", records, stage="finetune")
     case = Case("own order", count=40)
     config = our_config(case, material, dataset, tmp_path / "run")
-    own = replace(config, policy="grouped", llava_processes=0, truncate=True)
+    own = replace(config, sampler="grouped", llava_processes=0, truncate=True)
     model, _ = build_start(config)
     feeds = [Feed(open_for(model, c), c, rank=0, world_size=1) for c in (config, own)]
     orders = [

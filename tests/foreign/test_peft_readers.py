@@ -49,7 +49,7 @@ def run_of(forms: Forms, form: str) -> Path:
     """The run of a form."""
     how, flags = FORMS[form], [*LORA]
     if "after" in how:
-        flags.append(f"--start_from={forms.run('whole')}")
+        flags.append(f"--init_from={forms.run('whole')}")
     name = form.replace(" ", "-").replace(",", "")
     kind, template = how.get("kind", "pieces"), how.get("template", "v1")
     return forms.run(name, *flags, *how["flags"], kind=kind, template=template)

@@ -36,9 +36,9 @@ THETA = 50_000.0
 PIECES = VOCABULARY = 320
 RECIPE = """
 view: view
-global_batch: 8
-micro_batch: 4
-workers: 1
+global_batch_size: 8
+micro_batch_size: 4
+num_workers: 1
 device: cpu
 optim: {lr: 0.01}
 model:

@@ -179,7 +179,7 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.0)
     ("tower", "name", "values"),
     [
         ("clip", "llama", {"trainable": ALL}),
-        ("clip", "llama", {"trainable": BOTH, "features": "cls_patch"}),
+        ("clip", "llama", {"trainable": BOTH, "strategy": "full"}),
         ("clip", "llama", {"trainable": ("projector",)}),
         ("clip", "llama", {"trainable": ("language",)}),
         ("clip", "llama", {"trainable": BOTH, "gradient_checkpointing": True}),

@@ -211,7 +211,7 @@ def test_what_llava_publishes_is_a_model(tmp_path: Path, tower: Path, kind: str)
     found = read_foreign(tmp_path)
     same(expected, found)
     assert found.language.config.rope_parameters["rope_theta"] == 5000.0
-    assert found.config.vision.layer == -2
+    assert found.config.vision.vision_feature_layer == -2
     assert (kind_of(tmp_path), kind_of(tmp_path / "pytorch_model.bin")) == ("llava", "file")
 
 

@@ -69,7 +69,11 @@ def test_features_equal_transformers_that_interpolates(name: str, side: int, tow
     shape = tower_shape(config)
     assert shape is not None
     assert (shape.image_size, shape.num_tokens) == (side, patches)
-    kept = build_tower(replace(config, features="cls_patch")) if name != "siglip" else tower
+    kept = (
+        build_tower(replace(config, vision_feature_select_strategy="full"))
+        if name != "siglip"
+        else tower
+    )
     assert kept.num_tokens == patches + (name != "siglip")
 
 

@@ -72,19 +72,19 @@ def assert_same_logits(model: VisionLanguageModel, twin: Any, image_id: int = 64
 
 
 @pytest.mark.parametrize(
-    ("tower", "language", "features"),
+    ("tower", "language", "strategy"),
     [
-        ("siglip", "qwen2", "patch"),
-        ("dinov2", "llama", "patch"),
-        ("dinov2", "mistral", "cls_patch"),
-        ("clip", "gemma", "cls_patch"),
-        ("clip", "phi", "patch"),
+        ("siglip", "qwen2", "default"),
+        ("dinov2", "llama", "default"),
+        ("dinov2", "mistral", "full"),
+        ("clip", "gemma", "full"),
+        ("clip", "phi", "default"),
     ],
 )
 def test_other_towers_and_decoders_compute_the_same_and_come_back(
-    tmp_path: Path, tower: str, language: str, features: Any
+    tmp_path: Path, tower: str, language: str, strategy: Any
 ) -> None:
-    model = build_model(twins.config(tower, language, features=features)).eval()
+    model = build_model(twins.config(tower, language, strategy=strategy)).eval()
     write_hf(model, tmp_path, image_token_id=64, shard_size="20KB")
     twin: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
     assert_same_logits(model, twin.eval())

@@ -180,21 +180,21 @@ def test_image_features_among_scaled_embeddings_equal_transformers(language: str
 
 @pytest.mark.parametrize("tower", list(twins.TOWERS))
 @pytest.mark.parametrize("layer", [1, 2, -1, -2, -3])
-@pytest.mark.parametrize("features", ["patch", "cls_patch"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
 def test_a_towers_features_are_transformers_hidden_states(
-    tower: str, layer: int, features: str
+    tower: str, layer: int, strategy: str
 ) -> None:
-    if tower == "siglip" and features == "cls_patch":
+    if tower == "siglip" and strategy == "full":
         with pytest.raises(ModelError, match="siglip has no class token"):
-            build_model(twins.config(tower, layer=layer, features=features))
+            build_model(twins.config(tower, layer=layer, strategy=strategy))
         return
-    model = build_model(twins.config(tower, layer=layer, features=features)).eval()
+    model = build_model(twins.config(tower, layer=layer, strategy=strategy)).eval()
     whole = twins.transformers_twin(model).model.vision_tower
     pixels = twins.samples(1, (2,))[0].pixels
     states = whole(twins.normal_pixels(pixels, model), output_hidden_states=True).hidden_states
-    classes = 0 if tower == "siglip" or features == "cls_patch" else 1
+    classes = 0 if tower == "siglip" or strategy == "full" else 1
     found = model.vision(torch.from_numpy(pixels))
-    assert found.shape[1] == model.vision.num_tokens == 9 + (features == "cls_patch")
+    assert found.shape[1] == model.vision.num_tokens == 9 + (strategy == "full")
     torch.testing.assert_close(found, states[layer][:, classes:], rtol=0, atol=1e-5)
     layers = [m for m in model.vision.modules() if isinstance(m, torch.nn.ModuleList)]
     assert [len(found) for found in layers] == [layer if layer > 0 else 4 + layer]

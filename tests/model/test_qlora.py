@@ -127,4 +127,6 @@ def test_what_4_bits_cannot_do_is_refused(config: ModelConfig) -> None:
     with pytest.raises(ModelError, match=r"without language\.pretrained"):
         LanguageConfig(quantize="nf4")
     with pytest.raises(TrainError, match=r"zero_stage: 3 with model\.language\.quantize nf4"):
-        RunConfig("in", "out", "view", config, global_batch=1, micro_batch=1, zero_stage=3)
+        RunConfig(
+            "in", "out", "view", config, global_batch_size=1, micro_batch_size=1, zero_stage=3
+        )

@@ -89,7 +89,10 @@ def test_the_seed_decides_random_weights_and_leaves_the_global_generator() -> No
             {"vision": VisionConfig(tower="vit")},
             "vision.tower: 'vit' is unknown; expected",
         ),
-        ({"vision": VisionConfig(settings=CLIP, layer=9)}, "vision.layer: 9; the tower has 3"),
+        (
+            {"vision": VisionConfig(settings=CLIP, vision_feature_layer=9)},
+            "vision.vision_feature_layer: 9; the tower has 3",
+        ),
         ({"vision": VisionConfig(pretrained="/no/such/folder")}, "vision.pretrained.*cannot be"),
         ({"language": LanguageConfig(model_type="no_model")}, "'no_model' is no architecture"),
         ({"language": LanguageConfig(pretrained="/no/folder")}, "'/no/folder' cannot be loaded"),

@@ -42,7 +42,7 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def config(
-    tower: str = "clip", language: str = "llama", *, layer: int = -2, features: Any = "patch",
+    tower: str = "clip", language: str = "llama", *, layer: int = -2, strategy: Any = "default",
     **values: Any,
 ) -> ModelConfig:  # fmt: skip
     """A model of a few thousand parameters in which everything learns."""
@@ -50,12 +50,15 @@ def config(
         "trainable": ("vision", "projector", "language"), "head_chunk": 4, "seed": 1, **values,
     }  # fmt: skip
     return ModelConfig(
-        vision=VisionConfig(tower, settings=TOWERS[tower], layer=layer, features=features),
+        vision=VisionConfig(
+            tower, settings=TOWERS[tower], vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+        ),
         language=LanguageConfig(
             language, settings={**DECODER, **MORE.get(language, {})}, attention="eager"
         ),
         **fields,
-    )
+    )  # fmt: skip
 
 
 def llava_form(place: Path) -> LlavaForm:
@@ -69,12 +72,12 @@ def transformers_twin(model: VisionLanguageModel) -> Any:
     name = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
         vision.tower, vision.tower
     )
-    strategy = "full" if vision.tower == "siglip" or vision.features == "cls_patch" else "default"
+    strategy = "full" if vision.tower == "siglip" else vision.vision_feature_select_strategy
     made: Any = LlavaConfig(
         vision_config=AutoConfig.for_model(name, **vision.settings),
         text_config=AutoConfig.for_model(language.model_type, **language.settings),
         image_token_index=IMAGE_ID,
-        vision_feature_layer=vision.layer,
+        vision_feature_layer=vision.vision_feature_layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=model.language.config.tie_word_embeddings,
     )

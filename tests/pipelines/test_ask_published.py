@@ -1,4 +1,4 @@
-"""Published folders and exports through generate, chat, evaluate and train's start_from."""
+"""Published folders and exports through generate, chat, evaluate and train's init_from."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_what_is_no_model_is_one_line_for_every_verb(
     if make in (a_config_of_another_model, adapters_without_the_projector):
         return  # a start takes its weights alone, and those fit
     with pytest.raises((TrainError, ModelError)) as found:
-        runs.train("start", flags=(f"--start_from={folder}",))
+        runs.train("start", flags=(f"--init_from={folder}",))
     assert "\n" not in str(found.value)
     assert str(folder) in str(found.value)
 
@@ -339,13 +339,13 @@ def test_adapters_name_the_base_that_they_lack(
     build_language(LanguageConfig(settings=DECODER)).save_pretrained(tmp_path / "base")
     named = f"pretrained: {tmp_path / 'base'}"
     first = runs.train("projector", language=named, flags=("--model.trainable=[projector]",))
-    second = runs.train("on-projector", lora=LORA, language=named, flags=(f"--start_from={first}",))
+    second = runs.train("on-projector", lora=LORA, language=named, flags=(f"--init_from={first}",))
     capsys.readouterr()
     out = runs.export(second, "peft")
     assert f"the base model is {tmp_path / 'base'}, which is not in the" in flat(capsys)
     assert not (out / "base").exists()
     third = runs.train("whole", language=named)
-    fourth = runs.train("on-whole", lora=LORA, language=named, flags=(f"--start_from={third}",))
+    fourth = runs.train("on-whole", lora=LORA, language=named, flags=(f"--init_from={third}",))
     capsys.readouterr()
     out = runs.export(fourth, "peft")
     assert "which lies nowhere else: an earlier run trained it" in flat(capsys)

@@ -28,7 +28,7 @@ def test_feed_adds_a_row_for_each_way(tmp_path: Path, monkeypatch: pytest.Monkey
     # Corpus records are up to thousands of letters long and this tokenizer knows few words.
     tokenizer = make_tokenizer(tmp_path / "small")
     other = write_large(tmp_path / "other", records=4000, shards=1, per_shard=8)
-    flags = ["--records=60", "--images=3", "--micro_batch=2", "--seconds=0.2", "--rounds=1"]
+    flags = ["--records=60", "--images=3", "--micro_batch_size=2", "--seconds=0.2", "--rounds=1"]
     folders = [f"--folder={tmp_path / 'kept'}", f"--tokenizer={tokenizer}", f"--dataset={other}"]
     try:
         assert main(["feed", *folders, *flags]) == 0

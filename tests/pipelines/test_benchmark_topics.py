@@ -126,9 +126,9 @@ def test_open_and_read_add_their_rows(tmp_path: Path, results: Path) -> None:
 
 
 def test_plan_adds_a_row_for_each_order(tmp_path: Path, results: Path) -> None:
-    flags = ["--samples=600", "--rounds=1", "--ranks=2", "--micro_batch=4", "--buckets=4"]
+    flags = ["--samples=600", "--rounds=1", "--ranks=2", "--micro_batch_size=4", "--max_shapes=4"]
     assert main(["plan", *flags, f"--plot={tmp_path / 'plan.png'}"]) == 0
-    rows = {row["policy"]: row for row in rows_of(results, "plan")}
+    rows = {row["sampler"]: row for row in rows_of(results, "plan")}
     assert set(rows) == {*ORDERS, "one sort"}
     assert rows["llava"]["steps"] == rows["ungrouped"]["steps"] == "75"
     for order in ("grouped", "modality", "prismatic"):  # each modality has a tail of its own
@@ -140,12 +140,12 @@ def test_plan_adds_a_row_for_each_order(tmp_path: Path, results: Path) -> None:
         assert float(row["bucket_padded_percent"]) >= float(row["padded_percent"])
     # A dataset that was built tells its own lengths and words.
     write_large(tmp_path / "built", records=100, size=8)
-    flags = ["--rounds=1", "--ranks=2", "--micro_batch=4", "--save=false"]
+    flags = ["--rounds=1", "--ranks=2", "--micro_batch_size=4", "--save=false"]
     assert main(["plan", f"--dataset={tmp_path / 'built'}", *flags]) == 0
 
 
 def test_prismatics_batches_are_dealt_as_its_code_deals_them() -> None:
-    shape = Shape(ranks=2, micro_batch=2, accumulation=2)
+    shape = Shape(ranks=2, micro_batch_size=2, accumulation=2)
     draw = np.random.default_rng(5)
     has_image = draw.random(100) < 0.7
     words = draw.integers(1, 500, 100)
@@ -172,7 +172,7 @@ def dealt_by_hand(lengths: list[int], ranks: int) -> list[list[int]]:
 
 
 def test_modalities_apart_are_permuted_and_nothing_else() -> None:
-    shape = Shape(ranks=2, micro_batch=2, accumulation=1)
+    shape = Shape(ranks=2, micro_batch_size=2, accumulation=1)
     has_image = np.arange(23) % 3 > 0
     lengths = np.arange(1, 24)
     plan = ORDERS["modality"](Samples(lengths, lengths, has_image), shape)
@@ -182,7 +182,7 @@ def test_modalities_apart_are_permuted_and_nothing_else() -> None:
 
 
 def test_waste_is_what_a_hand_counts() -> None:
-    config = planning.PlanConfig(samples=8, ranks=2, micro_batch=2, buckets=2)
+    config = planning.PlanConfig(samples=8, ranks=2, micro_batch_size=2, max_shapes=2)
     plan = EpochPlan(np.arange(8), np.array([0, 4, 8]), fixed_micro_batch=2)
     lengths = np.array([1, 3, 2, 2, 5, 5, 1, 4])
     samples = Samples(lengths, lengths, np.array([True] * 4 + [False] * 4))

@@ -155,7 +155,7 @@ def test_an_image_that_ends_its_process_is_quarantined_and_nothing_else_is(tmp_p
     assert {"300 s" in row["detail"] for row in rows if row["record_id"] == "d.x"} == {True}
     assert is_clean(build)
     again = replace(build, output=tmp_path / "again")
-    code, _, err = again.run(workers=1)
+    code, _, err = again.run(num_workers=1)
     assert code == 0, err
     assert named_files(again.output) == named_files(build.output)
 
@@ -165,7 +165,7 @@ def test_a_task_whose_process_always_ends_stops_the_build(tmp_path: Path) -> Non
     build = plant(tmp_path, {"a.x": "kill"})
     said = one_line(build.run())
     assert "has ended 10 times, the last time at row " in said
-    assert "memory is short: lower --workers" in said
+    assert "memory is short: lower --num_workers" in said
 
 
 # ---- disks and libraries -----------------------------------------------------------------------

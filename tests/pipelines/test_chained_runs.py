@@ -57,7 +57,7 @@ def words(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_adapters_after_adapters_begin_where_the_first_ended(place: Path) -> None:
-    start = [f"--start_from={place / 'first'}", "--max_steps=1"]
+    start = [f"--init_from={place / 'first'}", "--max_steps=1"]
     others = {
         "alpha": [*LORA, "--model.lora.alpha=64"],
         "rank": [*LORA, "--model.lora.rank=5", "--model.lora.target=q_proj"],
@@ -98,7 +98,7 @@ def test_a_base_that_changed_below_a_run_is_refused_by_every_command(
         f"frozen weights: language.pretrained {tmp_path / 'base'} has changed since (language."
     )
     more = arguments(tmp_path, "run", *LORA, "--max_steps=4")
-    second = arguments(tmp_path, "second", *LORA, f"--start_from={run}")
+    second = arguments(tmp_path, "second", *LORA, f"--init_from={run}")
     for main, flags in (
         (pipelines.evaluate.main, asks),
         *((pipelines.export.main, [str(run), f"--to={form}", f"--output={tmp_path / form}"])

@@ -16,6 +16,7 @@ import pipelines.export
 import pipelines.generate
 import pipelines.preprocess
 import pipelines.quickstart
+import pipelines.repair
 import pipelines.show
 import pipelines.train
 from lapilli.data.errors import DataError
@@ -35,7 +36,12 @@ def test_help_tells_every_setting_with_its_meaning(capsys: pytest.CaptureFixture
         pipelines.train.main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("--global_batch", "Samples in one optimizer step", "--optim.lr", "Peak learning"):
+    for words in (
+        "--global_batch_size",
+        "Samples in one optimizer step",
+        "--optim.lr",
+        "Peak learning",
+    ):
         assert words in text
 
 
@@ -48,7 +54,7 @@ def test_later_recipes_and_flags_win(tmp_path: Path) -> None:
     layer.write_text("epochs: 3\noptim: {lr: 0.5}\n", encoding="utf-8")
     paths = ["--dataset=d", "--output=o"]
     config = parse(RunConfig, [f"--config={RECIPE}", f"--config={layer}", *paths], "")
-    assert (config.epochs, config.optim.lr, config.global_batch) == (3, 0.5, 32)
+    assert (config.epochs, config.optim.lr, config.global_batch_size) == (3, 0.5, 32)
     flags = ["--epochs=4", "--optim.lr=0.25", *paths]
     config = parse(RunConfig, [f"--config={RECIPE}", f"--config={layer}", *flags], "")
     assert (config.epochs, config.optim.lr) == (4, 0.25)
@@ -98,8 +104,8 @@ def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None
     [
         (pipelines.train.main, [RUN, "--dataset=ADDRESS", "--output=o"], "dataset"),
         (pipelines.train.main, [RUN, "--dataset=d", "--output=ADDRESS"], "output"),
-        (pipelines.train.main, [RUN, "--dataset=d", "--output=o", "--start_from=ADDRESS"],
-            "start_from"),
+        (pipelines.train.main, [RUN, "--dataset=d", "--output=o", "--init_from=ADDRESS"],
+            "init_from"),
         (pipelines.train.main, [RUN, "--dataset=d", "--output=o",
             "--model.language.pretrained=ADDRESS"], "model.language.pretrained"),
         (pipelines.train.main, [RUN, "--dataset=d", "--output=o",
@@ -124,7 +130,7 @@ def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None
         (pipelines.export.main, ["r", "--to=hf", "--output=ADDRESS"], "output"),
         (pipelines.show.main, ["ADDRESS"], "folders"),
         (pipelines.show.main, ["a", "--html=ADDRESS"], "html"),
-        (pipelines.show.main, ["a", "--root=ADDRESS"], "root"),
+        (pipelines.repair.main, ["a", "--root=ADDRESS"], "root"),
         (pipelines.quickstart.main, ["--output=ADDRESS"], "output"),
     ],
 )  # fmt: skip

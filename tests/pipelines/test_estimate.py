@@ -25,7 +25,7 @@ def test_it_tells_memory_and_disk_and_starts_nothing(
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     flags = [f"--config={RECIPE}", f"--dataset={tmp_path / 'none'}", f"--output={tmp_path / 'run'}"]
-    assert main([*flags, "--micro_batch=0", "--estimate"]) == 0
+    assert main([*flags, "--micro_batch_size=0", "--estimate"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "rows of max_length, 512 tokens" in said
     assert "ZeRO-0 ZeRO-1 ZeRO-2 ZeRO-3" in said
@@ -39,7 +39,7 @@ def test_its_operations_are_those_of_the_run(
 ) -> None:
     """An epoch's, added up from the rows that a run writes."""
     dataset = small_dataset(tmp_path, images=16, text_only=8)
-    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process", epochs=1)
+    config = small_run(dataset, tmp_path / "run", num_workers=1, launcher="process", epochs=1)
     launch(preflight(config))
     taken = sum(row["flops"] for row in read_metrics(tmp_path / "run"))
     opened = open_dataset(dataset, view=config.view, image_tokens=4)

@@ -38,9 +38,9 @@ FILLS = {"clip": (122, 116, 104), "siglip": (127, 127, 127), "dinov2": (123, 116
 LORA = "lora: {rank: 4, alpha: 16}"
 RECIPE = """
 view: view
-global_batch: 8
-micro_batch: 4
-workers: 1
+global_batch_size: 8
+micro_batch_size: 4
+num_workers: 1
 device: cpu
 optim: {lr: 0.05}
 model:
@@ -229,7 +229,7 @@ def test_training_starts_from_weights_of_others(runs: Runs, form: str, tmp_path:
     to = "llava" if form == "projector" else form
     assert pipelines.export.main([str(first), f"--to={to}", f"--output={written}"]) == 0
     start = written / "projector/mm_projector.bin" if form == "projector" else written
-    flags = (f"--start_from={start}", "--max_steps=1", "--optim.lr=0.000000001")
+    flags = (f"--init_from={start}", "--max_steps=1", "--optim.lr=0.000000001")
     if form != "peft":  # an adapter wants its base
         flags = (*flags, "--model.seed=9")
     second = runs.train(f"second-{form}", lora=LORA, flags=flags)
@@ -254,4 +254,4 @@ def test_what_cannot_be_a_start_or_an_export_is_one_line(
     export = tmp_path / "hf"
     assert pipelines.export.main([str(run), "--to=hf", f"--output={export}"]) == 0
     with pytest.raises(ModelError, match=r"expected the same model config"):
-        runs.train("other", flags=(f"--start_from={export}",))
+        runs.train("other", flags=(f"--init_from={export}",))

@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.yaml").write_text(RECIPE, encoding="utf-8")
     arguments = [f"--config={folder / 'run.yaml'}", f"--dataset={folder / 'data'}"]
     flags = ["--launcher=process", f"--output={folder / 'run'}", "--max_steps=2"]
-    every = ["--eval_every=1", "--generate_every=1", "--milestone_every=2"]
+    every = ["--validation.every=1", "--validation.answers_every=1", "--checkpoint.archive_every=2"]
     assert pipelines.train.main([*arguments, *flags, *every]) == 0
     kept = folder / "run" / "replay" / "step-00000001"
     kept.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_any_value_of_any_file_may_be_wrong(
             refuses(lambda look=look: LOOKS[look](run), (name, what, look))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"global_batch": ', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"global_batch_size": ', "\x00"])
 def test_a_folder_with_a_damaged_config_is_no_run(run: Path, text: str) -> None:
     (run / "config.json").write_text(text)
     assert refuses(lambda: kind_of(run), text[:10])
@@ -142,7 +142,7 @@ def test_folders_that_are_no_steps_are_no_checkpoints(run: Path) -> None:
 
 def test_a_run_that_starts_from_itself_ends_in_a_line(run: Path) -> None:
     state = json.loads((run / STATE).read_text())
-    state["config"]["start_from"] = str(run)
+    state["config"]["init_from"] = str(run)
     (run / STATE).write_text(json.dumps(state))
     with pytest.raises(TrainError, match="starts from more than 100 runs"):
         find_chain(str(run))

@@ -59,8 +59,17 @@ def write_everything(folder: Path) -> None:
     (folder / "run.yaml").write_text(RECIPE + LORA, encoding="utf-8")
     run = folder / "run"
     train = [f"--config={folder / 'run.yaml'}", f"--dataset={dataset}", "--launcher=process"]
-    train += [f"--output={run}", "--max_steps=2", "--save_every=1", "--milestone_every=1"]
-    train += ["--eval_every=1", "--generate_every=1", f"--eval_dataset={dataset}"]
+    train += [
+        f"--output={run}",
+        "--max_steps=2",
+        "--checkpoint.every=1",
+        "--checkpoint.archive_every=1",
+    ]
+    train += [
+        "--validation.every=1",
+        "--validation.answers_every=1",
+        f"--validation.dataset={dataset}",
+    ]
     assert pipelines.train.main(train) == 0
     for to in (["hf"], ["llava"], ["llava", "--files=bin"], ["peft"], ["hf", "--shard_size=40KB"]):
         output = folder / "exports" / "-".join(to).replace("--", "")

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setenv(name, SECRET)
         dataset = small_dataset(found, images=8, text_only=4)
         run = found / "run"
-        train(small_run(dataset, run, launcher="process", workers=1, epochs=1, max_steps=2))
+        train(small_run(dataset, run, launcher="process", num_workers=1, epochs=1, max_steps=2))
         pipelines.report.main([str(dataset)])
         pipelines.show.main([str(run), str(dataset), f"--html={found / 'page.html'}"])
         pipelines.export.main([str(run), "--to=hf", f"--output={found / 'export'}"])

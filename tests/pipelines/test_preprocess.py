@@ -84,7 +84,7 @@ def test_one_worker_and_two_write_the_same_bytes_as_this_process(
     found: dict[str, dict[str, str]] = {}
     for workers in (1, 2):
         output = command.folder / f"out{workers}"
-        assert main(command.flags(output=output, workers=workers)) == 0
+        assert main(command.flags(output=output, num_workers=workers)) == 0
         found[f"{workers} workers"] = hashes(output)
     said = " ".join(capsys.readouterr().out.split())  # as wide as the terminal
     build_dataset(command.mixture, command.folder / "out0", command.folder / "tokenizer")

@@ -78,7 +78,7 @@ def both(
         path, output = tmp_path / "recipe.yaml", tmp_path / "out"
         path.write_text(yaml.safe_dump(recipe))
         flags = [f"--config={path}", f"--root={tmp_path}"]
-        more = ["--decode", "--workers=1"] if decode else []
+        more = ["--decode", "--num_workers=1"] if decode else []
         code = check.main([*flags, *more, f"--output={tmp_path / 'bad.pq'}"])
         checked = _said(capsys)
         assert preprocess.main([*flags, f"--output={output}", f"--tokenizer={tokenizer}"]) == 0

@@ -128,9 +128,9 @@ def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
                 assert pipelines.train.main([*arguments, "--estimate"]) == 0
                 assert "ZeRO-3" in capsys.readouterr().out
             if is_new("preflight", config.model, config.zero_stage, config.precision):
-                follows = config.policy != "llava"  # to which the micro-batches belong
-                ready = preflight(replace(config, micro_batch=0) if follows else config)
-                assert ready.config.micro_batch == (4 if follows else 2)
+                follows = config.sampler != "llava"  # to which the micro-batches belong
+                ready = preflight(replace(config, micro_batch_size=0) if follows else config)
+                assert ready.config.micro_batch_size == (4 if follows else 2)
                 assert not follows or ready.parameters == fake[-1]
         assert not output.exists()
 

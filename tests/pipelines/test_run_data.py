@@ -20,7 +20,7 @@ from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
 from lapilli.model.interop.hf import read_facts
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint.save_load import find_checkpoints
-from lapilli.train.config import RunConfig
+from lapilli.train.config import CheckpointConfig, RunConfig, ValidationConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import finished_steps, preflight
 from lapilli.train.errors import TrainError
@@ -58,13 +58,13 @@ def dataset(folder: Path, mixture: Mixture) -> Path:
 
 
 def settings(dataset: Path, output: Path, **values: Any) -> RunConfig:
-    values = {"workers": 1, "launcher": "process", "epochs": 1, "max_steps": 2, **values}
+    values = {"num_workers": 1, "launcher": "process", "epochs": 1, "max_steps": 2, **values}
     return small_run(dataset, output, **values)
 
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, dataset: Path) -> RunConfig:
-    config = settings(dataset, folder / "run", milestone_every=1)
+    config = settings(dataset, folder / "run", checkpoint=CheckpointConfig(archive_every=1))
     launch(preflight(config))
     return config
 
@@ -110,7 +110,7 @@ def test_an_export_is_of_what_was_trained_and_not_of_an_edited_file(
 def test_another_run_starts_from_one_without_its_dataset(
     alone: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    ready = preflight(settings(dataset, tmp_path / "next", start_from=str(alone)))
+    ready = preflight(settings(dataset, tmp_path / "next", init_from=str(alone)))
     assert ready.start == 0
 
 
@@ -221,12 +221,14 @@ def test_templates_of_one_name_are_told_apart(
             [f"--run={finished.output}", f"--dataset={other}", f"--view={VIEW}"]
         )
     measured = settings(
-        Path(finished.dataset), tmp_path / "run", eval_every=1, eval_dataset=str(other)
+        Path(finished.dataset),
+        tmp_path / "run",
+        validation=ValidationConfig(every=1, dataset=str(other)),
     )
     with pytest.raises(TrainError, match=apart):
         preflight(measured)
     told: list[str] = []
-    preflight(settings(other, tmp_path / "run", start_from=finished.output), told.append)
+    preflight(settings(other, tmp_path / "run", init_from=finished.output), told.append)
     assert [line for line in told if "another template named mine" in line]
 
 
@@ -254,7 +256,12 @@ def weights(finished: RunConfig, tmp_path: Path) -> Path:
 def with_language(config: RunConfig, weights: Path, output: Path) -> RunConfig:
     language = replace(config.model.language, pretrained=str(weights), settings={})
     model = replace(config.model, language=language)
-    return replace(config, model=model, output=str(output), milestone_every=0)
+    return replace(
+        config,
+        model=model,
+        output=str(output),
+        checkpoint=replace(config.checkpoint, archive_every=0),
+    )
 
 
 def test_weights_without_a_tokenizer_are_said(
@@ -295,7 +302,11 @@ def test_a_mirror_has_what_the_run_keeps_and_gives_it_back(
     files = fsspec.filesystem("file", auto_mkdir=True)
     monkeypatch.setattr("lapilli.data.io.remote_path.open_storage", lambda scheme: files)
     store = tmp_path / "store"
-    config = settings(dataset, tmp_path / "run", milestone_every=2, mirror=f"file://{store}")
+    config = settings(
+        dataset,
+        tmp_path / "run",
+        checkpoint=CheckpointConfig(archive_every=2, upload=f"file://{store}"),
+    )
     launch(preflight(config))
     kept = contents(tmp_path / "run" / "data")
     assert "template.json" in kept

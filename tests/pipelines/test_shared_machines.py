@@ -62,7 +62,7 @@ class Trained:
         """The command that made it."""
         return [
             f"--config={self.folder / 'run.yaml'}", f"--dataset={self.dataset}",
-            "--launcher=process", f"--output={self.run}", "--max_steps=2", "--save_every=1",
+            "--launcher=process", f"--output={self.run}", "--max_steps=2", "--checkpoint.every=1",
         ]  # fmt: skip
 
     def questions(self, output: Path) -> list[str]:
@@ -117,7 +117,12 @@ def test_a_second_train_is_one_line_and_deletes_nothing_and_readers_go_on(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
-    changed = [f"--output={run}", "--max_steps=2", "--save_every=5", "--keep=1"]
+    changed = [
+        f"--output={run}",
+        "--max_steps=2",
+        "--checkpoint.every=5",
+        "--checkpoint.keep_last=1",
+    ]
     before = state_of(run)
     with held(run) as who:
         (run / "facts.json").unlink()  # as of a run that has not come to its end
@@ -206,11 +211,11 @@ def test_quickstart_and_check_hold_what_they_write(
 
 def all_that_open(trained: Trained, run: Path) -> list[tuple[Callable[..., int], list[str]]]:
     """Every command that opens a run's weights."""
-    train = [*trained.train[:-3], f"--output={run}", "--max_steps=2", "--save_every=1"]
+    train = [*trained.train[:-3], f"--output={run}", "--max_steps=2", "--checkpoint.every=1"]
     output = run.parent / "never"
     return [
         (pipelines.train.main, train),
-        (pipelines.train.main, [*train, f"--output={output}", f"--start_from={run}"]),
+        (pipelines.train.main, [*train, f"--output={output}", f"--init_from={run}"]),
         (pipelines.generate.main, [str(run), "--question=What?", "--device=cpu"]),
         (pipelines.evaluate.main, [f"--run={run}", f"--dataset={trained.dataset}", VIEWED]),
         (pipelines.export.main, [str(run), "--to=hf", f"--output={output}"]),

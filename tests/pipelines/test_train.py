@@ -19,9 +19,9 @@ from tests.train.tiny import model_config
 
 RECIPE = """
 view: VIEW
-global_batch: 8
-micro_batch: 4
-workers: 1
+global_batch_size: 8
+micro_batch_size: 4
+num_workers: 1
 device: cpu
 optim: {lr: 0.01}
 model:
@@ -87,17 +87,17 @@ def test_train_then_evaluate_with_relative_paths(
         (["--view=clip"], "view: 'clip' is not in"),
         (["--view=crop24"], "images of 24 px, the tower takes 32"),
         (["--no_such_key=1"], "no_such_key"),
-        (["--global_batch=many"], "global_batch"),
+        (["--global_batch_size=many"], "global_batch_size"),
         (["--optim.lr=fast"], "optim.lr"),
         (
-            ["--global_batch=64", "--micro_batch=8"],
+            ["--global_batch_size=64", "--micro_batch_size=8"],
             "20 samples are fewer than one global batch of 64",
         ),
-        (["--global_batch=6"], "6 is no multiple of workers x micro_batch = 1 x 4"),
+        (["--global_batch_size=6"], "6 is no multiple of num_workers x micro_batch_size = 1 x 4"),
         (["--max_length=3"], "max_length: 3"),
         (["--model.language.settings.vocab_size=100"], "the language model knows 100"),
         (["--model.projector=thin"], "'thin' is unknown"),
-        (["--workers=64", "--global_batch=256"], "workers: 64"),
+        (["--num_workers=64", "--global_batch_size=256"], "num_workers: 64"),
         (["--device=cuda"], "no GPU is visible"),
         (["--precision=bf16", "--zero_stage=0"], "zero_stage: 0 with precision bf16"),
         (["--max_steps=-1"], "max_steps: -1"),

@@ -203,7 +203,7 @@ def test_a_start_from_somebody_elses_run_trusts_the_users_recipe_alone(
 ) -> None:
     opened = with_remote_code(made, tmp_path / "run")
     own = read_run_config(made / "run")
-    mine = replace(own, start_from=str(opened), output=str(tmp_path / "mine"))
+    mine = replace(own, init_from=str(opened), output=str(tmp_path / "mine"))
     _, start = build_start(mine)
     assert start is not None
     assert start.path.is_relative_to(opened)

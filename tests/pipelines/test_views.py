@@ -20,7 +20,7 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.model.errors import ModelError
 from lapilli.train.inference.assistant import open_assistant
-from pipelines.views import filled_views
+from pipelines.cli.views import filled_views
 from tests.factories import make_mixture, make_tokenizer
 from tests.pipelines.test_ask_published import of_others
 from tests.pipelines.test_export_runs import Runs
@@ -47,7 +47,7 @@ def built(folder: Path, name: str, view: str) -> Path:
     recipe = folder / f"{name}.yaml"
     recipe.write_text(RECIPE.replace("VIEW", view))
     arguments = [f"--config={recipe}", f"--root={folder / 'root'}", f"--output={folder / name}"]
-    arguments += [f"--tokenizer={folder / 'tokenizer'}", "--workers=1"]
+    arguments += [f"--tokenizer={folder / 'tokenizer'}", "--num_workers=1"]
     assert pipelines.preprocess.main(arguments) == 0
     assert pipelines.check.main([f"--config={recipe}", f"--root={folder / 'root'}"]) == 0
     return folder / name

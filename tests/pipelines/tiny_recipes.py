@@ -48,8 +48,8 @@ DECODER: dict[str, Any] = {
 }  # fmt: skip
 # Parts of one process on a CPU; what is left of a recipe is what decides how a run is made.
 SCALE = (
-    "--launcher=process", "--device=cpu", "--workers=1", "--global_batch=4", "--micro_batch=2",
-    "--epochs=1", "--max_steps=1", "--model.head_chunk=32",
+    "--launcher=process", "--device=cpu", "--num_workers=1", "--global_batch_size=4",
+    "--micro_batch_size=2", "--epochs=1", "--max_steps=1", "--model.head_chunk=32",
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def training_recipes() -> list[str]:
     found: list[str] = []
     for path in sorted(RECIPES.rglob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "sources" not in values and ("model" in values or "policy" in values):
+        if "sources" not in values and ("model" in values or "sampler" in values):
             found.append(path.relative_to(RECIPES).with_suffix("").as_posix())
     return found
 

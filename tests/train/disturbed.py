@@ -92,7 +92,7 @@ def kill_at(what: str, config: RunConfig, step: int, running: Running) -> None:
     """kill -9 a worker, the raylet or the driver of a run once a step is done."""
     wait_for_step(config, step, running)
     victims = {
-        "worker": lambda: train_workers(running)[step % config.workers],
+        "worker": lambda: train_workers(running)[step % config.num_workers],
         "raylet": running.raylet,
         "driver": lambda: running.driver,
     }

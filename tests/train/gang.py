@@ -26,7 +26,7 @@ PATIENCE = 300  # seconds without a step; a machine may have other work
 def train_together(
     config: RunConfig, *, kill_at: int | None = None, cuts_all: bool = False
 ) -> list[int | None]:
-    """Run `config.workers` processes to their end; returns their exit codes.
+    """Run `config.num_workers` processes to their end; returns their exit codes.
 
     Args:
         config: The run.
@@ -37,7 +37,7 @@ def train_together(
     run.mkdir(parents=True, exist_ok=True)
     store = f"{tempfile.mkdtemp(dir=run.parent)}/store"
     spawn = multiprocessing.get_context("spawn")
-    places = [(config, rank, store, cuts_all) for rank in range(config.workers)]
+    places = [(config, rank, store, cuts_all) for rank in range(config.num_workers)]
     workers = [spawn.Process(target=_work, args=place) for place in places]
     for worker in workers:
         worker.start()
@@ -56,9 +56,9 @@ def train_together(
 
 
 def _work(config: RunConfig, rank: int, store: str, cuts_all: bool) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.workers))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.num_workers))
     torch.set_num_threads(1)
-    size = config.workers
+    size = config.num_workers
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     settings = engine.deepspeed_settings
     if cuts_all:

@@ -31,7 +31,7 @@ def configured(
     output: Path,
     *trainable: Part,
     lora: LoraConfig | None = None,
-    start_from: Path | str = "",
+    init_from: Path | str = "",
     language: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     **values: Any,
@@ -39,7 +39,7 @@ def configured(
     """Settings of a small run; `language` and `model` change theirs."""
     made: ModelConfig = model_config(*trainable, lora=lora)
     made = replace(made, language=replace(made.language, **(language or {})), **(model or {}))
-    return run_config(made, output=str(output), start_from=str(start_from), **values)
+    return run_config(made, output=str(output), init_from=str(init_from), **values)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.tiny import model_config
 
@@ -25,7 +25,8 @@ def small_run(dataset: Path, output: Path, **values: Any) -> RunConfig:
     model.vision.settings.update(image_size=32, patch_size=16)
     model.language.settings.update(vocab_size=512)
     settings: dict[str, Any] = {
-        "global_batch": 8, "micro_batch": 2, "workers": 2, "epochs": 2, "save_every": 4,
-        "optim": OptimConfig(lr=0.01), "device": "cpu", **values,
+        "global_batch_size": 8, "micro_batch_size": 2, "num_workers": 2, "epochs": 2,
+        "checkpoint": CheckpointConfig(every=4), "optim": OptimConfig(lr=0.01), "device": "cpu",
+        **values,
     }  # fmt: skip
     return RunConfig(dataset=str(dataset), output=str(output), view=VIEW, model=model, **settings)

@@ -14,7 +14,7 @@ from lapilli.data.errors import DataError
 from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.language import build_language
-from lapilli.train.config import RunConfig
+from lapilli.train.config import RunConfig, ValidationConfig
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from tests.train.small_run import small_dataset, small_run
@@ -34,7 +34,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(material: Path, output: Path, **changes: Any) -> RunConfig:
     config = small_run(
-        material / "dataset", output, workers=1, launcher="process", micro_batch=4, global_batch=4
+        material / "dataset",
+        output,
+        num_workers=1,
+        launcher="process",
+        micro_batch_size=4,
+        global_batch_size=4,
     )
     model = replace(
         config.model,
@@ -68,8 +73,8 @@ def test_the_material_is_good_but_for_its_weights(no_weights: Path, material: Pa
         ({"view": "crop24"}, TrainError, "images of 24 px, the tower takes 32"),
         ({"dataset": "nowhere"}, DataError, "no dataset"),
         ({"max_length": 3}, DataError, "max_length: 3"),
-        ({"eval_every": 1, "eval_dataset": "nowhere"}, DataError, "no dataset"),
-        ({"eval_every": 1}, Exception, "held"),
+        ({"validation": ValidationConfig(every=1, dataset="nowhere")}, DataError, "no dataset"),
+        ({"validation": ValidationConfig(every=1)}, Exception, "held"),
     ],
 )
 @pytest.mark.parametrize("stage", [2, 3])
@@ -88,7 +93,7 @@ def test_so_are_the_models_own_sizes(no_weights: Path) -> None:
     for model, words in (
         (replace(config.model, vision=replace(vision, image_size=48)), "the tower takes 48"),
         (replace(config.model, vision=replace(vision, image_size=30)), "no multiple of .* 16"),
-        (replace(config.model, vision=replace(vision, layer=-9)), r"vision\.layer: -9"),
+        (replace(config.model, vision=replace(vision, vision_feature_layer=-9)), "layer: -9"),
         (replace(config.model, language=replace(language, attention="x")), "language.attention"),
     ):
         with pytest.raises((ModelError, TrainError), match=words):

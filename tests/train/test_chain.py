@@ -75,7 +75,7 @@ def test_adapters_lie_merged_below_what_comes_after(
     language = on_base(base)
     first = made_run(configured(tmp_path / "a", *parts, lora=FIRST, language=language))
     after = configured(
-        tmp_path / "b", *parts, lora=second, language=language, start_from=tmp_path / "a"
+        tmp_path / "b", *parts, lora=second, language=language, init_from=tmp_path / "a"
     )
     assert_goes_on(after, first)
 
@@ -94,7 +94,7 @@ def test_a_chain_of_whole_and_adapted_stages_is_followed_to_its_beginning(
     made, before = None, ""
     for number, (parts, lora) in enumerate(stages):
         run = tmp_path / str(number)
-        config = configured(run, *parts, lora=lora, language=on_base(base), start_from=before)
+        config = configured(run, *parts, lora=lora, language=on_base(base), init_from=before)
         made = assert_goes_on(config, made) if made else made_run(config)
         before = str(run)
 
@@ -108,7 +108,7 @@ def test_gpt2s_transposed_layers_are_merged(tmp_path: Path) -> None:
     first = made_run(configured(tmp_path / "a", *BOTH, lora=FIRST, language=language))
     after = configured(
         tmp_path / "b", *BOTH, lora=replace(FIRST, alpha=9), language=language,
-        start_from=tmp_path / "a",
+        init_from=tmp_path / "a",
     )  # fmt: skip
     assert_goes_on(after, first)
 
@@ -118,7 +118,7 @@ def test_merged_weights_in_bf16_are_rounded_once(base: Path, tmp_path: Path) -> 
     first = made_run(configured(tmp_path / "a", *BOTH, lora=FIRST, language=language))
     after = configured(
         tmp_path / "b", *BOTH, lora=FIRST, language=language, model=half, precision="bf16",
-        start_from=tmp_path / "a",
+        init_from=tmp_path / "a",
     )  # fmt: skip
     found = dict(build_run(after).model.language.named_parameters())
     source = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
@@ -140,7 +140,7 @@ def test_added_rows_go_on_and_grow(tied: bool, tmp_path: Path) -> None:
     def stage(name: str, rows: int, lora: LoraConfig | None, before: str = "") -> RunConfig:
         start = tmp_path / before if before else ""
         language = on_base(base, vocab_size=rows)
-        return configured(tmp_path / name, *BOTH, lora=lora, language=language, start_from=start)
+        return configured(tmp_path / name, *BOTH, lora=lora, language=language, init_from=start)
 
     first = made_run(stage("a", VOCABULARY + 4, FIRST))
     second = assert_goes_on(stage("b", VOCABULARY + 4, replace(FIRST, rank=3), "a"), first)
@@ -175,7 +175,7 @@ def test_adapters_are_merged_before_4_bits_and_4_bits_are_what_lay_below(tmp_pat
 
     def stage(name: str, language: dict[str, Any], before: str = "") -> RunConfig:
         start = tmp_path / before if before else ""
-        return configured(tmp_path / name, *BOTH, lora=FIRST, language=language, start_from=start)
+        return configured(tmp_path / name, *BOTH, lora=FIRST, language=language, init_from=start)
 
     first = made_run(stage("a", plain))
     second = build_run(stage("b", packed, "a")).model
@@ -218,16 +218,16 @@ def test_a_run_of_the_chain_that_is_gone_or_another_is_named(base: Path, tmp_pat
     language = on_base(base)
     first = configured(tmp_path / "a", "projector", language=language)
     second = configured(
-        tmp_path / "b", *BOTH, lora=FIRST, language=language, start_from=tmp_path / "a"
+        tmp_path / "b", *BOTH, lora=FIRST, language=language, init_from=tmp_path / "a"
     )
     third = configured(tmp_path / "c", *BOTH, lora=FIRST, language=language,
-                       start_from=tmp_path / "b")  # fmt: skip
+                       init_from=tmp_path / "b")  # fmt: skip
     for config in (first, second, third):
         made_run(config)
     shutil.move(tmp_path / "a", tmp_path / "away")
     for config in (second, third):
         with pytest.raises(
-            TrainError, match=rf"start_from: {tmp_path}/b started from weights of {tmp_path}/a .*"
+            TrainError, match=rf"init_from: {tmp_path}/b started from weights of {tmp_path}/a .*"
             "which has no whole checkpoint any more; put them back",
         ):  # fmt: skip
             load_trained(Path(config.output))
@@ -242,7 +242,7 @@ def test_a_start_that_went_on_is_still_found(base: Path, tmp_path: Path) -> None
     language = on_base(base)
     first = configured(tmp_path / "a", "projector", language=language)
     made_run(first)
-    second = configured(tmp_path / "b", "language", language=language, start_from=tmp_path / "a")
+    second = configured(tmp_path / "b", "language", language=language, init_from=tmp_path / "a")
     ended = summed_loss(made_run(second))
     shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "a" / "milestones")
     made_run(first, step=2, scale=0.1)

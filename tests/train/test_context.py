@@ -11,7 +11,7 @@ import pytest
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.model.config import LanguageConfig
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from lapilli.train.config import RunConfig
+from lapilli.train.config import RunConfig, ValidationConfig
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.validation.decoding import RowReader, ask_first
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def config(dataset: Dataset, output: Path, language: LanguageConfig, **values: Any) -> RunConfig:
-    made = small_run(dataset.path, output, workers=1, launcher="process", **values)
+    made = small_run(dataset.path, output, num_workers=1, launcher="process", **values)
     return replace(made, model=replace(made.model, language=language))
 
 
@@ -34,21 +34,21 @@ def learnt(positions: int) -> LanguageConfig:
     return LanguageConfig("gpt2", settings={**settings, "vocab_size": 512})
 
 
-@pytest.mark.parametrize("values", [{}, {"eval_every": 1, "eval_dataset": "ITSELF"}])
+@pytest.mark.parametrize("validates", [False, True])
 def test_learnt_positions_end_a_run_before_it_starts(
-    dataset: Dataset, tmp_path: Path, values: dict[str, Any]
+    dataset: Dataset, tmp_path: Path, validates: bool
 ) -> None:
-    values = {k: str(dataset.path) if v == "ITSELF" else v for k, v in values.items()}
+    validation = ValidationConfig(int(validates), dataset=str(dataset.path))
     longest = int(dataset.lengths.max())
     with pytest.raises(
         TrainError, match=rf"max_length: .* {longest} tokens.* 40 positions"
     ) as said:
-        preflight(config(dataset, tmp_path / "run", learnt(40), **values))
+        preflight(config(dataset, tmp_path / "run", learnt(40), validation=validation))
     assert "\n" not in str(said.value)
     assert "set max_length: 40" in str(said.value)
     assert not (tmp_path / "run").exists()
     enough = -(-longest // 32) * 32
-    preflight(config(dataset, tmp_path / "run", learnt(enough), **values))
+    preflight(config(dataset, tmp_path / "run", learnt(enough), validation=validation))
 
 
 def test_rotary_positions_are_a_note_with_both_numbers(dataset: Dataset, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ from tests.train.small_run import small_run
 
 ray.init("local", num_cpus=2, resources={"HPU": 2}, include_dashboard=False, log_to_driver=False)
 for device, workers in (("hpu", 4), ("hpu", 2), ("auto", 2)):
-    config = small_run(Path(sys.argv[1]), Path(sys.argv[2]), workers=workers, device=device)
+    config = small_run(Path(sys.argv[1]), Path(sys.argv[2]), num_workers=workers, device=device)
     try:
         preflight(config)
     except TrainError as error:
@@ -86,7 +86,7 @@ def test_ray_is_asked_for_hpus_and_their_software(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
-    assert "workers: 4; Ray has 2 HPUs; lower it or add nodes" in said[0]
+    assert "num_workers: 4; Ray has 2 HPUs; lower it or add nodes" in said[0]
     assert all("habana_frameworks" in line and "where the workers are" in line for line in said[1:])
     assert len(said) == 3
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lapilli.train.config import CheckpointConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
@@ -21,8 +22,8 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(
 ) -> None:
     dataset = small_dataset(tmp_path, images=8, text_only=4)
     config = small_run(  # long enough for the driver to see step 3 before the last is saved
-        dataset, tiny_disk / "run", launcher="process", workers=1, max_steps=80, save_every=2,
-        epochs=80, keep=1,
+        dataset, tiny_disk / "run", launcher="process", num_workers=1, max_steps=80, epochs=80,
+        checkpoint=CheckpointConfig(every=2, keep_last=1),
     )  # fmt: skip
     whole = launch(preflight(replace(config, output=str(tmp_path / "whole"))))
     fill = tiny_disk / "fill"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.train.config import CheckpointConfig, RecoveryConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
@@ -19,9 +20,15 @@ def test_a_lost_machine_leaves_one_worker_and_the_run_ends_as_if_it_had_been_one
     tmp_path: Path,
 ) -> None:
     dataset = small_dataset(tmp_path)
-    alone = small_run(dataset, tmp_path / "alone", epochs=4, workers=1, launcher="process")
+    alone = small_run(dataset, tmp_path / "alone", epochs=4, num_workers=1, launcher="process")
     launch(preflight(alone))
-    config = small_run(dataset, tmp_path / "run", epochs=4, min_workers=1, save_every=2)
+    config = small_run(
+        dataset,
+        tmp_path / "run",
+        epochs=4,
+        recovery=RecoveryConfig(min_workers=1),
+        checkpoint=CheckpointConfig(every=2),
+    )
     with driver(config, cores="1+1") as running:
         wait_for_step(config, 5, running)
         lose_machine(running)  # the second one

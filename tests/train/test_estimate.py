@@ -114,14 +114,14 @@ def test_a_sketch_has_the_parameters_of_the_model() -> None:
 
 
 def test_the_micro_batch_follows_from_memory() -> None:
-    config = run_config(model_config(), global_batch=24, micro_batch=0)  # two workers
+    config = run_config(model_config(), global_batch_size=24, micro_batch_size=0)  # two workers
     estimate = estimate_run(config, sketch_run(config), length=32)
-    assert follow(config, None, lambda: estimate).micro_batch == 6  # 12 a worker, at most 8
+    assert follow(config, None, lambda: estimate).micro_batch_size == 6  # 12 a worker, at most 8
     sizes = {rows: estimate.worker_bytes(config.zero_stage, rows) for rows in (1, 4, 5, 12)}
     assert sizes[1] < sizes[4] < sizes[5] < sizes[12]
     for device, rows in ((sizes[5], 4), (sizes[12], 12), (sizes[12] * 9, 12), (sizes[1], 1)):
         chosen = follow(config, int(device / 0.9) + 1, lambda: estimate)
-        assert (chosen.micro_batch, chosen.accumulation) == (rows, 12 // rows)
+        assert (chosen.micro_batch_size, chosen.accumulation) == (rows, 12 // rows)
     with pytest.raises(TrainError, match=r"one row of 32 tokens needs .* GB .*zero_stage 3 or"):
         follow(config, int(sizes[1] / 0.9) - 1000, lambda: estimate)
 
@@ -130,14 +130,17 @@ def test_the_micro_batch_follows_from_memory() -> None:
     ("values", "message"),
     [
         (
-            {"global_batch": 12, "micro_batch": 4},
-            "= 8; 8 or 16 would fit, or a micro_batch of 1, 2",
+            {"global_batch_size": 12, "micro_batch_size": 4},
+            "= 8; 8 or 16 would fit, or a micro_batch_size of 1, 2",
         ),
         (
-            {"global_batch": 5, "micro_batch": 0},
+            {"global_batch_size": 5, "micro_batch_size": 0},
             r"5 is no multiple .* 2 x 1 = 2; 4 or 6 would fit$",
         ),
-        ({"micro_batch": 0, "loss": "means"}, "micro_batch: 0 with policy llava or loss means"),
+        (
+            {"micro_batch_size": 0, "loss_reduction": "micro_batch_mean"},
+            "micro_batch_size: 0 with sampler llava or loss_reduction micro_batch_mean",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_cut_names_numbers_that_can(

@@ -64,7 +64,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def model(dataset: Dataset) -> VisionLanguageModel:
     """A model that knows the dataset by heart."""
-    config = small_run(Path(), Path(), workers=1, global_batch=8, micro_batch=8, epochs=150)
+    config = small_run(
+        Path(), Path(), num_workers=1, global_batch_size=8, micro_batch_size=8, epochs=150
+    )
     model = build_model(config.model)
     optimizer = build_optimizer(model, replace(config.optim, lr=0.01))
     for step in Feed(dataset, config, rank=0, world_size=1).steps(0):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lapilli.train.checkpoint.save_load import latest_checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.metrics.batch_digest import lanes_text, sample_lanes
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.disturbed import driver, ends, kill_at
@@ -53,7 +53,9 @@ def last_line(errors: str) -> str:
 def test_the_raylet_is_killed_and_the_same_command_goes_on(
     finished: RunConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_run(dataset, tmp_path / "run", epochs=EPOCHS, save_every=2)
+    config = small_run(
+        dataset, tmp_path / "run", epochs=EPOCHS, checkpoint=CheckpointConfig(every=2)
+    )
     with driver(config) as running:
         kill_at("raylet", config, 9, running)
         code, _, errors = running.end()
@@ -74,7 +76,7 @@ def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
 ) -> None:
     chance = random.Random(20)
     steps = [chance.randint(first, first + 4) for first in (2, 10, 18, 26, 34)]
-    two = small_run(dataset, tmp_path / "run", epochs=EPOCHS, save_every=2)
+    two = small_run(dataset, tmp_path / "run", epochs=EPOCHS, checkpoint=CheckpointConfig(every=2))
     with driver(two) as running:
         kill_at("worker", two, steps[0], running)  # Ray replaces it
         kill_at("raylet", two, steps[1], running)
@@ -85,12 +87,12 @@ def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
     newest = latest_checkpoint(Path(two.output))  # written behind the steps: not the last one's
     assert newest is not None
     same = newest.step  # what comes later is one worker's
-    one = replace(two, workers=1, zero_stage=3)
+    one = replace(two, num_workers=1, zero_stage=3)
     with driver(one) as running:
         kill_at("worker", one, steps[3], running)
         kill_at("raylet", one, steps[4], running)
         assert running.end()[0] == 2
-    four = replace(two, workers=4, zero_stage=3)
+    four = replace(two, num_workers=4, zero_stage=3)
     code, _, errors = ends(four)
     assert code == 0, errors
     losses, expected = column(four, "loss"), column(finished, "loss")
@@ -103,12 +105,12 @@ def test_killed_five_times_and_resumed_on_other_workers_and_another_stage(
 def test_two_one_and_four_workers_without_ray_take_the_same_batches_to_the_same_losses(
     dataset: Path, tmp_path: Path
 ) -> None:
-    whole = small_run(dataset, tmp_path / "whole", save_every=2)
+    whole = small_run(dataset, tmp_path / "whole", checkpoint=CheckpointConfig(every=2))
     assert train_together(whole) == [0, 0]
     two = replace(whole, output=str(tmp_path / "run"))
     assert train_together(two, kill_at=random.Random(9).randint(2, 4)) == [-9, -9]
-    assert train_together(replace(two, workers=1, zero_stage=3), kill_at=8) == [-9]
-    four = replace(two, workers=4)
+    assert train_together(replace(two, num_workers=1, zero_stage=3), kill_at=8) == [-9]
+    four = replace(two, num_workers=4)
     assert train_together(four) == [0] * 4
     assert column(four, "batch") == column(whole, "batch")
     assert column(four, "loss") == pytest.approx(column(whole, "loss"), abs=1e-4)

@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def config_for(workers: int, **values: Any) -> RunConfig:
-    return small_run(Path("unused"), Path("unused"), workers=workers, **values)
+    return small_run(Path("unused"), Path("unused"), num_workers=workers, **values)
 
 
 def sample_ids(feed: Feed) -> list[list[str]]:
@@ -43,17 +43,17 @@ def sample_ids(feed: Feed) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "remainder"),
+    ("sampler", "remainder"),
     [("grouped", "pad"), ("random", "pad"), ("grouped", "short"), ("llava", "pad")],
 )
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
-    dataset: Dataset, workers: int, policy: str, remainder: str
+    dataset: Dataset, workers: int, sampler: str, remainder: str
 ) -> None:
-    config = config_for(workers, policy=policy, remainder=remainder)
+    config = config_for(workers, sampler=sampler, remainder=remainder)
     feeds = [Feed(dataset, config, rank=r, world_size=workers) for r in range(workers)]
-    processes = workers if policy == "llava" else 0
-    alone_config = config_for(1, policy=policy, remainder=remainder, llava_processes=processes)
+    processes = workers if sampler == "llava" else 0
+    alone_config = config_for(1, sampler=sampler, remainder=remainder, llava_processes=processes)
     alone = Feed(dataset, alone_config, rank=0, world_size=1)
     by_rank = [sample_ids(feed) for feed in feeds]
     expected = [sorted(ids) for ids in sample_ids(alone)]
@@ -67,11 +67,11 @@ def test_ranks_together_get_the_global_batch_and_every_sample_once_an_epoch(
 def test_llavas_micro_batches_are_dealt_to_the_ranks_in_turn(
     dataset: Dataset, workers: int
 ) -> None:
-    config = config_for(workers, policy="llava", epochs=2)
+    config = config_for(workers, sampler="llava", epochs=2)
     signed = np.where(dataset.has_images, dataset.llava_lengths, -dataset.llava_lengths)
     blocks = [
         llava_steps(
-            signed, micro_batch=2, processes=workers, accumulation=config.accumulation,
+            signed, micro_batch_size=2, processes=workers, accumulation=config.accumulation,
             seed=config.seed, epoch=epoch,
         )
         for epoch in range(2)
@@ -86,8 +86,8 @@ def test_llavas_micro_batches_are_dealt_to_the_ranks_in_turn(
 
 
 def test_other_workers_go_on_in_the_order_of_llavas_processes(dataset: Dataset) -> None:
-    config = config_for(1, policy="llava", llava_processes=4)
-    four = config_for(4, policy="llava")
+    config = config_for(1, sampler="llava", llava_processes=4)
+    four = config_for(4, sampler="llava")
     alone = Feed(dataset, config, rank=0, world_size=1)
     together = [Feed(dataset, four, rank=rank, world_size=4) for rank in range(4)]
     assert alone.total_steps == together[0].total_steps
@@ -97,10 +97,10 @@ def test_other_workers_go_on_in_the_order_of_llavas_processes(dataset: Dataset) 
         assert found == sorted(i for part in parts for batch in part for i in batch.sample_ids)
 
 
-@pytest.mark.parametrize("policy", ["grouped", "llava"])
-def test_the_mean_of_means_is_plain_torchs(dataset: Dataset, policy: str) -> None:
+@pytest.mark.parametrize("sampler", ["grouped", "llava"])
+def test_the_mean_of_means_is_plain_torchs(dataset: Dataset, sampler: str) -> None:
     """Loss and gradient of two ranks' shares, summed, against cross_entropy's own means."""
-    config = config_for(2, policy=policy, loss="means", remainder="pad")
+    config = config_for(2, sampler=sampler, loss_reduction="micro_batch_mean", remainder="pad")
     feeds = [Feed(dataset, config, rank=rank, world_size=2) for rank in range(2)]
     ours, plain = build_model(config.model), build_model(config.model)
     accumulation = config.accumulation
@@ -142,7 +142,9 @@ def test_global_tokens_are_what_the_ranks_train(dataset: Dataset) -> None:
 
 
 def test_all_ranks_have_images_in_a_micro_step_or_none_has(dataset: Dataset) -> None:
-    feeds = [Feed(dataset, config_for(4, micro_batch=1), rank=r, world_size=4) for r in range(4)]
+    feeds = [
+        Feed(dataset, config_for(4, micro_batch_size=1), rank=r, world_size=4) for r in range(4)
+    ]
     both = set()
     for steps in zip(*(feed.steps(0) for feed in feeds), strict=True):
         for micros in zip(*(step.batches for step in steps), strict=True):
@@ -176,7 +178,7 @@ def test_only_what_learns_is_in_training_mode() -> None:
 
 
 def test_few_shapes(dataset: Dataset) -> None:
-    feed = Feed(dataset, config_for(2, buckets=3), rank=0, world_size=2)
+    feed = Feed(dataset, config_for(2, max_shapes=3), rank=0, world_size=2)
     shapes = {
         (batch.input_ids.shape, len(batch.pixels) > 0)
         for step in feed.steps(0)
@@ -197,13 +199,13 @@ def test_an_error_of_the_thread_is_raised_where_the_batches_are_used(dataset: Da
 
 
 def test_fewer_samples_than_a_global_batch_is_one_line(dataset: Dataset) -> None:
-    with pytest.raises(DataError, match="global_batch"):
-        Feed(dataset, config_for(1, global_batch=64), rank=0, world_size=1)
+    with pytest.raises(DataError, match="global_batch_size"):
+        Feed(dataset, config_for(1, global_batch_size=64), rank=0, world_size=1)
 
 
 def test_a_global_batch_that_does_not_divide_names_one_that_does() -> None:
     with pytest.raises(TrainError, match=r"7 is no multiple of .* 2 x 2 = 4; 4 or 8 would fit"):
-        config_for(2, global_batch=7)
+        config_for(2, global_batch_size=7)
 
 
 def test_steps_come_in_order_whichever_thread_is_done_first(dataset: Dataset) -> None:
@@ -239,7 +241,7 @@ def test_memory_bounds_what_is_made_ahead(dataset: Dataset, monkeypatch: Any) ->
 
 
 def test_sent_ahead_they_are_the_same_steps(dataset: Dataset) -> None:
-    feed = Feed(dataset, config_for(2, loss="means"), rank=1, world_size=2)
+    feed = Feed(dataset, config_for(2, loss_reduction="micro_batch_mean"), rank=1, world_size=2)
     plain = list(feed.steps(0))
     sent = list(send_ahead(feed.steps(0), CPU))
     assert [step.step for step in sent] == [step.step for step in plain]

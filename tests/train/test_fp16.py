@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lapilli.train.checkpoint.save_load import latest_checkpoint
-from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
 from lapilli.train.device import check_precision
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def alone(dataset: Path, output: Path, **values: Any) -> RunConfig:
     settings: dict[str, Any] = {"precision": "fp16", "max_steps": 8, **values}
-    return small_run(dataset, output, workers=1, launcher="process", **settings)
+    return small_run(dataset, output, num_workers=1, launcher="process", **settings)
 
 
 def rows_of(config: RunConfig) -> Rows:
@@ -101,7 +101,7 @@ def test_a_resumed_run_goes_on_with_the_scale(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale_from(monkeypatch, 8, window=3)  # doubled at every third step
-    config = alone(dataset, tmp_path / "run", save_every=4)
+    config = alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=4))
     before = rows_of(config)
     assert len({row["loss_scale"] for row in before}) == 3
     shutil.rmtree(Path(config.output) / "checkpoints/step-00000008")
@@ -122,7 +122,9 @@ def test_a_gradient_that_never_fits_ends_the_run_in_one_line(dataset: Path, tmp_
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_workers_lower_the_scale_together(stage: int, dataset: Path, tmp_path: Path) -> None:
     one = rows_of(alone(dataset, tmp_path / "one", zero_stage=stage))
-    config = replace(alone(dataset, tmp_path / "two", zero_stage=stage), workers=2, launcher="ray")
+    config = replace(
+        alone(dataset, tmp_path / "two", zero_stage=stage), num_workers=2, launcher="ray"
+    )
     assert train_together(config) == [0, 0]
     two = read_metrics(Path(config.output))
     assert sum(row["overflows"] for row in two) > 0

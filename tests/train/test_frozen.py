@@ -112,7 +112,7 @@ def test_a_second_stage_may_hold_the_same_base_otherwise(
 ) -> None:
     first = run_on(base, tmp_path / "a")
     made_run(first)
-    second = run_on(base, tmp_path / "b", start_from=tmp_path / "a", **held)
+    second = run_on(base, tmp_path / "b", init_from=tmp_path / "a", **held)
     began = build_run(second)
     assert began.start is not None
     assert began.frozen == build_run(first).frozen
@@ -141,8 +141,8 @@ def test_a_base_that_changed_is_refused_wherever_the_run_is_opened(
     (milestone / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
     with pytest.raises(TrainError, match=words):
         load_trained(milestone)
-    with pytest.raises(TrainError, match=f"^start_from: .*{words}"):
-        build_run(run_on(base, tmp_path / "b", start_from=tmp_path / "a"))
+    with pytest.raises(TrainError, match=f"^init_from: .*{words}"):
+        build_run(run_on(base, tmp_path / "b", init_from=tmp_path / "a"))
     assert sorted(str(p) for p in (tmp_path / "a").rglob("*") if p.name != "config.json") == [
         path for path in saved if not path.endswith("config.json")
     ]
@@ -153,7 +153,7 @@ def test_a_stage_whose_own_base_changed_is_refused_though_its_start_is_as_it_was
 ) -> None:
     made_run(run_on(base, tmp_path / "a"))
     second = run_on(base, tmp_path / "b", parts=("projector", "language"), lora=LORA,
-                    start_from=tmp_path / "a")  # fmt: skip
+                    init_from=tmp_path / "a")  # fmt: skip
     made_run(second)
     change(base, lambda name, v: -v if name == "lm_head.weight" else v)
     words = r"b was trained beside other frozen weights: .*\(language\.lm_head\.weight differs; "

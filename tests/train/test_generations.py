@@ -12,7 +12,7 @@ import pytest
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.text.encode import load_tokenizer
 from lapilli.model.generate import generate_greedy
-from lapilli.train.config import RunConfig
+from lapilli.train.config import CheckpointConfig, RunConfig, ValidationConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.inference.evaluate import load_trained
@@ -37,11 +37,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_dataset(tmp_path_factory.mktemp("generations"), images=16, text_only=8)
 
 
-def asking(dataset: Path, output: Path, **values: Any) -> RunConfig:
+def asking(
+    dataset: Path, output: Path, *, every: int = 0, answers_every: int = 3, **values: Any
+) -> RunConfig:
     """Asks five samples after steps 3 and 6, whose weights it keeps."""
     settings = {
-        "eval_dataset": str(dataset), "generate_every": 3, "generate_samples": 5,
-        "generate_tokens": LONGEST, "milestone_every": 3, "max_steps": 6, **values,
+        "validation": ValidationConfig(
+            every, dataset=str(dataset), answers_every=answers_every, answers=5,
+            answer_tokens=LONGEST,
+        ),
+        "checkpoint": CheckpointConfig(every=4, archive_every=3), "max_steps": 6, **values,
     }  # fmt: skip
     return small_run(dataset, output, **settings)
 
@@ -50,7 +55,7 @@ def asking(dataset: Path, output: Path, **values: Any) -> RunConfig:
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of one process."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    config = asking(dataset, output, workers=1, launcher="process")
+    config = asking(dataset, output, num_workers=1, launcher="process")
     launch(preflight(config))
     return config
 
@@ -93,7 +98,7 @@ def test_they_are_the_answers_of_the_weights_of_their_step(
 
 
 def test_losses_do_not_depend_on_them(finished: RunConfig, dataset: Path, tmp_path: Path) -> None:
-    quiet = small_run(dataset, tmp_path / "run", workers=1, launcher="process", max_steps=6)
+    quiet = small_run(dataset, tmp_path / "run", num_workers=1, launcher="process", max_steps=6)
     launch(preflight(quiet))
     losses = [[row["loss"] for row in read_metrics(Path(c.output))] for c in (finished, quiet)]
     assert losses[0] == losses[1]
@@ -104,9 +109,9 @@ def test_workers_that_share_the_weights_answer_together(
     workers: int, dataset: Path, tmp_path: Path
 ) -> None:
     """ZeRO-3 with every parameter cut: each forward needs all ranks, also the steps after it."""
-    values = {"workers": workers, "zero_stage": 3, "eval_every": 3}
+    values: dict[str, Any] = {"num_workers": workers, "zero_stage": 3, "every": 3}
     config = asking(dataset, tmp_path / "run", **values)
-    quiet = asking(dataset, tmp_path / "quiet", **values, generate_every=0)
+    quiet = asking(dataset, tmp_path / "quiet", **values, answers_every=0)
     for one in (config, quiet):
         assert train_together(one, cuts_all=True) == [0] * workers
     found = read_generations(tmp_path / "run")
@@ -128,7 +133,7 @@ def test_whatever_a_model_says_is_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_a_restart_repeats_what_it_repeats_and_no_more(dataset: Path, tmp_path: Path) -> None:
-    config = asking(dataset, tmp_path / "run", workers=2, generate_every=1)
+    config = asking(dataset, tmp_path / "run", num_workers=2, answers_every=1)
     train_together(config, kill_at=4)  # after the checkpoint of step 4
     assert train_together(config) == [0, 0]
     found = read_generations(tmp_path / "run")
@@ -141,7 +146,9 @@ def test_a_template_that_trains_all_is_asked_its_questions(tmp_path: Path) -> No
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     with pytest.warns(UserWarning, match="its end marker .* is 10 tokens"):
         build_dataset(mixture, tmp_path / "all", tokenizer, template="phi_hf")
-    config = asking(tmp_path / "all", tmp_path / "run", workers=1, launcher="process", max_steps=3)
+    config = asking(
+        tmp_path / "all", tmp_path / "run", num_workers=1, launcher="process", max_steps=3
+    )
     launch(preflight(config))
     found = read_generations(tmp_path / "run")
     assert len(found) == 5

@@ -23,7 +23,9 @@ from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run
 
 GLOBAL_BATCH = 8
 CPU = torch.device("cpu")
-CONFIG = run_config(model_config("projector", "language"), global_batch=GLOBAL_BATCH, micro_batch=1)
+CONFIG = run_config(
+    model_config("projector", "language"), global_batch_size=GLOBAL_BATCH, micro_batch_size=1
+)
 # workers: (micro-batch, ZeRO stage)
 CUTS = {
     1: [(8, 0), (2, 1), (1, 2), (4, 3)],
@@ -43,10 +45,10 @@ def samples() -> list[Sample]:
     return [little, *some, much]
 
 
-def shares(workers: int, micro_batch: int) -> list[list[Batch]]:
+def shares(workers: int, micro_batch_size: int) -> list[list[Batch]]:
     """[rank][micro-step], the samples dealt in their order."""
-    shape = replace(SHAPE, rows=micro_batch)
-    chunks = [samples()[i : i + micro_batch] for i in range(0, GLOBAL_BATCH, micro_batch)]
+    shape = replace(SHAPE, rows=micro_batch_size)
+    chunks = [samples()[i : i + micro_batch_size] for i in range(0, GLOBAL_BATCH, micro_batch_size)]
     steps = [chunks[i : i + workers] for i in range(0, len(chunks), workers)]
     has_images = [any(len(s.pixels) for chunk in step for s in chunk) for step in steps]
     return [
@@ -68,17 +70,19 @@ def worker(rank: int, folder: str, workers: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
     store = f"file://{folder}/store-{workers}"
     dist.init_process_group("gloo", store, rank=rank, world_size=workers)
-    for micro_batch, stage in CUTS[workers]:
-        config = replace(CONFIG, workers=workers, micro_batch=micro_batch, zero_stage=stage)
+    for micro_batch_size, stage in CUTS[workers]:
+        config = replace(
+            CONFIG, num_workers=workers, micro_batch_size=micro_batch_size, zero_stage=stage
+        )
         probe = Probe(make_engine(config))
-        blank = blank_batches(replace(SHAPE, rows=micro_batch), IMAGE_SIZE)
+        blank = blank_batches(replace(SHAPE, rows=micro_batch_size), IMAGE_SIZE)
         warm_up(probe.engine, (to_device(batch, CPU) for batch in blank))  # leaves no trace
-        batches = [to_device(batch, CPU) for batch in shares(workers, micro_batch)[rank]]
+        batches = [to_device(batch, CPU) for batch in shares(workers, micro_batch_size)[rank]]
         loss = train_step(probe, batches, global_tokens=tokens(), world_size=workers)
         dist.all_reduce(loss)
         if rank == 0:
             found = (float(loss) / tokens(), probe.gradients)
-            torch.save(found, f"{folder}/{workers}-{micro_batch}-{stage}.pt")
+            torch.save(found, f"{folder}/{workers}-{micro_batch_size}-{stage}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -103,9 +107,9 @@ def test_the_gradient_does_not_depend_on_the_cut(workers: int, tmp_path: Path) -
     assert max(counts) >= 20 * min(counts)
     spawn(worker, (str(tmp_path), workers), nprocs=workers)
     loss, gradients = plain()
-    for micro_batch, stage in CUTS[workers]:
-        where = f"micro-batch {micro_batch}, stage {stage}"
-        path = tmp_path / f"{workers}-{micro_batch}-{stage}.pt"
+    for micro_batch_size, stage in CUTS[workers]:
+        where = f"micro-batch {micro_batch_size}, stage {stage}"
+        path = tmp_path / f"{workers}-{micro_batch_size}-{stage}.pt"
         loss_here, here = torch.load(path, weights_only=True)
         assert loss_here == pytest.approx(loss, abs=1e-5), where
         assert here.keys() == gradients.keys()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lapilli.train.config import RecoveryConfig
 from lapilli.train.health.network_check import Worker, probe_line, probe_warnings, save_warning
 from lapilli.train.health.straggler import slow_line, slow_ranks
 from lapilli.train.health.watchdog import HangWatch, hang_line, stack_path, where
@@ -32,7 +33,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
     dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_run(dataset, tmp_path / "run", hang_seconds=20.0, max_failures=0)
+    config = small_run(
+        dataset, tmp_path / "run", recovery=RecoveryConfig(step_timeout=20.0, max_failures=0)
+    )
     config = replace(config, model=replace(config.model, projector=PLANTED))
     with driver(config, PLANTED="hang:1:6") as running:
         wait_for_step(config, 0, running)
@@ -42,7 +45,9 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_all_stacks_and_the_run_ends(
         assert [worker for worker in workers if worker.is_running()] == []
     assert code == 2, errors
     line = errors.splitlines()[-1]
-    assert line.startswith("error: a step took longer than hang_seconds: rank 0 at "), errors
+    assert line.startswith("error: a step took longer than recovery.step_timeout: rank 0 at "), (
+        errors
+    )
     assert "rank 1 at train/planted.py" in line
     assert "rank 1 is at train/planted.py" in said
     waiting = stack_path(tmp_path / "run", 0).read_text()
@@ -130,7 +135,7 @@ def test_workers_that_are_far_off_are_named_with_what_to_do() -> None:
     far = [*usual[:3], replace(usual[3], link=1e9)]
     assert probe_warnings(far)[0].startswith("rank 3 on node3 receives 1.00 GB/s from rank 2")
     assert save_warning(usual, 10**9, 1.0, 20) is None
-    assert "set save_every to 11 or more" in str(save_warning(usual, 10**9, 1.0, 9))
+    assert "set checkpoint.every to 11 or more" in str(save_warning(usual, 10**9, 1.0, 9))
 
 
 def test_notes_are_passed_on_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
-from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import finished_steps, preflight
 from lapilli.train.errors import TrainError
@@ -35,8 +35,10 @@ def two_epochs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
 
 def one_worker(dataset: Path, output: Path, **values: object) -> RunConfig:
-    settings = {"optim": CONSTANT, "save_every": 100, **values}
-    return small_run(dataset, output, workers=1, micro_batch=4, launcher="process", **settings)
+    settings = {"optim": CONSTANT, "checkpoint": CheckpointConfig(every=100), **values}
+    return small_run(
+        dataset, output, num_workers=1, micro_batch_size=4, launcher="process", **settings
+    )
 
 
 def rows(config: RunConfig) -> list[tuple[int, float, float, str]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lapilli.model.config import LanguageConfig, LoraConfig
 from lapilli.model.vlm import build_model
+from lapilli.train.config import CheckpointConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
@@ -27,11 +29,14 @@ def test_two_workers_have_the_losses_of_one_process(tmp_path: Path) -> None:
         language=LanguageConfig(pretrained=str(tmp_path / "language")),
         lora=LoraConfig(target=r"language\..*", rank=4, alpha=8, dropout=0.0),
     )
-    plan = {"epochs": 1, "max_steps": 2, "global_batch": 8, "micro_batch": 2, "save_every": 1}
+    plan: dict[str, Any] = {
+        "epochs": 1, "max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2,
+        "checkpoint": CheckpointConfig(every=1),
+    }  # fmt: skip
     alone = small_run(
-        dataset, tmp_path / "alone", zero_stage=2, workers=1, launcher="process", **plan
+        dataset, tmp_path / "alone", zero_stage=2, num_workers=1, launcher="process", **plan
     )
-    shared = small_run(dataset, tmp_path / "shared", zero_stage=3, workers=2, **plan)
+    shared = small_run(dataset, tmp_path / "shared", zero_stage=3, num_workers=2, **plan)
     for config in (alone, shared):
         launch(preflight(replace(config, model=model)))
     found, expected = (read_metrics(Path(run.output)) for run in (shared, alone))

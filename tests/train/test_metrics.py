@@ -15,6 +15,7 @@ import torch
 from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.config import ValidationConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.inference.evaluate import load_trained
@@ -70,13 +71,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     config = small_run(
         dataset,
         folder / "run",
-        workers=1,
+        num_workers=1,
         launcher="process",
         max_steps=6,
         loggers=("tensorboard",),
-        eval_every=3,
-        eval_samples=7,
-        eval_dataset=str(dataset),
+        validation=ValidationConfig(every=3, samples=7, dataset=str(dataset)),
     )
     launch(preflight(config))
     return folder / "run", dataset
@@ -111,7 +110,7 @@ def test_the_worst_samples_of_the_first_step_are_those_of_a_plain_model(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, dataset = finished
-    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process", max_steps=1)
+    config = small_run(dataset, tmp_path / "run", num_workers=1, launcher="process", max_steps=1)
     launch(preflight(config))
     model = build_model(config.model)
     opened = open_for(model, config)
@@ -193,7 +192,7 @@ def test_the_held_out_loss_is_a_plain_models_with_the_checkpoints_weights(
 def test_held_out_micro_batches_are_dealt_out_without_loss(finished: tuple[Path, Path]) -> None:
     """Ranks' shares, added without a process group, are what one rank alone computes."""
     _, dataset = finished
-    config = small_run(dataset, Path("unused"), eval_every=1, eval_samples=11)
+    config = small_run(dataset, Path("unused"), validation=ValidationConfig(every=1, samples=11))
     model = build_model(config.model)
     opened = open_for(model, config)
     shape = Feed(opened, config, rank=0, world_size=1).shape

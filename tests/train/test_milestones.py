@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.checkpoint.save_load import find_checkpoints
-from lapilli.train.config import RunConfig
+from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
@@ -32,13 +33,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Six steps: checkpoints at 4 and 6, milestones at 2, 4 and 6."""
-    config = alone(dataset, tmp_path_factory.mktemp("finished") / "run", milestone_every=2, keep=1)
+    config = alone(
+        dataset,
+        tmp_path_factory.mktemp("finished") / "run",
+        checkpoint=CheckpointConfig(every=4, keep_last=1, archive_every=2),
+    )
     launch(preflight(config))
     return config
 
 
-def alone(dataset: Path, output: Path, **values: int) -> RunConfig:
-    return small_run(dataset, output, workers=1, launcher="process", **values)
+def alone(dataset: Path, output: Path, **values: Any) -> RunConfig:
+    return small_run(dataset, output, num_workers=1, launcher="process", **values)
 
 
 def milestone(config: RunConfig, step: int) -> Path:
@@ -53,7 +58,7 @@ def test_milestones_are_the_weights_of_their_steps_and_are_not_pruned(
     assert shown[:2] == ("3 milestones", "step 2 to 6")
     found = sorted(path.name for path in (Path(finished.output) / "milestones").iterdir())
     assert found == ["step-00000002", "step-00000004", "step-00000006"]
-    whole = alone(dataset, tmp_path / "run", save_every=1, keep=10)
+    whole = alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=1, keep_last=10))
     launch(preflight(whole))
     for step in (2, 4, 6):
         assert not (milestone(finished, step) / MOMENTS).exists()
@@ -71,7 +76,7 @@ def test_a_milestone_is_loaded_by_its_folder_wherever_it_is_copied(
     expected = load_file(copied / WEIGHTS)
     trained = load_trained(copied)
     assert trained.step == 4
-    started, _ = build_start(replace(finished, start_from=str(copied)))
+    started, _ = build_start(replace(finished, init_from=str(copied)))
     for model in (trained.model, open_assistant(copied).model, started):
         found = trainable_parameters(model)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -90,7 +95,7 @@ def test_no_run_goes_on_from_a_milestone_and_it_says_why(
     told: list[str] = []
     launch(ready, on_note=told.append)
     assert any("checkpoints/step-00000004: damaged, or without optimizer" in s for s in told)
-    assert any("a milestone has weights and no optimizer moments; start_from" in s for s in told)
+    assert any("a milestone has weights and no optimizer moments; init_from" in s for s in told)
     assert [c.step for c in find_checkpoints(run)] == [6]
 
 
@@ -99,5 +104,5 @@ def test_milestones_count_in_the_room_a_run_needs(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(TrainError, match=r"3 checkpoints and 3 milestones need .* milestone_every"):
-        preflight(alone(dataset, tmp_path / "run", milestone_every=2))
+    with pytest.raises(TrainError, match=r"and 3 milestones need .*checkpoint\.archive_every"):
+        preflight(alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(archive_every=2)))

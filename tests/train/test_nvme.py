@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.memory_estimate import state_bytes
@@ -45,7 +45,7 @@ def worker(rank: int, place: str) -> None:
     dist.init_process_group("gloo", f"file://{place}/store", rank=rank, world_size=2)
     folder = Path(place)
     plain = run_at(folder)
-    swapped = replace(plain, offload="nvme", offload_path=str(folder / "disk"))
+    swapped = replace(plain, offload=OffloadConfig("nvme", str(folder / "disk")))
     found: dict[str, Any] = {"none": go_on(start(plain), rank, range(STEPS))}
     probe = start(swapped, piece=PIECE)
     zero = probe.engine.optimizer
@@ -101,8 +101,8 @@ def test_a_run_leaves_nothing_on_the_disk(found: dict[str, Any], tmp_path: Path)
     dataset = small_dataset(tmp_path, images=8, text_only=0)
     disk = tmp_path / "disk"
     config = small_run(
-        dataset, tmp_path / "run", workers=1, launcher="process", micro_batch=4, max_steps=2,
-        zero_stage=3, offload="nvme", offload_path=str(disk),
+        dataset, tmp_path / "run", num_workers=1, launcher="process", micro_batch_size=4,
+        max_steps=2, zero_stage=3, offload=OffloadConfig("nvme", str(disk)),
     )  # fmt: skip
     left = deepspeed_engine.swap_folder(config) / "zero_stage_3" / "optimizer" / "rank7"
     left.mkdir(parents=True)

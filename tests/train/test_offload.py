@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
 from lapilli.train.driver.preflight import preflight
@@ -85,7 +85,7 @@ def worker(rank: int, place: str) -> None:
     dist.init_process_group("gloo", f"file://{place}/store", rank=rank, world_size=2)
     for stage in STAGES:
         plain = replace(CONFIG, zero_stage=stage)
-        offloaded = replace(plain, offload="cpu")
+        offloaded = replace(plain, offload=OffloadConfig("cpu"))
         found = {"none": go_on(start(plain), rank, range(STEPS))}
         probe = start(offloaded)
         first = go_on(probe, rank, range(SAVED))
@@ -146,27 +146,31 @@ def test_the_estimate_is_what_deepspeed_holds_on_the_host(stage: Any, runs: Path
 
 
 def test_a_run_that_does_not_fit_is_told_to_offload() -> None:
-    config = replace(CONFIG, zero_stage=2, micro_batch=0)
+    config = replace(CONFIG, zero_stage=2, micro_batch_size=0)
     estimate = estimate_run(config, sketch_run(config), length=32)
-    needed = estimate_run(replace(config, offload="cpu"), sketch_run(config), length=32)
+    needed = estimate_run(
+        replace(config, offload=OffloadConfig("cpu")), sketch_run(config), length=32
+    )
     device = int(needed.worker_bytes(2, 1) / 0.9) + 1
-    with pytest.raises(TrainError, match="set offload: cpu with zero_stage 2"):
+    with pytest.raises(TrainError, match=r"set offload\.to: cpu with zero_stage 2"):
         follow(config, device, lambda: estimate)
-    offloaded = replace(config, offload="cpu")
-    assert follow(offloaded, device, lambda: needed).micro_batch == 1
+    offloaded = replace(config, offload=OffloadConfig("cpu"))
+    assert follow(offloaded, device, lambda: needed).micro_batch_size == 1
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("stage", "to", "disk", "said"),
     [
-        ({"zero_stage": 2, "offload": "nvme", "offload_path": "/nvme"}, "set zero_stage 3"),
-        ({"zero_stage": 3, "offload": "nvme"}, "needs a folder on a disk"),
-        ({"zero_stage": 3, "offload": "cpu", "offload_path": "/nvme"}, "the others take none"),
+        (2, "nvme", "/nvme", "set zero_stage 3"),
+        (3, "nvme", "", "needs a folder on a disk"),
+        (3, "cpu", "/nvme", "the others take none"),
     ],
 )
-def test_a_disk_to_offload_to_is_named_and_takes_stage_3(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(TrainError, match=rf"offload: .*{said}"):
-        replace(CONFIG, **values)
+def test_a_disk_to_offload_to_is_named_and_takes_stage_3(
+    stage: Any, to: Any, disk: str, said: str
+) -> None:
+    with pytest.raises(TrainError, match=rf"offload\.to: .*{said}"):
+        replace(CONFIG, zero_stage=stage, offload=OffloadConfig(to, disk))
 
 
 def test_a_relative_folder_is_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,15 +178,18 @@ def test_a_relative_folder_is_the_drivers(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     dataset = small_dataset(tmp_path, images=8, text_only=0)
     config = small_run(
-        dataset, tmp_path / "run", workers=1, launcher="process", zero_stage=3, offload="nvme",
-        offload_path="disk",
+        dataset, tmp_path / "run", num_workers=1, launcher="process", zero_stage=3,
+        offload=OffloadConfig("nvme", "disk"),
     )  # fmt: skip
-    assert preflight(config).config.offload_path == str(tmp_path / "disk")
+    assert preflight(config).config.offload.nvme_path == str(tmp_path / "disk")
 
 
 def swapping(folder: Path) -> None:
     config = replace(
-        CONFIG, zero_stage=3, offload="nvme", offload_path=str(folder), output=str(folder / "run")
+        CONFIG,
+        zero_stage=3,
+        offload=OffloadConfig("nvme", str(folder)),
+        output=str(folder / "run"),
     )
     prepare_process("cpu")
     model = build_model(config.model)
@@ -192,7 +199,9 @@ def swapping(folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(TrainError, match=r"offload_path: .*/file/.* choose a folder on a disk"):
+    with pytest.raises(
+        TrainError, match=r"offload\.nvme_path: .*/file/.* choose a folder on a disk"
+    ):
         swapping(tmp_path / "file")
 
 
@@ -201,7 +210,7 @@ def test_a_disk_that_is_too_small_is_one_line(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(TrainError, match=r"offload_path: .* has 0\.0 GB free, .* need 0\.0"):
+    with pytest.raises(TrainError, match=r"offload\.nvme_path: .* has 0\.0 GB free, .* need 0\.0"):
         swapping(tmp_path)
 
 
@@ -209,7 +218,9 @@ def test_an_operator_that_cannot_be_compiled_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "false")  # a compiler that compiles nothing
-    with pytest.raises(TrainError, match=r"offload: nvme needs .* apt-get install .*libaio-dev"):
+    with pytest.raises(
+        TrainError, match=r"offload\.to: nvme needs .* apt-get install .*libaio-dev"
+    ):
         swapping(tmp_path)
     assert not [*tmp_path.rglob("probe*")]
 
@@ -225,5 +236,7 @@ def test_the_estimate_says_what_lies_on_the_disk() -> None:
 
 
 def test_stage_0_has_nothing_to_offload() -> None:
-    with pytest.raises(TrainError, match=r"offload: cpu with zero_stage 0.*set zero_stage 1 to 3"):
-        replace(CONFIG, zero_stage=0, offload="cpu")
+    with pytest.raises(
+        TrainError, match=r"offload\.to: cpu with zero_stage 0.*set zero_stage 1 to 3"
+    ):
+        replace(CONFIG, zero_stage=0, offload=OffloadConfig("cpu"))

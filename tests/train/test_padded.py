@@ -29,12 +29,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_dataset(tmp_path_factory.mktemp("padded"))
 
 
-@pytest.mark.parametrize(("policy", "remainder"), ORDERS)
+@pytest.mark.parametrize(("sampler", "remainder"), ORDERS)
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_sizes_are_the_collators_on_every_rank_and_step(
-    dataset: Path, workers: int, policy: str, remainder: str
+    dataset: Path, workers: int, sampler: str, remainder: str
 ) -> None:
-    config = small_run(dataset, Path("unused"), workers=workers, policy=policy, remainder=remainder)
+    config = small_run(
+        dataset, Path("unused"), num_workers=workers, sampler=sampler, remainder=remainder
+    )
     opened = open_for(build_model(config.model), config)
     feeds = [Feed(opened, config, rank=rank, world_size=workers) for rank in range(workers)]
     assert feeds[0].total_steps

@@ -198,7 +198,12 @@ def test_the_driver_does_not_build_what_no_worker_holds(
 ) -> None:
     dataset = small_dataset(tmp_path)
     config = small_run(
-        dataset, tmp_path / "run", zero_stage=3, workers=1, launcher="process", micro_batch=4
+        dataset,
+        tmp_path / "run",
+        zero_stage=3,
+        num_workers=1,
+        launcher="process",
+        micro_batch_size=4,
     )
     built = preflight(config)
     monkeypatch.setattr(preflight_module, "MEASURED", 1)  # what is large

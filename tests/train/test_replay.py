@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lapilli.model.vlm import build_model
-from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.config import CheckpointConfig, OptimConfig, RecoveryConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.driver.replay import examine
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(dataset: Path, output: Path, **values: object) -> RunConfig:
-    return small_run(dataset, output, workers=1, launcher="process", **values)
+    return small_run(dataset, output, num_workers=1, launcher="process", **values)
 
 
 def test_a_loss_is_wrong_when_it_is_no_number_or_far_above_the_median() -> None:
@@ -75,7 +75,7 @@ def test_a_run_away_learning_rate_is_kept_and_seen_again(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optim = OptimConfig(lr=1e30, grad_clip=0.0)
-    config = alone(dataset, tmp_path / "run", save_every=100, optim=optim)
+    config = alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=100), optim=optim)
     with pytest.raises(TrainError, match=r"step \d+: loss .*lower optim.lr.*--replay") as raised:
         launch(preflight(config))
     path = Path(str(raised.value).partition("--replay ")[2].split()[0])
@@ -96,8 +96,15 @@ def test_a_spike_stops_the_run_and_its_replay_has_the_same_loss(
     dataset: Path, tmp_path: Path
 ) -> None:
     optim = OptimConfig(lr=1.0, schedule="constant", grad_clip=0.0)  # too high: the loss jumps
-    config = alone(dataset, tmp_path / "run", epochs=4, zero_stage=0, optim=optim, max_spike=1.0001)
-    with pytest.raises(TrainError, match=r"more than max_spike = 1\.0001 times"):
+    config = alone(
+        dataset,
+        tmp_path / "run",
+        epochs=4,
+        zero_stage=0,
+        optim=optim,
+        recovery=RecoveryConfig(loss_spike_factor=1.0001),
+    )
+    with pytest.raises(TrainError, match=r"more than recovery\.loss_spike_factor = 1\.0001 times"):
         launch(preflight(config))
     (path,) = (tmp_path / "run" / "replay").iterdir()
     found = replay(path)
@@ -112,9 +119,9 @@ def test_a_folder_without_a_step_and_settings_that_say_nothing_are_named(tmp_pat
     with pytest.raises(TrainError, match=r"replay: .* holds no kept step"):
         main(["--replay", str(tmp_path)])
     config = small_run(tmp_path, tmp_path / "run")
-    with pytest.raises(TrainError, match=r"max_spike: 0\.5; expected 0, or more than 1"):
-        replace(config, max_spike=0.5)
-    with pytest.raises(TrainError, match="min_workers: 3 with workers 2"):
-        replace(config, min_workers=3)
+    with pytest.raises(TrainError, match=r"loss_spike_factor: 0\.5; expected 0, or more than 1"):
+        replace(config, recovery=RecoveryConfig(loss_spike_factor=0.5))
+    with pytest.raises(TrainError, match="min_workers: 3 with num_workers 2"):
+        replace(config, recovery=RecoveryConfig(min_workers=3))
     with pytest.raises(TrainError, match=r"of these 2, 4 would"):
-        replace(config, workers=4, min_workers=2)
+        replace(config, num_workers=4, recovery=RecoveryConfig(min_workers=2))

@@ -21,7 +21,7 @@ from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint.layout import forget_old
 from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
-from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.config import CheckpointConfig, OptimConfig, RecoveryConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
@@ -59,7 +59,7 @@ def test_a_run_ends_with_metrics_and_a_checkpoint_and_the_loss_has_fallen(
     steps = [checkpoint.step for checkpoint in find_checkpoints(Path(finished.output))]
     assert steps == [12, 14]
     resolved = json.loads((Path(finished.output) / "config.json").read_text())
-    assert resolved["global_batch"] == 8
+    assert resolved["global_batch_size"] == 8
     workers = json.loads((Path(finished.output) / "workers.json").read_text())["workers"]
     assert [worker["rank"] for worker in workers] == [0, 1]
     for worker in workers:
@@ -84,18 +84,20 @@ def test_another_setting_in_the_same_folder_is_named(finished: RunConfig) -> Non
         preflight(replace(finished, seed=7))
 
 
-@pytest.mark.parametrize("own", [{"policy": "llava"}, {"loss": "means"}])
+@pytest.mark.parametrize("own", [{"sampler": "llava"}, {"loss_reduction": "micro_batch_mean"}])
 def test_micro_batches_that_decide_the_loss_may_not_change(
     own: dict[str, str], dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process", max_steps=1, **own)
+    config = small_run(
+        dataset, tmp_path / "run", num_workers=1, launcher="process", max_steps=1, **own
+    )
     launch(preflight(config))
-    with pytest.raises(TrainError, match=r"micro_batch: .* was started with 2, now 4"):
-        preflight(replace(config, micro_batch=4))
+    with pytest.raises(TrainError, match=r"micro_batch_size: .* was started with 2, now 4"):
+        preflight(replace(config, micro_batch_size=4))
     # without them it is the machine's affair
-    other = small_run(dataset, tmp_path / "other", workers=1, launcher="process", max_steps=1)
+    other = small_run(dataset, tmp_path / "other", num_workers=1, launcher="process", max_steps=1)
     launch(preflight(other))
-    assert preflight(replace(other, micro_batch=4)).is_done
+    assert preflight(replace(other, micro_batch_size=4)).is_done
 
 
 @pytest.mark.faults
@@ -129,7 +131,7 @@ def kill_a_worker_at(run: Path, step: int) -> None:
 def test_a_stopped_run_saves_first_and_goes_on_from_there(
     number: signal.Signals, finished: RunConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_run(dataset, tmp_path / "run", save_every=100)
+    config = small_run(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=100))
     step = random.Random().randint(1, 9)
     told: list[str] = []
     with ThreadPoolExecutor(1) as pool:
@@ -178,7 +180,7 @@ def is_ours(pid: int) -> bool:
 def test_one_process_without_ray_trains_the_same(
     finished: RunConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_run(dataset, tmp_path / "run", workers=1, launcher="process")
+    config = small_run(dataset, tmp_path / "run", num_workers=1, launcher="process")
     launch(preflight(config))
     assert losses(config) == pytest.approx(losses(finished), abs=1e-4)
     assert latest_checkpoint(Path(config.output)) is not None
@@ -187,7 +189,7 @@ def test_one_process_without_ray_trains_the_same(
 @pytest.mark.faults  # for its length
 def test_weights_loaded_in_bf16_train(dataset: Path, tmp_path: Path) -> None:
     config = small_run(
-        dataset, tmp_path / "run", workers=1, launcher="process", precision="bf16", max_steps=4
+        dataset, tmp_path / "run", num_workers=1, launcher="process", precision="bf16", max_steps=4
     )
     config = replace(config, model=replace(config.model, dtype="bf16"))
     launch(preflight(config))
@@ -200,7 +202,7 @@ def test_weights_loaded_in_bf16_train(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("changes", [{"workers": 1}, {"zero_stage": 3}, {"zero_stage": 0}])
+@pytest.mark.parametrize("changes", [{"num_workers": 1}, {"zero_stage": 3}, {"zero_stage": 0}])
 def test_a_run_goes_on_with_other_workers_and_another_stage(
     changes: dict[str, int], finished: RunConfig, dataset: Path, tmp_path: Path
 ) -> None:
@@ -216,7 +218,10 @@ def test_a_run_goes_on_with_other_workers_and_another_stage(
 @pytest.mark.faults
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(dataset: Path, tmp_path: Path) -> None:
     config = small_run(
-        dataset, tmp_path / "run", max_failures=1, optim=OptimConfig(lr=1e30, grad_clip=0.0)
+        dataset,
+        tmp_path / "run",
+        recovery=RecoveryConfig(max_failures=1),
+        optim=OptimConfig(lr=1e30, grad_clip=0.0),
     )
     with pytest.raises(TrainError, match=r"step \d+: loss .*, gradient norm .*; lower optim.lr"):
         launch(preflight(config))
@@ -324,7 +329,9 @@ def test_a_disk_too_small_for_the_checkpoints_stops_before_step_0(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(TrainError, match=r"3 checkpoints need 0\.0 GB; free space or lower keep"):
+    with pytest.raises(
+        TrainError, match=r"3 checkpoints need 0\.0 GB; free space or lower checkpoint"
+    ):
         preflight(small_run(dataset, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.layout import forget_old, tidy, write_checkpoint
 from lapilli.train.checkpoint.save_load import latest_checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
@@ -195,7 +195,9 @@ def kill_in_a_save(config: RunConfig, *, after: int) -> None:
 
 def run_of(dataset: Path, output: Path) -> RunConfig:
     """A run in one process that saves after every step."""
-    return small_run(dataset, output, workers=1, launcher="process", save_every=1)
+    return small_run(
+        dataset, output, num_workers=1, launcher="process", checkpoint=CheckpointConfig(every=1)
+    )
 
 
 def started(config: RunConfig) -> BaseProcess:

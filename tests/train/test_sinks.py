@@ -17,7 +17,7 @@ from lapilli.train.metrics.loggers import MlflowSink, SinkThread, TensorboardSin
 from lapilli.train.run_folder.names import NOTES
 from lapilli.train.validation.decoding import Asked
 
-CONFIG = {"global_batch": 8, "seed": 3}
+CONFIG = {"global_batch_size": 8, "seed": 3}
 ANSWERS = [Asked("a/7", "What colour?", "red", "blue"), Asked("b/1", "A dog?", "no", "no")]
 
 
@@ -59,7 +59,7 @@ def test_mlflow_has_each_step_once_after_a_resume(
     (kept,) = client.search_runs([experiment.experiment_id])
     history = client.get_metric_history(kept.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(s, 10.0 - s) for s in range(8)]
-    assert kept.data.params["global_batch"] == "8"
+    assert kept.data.params["global_batch_size"] == "8"
     (told,) = client.list_artifacts(kept.info.run_id, "held_out")
     text = Path(client.download_artifacts(kept.info.run_id, told.path)).read_text(encoding="utf-8")
     assert told.path == "held_out/step-00000004.md"

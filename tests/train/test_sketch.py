@@ -122,7 +122,7 @@ def test_of_experts(kind: str, dtype: Literal["fp32", "bf16"]) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2"])
 def test_of_a_folder_with_ids_added(kind: str, folders: Path) -> None:
     language = LanguageConfig(pretrained=str(folders / kind), vocab_size=70)
-    vision = VisionConfig("siglip", str(folders / "siglip"), layer=-1)
+    vision = VisionConfig("siglip", str(folders / "siglip"), vision_feature_layer=-1)
     for lora in (None, replace(LORA, bias="all")):
         assert_same(ModelConfig(vision, language, trainable=EVERYTHING, lora=lora, head_chunk=4))
 
@@ -203,7 +203,9 @@ def test_what_a_gpu_alone_can_run_is_estimated_without_one() -> None:
     config = ModelConfig(VisionConfig(settings=twins.TOWER), language, head_chunk=4)
     batch = shapes_of_a_batch(9)
     plain = sketch_model(config).activations(batch)
-    assert sketch_model(replace(config, merge="triton", loss="liger")).activations(batch) == plain
+    assert (
+        sketch_model(replace(config, merge="triton", kernels="liger")).activations(batch) == plain
+    )
 
 
 @pytest.mark.parametrize("rope", ["longrope", "dynamic", "yarn", "linear"])
@@ -273,10 +275,10 @@ def test_a_forward_that_cannot_be_is_one_line(capfd: pytest.CaptureFixture[str])
 def test_4_bits_that_do_not_fit_are_told_what_would(folders: Path) -> None:
     language = LanguageConfig(pretrained=str(folders / "wide"), quantize="nf4")
     model = ModelConfig(VisionConfig(settings=twins.TOWER), language, lora=LORA, head_chunk=4)
-    config = RunConfig("in", "out", "view", model, global_batch=4, zero_stage=2)
+    config = RunConfig("in", "out", "view", model, global_batch_size=4, zero_stage=2)
     estimate = estimate_run(config, sketch_run(config), length=48)
     room = int(estimate.worker_bytes(2, 2) / 0.9) + 1
-    assert follow(config, room, lambda: estimate).micro_batch == 2
-    with pytest.raises(TrainError, match=r"micro_batch: one row of 48 tokens") as refused:
+    assert follow(config, room, lambda: estimate).micro_batch_size == 2
+    with pytest.raises(TrainError, match=r"micro_batch_size: one row of 48 tokens") as refused:
         follow(config, 1000, lambda: estimate)
     assert "zero_stage 3" not in str(refused.value)

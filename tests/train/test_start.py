@@ -45,10 +45,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stages(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunConfig]:
     """Tower and projector first, then projector and language model."""
     folder = tmp_path_factory.mktemp("stages")
-    one = small_run(dataset, folder / "one", max_steps=2, workers=1, micro_batch=4)
+    one = small_run(dataset, folder / "one", max_steps=2, num_workers=1, micro_batch_size=4)
     first = with_trainable(one, "vision", "projector")
     launch(preflight(first))
-    two = replace(one, output=str(folder / "two"), start_from=first.output)
+    two = replace(one, output=str(folder / "two"), init_from=first.output)
     second = with_trainable(two, "projector", "language")
     launch(preflight(second))
     return first, second
@@ -85,7 +85,7 @@ def test_a_third_stage_starts_from_the_second_with_the_tower_of_the_first(
     stages: tuple[RunConfig, RunConfig], tmp_path: Path
 ) -> None:
     first, second = stages
-    third = replace(second, start_from=second.output, output=str(tmp_path / "three"))
+    third = replace(second, init_from=second.output, output=str(tmp_path / "three"))
     began, _ = build_start(third)
     for name, value in {**weights_of(first.output), **weights_of(second.output)}.items():
         assert torch.equal(began.state_dict()[name], value), name
@@ -97,8 +97,8 @@ def test_it_is_finished_only_with_its_own_settings_and_data(
     first, second = stages
     assert finished_steps(first) == finished_steps(second) == 2
     assert finished_steps(replace(first, output=str(tmp_path / "new"))) is None
-    with pytest.raises(TrainError, match=r"start_from: .* was started with"):
-        finished_steps(replace(second, start_from=""))
+    with pytest.raises(TrainError, match=r"init_from: .* was started with"):
+        finished_steps(replace(second, init_from=""))
     other = small_dataset(tmp_path / "other", images=9, text_only=0)
     with pytest.raises(TrainError, match="was saved with another dataset"):
         finished_steps(replace(first, dataset=str(other)))
@@ -118,7 +118,7 @@ def with_other_width(config: RunConfig) -> RunConfig:
     ("change", "words"),
     [
         (
-            lambda c: replace(c, start_from="nowhere"),
+            lambda c: replace(c, init_from="nowhere"),
             "nowhere is no folder or file on this machine",
         ),
         (with_other_width, r"of shape \(24,\), this model \(32,\)"),
@@ -132,7 +132,7 @@ def test_a_start_that_does_not_fit_is_named(
     tmp_path: Path,
 ) -> None:
     config = change(replace(stages[1], output=str(tmp_path / "run")))
-    with pytest.raises(TrainError, match=f"start_from: .*{words}"):
+    with pytest.raises(TrainError, match=f"init_from: .*{words}"):
         preflight(config)
     assert not (tmp_path / "run").exists()
 
@@ -155,7 +155,10 @@ def test_a_start_that_changed_meanwhile_ends_the_resumed_run_in_one_line(
     first, second = stages
     shutil.copytree(first.output, tmp_path / "one", ignore=shutil.ignore_patterns("ray"))
     started = replace(
-        second, start_from=str(tmp_path / "one"), output=str(tmp_path / "two"), save_every=1
+        second,
+        init_from=str(tmp_path / "one"),
+        output=str(tmp_path / "two"),
+        checkpoint=replace(second.checkpoint, every=1),
     )
     launch(preflight(started))
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000002")
@@ -171,8 +174,8 @@ def test_adapters_start_from_a_run_without_them_and_are_all_that_is_saved(
     _, second = stages
     lora = LoraConfig(target="q_proj", rank=2)
     third = replace(
-        second, output=str(tmp_path / "three"), start_from=second.output,
-        model=replace(second.model, lora=lora), optim=OptimConfig(lrs={"adapters": 1e-4}),
+        second, output=str(tmp_path / "three"), init_from=second.output,
+        model=replace(second.model, lora=lora), optim=OptimConfig(lr_by_part={"adapters": 1e-4}),
     )  # fmt: skip
     base = "language.model.layers.0.self_attn.q_proj.base_layer.weight"
     began, _ = build_start(third)

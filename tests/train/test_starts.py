@@ -129,7 +129,12 @@ def counted(steps: int) -> str:
 def test_a_run_that_was_never_restarted_says_nothing(tmp_path: Path) -> None:
     dataset = small_dataset(tmp_path, images=8, text_only=0)
     config = small_run(
-        dataset, tmp_path / "run", workers=1, launcher="process", micro_batch=4, max_steps=2
+        dataset,
+        tmp_path / "run",
+        num_workers=1,
+        launcher="process",
+        micro_batch_size=4,
+        max_steps=2,
     )
     launch(preflight(config))
     (start,) = read_starts(tmp_path / "run")

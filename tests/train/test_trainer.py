@@ -15,7 +15,7 @@ from lapilli.data.dataset.dataset import Dataset, Sample, open_dataset
 from lapilli.model.interop.hf import write_hf
 from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.vlm import build_model
-from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.steps.feed import Feed
@@ -41,8 +41,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("trainer")
     optim = OptimConfig(lr=2e-3, warmup_ratio=0.0, weight_decay=0.1, grad_clip=1.0)
     return small_run(
-        small_dataset(folder), folder / "run", workers=1, launcher="process", epochs=9,
-        max_steps=STEPS, micro_batch=4, save_every=STEPS, optim=optim,
+        small_dataset(folder), folder / "run", num_workers=1, launcher="process", epochs=9,
+        max_steps=STEPS, micro_batch_size=4, checkpoint=CheckpointConfig(every=STEPS), optim=optim,
     )  # fmt: skip
 
 

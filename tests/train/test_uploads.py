@@ -13,7 +13,7 @@ import pytest
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint.save_load import find_checkpoints
-from lapilli.train.config import RunConfig
+from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
@@ -24,6 +24,7 @@ from tests.train.small_run import small_dataset, small_run
 from tests.train.test_saving import started
 
 STORE = "s3://bucket/runs/one"
+OTHER_SEED = r"seed: s3://.* started with 42, now 7; .* --checkpoint\.upload"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,19 @@ def port(bucket: Path) -> Iterator[int]:
         yield port
 
 
-def mirrored(dataset: Path, output: Path, **values: int) -> RunConfig:
+def uploaded(
+    dataset: Path, output: Path, *, epochs: int = 2, every: int = 2, keep_last: int = 2,
+    archive_every: int = 0,
+) -> RunConfig:  # fmt: skip
     """Six steps in this process, saved at 2, 4 and 6."""
-    settings = {"save_every": 2, "keep": 2, **values}
-    return replace(
-        small_run(dataset, output, workers=1, launcher="process", **settings), mirror=STORE
-    )
+    return small_run(
+        dataset, output, num_workers=1, launcher="process", epochs=epochs,
+        checkpoint=CheckpointConfig(every, keep_last, archive_every, STORE),
+    )  # fmt: skip
+
+
+def uploading_to(config: RunConfig, address: str) -> RunConfig:
+    return replace(config, checkpoint=replace(config.checkpoint, upload=address))
 
 
 def losses(config: RunConfig) -> list[float]:
@@ -78,7 +86,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 def test_a_store_holds_the_newest_checkpoints_and_every_milestone(
     dataset: Path, tmp_path: Path, bucket: Path
 ) -> None:
-    config = mirrored(dataset, tmp_path / "run", milestone_every=3)
+    config = uploaded(dataset, tmp_path / "run", archive_every=3)
     run(config)
     for form in ("checkpoints", "milestones"):
         there = files_below(bucket / "runs" / "one" / form)
@@ -92,7 +100,7 @@ def test_a_store_holds_the_newest_checkpoints_and_every_milestone(
 def test_a_fresh_machine_goes_on_from_the_newest_that_is_whole_at_the_store(
     dataset: Path, tmp_path: Path, bucket: Path
 ) -> None:
-    first = mirrored(dataset, tmp_path / "first", keep=3)
+    first = uploaded(dataset, tmp_path / "first", keep_last=3)
     run(first)
     # as if the upload of step 6 had been cut, and an object of step 4 damaged
     there = RemotePath(STORE)
@@ -126,7 +134,7 @@ def test_a_fresh_machine_goes_on_from_the_newest_that_is_whole_at_the_store(
 def test_a_run_is_made_longer_on_a_machine_that_has_only_its_store(
     dataset: Path, tmp_path: Path
 ) -> None:
-    first = mirrored(dataset, tmp_path / "first", epochs=1)
+    first = uploaded(dataset, tmp_path / "first", epochs=1)
     run(first)
     done = len(read_metrics(Path(first.output)))
     with pytest.raises(TrainError, match=r"^max_steps: 1 makes 1 steps, .* has taken 3; raise it"):
@@ -149,7 +157,7 @@ def test_a_store_that_fails_now_and_then_is_tried_again(
     dataset: Path, tmp_path: Path, port: int, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lapilli.data.io.remote_path.FIRST_WAIT", 0.001)
-    config = mirrored(dataset, tmp_path / "run")
+    config = uploaded(dataset, tmp_path / "run")
     with failing_proxy(port, lambda i: i % 3 == 1) as (proxy, failed), use_endpoint(proxy):
         run(config)
     assert failed
@@ -161,7 +169,7 @@ def test_a_store_that_is_gone_does_not_end_the_run(
 ) -> None:
     """And what it has not got is copied when the same command is given again."""
     monkeypatch.setattr("lapilli.data.io.remote_path.ATTEMPTS", 1)
-    config = mirrored(dataset, tmp_path / "run", milestone_every=3)
+    config = uploaded(dataset, tmp_path / "run", archive_every=3)
     is_gone = False
     with failing_proxy(port, lambda i: is_gone) as (proxy, _), use_endpoint(proxy):
         ready = preflight(config)
@@ -186,7 +194,7 @@ def test_what_cannot_be_stored_is_said_before_the_first_step(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     monkeypatch.setattr("lapilli.data.io.remote_path.ATTEMPTS", 1)
-    config = mirrored(dataset, tmp_path / "run")
+    config = uploaded(dataset, tmp_path / "run")
     with (
         failing_proxy(port, lambda i: True) as (proxy, _),
         use_endpoint(proxy),
@@ -194,23 +202,23 @@ def test_what_cannot_be_stored_is_said_before_the_first_step(
     ):
         preflight(config)
     run(config)
-    with pytest.raises(TrainError, match=r"seed: s3://.* started with 42, now 7; .* --mirror"):
+    with pytest.raises(TrainError, match=OTHER_SEED):
         preflight(replace(config, seed=7, output=str(tmp_path / "other")))
-    finished = replace(config, seed=7, output=str(tmp_path / "finished"), mirror="")
+    finished = replace(uploading_to(config, ""), seed=7, output=str(tmp_path / "finished"))
     run(finished)
-    with pytest.raises(TrainError, match=r"seed: s3://.* started with 42, now 7; .* --mirror"):
-        train(replace(finished, mirror=STORE))  # has nothing to do but to copy
+    with pytest.raises(TrainError, match=OTHER_SEED):
+        train(uploading_to(finished, STORE))  # has nothing to do but to copy
     with pytest.raises(TrainError, match="expected an address like s3"):
-        replace(config, mirror="bucket/run")
+        uploading_to(config, "bucket/run")
 
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("port")
 def test_kills_in_the_middle_of_an_upload(dataset: Path, tmp_path: Path, bucket: Path) -> None:
     """Kill -9 while a step has no state.json at the store; the folder of the run is lost too."""
-    whole = replace(mirrored(dataset, tmp_path / "whole"), mirror="")
+    whole = uploading_to(uploaded(dataset, tmp_path / "whole"), "")
     started(whole).join()
-    config = mirrored(dataset, tmp_path / "run", save_every=1)
+    config = uploaded(dataset, tmp_path / "run", every=1)
     there = bucket / "runs" / "one" / "checkpoints"
     for seen in (2, 4):
         runner = started(config)

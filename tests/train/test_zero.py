@@ -33,7 +33,7 @@ CASES: dict[str, RunConfig] = {
     "projector only": run_config(model_config("projector")),
     "adapters": run_config(
         model_config("projector", "language", lora=LoraConfig(rank=2, alpha=8, dropout=0.0)),
-        lrs={"adapters": 2e-3, "projector": 2e-4},
+        lr_by_part={"adapters": 2e-3, "projector": 2e-4},
     ),
 }
 

@@ -22,7 +22,7 @@ def model_config(
     """CLIP and Llama with every size as small as it can be."""
     return ModelConfig(
         vision=VisionConfig(
-            layer=-2,
+            vision_feature_layer=-2,
             settings={
                 "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
                 "num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": 8,
@@ -42,12 +42,14 @@ def model_config(
     )  # fmt: skip
 
 
-def run_config(model: ModelConfig, lrs: dict[str, float] | None = None, **values: Any) -> RunConfig:
+def run_config(
+    model: ModelConfig, lr_by_part: dict[str, float] | None = None, **values: Any
+) -> RunConfig:
     """A run of two workers, two micro-batches each, three rows a micro-batch."""
-    optim = OptimConfig(lr=1e-3, lrs=lrs or {}, weight_decay=0.1, grad_clip=0.5)
+    optim = OptimConfig(lr=1e-3, lr_by_part=lr_by_part or {}, weight_decay=0.1, grad_clip=0.5)
     settings: dict[str, Any] = {
-        "dataset": "", "output": "", "view": "", "global_batch": 12, "micro_batch": 3,
-        "workers": 2, "optim": optim, **values,
+        "dataset": "", "output": "", "view": "", "global_batch_size": 12, "micro_batch_size": 3,
+        "num_workers": 2, "optim": optim, **values,
     }  # fmt: skip
     return RunConfig(model=model, **settings)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL, Encoding
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.addresses import refuse_secrets, refuse_web
+from lapilli.data.renamed import BUILD_NAMES, Renamed
 
 __all__ = ["MOST_RECORD", "MOST_UNPACKED", "BuildConfig", "MixtureConfig", "SourceConfig"]
 
@@ -203,10 +204,12 @@ class BuildConfig:
         shard_bytes: Largest size of an image shard's pixels, in bytes.
         extra_roots: Folders outside of the root that links below it may lead to, as where
             `coco/train2017` is a link to another disk. None are followed out of the root otherwise.
-        amend: Bring the dataset in `output` to these inputs and settings, and make only what has
-            changed. Without it a change is an error.
-        workers: Shards built at the same time; 0 takes every core Ray has. Decides no byte.
+        incremental: Bring the dataset in `output` to these inputs and settings, and make only what
+            has changed. Without it a change is an error.
+        num_workers: Shards built at the same time; 0 takes every core Ray has. Decides no byte.
     """
+
+    old_names: ClassVar[Renamed] = BUILD_NAMES
 
     root: str
     output: str
@@ -224,8 +227,8 @@ class BuildConfig:
     records_per_shard: int = 8192
     shard_bytes: int = 64 * 2**20
     extra_roots: list[str] = field(default_factory=list[str])
-    amend: bool = False
-    workers: int = 0
+    incremental: bool = False
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -253,8 +256,8 @@ class BuildConfig:
             raise DataError(
                 f"max_text_length: {self.max_text_length}; expected 0 (all of it) or more"
             )
-        if self.workers < 0:
-            raise DataError(f"workers: {self.workers}; expected 0 (every core) or more")
+        if self.num_workers < 0:
+            raise DataError(f"num_workers: {self.num_workers}; expected 0 (every core) or more")
 
     def _check_encodings(self) -> None:
         """Every encoding is a view's and one that a tower can read."""

@@ -21,9 +21,10 @@ class VisionConfig:
         tower: Name in `lapilli.model.parts.vision.TOWERS`, or `package.module:name`.
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the tower's transformers config, when there are no weights.
-        layer: Which hidden state is taken, as LLaVA counts (-2: before the last layer). Layers
-            after it are not run.
-        features: `patch`, or `cls_patch` with the class token before the patches.
+        vision_feature_layer: Which hidden state is taken, as LLaVA counts (-2: before the last
+            layer). Layers after it are not run.
+        vision_feature_select_strategy: `default`, the patches alone, or `full`, with the class
+            token before them. Both settings are named as in transformers.
         image_size: Side of the images in pixels, a multiple of the patch; 0 for the tower's own.
             The positions of pretrained weights are interpolated to it (bicubic), as transformers'
             `interpolate_pos_encoding` does.
@@ -36,8 +37,8 @@ class VisionConfig:
     tower: str = "clip"
     pretrained: str = ""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
-    layer: int = -2
-    features: Literal["patch", "cls_patch"] = "patch"
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
     image_size: int = 0
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -135,7 +136,7 @@ class ModelConfig:
         lora: Adapters, through which alone the parts learn that have any; None for none.
         gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
         merge: How image features are put among the text's embeddings (`lapilli.model.merging`).
-        loss: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
+        kernels: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
         dtype: What weights are loaded in. bf16 takes half the host's memory; a bf16 run rounds
             them anyway, and its fp32 copies in the optimizer begin there.
         head_chunk: Trained positions the head works on at once.
@@ -150,7 +151,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
     merge: Literal["torch", "triton"] = "torch"
-    loss: Literal["auto", "torch", "liger"] = "auto"
+    kernels: Literal["auto", "torch", "liger"] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     head_chunk: int = 1024
     seed: int = 0

@@ -33,12 +33,17 @@ def choose_loss(wanted: LossImplementation, device: str) -> Literal["torch", "li
     if wanted in ("auto", "torch"):
         return "torch"
     if wanted != "liger":
-        raise ModelError(f"loss: {wanted!r} is unknown; expected one of auto, torch, liger")
+        raise ModelError(
+            f"model.kernels: {wanted!r} is unknown; expected one of auto, torch, liger"
+        )
     if device != "cuda":
-        raise ModelError(f"loss: liger needs a CUDA device, this is {device}; set model.loss: auto")
+        raise ModelError(
+            f"model.kernels: liger needs a CUDA device, this is {device}; set model.kernels: auto"
+        )
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError(
-            "loss: liger is not installed; pip install 'lapilli[liger]', or set model.loss: auto"
+            "model.kernels: liger is not installed; pip install 'lapilli[liger]', or set "
+            "model.kernels: auto"
         )
     return "liger"
 

@@ -147,7 +147,7 @@ class VisionLanguageModel(nn.Module):
             chunk=self.config.head_chunk,
             softcap=self._softcap,
             scale=self._logit_scale,
-            implementation=self.config.loss,
+            implementation=self.config.kernels,
             each=each_P,
             added=None if rows is None else rows.head_rows,
         )

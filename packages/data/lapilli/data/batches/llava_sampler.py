@@ -63,7 +63,7 @@ def llava_order(
         first = int(np.flatnonzero(signed == 0)[0])
         raise DataError(
             f"sample {first} has length 0 and LLaVA's sampler needs one that is not; "
-            "quarantine the empty conversation or use policy 'grouped'"
+            "quarantine the empty conversation or use sampler 'grouped'"
         )
     global_stream = _torch_stream(global_seed)
     own = global_stream if generator_seed is None else _torch_stream(generator_seed)
@@ -73,7 +73,7 @@ def llava_order(
 def llava_steps(
     signed: Ids,
     *,
-    micro_batch: int,
+    micro_batch_size: int,
     processes: int,
     accumulation: int,
     seed: int,
@@ -90,7 +90,7 @@ def llava_steps(
 
     Args:
         signed: int64 [n], words of a sample, negated where it has no image.
-        micro_batch: Samples of one process's micro-batch, b.
+        micro_batch_size: Samples of one process's micro-batch, b.
         processes: LLaVA's processes, R.
         accumulation: Its gradient accumulation steps, A.
         seed: Its `--seed`.
@@ -105,8 +105,10 @@ def llava_steps(
     Raises:
         DataError: More samples than the generators are known to agree for.
     """
-    orders = _epochs(signed, micro_batch, processes, accumulation, seed, group_by_modality_length)
-    width = processes * micro_batch
+    orders = _epochs(
+        signed, micro_batch_size, processes, accumulation, seed, group_by_modality_length
+    )
+    width = processes * micro_batch_size
     if pads:
         order = next(islice(orders, epoch, None))
         return _micro_steps(order, accumulation * width, fill=False)
@@ -131,7 +133,7 @@ def _micro_steps(order: Ids, width: int, *, fill: bool) -> Ids:
 
 
 def _epochs(
-    signed: Ids, micro_batch: int, processes: int, accumulation: int, seed: int, grouped: bool
+    signed: Ids, micro_batch_size: int, processes: int, accumulation: int, seed: int, grouped: bool
 ) -> Iterator[Ids]:
     """The sampler's order in each epoch; the generators go on from one to the next.
 
@@ -143,7 +145,7 @@ def _epochs(
     while True:
         _torch_int64(stream)
         if grouped:
-            yield _by_modality(signed, micro_batch, processes * accumulation, stream, own)
+            yield _by_modality(signed, micro_batch_size, processes * accumulation, stream, own)
         elif processes == 1:
             yield _torch_randperm(signed.size, _torch_stream(_torch_int64(stream)))
         else:
@@ -195,8 +197,8 @@ def _torch_randperm(count: int, stream: np.random.RandomState) -> Ids:
     """torch.randperm(count): Fisher-Yates from the front, one draw modulo what is left a swap."""
     if count >= TORCH_RANDPERM_LIMIT:
         raise DataError(
-            f"{count} samples under policy 'llava'; torch's permutation is known below "
-            f"{TORCH_RANDPERM_LIMIT}: use policy 'grouped'"
+            f"{count} samples under sampler 'llava'; torch's permutation is known below "
+            f"{TORCH_RANDPERM_LIMIT}: use sampler 'grouped'"
         )
     swaps = max(count - 1, 0)
     draws = stream.randint(0, 2**32, size=swaps, dtype=np.uint32).astype(np.int64)

@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from lapilli.data.batches.llava_sampler import EMPTY, llava_steps
 from lapilli.data.errors import DataError
 
-__all__ = ["EpochPlan", "Policy", "Remainder", "assign", "longest_rows", "plan_epoch"]
+__all__ = ["EpochPlan", "Remainder", "Sampler", "assign", "longest_rows", "plan_epoch"]
 
-Policy = Literal["grouped", "random", "llava"]
+Sampler = Literal["grouped", "random", "llava"]
 Remainder = Literal["auto", "pad", "short", "drop", "llava"]
 
 Ids = NDArray[np.int64]
@@ -47,7 +47,7 @@ class EpochPlan:
         order: int64 [slots], sample indices in the order they are trained on, -1 = empty slot.
         offsets: int64 [steps + 1]; global batch k is `order[offsets[k]:offsets[k + 1]]`.
         fixed_micro_batch: None where `assign` may arrange a batch as it likes; otherwise the slots
-            lie micro-batch by micro-batch of this size and stay so (policy `llava`, in which the
+            lie micro-batch by micro-batch of this size and stay so (sampler `llava`, in which the
             micro-batches are part of the order).
         whole: slots of a global batch that is not cut short; None where none is.
     """
@@ -82,17 +82,17 @@ def plan_epoch(
     lengths: ArrayLike,
     modalities: ArrayLike,
     *,
-    global_batch: int,
+    global_batch_size: int,
     seed: int,
     epoch: int,
-    policy: Policy,
+    sampler: Sampler,
     window: int | None = None,
     llava_micro_batch: int | None = None,
     llava_processes: int = 1,
     group_by_modality_length: bool = True,
     remainder: Remainder = "pad",
 ) -> EpochPlan:
-    """Order every sample exactly once into global batches of `global_batch` slots.
+    """Order every sample exactly once into global batches of `global_batch_size` slots.
 
     The same arguments give the same plan on any platform and any version of numpy.
 
@@ -101,10 +101,10 @@ def plan_epoch(
             counts (`llava_length`).
         modalities: bool or int [n]; `grouped` keeps different values apart; for `llava` true (or
             non-zero) means that the sample has an image; `random` does not look at it.
-        global_batch: slots of a global batch, over all ranks and accumulation steps.
+        global_batch_size: slots of a global batch, over all ranks and accumulation steps.
         seed: >= 0; with `epoch` it decides every draw. For `llava` it is LLaVA's `--seed`.
         epoch: >= 0.
-        policy: `grouped`, one modality a global batch (the tails included), similar lengths in it,
+        sampler: `grouped`, one modality a global batch (the tails included), similar lengths in it,
             the batch with the longest sample first so that what does not fit in memory fails at
             once; `random`, a permutation; `llava`, LLaVA's own trainer's order (`llava_steps`).
         window: `grouped` sorts by length within this many randomly drawn global batches. None
@@ -114,27 +114,27 @@ def plan_epoch(
         group_by_modality_length: likewise.
         remainder: what becomes of a batch that the samples (with `grouped`, of a modality) do not
             fill: `pad` keeps its size with empty slots, `short` makes it smaller (fewer
-            micro-steps), `drop` leaves its samples out of this epoch. `llava`, for policy `llava`,
+            micro-steps), `drop` leaves its samples out of this epoch. `llava`, for sampler `llava`,
             is what its trainer does (`llava_steps`): the one case in which a sample may come twice
-            in an epoch. `auto` is `llava` for policy `llava`, else `pad`.
+            in an epoch. `auto` is `llava` for sampler `llava`, else `pad`.
 
     Raises:
         DataError: an argument that no plan can be made of.
     """
-    counts, kinds = _checked_samples(np.asarray(lengths), np.asarray(modalities), global_batch)
+    counts, kinds = _checked_samples(np.asarray(lengths), np.asarray(modalities), global_batch_size)
     _check_at_least("seed", seed, 0)
     _check_at_least("epoch", epoch, 0)
-    _check_policy(policy, window, llava_micro_batch, llava_processes, global_batch)
-    remainder = _checked_remainder(remainder, policy)
+    _check_sampler(sampler, window, llava_micro_batch, llava_processes, global_batch_size)
+    remainder = _checked_remainder(remainder, sampler)
     if llava_micro_batch is not None:
-        accumulation = global_batch // (llava_micro_batch * llava_processes)
+        accumulation = global_batch_size // (llava_micro_batch * llava_processes)
         batches = llava_steps(
-            np.where(kinds != 0, counts, -counts), micro_batch=llava_micro_batch,
+            np.where(kinds != 0, counts, -counts), micro_batch_size=llava_micro_batch,
             processes=llava_processes, accumulation=accumulation, seed=seed, epoch=epoch,
             group_by_modality_length=group_by_modality_length, pads=remainder == "pad",
         )  # fmt: skip
     else:
-        batches = _own_batches(counts, kinds, policy, global_batch, window, _bits(seed, epoch))
+        batches = _own_batches(counts, kinds, sampler, global_batch_size, window, seed, epoch)
     if remainder != "llava":
         _assert_each_sample_once(batches, kinds.size)
     return _cut_off(batches, remainder, llava_micro_batch)
@@ -143,30 +143,32 @@ def plan_epoch(
 def _own_batches(
     lengths: Ids,
     kinds: IntArray,
-    policy: Policy,
-    global_batch: int,
+    sampler: Sampler,
+    global_batch_size: int,
     window: int | None,
-    bits: np.random.PCG64,
+    seed: int,
+    epoch: int,
 ) -> Ids:
-    """Global batches [steps, G] of policy `grouped` or `random`."""
-    if policy == "random":
-        return _filled_batches(_permutation(kinds.size, bits), global_batch)
+    """Global batches [steps, G] of sampler `grouped` or `random`."""
+    bits = _bits(seed, epoch)
+    if sampler == "random":
+        return _filled_batches(_permutation(kinds.size, bits), global_batch_size)
     if window is None:
-        window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch * LEAST_WINDOWS)))
-    return _grouped(lengths, kinds, global_batch, window, bits)
+        window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch_size * LEAST_WINDOWS)))
+    return _grouped(lengths, kinds, global_batch_size, window, bits)
 
 
-def _checked_remainder(remainder: Remainder, policy: Policy) -> Remainder:
-    """What `auto` stands for; anything but a name that the policy takes is refused."""
+def _checked_remainder(remainder: Remainder, sampler: Sampler) -> Remainder:
+    """What `auto` stands for; anything but a name that the sampler takes is refused."""
     if remainder not in get_args(Remainder):
         raise DataError(
             f"remainder is {remainder!r}; choose one of {', '.join(get_args(Remainder))}"
         )
     if remainder == "auto":
-        return "llava" if policy == "llava" else "pad"
-    if remainder not in (("llava", "pad") if policy == "llava" else ("pad", "short", "drop")):
+        return "llava" if sampler == "llava" else "pad"
+    if remainder not in (("llava", "pad") if sampler == "llava" else ("pad", "short", "drop")):
         raise DataError(
-            f"remainder is {remainder!r}; policy 'llava' takes 'llava' or 'pad', the others "
+            f"remainder is {remainder!r}; sampler 'llava' takes 'llava' or 'pad', the others "
             "'pad', 'short' or 'drop'"
         )
     return remainder
@@ -179,7 +181,7 @@ def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) 
         if not len(batches):
             raise DataError(
                 "remainder 'drop' leaves nothing: no modality fills a global batch of "
-                f"{batches.shape[1]}; use 'pad' or 'short', or a smaller global_batch"
+                f"{batches.shape[1]}; use 'pad' or 'short', or a smaller global_batch_size"
             )
     sizes = np.full(len(batches), batches.shape[1], dtype=np.int64)
     order = batches.reshape(-1)
@@ -191,7 +193,7 @@ def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) 
 
 
 def assign(
-    plan: EpochPlan, step: int, lengths: ArrayLike, *, world_size: int, micro_batch: int
+    plan: EpochPlan, step: int, lengths: ArrayLike, *, world_size: int, micro_batch_size: int
 ) -> list[list[Ids]]:
     """Share one global batch among the ranks.
 
@@ -208,25 +210,25 @@ def assign(
         step: global batch to share, in [0, plan.num_steps).
         lengths: int [n], the lengths the plan was made of.
         world_size: ranks.
-        micro_batch: slots of one rank's micro-batch.
+        micro_batch_size: slots of one rank's micro-batch.
 
     Returns:
-        [rank][micro-step] -> int64 [micro_batch] sample indices, -1 = empty slot.
+        [rank][micro-step] -> int64 [micro_batch_size] sample indices, -1 = empty slot.
 
     Raises:
         DataError: the global batch cannot be cut that way; names numbers that fit.
     """
     batch = plan.global_batch(step)
-    _check_geometry(plan.whole or batch.size, world_size, micro_batch, plan.fixed_micro_batch)
+    _check_geometry(plan.whole or batch.size, world_size, micro_batch_size, plan.fixed_micro_batch)
     if plan.fixed_micro_batch is None:
-        chunks = _balanced_chunks(batch, np.asarray(lengths), world_size, micro_batch)
+        chunks = _balanced_chunks(batch, np.asarray(lengths), world_size, micro_batch_size)
     else:
-        chunks = batch.reshape(-1, world_size, micro_batch)
+        chunks = batch.reshape(-1, world_size, micro_batch_size)
     return [list(chunks[:, rank]) for rank in range(world_size)]
 
 
 def longest_rows(
-    plan: EpochPlan, lengths: ArrayLike, has_images: ArrayLike, *, micro_batch: int
+    plan: EpochPlan, lengths: ArrayLike, has_images: ArrayLike, *, micro_batch_size: int
 ) -> tuple[Ids, Ids]:
     """What the micro-batches of an epoch must be padded to, for any number of ranks.
 
@@ -234,7 +236,7 @@ def longest_rows(
         plan: of the epoch; its batches that are cut short are not looked at.
         lengths: int [n], tokens of the samples.
         has_images: bool [n].
-        micro_batch: slots of one rank's micro-batch.
+        micro_batch_size: slots of one rank's micro-batch.
 
     Returns:
         The longest sample of each micro-batch that has images, and of each that has none.
@@ -247,8 +249,8 @@ def longest_rows(
         order = np.argsort(-tokens, axis=1, kind="stable")
         tokens = np.take_along_axis(tokens, order, axis=1)
         pictured = np.take_along_axis(pictured, order, axis=1)
-    longest = tokens.reshape(-1, micro_batch).max(axis=1)
-    with_images = pictured.reshape(-1, micro_batch).any(axis=1)
+    longest = tokens.reshape(-1, micro_batch_size).max(axis=1)
+    with_images = pictured.reshape(-1, micro_batch_size).any(axis=1)
     return longest[with_images], longest[~with_images & (longest > 0)]
 
 
@@ -269,37 +271,37 @@ def _permutation(count: int, bits: np.random.PCG64) -> Ids:
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64, copy=False)
 
 
-def _filled_batches(ids: Ids, global_batch: int) -> Ids:
+def _filled_batches(ids: Ids, global_batch_size: int) -> Ids:
     """Cut [m] ids into [ceil(m / G), G], the rest of the last batch empty."""
-    batches = np.full((-(-ids.size // global_batch), global_batch), EMPTY, dtype=np.int64)
+    batches = np.full((-(-ids.size // global_batch_size), global_batch_size), EMPTY, dtype=np.int64)
     batches.reshape(-1)[: ids.size] = ids
     return batches
 
 
 def _grouped(
-    lengths: Ids, kinds: IntArray, global_batch: int, window: int, bits: np.random.PCG64
+    lengths: Ids, kinds: IntArray, global_batch_size: int, window: int, bits: np.random.PCG64
 ) -> Ids:
     """Global batches [steps, G] of one modality and similar lengths, the longest sample first."""
     of_each_kind: list[Ids] = []
     for kind in np.unique(kinds):
         ids = np.flatnonzero(kinds == kind)
         ids = ids[_permutation(ids.size, bits)]
-        ids = ids[_sorted_in_windows(lengths[ids], global_batch, window)]
-        of_each_kind.append(_filled_batches(ids, global_batch))
+        ids = ids[_sorted_in_windows(lengths[ids], global_batch_size, window)]
+        of_each_kind.append(_filled_batches(ids, global_batch_size))
     batches = np.concatenate(of_each_kind)
     batches = batches[_permutation(len(batches), bits)]
     return _longest_first(batches, lengths)
 
 
-def _sorted_in_windows(lengths: Ids, global_batch: int, window: int) -> Ids:
+def _sorted_in_windows(lengths: Ids, global_batch_size: int, window: int) -> Ids:
     """Positions [m] that sort [m] lengths, longest first, within windows of global batches.
 
     The windows are made equally large (65 batches are 33 + 32 and not 64 + 1, where the last would
     hardly be sorted). Descending, so that an incomplete batch holds short samples.
     """
-    batches = -(-lengths.size // global_batch)
+    batches = -(-lengths.size // global_batch_size)
     windows = -(-batches // window)
-    window_of = np.arange(lengths.size) // global_batch * windows // batches
+    window_of = np.arange(lengths.size) // global_batch_size * windows // batches
     # One stable sort by (window, -length) packed into one key, twice as fast as lexsort.
     longest = int(lengths.max())
     return np.argsort(window_of * (longest + 1) + (longest - lengths), kind="stable")
@@ -325,40 +327,41 @@ def _assert_each_sample_once(batches: Ids, count: int) -> None:
 # ---- sharing a batch ---------------------------------------------------------------------------
 
 
-def _balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch: int) -> Ids:
+def _balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch_size: int) -> Ids:
     """Micro-batches [micro-steps, ranks, b] of similar lengths, see `assign`."""
     samples = batch[batch != EMPTY]
     samples = samples[np.argsort(-lengths[samples].astype(np.int64), kind="stable")]
-    micro_steps = -(-batch.size // (world_size * micro_batch))
-    chunks = np.full((micro_steps * world_size, micro_batch), EMPTY, dtype=np.int64)
+    micro_steps = -(-batch.size // (world_size * micro_batch_size))
+    chunks = np.full((micro_steps * world_size, micro_batch_size), EMPTY, dtype=np.int64)
     for chunk, ids in zip(chunks, np.array_split(samples, len(chunks)), strict=True):
         chunk[: ids.size] = ids
-    by_step = chunks.reshape(-1, world_size, micro_batch)
+    by_step = chunks.reshape(-1, world_size, micro_batch_size)
     by_step[1::2] = by_step[1::2, ::-1].copy()
     return by_step
 
 
 def _check_geometry(
-    global_batch: int, world_size: int, micro_batch: int, fixed_micro_batch: int | None
+    global_batch_size: int, world_size: int, micro_batch_size: int, fixed_micro_batch: int | None
 ) -> None:
     _check_at_least("world_size", world_size, 1)
-    _check_at_least("micro_batch", micro_batch, 1)
-    if fixed_micro_batch not in (None, micro_batch):
+    _check_at_least("micro_batch_size", micro_batch_size, 1)
+    if fixed_micro_batch not in (None, micro_batch_size):
         raise DataError(
-            f"micro_batch is {micro_batch}, but the plan's policy 'llava' has micro-batches of "
-            f"{fixed_micro_batch} in its order; use {fixed_micro_batch} or make the plan anew"
+            f"micro_batch_size is {micro_batch_size}, but the plan's sampler 'llava' has "
+            f"micro-batches of {fixed_micro_batch} in its order; use {fixed_micro_batch} or make "
+            "the plan anew"
         )
-    share = world_size * micro_batch
-    if global_batch % share == 0:
+    share = world_size * micro_batch_size
+    if global_batch_size % share == 0:
         return
-    below, above = global_batch // share * share, -(-global_batch // share) * share
+    below, above = global_batch_size // share * share, -(-global_batch_size // share) * share
     sizes = " or ".join(str(size) for size in (below, above) if size)
-    per_rank, left = divmod(global_batch, world_size)
+    per_rank, left = divmod(global_batch_size, world_size)
     fitting = [size for size in range(1, per_rank + 1) if left == 0 and per_rank % size == 0]
-    remedy = f", or a micro_batch of {', '.join(map(str, fitting))}" if fitting else ""
+    remedy = f", or a micro_batch_size of {', '.join(map(str, fitting))}" if fitting else ""
     raise DataError(
-        f"global_batch {global_batch} is not a multiple of world_size {world_size} x micro_batch "
-        f"{micro_batch} = {share}; use a global_batch of {sizes}{remedy}"
+        f"global_batch_size {global_batch_size} is not a multiple of world_size {world_size} x "
+        f"micro_batch_size {micro_batch_size} = {share}; use a global_batch_size of {sizes}{remedy}"
     )
 
 
@@ -371,10 +374,10 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 
 def _checked_samples(
-    lengths: NDArray[Any], modalities: NDArray[Any], global_batch: int
+    lengths: NDArray[Any], modalities: NDArray[Any], global_batch_size: int
 ) -> tuple[Ids, IntArray]:
     """Both columns [n] as int64 and integers, or what is wrong with them."""
-    _check_at_least("global_batch", global_batch, 1)
+    _check_at_least("global_batch_size", global_batch_size, 1)
     for name, column, kinds in (("lengths", lengths, "iu"), ("modalities", modalities, "biu")):
         if column.ndim != 1 or column.dtype.kind not in kinds:
             raise DataError(
@@ -386,10 +389,10 @@ def _checked_samples(
             f"{lengths.size} lengths and {modalities.size} modalities; "
             "pass one of each per sample, both from the same dataset"
         )
-    if lengths.size < global_batch:
+    if lengths.size < global_batch_size:
         raise DataError(
-            f"{lengths.size} samples are fewer than one global batch of {global_batch}; "
-            f"use a global_batch of at most {lengths.size} or more data"
+            f"{lengths.size} samples are fewer than one global batch of {global_batch_size}; "
+            f"use a global_batch_size of at most {lengths.size} or more data"
         )
     if lengths.min() < 1:
         first = int(np.flatnonzero(lengths < 1)[0])
@@ -400,36 +403,36 @@ def _checked_samples(
     return lengths.astype(np.int64), modalities.astype(np.int64)
 
 
-def _check_policy(
-    policy: Policy,
+def _check_sampler(
+    sampler: Sampler,
     window: int | None,
     llava_micro_batch: int | None,
     llava_processes: int,
-    global_batch: int,
+    global_batch_size: int,
 ) -> None:
-    """Afterwards `llava_micro_batch` is set under policy `llava` and under no other."""
-    if policy not in get_args(Policy):
-        raise DataError(f"policy is {policy!r}; choose one of {', '.join(get_args(Policy))}")
+    """Afterwards `llava_micro_batch` is set under sampler `llava` and under no other."""
+    if sampler not in get_args(Sampler):
+        raise DataError(f"sampler is {sampler!r}; choose one of {', '.join(get_args(Sampler))}")
     _check_at_least("window", 1 if window is None else window, 1)
-    if policy == "llava" and llava_micro_batch is None:
+    if sampler == "llava" and llava_micro_batch is None:
         raise DataError(
-            "policy 'llava' has no llava_micro_batch; its order depends on it: pass the samples "
+            "sampler 'llava' has no llava_micro_batch; its order depends on it: pass the samples "
             "of one rank's micro-batch"
         )
     if llava_micro_batch is None:
         return
-    if policy != "llava":
+    if sampler != "llava":
         raise DataError(
-            f"llava_micro_batch is {llava_micro_batch} under policy {policy!r}; only 'llava' has "
-            "micro-batches in its order: leave it out or choose policy 'llava'"
+            f"llava_micro_batch is {llava_micro_batch} under sampler {sampler!r}; only 'llava' has "
+            "micro-batches in its order: leave it out or choose sampler 'llava'"
         )
     _check_at_least("llava_micro_batch", llava_micro_batch, 1)
     _check_at_least("llava_processes", llava_processes, 1)
     micro_step = llava_micro_batch * llava_processes
-    if global_batch % micro_step:
-        above = -(-global_batch // micro_step) * micro_step
+    if global_batch_size % micro_step:
+        above = -(-global_batch_size // micro_step) * micro_step
         raise DataError(
-            f"global_batch {global_batch} is not a multiple of llava_micro_batch "
-            f"{llava_micro_batch} x llava_processes {llava_processes}; use a global_batch of "
+            f"global_batch_size {global_batch_size} is not a multiple of llava_micro_batch "
+            f"{llava_micro_batch} x llava_processes {llava_processes}; use a global_batch_size of "
             f"{above} or a micro-batch that divides it"
         )

@@ -69,8 +69,8 @@ class Journal:
             raise DataError(
                 f"{name}: the process that makes it has ended {MOST_ATTEMPTS} times"
                 + ("" if last is None else f", the last time at row {last}")
-                + ", and no image is to blame; probably memory is short: lower --workers and run "
-                "the same command again"
+                + ", and no image is to blame; probably memory is short: lower --num_workers and "
+                "run the same command again"
             )
         number = 1 + max((int(path.name[-6:]) for path in self._earlier), default=0)
         path = folder / f"attempt-{number:06d}"

@@ -78,7 +78,7 @@ def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runne
     if plan.previous is None:
         write_json(output / PLAN, plan.digests)
     on_progress(reused, len(tasks))
-    for built in runner(missing, output, plan.config.workers):
+    for built in runner(missing, output, plan.config.num_workers):
         facts[built.path] = built
         on_progress(len(facts), len(tasks))
     manifest = finish(plan, output, facts)
@@ -112,11 +112,11 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
         for name in {**before, **digests}
         if before.get(name) != digests.get(name)
     ]
-    if changes and not plan.config.amend:
+    if changes and not plan.config.incremental:
         raise DataError(
             f"output: {output} was built with another {'; another '.join(changes)}; expected the "
-            "same inputs and settings; pass --amend to redo what has changed, or choose another "
-            "--output"
+            "same inputs and settings; pass --incremental to redo what has changed, or choose "
+            "another --output"
         )
 
 

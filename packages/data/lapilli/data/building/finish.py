@@ -151,7 +151,7 @@ def _write_selection(
 def _write_config(plan: BuildPlan, output: Output) -> None:
     """Inputs and settings, for naming what changes, and the recipe that makes this dataset."""
     write_json(output / PLAN, plan.digests)
-    write_json(output / CONFIG, asdict(replace(plan.config, amend=False)))
+    write_json(output / CONFIG, asdict(replace(plan.config, incremental=False)))
 
 
 def tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:

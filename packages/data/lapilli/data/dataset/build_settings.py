@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, is_denied
-from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.typed_json import JsonError, as_type, from_json
+from lapilli.data.renamed import BUILD_NAMES
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.trust import Trust, require_readers
 
@@ -30,7 +32,8 @@ def read_build_config(dataset: Path, trust: Trust) -> BuildConfig:
     read_manifest(dataset)  # no dataset, no settings
     path = dataset / CONFIG
     try:
-        config = from_json(path.read_bytes(), BuildConfig)
+        found = from_json(path.read_bytes(), dict[str, Any])
+        config = as_type(BUILD_NAMES.with_new_names(found), BuildConfig)
     except OSError as error:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None

@@ -393,7 +393,7 @@ def _check_view(path: Path, manifest: Manifest, view: str) -> None:
     if manifest.views[view].encoding["kind"] == ORIGINAL:
         raise DataError(
             f"view: {view!r} of {path} holds the images' files and no pixels; open another view, "
-            "or add one with preprocess --amend"
+            "or add one with preprocess --incremental"
         )
 
 

@@ -154,7 +154,7 @@ class Manifest:
         versions: Of the libraries that decide bytes.
         quarantine: Facts of the file of quarantined records.
         inputs: Facts of the file that says which image and record each slot and row was made of;
-            `--amend` begins there.
+            `--incremental` begins there.
         repairs: Facts of the file of keys that were mended.
     """
 

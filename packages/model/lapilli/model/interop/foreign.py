@@ -150,7 +150,7 @@ def _check_whole(path: Path, model: VisionLanguageModel, loaded: Collection[str]
         if part not in loaded and any(True for _ in model.get_submodule(part).parameters()):
             raise ModelError(
                 f"{path}: no weights of the {part}; expected a whole model, of one's parts start a "
-                "run with start_from"
+                "run with init_from"
             )
 
 

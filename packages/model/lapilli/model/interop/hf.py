@@ -326,8 +326,8 @@ def _our_config(config: Any, tower: str, rows: int, normalisation: dict[str, Any
         VisionConfig(
             tower,
             settings=_settings(config.vision_config),
-            layer=int(config.vision_feature_layer),
-            features="cls_patch" if whole else "patch",
+            vision_feature_layer=int(config.vision_feature_layer),
+            vision_feature_select_strategy="full" if whole else "default",
             **normalisation,
         ),
         replace(
@@ -416,7 +416,9 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
 
 def _strategy(vision: VisionConfig) -> Literal["default", "full"]:
     """Transformers' word for the rows taken: `default` leaves out the first, the class token."""
-    has_class = FAMILIES[vision.tower].class_tokens and vision.features == "patch"
+    has_class = (
+        FAMILIES[vision.tower].class_tokens and vision.vision_feature_select_strategy == "default"
+    )
     return "default" if has_class else "full"
 
 

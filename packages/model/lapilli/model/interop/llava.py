@@ -203,7 +203,7 @@ def write_llava_config(model: VisionLanguageModel, output: Path, form: LlavaForm
     Raises:
         ModelError: A part that LLaVA does not have.
     """
-    layer, tower = model.config.vision.layer, form.tower
+    layer, tower = model.config.vision.vision_feature_layer, form.tower
     if not tower:
         write_tower(model, output, form.images, form.dtype)
         layer, tower = -1, str((form.place / TOWER_FOLDER).absolute())

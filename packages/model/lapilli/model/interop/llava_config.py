@@ -32,6 +32,9 @@ TOWER_FOLDER = "mm_vision_tower"
 OLD_NAMES = {"llava": "llama"}  # `model_type` before LLaVA 1.2
 SCALINGS = ("linear", "dynamic")
 
+FEATURES: dict[Literal["default", "full"], str] = {"default": "patch", "full": "cls_patch"}
+"""LLaVA's `mm_vision_select_feature` by transformers' `vision_feature_select_strategy`."""
+
 
 @dataclass(frozen=True)
 class LlavaSettings:
@@ -103,7 +106,7 @@ def llava_config(model: VisionLanguageModel, settings: LlavaSettings) -> dict[st
         "mm_hidden_size": model.vision.hidden_size,
         "mm_vision_tower": settings.tower,
         "mm_vision_select_layer": settings.layer,
-        "mm_vision_select_feature": model.config.vision.features,
+        "mm_vision_select_feature": FEATURES[model.config.vision.vision_feature_select_strategy],
         "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -234,11 +237,15 @@ def _tower(folder: Path, config: Mapping[str, Any]) -> VisionConfig:
     if kind not in FAMILIES:
         raise ModelError(f"{name}: a {kind}; expected a tower of {', '.join(FAMILIES)}")
     layer, features = config.get("mm_vision_select_layer"), config.get("mm_vision_select_feature")
-    if not isinstance(layer, int) or features not in ("patch", "cls_patch", None):
+    strategies: dict[Any, Literal["default", "full"]] = {
+        None: "default", **{feature: strategy for strategy, feature in FEATURES.items()}
+    }  # fmt: skip
+    if not isinstance(layer, int) or features not in strategies:
         raise ModelError(
             f"{folder / CONFIG}: mm_vision_select_layer {layer!r} and mm_vision_select_feature "
             f"{features!r}; expected a number, and patch or cls_patch"
         )
     return VisionConfig(
-        kind, pretrained=name, layer=layer, features=features or "patch", allow_pickle=True
-    )
+        kind, pretrained=name, vision_feature_layer=layer,
+        vision_feature_select_strategy=strategies[features], allow_pickle=True,
+    )  # fmt: skip

@@ -117,10 +117,12 @@ class TransformersTower(Tower):
         self.own_size = int(loaded.config.image_size)
         if self.own_size != shape.image_size:
             _resize(loaded, self._family, shape.image_size)
-        self._keep_layers(loaded, config.layer)
+        self._keep_layers(loaded, config.vision_feature_layer)
         self.add_module(name, loaded)
         self.class_tokens = self._family.class_tokens
-        self._skipped = self.class_tokens if config.features == "patch" else 0
+        self._skipped = (
+            self.class_tokens if config.vision_feature_select_strategy == "default" else 0
+        )
         self.image_size, self.num_tokens = shape.image_size, shape.num_tokens
         self.num_patches = shape.num_tokens - self.class_tokens + self._skipped
         self.hidden_size = int(loaded.config.hidden_size)
@@ -155,7 +157,7 @@ class TransformersTower(Tower):
 def _kept_layers(layer: int, layers: int) -> int:
     kept = layer if layer >= 0 else layers + 1 + layer
     if not 1 <= kept <= layers:
-        raise ModelError(f"vision.layer: {layer}; the tower has {layers} layers")
+        raise ModelError(f"vision.vision_feature_layer: {layer}; the tower has {layers} layers")
     return kept
 
 
@@ -191,11 +193,12 @@ def tower_shape(config: VisionConfig) -> TowerShape | None:
 def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> TowerShape:
     """Sizes of a tower at the size asked for."""
     family, sizes = FAMILIES[name], cast(Any, settings)
-    if config.features == "cls_patch" and not family.class_tokens:
+    if config.vision_feature_select_strategy == "full" and not family.class_tokens:
         raise ModelError(
-            f"vision.features: cls_patch, but {name} has no class token; expected patch"
+            f"vision.vision_feature_select_strategy: full, but {name} has no class token; expected "
+            "default"
         )
-    _kept_layers(config.layer, int(sizes.num_hidden_layers))
+    _kept_layers(config.vision_feature_layer, int(sizes.num_hidden_layers))
     heads = int(sizes.num_attention_heads)
     if heads < 1 or sizes.hidden_size % heads:
         raise ModelError(
@@ -217,7 +220,7 @@ def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> Tower
         )
     if size < patch:
         raise ModelError(f"vision: images of {size} px are smaller than the patch, {patch}")
-    skipped = 0 if config.features == "cls_patch" else family.class_tokens
+    skipped = 0 if config.vision_feature_select_strategy == "full" else family.class_tokens
     return TowerShape(size, (size // patch) ** 2 + family.class_tokens - skipped)
 
 

@@ -24,6 +24,7 @@ from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.errors import TrainError
+from lapilli.train.renamed import RUN_NAMES
 
 __all__ = ["FORM", "changed", "check_frozen", "digest", "fingerprint", "source_digests"]
 
@@ -169,6 +170,6 @@ def _base(state: Mapping[str, Any], name: str) -> str:
     seed = model.get("seed", 0) if isinstance(model, dict) else 0
     if pretrained:
         return f"{part}.pretrained {pretrained}"
-    if foreign := state.get("config", {}).get("start_from"):
-        return f"the {part} below it (start_from {foreign})"
+    if foreign := RUN_NAMES.with_new_names(state.get("config", {})).get("init_from"):
+        return f"the {part} below it (init_from {foreign})"
     return f"the {part} of random weights (model.seed {seed})"

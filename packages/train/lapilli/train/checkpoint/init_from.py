@@ -86,11 +86,11 @@ def recorded(run: Path) -> dict[str, Any]:
     return found[-1].state if found else {}
 
 
-def find_chain(start_from: str, wanted: str = "", *, by: object = "") -> Chain:
-    """Follow `start_from` from run to run.
+def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
+    """Follow `init_from` from run to run.
 
     Args:
-        start_from: Folder of the run that comes before, or of another project's weights.
+        init_from: Folder of the run that comes before, or of another project's weights.
         wanted: SHA-256 of the weights that were started from (`start` of what is `recorded`); empty
             takes the newest checkpoint's.
         by: The run that starts from it, for a message.
@@ -98,7 +98,7 @@ def find_chain(start_from: str, wanted: str = "", *, by: object = "") -> Chain:
     Raises:
         TrainError: A run of the chain is gone, or no longer has what was started from.
     """
-    foreign, stages, is_new, place = None, list[Checkpoint](), not wanted, start_from
+    foreign, stages, is_new, place = None, list[Checkpoint](), not wanted, init_from
     while place:
         found = _find_stage(Path(place), wanted, by)
         if found is None:
@@ -106,9 +106,9 @@ def find_chain(start_from: str, wanted: str = "", *, by: object = "") -> Chain:
             break
         stages.insert(0, found)
         before = settings_of(found.state.get("config", {}), found.path / STATE)
-        by, place, wanted = place, before.start_from, found.state.get("start", "")
+        by, place, wanted = place, before.init_from, found.state.get("start", "")
         if len(stages) > MOST_STAGES:
-            raise TrainError(f"start_from: {start_from} starts from more than {MOST_STAGES} runs")
+            raise TrainError(f"init_from: {init_from} starts from more than {MOST_STAGES} runs")
     return Chain(foreign, tuple(stages), is_new=is_new)
 
 
@@ -124,7 +124,7 @@ def _find_stage(run: Path, wanted: str, by: object) -> Checkpoint | None:
     newest = checkpoint.newest_weights(run)
     has = f"has others now (step {newest.step})" if newest else "has no whole checkpoint any more"
     raise TrainError(
-        f"start_from: {by or 'the run'} started from weights of {run} (SHA-256 {wanted[:12]}), "
+        f"init_from: {by or 'the run'} started from weights of {run} (SHA-256 {wanted[:12]}), "
         f"which {has}; put them back, or start another run"
     )
 
@@ -138,7 +138,8 @@ def keeps_language(run: Path) -> bool:
         TrainError: A run of the chain is gone.
     """
     state = recorded(run)
-    chain = find_chain(str(state["config"]["start_from"]), state.get("start", ""), by=run)
+    init_from = settings_of(state["config"], run).init_from
+    chain = find_chain(init_from, state.get("start", ""), by=run)
     if chain.foreign is not None and has_language(chain.foreign):
         return False
     with ExitStack() as files:
@@ -195,7 +196,7 @@ def _load_foreign(path: Path, model: VisionLanguageModel) -> None:
     if not load_foreign(path, model):
         what = "has no whole checkpoint" if exists(path) else "is no folder or file on this machine"
         raise TrainError(
-            f"start_from: {path} {what}; expected the output of a training run, or a checkpoint of "
+            f"init_from: {path} {what}; expected the output of a training run, or a checkpoint of "
             "LLaVA's or of transformers' LlavaForConditionalGeneration, whole or as adapters"
         )
 
@@ -206,12 +207,12 @@ def _check_start(
     """What the start learnt beside is here, and nothing else is."""
     assert chain.start is not None
     state, path = chain.start.state, chain.start.path
-    check_frozen(state, digests, run=path, what="start_from")
+    check_frozen(state, digests, run=path, what="init_from")
     unknown = sorted(digests.keys() - {*state["frozen"]["weights"]} - trained)
     if unknown:
         shape = shape_of(dict(model.named_parameters())[unknown[0]])
         raise TrainError(
-            f"start_from: {path} has no {unknown[0]}, which this model has with shape {shape}; "
+            f"init_from: {path} has no {unknown[0]}, which this model has with shape {shape}; "
             "expected the same model config"
         )
 
@@ -259,7 +260,7 @@ class _Stage:
     def scale(self) -> float:
         """What its adapters' products are multiplied by."""
         if self.model.lora is None:
-            raise TrainError(f"start_from: {self.path} has adapters, and no lora in its settings")
+            raise TrainError(f"init_from: {self.path} has adapters, and no lora in its settings")
         return self.model.lora.alpha / self.model.lora.rank
 
     def rows(self, kind: str) -> Tensor | None:
@@ -307,11 +308,11 @@ class _Stage:
             if shape[0] < there[0]:
                 return  # a vocabulary that has grown since
             raise TrainError(
-                f"start_from: {self.path} was trained with a vocabulary of {shape[0]} rows, this "
+                f"init_from: {self.path} was trained with a vocabulary of {shape[0]} rows, this "
                 f"model has {there[0]}; set model.language.vocab_size: {shape[0]} or more"
             )
         raise TrainError(
-            f"start_from: {self.path} holds {name} of shape {shape}, this model "
+            f"init_from: {self.path} holds {name} of shape {shape}, this model "
             f"{there or 'no such parameter'}; expected the same model config"
         )
 

@@ -167,7 +167,7 @@ def tidy(run: Path, step: int) -> list[str]:
     if milestones and not step:
         said.append(
             f"no checkpoint to go on from, {goes_on}: a milestone has weights and no optimizer "
-            f"moments; start_from: {milestones[-1]} starts another run with the newest one's"
+            f"moments; init_from: {milestones[-1]} starts another run with the newest one's"
         )
     return said
 

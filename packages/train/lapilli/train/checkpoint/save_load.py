@@ -390,6 +390,6 @@ def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> N
         beside = f" and {milestones} milestones" if milestones else ""
         raise TrainError(
             f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints{beside} need "
-            f"{needed / 1e9:.1f} GB; free space or lower keep"
-            + (", or raise milestone_every" if milestones else "")
+            f"{needed / 1e9:.1f} GB; free space or lower checkpoint.keep_last"
+            + (", or raise checkpoint.archive_every" if milestones else "")
         )

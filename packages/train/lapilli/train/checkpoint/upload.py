@@ -19,12 +19,13 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.access import FULL
 from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.remote_path import COPY_BYTES, RemotePath
-from lapilli.data.io.typed_json import JsonError, from_json, is_file_path
+from lapilli.data.io.typed_json import JsonError, as_type, from_json, is_file_path
 from lapilli.data.record import excerpt
 from lapilli.train.checkpoint.layout import forget_old, is_step, outdated, put_in_place, steps_in
 from lapilli.train.checkpoint.save_load import read_state
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
+from lapilli.train.renamed import RUN_NAMES
 from lapilli.train.run_folder.dataset_files import run_data_files
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import (
@@ -159,7 +160,7 @@ class Uploads:
                 self._said = True
                 note(
                     self._run,
-                    f"mirror: {path.parent.name}/{path.name} cannot be stored "
+                    f"checkpoint.upload: {path.parent.name}/{path.name} cannot be stored "
                     f"({excerpt(str(error), 300)}); it is tried again, the run goes on",
                 )
 
@@ -228,11 +229,19 @@ def stored_config(address: str) -> RunConfig | None:
     if data is None:
         return None
     try:
-        return from_json(data, RunConfig)
+        found = from_json(data, dict[str, Any])
+        config = as_type(RUN_NAMES.with_new_names(found), RunConfig)
     except JsonError as error:
         raise TrainError(
-            f"mirror: {address}/{CONFIG} is not a run's ({error}); choose another address"
+            f"checkpoint.upload: {address}/{CONFIG} is not a run's ({error}); choose another "
+            "address"
         ) from None
+    if RUN_NAMES.found_in(found):
+        raise TrainError(
+            f"checkpoint.upload: the run at {address} was made by an earlier version and cannot be "
+            "resumed; choose another address"
+        )
+    return config
 
 
 def store_config(run: Path, address: str) -> None:
@@ -288,7 +297,9 @@ def _fetch_data(run: Path, address: str) -> None:
     for path in source.files():
         name = str(path.relative_to(source))
         if not is_file_path(name):  # a store's keys are any text
-            raise TrainError(f"mirror: {excerpt(str(path))} leads out of the run; remove it there")
+            raise TrainError(
+                f"checkpoint.upload: {excerpt(str(path))} leads out of the run; remove it there"
+            )
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(path, target)

@@ -44,7 +44,7 @@ def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
 
 
 def copy_rest(config: RunConfig, step: int) -> list[str]:
-    """Copy to its mirror what a run that has ended could not; what is there already stays.
+    """Copy to `checkpoint.upload` what a run that has ended could not; what is there already stays.
 
     Args:
         config: The run's settings.
@@ -59,10 +59,13 @@ def copy_rest(config: RunConfig, step: int) -> list[str]:
     """
     config = with_absolute_paths(config)
     run = Path(config.output)
-    if before := stored_config(config.mirror):
-        check_same_settings(before, config, config.mirror)
+    if before := stored_config(config.checkpoint.upload):
+        check_same_settings(before, config, config.checkpoint.upload)
     said = notes_end(run)
-    with only_trainer(config), Uploads(run, config.mirror, keep=config.keep, start=step):
+    with (
+        only_trainer(config),
+        Uploads(run, config.checkpoint.upload, keep=config.checkpoint.keep_last, start=step),
+    ):
         pass  # its end waits for the copies
     return notes_from(run, said)[0]
 
@@ -76,7 +79,7 @@ def launch(
     """Run to the end, on Ray Train (which needs a running Ray) or in this process.
 
     A worker of Ray's that is lost is replaced and the run goes on from its last checkpoint, up to
-    `max_failures` times. At Ctrl-C and SIGTERM the run saves and ends.
+    `recovery.max_failures` times. At Ctrl-C and SIGTERM the run saves and ends.
 
     Args:
         ready: What `preflight` found.
@@ -109,8 +112,8 @@ def _launch(
     write_json(run / FACTS, found)
     keep_data(run, Path(ready.config.dataset), ready.config.view, anew=not ready.start)
     if not ready.is_done:
-        if ready.config.mirror:
-            store_config(run, ready.config.mirror)
+        if ready.config.checkpoint.upload:
+            store_config(run, ready.config.checkpoint.upload)
         forget_stop(run)
         stop = threading.Event()
         follower = threading.Thread(

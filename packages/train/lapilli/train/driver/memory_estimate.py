@@ -76,7 +76,7 @@ def state_bytes(
         stage: DeepSpeed's ZeRO stage.
         workers: Among whom is shared.
         precision: Of weights and gradients.
-        offload: `RunConfig.offload`; `nvme` counts at stage 3, where DeepSpeed can do it.
+        offload: `RunConfig.offload.to`; `nvme` counts at stage 3, where DeepSpeed can do it.
         packed: How many of the parameters are held in 4 bits, which stage 3 cannot share.
     """
     if packed:
@@ -145,10 +145,10 @@ class Estimate:
     fixed_bytes: int
     checkpoint_bytes: int
 
-    def worker_bytes(self, stage: int, micro_batch: int) -> int:
+    def worker_bytes(self, stage: int, micro_batch_size: int) -> int:
         """Everything one worker holds on its device at its peak."""
         held = sum(part.total for part in self.states[stage].values())
-        return held + self.fixed_bytes + micro_batch * self.row_bytes
+        return held + self.fixed_bytes + micro_batch_size * self.row_bytes
 
 
 def sketch_run(config: RunConfig) -> Sketch:
@@ -203,8 +203,8 @@ def _states(
     return {
         stage: {
             name: state_bytes(
-                *counts, stage=stage, workers=config.workers,
-                precision=config.precision, offload=offload or config.offload,
+                *counts, stage=stage, workers=config.num_workers,
+                precision=config.precision, offload=offload or config.offload.to,
                 packed=packed[name],
             )
             for name, counts in parameters.items()
@@ -226,33 +226,33 @@ def follow(
     Raises:
         TrainError: Not even one row fits; names the numbers.
     """
-    if config.micro_batch:
+    if config.micro_batch_size:
         return config
-    share = config.global_batch // config.workers
+    share = config.global_batch_size // config.num_workers
     fitting = [size for size in range(1, share + 1) if share % size == 0]
     if device_bytes is None:
-        return replace(config, micro_batch=max(n for n in fitting if n <= MOST_ON_CPU))
+        return replace(config, micro_batch_size=max(n for n in fitting if n <= MOST_ON_CPU))
     usable = int(device_bytes * USABLE)
     stage, found = config.zero_stage, estimate()
     sizes = [n for n in fitting if found.worker_bytes(stage, n) <= usable]
     if sizes:
-        return replace(config, micro_batch=max(sizes))
+        return replace(config, micro_batch_size=max(sizes))
     stages = range(stage + 1, 3 if any(found.packed.values()) else 4)  # QLoRA has no stage 3
     remedies = [
         f"zero_stage {higher}" for higher in stages if found.worker_bytes(higher, 1) <= usable
     ]
-    if config.offload == "none":
+    if config.offload.to == "none":
         states = _states(config, found.parameters, found.packed, offload="cpu")
         elsewhere = replace(found, states=states)
         remedies += [
-            f"offload: cpu with zero_stage {higher}"
+            f"offload.to: cpu with zero_stage {higher}"
             for higher in range(max(1, stage), stages.stop)
             if elsewhere.worker_bytes(higher, 1) <= usable
         ][:1]
     if not config.model.gradient_checkpointing:
         remedies.append("model.gradient_checkpointing: true")
     raise TrainError(
-        f"micro_batch: one row of {found.length} tokens needs "
+        f"micro_batch_size: one row of {found.length} tokens needs "
         f"{found.worker_bytes(stage, 1) / 1e9:.1f} GB a worker under zero_stage {stage}, "
         f"{usable / 1e9:.1f} of {device_bytes / 1e9:.1f} GB can be used; set "
         f"{' or '.join([*remedies, 'a smaller max_length, more workers or lora'])}"

@@ -24,7 +24,7 @@ from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.upload import fetch_newest, stored_config
-from lapilli.train.config import RunConfig
+from lapilli.train.config import RunConfig, fixed_settings
 from lapilli.train.device import (
     NO_HABANA,
     RESOURCE,
@@ -49,9 +49,10 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.names import CONFIG, STATE
 from lapilli.train.run_folder.settings import (
-    plain_settings,
+    as_json,
     read_run_config,
     read_run_facts,
+    require_current,
     settings_of,
 )
 from lapilli.train.steps.feed import Feed
@@ -73,15 +74,6 @@ FREE_WITHIN = 60.0  # seconds to wait for an HPU that can be asked for its softw
 
 
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
-
-
-# What may differ when a run is resumed: it decides speed and not the loss.
-RESUMABLE = {
-    "output", "dataset", "micro_batch", "zero_stage", "offload", "offload_path", "workers",
-    "device", "save_every", "keep", "max_failures", "launcher", "min_workers", "hang_seconds",
-    "max_spike", "loggers", "eval_every", "eval_samples", "eval_dataset", "milestone_every",
-    "mirror", "generate_every", "generate_samples", "generate_tokens",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,8 @@ def _check_loggers(config: RunConfig) -> None:
 def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: None) -> Preflight:
     """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
 
-    A newer checkpoint that the run has at its `mirror` is fetched; `on_note` is called with a line.
+    A newer checkpoint that the run has at `checkpoint.upload` is fetched; `on_note` is called with
+    a line.
 
     Raises:
         DataError, ModelError, TrainError: What does not fit, and the remedy.
@@ -157,21 +150,23 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     check_context(model, dataset, held_out, on_note)
     longest = int(dataset.lengths.max())
     config = follow(
-        config, None if config.micro_batch else device_memory(device),
+        config, None if config.micro_batch_size else device_memory(device),
         lambda: estimate_run(config, sketch_run(config), length=longest),
     )  # fmt: skip
-    feed = Feed(dataset, config, rank=0, world_size=config.workers)
-    every, kept = config.milestone_every, config.keep + bool(config.mirror)  # one is being copied
-    checkpoint.check_disk(run, model, kept, feed.total_steps // every if every else 0)
+    feed = Feed(dataset, config, rank=0, world_size=config.num_workers)
+    saved = config.checkpoint
+    kept = saved.keep_last + bool(saved.upload)  # one is being copied
+    archived = feed.total_steps // saved.archive_every if saved.archive_every else 0
+    checkpoint.check_disk(run, model, kept, archived)
     start = _goes_on_at(config, dataset.manifest.fingerprint, feed.total_steps, on_note)
     parameters = parameter_counts(model)
     memory = {
         name: state_bytes(
             *parameters[name],
             stage=config.zero_stage,
-            workers=config.workers,
+            workers=config.num_workers,
             precision=config.precision,
-            offload=config.offload,
+            offload=config.offload.to,
             packed=packed_numbers(part),
         )
         for name, part in model.named_children()
@@ -197,8 +192,8 @@ def _open_datasets(
     if held_out := open_held_out(config, dataset.image_tokens):
         check_model(model, held_out)
         check_same_tokenizer(dataset, held_out)
-        if config.generate_every:
-            choose_questions(held_out, config.generate_samples)
+        if config.validation.answers_every:
+            choose_questions(held_out, config.validation.answers)
     return dataset, held_out
 
 
@@ -227,10 +222,11 @@ def _find_device(config: RunConfig) -> Device:
     }
     device = choose_device(config.device, available)
     slots = available[device]
-    fewest = config.min_workers or config.workers
+    fewest = config.recovery.min_workers or config.num_workers
     if fewest > slots:
+        setting = "recovery.min_workers" if config.recovery.min_workers else "num_workers"
         raise TrainError(
-            f"{'min_workers' if config.min_workers else 'workers'}: {fewest}; Ray has {slots} "
+            f"{setting}: {fewest}; Ray has {slots} "
             f"{'cores' if device == 'cpu' else f'{RESOURCE[device]}s'}; lower it or add nodes"
         )
     if device == "hpu":
@@ -248,12 +244,12 @@ def _find_device(config: RunConfig) -> Device:
 
 
 def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:
-    """The step a run goes on with, on this dataset; what is newer at its mirror is here then."""
+    """The step a run goes on with, on this dataset; what is newer in its copy is here then."""
     run = Path(config.output)
     found = checkpoint.latest_checkpoint(run)
     _check_dataset(found, dataset)
     start = found.step if found else 0
-    if config.mirror:
+    if config.checkpoint.upload:
         start = _fetch(config, start, on_note)
     if start:
         found = checkpoint.at_step(run, start)
@@ -315,20 +311,24 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     Raises:
         DataError: An address where a path is expected.
     """
-    for name in ("dataset", "output", "start_from", "offload_path"):
-        refuse_address(name, getattr(config, name))
+    local_paths = {
+        "dataset": config.dataset, "output": config.output, "init_from": config.init_from,
+        "offload.nvme_path": config.offload.nvme_path,
+    }  # fmt: skip
+    for name, path in local_paths.items():
+        refuse_address(name, path)
 
     def local(name: str) -> str:
         return str(Path(name).resolve()) if name and is_folder(Path(name)) else name
 
-    model = config.model
+    model, disk = config.model, config.offload.nvme_path
     return replace(
         config,
         dataset=str(Path(config.dataset).resolve()),
         output=str(Path(config.output).resolve()),
-        start_from=_existing(config.start_from),
-        offload_path=str(Path(config.offload_path).resolve()) if config.offload_path else "",
-        eval_dataset=local(config.eval_dataset),
+        init_from=_existing(config.init_from),
+        offload=replace(config.offload, nvme_path=str(Path(disk).resolve()) if disk else ""),
+        validation=replace(config.validation, dataset=local(config.validation.dataset)),
         model=replace(
             model,
             vision=replace(model.vision, pretrained=local(model.vision.pretrained)),
@@ -348,7 +348,7 @@ def _check_config(run: Path, config: RunConfig) -> None:
     if exists(run / STATE):
         raise TrainError(
             f"output: {run} is a checkpoint and no run; a milestone has no optimizer moments to go "
-            f"on from; set start_from: {run} and choose another --output"
+            f"on from; set init_from: {run} and choose another --output"
         )
     if exists(run) and not is_folder(run):
         raise TrainError(f"output: {run} is a file; expected a folder; choose another --output")
@@ -356,18 +356,20 @@ def _check_config(run: Path, config: RunConfig) -> None:
         if any(found.name != LOCK for found in subpaths(run)):
             raise TrainError(f"output: {run} is not empty and no run; choose another --output")
         return
-    check_same_settings(read_run_config(run), config, run)
+    before = read_run_config(run)
+    require_current(run)
+    check_same_settings(before, config, run)
 
 
 def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int:
-    """Bring what this machine has not got of a run from its mirror; the step it goes on from."""
-    run, before = Path(config.output), stored_config(config.mirror)
+    """Bring what this machine has not got of a run from its copy; the step it goes on from."""
+    run, before = Path(config.output), stored_config(config.checkpoint.upload)
     if before is None:
         return start
-    check_same_settings(before, config, config.mirror)
+    check_same_settings(before, config, config.checkpoint.upload)
     # the folder is this run's, whatever comes of it; its length changes when it goes on
     write_json(run / CONFIG, asdict(config) | {key: getattr(before, key) for key in LENGTH})
-    return fetch_newest(run, config.mirror, start, on_note)
+    return fetch_newest(run, config.checkpoint.upload, start, on_note)
 
 
 def check_same_settings(old: RunConfig, config: RunConfig, where: Path | str) -> None:
@@ -381,16 +383,11 @@ def check_same_settings(old: RunConfig, config: RunConfig, where: Path | str) ->
     Raises:
         TrainError: Names the first setting that differs, with both values.
     """
-    before, now = plain_settings(old), plain_settings(config)
-    if config.policy == "llava":  # the order is that of so many processes, whoever computes it
-        before = {**before, "llava_processes": before["llava_processes"] or before["workers"]}
-        now["llava_processes"] = config.llava_processes or config.workers
-    is_cut_fixed = config.policy == "llava" or config.loss == "means"
-    may_change = RESUMABLE.union(LENGTH) - ({"micro_batch"} if is_cut_fixed else set())
-    changed = [key for key in now if key not in may_change and before.get(key) != now[key]]
-    if changed:
-        key = changed[0]
-        raise TrainError(
-            f"{key}: {where} was started with {before.get(key)!r}, now {now[key]!r}; "
-            f"choose another --{'mirror' if where == config.mirror else 'output'} or the same value"
-        )
+    before, now = as_json(fixed_settings(old)), as_json(fixed_settings(config))
+    for key in {**now, **before}:
+        if key not in LENGTH and before.get(key) != now.get(key):
+            place = "checkpoint.upload" if where == config.checkpoint.upload else "output"
+            raise TrainError(
+                f"{key}: {where} was started with {before.get(key)!r}, now {now.get(key)!r}; "
+                f"choose another --{place} or the same value"
+            )

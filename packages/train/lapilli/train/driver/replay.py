@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lapilli.data.batches.collate import Batch, collate
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint.save_load import latest_checkpoint
-from lapilli.train.config import RunConfig
+from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import choose_device, visible_devices
 from lapilli.train.driver.workers import join_alone
 from lapilli.train.errors import TrainError
@@ -72,8 +72,9 @@ def rerun(
             f"{kept.step} or before; nothing is left to start the step from"
         )
     config = replace(
-        config, output=str(kept.run), workers=1, min_workers=0, launcher="process",
-        zero_stage=0 if config.precision == "fp32" else 1, offload="none", offload_path="",
+        config, output=str(kept.run), num_workers=1, launcher="process",
+        recovery=replace(config.recovery, min_workers=0),
+        zero_stage=0 if config.precision == "fp32" else 1, offload=OffloadConfig(),
     )  # fmt: skip
     device = choose_device(config.device, visible_devices())
     join_alone(device)

@@ -36,7 +36,7 @@ __all__ = [
 
 
 def fit_on_ray(config: RunConfig, device: Device) -> None:
-    """Ray Train's workers, which Ray replaces when they are lost, up to `max_failures` times.
+    """Ray Train's workers; lost ones are replaced, up to `recovery.max_failures` times.
 
     Raises:
         TrainError: A user's mistake that a worker came to, a hang, or too many workers lost.
@@ -48,6 +48,7 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": 1, RESOURCE[device]: 1}
+    fewest = config.recovery.min_workers
     trainer = Trainer(
         _worker,
         train_loop_config={
@@ -57,16 +58,14 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
         },
         torch_config=TorchConfig(backend=BACKEND[device]),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(config.min_workers, config.workers)
-            if config.min_workers
-            else config.workers,
+            num_workers=(fewest, config.num_workers) if fewest else config.num_workers,
             use_gpu=device == "cuda",
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=config.output,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=config.recovery.max_failures),
         ),
     )
     run, started = Path(config.output), time.time()
@@ -85,8 +84,9 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
         if _is_bug(error):
             raise
         raise TrainError(
-            f"workers were lost more than max_failures = {config.max_failures} times; the same "
-            f"command goes on from the last checkpoint; Ray says: {error}"
+            "workers were lost more than recovery.max_failures = "
+            f"{config.recovery.max_failures} times; the same command goes on from the last "
+            f"checkpoint; Ray says: {error}"
         ) from error
 
 
@@ -134,7 +134,7 @@ def _worker(settings: dict[str, Any]) -> None:
         raise TrainError(_read_mistake(mistake))
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    config = replace(config, workers=world_size)  # Ray may have started fewer, see `min_workers`
+    config = replace(config, num_workers=world_size)  # fewer where `recovery.min_workers` allows it
     try:
         _train(config, settings["device"], rank, world_size)
     except (DataError, ModelError, TrainError) as error:

@@ -53,8 +53,8 @@ SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     """A run's settings as DeepSpeed spells them."""
     return {
-        "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.zero_stage, **_offloading(config)},
@@ -69,12 +69,12 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 
 def _offloading(config: RunConfig) -> dict[str, Any]:
     """What lies elsewhere: optimizer state, at stage 3 weights too."""
-    if config.offload == "none":
+    if config.offload.to == "none":
         return {}
-    found: dict[str, Any] = {"offload_optimizer": {"device": config.offload}}
+    found: dict[str, Any] = {"offload_optimizer": {"device": config.offload.to}}
     if config.zero_stage == 3:
         found["offload_param"] = {"device": "cpu"}
-    if config.offload == "nvme":
+    if config.offload.to == "nvme":
         found["offload_optimizer"]["nvme_path"] = str(swap_folder(config))
         found["sub_group_size"] = SUB_GROUP
     return found
@@ -83,7 +83,7 @@ def _offloading(config: RunConfig) -> dict[str, Any]:
 def swap_folder(config: RunConfig) -> Path:
     """Where a run's workers keep optimizer state on a disk; no other run's."""
     name = hashlib.sha256(config.output.encode()).hexdigest()[:12]
-    return Path(config.offload_path) / f"lapilli-{name}"
+    return Path(config.offload.nvme_path) / f"lapilli-{name}"
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
@@ -143,16 +143,16 @@ def _check_disk(folder: Path, needed: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise TrainError(
-            f"offload_path: {folder} cannot be written past the cache ({error.strerror}); choose a "
-            "folder on a disk of the worker's machine"
+            f"offload.nvme_path: {folder} cannot be written past the cache ({error.strerror}); "
+            "choose a folder on a disk of the worker's machine"
         ) from None
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
     if needed > free:
         raise TrainError(
-            f"offload_path: {folder} has {free / 1e9:.1f} GB free, this machine's workers need "
-            f"{needed / 1e9:.1f}; free space or choose another folder"
+            f"offload.nvme_path: {folder} has {free / 1e9:.1f} GB free, this machine's workers "
+            f"need {needed / 1e9:.1f}; free space or choose another folder"
         )
 
 
@@ -169,14 +169,15 @@ def _load_async_io() -> None:
         except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
             why = excerpt(str(error), 200)
     raise TrainError(
-        "offload: nvme needs DeepSpeed's async_io operator, which it compiles where a worker runs, "
-        f"with g++, ninja and libaio's headers ({why}); apt-get install g++ ninja-build libaio-dev"
+        "offload.to: nvme needs DeepSpeed's async_io operator, which it compiles where a worker "
+        f"runs, with g++, ninja and libaio's headers ({why}); apt-get install g++ "
+        "ninja-build libaio-dev"
     )
 
 
 def forget_swapped(config: RunConfig, rank: int) -> None:
     """Remove what a worker has kept on its disk, and the folders once they are empty."""
-    if config.offload != "nvme":
+    if config.offload.to != "nvme":
         return
     run = swap_folder(config)
     own = run / "zero_stage_3" / "optimizer" / f"rank{rank}"

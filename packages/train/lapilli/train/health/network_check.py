@@ -184,7 +184,7 @@ def probe_warnings(workers: Sequence[Worker]) -> list[str]:
 
 
 def save_warning(
-    workers: Sequence[Worker], size: int, step_seconds: float, save_every: int
+    workers: Sequence[Worker], size: int, step_seconds: float, every: int
 ) -> str | None:
     """A line if a checkpoint takes longer to write than the steps between two; else None.
 
@@ -192,14 +192,14 @@ def save_warning(
         workers: What was measured; rank 0 writes.
         size: Bytes of a checkpoint.
         step_seconds: Seconds of a step.
-        save_every: Steps between checkpoints.
+        every: Steps between checkpoints.
     """
     speed = workers[0].written
-    if not speed or size / speed <= save_every * step_seconds:
+    if not speed or size / speed <= every * step_seconds:
         return None
     fits = int(size / speed / step_seconds) + 1
     return (
         f"a checkpoint of {size / 1e9:.1f} GB takes {size / speed:.0f} s to write at "
-        f"{speed / 1e6:,.0f} MB/s, {save_every} steps take {save_every * step_seconds:.0f} s: "
-        f"training will wait for the disk; set save_every to {fits} or more"
+        f"{speed / 1e6:,.0f} MB/s, {every} steps take {every * step_seconds:.0f} s: "
+        f"training will wait for the disk; set checkpoint.every to {fits} or more"
     )

@@ -38,7 +38,7 @@ ARRAYS = (
 
 
 def is_wrong(
-    loss: float, norm: float | None, recent: Iterable[float], max_spike: float
+    loss: float, norm: float | None, recent: Iterable[float], spike_factor: float
 ) -> str | None:
     """Why a step must not be taken for granted; None if it may.
 
@@ -46,15 +46,15 @@ def is_wrong(
         loss: The step's loss.
         norm: Norm of its gradient; None where nothing was reduced.
         recent: Losses of the steps before.
-        max_spike: Largest loss in medians of `recent`; 0 takes any.
+        spike_factor: Largest loss in medians of `recent`; 0 takes any.
     """
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         return "expected numbers; lower optim.lr"
     before = [*recent]
-    if max_spike and len(before) >= ENOUGH and loss > max_spike * median(before):
+    if spike_factor and len(before) >= ENOUGH and loss > spike_factor * median(before):
         return (
-            f"more than max_spike = {max_spike:g} times {median(before):.4g}, the median before; "
-            "lower optim.lr, or raise max_spike"
+            f"more than recovery.loss_spike_factor = {spike_factor:g} times {median(before):.4g}, "
+            "the median before; lower optim.lr, or raise recovery.loss_spike_factor"
         )
     return None
 

@@ -59,7 +59,10 @@ class StepGuard:
         self._losses: deque[float] = deque(maxlen=REMEMBERED)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._hang = HangWatch(
-            self._run, self._rank, config.hang_seconds, is_driver=config.launcher == "process"
+            self._run,
+            self._rank,
+            config.recovery.step_timeout,
+            is_driver=config.launcher == "process",
         )
 
     def __enter__(self) -> StepGuard:
@@ -87,7 +90,7 @@ class StepGuard:
         Raises:
             TrainError: It is no number, or a spike; the step has been kept.
         """
-        why = is_wrong(loss, norm, self._losses, self._config.max_spike)
+        why = is_wrong(loss, norm, self._losses, self._config.recovery.loss_spike_factor)
         self._losses.append(loss)
         if why is None:
             return
@@ -123,7 +126,10 @@ class StepGuard:
 
     def _tell_disk(self) -> None:
         line = save_warning(
-            self._workers, self._checkpoint_bytes, median(self._seconds), self._config.save_every
+            self._workers,
+            self._checkpoint_bytes,
+            median(self._seconds),
+            self._config.checkpoint.every,
         )
         if line:
             note(self._run, line)

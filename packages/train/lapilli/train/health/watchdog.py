@@ -139,6 +139,7 @@ def hang_line(run: Path, since: float) -> str | None:
         return None
     places = "; ".join(f"{p.stem.replace('-', ' ')} at {where(p.read_text())}" for p in new)
     return (
-        f"a step took longer than hang_seconds: {places}; all stacks are in {run / STACKS}; the "
-        "same command goes on from the last checkpoint, a larger hang_seconds waits longer"
+        f"a step took longer than recovery.step_timeout: {places}; all stacks are in "
+        f"{run / STACKS}; the same command goes on from the last checkpoint, a larger "
+        "recovery.step_timeout waits longer"
     )

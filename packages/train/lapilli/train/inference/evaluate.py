@@ -106,7 +106,7 @@ def load_trained(run: Path, device: str | torch.device = "cpu", trust: Trust = N
     found = checkpoint.newest_weights(run)
     if found is None:
         raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
-    chain = find_chain(config.start_from, found.state.get("start", ""), by=run)
+    chain = find_chain(config.init_from, found.state.get("start", ""), by=run)
     built = build_on(config.model, chain)
     check_frozen(found.state, built.frozen, run=run)
     checkpoint.load_weights(found, built.model)

@@ -19,13 +19,16 @@ from lapilli.data.trust import Trust, is_own_code
 from lapilli.model.config import ModelConfig
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
+from lapilli.train.renamed import RUN_NAMES
 from lapilli.train.run_folder.names import CONFIG, FACTS
 
 __all__ = [
     "RunFacts",
+    "as_json",
     "plain_settings",
     "read_run_config",
     "read_run_facts",
+    "require_current",
     "require_missing",
     "require_trust",
     "settings_of",
@@ -58,15 +61,15 @@ def read_run_config(run: Path) -> RunConfig:
 
 
 def settings_of(found: bytes | Mapping[str, Any], where: object) -> RunConfig:
-    """A run's settings out of JSON, or out of what a checkpoint says.
+    """A run's settings out of JSON, or out of what a checkpoint says; of earlier versions too.
 
     Raises:
         TrainError: They are none; names the field.
     """
     try:
         if isinstance(found, bytes):
-            return from_json(found, RunConfig)
-        return as_type(dict(found), RunConfig)
+            found = from_json(found, dict[str, Any])
+        return as_type(RUN_NAMES.with_new_names(found), RunConfig)
     except JsonError as error:
         raise TrainError(
             f"{where}: no run's settings ({error}); bring it back from a copy of the run, or "
@@ -74,9 +77,28 @@ def settings_of(found: bytes | Mapping[str, Any], where: object) -> RunConfig:
         ) from None
 
 
+def require_current(run: Path) -> None:
+    """Refuse to resume a run of an earlier version, whose settings have other names.
+
+    Raises:
+        TrainError: It is one; says how to go on from its weights.
+    """
+    found = from_json((run / CONFIG).read_bytes(), dict[str, Any])
+    if RUN_NAMES.found_in(found):
+        raise TrainError(
+            f"output: {run} was made by an earlier version and cannot be resumed; start a new run "
+            f"from it with --init_from {run} and another --output"
+        )
+
+
 def plain_settings(config: RunConfig) -> dict[str, Any]:
     """Settings as `config.json` has them."""
-    return json.loads(json.dumps(asdict(config)))
+    return as_json(asdict(config))
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings after a way through JSON, which has no tuples."""
+    return json.loads(json.dumps(settings))
 
 
 def read_run_facts(run: Path) -> RunFacts | None:

@@ -53,17 +53,19 @@ class StepBatches:
 def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchShape:
     """The few shapes a run's batches have, chosen for its first epoch; the others are like it."""
     lengths, has_images = dataset.lengths, dataset.has_images
-    images, text = longest_rows(plan, lengths, has_images, micro_batch=config.micro_batch)
+    images, text = longest_rows(plan, lengths, has_images, micro_batch_size=config.micro_batch_size)
     # Whatever the other epochs put together: the longest sample has a place. Where a text-only
     # micro-batch may stand beside another rank's images, it has one among theirs.
-    is_apart = config.policy == "grouped"
+    is_apart = config.sampler == "grouped"
     with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
     images = np.append(images, with_images.max(initial=0))
     text = np.append(text, lengths[~has_images].max(initial=0))
-    buckets, text_buckets = choose_buckets(images[images > 0], text[text > 0], count=config.buckets)
+    buckets, text_buckets = choose_buckets(
+        images[images > 0], text[text > 0], count=config.max_shapes
+    )
     chunk = config.model.head_chunk
     image_tokens = dataset.image_tokens
-    return BatchShape(config.micro_batch, buckets, image_tokens, chunk, text_buckets)
+    return BatchShape(config.micro_batch_size, buckets, image_tokens, chunk, text_buckets)
 
 
 def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
@@ -101,17 +103,17 @@ class Feed:
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 
     def _plan_epoch(self, epoch: int) -> EpochPlan:
-        is_llava = self.config.policy == "llava"
+        is_llava = self.config.sampler == "llava"
         return plan_epoch(
             self.dataset.llava_lengths if is_llava else self.dataset.lengths,
             self.dataset.has_images,
-            global_batch=self.config.global_batch,
+            global_batch_size=self.config.global_batch_size,
             seed=self.config.seed,
             epoch=epoch,
-            policy=self.config.policy,
+            sampler=self.config.sampler,
             remainder=self.config.remainder,
-            llava_micro_batch=self.config.micro_batch if is_llava else None,
-            llava_processes=self.config.llava_processes or self.config.workers,
+            llava_micro_batch=self.config.micro_batch_size if is_llava else None,
+            llava_processes=self.config.llava_processes or self.config.num_workers,
             group_by_modality_length=self.config.group_by_modality_length is not False,
         )
 
@@ -128,7 +130,7 @@ class Feed:
         plan, inside = self._locate(step)
         ranks = assign(
             plan, inside, self.dataset.lengths,
-            world_size=self.world_size, micro_batch=self.config.micro_batch,
+            world_size=self.world_size, micro_batch_size=self.config.micro_batch_size,
         )  # fmt: skip
         batches = [
             collate(
@@ -143,7 +145,7 @@ class Feed:
         filled = indices[indices >= 0]
         tokens = self._trained(indices)
         weights = [1.0] * len(batches)
-        if self.config.loss == "means":
+        if self.config.loss_reduction == "micro_batch_mean":
             trained = [[self._trained(ids) for ids in rank] for rank in ranks]
             weights = mean_weights(trained, self.rank)
         placed, slots = _slots(ranks, self.rank)

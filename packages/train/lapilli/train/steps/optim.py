@@ -44,8 +44,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             "params": params,
             "part": group,
             "weight_decay": config.weight_decay if decays else 0.0,
-            "lr": config.lrs.get(group, config.lr),
-            "lr_factor": config.lrs.get(group, config.lr) / config.lr,
+            "lr": config.lr_by_part.get(group, config.lr),
+            "lr_factor": config.lr_by_part.get(group, config.lr) / config.lr,
         }
         for (group, decays), params in parameter_groups(model).items()
     ]

@@ -55,7 +55,9 @@ def choose_questions(dataset: Dataset, count: int) -> list[int]:
         for index in chosen:
             reader.first(dataset.sample(index))
     except DataError as error:
-        raise TrainError(f"generate_every: {dataset.path}: {error}; or set it to 0") from None
+        raise TrainError(
+            f"validation.answers_every: {dataset.path}: {error}; or set it to 0"
+        ) from None
     return chosen
 
 
@@ -65,18 +67,18 @@ class Generations:
     Every rank asks all of them, since under ZeRO-3 a forward needs every rank; rank 0 writes.
 
     Args:
-        dataset: The samples, of which `config.generate_samples` from all over it are asked.
+        dataset: The samples, of which `config.validation.answers` from all over it are asked.
         config: The run's settings.
         rank: This worker's.
     """
 
     def __init__(self, dataset: Dataset, config: RunConfig, rank: int) -> None:
         self._dataset = dataset
-        self._indices = choose_questions(dataset, config.generate_samples)
+        self._indices = choose_questions(dataset, config.validation.answers)
         self._reader = RowReader.of(dataset)
-        self._rows = config.micro_batch
+        self._rows = config.micro_batch_size
         longest = max(self._reader.answer_length(dataset.token_row(i)) for i in self._indices)
-        self._most_tokens = min(longest, config.generate_tokens)
+        self._most_tokens = min(longest, config.validation.answer_tokens)
         self._gathered = gathered if config.zero_stage == 3 else None
         self._run = Path(config.output) if rank == 0 else None
 

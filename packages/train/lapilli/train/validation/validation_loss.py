@@ -33,14 +33,14 @@ def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
     Raises:
         DataError: It cannot be opened, or nothing is held out.
     """
-    if not (config.eval_every or config.generate_every):
+    if not (config.validation.every or config.validation.answers_every):
         return None
     return open_dataset(
-        config.eval_dataset or config.dataset,
+        config.validation.dataset or config.dataset,
         view=config.view,
         image_tokens=image_tokens,
         max_length=config.max_length,
-        split=TRAIN if config.eval_dataset else HELD_OUT,
+        split=TRAIN if config.validation.dataset else HELD_OUT,
     )
 
 
@@ -53,19 +53,19 @@ def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
     here, there = dataset.manifest.tokenizer, held_out.manifest.tokenizer
     if here["fingerprint"] != there["fingerprint"]:
         raise TrainError(
-            f"eval_dataset: {held_out.path} was made with tokenizer {there['name']} (fingerprint "
-            f"{there['fingerprint'][:12]}), {dataset.path} with {here['name']} "
+            f"validation.dataset: {held_out.path} was made with tokenizer {there['name']} "
+            f"(fingerprint {there['fingerprint'][:12]}), {dataset.path} with {here['name']} "
             f"({here['fingerprint'][:12]}); preprocess it with the same"
         )
     mine, theirs = (data_facts(one) for one in (dataset, held_out))
-    check_same_data(theirs, mine, f"eval_dataset: {held_out.path}")
+    check_same_data(theirs, mine, f"validation.dataset: {held_out.path}")
 
 
 class HeldOut:
     """Held-out samples in micro-batches that know neither world size nor rank.
 
     Args:
-        dataset: The samples, of which `config.eval_samples` from all over it are used.
+        dataset: The samples, of which `config.validation.samples` from all over it are used.
         config: The run's settings.
         shape: The shape of training's batches; held-out ones have lengths of their own.
         place: Rank and world size.
@@ -76,7 +76,7 @@ class HeldOut:
     ) -> None:
         self._dataset = dataset
         self._rank, self._world_size = place
-        count = min(config.eval_samples, len(dataset))
+        count = min(config.validation.samples, len(dataset))
         chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         longest = int(dataset.lengths[chosen].max())
         self._shape = replace(shape, buckets=held_out_buckets(longest), text_buckets=())

@@ -54,7 +54,7 @@ def build_run(config: RunConfig, loading: Loading = whole) -> Built:
     """
     run = Path(config.output)
     before = recorded(run)
-    chain = find_chain(config.start_from, before.get("start", ""), by=run)
+    chain = find_chain(config.init_from, before.get("start", ""), by=run)
     built = build_on(config.model, chain, loading)
     if before:
         check_frozen(before, built.frozen, run=run)
@@ -156,13 +156,13 @@ def check_start(
     before: dict[str, Any] = start.state.get("data", {})
     if missing := {"tokenizer", "template"} - before.keys():
         raise TrainError(
-            f"start_from: {start.path} does not say what {min(missing)} it was trained with; name "
+            f"init_from: {start.path} does not say what {min(missing)} it was trained with; name "
             "another run"
         )
     here, there = dataset.manifest.tokenizer["fingerprint"], before["tokenizer"]
     if here != there and not keeps_ids(start, dataset.tokenizer):
         raise TrainError(
-            f"start_from: {start.path} was trained with another tokenizer (fingerprint "
+            f"init_from: {start.path} was trained with another tokenizer (fingerprint "
             f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
             "same tokenizer, or with that one and tokens added"
         )
@@ -170,7 +170,7 @@ def check_start(
     is_named_alike = mine["template_name"] == theirs.get("template_name")
     if is_named_alike and mine["template"] != theirs["template"]:
         on_note(
-            f"start_from: {start.path} was trained with another template named "
+            f"init_from: {start.path} was trained with another template named "
             f"{mine['template_name']} (fingerprint {theirs['template'][:12]}, of {dataset.path} "
             f"{mine['template'][:12]}); this run takes the dataset's"
         )

@@ -93,9 +93,14 @@ def _closed(journal: Journal) -> Generator[None]:
 
 def _open_uploads(ready: Setup) -> Uploads | None:
     config = ready.config
-    if not config.mirror or not ready.is_writer:
+    if not config.checkpoint.upload or not ready.is_writer:
         return None
-    return Uploads(Path(config.output), config.mirror, keep=config.keep, start=ready.start)
+    return Uploads(
+        Path(config.output),
+        config.checkpoint.upload,
+        keep=config.checkpoint.keep_last,
+        start=ready.start,
+    )
 
 
 def _open_journal(ready: Setup) -> Journal:
@@ -113,7 +118,7 @@ def _open_journal(ready: Setup) -> Journal:
 
 def _held_out_loss(ready: Setup, step: int) -> dict[str, float]:
     """The held-out loss after a step, where it is due. Collective."""
-    if not (ready.held_out and _is_due(ready, step, ready.config.eval_every)):
+    if not (ready.held_out and _is_due(ready, step, ready.config.validation.every)):
         return {}
     start = time.monotonic()
     loss = ready.held_out.loss(ready.engine, ready.device)
@@ -122,7 +127,7 @@ def _held_out_loss(ready: Setup, step: int) -> dict[str, float]:
 
 def _generated(ready: Setup, step: int) -> tuple[dict[str, float], list[Generation]]:
     """Have held-out questions answered after a step, where it is due. Collective."""
-    if not (ready.generations and _is_due(ready, step, ready.config.generate_every)):
+    if not (ready.generations and _is_due(ready, step, ready.config.validation.answers_every)):
         return {}, []
     start = time.monotonic()
     answers = ready.generations.ask(ready.engine, step)
@@ -144,15 +149,15 @@ def _save(
     """Save where it is time to; the disk works while training goes on."""
     config = ready.config
     is_last = done == ready.feed.total_steps
-    forms = [FOLDER] if now or is_last or done % config.save_every == 0 else []
-    if config.milestone_every and done % config.milestone_every == 0:
+    forms = [FOLDER] if now or is_last or done % config.checkpoint.every == 0 else []
+    if config.checkpoint.archive_every and done % config.checkpoint.archive_every == 0:
         forms.append(MILESTONES)
     if forms:
         scale = engine.scale_state(ready.engine)
         state = {**ready.state, "loss_scale": scale} if scale else ready.state
         checkpoint.save(
             ready.engine, Path(config.output), done, state,
-            keep=config.keep, is_writer=ready.is_writer, writer=writer, forms=forms,
+            keep=config.checkpoint.keep_last, is_writer=ready.is_writer, writer=writer, forms=forms,
             copies=uploads,
         )  # fmt: skip
 
@@ -168,12 +173,12 @@ def one_step(
     """
     rate = learning_rate(
         ready.config.optim, batches.step, ready.feed.total_steps,
-        starts_at_zero=ready.config.policy == "llava",
+        starts_at_zero=ready.config.sampler == "llava",
     )  # fmt: skip
     engine.set_learning_rate(ready.engine, rate)
     total, squares, scaling = _take(ready, batches)
     taken = sample_lanes(batch.sample_ids for batch in batches.batches)
-    losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch)
+    losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch_size)
     told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), squares, losses])
     if ready.world_size > 1:
         dist.all_reduce(told)

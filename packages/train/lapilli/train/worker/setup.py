@@ -81,9 +81,9 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     start = found.step if found else 0
     ready = Setup(config, torch_device, feed, built, start, state, rank, world_size)
     if samples := open_held_out(config, dataset.image_tokens):
-        if config.eval_every:
+        if config.validation.every:
             ready.held_out = HeldOut(samples, config, feed.shape, (rank, world_size))
-        if config.generate_every:
+        if config.validation.answers_every:
             ready.generations = Generations(samples, config, rank)
     return ready
 

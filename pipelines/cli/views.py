@@ -1,4 +1,4 @@
-"""Views as a recipe gives them, with a tower's mean in its numbers."""
+"""Replace `fill: mean` of a recipe's views by the tower's colour."""
 
 from __future__ import annotations
 
