@@ -1,6 +1,6 @@
 """Serve a web page to talk with a trained model about images, on loopback by default.
 
-python -m pipelines.chat runs/finetune
+lapilli chat runs/finetune
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Check every record and image of a mixture before anything is converted.
 
-python -m pipelines.check --root playground/data
+lapilli check --root playground/data
 
 Without --config it finds out which of LLaVA's published annotation files lie in the root.
 """

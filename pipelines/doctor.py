@@ -1,6 +1,6 @@
 """Report what this machine has for lapilli, what is missing, and how to add it.
 
-python -m pipelines.doctor
+lapilli doctor
 
 Exit code 0 if preprocessing, training and the quickstart can run here, 1 if something is missing.
 """

@@ -1,7 +1,11 @@
-"""`train --estimate`: what a run takes, told before it starts; needs no Ray and no weights."""
+"""Estimate a run's memory, disk and time before it starts; needs no Ray and no weights.
+
+lapilli estimate --config RECIPE --dataset DIR --output DIR
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +26,16 @@ from lapilli.train.device import device_memory
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
 from lapilli.train.worker.compatibility import check_model
-from pipelines.cli.command import console, say
+from pipelines.cli.command import console, parse, run, say
 from pipelines.reports.describe import bytes_text, duration_text
 
-__all__ = ["ESTIMATE", "sample_operations", "tell_estimate"]
+__all__ = ["estimate", "main", "sample_operations"]
 
-ESTIMATE = "--estimate"
 USUAL_MFU = 0.4  # an assumption, said with the time that follows from it
 LOOKED_AT = 2000  # samples
 
 
-def tell_estimate(config: RunConfig) -> None:
+def estimate(config: RunConfig) -> None:
     """Say memory by part and ZeRO stage, what a micro-batch adds, disk, and time."""
     dataset = _open(config)
     language = config.model.language
@@ -148,3 +151,14 @@ def _stages(config: RunConfig, estimate: Estimate) -> Table:
             if any(sizes):
                 table.add_row(what, "", "", *[bytes_text(size) for size in sizes])
     return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    config = parse(RunConfig, argv, "Estimate a training run's memory, disk and time.")
+    estimate(config)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

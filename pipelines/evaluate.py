@@ -1,6 +1,6 @@
 """Answer a dataset's questions with a trained model, and score the answers.
 
-python -m pipelines.evaluate --run DIR --dataset DIR [--split train] [--shuffle_images true]
+lapilli evaluate --run DIR --dataset DIR [--split train] [--shuffle_images true]
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Export a dataset or a trained model for other tools.
 
-python -m pipelines.export --to webdataset --dataset datasets/finetune --output shards/finetune
-python -m pipelines.export runs/finetune --to hf --output exports/finetune --dtype bfloat16
-python -m pipelines.export runs/lora --to peft --output exports/lora
+lapilli export --to webdataset --dataset datasets/finetune --output shards/finetune
+lapilli export runs/finetune --to hf --output exports/finetune --dtype bfloat16
+lapilli export runs/lora --to peft --output exports/lora
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answer questions about an image, a folder of images or a file of questions.
 
-python -m pipelines.generate runs/finetune --image cat.jpg --question "What is this?"
-python -m pipelines.generate exports/finetune --questions questions.jsonl --images images \
+lapilli generate runs/finetune --image cat.jpg --question "What is this?"
+lapilli generate exports/finetune --questions questions.jsonl --images images \
     --output answers.jsonl
 """
 

@@ -1,6 +1,6 @@
 """Run everything on a CPU: data, shards, two training stages, evaluation, report.
 
-python -m pipelines.quickstart        (or: make quickstart)
+lapilli quickstart        (or: make quickstart)
 
 easy-vqa's images and questions go through Ray Data into Arrow shards, through Ray Train and
 DeepSpeed into a small vision-language model, which is then asked questions it has not seen, with
@@ -242,10 +242,10 @@ def judge(summary: dict[str, Any], config: QuickstartConfig) -> int:
 
 NEXT = """
 Your own data next, in LLaVA's format:
-  python -m pipelines.preprocess --config pipelines/recipes/llava15/finetune_data.yaml \\
+  lapilli preprocess --config pipelines/recipes/llava15/finetune_data.yaml \\
       --root YOUR_FOLDER --output datasets/mine --tokenizer NAME_OR_FOLDER
-  python -m pipelines.show datasets/mine --samples 3
-  python -m pipelines.train --config RECIPE.yaml --dataset datasets/mine --output runs/mine"""
+  lapilli show datasets/mine --samples 3
+  lapilli train --config RECIPE.yaml --dataset datasets/mine --output runs/mine"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Build pillow-simd for this processor and install it in place of Pillow.
 
-python -m pipelines.simd
+lapilli simd
 
 What is needed to build it is looked for first, since pillow-simd leaves out silently what it does
 not find. Any later install of a package that requires Pillow replaces it; `python -m

@@ -1,55 +1,41 @@
 """Train a model on a dataset.
 
-python -m pipelines.train --config RECIPE.yaml --dataset DIR --output DIR [--estimate]
-python -m pipelines.train --replay RUN/replay/step-N     a step that went wrong, looked into
+lapilli train --config RECIPE --dataset DIR --output DIR
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
 from lapilli.data.errors import DataError
 from lapilli.data.ray_session import ray_session
-from lapilli.data.trust import NOTHING, Trust
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import copy_rest, launch, only_trainer
 from lapilli.train.driver.preflight import Preflight, finished_steps, preflight
-from lapilli.train.driver.replay import Finding, rerun
 from lapilli.train.errors import TrainError
-from lapilli.train.health.step_dump import read_kept
 from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.run_folder.names import CONFIG
-from lapilli.train.run_folder.settings import read_run_config, require_trust
 from pipelines.cli.command import (
     console,
     parse,
     progress_bar,
-    read_arguments,
     run,
     say,
-    with_switches,
 )
-from pipelines.cli.trust_flags import TrustFlags
-from pipelines.estimate import ESTIMATE, tell_estimate
 from pipelines.reports.describe import bytes_text, duration_text
 from pipelines.reports.run_report import write_run_report
 
-__all__ = ["follow", "live_line", "replay", "tell_preflight", "train"]
+__all__ = ["follow", "live_line", "tell_preflight", "train"]
 
 RECENT = 20  # steps the live line's figures are of
-MOST_SAMPLES = 20  # of a kept step, that are named
 QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
@@ -183,55 +169,9 @@ def _parts_table(ready: Preflight) -> Table:
     return table
 
 
-def replay(path: Path, trust: Trust = NOTHING) -> Finding:
-    """Run a kept step again in this process and say what is wrong in it.
-
-    Args:
-        path: The step's folder.
-        trust: What the command allows of what the run's own settings ask for.
-    """
-    kept = read_kept(path)
-    config = read_run_config(kept.run)
-    require_trust(config.model, trust, kept.run / CONFIG)
-    say(f"step {kept.step}: loss {kept.loss}, gradient norm {kept.grad_norm} in the run")
-    found = rerun(config, kept, lambda step: say(f"  step {step} taken again"))
-    say(f"loss {found.loss} here, from the weights of step {found.start} on")
-    for sample_id, loss in found.samples[:MOST_SAMPLES]:
-        say(f"  {loss:>10.4f}  {sample_id}")
-    if len(found.samples) > MOST_SAMPLES:
-        say(f"  and {len(found.samples) - MOST_SAMPLES} samples of lower loss")
-    for what, name in (
-        ("weight", found.weight),
-        ("module whose output", found.output),
-        ("module at whose output the gradient", found.gradient),
-    ):
-        say(f"first {what} holds a number that is none: {name or 'there is none'}")
-    if found.operation:
-        say(f"autograd: {found.operation}")
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    words = [*(sys.argv[1:] if argv is None else argv)]
-    if any(word.partition("=")[0] == "--replay" for word in words):
-        parser = ArgumentParser(description="Look into a step that was kept.", exit_on_error=False)
-        parser.add_argument("--replay", type=Path, help="a run's folder replay/step-N")
-        parser.add_class_arguments(TrustFlags)
-        found = read_arguments(parser, with_switches(TrustFlags, words))
-        flags = TrustFlags(**{one.name: found[one.name] for one in fields(TrustFlags)})
-        replay(found.replay, flags.trust)
-        return 0
-    given = [word for word in words if word != ESTIMATE]
-    config = parse(
-        RunConfig, given,
-        f"Train a vision-language model on a dataset. {ESTIMATE}: tell memory, disk and time, "
-        "then end. With --replay RUN/replay/step-N alone: look into a step whose loss was no "
-        "number or a spike.",
-    )  # fmt: skip
-    if len(given) < len(words):
-        tell_estimate(config)
-        return 0
+    config = parse(RunConfig, argv, "Train a vision-language model on a dataset.")
     train(config)
     say(f"run: {config.output}")
     return 0

@@ -23,7 +23,7 @@ from lapilli.data.io.printable import one_line, spell_out
 from lapilli.data.io.yaml_text import load_yaml
 from lapilli.model.errors import ModelError
 from lapilli.train.errors import TrainError
-from pipelines.cli.old_names import describe_old_names
+from pipelines.cli.old_names import MOVED_FLAGS, describe_old_names
 from pipelines.cli.recipes import RecipeError, with_recipes
 from pipelines.cli.terminal import console, flush_output, safe_output
 
@@ -123,7 +123,10 @@ def read_arguments(
         _refuse_addresses("", settings, PLACES.difference(addresses))
         return parser.instantiate_classes(found)
     except ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        said = " ".join(str(error).split())
+        given = {word.partition("=")[0] for word in said.split()}
+        moved = [f"{flag}: now {verb}" for flag, verb in MOVED_FLAGS.items() if flag in given]
+        raise UsageError("; ".join([*moved, said])) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"a recipe is not UTF-8 text ({error.reason})") from None
 

@@ -13,7 +13,12 @@ import yaml
 from lapilli.data.io.yaml_text import load_yaml
 from lapilli.data.renamed import Renamed
 
-__all__ = ["describe_old_names"]
+__all__ = ["MOVED_FLAGS", "describe_old_names"]
+
+# Flags of train and show that have become verbs.
+MOVED_FLAGS = {
+    f"--{verb}": f"lapilli {verb}" for verb in ("estimate", "replay", "verify", "repair", "report")
+}
 
 
 def describe_old_names(kind: type[Any], arguments: Sequence[str]) -> str:

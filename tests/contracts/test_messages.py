@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
     "preprocess": "lapilli.data.config:BuildConfig", "train": "lapilli.train.config:RunConfig",
+    "estimate": "lapilli.train.config:RunConfig",
     "check": "pipelines.check:CheckConfig", "chat": "pipelines.chat:ChatConfig",
     "evaluate": "pipelines.evaluate:EvaluateConfig", "export": "pipelines.export:ExportConfig",
     "generate": "pipelines.generate:GenerateConfig",
@@ -40,7 +41,7 @@ FOREIGN = {
     "--concatenate",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|train|show|verify|repair|report|check|export|chat|generate|evaluate)\b"
+    r"\b(preprocess|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 
@@ -58,9 +59,8 @@ def options_of(kind: Any, prefix: str = "") -> Iterator[str]:
 @cache
 def options(verb: str) -> frozenset[str]:
     """What a command takes: its config's fields, and what its module adds by hand."""
-    modules = (verb, "estimate") if verb == "train" else (verb,)
-    sources = [(ROOT / "pipelines" / f"{one}.py").read_text(encoding="utf-8") for one in modules]
-    texts = (text for source in sources for text in strings(source, names=True))
+    source = (ROOT / "pipelines" / f"{verb}.py").read_text(encoding="utf-8")
+    texts = strings(source, names=True)
     found = {text for text in texts if re.fullmatch(r"--[a-z_]+", text)}
     if verb in CONFIGS:
         module, _, name = CONFIGS[verb].partition(":")
@@ -139,7 +139,7 @@ def test_a_message_with_an_option_of_another_command_is_found(tmp_path: Path) ->
     """`export` has no --template, though `preprocess` has."""
     assert "--template" in options("preprocess")
     assert "--template" not in options("export")
-    assert {"--replay", "--estimate", "--optim.lr"} <= options("train")
+    assert {"--optim.lr", "--dataset"} <= options("train")
     assert {"--root", "--allow_code"} <= options("repair")
     module = tmp_path / "made.py"
     module.write_text('"""--doc"""\nA = f"take --no{1}thing, or name it with --template"\n')

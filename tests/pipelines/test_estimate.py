@@ -1,4 +1,4 @@
-"""`train --estimate` ends without Ray, weights or a run's folder."""
+"""`estimate` ends without Ray, weights or a run's folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from lapilli.train.driver.launching import launch
 from lapilli.train.driver.memory_estimate import sketch_run
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import read_metrics
-from pipelines.estimate import sample_operations, tell_estimate
-from pipelines.train import main
+from pipelines.estimate import estimate, main, sample_operations
 from tests.train.small_run import small_dataset, small_run
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"
@@ -25,7 +24,7 @@ def test_it_tells_memory_and_disk_and_starts_nothing(
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     flags = [f"--config={RECIPE}", f"--dataset={tmp_path / 'none'}", f"--output={tmp_path / 'run'}"]
-    assert main([*flags, "--micro_batch_size=0", "--estimate"]) == 0
+    assert main([*flags, "--micro_batch_size=0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "rows of max_length, 512 tokens" in said
     assert "ZeRO-0 ZeRO-1 ZeRO-2 ZeRO-3" in said
@@ -45,7 +44,7 @@ def test_its_operations_are_those_of_the_run(
     opened = open_dataset(dataset, view=config.view, image_tokens=4)
     found = sample_operations(sketch_run(config), opened) * len(opened)
     assert found == pytest.approx(taken, rel=1e-9)
-    tell_estimate(config)
+    estimate(config)
     said = " ".join(capsys.readouterr().out.split())
     assert f"about 3 steps, {taken:.2g} operations" in said
     assert "for each 100 TFLOP/s that all workers reach" in said

@@ -8,13 +8,14 @@ step is taken where a cell differs in what a worker does: families, parts that l
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pipelines.estimate
 import pipelines.train
 from lapilli.train.config import RunConfig
 from lapilli.train.driver import preflight as preflight_module
@@ -120,12 +121,12 @@ def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
         arguments = material.arguments(recipe, output, *flags(way, stage))
         wanted = refusal(recipe, way, stage)
         if wanted:
-            for more in ([], ["--estimate"]):
-                assert wanted in one_line(pipelines.train.main, [*arguments, *more], capsys)
+            for verb in (pipelines.train, pipelines.estimate):
+                assert wanted in one_line(verb.main, arguments, capsys)
         else:
             config = parse(RunConfig, arguments, "")
             if is_new("estimate", config.model):
-                assert pipelines.train.main([*arguments, "--estimate"]) == 0
+                assert pipelines.estimate.main(arguments) == 0
                 assert "ZeRO-3" in capsys.readouterr().out
             if is_new("preflight", config.model, config.zero_stage, config.precision):
                 follows = config.sampler != "llava"  # to which the micro-batches belong
@@ -170,8 +171,8 @@ def test_a_family_without_sdpa_starts_with_eager_and_says_so(
 ) -> None:
     output = tmp_path / "run"
     arguments = material.arguments("tiny/pretrain", output, "--model.language.model_type=gemma2")
-    for more in (["--estimate"], []):
-        assert pipelines.train.main([*arguments, *more]) == 0
+    for verb in (pipelines.estimate, pipelines.train):
+        assert verb.main(arguments) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert "attention: eager; gemma2 cannot be built with sdpa, only with eager" in said
     assert "fp32, eager attention" in said
@@ -182,14 +183,17 @@ def test_a_family_without_sdpa_starts_with_eager_and_says_so(
     assert "language.attention: 'sdpa' is nothing gemma2 supports; expected auto" in refused
 
 
-@pytest.mark.parametrize("more", [["--estimate"], []])
+@pytest.mark.parametrize("main", [pipelines.estimate.main, pipelines.train.main])
 def test_settings_that_transformers_asserts_are_one_line(
-    more: list[str], material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], int],
+    material: Material,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Phi-3's own padding token is 32000."""
     arguments = material.arguments(
         "tiny/pretrain", tmp_path / "run", "--model.language.model_type=phi3"
     )
-    said = one_line(pipelines.train.main, [*arguments, *more], capsys)
+    said = one_line(main, arguments, capsys)
     assert "language.settings: pad_token_id 32000 is no row of vocab_size 512" in said
     assert not (tmp_path / "run").exists()

@@ -20,6 +20,7 @@ import pipelines.evaluate
 import pipelines.export
 import pipelines.generate
 import pipelines.repair
+import pipelines.replay
 import pipelines.report
 import pipelines.show
 import pipelines.train
@@ -121,7 +122,7 @@ def verbs(made: Path, opened: Path, folder: Path) -> dict[str, tuple[Any, list[o
         ),
         "export hf": (pipelines.export.main, [opened, "--to=hf", f"--output={folder / 'hf'}"]),
         "export llava": (pipelines.export.main, [opened, "--to=llava", f"--output={folder / 'l'}"]),
-        "replay": (pipelines.train.main, [f"--replay={opened / 'replay' / 'step-00000000'}"]),
+        "replay": (pipelines.replay.main, [f"{opened / 'replay' / 'step-00000000'}"]),
     }
 
 

@@ -15,7 +15,7 @@ from lapilli.train.driver.preflight import preflight
 from lapilli.train.driver.replay import examine
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import is_wrong, read_kept
-from pipelines.train import main, replay
+from pipelines.replay import main, replay
 from tests.train.small_run import small_dataset, small_run
 from tests.train.tiny import model_config, random_steps
 
@@ -76,9 +76,11 @@ def test_a_run_away_learning_rate_is_kept_and_seen_again(
 ) -> None:
     optim = OptimConfig(lr=1e30, grad_clip=0.0)
     config = alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=100), optim=optim)
-    with pytest.raises(TrainError, match=r"step \d+: loss .*lower optim.lr.*--replay") as raised:
+    with pytest.raises(
+        TrainError, match=r"step \d+: loss .*lower optim.lr.*lapilli replay"
+    ) as raised:
         launch(preflight(config))
-    path = Path(str(raised.value).partition("--replay ")[2].split()[0])
+    path = Path(str(raised.value).partition("lapilli replay ")[2].split()[0])
     kept = read_kept(path)
     names = [name for rank in kept.batches() for batch in rank for name in batch.sample_ids]
     assert names == [name for rank in kept.sample_ids for micro in rank for name in micro]
@@ -88,7 +90,7 @@ def test_a_run_away_learning_rate_is_kept_and_seen_again(
     assert found.loss != found.loss or found.loss == float("inf")
     assert {name for name, _ in found.samples} == set(names)
     assert found.weight or found.output
-    assert main([f"--replay={path}"]) == 0
+    assert main([str(path)]) == 0
     assert f"step {kept.step}: loss" in capsys.readouterr().out
 
 
@@ -117,7 +119,7 @@ def test_a_spike_stops_the_run_and_its_replay_has_the_same_loss(
 
 def test_a_folder_without_a_step_and_settings_that_say_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=r"replay: .* holds no kept step"):
-        main(["--replay", str(tmp_path)])
+        main([str(tmp_path)])
     config = small_run(tmp_path, tmp_path / "run")
     with pytest.raises(TrainError, match=r"loss_spike_factor: 0\.5; expected 0, or more than 1"):
         replace(config, recovery=RecoveryConfig(loss_spike_factor=0.5))

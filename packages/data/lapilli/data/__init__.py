@@ -3,6 +3,7 @@
 from lapilli.data.batches.collate import Batch, BatchShape, choose_buckets, collate
 from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
 from lapilli.data.building.driver import BuildReport, build
+from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig, MixtureConfig, SourceConfig
 from lapilli.data.dataset.dataset import Dataset, Sample, open_dataset
 from lapilli.data.errors import DataError
@@ -12,6 +13,7 @@ from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart
 from lapilli.data.shards.manifest import Manifest, read_manifest
 from lapilli.data.text.encode import encode, load_tokenizer
 from lapilli.data.text.templates import TEMPLATES, Template, get_template
+from lapilli.data.text.tokenizer_files import train_tokenizer
 
 __all__ = [
     "TEMPLATES",
@@ -49,4 +51,6 @@ __all__ = [
     "plan_epoch",
     "prepare",
     "read_manifest",
+    "run_here",
+    "train_tokenizer",
 ]

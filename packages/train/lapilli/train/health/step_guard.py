@@ -101,7 +101,7 @@ class StepGuard:
         )  # fmt: skip
         raise TrainError(
             f"step {batches.step}: loss {loss}, gradient norm {norm}; {why}; its samples are kept, "
-            f"python -m pipelines.train --replay {path} looks for the cause"
+            f"lapilli replay {path} looks for the cause"
         )
 
     def end(self, step: int) -> None:
