@@ -48,7 +48,8 @@ USERS_MISTAKE = 2
 # they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
     {"dataset", "extra_roots", "folders", "html", "image", "images", "init_from", "model",
-     "nvme_path", "output", "pretrained", "questions", "root", "run", "template", "tokenizer"}
+     "nvme_path", "output", "pretrained", "questions", "root", "run", "step", "template",
+     "tokenizer"}
 )  # fmt: skip
 LONGEST_MISTAKE = 1200  # characters: it may hold a value of a recipe
 _yaml_load: Callable[[str], Any] = get_loader("yaml")

@@ -17,8 +17,11 @@ import pipelines.generate
 import pipelines.preprocess
 import pipelines.quickstart
 import pipelines.repair
+import pipelines.replay
+import pipelines.report
 import pipelines.show
 import pipelines.train
+import pipelines.verify
 from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from pipelines.cli.command import parse, run, say
@@ -132,6 +135,10 @@ def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None
         (pipelines.show.main, ["a", "--html=ADDRESS"], "html"),
         (pipelines.repair.main, ["a", "--root=ADDRESS"], "root"),
         (pipelines.quickstart.main, ["--output=ADDRESS"], "output"),
+        (pipelines.replay.main, ["ADDRESS"], "step"),
+        (pipelines.verify.main, ["ADDRESS"], "folders"),
+        (pipelines.repair.main, ["ADDRESS"], "folders"),
+        (pipelines.report.main, ["ADDRESS"], "folders"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("address", ["s3://bucket/a", "file:///a"])
