@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lapilli.data.io.access import cannot_read, is_denied, is_folder
 from lapilli.data.io.atomic import write_atomic, write_json
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.train.checkpoint.save_load import WEIGHTS, newest_weights
@@ -116,8 +117,8 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
     output, beside = Path(config.output), Path(f"{config.output}.of.json")
     asked = _asked(config)
     try:
-        is_same = from_json(beside.read_bytes(), dict[str, Any]) == asked
-        known = parse_lines(output.read_bytes(), Answer, output) if is_same else []
+        is_same = from_json(read_whole(beside), dict[str, Any]) == asked
+        known = parse_lines(read_whole(output, MOST_LINES), Answer, output) if is_same else []
     except (OSError, JsonError) as error:
         if is_denied(error):
             raise TrainError(cannot_read(error.filename or output, error)) from None

@@ -19,7 +19,9 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.access import exists, is_folder, naming, require_listable
 from lapilli.data.io.printable import one_line
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
+from lapilli.data.mounts.places import LARGEST_FILE
 from lapilli.model.generate import Decoding
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
@@ -113,7 +115,7 @@ def _question(asked: Asked, marker: str) -> Question:
     images: list[bytes] = []
     for path in asked.images:
         with naming(path):
-            images.append(path.read_bytes())
+            images.append(read_whole(path, LARGEST_FILE))
     only = asked.images[0] if asked.images else asked.question_id
     name = asked.name if len(images) > 1 else str(only)
     return Question.of(asked.text, *images, name=name, marker=marker)
@@ -219,7 +221,7 @@ def _read_answers(output: Path, how: dict[str, Any]) -> dict[Key, str]:
     """
     if not exists(output):
         return {}
-    data = output.read_bytes()
+    data = read_whole(output, MOST_LINES)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data) and not data[len(whole) :].startswith(b"{"):
         raise DataError(f"output: {output} is no file of answers; choose another file")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lapilli.data.io.access import cannot_read
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 
 __all__ = ["RECIPES", "RecipeError", "find_recipe", "read_recipe", "recipe_names", "with_recipes"]
@@ -69,7 +70,7 @@ def read_recipe(name: str, load: Callable[[str], Any], fields: Sequence[str]) ->
     """
     path = find_recipe(name)
     try:
-        values = load(path.read_text(encoding="utf-8"))
+        values = load(read_whole(path).decode())
     except OSError as error:
         raise RecipeError(f"config: {cannot_read(path, error)}") from None
     if not isinstance(values, dict):

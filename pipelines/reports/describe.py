@@ -16,6 +16,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.checks import open_selection
 from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.data.shards.manifest import PLAN, Manifest, ViewFacts, read_manifest
@@ -220,7 +221,7 @@ def _state(path: Path, metrics: Sequence[Mapping[str, Any]], total: int | None) 
     if total and done >= total:
         return "finished", of
     if exists(mistake):
-        why = " ".join(mistake.read_text(encoding="utf-8", errors="replace").split())
+        why = " ".join(read_whole(mistake).decode(errors="replace").split())
         return "stopped", of, why
     if not metrics:
         return ("not a step done",)
@@ -370,7 +371,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         DataError: It cannot be read.
     """
     try:
-        return from_json(path.read_bytes(), dict[str, Any])
+        return from_json(read_whole(path), dict[str, Any])
     except (OSError, JsonError) as error:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None

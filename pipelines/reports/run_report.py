@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.text.token_text import transcript
 from lapilli.train.config import RunConfig
@@ -294,7 +295,7 @@ def _add_notes(page: Page, run: Path) -> None:
 def _hosts(run: Path) -> dict[str, int]:
     """Names of the run's machines, which stay in its folder, with the first rank on each."""
     try:
-        workers = json.loads((run / WORKERS).read_text(encoding="utf-8"))["workers"]
+        workers = json.loads(read_whole(run / WORKERS))["workers"]
         return {str(one["host"]): int(one["rank"]) for one in reversed(workers) if one["host"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

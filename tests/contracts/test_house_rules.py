@@ -162,3 +162,37 @@ def test_make_constraints_resolves_every_extra_and_no_target_is_taken_for_a_file
     targets = re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE)
     phony = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split()
     assert sorted(phony) == sorted(targets)
+
+
+# Files that a module may read whole without a bound: the machine's, or of this process.
+UNBOUNDED = {
+    "data/building/crash_guard.py": "attempt",  # a count in the folder that is built
+    "data/images/buffers.py": "status",  # /proc
+    "data/images/codecs.py": "Path(sys.prefix) / SIMD_NOTE",
+    "data/images/decode_worker.py": "Path('/proc/self/statm')",
+    "data/io/remote_path.py": "other self",  # callers ask for the size
+    "data/io/whole_file.py": "path",  # the bound itself
+    "data/mounts/folders.py": "self",  # a listing
+    "data/planning/originals.py": "path",  # a shard, of the size that its facts have
+    "model/interop/lora_run.py": "folder / CONFIG",  # written the line before
+    "model/parts/weight_files.py": "path",  # behind `require_plain`, as the next two
+    "train/inference/published.py": "path",
+    "train/run_folder/metrics_file.py": "file",
+    "train/checkpoint/upload.py": "path path / STATE",  # of the run that is trained
+    "train/driver/workers.py": "path",
+    "train/health/watchdog.py": "p path",
+    "train/metrics/loggers.py": "kept path",
+}
+
+
+def test_a_file_is_read_whole_only_within_a_bound() -> None:
+    found = dict[str, set[str]]()
+    for path in PACKAGED:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            name = node.func.attr
+            if name in ("read_bytes", "read_text") or (name == "read" and not node.args):
+                module = path.as_posix().partition("/lapilli/")[2]
+                found.setdefault(module, set()).add(ast.unparse(node.func.value))
+    assert {module: " ".join(sorted(names)) for module, names in found.items()} == UNBOUNDED

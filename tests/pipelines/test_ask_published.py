@@ -127,13 +127,23 @@ def test_transformers_llava_says_template_and_view_itself(
     assert other
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}Q: {% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+        "{% set n = range(90000) %}{% for a in n %}{% for b in n %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 9 ** 12 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.x.y }}",
+        "{% if %}",
+    ],
+)
 def test_a_chat_template_that_is_none_of_ours_is_asked_for(
-    exports: dict[str, Path], photo: Path, capsys: Capture, tmp_path: Path
+    exports: dict[str, Path], photo: Path, capsys: Capture, tmp_path: Path, source: str
 ) -> None:
     folder = of_others(exports["hf"], tmp_path / "llava-hf")
-    source = (
-        "{% for m in messages %}Q: {% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
-    )
     for path in folder.glob("*chat_template*"):
         path.write_text(source)
     for name in ("tokenizer_config.json", "processor_config.json"):
@@ -143,7 +153,8 @@ def test_a_chat_template_that_is_none_of_ours_is_asked_for(
     line = one_line(pipelines.generate.main, [str(folder), "--question=a"], capsys)
     assert f"template: {folder} does not say how conversations are written down" in line
     assert "pass --template, one of chatml, llama_3, llava_llama_2" in line
-    assert said(folder, photo, capsys, "--template=v1")
+    if "content" in source:
+        assert said(folder, photo, capsys, "--template=v1")
 
 
 def test_llavas_layout_of_others_wants_a_template_alone(

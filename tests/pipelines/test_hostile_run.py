@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -124,6 +125,27 @@ def test_any_value_of_any_file_may_be_wrong(
         slow = [rarely] if rarely and number % 25 == 0 else []
         for look in (*looks, *slow):
             refuses(lambda look=look: LOOKS[look](run), (name, what, look))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("instead", ["pipe", "hole"])
+def test_no_file_of_a_run_is_waited_for_or_read_without_end(run: Path, instead: str) -> None:
+    """A pipe and a terabyte without blocks in the place of each file in turn."""
+    found = sorted(path for path in run.rglob("*") if path.is_file())
+    found = [path for path in found if path.suffix in (".json", ".jsonl", ".txt")]
+    for number, path in enumerate(found):
+        kept = path.read_bytes()
+        path.unlink()
+        if instead == "pipe":
+            os.mkfifo(path)
+        else:
+            path.touch()
+            os.truncate(path, 1 << 40)
+        slow = ["open", "report"][number % 2 :][:1] if instead == "pipe" else []
+        for look in ("describe", "compare", "checkpoints", *slow):
+            refuses(lambda look=look: LOOKS[look](run), (path, look))
+        path.unlink()
+        path.write_bytes(kept)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"global_batch_size": ', "\x00"])

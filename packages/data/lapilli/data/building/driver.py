@@ -18,6 +18,7 @@ from lapilli.data.io.access import cannot_read, exists, is_folder
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_json
 from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.io.writer_lock import LOCK, only_writer
 from lapilli.data.planning.plan import BuildPlan, Task
 from lapilli.data.shards.manifest import (
@@ -99,11 +100,11 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
             )
         return
     try:
-        before = from_json(path.read_text(encoding="utf-8"), dict[str, str])
+        before = from_json(read_whole(path), dict[str, str])
         before = plan.previous.manifest.plan if plan.previous else before
     except OSError as error:
         raise DataError(cannot_read(path, error)) from None
-    except (JsonError, UnicodeDecodeError):
+    except JsonError:
         raise DataError(
             f"output: {path} is damaged; remove {output} or choose another --output"
         ) from None

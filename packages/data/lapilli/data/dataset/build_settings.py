@@ -9,6 +9,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, is_denied
 from lapilli.data.io.typed_json import JsonError, as_type, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.renamed import BUILD_NAMES
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.trust import Trust, require_readers
@@ -32,7 +33,7 @@ def read_build_config(dataset: Path, trust: Trust) -> BuildConfig:
     read_manifest(dataset)  # no dataset, no settings
     path = dataset / CONFIG
     try:
-        found = from_json(path.read_bytes(), dict[str, Any])
+        found = from_json(read_whole(path), dict[str, Any])
         config = as_type(BUILD_NAMES.with_new_names(found), BuildConfig)
     except OSError as error:
         if is_denied(error):

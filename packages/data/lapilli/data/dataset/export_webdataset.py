@@ -24,6 +24,7 @@ from lapilli.data.images.view import BadImage
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.io.atomic import write_atomic, write_json
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts import EXTENSIONS, Located, read_image
 from lapilli.data.planning.located_entries import locate_images, open_mount
@@ -118,7 +119,7 @@ def _check_output(output: Path, facts: dict[str, Any]) -> None:
     if not exists(output) or (is_folder(output) and not any(output.iterdir())):
         return
     try:
-        before = from_json((output / EXPORT).read_bytes(), dict[str, Any])
+        before = from_json(read_whole(output / EXPORT), dict[str, Any])
     except (OSError, JsonError) as error:
         if is_denied(error):
             raise DataError(cannot_read(output / EXPORT, error)) from None

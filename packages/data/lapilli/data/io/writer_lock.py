@@ -17,6 +17,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.access import exists, is_folder
 from lapilli.data.io.remote_path import Output
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 
 __all__ = ["LOCK", "only_writer"]
@@ -144,7 +145,7 @@ def _is_same(descriptor: int, path: Path) -> bool:
 def _owner(path: Path) -> tuple[str, int] | None:
     """Host and process that a lock file names; None where it names none or has just gone."""
     try:
-        found = from_json(path.read_bytes(), _Owner)
+        found = from_json(read_whole(path), _Owner)
     except (FileNotFoundError, JsonError):
         return None
     return excerpt(found["host"]), found["pid"]

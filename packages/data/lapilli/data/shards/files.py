@@ -28,6 +28,7 @@ from lapilli.data.io.atomic import (
 )
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 from lapilli.data.shards.schemas import COLUMN_TYPES, NULLABLE
 
@@ -146,7 +147,7 @@ def finished_facts(output: Output, name: str) -> ShardFacts | None:
     """
     path = output / name
     try:
-        facts = from_json(_facts_path(path).read_bytes(), ShardFacts)
+        facts = from_json(read_whole(_facts_path(path)), ShardFacts)
         if isinstance(path, RemotePath):
             whole = path.size == facts.bytes
         else:

@@ -14,6 +14,7 @@ from lapilli.data.io.access import cannot_read, exists, is_denied
 from lapilli.data.io.atomic import ShardFacts, write_json
 from lapilli.data.io.remote_path import Output
 from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.text.templates import Template, template_facts
 
 __all__ = [
@@ -229,7 +230,7 @@ def read_manifest(output: Output) -> Manifest:
     """
     path = output / NAME
     try:
-        fields = from_json(path.read_text(encoding="utf-8"), dict[str, Any])
+        fields = from_json(read_whole(path), dict[str, Any])
         if "format" not in fields:
             raise JsonError("format: missing")
         if (found := fields["format"]) != FORMAT:
@@ -251,7 +252,7 @@ def read_manifest(output: Output) -> Manifest:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None
         raise DataError(f"{path}: {error.strerror}; check the path") from None
-    except (JsonError, UnicodeDecodeError) as error:
+    except JsonError as error:
         raise DataError(
             f"{path}: no manifest ({error}); run the same preprocess again, it writes it anew"
         ) from None

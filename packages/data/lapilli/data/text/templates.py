@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.io.yaml_text import UnusableYaml, load_yaml
 from lapilli.data.record import excerpt
 
@@ -253,7 +254,7 @@ def _load_template(path: Path) -> Template:
     `name` may be left out; `base` names a template whose fields are taken where the file has none.
     """
     try:
-        content: object = load_yaml(path.read_text(encoding="utf-8"))
+        content: object = load_yaml(read_whole(path).decode())
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"template file {path}: {reason}; check the path") from error

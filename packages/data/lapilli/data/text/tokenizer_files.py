@@ -27,6 +27,7 @@ from tokenizers import (
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_folder, require_readable, subpaths
+from lapilli.data.io.whole_file import MOST_VOCABULARY, read_whole
 from lapilli.data.text.tokenizer_folder import (
     PACKED,
     VOCABULARIES,
@@ -191,7 +192,7 @@ def _is_llamas(named: str, model_type: str) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """A mapping of a JSON file; empty where there is none, or nothing that can be read."""
     try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
+        found: object = json.loads(read_whole(path, MOST_VOCABULARY))
     except (OSError, ValueError, RecursionError):
         return {}  # transformers says what is wrong with it
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
@@ -204,7 +205,7 @@ def _is_bpe(path: Path) -> bool:
     from sentencepiece import sentencepiece_model_pb2 as pb2
 
     proto: Any = pb2
-    spec = proto.ModelProto.FromString(path.read_bytes()).trainer_spec
+    spec = proto.ModelProto.FromString(read_whole(path, MOST_VOCABULARY)).trainer_spec
     return spec.model_type == proto.TrainerSpec.BPE
 
 
@@ -401,7 +402,7 @@ def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """A `.tiktoken` file: a line a token, its bytes in base64 and its rank."""
     try:
-        lines = path.read_text(encoding="ascii").split("\n")
+        lines = read_whole(path, MOST_VOCABULARY).decode("ascii").split("\n")
         pairs = [line.split() for line in lines if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         if sorted(ranks.values()) != list(range(len(ranks))):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.file_kinds import SNIFFED, what_it_is_instead
+from lapilli.data.io.whole_file import MOST_VOCABULARY, read_whole, require_plain
 from lapilli.data.record import excerpt
 
 __all__ = [
@@ -81,12 +81,21 @@ def unpacked(folder: Path) -> Generator[Path]:
 def _unpack(path: Path, target: Path) -> None:
     try:
         with OPEN[path.suffix](path) as source, target.open("wb") as file:
-            shutil.copyfileobj(source, file)
+            _copy(source, file)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
         with path.open("rb") as file:
             instead = what_it_is_instead(file.read(SNIFFED), "annotations")
         why = instead or f"damaged or cut short ({excerpt(str(error))}); get it again"
         raise DataError(f"tokenizer {path}: {why}") from None
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    """Unpack a file of bounded size: a few MB of zeros may stand for all of a disk."""
+    left = MOST_VOCABULARY
+    while part := source.read(1 << 20):
+        if (left := left - len(part)) < 0:
+            raise ValueError(f"it unpacks to more than {MOST_VOCABULARY} bytes")
+        target.write(part)
 
 
 def check_files(folder: Path) -> None:
@@ -101,7 +110,10 @@ def check_files(folder: Path) -> None:
     for name in (*VOCABULARIES, *OTHERS):
         path = folder / name
         is_needed = path.is_file() and not (name == SENTENCEPIECE and has_json)
-        if is_needed and (instead := _instead(path)):
+        if not is_needed:
+            continue
+        require_plain(path, MOST_VOCABULARY)
+        if instead := _instead(path):
             raise DataError(f"tokenizer {path}: {instead}")
 
 
@@ -126,7 +138,7 @@ def what_is_wrong(folder: Path) -> str:
 
 def _json_defect(path: Path) -> str:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(read_whole(path, MOST_VOCABULARY))
     except (ValueError, RecursionError, OSError) as error:
         return f"is cut short or damaged ({excerpt(str(error))}); get it again"
     fields = cast("dict[str, Any]", found) if isinstance(found, dict) else {}

@@ -216,7 +216,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What `write_hf` kept beside transformers' files; empty for a folder of others."""
     path = folder / FACTS
     try:
-        path.open("rb").close()
+        path.stat()
     except OSError as error:
         require_missing(path, error)
         return {}

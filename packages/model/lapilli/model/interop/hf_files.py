@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lapilli.model.errors import ModelError
+from lapilli.model.parts.weight_files import read_object
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = ["base_end_ids", "config_text", "generation_text", "oldest_reader"]
@@ -103,7 +105,6 @@ def base_end_ids(model: VisionLanguageModel) -> list[int]:
 def _beside(folder: Path) -> Any:
     """What a folder's `generation_config.json` says; nothing of one that is gone or on the hub."""
     try:
-        text = (folder / "generation_config.json").read_text(encoding="utf-8")
-        return json.loads(text).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+        return read_object(folder / "generation_config.json").get("eos_token_id")
+    except ModelError:
         return None

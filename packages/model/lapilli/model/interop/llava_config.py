@@ -6,17 +6,17 @@ LLaVA's code runs on transformers 4.37, which knows `rope_theta` beside `rope_sc
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError, require_missing
 from lapilli.model.parts.pretrained import local_folder, one_line
 from lapilli.model.parts.vision import FAMILIES, TransformersTower
+from lapilli.model.parts.weight_files import read_object
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
@@ -61,15 +61,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
+        path.stat()
     except OSError as error:
         require_missing(path, error)
         return {}
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: damaged; expected a JSON object, copy the file again")
-    return cast("dict[str, Any]", found)
+    return read_object(path)
 
 
 def is_llava_config(config: Mapping[str, Any]) -> bool:

@@ -83,6 +83,7 @@ def language_settings(config: LanguageConfig) -> PreTrainedConfig:
 
     if config.pretrained:
         with one_line(NOT_LOADED.format(config.pretrained)):
+            check_readable(config.pretrained)
             return AutoConfig.from_pretrained(
                 config.pretrained, trust_remote_code=config.trust_remote_code
             )
@@ -133,7 +134,6 @@ def _load(
         one_line(NOT_LOADED.format(config.pretrained)),
         _naming_padding("language.pretrained", settings),
     ):
-        check_readable(config.pretrained)
         return AutoModelForCausalLM.from_pretrained(
             config.pretrained,
             use_safetensors=None if config.allow_pickle else True,

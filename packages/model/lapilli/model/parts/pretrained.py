@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from lapilli.model.errors import ModelError, require_missing
-from lapilli.model.parts.weight_files import index_names
+from lapilli.model.parts.weight_files import index_names, require_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,8 @@ def check_settings(name: str, settings: Mapping[str, Any], known: PreTrainedConf
 def check_readable(name: str | Path) -> None:
     """Open every file of a local folder: transformers passes over some that it may not read.
 
-    An index of weights may name files of its folder alone; transformers would follow any path.
+    A pipe would be waited for without end. An index of weights may name files of its folder alone;
+    transformers would follow any path.
 
     Args:
         name: The folder, or a hub's name, of which nothing is known here.
@@ -72,6 +73,7 @@ def check_readable(name: str | Path) -> None:
         return
     for file in files:
         try:
+            require_plain(file)
             if not file.is_dir():
                 file.open("rb").close()
         except OSError as error:

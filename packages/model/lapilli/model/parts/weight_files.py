@@ -22,11 +22,12 @@ from lapilli.model.errors import ModelError, require_missing
 
 __all__ = [
     "INDICES", "PROJECTOR", "check_weights", "index_names", "open_safetensors", "read_object",
-    "read_safetensors", "read_tensors", "save_tensors", "share_as_usual",
+    "read_safetensors", "read_tensors", "require_plain", "save_tensors", "share_as_usual",
 ]  # fmt: skip
 
 PROJECTOR = "mm_projector.bin"
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MOST_JSON = 256 << 20  # bytes; a tokenizer's file, the largest, has up to 40 MB
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -108,14 +109,32 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelError: It cannot be read, or holds something else.
     """
     try:
+        require_plain(path)
         found: object = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: no JSON ({_first_line(error)[:100]})") from None
+        why = _first_line(error)[:100]
+        raise ModelError(
+            f"{path}: damaged; expected a JSON object ({why}); copy the file again"
+        ) from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path}: expected a JSON object")
+        raise ModelError(f"{path}: damaged; expected a JSON object, copy the file again")
     return cast("dict[str, Any]", found)
+
+
+def require_plain(path: Path) -> None:
+    """Refuse what is no file, which may have no end, and JSON that is more than is read.
+
+    Raises:
+        OSError: It is not there or cannot be read.
+        ModelError: Neither a file nor a folder, or too large.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+        raise ModelError(f"{path}: a pipe, socket or device; expected a file, copy it again")
+    if path.suffix == ".json" and facts.st_size > MOST_JSON:
+        raise ModelError(f"{path}: {facts.st_size} bytes; at most {MOST_JSON} are read")
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -149,6 +168,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
+    require_plain(file)
     file.open("rb").close()
     with _one_file(file):
         return load_file(file)
@@ -163,6 +183,7 @@ def open_safetensors(file: Path) -> Generator[Any]:
     """
     from safetensors import safe_open
 
+    require_plain(file)
     file.open("rb").close()
     with _one_file(file):
         opened: Any = safe_open(file, framework="pt")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_file, is_folder
 from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.trainable import shape_of, trainable_parameters
 from lapilli.model.parts.weight_files import read_safetensors
@@ -288,7 +289,7 @@ def at_step(run: Path, step: int) -> Checkpoint:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself; raises OSError and JsonError."""
-    return cast("dict[str, Any]", from_json((path / STATE).read_bytes(), State))
+    return cast("dict[str, Any]", from_json(read_whole(path / STATE), State))
 
 
 def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -> Checkpoint | None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lapilli.data.batches.collate import Batch
 from lapilli.data.io.atomic import write_json
 from lapilli.data.io.typed_json import JsonError, Natural, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.settings import require_missing
@@ -174,7 +175,7 @@ def read_kept(path: Path) -> KeptStep:
         TrainError: None is there.
     """
     try:
-        kept = from_json((path / KEPT).read_bytes(), _Kept)
+        kept = from_json(read_whole(path / KEPT), _Kept)
         return KeptStep(path=path, **kept)
     except (OSError, JsonError) as error:
         if isinstance(error, OSError):

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-import yaml
-
 from lapilli.data.dataset.tokenizer_copy import check_copy, kept_files
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
-from lapilli.data.io.typed_json import JsonError, as_type
+from lapilli.data.io.typed_json import JsonError, as_type, from_json
+from lapilli.data.io.whole_file import MOST_JSON, read_whole, require_plain
+from lapilli.data.io.yaml_text import UnusableYaml, load_yaml
 from lapilli.data.record import Turn
 from lapilli.data.shards.manifest import TokenizerFields, template_fingerprint
+from lapilli.data.text.chat_template.bounded_jinja import BoundedTemplate
 from lapilli.data.text.encode import tokenizer_facts
 from lapilli.data.text.export_template import TRIALS, messages_of, prompt_ids
 from lapilli.data.text.templates import TEMPLATES, TOKENIZERS_OWN, Template, get_template
@@ -172,24 +173,22 @@ def _derived_template(folders: list[Path], tokenizer: Any) -> Template | None:
     if not source:
         return None
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    trials = [turns for turns in TRIALS if turns[0].role == "user"]  # it may refuse a system turn
+    try:
+        compiled = BoundedTemplate(source)
+        written = [_chat_ids(tokenizer, compiled, turns) for turns in trials]
+    except Exception:  # a template is a program of others: it may raise anything
+        return None
+    expected = [[-200 if i == image_id else i for i in ids] for ids in written]
     for name, template in TEMPLATES.items():
         if name == TOKENIZERS_OWN or template.drops_user_text:
             continue
         template = _with_bos(template, tokenizer, source)
         try:
-            if all(
-                prompt_ids(turns, tokenizer, template)
-                == [-200 if i == image_id else i for i in _chat_ids(tokenizer, source, turns)]
-                for turns in TRIALS
-                if turns[0].role == "user"  # a chat template may refuse a system turn
-            ):
+            if [prompt_ids(turns, tokenizer, template) for turns in trials] == expected:
                 return template
         except (DataError, ValueError, TypeError):
             continue
-        except Exception as error:  # Jinja raises what a template asks it to
-            if "jinja2" not in type(error).__module__:
-                raise
-            return None
     return None
 
 
@@ -205,10 +204,10 @@ def _with_bos(template: Template, tokenizer: Any, source: str) -> Template:
     return replace(template, **frames)
 
 
-def _chat_ids(tokenizer: Any, source: str, turns: Sequence[Turn]) -> list[int]:
+def _chat_ids(tokenizer: Any, source: BoundedTemplate, turns: Sequence[Turn]) -> list[int]:
     """The ids of a prompt as transformers' processor writes them by a chat template."""
-    text: str = tokenizer.apply_chat_template(
-        messages_of(turns), chat_template=source, tokenize=False, add_generation_prompt=True
+    text = source.render(
+        messages_of(turns), tokenizer.special_tokens_map, add_generation_prompt=True
     )
     plain = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not plain)["input_ids"]
@@ -221,15 +220,13 @@ def _chat_template(folders: list[Path], tokenizer: Any) -> str:
             path = folder / name
             if not path.is_file():
                 continue
-            text = path.read_text(encoding="utf-8")
             if path.suffix == ".jinja":
-                return text
-            found: object = yaml.safe_load(text)
-            given = (
-                cast("dict[str, Any]", found).get("chat_template")
-                if isinstance(found, dict)
-                else None
-            )
+                require_plain(path, MOST_JSON)
+                return path.read_text(encoding="utf-8")
+            try:
+                given = from_json(read_whole(path), dict[str, Any]).get("chat_template")
+            except JsonError as error:
+                raise TrainError(f"{path}: damaged ({error}); copy the file again") from None
             if isinstance(given, str):
                 return given
     own = getattr(tokenizer, "chat_template", None)
@@ -247,8 +244,8 @@ def read_view(view: str) -> dict[str, Any]:
     if view in ASPECTS:
         return {"aspect": view}
     try:
-        found: object = yaml.safe_load(view)
-    except yaml.YAMLError:
+        found: object = load_yaml(view)
+    except UnusableYaml:
         found = None
     if not isinstance(found, dict):
         raise DataError(

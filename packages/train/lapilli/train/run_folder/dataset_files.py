@@ -20,6 +20,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.atomic import sha256_file, write_json
 from lapilli.data.io.typed_json import Digest, FilePath, JsonError, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.manifest import (
     Manifest,
     TokenizerFields,
@@ -277,7 +278,7 @@ def _of_dataset(run: Path, facts: Mapping[str, Any]) -> RunData:
 
 def _read(path: Path, kind: type[T], remedy: str) -> T:
     try:
-        return from_json(path.read_bytes(), kind)
+        return from_json(read_whole(path), kind)
     except OSError as error:
         raise TrainError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except JsonError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapilli.data.io.typed_json import JsonError, from_json
+from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.train.errors import TrainError
 
 __all__ = ["parse_lines", "read_lines", "write_lines"]
@@ -29,7 +30,7 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
         TrainError: A line of another form; names it.
     """
     try:
-        return parse_lines(path.read_bytes(), kind, path)
+        return parse_lines(read_whole(path, MOST_LINES), kind, path)
     except FileNotFoundError:
         return []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.train.run_folder.names import NOTES
 
 __all__ = [
@@ -28,7 +29,7 @@ def notes_end(run: Path) -> int:
 def notes_from(run: Path, position: int) -> tuple[list[str], int]:
     """The whole lines from a byte position on, and the position behind them."""
     try:
-        data = (run / NOTES).read_bytes()[position:]
+        data = read_whole(run / NOTES, MOST_LINES)[position:]
     except FileNotFoundError:
         return [], position
     whole = data[: data.rfind(b"\n") + 1]

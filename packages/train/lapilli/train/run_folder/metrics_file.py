@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 from lapilli.data.io.typed_json import JsonError, Natural, as_type
+from lapilli.data.io.whole_file import MOST_LINES, require_plain
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.jsonl import parse_lines
 from lapilli.train.run_folder.names import METRICS
@@ -108,6 +109,7 @@ def read_new(run: Path, position: int) -> tuple[list[dict[str, Any]], int]:
     A file that has become shorter (a resumed run forgets steps) is read from its beginning.
     """
     try:
+        require_plain(run / METRICS, MOST_LINES)
         with (run / METRICS).open("rb") as file:
             size = file.seek(0, 2)
             file.seek(position if position <= size else 0)

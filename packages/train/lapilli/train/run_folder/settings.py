@@ -14,6 +14,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from lapilli.data.io.access import cannot_read, is_missing
 from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 from lapilli.data.trust import Trust, is_own_code
 from lapilli.model.config import ModelConfig
@@ -54,7 +55,7 @@ def read_run_config(run: Path) -> RunConfig:
     """
     path = run / CONFIG
     try:
-        return settings_of(path.read_bytes(), path)
+        return settings_of(read_whole(path), path)
     except OSError as error:
         require_missing(path, error)
         raise TrainError(f"{run}: no run (no {CONFIG}); expected the output of train") from None
@@ -109,7 +110,7 @@ def read_run_facts(run: Path) -> RunFacts | None:
     """
     path = run / FACTS
     try:
-        return from_json(path.read_bytes(), RunFacts)
+        return from_json(read_whole(path), RunFacts)
     except OSError as error:
         require_missing(path, error)
         return None

@@ -148,12 +148,19 @@ class BoundedTemplate:
             environment, code, environment.make_globals(None)
         )
 
-    def render(self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        names: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """What it writes for a conversation.
 
         Args:
-            messages: Role and content each, both text.
+            messages: Role and content each.
             names: Further names it may use, the special tokens.
+            add_generation_prompt: Whether the beginning of an answer follows.
 
         Raises:
             TemplateBound: It takes too much.
@@ -163,7 +170,7 @@ class BoundedTemplate:
         aliased: Any = chat_template_utils._alias_reasoning_fields  # pyright: ignore[reportPrivateUsage]
         return self._template.render(
             messages=aliased([dict(message) for message in messages]), tools=None, documents=None,
-            add_generation_prompt=False, **names,
+            add_generation_prompt=add_generation_prompt, **names,
         )  # fmt: skip
 
 
