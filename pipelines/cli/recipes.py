@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from lapilli.data.io.access import cannot_read
+from lapilli.data.io.access import cannot_read, exists
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 
@@ -94,7 +94,7 @@ def _take_from(folder: Path, settings: dict[str, Any], setting: str) -> None:
     if not isinstance(value, str) or not value or "://" in value or Path(value).is_absolute():
         return
     may_be_name = setting in PATHS_OR_NAMES and not value.startswith(".")
-    if not may_be_name or (folder / value).exists():
+    if not may_be_name or exists(folder / value):
         inner[key] = str(folder / value)
 
 
