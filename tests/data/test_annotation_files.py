@@ -85,7 +85,7 @@ def test_compressed_files_that_are_cut_short_are_named(tmp_path: Path, kind: str
         (json.dumps(RECORDS[0], indent=2).encode(), "an object over several lines: write one a li"),
         ("\n".join(json.dumps(r, indent=1) for r in RECORDS).encode(), "jq -c . OLD > NEW.jsonl"),
         (gzip.compress(json.dumps(RECORDS[:2]).encode())[:-20], "cut short: get it again"),
-        (b"PAR1....", "a Parquet file: as annotations it takes `format: parquet`"),
+        (b"PAR1....", "a Parquet file: set `format: parquet` of its source"),
         (gzip.compress(b""), "empty"),
     ],
 )

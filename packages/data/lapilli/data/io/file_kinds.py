@@ -16,7 +16,7 @@ from lapilli.data.record import excerpt
 
 __all__ = ["EMPTY_FILE", "SNIFFED", "Expected", "FileKind", "file_kind", "what_it_is_instead"]
 
-Expected: TypeAlias = Literal["image", "annotations", "archive", "tokenizer", "ranks"]
+Expected: TypeAlias = Literal["image", "annotations", "archive", "tokenizer", "ranks", "parquet"]
 
 SNIFFED = 1 << 16  # bytes from the beginning of a file that are enough
 EMPTY_FILE = "this is an empty file: get it again"
@@ -92,7 +92,7 @@ MAGIC: tuple[tuple[bytes, FileKind], ...] = (
     (b"Rar!\x1a\x07", FileKind("a RAR archive", "unpack it")),
     (b"PK\3\4", FileKind("a ZIP archive", "unpack it", ("archive",))),
     (b"PK\5\6", FileKind("an empty ZIP archive", "get it again")),
-    (b"PAR1", FileKind("a Parquet file", "as annotations it takes `format: parquet`")),
+    (b"PAR1", FileKind("a Parquet file", "set `format: parquet` of its source", ("parquet",))),
     (b"ARROW1", FileKind("an Arrow file", "write it as Parquet or JSON lines")),
     (b"\x89HDF\r\n\x1a\n", FileKind("an HDF5 file", "write its content as files of their own")),
     (b"\x93NUMPY", FileKind("a NumPy array", "write it in the format that is expected")),

@@ -8,19 +8,20 @@ read as indices into it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lapilli.data.mounts.parquet_footer import Footer
+from lapilli.data.mounts.parquet_footer import Chunk
+from lapilli.data.mounts.parquet_pages import Pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DAMAGED_VALUES", "Reopen", "holds_any", "longest_value", "row_sizes"]
+__all__ = ["DAMAGED_VALUES", "Reopen", "Shared", "holds_any", "longest_value", "row_sizes"]
 
 Reopen: TypeAlias = Callable[[Sequence[str]], pq.ParquetFile]
 DICTIONARIES = frozenset({"PLAIN_DICTIONARY", "RLE_DICTIONARY"})
@@ -31,31 +32,49 @@ PER_VALUE = 8  # bytes that any value counts for
 DAMAGED_VALUES = (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException)
 
 
-def longest_value(footer: Footer, reopen: Reopen, group: int, leaf: str) -> tuple[int, int, bool]:
+class Shared(NamedTuple):
     """What a leaf holds in a row group that many rows may share.
 
+    Attributes:
+        longest: Bytes of the longest value that rows share, 0 where each stands by itself.
+        values: How many values there are.
+        total: The most bytes that all of them unpack to.
+        is_indexed: Whether they can be read as indices into a dictionary.
+    """
+
+    longest: int
+    values: int
+    total: int
+    is_indexed: bool
+
+
+def longest_value(
+    chunk: Chunk, reopen: Reopen, look: Callable[[Chunk], Pages], group: int, leaf: str
+) -> Shared:
+    """What rows of a row group share in a leaf.
+
     Args:
-        footer: The file's.
+        chunk: The leaf's values there, as the footer has them.
         reopen: Opens the file once more, to read the leaves of these paths as indices.
+        look: Looks at the pages of a chunk (`read_pages`).
         group: The row group.
         leaf: Dotted path of the leaf.
 
-    Returns:
-        Bytes of the longest value that rows share, 0 where each stands by itself; how many values
-        there are; whether they can be read as indices into a dictionary.
+    Raises:
+        pa.ArrowInvalid: As `read_pages`.
     """
-    chunk = footer.groups[group].chunks[leaf]
-    count = chunk.num_values
-    if chunk.physical_type != "BYTE_ARRAY":
-        return 0, count, False
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may go on from the one before it
-        return chunk.uncompressed, count, False
-    if not chunk.has_dictionary and DICTIONARIES.isdisjoint(chunk.encodings):
-        return 0, count, False
-    # Where the first rows hold nothing the dictionary is not read yet.
-    batches = reopen([leaf]).iter_batches(PROBED, row_groups=[group], columns=[leaf])
-    found = (_longest(batch.column(0)) for batch in batches)
-    return next(filter(None, found), 0), count, True
+    pages, count = look(chunk), chunk.num_values
+    has_dictionary = pages.has_dictionary or not DICTIONARIES.isdisjoint(pages.encodings)
+    longest, total, is_indexed = pages.longest, pages.linked, False
+    if has_dictionary and chunk.physical_type == "FIXED_LEN_BYTE_ARRAY":
+        longest, total = max(longest, chunk.type_length), chunk.type_length * count
+    elif has_dictionary and chunk.physical_type == "BYTE_ARRAY":
+        # Where the first rows hold nothing the dictionary is not read yet.
+        batches = reopen([leaf]).iter_batches(PROBED, row_groups=[group], columns=[leaf])
+        found = (_longest(batch.column(0)) for batch in batches)
+        longest = max(longest, next(filter(None, found), 0))
+        total, is_indexed = longest * count, True
+    return Shared(longest, count, total, is_indexed)
 
 
 def _longest(values: pa.Array) -> int:

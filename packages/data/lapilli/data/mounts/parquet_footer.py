@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["Chunk", "Footer", "RowGroup", "read_footer"]
+__all__ = ["ENCODINGS", "Chunk", "Compact", "Footer", "RowGroup", "read_footer"]
 
 ENCODINGS = {2: "PLAIN_DICTIONARY", 7: "DELTA_BYTE_ARRAY", 8: "RLE_DICTIONARY"}
 MAGIC, LENGTH = 4, 4  # bytes before a footer, and of its length behind it
@@ -33,6 +33,10 @@ class Chunk:
         start: Where its bytes begin in the file.
         compressed: Bytes that it takes in the file.
         uncompressed: Bytes that its pages unpack to.
+        codec: Thrift's number of how they are compressed; 0 for not.
+        type_length: Bytes of a `FIXED_LEN_BYTE_ARRAY`.
+        max_repetition: Lists in each other that its values are in.
+        max_definition: Lists and optional fields that its values are in.
     """
 
     physical_type: str
@@ -43,6 +47,10 @@ class Chunk:
     start: int
     compressed: int
     uncompressed: int
+    codec: int
+    type_length: int
+    max_repetition: int
+    max_definition: int
 
     @property
     def not_null(self) -> int | None:
@@ -75,31 +83,31 @@ def read_footer(file: pq.ParquetFile) -> Footer:
     """
     columns = [file.schema.column(number) for number in range(len(file.schema))]
     leaves = tuple(column.path for column in columns)
-    types = [column.physical_type for column in columns]
     written = io.BytesIO()
     file.metadata.write_metadata_file(written)
-    thrift = _Compact(written.getvalue()[MAGIC : -MAGIC - LENGTH])
-    groups = tuple(_group(fields, leaves, types) for fields in thrift.struct().get(4, []))
+    thrift = Compact(written.getvalue()[MAGIC : -MAGIC - LENGTH])
+    groups = tuple(_group(fields, leaves, columns) for fields in thrift.struct().get(4, []))
     return Footer(groups, leaves)
 
 
-def _group(fields: dict[int, Any], leaves: tuple[str, ...], types: list[str]) -> RowGroup:
+def _group(fields: dict[int, Any], leaves: tuple[str, ...], schemas: list[Any]) -> RowGroup:
     columns = [column.get(3, {}) for column in fields.get(1, [])]
     if len(columns) != len(leaves):
         raise pa.ArrowInvalid(f"a row group of {len(columns)} columns; the schema: {len(leaves)}")
-    chunks = map(_chunk, columns, types)
+    chunks = map(_chunk, columns, schemas)
     return RowGroup(_count(fields, 3), dict(zip(leaves, chunks, strict=True)))
 
 
-def _chunk(fields: dict[int, Any], physical_type: str) -> Chunk:
+def _chunk(fields: dict[int, Any], schema: Any) -> Chunk:
     start = _count(fields, 9)
     if dictionary := _count(fields, 11, 0):
         start = min(start, dictionary)
     nulls = _count(fields.get(12, {}), 3, None)
     encodings = frozenset(ENCODINGS[code] for code in fields.get(2, []) if code in ENCODINGS)
     return Chunk(
-        physical_type, encodings, 11 in fields, _count(fields, 5), nulls, start,
-        _count(fields, 7), _count(fields, 6),
+        schema.physical_type, encodings, 11 in fields, _count(fields, 5), nulls, start,
+        _count(fields, 7), _count(fields, 6), _count(fields, 4), schema.length,
+        schema.max_repetition_level, schema.max_definition_level,
     )  # fmt: skip
 
 
@@ -111,61 +119,67 @@ def _count(fields: dict[int, Any], number: int, otherwise: Any = -1) -> Any:
     return value
 
 
-class _Compact:
-    """Thrift's compact protocol: structs as mappings of field numbers to values."""
+class Compact:
+    """Thrift's compact protocol: structs as mappings of field numbers to values.
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+    Every method raises IndexError at the end of the data, and ArrowInvalid for what is no Thrift.
+    """
 
-    def _varint(self) -> int:
-        byte = self._data[self._at]
-        self._at += 1
-        if byte < 0x80:
-            return byte
-        value, shift = byte & 0x7F, 7
-        while (byte := self._data[self._at]) & 0x80:
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self._data, self.at = data, at
+
+    def varint(self) -> int:
+        """A number without a sign."""
+        value = shift = 0
+        while (byte := self._data[self.at]) & 0x80:
             value |= (byte & 0x7F) << shift
             shift += 7
-            self._at += 1
-        self._at += 1
+            self.at += 1
+            if shift > 63:
+                raise pa.ArrowInvalid("a number of more than 64 bits")
+        self.at += 1
         return value | byte << shift
 
-    def _zigzag(self) -> int:
-        value = self._varint()
+    def zigzag(self) -> int:
+        """A number with a sign."""
+        value = self.varint()
         return value >> 1 ^ -(value & 1)
 
-    def _bytes(self, count: int) -> bytes:
-        self._at += count
-        return self._data[self._at - count : self._at]
+    def bytes(self, count: int) -> bytes:
+        """So many bytes."""
+        if count > len(self._data) - self.at:
+            raise IndexError
+        self.at += count
+        return self._data[self.at - count : self.at]
 
     def _value(self, kind: int) -> Any:
         if 4 <= kind <= 6:
-            return self._zigzag()
+            return self.zigzag()
         if kind == 8:
-            return self._bytes(self._varint())
+            return self.bytes(self.varint())
         if kind == 12:
             return self.struct()
         if kind in (9, 10):
             return self._list()
         if kind <= 3:  # of a list, a truth takes a byte as well
-            return self._bytes(1)
+            return self.bytes(1)
         if kind == 7:
-            return self._bytes(8)
-        raise pa.ArrowInvalid(f"a footer with a value of kind {kind}")
+            return self.bytes(8)
+        raise pa.ArrowInvalid(f"a footer or page with a value of kind {kind}")
 
     def _list(self) -> list[Any]:
-        head = self._bytes(1)[0]
+        head = self.bytes(1)[0]
         count = head >> 4
-        return [self._value(head & 0xF) for _ in range(self._varint() if count == 15 else count)]
+        return [self._value(head & 0xF) for _ in range(self.varint() if count == 15 else count)]
 
     def struct(self) -> dict[int, Any]:
         """The struct at this place."""
         fields: dict[int, Any] = {}
         number = 0
-        while head := self._data[self._at]:
-            self._at += 1
-            number = number + (head >> 4) if head >> 4 else self._zigzag()
+        while head := self._data[self.at]:
+            self.at += 1
+            number = number + (head >> 4) if head >> 4 else self.zigzag()
             kind = head & 0xF
             fields[number] = kind == 1 if kind in (1, 2) else self._value(kind)
-        self._at += 1
+        self.at += 1
         return fields

@@ -7,12 +7,14 @@ which a process keeps the last two it has read: readers at a boundary would read
 
 from __future__ import annotations
 
+import functools
+import io
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +22,8 @@ import pyarrow.parquet as pq
 from lapilli.data.images.view import BadImage
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.parquet_bounds import longest_value
-from lapilli.data.mounts.parquet_footer import Footer, read_footer
+from lapilli.data.mounts.parquet_footer import Chunk, Footer, read_footer
+from lapilli.data.mounts.parquet_pages import read_pages
 from lapilli.data.mounts.places import LARGEST_FILE, Cell
 from lapilli.data.record import Reason, excerpt
 
@@ -225,18 +228,55 @@ def _read_bytes(open_file: Opened, footer: Footer, cell: Cell) -> None:
             left -= len(part)
 
 
+class _Held(io.RawIOBase):
+    """A file with the bytes of one chunk in memory, as a read may cost a request."""
+
+    def __init__(self, file: IO[bytes], chunk: Chunk) -> None:
+        self._file, self._start, self._at = file, chunk.start, 0
+        file.seek(self._start)
+        self._bytes = memoryview(file.read(chunk.compressed))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset if whence == io.SEEK_SET else self._file.seek(offset, whence)
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
+        begin = self._at - self._start
+        if begin >= 0 and 0 <= size <= len(self._bytes) - begin:
+            found = bytes(self._bytes[begin : begin + size])
+        else:
+            self._file.seek(self._at)
+            found = self._file.read(size)
+        self._at += len(found)
+        return found
+
+
 def _read_group(identity: tuple[object, ...], open_file: Opened, cell: Cell) -> pa.ChunkedArray:
     with open_file() as file:
-        parquet = pq.ParquetFile(file, pre_buffer=True)
+        parquet = pq.ParquetFile(file)
         footer = _footer(identity, parquet)
         leaf = image_columns(parquet)[cell.column].leaf
+        chunk, rows = footer.groups[cell.group].chunks[leaf], BATCH
+        held = _Held(file, chunk)
 
         def indexed(leaves: Sequence[str]) -> pq.ParquetFile:
-            return pq.ParquetFile(file, metadata=parquet.metadata, read_dictionary=[*leaves])
+            return pq.ParquetFile(held, metadata=parquet.metadata, read_dictionary=[*leaves])
 
-        longest, values, has_indices = longest_value(footer, indexed, cell.group, leaf)
-        rows = BATCH
-        if has_indices and longest * values > MOST_SHARED:
+        parquet = indexed([])
+        look = functools.partial(read_pages, cast("IO[bytes]", held))
+        shared = longest_value(chunk, indexed, look, cell.group, leaf)
+        if shared.total > MOST_SHARED and not shared.is_indexed:
+            raise pa.ArrowInvalid(f"{shared.total} bytes in {shared.values} values of a row group")
+        if shared.total > MOST_SHARED:
             parquet, rows = indexed([leaf]), max(1, footer.groups[cell.group].num_rows)
         batches = parquet.iter_batches(
             rows, row_groups=[cell.group], columns=[leaf], use_threads=False

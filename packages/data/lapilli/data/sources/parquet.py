@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import IO, Any, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +23,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_denied
 from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.mounts.parquet_bounds import holds_any
-from lapilli.data.mounts.parquet_footer import read_footer
+from lapilli.data.mounts.parquet_footer import Chunk, read_footer
+from lapilli.data.mounts.parquet_pages import Pages, read_pages
 from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
 from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS
@@ -48,7 +49,7 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
             images in it outside the folder of `images`.
     """
     for place in map(str, annotation_places(config, root)):
-        instead = "" if is_remote(place) else what_it_is_instead(Path(place))
+        instead = "" if is_remote(place) else what_it_is_instead(Path(place), "parquet")
         try:
             with _open(place) as file:
                 shard = _shard(place, config, root)
@@ -69,6 +70,13 @@ def _open(place: str, **options: Any) -> pq.ParquetFile:
         return pq.ParquetFile(place, memory_map=True, **options)
     scheme, path = split_address(place)
     return pq.ParquetFile(open_storage(scheme).open(path, "rb"), pre_buffer=True, **options)
+
+
+def _open_bytes(place: str) -> IO[bytes]:
+    if not is_remote(place):
+        return Path(place).open("rb")
+    scheme, path = split_address(place)
+    return open_storage(scheme).open(path, "rb")
 
 
 def _shard(place: str, config: SourceConfig, root: Path) -> str | None:
@@ -192,7 +200,11 @@ class _File:
         def reopen(indexed: Sequence[str]) -> pq.ParquetFile:
             return _open(self._place, read_dictionary=[*indexed])
 
-        yield from bounded_batches(self._file, self._footer, reopen, group, leaves, rows)
+        def look(chunk: Chunk) -> Pages:
+            with _open_bytes(self._place) as file:
+                return read_pages(file, chunk, ahead=is_remote(self._place))
+
+        yield from bounded_batches(self._file, self._footer, reopen, look, group, leaves, rows)
 
     def _with_bytes(self, group: int, leaf: str) -> Iterator[bool]:
         """Of each row whether a leaf that is no image's has bytes, for the count of its fields."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from lapilli.data.mounts.parquet_bounds import (
     longest_value,
     row_sizes,
 )
-from lapilli.data.mounts.parquet_footer import Footer
+from lapilli.data.mounts.parquet_footer import Chunk, Footer
+from lapilli.data.mounts.parquet_pages import Pages
 from lapilli.data.record import excerpt
 from lapilli.data.sources.reading.bounds import Bounds, Unreadable, too_large
 
@@ -34,13 +35,15 @@ def bounded_batches(
     file: pq.ParquetFile,
     footer: Footer,
     reopen: Reopen,
+    look: Callable[[Chunk], Pages],
     group: int,
     leaves: Sequence[str],
     rows: int,
 ) -> Iterator[pa.RecordBatch]:
     """A row group's values of some leaves, at most `rows` rows at once and fewer of large values.
 
-    Where very large values stand in many rows, they come as indices into a dictionary.
+    Where very large values stand in many rows, they come as indices into a dictionary. `look` is
+    `read_pages` of this file.
     """
     facts = footer.groups[group]
     count = max(1, facts.num_rows)
@@ -48,9 +51,9 @@ def bounded_batches(
     if sum(facts.chunks[leaf].uncompressed for leaf in leaves) > LARGE_GROUP:
         rows = 1
     for leaf in leaves:
-        longest, values, is_indexed = longest_value(footer, reopen, group, leaf)
-        most = max(1, int(longest * max(1.0, values / count) * SKEW))
-        if BUDGET // most < FEWEST and is_indexed:
+        shared = longest_value(facts.chunks[leaf], reopen, look, group, leaf)
+        most = max(1, int(shared.longest * max(1.0, shared.values / count) * SKEW))
+        if BUDGET // most < FEWEST and shared.is_indexed:
             indexed.append(leaf)
         else:
             rows = max(1, min(rows, BUDGET // most))
