@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lapilli.model.merging import merge
+from lapilli.model.torch_internals import keep_gpu_busy
 from pipelines.benchmarks.harness import add_row, provenance
 from pipelines.benchmarks.merge_kernels import compile_kernels
 from pipelines.cli.command import parse, say
@@ -221,7 +222,7 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]
     torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # the host runs ahead meanwhile, so that its own time for a launch is not measured
-    torch.cuda._sleep(2_000_000)  # pyright: ignore[reportPrivateUsage]
+    keep_gpu_busy(2_000_000)
     start.record()
     result = work()
     end.record()

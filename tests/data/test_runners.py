@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.data.building.runners import LOOKS, MOST_SHARDS, SOON, full_at_once, group_sizes
-
-MODULE = "ray.data._internal.execution.resource_manager"
+from lapilli.data.building.runners import MOST_SHARDS, group_sizes
+from lapilli.data.ray_internals import INTERVAL, RESOURCE_MANAGER, SOON, fill_slots_at_once
 
 
 @given(st.integers(0, 4000), st.integers(1, 1024))
@@ -28,20 +25,13 @@ def test_a_build_ends_with_single_shards_for_every_slot() -> None:
     assert list(group_sizes(31, 2)) == [7, 6, 4, 3, 2, 2, *[1] * 7]
 
 
-def test_the_tested_ray_has_what_a_builds_first_second_depends_on() -> None:
-    """Asked in a fresh process, where nobody has set it."""
-    ask = f"from {MODULE} import ResourceManager; print(ResourceManager.{LOOKS})"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    assert float(done.stdout) > SOON
-
-
 def test_ray_data_looks_often_until_a_build_has_begun_and_not_after_it() -> None:
-    manager = importlib.import_module(MODULE).ResourceManager
-    usual = getattr(manager, LOOKS)
-    with full_at_once() as begun:
-        assert getattr(manager, LOOKS) == SOON
+    manager = importlib.import_module(RESOURCE_MANAGER).ResourceManager
+    usual = getattr(manager, INTERVAL)
+    with fill_slots_at_once() as begun:
+        assert getattr(manager, INTERVAL) == SOON
         begun()
-        assert getattr(manager, LOOKS) == usual
-    with pytest.raises(KeyboardInterrupt), full_at_once():
+        assert getattr(manager, INTERVAL) == usual
+    with pytest.raises(KeyboardInterrupt), fill_slots_at_once():
         raise KeyboardInterrupt
-    assert getattr(manager, LOOKS) == usual
+    assert getattr(manager, INTERVAL) == usual

@@ -133,7 +133,7 @@ def test_two_workers_lower_the_scale_together(stage: int, dataset: Path, tmp_pat
 
 def test_a_processor_without_fp16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["lapilli.train.device"]
-    monkeypatch.setattr(module, "_has_fp16", lambda: False)
+    monkeypatch.setattr(module, "computes_fp16", lambda: False)
     check_precision("cpu", "bf16")
     check_precision("cuda", "fp16")
     with pytest.raises(TrainError, match="precision: fp16 is not computed by this machine's"):

@@ -20,7 +20,7 @@ from lapilli.train.device import prepare_process
 from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
-from lapilli.train.engine.deepspeed_engine import MOMENTS
+from lapilli.train.engine.deepspeed_internals import MOMENTS
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step

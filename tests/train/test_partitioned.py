@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
-from lapilli.model.parts.trainable import is_adapter, shape_of, trainable_parameters
+from lapilli.model.deepspeed_internals import shape_of
+from lapilli.model.parts.trainable import is_adapter, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.frozen import FORM

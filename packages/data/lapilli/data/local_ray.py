@@ -18,13 +18,12 @@ from pathlib import Path
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame
+from lapilli.data.ray_internals import on_loopback
 
 __all__ = ["FOLDER", "LEAST_FILES", "local_ray", "require_open_files"]
 
-# Ray takes 127.0.0.1 for its node's address, and binds everything there, where it has no clusters.
-NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # torch's process groups connect over the same interface.
-LOOPBACK = {NO_CLUSTERS: "0", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 FOLDER = f"ray-{os.getuid()}/r"  # the first is closed; Ray opens the second to everybody
 LEAST_FILES = 1024
 SHARED_MEMORY = Path("/dev/shm")
@@ -41,20 +40,16 @@ def local_ray() -> Generator[Path]:
     Raises:
         DataError: Too few open files are allowed, or the token or the folder is not this user's.
     """
-    from ray._private import ray_constants
-
     require_open_files()
     folder = _own_folder()
     _warn_of_little_memory(folder)
     _own_token()
     added = {name: value for name, value in LOOPBACK.items() if name not in os.environ}
-    before = ray_constants.ENABLE_RAY_CLUSTER  # read from the variable when Ray was imported
     os.environ.update(added)
-    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        yield folder
+        with on_loopback():
+            yield folder
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
         for name in added:
             os.environ.pop(name, None)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame
 from lapilli.data.local_ray import local_ray
+from lapilli.data.ray_internals import set_variables, start_in_folder
 from lapilli.data.record import excerpt
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ def ray_session() -> Generator[None]:
     Raises:
         DataError: It does not come up or may not, or `RAY_ADDRESS` is no address.
     """
-    # A thread that still asks a Ray that is gone must not start another one.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # Ray Data notices a task's end at once and not 0.1 s later: a worker waits less for its next.
-    os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
+    set_variables()
     import ray
 
     if ray.is_initialized():
@@ -81,7 +79,7 @@ def _start(folder: Path | None) -> None:
             if folder is None:
                 ray.init(**QUIET)
             else:
-                ray.init("local", include_dashboard=False, _temp_dir=str(folder), **QUIET)
+                start_in_folder(folder, QUIET)
             return
         except Exception as error:
             with suppress(Exception):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.added_rows import added_rows
-from lapilli.model.parts.trainable import shape_of
 from lapilli.model.parts.vision import TransformersTower
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lapilli.model.errors import ModelError
+from lapilli.model.torch_internals import tensor_holders, unset_fake_temporarily
 
 __all__ = ["build_own", "load_builder"]
 
@@ -34,7 +34,7 @@ def build_own(build: Callable[[], Part]) -> Part:
     mode: Any = active
     modules: list[Any] = [*part.modules()]
     for module in modules:
-        for held in (module._parameters, module._buffers, vars(module)):
+        for held in tensor_holders(module):
             found = {name: value for name, value in held.items() if isinstance(value, Tensor)}
             held.update({name: mode.from_tensor(value) for name, value in found.items()})
     return part

@@ -38,6 +38,7 @@ from lapilli.model.parts.trainable import (
     trainable_parameters,
 )
 from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
+from lapilli.model.transformers_internals import attention_of
 
 __all__ = ["Outline", "VisionLanguageModel", "build_model", "read_outline"]
 
@@ -55,7 +56,7 @@ class VisionLanguageModel(nn.Module):
         self.language: Any = build_language(
             config.language, DTYPES[config.dtype], loading, weights=weights
         )
-        chosen = str(self.language.config._attn_implementation)
+        chosen = attention_of(self.language)
         self.config = replace(config, language=replace(config.language, attention=chosen))
         size = int(self.language.get_input_embeddings().embedding_dim)
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from lapilli.data.images.buffers import peak_resident
+from lapilli.model.torch_internals import computes_fp16
 from lapilli.train.errors import TrainError
 
 __all__ = [
@@ -125,16 +126,11 @@ def check_precision(device: Device, precision: str) -> None:
     Raises:
         TrainError: fp16 on a processor that does not.
     """
-    if precision == "fp16" and device == "cpu" and not _has_fp16():
+    if precision == "fp16" and device == "cpu" and not computes_fp16():
         raise TrainError(
             "precision: fp16 is not computed by this machine's processor; set precision fp32, or "
             "bf16"
         )
-
-
-def _has_fp16() -> bool:
-    """What DeepSpeed asks, too."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def device_memory(device: Device) -> int | None:

@@ -5,13 +5,11 @@ A runner takes tasks and yields the facts of finished shards, in any order.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shutil
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -28,13 +26,12 @@ from lapilli.data.io.access import blame, system_error
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.planning.plan import Task
+from lapilli.data.ray_internals import fill_slots_at_once
 from lapilli.data.ray_session import RayDied, ray_session, watched
 
-__all__ = ["Runner", "full_at_once", "group_sizes", "run_here", "run_on_ray"]
+__all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
-LOOKS = "GLOBAL_LIMITS_UPDATE_INTERVAL_S"  # between Ray Data's looks at the cluster's size
-SOON = 0.05  # seconds
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
@@ -67,7 +64,7 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         for task, place in zip(tasks, places, strict=True)
     ]
     try:
-        with ray_session(), full_at_once() as begun:
+        with ray_session(), fill_slots_at_once() as begun:
             for row in watched(lambda: _mapped(rows, workers).iter_rows()):
                 if row["error"]:
                     raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
@@ -96,27 +93,6 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     return ray.data.from_arrow(blocks).map_batches(
         _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
     )
-
-
-@contextmanager
-def full_at_once() -> Generator[Callable[[], None]]:
-    """Have Ray Data fill all slots in its first second too, until what is yielded is called.
-
-    It asks how large the cluster is, goes by "nothing is known yet", which leaves all slots but one
-    empty, and looks again only after a second. A Ray without this setting begins as it likes.
-    """
-    manager: Any = None
-    with suppress(ImportError):
-        manager = importlib.import_module("ray.data._internal.execution.resource_manager")
-    usual = getattr(getattr(manager, "ResourceManager", None), LOOKS, None)
-    if usual is None:
-        yield lambda: None
-        return
-    setattr(manager.ResourceManager, LOOKS, SOON)
-    try:
-        yield lambda: setattr(manager.ResourceManager, LOOKS, usual)
-    finally:
-        setattr(manager.ResourceManager, LOOKS, usual)
 
 
 def group_sizes(shards: int, slots: int) -> Iterator[int]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lapilli.model.errors import ModelError
+from lapilli.model.transformers_internals import (
+    check_attention,
+    model_class_of,
+    supported_attention,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -13,10 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "Attention", "choose_attention"]
 
 AUTO = "auto"
-FLAGS = {
-    "sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn",
-    "flex_attention": "_supports_flex_attn",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,14 @@ def choose_attention(wanted: str, settings: PreTrainedConfig) -> Attention:
         ModelError: Something that the architecture does not support, or that is not installed.
     """
     family = str(settings.model_type)
-    model_class = _class_of(settings)
+    model_class = model_class_of(settings)
     if model_class is None:  # code that came with the weights: loading it tells
         return Attention(wanted, family)
-    supported = ("eager", *(n for n, flag in FLAGS.items() if getattr(model_class, flag, False)))
+    supported = supported_attention(model_class)
     if wanted == AUTO:
         return Attention("sdpa" if "sdpa" in supported else "eager", family, supported)
-    # The check reads the class's flags and the config; a model's weights would take minutes.
-    probe: Any = object.__new__(model_class)
-    object.__setattr__(probe, "config", settings)
     try:
-        found = probe._check_and_adjust_attn_implementation(wanted, is_init_check=True)
+        found = check_attention(model_class, settings, wanted)
     except (ValueError, ImportError, AttributeError) as error:
         is_known = wanted in supported
         reason = next(iter(str(error).strip().splitlines()), "")
@@ -74,16 +72,4 @@ def choose_attention(wanted: str, settings: PreTrainedConfig) -> Attention:
             + (f"cannot be used here ({reason})" if is_known else f"is nothing {family} supports")
             + f"; expected {AUTO}, or one of {', '.join(supported)}"
         ) from None
-    return Attention(str(found), family, supported)
-
-
-def _class_of(settings: PreTrainedConfig) -> Any:
-    """The class of transformers that a config is built with; None where it is another's code."""
-    from transformers import AutoModelForCausalLM
-
-    known: Any = AutoModelForCausalLM
-    mapping = known._model_mapping
-    if type(settings) not in mapping or "AutoModelForCausalLM" in getattr(settings, "auto_map", {}):
-        return None
-    found = mapping[type(settings)]
-    return found[0] if isinstance(found, (list, tuple)) else found
+    return Attention(found, family, supported)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.model.errors import ModelError
+from lapilli.model.torch_internals import unset_fake_temporarily
+from lapilli.model.transformers_internals import kept_in_fp32
 
 __all__ = [
     "PACKED_BYTES", "check_quantization", "numbers_of", "pack_shapes", "packed_numbers", "quantize",
@@ -46,9 +48,7 @@ def quantized_layers(language: Any) -> list[str]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    left_out: Any = HfQuantizer.get_modules_to_not_convert(
-        language, None, language._keep_in_fp32_modules
-    )
+    left_out: Any = HfQuantizer.get_modules_to_not_convert(language, None, kept_in_fp32(language))
     return [
         name
         for name, module in language.named_modules()
@@ -78,8 +78,6 @@ def pack_shapes(language: Any, dtype: torch.dtype) -> None:
 
     Such layers compute in forward and cannot be saved. Works on fake tensors too.
     """
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     functional = _bitsandbytes().functional
     for name in quantized_layers(language):
         layer = language.get_submodule(name)

@@ -9,14 +9,14 @@ from typing import Any, cast
 from torch import nn
 
 from lapilli.model.config import LoraConfig, ModelConfig
+from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.added_rows import ADDED, add_rows
 from lapilli.model.parts.quantized import numbers_of
 
 __all__ = [
     "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
-    "is_adapter", "parameter_counts", "parameter_groups", "set_modes", "shape_of",
-    "trainable_parameters",
+    "is_adapter", "parameter_counts", "parameter_groups", "set_modes", "trainable_parameters",
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
@@ -50,11 +50,6 @@ def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
         )
         for name, part in model.named_children()
     }
-
-
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape, also where ZeRO-3 has shared it out and it is empty here."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def group_of(name: str) -> str:

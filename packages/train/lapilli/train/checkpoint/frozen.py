@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.data.io.typed_json import JsonError, as_type
+from lapilli.model.deepspeed_internals import is_shared_out
 from lapilli.model.parts.added_rows import source_rows, table_names
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.vlm import VisionLanguageModel
@@ -80,7 +81,7 @@ def source_digests(model: VisionLanguageModel, skips: Collection[str] = ()) -> d
         value = named[name]
         return digest(value[:rows] if name in tables else value)
 
-    shared = {name for name, value in named.items() if hasattr(value, "ds_id")}
+    shared = {name for name, value in named.items() if is_shared_out(value)}
     whole = sorted(named.keys() - shared)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(whole, pool.map(of, whole), strict=True))

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from lapilli.data.io.access import exists, is_file
 from lapilli.model.config import ModelConfig
+from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.interop.foreign import has_language, load_foreign
 from lapilli.model.interop.weights import low_rank
 from lapilli.model.parts.added_rows import ADDED, source_rows, table_names
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.quantized import quantized_layers, round_trip
-from lapilli.model.parts.trainable import base_name, is_adapter, shape_of, trainable_parameters
+from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
 from lapilli.model.parts.weight_files import open_safetensors
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 from lapilli.train.checkpoint import save_load as checkpoint

@@ -22,8 +22,9 @@ from lapilli.data.io.access import cannot_read, exists, is_denied, is_file, is_f
 from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
 from lapilli.data.io.whole_file import read_whole
+from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.errors import ModelError
-from lapilli.model.parts.trainable import shape_of, trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.parts.weight_files import read_safetensors
 from lapilli.train.checkpoint.layout import folder_bytes, forget_old, steps_in, write_checkpoint
 from lapilli.train.engine import deepspeed_engine

@@ -5,16 +5,13 @@ Nothing is allocated: torch's fake tensors have shapes and no memory, so 13B tak
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lapilli.data.batches.collate import Batch
 from lapilli.model.config import ModelConfig
@@ -22,12 +19,11 @@ from lapilli.model.parts.attention import AUTO, choose_attention
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
 from lapilli.model.parts.trainable import parameter_counts, set_modes
+from lapilli.model.torch_internals import FakeTensorMode, set_tensor_data, without_stacks
+from lapilli.model.transformers_internals import without_grouped_mm
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = ["ActivationBytes", "Sketch", "sketch_model"]
-
-# Experts' product has no fake form in fp32; transformers' own way without it has one.
-GROUPED = "transformers.integrations.moe._can_use_grouped_mm"
 
 
 @dataclass(frozen=True)
@@ -78,20 +74,9 @@ class Sketch:
                 for name, value in inputs.items()
             }
             told = one_line("model: a batch cannot be computed with these settings")
-            with told, _no_stacks(), patch(GROUPED, lambda *_: False):
+            with told, without_stacks(), without_grouped_mm():
                 self.model(**fake)
         return counter.bytes()
-
-
-@contextmanager
-def _no_stacks() -> Generator[None]:
-    """An operation that cannot be is raised; torch would also log its stack."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 class _Counter:
@@ -210,14 +195,9 @@ def _fix_frequencies(model: VisionLanguageModel) -> None:
 def _no_values() -> Generator[None]:
     """What a model of fake tensors is built in: weights that are never drawn, `to` that works.
 
-    Some of transformers' initialisations look at the numbers they draw. `Module.to` swaps fake
-    tensors with their successors, which fails where anything refers to one weakly, as torch
-    itself does; their data can be set.
+    Some of transformers' initialisations look at the numbers they draw.
     """
     from transformers.initialization import no_init_weights
 
-    def set_data(tensor: Tensor, successor: Tensor) -> None:
-        tensor.data = successor.data
-
-    with no_init_weights(), patch("torch.utils.swap_tensors", set_data):
+    with no_init_weights(), set_tensor_data():
         yield

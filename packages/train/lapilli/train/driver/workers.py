@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame
@@ -44,7 +43,7 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
     import ray.train
     from ray.train.torch import TorchConfig
 
-    from lapilli.train.driver.ray_trainer import Trainer
+    from lapilli.train.driver.ray_internals import Trainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": 1, RESOURCE[device]: 1}
@@ -103,9 +102,10 @@ def _write_mistake(path: Path, error: Exception) -> None:
 
 def _is_bug(error: Exception) -> bool:
     """Whether code of ours raised in every worker; when one is killed, Ray reports that loss."""
+    from lapilli.train.driver.ray_internals import raised_by_worker
+
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    raised = [type(failure).__name__.startswith("UserException") for failure in failures.values()]
-    return not raised or all(raised)
+    return all(raised_by_worker(failure) for failure in failures.values())
 
 
 def leave_working_folder(folder: str) -> None:
@@ -169,5 +169,5 @@ def join_alone(device: Device) -> None:
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
         know_collectives(device)
-        dist.init_process_group(BACKEND[device], store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)

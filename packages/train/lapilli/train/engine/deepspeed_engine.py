@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -18,36 +19,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lapilli.data.record import excerpt
+from lapilli.model.deepspeed_internals import is_shared_out, shape_of
 from lapilli.model.parts.pretrained import Loading
-from lapilli.model.parts.trainable import GROUPS, parameter_groups, trainable_parameters
+from lapilli.model.parts.trainable import GROUPS, trainable_parameters
 from lapilli.train.config import RunConfig
+from lapilli.train.engine.deepspeed_internals import (
+    MOMENTS,
+    allow_least_scale,
+    create_moments,
+    forgo_shared_memory,
+    inner_optimizer,
+    is_partitioned,
+    loss_scale,
+    optimized_tensors,
+    own_norms,
+    swapped_optimizer,
+)
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "MOMENTS",
     "assign",
     "deepspeed_settings",
     "forget_swapped",
     "gathered",
     "initialize",
     "loading_of",
-    "loss_scale",
     "part_squares",
     "read_gradient",
     "read_moments",
     "read_weight",
     "restore",
-    "restore_scale",
-    "scale_state",
     "set_learning_rate",
     "swap_folder",
 ]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # fp16: halved at every overflow, doubled after so many steps without one
 SCALING = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1}
 SUB_GROUP = 2 * 10**7  # numbers that are read from a disk and written to it at once
-SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
@@ -97,21 +105,16 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
-    # Stages 1 and 2 look for the moments after the first parameter group's first step and then
-    # never again: without this, a second group's moments could not be read.
-    _create_moments(engine)
-    if scale_state(engine):
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `StepGuard` says it better
+    create_moments(engine)
+    allow_least_scale(engine)
     return engine
 
 
 def _quieten() -> None:
     """What DeepSpeed must be told before it does anything: compile nothing, say little."""
     import deepspeed
-    import deepspeed.ops
 
-    # On a CPU DeepSpeed would compile its shared-memory operator first (42 s seen); gloo is there.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    forgo_shared_memory()
     deepspeed.logger.setLevel("ERROR")
     # torch's new names for two collectives; DeepSpeed calls the old ones at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
@@ -129,7 +132,7 @@ def _prepare_swapping(folder: Path, model: nn.Module) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     if workers > 1:
         dist.barrier()
-    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    numbers = sum(math.prod(shape_of(p)) for p in model.parameters() if p.requires_grad)
     workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     _check_disk(folder, 16 * numbers * workers_here // workers)  # fp32: weight, two moments, slope
     _load_async_io()
@@ -180,9 +183,9 @@ def forget_swapped(config: RunConfig, rank: int) -> None:
     if config.offload.to != "nvme":
         return
     run = swap_folder(config)
-    own = run / "zero_stage_3" / "optimizer" / f"rank{rank}"
+    own = run / swapped_optimizer(rank)
     shutil.rmtree(own, ignore_errors=True)
-    for folder in (own.parent, run / "zero_stage_3", run):
+    for folder in (own.parent, own.parent.parent, run):
         with suppress(OSError):  # others are still in it
             folder.rmdir()
 
@@ -225,7 +228,7 @@ def gathered(parameters: Sequence[nn.Parameter], *, changes: bool = False) -> Ge
         parameters: Those needed; others are whole anyway.
         changes: Keep what is written inside; all ranks write the same.
     """
-    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    shared = [parameter for parameter in parameters if is_shared_out(parameter)]
     if not shared:
         yield
         return
@@ -280,74 +283,21 @@ def part_squares(engine: Any) -> Tensor:
         fp32 [len(GROUPS)] on the device; 0 for a part that does not learn.
     """
     sums = torch.zeros(len(GROUPS), device=engine.device)
-    for part, norms in _own_norms(engine):
+    for part, norms in own_norms(engine):
         if norms:
             sums[GROUPS.index(part)] += torch.stack([*norms]).to(sums.device).square().sum()
     return sums / loss_scale(engine) ** 2
-
-
-def _own_norms(engine: Any) -> Generator[tuple[str, Sequence[Tensor]]]:
-    """Norms of the pieces of gradient that this rank counts, with the part that they are of."""
-    zero = engine.optimizer
-    if hasattr(zero, "sub_group_to_group_id"):  # stage 3
-        groups = {i: zero.param_groups[g]["part"] for i, g in zero.sub_group_to_group_id.items()}
-        parameters, is_offloaded = zero.fp16_groups, zero.offload_optimizer
-    elif hasattr(zero, "params_in_partition"):  # stages 1 and 2
-        groups = {i: group["part"] for i, group in enumerate(zero.param_groups)}
-        parameters, is_offloaded = zero.params_in_partition, zero.cpu_offload
-    else:  # whole on every rank
-        share = dist.get_world_size() ** -0.5 if dist.is_initialized() else 1.0
-        for (part, _), whole in parameter_groups(engine.module).items():
-            gradients = [p.grad for p in whole if p.grad is not None]
-            yield part, [norm * share for norm in _norms(gradients)]
-        return
-    for i, part in groups.items():
-        if is_offloaded:  # taken on the device before the gradient was sent to the host
-            ids = [zero.get_param_id(parameter) for parameter in parameters[i]]
-            known = zero.norm_for_param_grads
-            yield part, [torch.as_tensor(known[key]).float() for key in ids if key in known]
-        else:
-            yield part, _norms(zero.averaged_gradients[i])
-
-
-def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
-
-
-def loss_scale(engine: Any) -> float:
-    """What the loss is multiplied with before backward so that fp16 can hold its gradient."""
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))
-
-
-def scale_state(engine: Any) -> dict[str, float]:
-    """What fp16's loss scale follows from at the next step; nothing in other precisions."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if not getattr(scaler, "dynamic", False):
-        return {}
-    return {name: getattr(scaler, name) for name in SCALE_STATE}
-
-
-def restore_scale(engine: Any, state: dict[str, float]) -> None:
-    """Go on with the loss scale of `scale_state`."""
-    for name in SCALE_STATE:
-        if name in state:
-            setattr(engine.optimizer.loss_scaler, name, state[name])
 
 
 def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The whole fp32 moments of a parameter by name. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if _is_partitioned(parameter):
+    if is_partitioned(parameter):
         read: Any = safe_get_full_optimizer_state
         return {name: read(parameter, name) for name in MOMENTS}
     state = engine.optimizer.state[parameter]
     return {name: state[name] for name in MOMENTS}
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO keeps this parameter's fp32 weight and moments (stages 1 to 3)."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def restore(
@@ -366,10 +316,10 @@ def restore(
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    for tensor in _optimized_tensors(engine):
-        _inner_optimizer(engine).state[tensor]["step"].fill_(step)
+    for tensor in optimized_tensors(engine):
+        inner_optimizer(engine).state[tensor]["step"].fill_(step)
     for name, parameter in trainable_parameters(engine.module).items():
-        if not _is_partitioned(parameter):
+        if not is_partitioned(parameter):
             parameter.data.copy_(weights[name])
             for moment, value in moments[name].items():
                 engine.optimizer.state[parameter][moment].copy_(value)
@@ -377,44 +327,3 @@ def restore(
         safe_set_full_fp32_param(parameter, weights[name])
         for moment, value in moments[name].items():
             safe_set_full_optimizer_state(parameter, value, moment)
-
-
-def _create_moments(engine: Any) -> None:
-    """Make the inner optimizer's state, which DeepSpeed and torch only make at the first step."""
-    inner = _inner_optimizer(engine)
-    for number, tensor in enumerate(_optimized_tensors(engine)):
-        with _swapped_in(engine, number):
-            inner.state[tensor] = {"step": torch.tensor(0.0)}
-            inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-@contextmanager
-def _swapped_in(engine: Any, number: int) -> Generator[None]:
-    """Have a piece of what the optimizer updates in memory inside, if it lies on a disk.
-
-    An error inside leaves the disk as it was.
-    """
-    zero = engine.optimizer
-    swaps = getattr(zero, "swap_optimizer", False)
-    is_on_disk = swaps and zero._swappable_optimizer_subgroup(number)
-    if is_on_disk:
-        zero._optimizer_states_and_gradient_swap_in(number)
-    yield
-    if is_on_disk:
-        zero._optimizer_states_and_gradient_swap_out(number)
-
-
-def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Torch's own optimizer, which ZeRO wraps."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _optimized_tensors(engine: Any) -> Iterable[Tensor]:
-    """What the inner optimizer updates: flat partitions under ZeRO, else the parameters."""
-    zero = engine.optimizer
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        if hasattr(zero, name):
-            return getattr(zero, name)
-    return trainable_parameters(engine.module).values()

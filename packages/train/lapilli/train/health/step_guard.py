@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import TracebackType
 
 import torch
 
+from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
@@ -50,7 +52,7 @@ class StepGuard:
         self._start = start
         self._clock = BusyClock(module, device)
         parameters = trainable_parameters(module).values()
-        numel = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        numel = sum(math.prod(shape_of(p)) for p in parameters)
         self._checkpoint_bytes = 12 * numel  # fp32, two moments
         self._device = device
         self._began = 0.0

@@ -17,6 +17,7 @@ from torch import Tensor
 from lapilli.data.io.typed_json import Natural
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.peak import measured_peak, peak_flops
+from lapilli.model.transformers_internals import attention_of
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.device import device_name
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
@@ -112,7 +113,7 @@ class StepMeter:
         self._feed = feed
         self._dataset = feed.dataset
         self._numbers = model_numbers(module)
-        is_eager = getattr(module.language.config, "_attn_implementation", "") == "eager"
+        is_eager = attention_of(module.language) == "eager"
         self._attention: Literal["eager", "flash"] = "eager" if is_eager else "flash"
         is_cpu = device.type == "cpu"
         peak = measured_peak(device) if is_cpu else peak_flops(device_name(device))

@@ -19,6 +19,7 @@ from lapilli.train.checkpoint.layout import tidy
 from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.device import peak_memory
 from lapilli.train.engine import deepspeed_engine as engine
+from lapilli.train.engine.deepspeed_internals import loss_scale, scale_state
 from lapilli.train.health.step_guard import StepGuard
 from lapilli.train.metrics.batch_digest import lanes_text, sample_lanes
 from lapilli.train.metrics.step_log import Journal
@@ -153,7 +154,7 @@ def _save(
     if config.checkpoint.archive_every and done % config.checkpoint.archive_every == 0:
         forms.append(MILESTONES)
     if forms:
-        scale = engine.scale_state(ready.engine)
+        scale = scale_state(ready.engine)
         state = {**ready.state, "loss_scale": scale} if scale else ready.state
         checkpoint.save(
             ready.engine, Path(config.output), done, state,
@@ -211,7 +212,7 @@ def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor, dict[str, fl
     overflows = 0
     while True:
         seed_step(ready.config.seed, batches.step, ready.rank)
-        scale = engine.loss_scale(ready.engine)
+        scale = loss_scale(ready.engine)
         total = train_step(
             ready.engine,
             batches.on_device,
@@ -219,7 +220,7 @@ def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor, dict[str, fl
             world_size=ready.world_size,
             before_update=lambda: squares.append(engine.part_squares(ready.engine)),
         )
-        if engine.loss_scale(ready.engine) >= scale:
+        if loss_scale(ready.engine) >= scale:
             break
         overflows += 1
     if ready.config.precision != "fp16":

@@ -19,6 +19,7 @@ from lapilli.train.checkpoint.init_from import Built
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, check_precision, prepare_process
 from lapilli.train.engine import deepspeed_engine as engine
+from lapilli.train.engine.deepspeed_internals import restore_scale
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import data_facts
 from lapilli.train.steps.feed import Feed
@@ -74,7 +75,7 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
     if found:
         checkpoint.load_into(built, found)
-        engine.restore_scale(built, found.state.get("loss_scale", {}))
+        restore_scale(built, found.state.get("loss_scale", {}))
     if torch_device.type != "cpu":  # whose shapes cost nothing the first time
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))

@@ -16,7 +16,11 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.visitor import NodeTransformer
-from transformers.utils import chat_template_utils
+
+from lapilli.data.text.chat_template.transformers_internals import (
+    template_environment,
+    with_reasoning_aliases,
+)
 
 __all__ = ["BoundedTemplate", "TemplateBound"]
 
@@ -124,8 +128,7 @@ class BoundedTemplate:
         if len(source) > LONGEST_SOURCE:
             raise TemplateBound(f"it has {len(source)} characters")
         self._meter = meter = _Meter()
-        compile_template: Any = chat_template_utils._cached_compile_jinja_template  # pyright: ignore[reportPrivateUsage]
-        environment: Any = compile_template("").environment  # with all of transformers' own names
+        environment: Any = template_environment()  # with all of transformers' own names
         environment.intercepted_binops = frozenset(environment.default_binop_table)
         environment.binop_table = {
             sign: _operator(sign, apply, meter) for sign, apply in environment.binop_table.items()
@@ -167,9 +170,8 @@ class BoundedTemplate:
             Exception: Whatever a template raises.
         """
         self._meter.start(sum(len(str(v)) for message in messages for v in message.values()))
-        aliased: Any = chat_template_utils._alias_reasoning_fields  # pyright: ignore[reportPrivateUsage]
         return self._template.render(
-            messages=aliased([dict(message) for message in messages]), tools=None, documents=None,
+            messages=with_reasoning_aliases(messages), tools=None, documents=None,
             add_generation_prompt=add_generation_prompt, **names,
         )  # fmt: skip
 
