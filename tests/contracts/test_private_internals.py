@@ -146,7 +146,8 @@ def test_fake_tensors_are_made_left_and_kept_quiet() -> None:
 
 
 def test_only_fake_tensors_need_what_is_put_in_the_place_of_swapping() -> None:
-    assert "torch.utils.swap_tensors(param, param_applied)" in inspect.getsource(nn.Module._apply)
+    module: Any = nn.Module
+    assert "torch.utils.swap_tensors(param, param_applied)" in inspect.getsource(module._apply)
 
 
 def test_the_logger_of_fake_tensors_is_the_one_that_is_silenced() -> None:
@@ -179,7 +180,8 @@ def test_torch_tells_whether_a_processor_computes_fp16_and_keeps_a_gpu_busy() ->
 def tiny_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = LlamaConfig(
+    kind: Any = LlamaConfig
+    settings = kind(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, vocab_size=32, attn_implementation="eager",
     )  # fmt: skip

@@ -63,7 +63,8 @@ def tensor_holders(module: nn.Module) -> Sequence[dict[str, Any]]:
     Used: `_parameters` and `_buffers`. `register_parameter` refuses tensors that are no Parameter,
     and parameters made by a fake mode are of another class. If they went, AttributeError is raised.
     """
-    return (module._parameters, module._buffers, vars(module))
+    own: Any = module
+    return (own._parameters, own._buffers, vars(module))
 
 
 def computes_fp16() -> bool:

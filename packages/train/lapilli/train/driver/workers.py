@@ -169,5 +169,6 @@ def join_alone(device: Device) -> None:
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
         know_collectives(device)
-        dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(BACKEND[device], store=store, rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
