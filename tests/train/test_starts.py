@@ -139,5 +139,5 @@ def test_a_run_that_was_never_restarted_says_nothing(tmp_path: Path) -> None:
     launch(preflight(config))
     (start,) = read_starts(tmp_path / "run")
     assert (start.step, start.reason) == (0, "command")
-    assert 0 < start.seconds < 300
+    assert start.seconds > 0
     assert "starts" not in describe_run(tmp_path / "run").facts
