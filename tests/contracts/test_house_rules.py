@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_MODULES = 14
+NAMES_OF_NOW = {"gzip.compress", "time.time", "time.monotonic", "datetime.now", "uuid4"}
 
 PACKAGED = sorted((ROOT / "packages").rglob("*.py"))
 ALL = [
@@ -90,6 +91,20 @@ def test_no_module_has_the_name_of_something_public(package: str) -> None:
 def test_nothing_is_called_utils() -> None:
     vague = {"utils.py", "util.py", "helpers.py", "misc.py", "common.py"}
     assert [name_of(path) for path in ALL if path.name in vague] == []
+
+
+def test_no_tests_id_holds_the_time() -> None:
+    """Processes that share a file of tests must collect the same: gzip's header has the second."""
+    found = [
+        f"{name_of(path)}:{call.lineno}"
+        for path in ALL
+        for mark in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func).endswith("mark.parametrize")
+        for call in ast.walk(mark)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in NAMES_OF_NOW
+        if "mtime" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("folder", folders_to_explain(), ids=name_of)

@@ -38,7 +38,7 @@ def packed(kind: str) -> bytes:
     sink = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(sink, "w") as archive:
-            archive.writestr("a", b"x")
+            archive.writestr(zipfile.ZipInfo("a"), b"x")  # of 1980: a test's id holds the bytes
     elif kind == "tar":
         with tarfile.open(fileobj=sink, mode="w") as tar:
             tar.addfile(tarfile.TarInfo("a"))
@@ -144,7 +144,7 @@ def test_what_a_server_answered_is_shown() -> None:
 
 @pytest.mark.parametrize(
     ("name", "write"),
-    [("a.zip", lambda: LFS), ("a.tar", lambda: gzip.compress(packed("tar"))),
+    [("a.zip", lambda: LFS), ("a.tar", lambda: gzip.compress(packed("tar"), mtime=0)),
      ("a.zip", lambda: b"<html>")],
 )  # fmt: skip
 def test_an_archive_that_is_something_else_says_so(
