@@ -9,6 +9,15 @@ TORCH ?= auto
 JOBS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# What versions decide: private names, models, files, images, tokenizers, settings, engines, a run.
+LOWEST = tests/contracts/test_private_internals.py tests/model tests/data/test_annotation_files.py \
+    tests/data/test_build.py tests/data/test_codecs.py tests/data/test_dataset.py \
+    tests/data/test_goldens.py tests/data/test_images.py tests/data/test_jinja.py \
+    tests/data/test_local_ray.py tests/data/test_parquet_images.py tests/data/test_shards.py \
+    tests/data/test_sources_tables.py tests/data/test_storage.py tests/data/test_tokenize.py \
+    tests/data/test_tokenizer_folder.py tests/data/test_webdataset.py tests/pipelines/test_cli.py \
+    tests/pipelines/test_command.py tests/train/test_feed.py tests/train/test_run.py \
+    tests/train/test_saving.py tests/train/test_zero.py
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +63,10 @@ test-llava: install  ## LLaVA's own trainer beside ours, in an environment of it
 test-readers: install  ## exports read by transformers 4.49 to 5, PEFT and LLaVA (.venv-readers)
 	$(BIN)/python -m pytest -m readers --durations=10
 
+test-lowest:  ## data, models and training at the lowest versions of pyproject.toml (.venv-lowest)
+	$(PYTHON) .ci/lowest.py $(VENV)-lowest
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile $(LOWEST)
+
 gpu-test: install  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
@@ -80,4 +93,4 @@ clean:  ## remove caches and built wheels; the virtual environment and outputs s
 	rm -rf dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers gpu-test lint format public-names constraints wheel clean
+.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers test-lowest gpu-test lint format public-names constraints wheel clean
