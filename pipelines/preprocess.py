@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lapilli.data.building.disk import task_bytes
 from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.shard_cache import is_address
 from lapilli.data.images.codecs import replaced_simd
 from lapilli.data.io.access import require_writable
-from lapilli.data.planning.plan import BuildPlan, plan_build
+from lapilli.data.planning.build_plan import BuildPlan
+from lapilli.data.planning.disk import task_bytes
+from lapilli.data.planning.plan import plan_build
 from lapilli.data.sources.tally import describe_tally
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.progress import build_line
@@ -50,7 +51,7 @@ def preprocess(config: BuildConfig) -> BuildReport:
 def tell_plan(plan: BuildPlan) -> None:
     """What is about to be done."""
     bad = sum(not entry.verdict.kept for entry in plan.entries)
-    codecs = ", ".join(f"{view}: {value.describe()}" for view, value in plan.codecs.items())
+    codecs = ", ".join(f"{name}: {view.codecs.describe()}" for name, view in plan.views.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
     for source, tally in plan.tallies.items():
         for line in describe_tally(tally):
@@ -63,11 +64,10 @@ def tell_plan(plan: BuildPlan) -> None:
 
 def tell_disk(plan: BuildPlan) -> None:
     """The disk that the dataset takes, part by part; what an earlier run has left is in it."""
-    needed = dict.fromkeys(plan.views, 0)
-    for task in plan.image_tasks():
-        needed[task.name.split("/")[1]] += task_bytes(task)
+    needed = {name: sum(map(task_bytes, view.tasks())) for name, view in plan.views.items()}
     parts = ", ".join(
-        f"{view} ({plan.encoding(view).kind}) {size / 1e9:.3f}" for view, size in needed.items()
+        f"{name} ({view.encoding.kind}) {needed[name] / 1e9:.3f}"
+        for name, view in plan.views.items()
     )
     tokens = sum(map(task_bytes, plan.token_tasks()))
     total = sum(needed.values()) + tokens

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from lapilli.data.building.run_task import run_task
 from lapilli.data.images.buffers import peak_resident
-from lapilli.data.planning.plan import TokenTask, writer_version
+from lapilli.data.planning.shard_task import TokenTask, writer_version
 from lapilli.data.record import Record, pack
 from lapilli.data.shards.files import finished_facts, open_table
 from lapilli.data.shards.schemas import TOKEN_SCHEMA
@@ -143,9 +143,16 @@ def _shards(config: TokensConfig) -> Iterator[tuple[TokenTask, list[str]]]:
     while records := tuple(islice(corpus, config.records_per_shard)):
         images = tuple(record.images for record in records)
         task = TokenTask(
-            "tokens/shard.arrow", writer_version(), tuple(map(pack, records)), images,
-            config.tokenizer, fingerprint, template, None, 0,
-        )  # fmt: skip
+            name="tokens/shard.arrow",
+            writer=writer_version(),
+            packed=tuple(map(pack, records)),
+            image_ids=images,
+            tokenizer=config.tokenizer,
+            fingerprint=fingerprint,
+            template=template,
+            compat=None,
+            max_text_length=0,
+        )
         yield task, [_whole(record, template) for record in records]
 
 

@@ -22,7 +22,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import Encoding
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.plan import Task, plan_build
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.shard_task import Task
 from lapilli.data.shards.manifest import read_manifest
 from tests.factories import (
     CLIP_MEAN,
@@ -458,3 +459,16 @@ def test_a_wrong_encoding_is_named(
         replace(config, **change)
     with pytest.raises(DataError, match=r"encodings.quality: 0; expected 1 to 100"):
         Encoding("jpeg", 0)
+
+
+def test_a_plan_is_a_value_and_reads_nothing_more(config: BuildConfig) -> None:
+    excluded = records_excluded(config)
+    manifest = read_manifest(Path(config.output))
+    plan = plan_build(replace(excluded, amend=True))
+    shutil.rmtree(config.root)
+    shutil.rmtree(config.output)
+    described = [*plan.token_shards, *(s for view in plan.views.values() for s in view.shards)]
+    stay = [shard for shard in described if shard in manifest.shards()]
+    assert stay
+    assert all(a is b for a, b in zip(plan.tasks(), plan.tasks(), strict=True))
+    assert len(stay) + len(plan.tasks()) == len(described)

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lapilli.data.building.disk import check_disk
 from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.building.run_task import run_task
 from lapilli.data.building.runners import run_here
@@ -24,7 +23,9 @@ from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.view import BadImage, prepare
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.plan import ImageTask, Task, plan_build
+from lapilli.data.planning.disk import check_disk
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.shard_task import ImageTask, Task
 from lapilli.data.record import Reason
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.encode import encode, load_tokenizer
@@ -396,10 +397,11 @@ def test_a_small_disk_is_noticed_before_the_work(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_build(replace(config, output=str(tmp_path / "out")))
+    pixels = len(plan.images) * sum(3 * spec.size**2 for spec in config.views.values())
 
     def usage(path: Path) -> Any:
         assert path.exists()
-        return type("Usage", (), {"free": plan.pixel_bytes() - 1})
+        return type("Usage", (), {"free": pixels - 1})
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(DataError, match=r"GB free, the shards need .* GB; free space"):

@@ -13,7 +13,7 @@ from lapilli.data.building.driver import build
 from lapilli.data.building.runners import run_here
 from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.mounts import read_image
-from lapilli.data.planning import plan
+from lapilli.data.planning import describe_shards
 from lapilli.data.planning.plan import plan_build
 from tests.factories import CLIP_MEAN, build_config, image_bytes, make_mixture, make_tokenizer
 
@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Any:
 def test_the_error_is_that_of_the_first_images(
     config: Any, compared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "COMPARED", compared)
+    monkeypatch.setattr(describe_shards, "COMPARED", compared)
     planned = plan_build(config)
     manifest = build(planned, runner=run_here).manifest
     tasks = [task for task in planned.image_tasks() if task.spec.mode == "fast"]

@@ -14,7 +14,7 @@ from lapilli.data.building.image_shard import image_columns, read_ahead
 from lapilli.data.images.codecs import resolve_codecs
 from lapilli.data.images.view import BadImage, ImageSpec, prepare
 from lapilli.data.mounts import Located
-from lapilli.data.planning.plan import ImageTask, writer_version
+from lapilli.data.planning.shard_task import ImageTask, writer_version
 from lapilli.data.shards.files import write_shard
 from lapilli.data.shards.schemas import IMAGE_SCHEMA
 from tests.factories import BAD_KINDS, CLIP_MEAN, IMAGE_KINDS, bad_image, image_bytes

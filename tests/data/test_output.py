@@ -22,7 +22,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.atomic import write_json
 from lapilli.data.io.remote_path import Output, RemotePath, open_output
-from lapilli.data.planning.plan import Task, plan_build
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.shard_task import Task
 from lapilli.data.shards.manifest import read_manifest
 from tests.factories import CLIP_MEAN, build_config, make_mixture, make_tokenizer
 from tests.object_store import failing_proxy, serve, serve_s3, use_endpoint

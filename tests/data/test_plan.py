@@ -13,7 +13,8 @@ import pytest
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
-from lapilli.data.planning.plan import ImageTask, plan_build
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.shard_task import ImageTask
 from lapilli.data.record import Reason
 from tests.factories import (
     CLIP_MEAN,
@@ -65,10 +66,10 @@ def test_tasks_cover_every_slot_and_record_once(config: BuildConfig) -> None:
         assert [i for task in tasks for i in task.image_ids] == plan.image_ids
         largest = max(len(task.image_ids) for task in tasks)
         assert largest * spec.size**2 * 3 <= config.shard_bytes
-        assert largest == plan.images_per_shard(view)
-    records = [record.sample_id for task in plan.token_tasks() for record in task.records]
+        assert largest == plan.views[view].images_per_shard
+    records = [record.sample_id for task in plan.token_tasks() for record in task.records()]
     assert records == [entry.sample_id for entry in plan.entries if entry.verdict.kept]
-    assert all(len(task.records) <= config.records_per_shard for task in plan.token_tasks())
+    assert all(len(task.packed) <= config.records_per_shard for task in plan.token_tasks())
     names = [task.name for task in (*plan.token_tasks(), *plan.image_tasks())]
     assert len(set(names)) == len(names)
 

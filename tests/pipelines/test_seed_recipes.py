@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from lapilli.data.config import BuildConfig
-from lapilli.data.planning.plan import BuildPlan, plan_build
+from lapilli.data.planning.build_plan import BuildPlan
+from lapilli.data.planning.plan import plan_build
 from pipelines.cli.command import parse
 from tests.factories import conversation, image_bytes, make_tokenizer
 

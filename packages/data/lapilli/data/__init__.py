@@ -8,7 +8,8 @@ from lapilli.data.config import BuildConfig, MixtureConfig, SourceConfig
 from lapilli.data.dataset.dataset import Dataset, Sample, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec, prepare
-from lapilli.data.planning.plan import BuildPlan, plan_build
+from lapilli.data.planning.build_plan import BuildPlan
+from lapilli.data.planning.plan import plan_build
 from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, Verdict
 from lapilli.data.shards.manifest import Manifest, read_manifest
 from lapilli.data.text.encode import encode, load_tokenizer

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.building.disk import check_disk
 from lapilli.data.building.finish import finish, tidy
 from lapilli.data.building.run_task import finished_task
 from lapilli.data.building.runners import Runner, run_on_ray
@@ -20,7 +19,9 @@ from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.io.writer_lock import LOCK, only_writer
-from lapilli.data.planning.plan import BuildPlan, Task
+from lapilli.data.planning.build_plan import BuildPlan
+from lapilli.data.planning.disk import check_disk
+from lapilli.data.planning.shard_task import Task
 from lapilli.data.shards.manifest import (
     PLAN,
     Manifest,
@@ -71,7 +72,7 @@ def build(
 def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runner) -> BuildReport:
     started = time.monotonic()
     _check_output(output, plan)
-    tasks: list[Task] = [*plan.token_tasks(), *plan.image_tasks()]
+    tasks = plan.tasks()
     facts = _finished(tasks, output)
     missing = [task for task in tasks if task.name not in facts]
     reused = len(facts)

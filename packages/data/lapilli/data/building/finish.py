@@ -16,8 +16,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import encoding_error
 from lapilli.data.io.atomic import ShardFacts, write_json
 from lapilli.data.io.remote_path import Output
+from lapilli.data.planning.build_plan import BuildPlan, ViewPlan
 from lapilli.data.planning.incremental import UNUSED_STAMP, input_columns
-from lapilli.data.planning.plan import BuildPlan, Task
 from lapilli.data.planning.selection import (
     Selection,
     read_image_rows,
@@ -26,6 +26,7 @@ from lapilli.data.planning.selection import (
     write_quarantine,
     write_repairs,
 )
+from lapilli.data.planning.shard_task import Task
 from lapilli.data.record import Reason, Verdict
 from lapilli.data.shards.files import open_table, stand_for, write_shard
 from lapilli.data.shards.manifest import (
@@ -55,8 +56,8 @@ OWN_FILES = tuple(
 
 def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Manifest:
     """Join verdicts and statuses: selection, quarantine, then the manifest."""
-    tokens = [_facts(shard, facts) for shard in plan.token_shards()]
-    views = _view_facts(plan, output, facts)
+    tokens = [_facts(shard, facts) for shard in plan.token_shards]
+    views = {name: _view_facts(view, output, facts) for name, view in plan.views.items()}
     images = [shard for view in views.values() for shard in view.shards]
     rows = read_image_rows(output, images)
     _check_unchanged(rows.bad)
@@ -193,25 +194,23 @@ def _facts(shard: Task | ShardFacts, built: dict[str, ShardFacts]) -> ShardFacts
     return shard if isinstance(shard, ShardFacts) else built[shard.name]
 
 
-def _view_facts(
-    plan: BuildPlan, output: Output, built: dict[str, ShardFacts]
-) -> dict[str, ViewFacts]:
-    views: dict[str, ViewFacts] = {}
-    for view, spec in plan.views.items():
-        shards = [_facts(shard, built) for shard in plan.image_shards(view)]
-        encoding = plan.encoding(view)
-        stored: dict[str, Any] = {"kind": encoding.kind, "name": encoding.describe()}
-        if encoding.kind == "jpeg":
-            rows = [row for shard in shards for row in _errors(output, shard)]
-            error = encoding_error(rows, spec.size**2 * 3)
-            stored |= {"quality": encoding.quality, "error": error}
-        compared = [shard for n, shard in enumerate(shards) if plan.compared(view, n)]
-        rows = [row for shard in compared for row in _errors(output, shard, "fast_")]
-        views[view] = ViewFacts(
-            spec.facts(), asdict(plan.codecs[view]), plan.images_per_shard(view), shards, stored,
-            encoding_error(rows, spec.size**2 * 3),
-        )  # fmt: skip
-    return views
+def _view_facts(view: ViewPlan, output: Output, built: dict[str, ShardFacts]) -> ViewFacts:
+    shards = [_facts(shard, built) for shard in view.shards]
+    encoding, pixel_bytes = view.encoding, view.spec.size**2 * 3
+    stored: dict[str, Any] = {"kind": encoding.kind, "name": encoding.describe()}
+    if encoding.kind == "jpeg":
+        rows = [row for shard in shards for row in _errors(output, shard)]
+        stored |= {"quality": encoding.quality, "error": encoding_error(rows, pixel_bytes)}
+    compared = [shard for shard, most in zip(shards, view.compared, strict=True) if most]
+    rows = [row for shard in compared for row in _errors(output, shard, "fast_")]
+    return ViewFacts(
+        spec=view.spec.facts(),
+        codecs=asdict(view.codecs),
+        images_per_shard=view.images_per_shard,
+        shards=shards,
+        encoding=stored,
+        fast_error=encoding_error(rows, pixel_bytes),
+    )
 
 
 def _errors(output: Output, shard: ShardFacts, prefix: str = "") -> list[tuple[int, int, int]]:

@@ -11,7 +11,8 @@ from lapilli.data.building.run_task import encode_rows
 from lapilli.data.errors import DataError
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.plan import BuildPlan, TokenTask
+from lapilli.data.planning.build_plan import BuildPlan
+from lapilli.data.planning.shard_task import TokenTask
 from lapilli.data.record import excerpt
 from lapilli.data.shards.files import open_table
 from lapilli.data.shards.schemas import TOKEN_SCHEMA
@@ -38,11 +39,18 @@ def check_ids(
     """
     rows = list(islice(_rows(plan, output, tokens), REENCODED))
     task = TokenTask(
-        "", plan.digests["writer"], tuple(packed for packed, _, _ in rows), (),
-        str(folder), plan.tokenizer.fingerprint, plan.template, plan.config.compat,
-        plan.config.max_text_length,
-    )  # fmt: skip
-    for (_, sample_id, ids), encoded in zip(rows, encode_rows(task, tokenizer), strict=True):
+        name="",
+        writer=plan.digests["writer"],
+        packed=tuple(packed for packed, _, _ in rows),
+        image_ids=(),
+        tokenizer=str(folder),
+        fingerprint=plan.tokenizer.fingerprint,
+        template=plan.template,
+        compat=plan.config.compat,
+        max_text_length=plan.config.max_text_length,
+    )
+    again = encode_rows(task.records(), task, tokenizer)
+    for (_, sample_id, ids), encoded in zip(rows, again, strict=True):
         if encoded.input_ids != ids:
             pairs = enumerate(zip(ids, encoded.input_ids, strict=False))
             place = next(

@@ -13,7 +13,8 @@ from lapilli.data.dataset.verify import checksummed
 from lapilli.data.errors import DataError
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.plan import Task, plan_build
+from lapilli.data.planning.plan import plan_build
+from lapilli.data.planning.shard_task import Task
 from lapilli.data.shards.manifest import read_manifest
 
 __all__ = [

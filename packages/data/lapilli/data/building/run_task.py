@@ -7,7 +7,7 @@ the shard's facts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +18,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.buffers import Room
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.plan import ImageTask, Task, TokenTask, writer_version
-from lapilli.data.record import Reason
+from lapilli.data.planning.shard_task import ImageTask, Task, TokenTask, writer_version
+from lapilli.data.record import Reason, Record
 from lapilli.data.shards.files import begin_shard, finished_facts, open_table
 from lapilli.data.shards.schemas import IMAGE_SCHEMA, TOKEN_SCHEMA
 from lapilli.data.text.encode import (
@@ -88,16 +88,17 @@ def begin_task(task: Task, output: Output, guard: Guard = unguarded) -> Callable
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:
     folder = task.name.rpartition("/")[0]
     tokenizer = _tokenizer(task.tokenizer, task.fingerprint, folder)
+    records = task.records()
     columns: dict[str, list[Any]] = {
-        "sample_id": [record.sample_id for record in task.records],
-        "source": [record.source for record in task.records],
+        "sample_id": [record.sample_id for record in records],
+        "source": [record.source for record in records],
         "image_ids": [list(ids) for ids in task.image_ids],
-        "llava_length": [llava_length(record) for record in task.records],
+        "llava_length": [llava_length(record) for record in records],
     }
     rows: dict[str, list[Any]] = {
         name: [] for name in ("input_ids", "label_spans", "text_length", "num_trained")
     }
-    for encoded in encode_rows(task, tokenizer):
+    for encoded in encode_rows(records, task, tokenizer):
         spans = _predictable(encoded)
         # An array takes 4 bytes an id, a list of Python's ints 36.
         rows["input_ids"].append(np.array(encoded.input_ids, np.int32))
@@ -123,16 +124,16 @@ def _tokenizer(name: str, fingerprint: str, folder: str) -> Any:
     return tokenizer
 
 
-def encode_rows(task: TokenTask, tokenizer: Any) -> Iterator[Encoded]:
-    """The rows of a shard in order, a few records at a time, cut where the settings say so."""
+def encode_rows(records: Sequence[Record], task: TokenTask, tokenizer: Any) -> Iterator[Encoded]:
+    """The rows of a task's records in order, a few at a time, cut where its settings say so."""
     most = task.max_text_length
-    for start in range(0, len(task.records), RECORDS_AT_ONCE):
-        records = task.records[start : start + RECORDS_AT_ONCE]
+    for start in range(0, len(records), RECORDS_AT_ONCE):
+        part = records[start : start + RECORDS_AT_ONCE]
         if task.compat == "llava":
             most = most or LLAVA_MAX_LENGTH
-            rows = encode_as_llava(records, tokenizer, task.template, max_length=most)
+            rows = encode_as_llava(part, tokenizer, task.template, max_length=most)
         else:
-            rows = encode_batch(records, tokenizer, task.template)
+            rows = encode_batch(part, tokenizer, task.template)
         for row in rows:
             yield truncate(row, most)
 

@@ -25,7 +25,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, system_error
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output, open_output
-from lapilli.data.planning.plan import Task
+from lapilli.data.planning.shard_task import Task
 from lapilli.data.ray_internals import fill_slots_at_once
 from lapilli.data.ray_session import RayDied, ray_session, watched
 

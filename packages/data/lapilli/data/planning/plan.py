@@ -9,32 +9,30 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import Codecs, resolve_codecs
-from lapilli.data.images.encodings import ORIGINAL, Encoding
+from lapilli.data.images.encodings import ORIGINAL
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import is_folder
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import open_output
 from lapilli.data.mounts import Located
 from lapilli.data.mounts.repairs import repairs_table
+from lapilli.data.planning.build_plan import BuildPlan
+from lapilli.data.planning.describe_shards import ImageSlots, describe_tokens, describe_view
 from lapilli.data.planning.incremental import (
-    UNUSED_STAMP,
     Previous,
-    Stamped,
     TokenGroup,
     arrange_slots,
     arrange_tokens,
     image_stamp,
-    keep_image_shards,
     read_previous,
     row_stamp,
 )
@@ -43,7 +41,7 @@ from lapilli.data.planning.mixture import check_sources
 from lapilli.data.planning.originals import Originals
 from lapilli.data.planning.progress import paced
 from lapilli.data.planning.rules import record_rules
-from lapilli.data.planning.shard_task import RAW, ImageTask, Task, TokenTask, writer_version
+from lapilli.data.planning.shard_task import TokenTask, writer_version
 from lapilli.data.record import (
     Entry,
     ImagePart,
@@ -71,209 +69,9 @@ from lapilli.data.text.llava_compat import encode_as_llava
 from lapilli.data.text.templates import Template, get_template, template_facts
 from lapilli.data.text.tokenizer import check_agreement
 
-__all__ = [
-    "BuildPlan",
-    "ImageTask",
-    "Task",
-    "TokenTask",
-    "check_quarantined",
-    "plan_build",
-    "quarantine_error",
-    "source_bytes",
-    "writer_version",
-]
-
-Item = TypeVar("Item")
+__all__ = ["check_quarantined", "plan_build", "quarantine_error"]
 
 VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
-ORIGINALS_PER_SHARD = 512
-COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """Everything known before the first pixel is decoded.
-
-    Attributes:
-        config: The settings. `root` and a tokenizer's folder are absolute: workers stand elsewhere.
-        entries: Every element of every source with its verdict so far, in order.
-        images: The distinct images of the records still kept, by image id.
-        stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
-        entry_images: Image ids of each entry, () for one not kept.
-        repairs: How many keys were mended, by kind.
-        repaired: Every key that was mended, with the file it is read from; see `REPAIRS_SCHEMA`.
-        tallies: By source, the fields that nothing reads and the members of archives.
-        tokenizer: Facts of the tokenizer.
-        template: The template.
-        views: Every view to make, `original` among them if it is.
-        codecs: Codecs by view.
-        token_folder: Where the token shards lie below the output.
-        token_groups: The rows of each token shard.
-        previous: The dataset that the output holds, if there is one.
-        digests: Each input and setting, as short text or a digest, for naming what changed.
-    """
-
-    config: BuildConfig
-    entries: list[PackedEntry]
-    images: dict[str, Located]
-    stamped: list[Stamped]
-    entry_images: list[tuple[str, ...]]
-    repairs: dict[str, int]
-    repaired: pa.Table
-    tallies: dict[str, Tally]
-    tokenizer: TokenizerFacts
-    template: Template
-    views: dict[str, ImageSpec]
-    codecs: dict[str, Codecs]
-    token_folder: str
-    token_groups: list[TokenGroup]
-    previous: Previous | None
-    digests: dict[str, str]
-
-    @property
-    def image_ids(self) -> list[str]:
-        """The identities of the images in use, by slot."""
-        return [name for name, stamp in self.stamped if stamp != UNUSED_STAMP]
-
-    @cached_property
-    def slots(self) -> dict[str, int]:
-        """Slot by image id, of the images in use."""
-        return {
-            name: slot for slot, (name, stamp) in enumerate(self.stamped) if stamp != UNUSED_STAMP
-        }
-
-    def encoding(self, view: str) -> Encoding:
-        """How a view's pixels are stored."""
-        return Encoding(ORIGINAL) if view == ORIGINAL else self.config.encodings.get(view, RAW)
-
-    def images_per_shard(self, view: str) -> int:
-        """How many images of a view fit into `shard_bytes`; of source bytes on average."""
-        if view != ORIGINAL:
-            return max(1, self.config.shard_bytes // _pixel_bytes(self.views[view]))
-        if self.previous is not None and view in self.previous.manifest.views:
-            return self.previous.manifest.views[view].images_per_shard  # sizes differ, slots stay
-        mean = max(1, self.original_bytes() // max(1, len(self.images)))
-        return max(1, min(ORIGINALS_PER_SHARD, self.config.shard_bytes // mean))
-
-    def original_bytes(self) -> int:
-        """Bytes of the images' files."""
-        return sum(map(source_bytes, self.images.values()))
-
-    def pixel_bytes(self) -> int:
-        """Bytes of all pixels of all views, as they are before they are encoded."""
-        return sum(map(_pixel_bytes, self.config.views.values())) * len(self.images)
-
-    @cached_property
-    def kept_images(self) -> dict[str, dict[int, ShardFacts]]:
-        """By view and number, the shards that stay though an image of theirs has no more use."""
-        output, kept = open_output(self.config.output), dict[str, dict[int, ShardFacts]]()
-        for view in self.views:
-            before = self.previous.manifest.views.get(view) if self.previous else None
-            if self.previous is None or before is None or not self._is_same_view(view):
-                kept[view] = {}
-            else:
-                kept[view] = keep_image_shards(output, self.stamped, self.previous, before)
-        return kept
-
-    def _is_same_view(self, view: str) -> bool:
-        """Whether the dataset has shards of the view that a build now would make alike."""
-        if self.previous is None:
-            return False
-        before = self.previous.manifest
-        facts = before.views[view]
-        return (
-            before.plan.get("writer") == self.digests["writer"]
-            and facts.images_per_shard == self.images_per_shard(view)
-            and digest(facts.spec) == digest(self.views[view].facts())
-            and digest(facts.codecs) == digest(asdict(self.codecs[view]))
-            and facts.encoding.get("name") == self.encoding(view).describe()
-        )
-
-    def image_shards(self, view: str) -> list[ImageTask | ShardFacts]:
-        """The shards of a view in order: tasks, and the facts of those that stay as they are."""
-        kept = self.kept_images[view]
-        parts = _cut(self.stamped, self.images_per_shard(view))
-        return [
-            kept[number] if number in kept else self._image_task(view, number, part)
-            for number, part in enumerate(parts)
-        ]
-
-    def _image_task(self, view: str, number: int, part: tuple[Stamped, ...]) -> ImageTask:
-        spec, codecs, encoding = self.views[view], self.codecs[view], self.encoding(view)
-        named = [(name, stamp.hex()) for name, stamp in part]
-        compared = self.compared(view, number)
-        made = [self.digests["writer"], spec.facts(), asdict(codecs), encoding.describe(), named]
-        made += [compared] if compared else []
-        return ImageTask(
-            f"images/{view}/{number:05d}-{digest(made)[:12]}.arrow",
-            self.digests["writer"],
-            self.config.root,
-            tuple(self.images.get(name) or Located(name, "", 0, 0) for name, _ in part),
-            spec,
-            codecs,
-            encoding,
-            compared,
-        )
-
-    def compared(self, view: str, number: int) -> int:
-        """Of how many images of a shard the error of mode `fast` is measured: the view's first."""
-        if view == ORIGINAL or self.views[view].mode != "fast":
-            return 0
-        return max(0, COMPARED - number * self.images_per_shard(view))
-
-    def image_tasks(self) -> list[ImageTask]:
-        """The image shards of every view that are to be there, finished or not."""
-        shards = [shard for view in self.views for shard in self.image_shards(view)]
-        return [shard for shard in shards if isinstance(shard, ImageTask)]
-
-    def token_shards(self) -> list[TokenTask | ShardFacts]:
-        """The token shards; an entry quarantined before decoding is in none that is made."""
-        kept = [
-            (entry.packed, images)
-            for entry, images in zip(self.entries, self.entry_images, strict=True)
-            if entry.verdict.kept and entry.packed is not None
-        ]
-        return [self._token_shard(group, kept) for group in self.token_groups]
-
-    def _token_shard(
-        self, group: TokenGroup, kept: Sequence[tuple[bytes, tuple[str, ...]]]
-    ) -> TokenTask | ShardFacts:
-        if group.facts is not None:
-            return group.facts
-        rows = [kept[place] for place in group.kept if place is not None]
-        name = digest([(name, stamp.hex()) for name, stamp in group.rows])[:12]
-        return TokenTask(
-            f"{self.token_folder}/{group.number:05d}-{name}.arrow",
-            self.digests["writer"],
-            tuple(packed for packed, _ in rows),
-            tuple(images for _, images in rows),
-            self.config.tokenizer,
-            self.tokenizer.fingerprint,
-            self.template,
-            self.config.compat,
-            self.config.max_text_length,
-        )
-
-    def kept_packed(self) -> list[bytes]:
-        """The kept records, packed; `TokenGroup.kept` counts them."""
-        return [e.packed for e in self.entries if e.verdict.kept and e.packed is not None]
-
-    def token_tasks(self) -> list[TokenTask]:
-        """The token shards that are to be there, finished or not."""
-        return [shard for shard in self.token_shards() if isinstance(shard, TokenTask)]
-
-
-def source_bytes(place: Located) -> int:
-    """Bytes of an image's file, or of its member of an archive."""
-    return place.size if place.member is None else place.member.size
-
-
-def _pixel_bytes(spec: ImageSpec) -> int:
-    return spec.size * spec.size * 3
-
-
-def _cut(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
-    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def plan_build(
@@ -297,27 +95,41 @@ def plan_build(
         raise DataError(obstacle)
     _try_out(template, loaded, config.compat)
     tokenizer = tokenizer_facts(loaded)
-    views = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
-    codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in views.items()}
+    specs = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
+    codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in specs.items()}
     output = open_output(config.output)
     previous = read_previous(output)
     originals = Originals(previous, output.resolve())
     rules = record_rules(template, loaded, config.compat)
     read = _read_sources(config, root, rules, originals, on_progress)
-    entries, entry_images, located = read.entries, read.entry_images, read.located
-    check_quarantined(entries, config.max_quarantined)
-    check_sources(config.mixture, Counter(e.source for e in entries if e.verdict.kept))
-    check_agreement(loaded, _first_texts(entries))
-    stamps = {name: originals.stamp(place) or image_stamp(place) for name, place in located.items()}
-    digests = _digests(config, entries, stamps, tokenizer, template, codecs)
-    folder = _token_folder(config, tokenizer, template)
-    rows = _stamped_rows(entries, entry_images)
-    groups = arrange_tokens(output, rows, config.records_per_shard, folder, previous)
+    check_quarantined(read.entries, config.max_quarantined)
+    check_sources(config.mixture, Counter(e.source for e in read.entries if e.verdict.kept))
+    check_agreement(loaded, _first_texts(read.entries))
+    stamps = {
+        name: originals.stamp(place) or image_stamp(place) for name, place in read.located.items()
+    }
+    slots = ImageSlots(arrange_slots(stamps, previous), read.located, previous)
+    groups, token_shards = _plan_tokens(read, config, tokenizer, template, previous)
     return BuildPlan(
-        config, entries, located, arrange_slots(stamps, previous), entry_images,
-        dict(read.repairs), pa.concat_tables(read.repaired), read.tallies, tokenizer, template,
-        views, codecs, folder, groups, previous, digests,
-    )  # fmt: skip
+        config=config,
+        entries=read.entries,
+        images=read.located,
+        stamped=slots.stamped,
+        entry_images=read.entry_images,
+        repairs=dict(read.repairs),
+        repaired=pa.concat_tables(read.repaired),
+        tallies=read.tallies,
+        tokenizer=tokenizer,
+        template=template,
+        views={
+            view: describe_view(view, spec, codecs[view], slots, config)
+            for view, spec in specs.items()
+        },
+        token_groups=groups,
+        token_shards=token_shards,
+        previous=previous,
+        digests=_digests(config, read.entries, stamps, tokenizer, template, codecs),
+    )
 
 
 @dataclass
@@ -367,15 +179,24 @@ def _read_sources(
     return read
 
 
-def _stamped_rows(
-    entries: Sequence[PackedEntry], entry_images: Sequence[tuple[str, ...]]
-) -> list[Stamped]:
-    """Sample id and stamp of each record still kept."""
-    return [
-        (entry.sample_id, row_stamp(entry.packed, images))
-        for entry, images in zip(entries, entry_images, strict=True)
+def _plan_tokens(
+    read: _Read,
+    config: BuildConfig,
+    tokenizer: TokenizerFacts,
+    template: Template,
+    previous: Previous | None,
+) -> tuple[list[TokenGroup], tuple[TokenTask | ShardFacts, ...]]:
+    """The rows of each token shard and its description, over the records still kept."""
+    kept = [
+        (entry.sample_id, entry.packed, images)
+        for entry, images in zip(read.entries, read.entry_images, strict=True)
         if entry.verdict.kept and entry.packed is not None
     ]
+    output, folder = open_output(config.output), _token_folder(config, tokenizer, template)
+    rows = [(sample_id, row_stamp(packed, images)) for sample_id, packed, images in kept]
+    groups = arrange_tokens(output, rows, config.records_per_shard, folder, previous)
+    records = [(packed, images) for _, packed, images in kept]
+    return groups, describe_tokens(groups, records, folder, config, tokenizer, template)
 
 
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:

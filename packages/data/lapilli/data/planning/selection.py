@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from lapilli.data.config import BuildConfig
 from lapilli.data.io.atomic import ShardFacts, write_atomic
 from lapilli.data.io.remote_path import Output
+from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.incremental import TokenGroup
 from lapilli.data.planning.mixture import Pool, blend
-from lapilli.data.planning.plan import BuildPlan, check_quarantined
+from lapilli.data.planning.plan import check_quarantined
 from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
 from lapilli.data.shards.files import open_table
 from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, SELECTION_SCHEMA, TOKEN_SCHEMA, UNUSED

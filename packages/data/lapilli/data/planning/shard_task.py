@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
 from lapilli.data.images.codecs import Codecs
@@ -67,9 +66,8 @@ class TokenTask:
     compat: str | None
     max_text_length: int
 
-    @cached_property
     def records(self) -> tuple[Record, ...]:
-        """The records, made where they are needed."""
+        """Unpack the records: a worker does, and the plan stays as small as it was."""
         return tuple(map(unpack, self.packed))
 
 

@@ -9,7 +9,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL, estimated_bytes
 from lapilli.data.io.access import exists
 from lapilli.data.io.remote_path import Output, RemotePath
-from lapilli.data.planning.plan import ImageTask, Task, source_bytes
+from lapilli.data.planning.build_plan import source_bytes
+from lapilli.data.planning.shard_task import ImageTask, Task
 
 __all__ = [
     "check_disk",

@@ -1,0 +1,125 @@
+"""Describe a build before its first pixel is decoded: verdicts, and every shard in order.
+
+A plan is a value: nothing in it opens a file or computes a shard's description again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+
+from lapilli.data.config import BuildConfig
+from lapilli.data.images.codecs import Codecs
+from lapilli.data.images.encodings import Encoding
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.mounts import Located
+from lapilli.data.planning.incremental import UNUSED_STAMP, Previous, Stamped, TokenGroup
+from lapilli.data.planning.shard_task import ImageTask, Task, TokenTask
+from lapilli.data.record import PackedEntry
+from lapilli.data.sources.tally import Tally
+from lapilli.data.text.encode import TokenizerFacts
+from lapilli.data.text.templates import Template
+
+__all__ = ["BuildPlan", "ViewPlan", "source_bytes"]
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """One view of a build.
+
+    Attributes:
+        spec: How its images are made square.
+        codecs: What decodes and resizes them.
+        encoding: How its pixels are stored.
+        images_per_shard: Images of each shard but the last.
+        compared: By shard, of how many images the error of mode `fast` is measured.
+        shards: In order: the shards to build, and the facts of those that stay as they are.
+    """
+
+    spec: ImageSpec
+    codecs: Codecs
+    encoding: Encoding
+    images_per_shard: int
+    compared: tuple[int, ...]
+    shards: tuple[ImageTask | ShardFacts, ...] = ()
+
+    def tasks(self) -> Iterator[ImageTask]:
+        """The shards that are to be there, finished or not."""
+        return (shard for shard in self.shards if isinstance(shard, ImageTask))
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything known before the first pixel is decoded.
+
+    Attributes:
+        config: The settings. `root` and a tokenizer's folder are absolute: workers stand elsewhere.
+        entries: Every element of every source with its verdict so far, in order.
+        images: The distinct images of the records still kept, by image id.
+        stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
+        entry_images: Image ids of each entry, () for one not kept.
+        repairs: How many keys were mended, by kind.
+        repaired: Every key that was mended, with the file it is read from; see `REPAIRS_SCHEMA`.
+        tallies: By source, the fields that nothing reads and the members of archives.
+        tokenizer: Facts of the tokenizer.
+        template: The template.
+        views: Every view to make, `original` among them if it is.
+        token_groups: The rows of each token shard.
+        token_shards: In the order of their groups: the shards to build, and the facts of those that
+            stay as they are. An entry quarantined before decoding is in none that is built.
+        previous: The dataset that the output holds, if there is one.
+        digests: Each input and setting, as short text or a digest, for naming what changed.
+    """
+
+    config: BuildConfig
+    entries: list[PackedEntry]
+    images: dict[str, Located]
+    stamped: list[Stamped]
+    entry_images: list[tuple[str, ...]]
+    repairs: dict[str, int]
+    repaired: pa.Table
+    tallies: dict[str, Tally]
+    tokenizer: TokenizerFacts
+    template: Template
+    views: dict[str, ViewPlan]
+    token_groups: list[TokenGroup]
+    token_shards: tuple[TokenTask | ShardFacts, ...]
+    previous: Previous | None
+    digests: dict[str, str]
+
+    @property
+    def image_ids(self) -> list[str]:
+        """The identities of the images in use, by slot."""
+        return [name for name, stamp in self.stamped if stamp != UNUSED_STAMP]
+
+    @cached_property
+    def slots(self) -> dict[str, int]:
+        """Slot by image id, of the images in use."""
+        return {
+            name: slot for slot, (name, stamp) in enumerate(self.stamped) if stamp != UNUSED_STAMP
+        }
+
+    def token_tasks(self) -> list[TokenTask]:
+        """The token shards that are to be there, finished or not."""
+        return [shard for shard in self.token_shards if isinstance(shard, TokenTask)]
+
+    def image_tasks(self) -> list[ImageTask]:
+        """The image shards of every view that are to be there, finished or not."""
+        return [task for view in self.views.values() for task in view.tasks()]
+
+    def tasks(self) -> list[Task]:
+        """Every shard that is to be there, finished or not."""
+        return [*self.token_tasks(), *self.image_tasks()]
+
+    def kept_packed(self) -> list[bytes]:
+        """The kept records, packed; `TokenGroup.kept` counts them."""
+        return [e.packed for e in self.entries if e.verdict.kept and e.packed is not None]
+
+
+def source_bytes(place: Located) -> int:
+    """Bytes of an image's file, or of its member of an archive."""
+    return place.size if place.member is None else place.member.size

@@ -1,0 +1,159 @@
+"""Describe every shard of a plan: a task to build, or the facts of one that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from lapilli.data.config import BuildConfig
+from lapilli.data.images.codecs import Codecs
+from lapilli.data.images.encodings import ORIGINAL, Encoding
+from lapilli.data.images.view import ImageSpec
+from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.remote_path import open_output
+from lapilli.data.mounts import Located
+from lapilli.data.planning.build_plan import ViewPlan, source_bytes
+from lapilli.data.planning.incremental import Previous, Stamped, TokenGroup, keep_image_shards
+from lapilli.data.planning.shard_task import RAW, ImageTask, TokenTask, writer_version
+from lapilli.data.shards.manifest import digest
+from lapilli.data.text.encode import TokenizerFacts
+from lapilli.data.text.templates import Template
+
+__all__ = ["ImageSlots", "describe_tokens", "describe_view"]
+
+ORIGINALS_PER_SHARD = 512
+COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
+
+
+@dataclass(frozen=True)
+class ImageSlots:
+    """The images of a build, which every view holds in the same order.
+
+    Attributes:
+        stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
+        images: Where the images in use are, by image id.
+        previous: The dataset that the output holds, if there is one.
+    """
+
+    stamped: list[Stamped]
+    images: dict[str, Located]
+    previous: Previous | None
+
+
+def describe_view(
+    view: str, spec: ImageSpec, codecs: Codecs, slots: ImageSlots, config: BuildConfig
+) -> ViewPlan:
+    """Cut a view into shards. Reads the shards of the dataset in the output that it may keep."""
+    encoding = Encoding(ORIGINAL) if view == ORIGINAL else config.encodings.get(view, RAW)
+    size = _images_per_shard(view, spec, slots, config.shard_bytes)
+    most = COMPARED if spec.mode == "fast" else 0
+    starts = range(0, len(slots.stamped), size)
+    planned = ViewPlan(
+        spec=spec,
+        codecs=codecs,
+        encoding=encoding,
+        images_per_shard=size,
+        compared=tuple(max(0, most - start) for start in starts),
+    )
+    writer = writer_version()
+    kept = _kept_shards(view, planned, slots, writer, config.output)
+    made = [writer, spec.facts(), asdict(codecs), encoding.describe()]
+    shards: list[ImageTask | ShardFacts] = []
+    for number, (start, compared) in enumerate(zip(starts, planned.compared, strict=True)):
+        part = slots.stamped[start : start + size]
+        named = [(name, stamp.hex()) for name, stamp in part]
+        if number in kept:
+            shards.append(kept[number])
+            continue
+        mark = digest([*made, named, *([compared] if compared else [])])[:12]
+        task = ImageTask(
+            name=f"images/{view}/{number:05d}-{mark}.arrow",
+            writer=writer,
+            root=config.root,
+            images=tuple(slots.images.get(name) or _unused(name) for name, _ in part),
+            spec=spec,
+            codecs=codecs,
+            encoding=encoding,
+            compared=compared,
+        )
+        shards.append(task)
+    return replace(planned, shards=tuple(shards))
+
+
+def _unused(image_id: str) -> Located:
+    """A slot whose image is used no more: nothing is read for it."""
+    return Located(image_id=image_id, container="", size=0, mtime_ns=0)
+
+
+def _images_per_shard(view: str, spec: ImageSpec, slots: ImageSlots, shard_bytes: int) -> int:
+    """How many images of a view fit into a shard; of source bytes on average."""
+    if view != ORIGINAL:
+        return max(1, shard_bytes // (spec.size * spec.size * 3))
+    if slots.previous is not None and view in slots.previous.manifest.views:
+        return slots.previous.manifest.views[view].images_per_shard  # sizes differ, slots stay
+    total = sum(map(source_bytes, slots.images.values()))
+    mean = max(1, total // max(1, len(slots.images)))
+    return max(1, min(ORIGINALS_PER_SHARD, shard_bytes // mean))
+
+
+def _kept_shards(
+    view: str, planned: ViewPlan, slots: ImageSlots, writer: str, output: str
+) -> dict[int, ShardFacts]:
+    """By number, the shards that stay though an image of theirs has no more use.
+
+    None of a view that a build now would make in another way.
+    """
+    before = slots.previous.manifest.views.get(view) if slots.previous else None
+    if slots.previous is None or before is None:
+        return {}
+    is_same = (
+        slots.previous.manifest.plan.get("writer") == writer
+        and before.images_per_shard == planned.images_per_shard
+        and digest(before.spec) == digest(planned.spec.facts())
+        and digest(before.codecs) == digest(asdict(planned.codecs))
+        and before.encoding.get("name") == planned.encoding.describe()
+    )
+    if not is_same:
+        return {}
+    return keep_image_shards(open_output(output), slots.stamped, slots.previous, before)
+
+
+def describe_tokens(
+    groups: Iterable[TokenGroup],
+    records: Sequence[tuple[bytes, tuple[str, ...]]],
+    folder: str,
+    config: BuildConfig,
+    tokenizer: TokenizerFacts,
+    template: Template,
+) -> tuple[TokenTask | ShardFacts, ...]:
+    """The token shards of these groups, in order.
+
+    Args:
+        groups: The rows of each shard.
+        records: The kept records, packed, each with the ids of its images.
+        folder: Where the shards lie below the output.
+        config: The settings.
+        tokenizer: Facts of the tokenizer.
+        template: The template.
+    """
+    writer = writer_version()
+    shards: list[TokenTask | ShardFacts] = []
+    for group in groups:
+        if group.facts is not None:
+            shards.append(group.facts)
+            continue
+        rows = [records[place] for place in group.kept if place is not None]
+        mark = digest([(name, stamp.hex()) for name, stamp in group.rows])[:12]
+        task = TokenTask(
+            name=f"{folder}/{group.number:05d}-{mark}.arrow",
+            writer=writer,
+            packed=tuple(packed for packed, _ in rows),
+            image_ids=tuple(images for _, images in rows),
+            tokenizer=config.tokenizer,
+            fingerprint=tokenizer.fingerprint,
+            template=template,
+            compat=config.compat,
+            max_text_length=config.max_text_length,
+        )
+        shards.append(task)
+    return tuple(shards)
