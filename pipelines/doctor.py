@@ -232,9 +232,9 @@ def find_library(name: str, wanted: str, tested: str) -> Library:
     if plain == "pillow" and version is None:
         version = _version("pillow-simd")
     if version is None:
-        return Library(name, wanted, tested, None)
+        return Library(name=name, wanted=wanted, tested=tested, version=None)
     _, error = attempt(lambda: importlib.import_module(MODULES.get(plain, plain)))
-    return Library(name, wanted, tested, version, error)
+    return Library(name=name, wanted=wanted, tested=tested, version=version, error=error)
 
 
 def attempt(probe: Callable[[], Any]) -> tuple[Any, str]:

@@ -117,7 +117,13 @@ def _quickstart(config: QuickstartConfig, output: Path) -> dict[str, Any]:
     with phases.phase("report", "6/6  report"):
         seconds = _of_the_work(output, phases.seconds) if is_complete else phases.seconds
         summary = _summary(config, (score(answers), score(shuffled), blind), seconds)
-        story = Story(summary, builds, {"stage 1": first, "stage 2": second}, answers, _settings())
+        story = Story(
+            summary=summary,
+            builds=builds,
+            metrics={"stage 1": first, "stage 2": second},
+            answers=answers,
+            recipes=_settings(),
+        )
         write_report(output / "report.html", story, output / "datasets", view=VIEW)
         write_json(output / SUMMARY, summary)
     return summary

@@ -85,7 +85,9 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
     if samples < 0:
         raise UsageError(f"samples: {samples}; expected 0 or more")
     folders = tuple(Path(folder) for folder in found.folders)
-    return ShowConfig(folders, samples, found.tokens, found.view, found.html)
+    return ShowConfig(
+        folders=folders, samples=samples, tokens=found.tokens, view=found.view, html=found.html
+    )
 
 
 def show(config: ShowConfig, console: Console) -> None:

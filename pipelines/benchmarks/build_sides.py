@@ -39,7 +39,7 @@ __all__ = ["SIDES", "Job", "pixels", "shown_side", "write_alone"]
 
 PIXEL_BYTES = SIZE * SIZE * 3
 SHARD = 64 * 2**20 // PIXEL_BYTES  # images in a file of 64 MiB, ours and where others let us choose
-SPEC = ImageSpec(SIZE, FILL, resizer="torch")
+SPEC = ImageSpec(size=SIZE, fill=FILL, resizer="torch")
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def _tasks(job: Job) -> list[Any]:
     codecs, places = resolve_codecs("torch"), [_place(path) for path in job.paths]
     return [
         ImageTask(
-            f"images/view/{start:08d}.arrow", writer_version(), job.photos,
-            tuple(places[start : start + SHARD]), SPEC, codecs,
+            name=f"images/view/{start:08d}.arrow", writer=writer_version(), root=job.photos,
+            images=tuple(places[start : start + SHARD]), spec=SPEC, codecs=codecs,
         )
         for start in range(0, len(places), SHARD)
     ]  # fmt: skip
@@ -145,7 +145,7 @@ def _tasks(job: Job) -> list[Any]:
 
 def _place(path: Path) -> Located:
     stat = path.stat()
-    return Located(path.name, path.name, stat.st_size, stat.st_mtime_ns)
+    return Located(image_id=path.name, container=path.name, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
 
 
 def _here(job: Job) -> Timed:

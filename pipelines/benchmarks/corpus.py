@@ -33,18 +33,18 @@ class Kind:
 
 
 KINDS = (
-    Kind("llava conversation", 57_829, 4, 11, 25),
-    Kind("llava detail", 23_240, 1, 12, 100),
-    Kind("llava complex", 76_643, 1, 18, 110),
-    Kind("sharegpt", 40_688, 4, 40, 180, has_image=False),
-    Kind("vqav2", 82_783, 5, 8, 1),
-    Kind("gqa", 72_140, 13, 9, 1),
-    Kind("okvqa", 8_998, 1, 18, 1),
-    Kind("ocrvqa", 80_000, 5, 10, 4),
-    Kind("aokvqa", 66_160, 1, 35, 1),
-    Kind("textcaps", 21_953, 1, 25, 11),
-    Kind("refcoco", 48_447, 6, 18, 8),
-    Kind("vg", 86_417, 8, 18, 6),
+    Kind(name="llava conversation", records=57_829, rounds=4, question=11, answer=25),
+    Kind(name="llava detail", records=23_240, rounds=1, question=12, answer=100),
+    Kind(name="llava complex", records=76_643, rounds=1, question=18, answer=110),
+    Kind(name="sharegpt", records=40_688, rounds=4, question=40, answer=180, has_image=False),
+    Kind(name="vqav2", records=82_783, rounds=5, question=8, answer=1),
+    Kind(name="gqa", records=72_140, rounds=13, question=9, answer=1),
+    Kind(name="okvqa", records=8_998, rounds=1, question=18, answer=1),
+    Kind(name="ocrvqa", records=80_000, rounds=5, question=10, answer=4),
+    Kind(name="aokvqa", records=66_160, rounds=1, question=35, answer=1),
+    Kind(name="textcaps", records=21_953, rounds=1, question=25, answer=11),
+    Kind(name="refcoco", records=48_447, rounds=6, question=18, answer=8),
+    Kind(name="vg", records=86_417, rounds=8, question=18, answer=6),
 )
 
 
@@ -62,7 +62,7 @@ def conversations(count: int, seed: int) -> Iterator[Record]:
             turns.append(Turn("user", tuple(asked)))
             turns.append(Turn("assistant", (TextPart(f"{_cut(rng, words, kind.answer)}."),)))
         images = (f"{number}.jpg",) * kind.has_image
-        yield Record(str(number), f"corpus/{number}", "corpus", tuple(turns), images)
+        yield Record(record_id=str(number), sample_id=f"corpus/{number}", source="corpus", turns=tuple(turns), images=images)
 
 
 def _around(rng: random.Random, mean: int) -> int:

@@ -234,8 +234,9 @@ def _dataset(config: FeedConfig, folder: Path, annotations: Path) -> Dataset:
 
 def _run(config: FeedConfig, view: str) -> RunConfig:
     """A run of one worker, a micro-batch a step, for longer than is measured."""
-    model = ModelConfig(VisionConfig(), LanguageConfig())
+    model = ModelConfig(vision=VisionConfig(), language=LanguageConfig())
     return RunConfig(
-        "", "", view, model, global_batch_size=config.micro_batch_size,
-        micro_batch_size=config.micro_batch_size, epochs=1000,
+        dataset="", output="", view=view, model=model,
+        global_batch_size=config.micro_batch_size, micro_batch_size=config.micro_batch_size,
+        epochs=1000,
     )  # fmt: skip

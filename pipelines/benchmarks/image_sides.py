@@ -43,7 +43,7 @@ def sides() -> dict[str, Work]:
     found: dict[str, Work] = {}
     for resizer in ("torch", plain):
         for mode in ("exact", "fast"):
-            spec = ImageSpec(SIZE, FILL, resizer=resizer, mode=mode)
+            spec = ImageSpec(size=SIZE, fill=FILL, resizer=resizer, mode=mode)
             found[f"lapilli {resizer} {mode}"] = partial(prepare, spec=spec)
     found[f"floor {plain}"] = _floor_pillow
     found["floor torch"] = _floor_torch

@@ -102,9 +102,9 @@ def _manifest(
                  "held_out": 0, "sources": {"mix665k": used}},
         tokens=tokens,
         views={"wide": ViewFacts(
-            {"size": size, "fill": CLIP_MEAN, "aspect": "pad", "mode": "exact"},
-            {"decoder": "pillow", "resizer": "pillow", "resizer_version": "13"},
-            per_shard, view)},
+            spec={"size": size, "fill": CLIP_MEAN, "aspect": "pad", "mode": "exact"},
+            codecs={"decoder": "pillow", "resizer": "pillow", "resizer_version": "13"},
+            images_per_shard=per_shard, shards=view)},
         selection=selection,
         versions={},
     )  # fmt: skip

@@ -84,12 +84,12 @@ def stream(path: Path) -> int:
 
 def entries(path: Path) -> int:
     """Every element as an entry with its verdict, none held."""
-    return sum(1 for _ in read_entries(SourceConfig("s", path.name), path.parent))
+    return sum(1 for _ in read_entries(SourceConfig(name="s", annotations=path.name), path.parent))
 
 
 def plan(path: Path) -> int:
     """All entries as a plan holds them."""
-    found = [e.pack() for e in read_entries(SourceConfig("s", path.name), path.parent)]
+    found = [e.pack() for e in read_entries(SourceConfig(name="s", annotations=path.name), path.parent)]
     return len(found)
 
 

@@ -114,8 +114,8 @@ def model_config(
     """LLaVA-1.5's sizes, or tiny ones, with random weights."""
     vision, language = SIZES[size]
     return ModelConfig(
-        VisionConfig(settings=vision),
-        LanguageConfig(settings=language),
+        vision=VisionConfig(settings=vision),
+        language=LanguageConfig(settings=language),
         trainable=("projector",) if mode == "stage1" else ("projector", "language"),
         lora=LoraConfig(rank=128, alpha=256, dropout=0.0) if mode == "lora" else None,
         gradient_checkpointing=checkpointing,
@@ -137,7 +137,7 @@ def make_batch(model: VisionLanguageModel, rows: int, text_tokens: int) -> Batch
         pixels = draw.integers(0, 256, (1, side, side, 3)).astype(np.uint8)
         samples.append(Sample(f"row{row}", ids, spans, pixels))
     length = -(-(text_tokens + tokens) // 8) * 8
-    return collate(samples, BatchShape(rows, (length,), tokens, 1024), side)
+    return collate(samples, BatchShape(rows=rows, buckets=(length,), image_tokens=tokens, predict_chunk=1024), side)
 
 
 def operations(model: VisionLanguageModel, batch: Batch) -> StepFlops:

@@ -77,9 +77,13 @@ def to_llava(config: ExportConfig) -> None:
 def _form(config: ExportConfig, asked: Assistant) -> LlavaForm:
     images = TowerImages(asked.spec.size, asked.spec.aspect)
     return LlavaForm(
-        images, Path(config.output), getattr(torch, config.dtype), config.shard_size, config.files,
-        published_tower(asked.model, images),
-    )  # fmt: skip
+        images=images,
+        place=Path(config.output),
+        dtype=getattr(torch, config.dtype),
+        shard_size=config.shard_size,
+        files=config.files,
+        tower=published_tower(asked.model, images),
+    )
 
 
 def _facts(asked: Assistant) -> dict[str, Any]:

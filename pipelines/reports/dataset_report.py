@@ -410,7 +410,7 @@ def _bad_image(row: dict[str, Any], mounts: _Mounts) -> GalleryItem:
     lines = [excerpt(row["sample_id"]), ("error", relative_names(row["detail"]))]
     try:
         data = None if row["reason"] == WORST else mounts.read(row)
-        spec = ImageSpec(THUMBNAIL, (0, 0, 0))
+        spec = ImageSpec(size=THUMBNAIL, fill=(0, 0, 0))
         image = None if data is None else _jpeg(Image.fromarray(decode(data, spec).image))
     except (BadImage, DataError, OSError):
         image = None

@@ -135,7 +135,13 @@ def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
         for row in table.group_by(["source", "reason"]).aggregate([([], "count_all")]).to_pylist():
             bad.setdefault(row["source"], Counter())[row["reason"]] += row["count_all"]
     return tuple(
-        SourceRow(name, read, read - bad[name].total(), bad[name].total(), _counted(bad[name]))
+        SourceRow(
+            name=name,
+            read=read,
+            kept=read - bad[name].total(),
+            quarantined=bad[name].total(),
+            reasons=_counted(bad[name]),
+        )
         for name, read in manifest.counts["sources"].items()
     )
 

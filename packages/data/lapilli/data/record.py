@@ -150,13 +150,13 @@ class Entry:
         """The entry as a plan holds it."""
         text = self.raw_json
         return PackedEntry(
-            self.source,
-            self.record_id,
-            self.sample_id,
-            element_digest(text),
-            None if self.record is None else pack(self.record),
-            None if self.verdict.kept else _shortened(text),
-            self.verdict,
+            source=self.source,
+            record_id=self.record_id,
+            sample_id=self.sample_id,
+            digest=element_digest(text),
+            packed=None if self.record is None else pack(self.record),
+            raw_json=None if self.verdict.kept else _shortened(text),
+            verdict=self.verdict,
         )
 
 
@@ -233,10 +233,10 @@ def unpack(packed: bytes) -> Record:
     """The record that `Entry.pack` has packed."""
     record_id, sample_id, source, turns, images = marshal.loads(packed)
     return Record(
-        record_id,
-        sample_id,
-        source,
-        tuple(
+        record_id=record_id,
+        sample_id=sample_id,
+        source=source,
+        turns=tuple(
             Turn(
                 role,
                 tuple(TextPart(p) if isinstance(p, str) else ImagePart(p) for p in parts),
@@ -244,7 +244,7 @@ def unpack(packed: bytes) -> Record:
             )
             for role, parts, *others in turns
         ),
-        images,
+        images=images,
     )
 
 

@@ -350,7 +350,7 @@ def open_dataset(
         )
     kept = rows[fits]
     dataset = Dataset(
-        path, manifest, view, image_tokens,
+        path=path, manifest=manifest, view=view, image_tokens=image_tokens,
         rows=kept,
         lengths=lengths[kept],
         num_trained=_column(table, "num_trained")[kept],

@@ -220,8 +220,8 @@ def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, Member | str]]:
                 yield info.filename, why
             else:
                 yield info.filename, Member(
-                    info.header_offset, info.compress_size, info.file_size,
-                    info.compress_type, info.CRC,
+                    offset=info.header_offset, stored=info.compress_size, size=info.file_size,
+                    method=info.compress_type, crc=info.CRC,
                 )  # fmt: skip
 
 
@@ -236,4 +236,13 @@ def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Member | Link | str]]:
             elif info.islnk() or info.issym():
                 yield info.name, Link(link_target(info))
             elif info.isreg():
-                yield info.name, Member(info.offset_data, info.size, info.size, "tar", 0)
+                yield (
+                    info.name,
+                    Member(
+                        offset=info.offset_data,
+                        stored=info.size,
+                        size=info.size,
+                        method="tar",
+                        crc=0,
+                    ),
+                )

@@ -202,7 +202,14 @@ class LocalFolder(Folder):
         stat = os.stat(path)  # noqa: PTH116 - 200,000 times, and a Path takes twice as long
         if stat.st_size > LARGEST_FILE and not name.endswith(ARCHIVES):
             return _too_large(shown, stat.st_size)
-        return Located(identity, identity, stat.st_size, stat.st_mtime_ns, None, repair)
+        return Located(
+            image_id=identity,
+            container=identity,
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            member=None,
+            repair=repair,
+        )
 
 
 @dataclass
@@ -247,7 +254,14 @@ class RemoteFolder(Folder):
         address = self.path_of(name)
         if item["size"] > LARGEST_FILE and not name.endswith(ARCHIVES):
             return _too_large(address, item["size"])
-        return Located(address, address, int(item["size"]), mtime_ns, None, repair)
+        return Located(
+            image_id=address,
+            container=address,
+            size=int(item["size"]),
+            mtime_ns=mtime_ns,
+            member=None,
+            repair=repair,
+        )
 
 
 @dataclass
@@ -297,7 +311,14 @@ class ArchiveFolder(Folder):
             return Verdict(Reason.IMAGE_UNDECODABLE, detail)
         if max(member.size, member.stored) > LARGEST_FILE:
             return _too_large(image_id, max(member.size, member.stored))
-        return Located(image_id, a.container, a.size, a.mtime_ns, member, repair)
+        return Located(
+            image_id=image_id,
+            container=a.container,
+            size=a.size,
+            mtime_ns=a.mtime_ns,
+            member=member,
+            repair=repair,
+        )
 
     def folder_called(self, name: str) -> Folder:
         """The folder of this name wherever it lies, or else the top."""
@@ -348,7 +369,14 @@ class TableFolder(Folder):
         """The image's row group and row."""
         row, index = (int(name), -1) if self.row < 0 else (self.row, int(name))
         a, cell = self.archive, self.table.cell(self.column, row, index)
-        return Located(self.path_of(name), a.container, a.size, a.mtime_ns, cell, repair)
+        return Located(
+            image_id=self.path_of(name),
+            container=a.container,
+            size=a.size,
+            mtime_ns=a.mtime_ns,
+            member=cell,
+            repair=repair,
+        )
 
 
 class _RowNames(frozenset[str]):

@@ -292,7 +292,7 @@ class Mount:
     @cached_property
     def _from_root(self) -> Mount:
         """The root itself, where the images lie elsewhere."""
-        return Mount(self.root, extra_roots=self.extra_roots) if self._is_elsewhere else self
+        return Mount(root=self.root, extra_roots=self.extra_roots) if self._is_elsewhere else self
 
     def _missing(self, key: str, near: str) -> Verdict:
         detail = f"no file '{excerpt(key)}' below '{self.prefix}'"

@@ -105,9 +105,11 @@ def _chunk(fields: dict[int, Any], schema: Any) -> Chunk:
     nulls = _count(fields.get(12, {}), 3, None)
     encodings = frozenset(ENCODINGS[code] for code in fields.get(2, []) if code in ENCODINGS)
     return Chunk(
-        schema.physical_type, encodings, 11 in fields, _count(fields, 5), nulls, start,
-        _count(fields, 7), _count(fields, 6), _count(fields, 4), schema.length,
-        schema.max_repetition_level, schema.max_definition_level,
+        physical_type=schema.physical_type, encodings=encodings, has_dictionary=11 in fields,
+        num_values=_count(fields, 5), null_count=nulls, start=start,
+        compressed=_count(fields, 7), uncompressed=_count(fields, 6), codec=_count(fields, 4),
+        type_length=schema.length, max_repetition=schema.max_repetition_level,
+        max_definition=schema.max_definition_level,
     )  # fmt: skip
 
 

@@ -112,19 +112,20 @@ class Hole:
 # How a hole is told: by its folder and by what is wrong, not by a list of names.
 HOLES = (
     Hole(
-        "OCR-VQA images whose addresses are dead",
-        "ocr_vqa/images/",
-        Reason.IMAGE_MISSING,
-        355,
-        "355 of its 80,000 records, LLaVA issue 1618; a full set is published: "
+        name="OCR-VQA images whose addresses are dead",
+        folder="ocr_vqa/images/",
+        reason=Reason.IMAGE_MISSING,
+        published=355,
+        remedy="355 of its 80,000 records, LLaVA issue 1618; a full set is published: "
         + ARCHIVES_BY_FOLDER["ocr_vqa/images"].address,
     ),
     Hole(
-        "Visual Genome images that are empty files",
-        "vg/VG_100K_2/",
-        Reason.IMAGE_UNDECODABLE,
-        170,
-        "170 files of images2.zip, LLaVA issue 601; those looked up there are not in the 665K file",
-        "an empty file",
+        name="Visual Genome images that are empty files",
+        folder="vg/VG_100K_2/",
+        reason=Reason.IMAGE_UNDECODABLE,
+        published=170,
+        remedy="170 files of images2.zip, LLaVA issue 601; those looked up there are not in the "
+        "665K file",
+        detail="an empty file",
     ),
 )

@@ -73,7 +73,9 @@ class Table:
         """The place of an image; `index` is -1 in a column without lists."""
         group = bisect_right(self.starts, row) - 1
         size = self.sizes[column, group]
-        return Cell(column, group, row - self.starts[group], index, size)
+        return Cell(
+            column=column, group=group, row=row - self.starts[group], entry=index, size=size
+        )
 
 
 class Rows(Mapping[str, int]):
@@ -118,7 +120,9 @@ def image_columns(file: pq.ParquetFile) -> dict[str, ImageColumn]:
         if not leaf:
             continue
         path = next((leaf for leaf in own if is_struct and leaf.endswith(".path")), "")
-        found[field.name] = ImageColumn(field.name, leaf, is_list, is_struct, path)
+        found[field.name] = ImageColumn(
+            name=field.name, leaf=leaf, is_list=is_list, is_struct=is_struct, path=path
+        )
     return found
 
 

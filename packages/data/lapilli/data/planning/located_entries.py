@@ -39,7 +39,13 @@ def entries_of(
 def open_mount(source: SourceConfig, config: BuildConfig, root: Path) -> Mount:
     """Where a source's images are found."""
     beside = annotation_folder(source, root)
-    return Mount(root, source.images, source.aliases, tuple(config.extra_roots), beside)
+    return Mount(
+        root=root,
+        prefix=source.images,
+        aliases=source.aliases,
+        extra_roots=tuple(config.extra_roots),
+        beside=beside,
+    )
 
 
 def locate_images(entry: Entry, mount: Mount) -> tuple[Entry, tuple[Located, ...]]:

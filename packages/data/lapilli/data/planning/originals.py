@@ -122,11 +122,16 @@ class Originals:
         valid = column.is_valid().to_pylist()
         return [
             Located(
-                image_id, str(path), size, mtime_ns,
-                Member(base + start, end - start, end - start, "tar", 0),
+                image_id=image_id,
+                container=str(path),
+                size=size,
+                mtime_ns=mtime_ns,
+                member=Member(
+                    offset=base + start, stored=end - start, size=end - start, method="tar", crc=0
+                ),
             )
             for image_id, start, end, there in zip(
                 table["image_id"].to_pylist(), starts, starts[1:], valid, strict=False
             )
             if there
-        ]  # fmt: skip
+        ]

@@ -71,7 +71,8 @@ from lapilli.data.text.tokenizer import check_agreement
 
 __all__ = ["check_quarantined", "plan_build", "quarantine_error"]
 
-VERIFIED = ImageSpec(1, (0, 0, 0), aspect="stretch")  # `original` is decoded, and not resized
+# `original` is decoded, and not resized
+VERIFIED = ImageSpec(size=1, fill=(0, 0, 0), aspect="stretch")
 
 
 def plan_build(
@@ -240,7 +241,9 @@ def _resizer(spec: ImageSpec, compat: str | None) -> Literal["auto", "pillow", "
 def _try_out(template: Template, tokenizer: Any, compat: str | None) -> None:
     """Encode one record: what template and tokenizer are wrong about is said before the work."""
     turns = (Turn("user", (ImagePart(0), TextPart("Why?"))), Turn("assistant", (TextPart("So."),)))
-    trial = Record("trial", "trial", "trial", turns, ("trial.jpg",))
+    trial = Record(
+        record_id="trial", sample_id="trial", source="trial", turns=turns, images=("trial.jpg",)
+    )
     if compat == "llava":
         encode_as_llava([trial], tokenizer, template)
     elif not template.chat:  # a chat template may refuse some records and write others

@@ -132,7 +132,14 @@ def _entry(
     sample_id = f"{name}/{_unique(record_id, seen)}"
     if isinstance(element, Unreadable):
         verdict = Verdict(Reason.SCHEMA, element.detail)
-        return Entry(name, record_id, sample_id, {"begins": element.begin}, None, verdict)
+        return Entry(
+            source=name,
+            record_id=record_id,
+            sample_id=sample_id,
+            raw={"begins": element.begin},
+            record=None,
+            verdict=verdict,
+        )
     try:
         spelt = with_roles(element, config.roles)
         found = source.inspect(spelt)
@@ -143,16 +150,39 @@ def _entry(
         tally.count(found.unread)
     if found.unsupported:
         verdict = Verdict(Reason.UNSUPPORTED_FIELD, found.unsupported)
-        return Entry(name, record_id, sample_id, element, None, verdict)
+        return Entry(
+            source=name,
+            record_id=record_id,
+            sample_id=sample_id,
+            raw=element,
+            record=None,
+            verdict=verdict,
+        )
     if isinstance(normalised, Verdict):
-        return Entry(name, record_id, sample_id, element, None, normalised)
+        return Entry(
+            source=name,
+            record_id=record_id,
+            sample_id=sample_id,
+            raw=element,
+            record=None,
+            verdict=normalised,
+        )
     turns, images = normalised
     if images and not any(images) and not any(_is_marked(turn) for turn in turns):
         images = ()  # an empty key means no image
     if config.path_prefix:
         images = tuple(_below(config.path_prefix, key) for key in images)
-    record, verdict = rules(Record(record_id, sample_id, name, turns, images))
-    return Entry(name, record_id, sample_id, element, record, verdict)
+    record, verdict = rules(
+        Record(record_id=record_id, sample_id=sample_id, source=name, turns=turns, images=images)
+    )
+    return Entry(
+        source=name,
+        record_id=record_id,
+        sample_id=sample_id,
+        raw=element,
+        record=record,
+        verdict=verdict,
+    )
 
 
 def _is_marked(turn: Turn) -> bool:

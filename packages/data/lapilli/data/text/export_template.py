@@ -135,7 +135,7 @@ def prompt_ids(turns: Sequence[Turn], tokenizer: AnyTokenizer, template: Templat
     before = [turn._replace(trains=False) for turn in turns]
     answered = (*before, Turn("assistant", (TextPart("a"),)))
     template = replace(template, trains="answers")
-    record = Record("", "", "", answered, ())
+    record = Record(record_id="", sample_id="", source="", turns=answered, images=())
     encoded = encode_batch([record], tokenizer, template, warn=False)[0]
     return encoded.input_ids[: encoded.label_spans[-2]]
 
@@ -162,7 +162,15 @@ def export_text(template: Template, tokenizer: Any) -> Exported:
     image_id = backend.token_to_id(IMAGE)
     assert image_id is not None
     ends = end_ids(end, tokenizer)
-    return Exported(backend, settings, source, image_id, end, ends, _spelt_out(template, tokenizer))
+    return Exported(
+        backend=backend,
+        settings=settings,
+        chat_template=source,
+        image_id=image_id,
+        end=end,
+        end_ids=ends,
+        template=_spelt_out(template, tokenizer),
+    )
 
 
 def end_ids(end: TrainedEnd, tokenizer: Any) -> tuple[int, ...]:
@@ -196,7 +204,12 @@ def _single_id(frames: Frames, template: Template, tokenizer: Any) -> int | None
     rows: list[list[int]] = []
     for answer in ("a", "It is red.", "two\nlines"):
         turns = (Turn("user", (TextPart("a"),)), Turn("assistant", (TextPart(answer),)))
-        encoded = encode_batch([Record("", "", "", turns, ())], tokenizer, template, warn=False)[0]
+        encoded = encode_batch(
+            [Record(record_id="", sample_id="", source="", turns=turns, images=())],
+            tokenizer,
+            template,
+            warn=False,
+        )[0]
         rows.append(encoded.input_ids[slice(*encoded.label_spans[-2:])])
     last = {ids[-1] for ids in rows}
     backend = backend_for(tokenizer).first
@@ -311,7 +324,9 @@ def _spelt_special(template: Template, tokenizer: Any) -> str:
     said = (Turn("user", (TextPart("a"),)), Turn("assistant", (TextPart("b"),)))
     if template.chat:
         return ""  # there what is spelt in a frame is the token
-    for segment in segments_of(Record("", "", "", said * 2), tokenizer, template):
+    for segment in segments_of(
+        Record(record_id="", sample_id="", source="", turns=said * 2), tokenizer, template
+    ):
         text: str = getattr(segment, "text", "")
         for name in backend.specials:
             if name in text:

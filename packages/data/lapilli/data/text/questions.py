@@ -144,7 +144,9 @@ def _write(template: Template, tokenizer: AnyTokenizer, turns: list[Turn]) -> _W
     backend = backend_for(tokenizer)
     is_prefixed = _is_prefixed(backend)
     text, trained, special = "", list[bool](), dict[int, int]()
-    for segment in segments_of(Record("", "", "", tuple(turns)), tokenizer, template):
+    for segment in segments_of(
+        Record(record_id="", sample_id="", source="", turns=tuple(turns)), tokenizer, template
+    ):
         if isinstance(segment, TextSegment):
             flags = [False] * len(segment.text)
             for start, end in segment.trained:

@@ -143,7 +143,13 @@ def mark_images(record: Record, template: Template) -> Record:
         is_user = turn.role == "user"
         turns.append(turn._replace(parts=tuple(marked)) if is_user else turn)
         images += sum(isinstance(part, ImagePart) for part in turns[-1].parts)
-    return Record(record.record_id, record.sample_id, record.source, tuple(turns), record.images)
+    return Record(
+        record_id=record.record_id,
+        sample_id=record.sample_id,
+        source=record.source,
+        turns=tuple(turns),
+        images=record.images,
+    )
 
 
 def _write_system(page: Page, system: str, template: Template) -> None:

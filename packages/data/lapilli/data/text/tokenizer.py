@@ -176,7 +176,7 @@ def _backend_cached(tokenizer: AnyTokenizer, vocab_size: int) -> Backend:
     copy.post_processor = None
     copy.encode_special_tokens = True
     first, later = _with_prefix_rule(copy)
-    return Backend(first, later, roles, specials, eaten)
+    return Backend(first=first, later=later, roles=roles, specials=specials, eaten=eaten)
 
 
 def plain_backend(tokenizer: AnyTokenizer) -> Tokenizer:

@@ -247,7 +247,12 @@ def _own_model(path: Path, given: Mapping[str, Any], adapter: Adapter) -> ModelC
         decoder = LanguageConfig(
             pretrained=base, allow_pickle=True, vocab_size=int(language["vocab_size"])
         )
-        return ModelConfig(tower, decoder, projector, trainable=("vision", "projector", "language"))
+        return ModelConfig(
+            vision=tower,
+            language=decoder,
+            projector=projector,
+            trainable=("vision", "projector", "language"),
+        )
 
 
 def _is_for_hf(adapter: Adapter) -> bool:

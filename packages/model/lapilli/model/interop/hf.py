@@ -323,15 +323,16 @@ def _our_config(config: Any, tower: str, rows: int, normalisation: dict[str, Any
     kind = str(text.pop("model_type"))
     whole = FAMILIES[tower].class_tokens and config.vision_feature_select_strategy == "full"
     return ModelConfig(
-        VisionConfig(
-            tower,
+        vision=VisionConfig(
+            tower=tower,
             settings=_settings(config.vision_config),
             vision_feature_layer=int(config.vision_feature_layer),
             vision_feature_select_strategy="full" if whole else "default",
             **normalisation,
         ),
-        replace(
-            LanguageConfig(kind), settings={**_settings(config.text_config), "vocab_size": rows}
+        language=replace(
+            LanguageConfig(model_type=kind),
+            settings={**_settings(config.text_config), "vocab_size": rows},
         ),
         projector="mlp2x_gelu",
         trainable=("vision", "projector", "language"),

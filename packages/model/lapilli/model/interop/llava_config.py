@@ -183,8 +183,8 @@ def llava_model(folder: Path, config: Mapping[str, Any], base: str = "") -> Mode
             "identity"
         )
     return ModelConfig(
-        _tower(folder, config),
-        _based(base, config) if base else _whole(folder, kind, config),
+        vision=_tower(folder, config),
+        language=_based(base, config) if base else _whole(folder, kind, config),
         projector=str(projector),
         trainable=("vision", "projector", "language"),
     )
@@ -216,7 +216,7 @@ def _whole(folder: Path, kind: str, config: Mapping[str, Any]) -> LanguageConfig
     settings.pop("rope_scaling", None)
     with one_line(f"{folder / CONFIG}: no {kind} can be built of it"):
         AutoConfig.for_model(kind, **settings)
-    return replace(LanguageConfig(kind), settings=settings)
+    return replace(LanguageConfig(model_type=kind), settings=settings)
 
 
 def _tower(folder: Path, config: Mapping[str, Any]) -> VisionConfig:
@@ -242,6 +242,6 @@ def _tower(folder: Path, config: Mapping[str, Any]) -> VisionConfig:
             f"{features!r}; expected a number, and patch or cls_patch"
         )
     return VisionConfig(
-        kind, pretrained=name, vision_feature_layer=layer,
+        tower=kind, pretrained=name, vision_feature_layer=layer,
         vision_feature_select_strategy=strategies[features], allow_pickle=True,
     )  # fmt: skip

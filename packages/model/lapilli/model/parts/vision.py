@@ -59,19 +59,34 @@ class Family:
 
 FAMILIES = {
     "clip": Family(
-        "CLIPVision", "encoder.layers", "post_layernorm", "position_embedding.weight", 1,
-        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711),
+        prefix="CLIPVision",
+        layers="encoder.layers",
+        norm="post_layernorm",
+        positions="position_embedding.weight",
+        class_tokens=1,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
     ),
     # also SigLIP 2 of fixed resolution, which is the same architecture
     "siglip": Family(
-        "SiglipVision", "encoder.layers", "post_layernorm", "position_embedding.weight", 0,
-        (0.5, 0.5, 0.5), (0.5, 0.5, 0.5),
+        prefix="SiglipVision",
+        layers="encoder.layers",
+        norm="post_layernorm",
+        positions="position_embedding.weight",
+        class_tokens=0,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
     ),
     "dinov2": Family(
-        "Dinov2", "encoder.layer", "layernorm", "position_embeddings", 1,
-        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
+        prefix="Dinov2",
+        layers="encoder.layer",
+        norm="layernorm",
+        positions="position_embeddings",
+        class_tokens=1,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
     ),
-}  # fmt: skip
+}
 
 
 class Tower(nn.Module):
@@ -331,7 +346,7 @@ def tower_mean(name: str) -> tuple[float, float, float]:
         family = kind.removesuffix("_vision_model")
         if family not in FAMILIES:
             raise ValueError(f"it is a {kind}")
-    mean = with_normalisation(VisionConfig(family, name)).mean
+    mean = with_normalisation(VisionConfig(tower=family, pretrained=name)).mean
     assert mean is not None  # a family has one
     return mean
 

@@ -242,10 +242,12 @@ class _Stage:
         file = files.enter_context(open_safetensors(found.path / WEIGHTS))
         names: list[str] = list(file.keys())
         return _Stage(
-            found.path, file, settings_of(found.state.get("config", {}), found.path / STATE).model,
-            {base_name(name): name for name in names if not is_adapter(name)},
-            frozenset(name.removesuffix(A) for name in names if name.endswith(A)),
-        )  # fmt: skip
+            path=found.path,
+            file=file,
+            model=settings_of(found.state.get("config", {}), found.path / STATE).model,
+            whole={base_name(name): name for name in names if not is_adapter(name)},
+            layers=frozenset(name.removesuffix(A) for name in names if name.endswith(A)),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -382,9 +384,12 @@ def _put(stages: Sequence[_Stage], model: VisionLanguageModel) -> None:
     is_whole = model.config.language.quantize == "none"
     for name, parameter in model.named_parameters():
         place = _Place(
-            tables.get(name, ""), source_rows(model.language), _is_transposed(model, name),
-            name in linear, is_whole,
-        )  # fmt: skip
+            table=tables.get(name, ""),
+            source_rows=source_rows(model.language),
+            is_transposed=_is_transposed(model, name),
+            is_linear=name in linear,
+            is_whole=is_whole,
+        )
         if not any(stage.touches(name, place) for stage in stages):
             continue
         with engine.gathered([parameter], changes=True):

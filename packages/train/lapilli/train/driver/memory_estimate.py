@@ -172,7 +172,9 @@ def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:
     tokens = sketch.model.vision.num_tokens
     sizes: list[int] = []
     for rows in (1, 2):
-        shape = BatchShape(rows, (length,), tokens, config.model.head_chunk)
+        shape = BatchShape(
+            rows=rows, buckets=(length,), image_tokens=tokens, predict_chunk=config.model.head_chunk
+        )
         batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
         found = sketch.activations(batch)
         is_short = config.model.gradient_checkpointing

@@ -176,8 +176,10 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     if device == "cpu" and is_small and start < feed.total_steps:
         step_seconds = _time_step(model, feed)
     return Preflight(
-        config, feed.total_steps, start, len(dataset), dataset.too_long, parameters, memory,
-        step_seconds, device, dataset.image_tokens, attention, dataset.num_cut,
+        config=config, total_steps=feed.total_steps, start=start, samples=len(dataset),
+        too_long=dataset.too_long, parameters=parameters, memory=memory, device=device,
+        step_seconds=step_seconds, image_tokens=dataset.image_tokens, attention=attention,
+        num_cut=dataset.num_cut,
     )  # fmt: skip
 
 

@@ -156,7 +156,15 @@ def examine(
         for handle in handles:
             handle.remove()
     first = [next(iter(names), "") for names in (outputs, gradients)]
-    return Finding(0, total, [], next(weights, ""), first[0], first[1], operation)
+    return Finding(
+        start=0,
+        loss=total,
+        samples=[],
+        weight=next(weights, ""),
+        output=first[0],
+        gradient=first[1],
+        operation=operation,
+    )
 
 
 def _watch(name: str, outputs: list[str], gradients: list[str]) -> Callable[..., None]:

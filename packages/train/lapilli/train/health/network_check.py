@@ -67,12 +67,12 @@ def probe_workers(run: Path, device: torch.device, rank: int, world_size: int) -
     """
     is_alone = world_size == 1
     mine = Worker(
-        rank,
-        platform.node(),
-        0.0 if is_alone else _clock(device, rank, world_size),
-        0.0 if is_alone else _reduce(device, world_size),
-        0.0 if is_alone else _receive(device, rank, world_size),
-        _write(run) if rank == 0 else 0.0,
+        rank=rank,
+        host=platform.node(),
+        clock=0.0 if is_alone else _clock(device, rank, world_size),
+        reduced=0.0 if is_alone else _reduce(device, world_size),
+        link=0.0 if is_alone else _receive(device, rank, world_size),
+        written=_write(run) if rank == 0 else 0.0,
     )
     workers: list[Any] = [mine]
     if not is_alone:

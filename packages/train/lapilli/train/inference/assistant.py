@@ -69,8 +69,10 @@ class Question:
         Raises:
             DataError: There are more or fewer marks than images.
         """
-        record = Record("", "", "", (Turn("user", split_markers(text, 0)),))
-        parts = mark_images(record, Template("", image_marker=marker)).turns[0].parts
+        record = Record(
+            record_id="", sample_id="", source="", turns=(Turn("user", split_markers(text, 0)),)
+        )
+        parts = mark_images(record, Template(name="", image_marker=marker)).turns[0].parts
         count = sum(isinstance(part, ImagePart) for part in parts)
         if not count:
             parts = (*(ImagePart(number) for number in range(len(images))), *parts)
@@ -226,14 +228,23 @@ def open_assistant(
                 f"{flag}: {path} does not say how {what}; pass --{flag}, one of {choices}"
             )
         return Assistant(
-            found.model.to(device), found.tokenizer, found.template, found.spec,
-            path.resolve().name,
-        )  # fmt: skip
+            model=found.model.to(device),
+            tokenizer=found.tokenizer,
+            template=found.template,
+            spec=found.spec,
+            name=path.resolve().name,
+        )
     _refuse_flags(path, template=template, view=view)
     trained = load_trained(path, device, trust)
     data = read_data(path, trained.data)
     name = f"{path.resolve().name}/step-{trained.step}"
-    return Assistant(trained.model, data.tokenizer, data.template, data.spec, name)
+    return Assistant(
+        model=trained.model,
+        tokenizer=data.tokenizer,
+        template=data.template,
+        spec=data.spec,
+        name=name,
+    )
 
 
 def open_trained(

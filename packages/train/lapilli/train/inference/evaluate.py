@@ -228,4 +228,10 @@ def score(answers: list[Answer]) -> Scores:
     shares = {name: float(np.mean(right)) for name, right in sorted(by_source.items())}
     accuracy = float(np.mean([a.right for a in answers]))
     first = answers[0]
-    return Scores(accuracy, shares, len(answers), first.split, first.trained_on)
+    return Scores(
+        accuracy=accuracy,
+        by_source=shares,
+        questions=len(answers),
+        split=first.split,
+        trained_on=first.trained_on,
+    )

@@ -95,15 +95,25 @@ def read_published(path: Path, *, template: str = "", view: str = "") -> Publish
         own = _read_export(path, facts)
         tokenizer = _tokenizer(path, own.get("tokenizer"))  # of before, it does not say
         return Published(
-            read_foreign(path), tokenizer, own["template"], own["view"], is_own=True,
+            model=read_foreign(path),
+            tokenizer=tokenizer,
+            template=own["template"],
+            spec=own["view"],
+            is_own=True,
             trained=own.get("trained", {}),
-        )  # fmt: skip
+        )
     folders = _folders(path)
     tokenizer = _tokenizer(_first_with_tokenizer(folders))
     chosen = get_template(template) if template else _derived_template(folders, tokenizer)
     read_view(view)  # before weights are read
     model = read_foreign(path)
-    return Published(model, tokenizer, chosen, _view(folders, model, view), is_own=False)
+    return Published(
+        model=model,
+        tokenizer=tokenizer,
+        template=chosen,
+        spec=_view(folders, model, view),
+        is_own=False,
+    )
 
 
 class _Export(TypedDict):

@@ -91,7 +91,7 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
             kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
             targets, chunk = int(dataset.num_trained[ids].sum()), shape.predict_chunk
             found.append(BatchNumbers(
-                lengths.tolist(), images, targets,
+                row_lengths=lengths.tolist(), images=images, targets=targets,
                 padded_rows=rows,
                 padded_length=next(n for n in kind if n >= lengths.max(initial=0)),
                 padded_images=padded_images,
@@ -164,7 +164,16 @@ class StepMeter:
             if tokens and not math.isnan(loss):
                 name = self._dataset.sample_id(index)
                 has_images = bool(self._dataset.num_images[index])
-                found.append(SampleLoss(step.step, index, name, has_images, loss, tokens))
+                found.append(
+                    SampleLoss(
+                        step=step.step,
+                        index=index,
+                        sample_id=name,
+                        has_images=has_images,
+                        total=loss,
+                        tokens=tokens,
+                    )
+                )
         return found
 
 
@@ -255,8 +264,8 @@ def read_worst(run: Path) -> list[SampleLoss]:
     """What `worst.jsonl` holds, highest first; nothing where there is none."""
     return [
         SampleLoss(
-            r["step"], r["index"], r["sample_id"], r["has_images"],
-            r["loss"] * r["trained_tokens"], r["trained_tokens"],
+            step=r["step"], index=r["index"], sample_id=r["sample_id"], has_images=r["has_images"],
+            total=r["loss"] * r["trained_tokens"], tokens=r["trained_tokens"],
         )
         for r in read_lines(run / WORST, _WorstRow)
     ]  # fmt: skip

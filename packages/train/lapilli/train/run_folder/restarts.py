@@ -48,8 +48,8 @@ def record_start(run: Path, step: int, workers: int) -> Start:
     since = max(told, seen) or now
     undone = [row.get("seconds", 0.0) for row in read_metrics(run) if row["step"] >= step]
     start = Start(
-        step, workers, "restart" if seen > told else "command",
-        max(0.0, now - since), len(undone), sum(undone),
+        step=step, workers=workers, reason="restart" if seen > told else "command",
+        seconds=max(0.0, now - since), repeated=len(undone), repeated_seconds=sum(undone),
     )  # fmt: skip
     write_lines(run / STARTS, map(asdict, (*before, start)))
     return start

@@ -65,7 +65,13 @@ def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchSh
     )
     chunk = config.model.head_chunk
     image_tokens = dataset.image_tokens
-    return BatchShape(config.micro_batch_size, buckets, image_tokens, chunk, text_buckets)
+    return BatchShape(
+        rows=config.micro_batch_size,
+        buckets=buckets,
+        image_tokens=image_tokens,
+        predict_chunk=chunk,
+        text_buckets=text_buckets,
+    )
 
 
 def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
@@ -150,8 +156,15 @@ class Feed:
             weights = mean_weights(trained, self.rank)
         placed, slots = _slots(ranks, self.rank)
         return StepBatches(
-            step, batches, tokens, len(filled), indices, weights, placed, slots
-        )  # fmt: skip
+            step=step,
+            batches=batches,
+            global_tokens=tokens,
+            global_samples=len(filled),
+            sample_indices=indices,
+            weights=weights,
+            placed=placed,
+            slots=slots,
+        )
 
     def _trained(self, ids: NDArray[np.int64]) -> int:
         """Trained tokens of a micro-batch."""

@@ -80,7 +80,16 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
     start = found.step if found else 0
-    ready = Setup(config, torch_device, feed, built, start, state, rank, world_size)
+    ready = Setup(
+        config=config,
+        device=torch_device,
+        feed=feed,
+        engine=built,
+        start=start,
+        state=state,
+        rank=rank,
+        world_size=world_size,
+    )
     if samples := open_held_out(config, dataset.image_tokens):
         if config.validation.every:
             ready.held_out = HeldOut(samples, config, feed.shape, (rank, world_size))

@@ -76,12 +76,20 @@ def read_members(tar: tarfile.TarFile, found: list[TarMember]) -> None:
         name = PurePosixPath(info.name).as_posix()
         if info.islnk() or info.issym():
             links[name] = link_target(info)
-            found.append(TarMember(name, "link", 0, 0, ""))
+            found.append(TarMember(name=name, kind="link", offset=0, size=0, target=""))
         else:
             kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
             # A sparse file's bytes do not lie in one stretch: as a link that leads nowhere.
             target = "" if info.issparse() or info.size < 0 else name
-            found.append(TarMember(name, kind, info.offset_data, max(0, info.size), target))
+            found.append(
+                TarMember(
+                    name=name,
+                    kind=kind,
+                    offset=info.offset_data,
+                    size=max(0, info.size),
+                    target=target,
+                )
+            )
     if links:
         files = {member.name: member for member in found if member.kind == "file"}
         links = {name: target for name, target in links.items() if name not in files}
