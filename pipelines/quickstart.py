@@ -29,6 +29,7 @@ from lapilli.data.ray_session import ray_session
 from lapilli.data.text.encode import train_tokenizer
 from lapilli.train.config import RunConfig
 from lapilli.train.inference.evaluate import Answer, Scores, score
+from lapilli.train.run_folder.metrics_file import StepMetrics
 from pipelines.cli.command import parse, run, say, say_text, say_title
 from pipelines.cli.conversation import print_transcript, read_transcript
 from pipelines.evaluate import EvaluateConfig, evaluate_once
@@ -148,7 +149,7 @@ def _build_config(name: str, output: Path) -> BuildConfig:
     return parse(BuildConfig, [f"--{key}={value}" for key, value in flags.items()], "")
 
 
-def _stage(config: QuickstartConfig, output: Path, name: str) -> list[dict[str, Any]]:
+def _stage(config: QuickstartConfig, output: Path, name: str) -> list[StepMetrics]:
     """Train one stage, after showing what it is trained on; returns its metrics."""
     settings = _run_config(config, output, name)
     patches = settings.model.vision.settings

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.progress import TextColumn
@@ -22,7 +21,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import copy_rest, launch, only_trainer
 from lapilli.train.driver.preflight import Preflight, finished_steps, preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from pipelines.cli.command import (
     console,
     parse,
@@ -39,7 +38,7 @@ RECENT = 20  # steps the live line's figures are of
 QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
-def train(config: RunConfig) -> list[dict[str, Any]]:
+def train(config: RunConfig) -> list[StepMetrics]:
     """Check everything, then run to the end; returns every step's metrics."""
     if steps := finished_steps(config):
         for line in copy_rest(config, steps) if config.checkpoint.upload else ():
@@ -60,7 +59,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
             raise
         _tell_report(run_folder)
     last = metrics[-1]
-    say(f"loss {metrics[0]['loss']:.4f} at step 0, {last['loss']:.4f} at step {last['step']}")
+    say(f"loss {metrics[0].loss:.4f} at step 0, {last.loss:.4f} at step {last.step}")
     return metrics
 
 
@@ -72,25 +71,25 @@ def _tell_report(run_folder: Path) -> None:
         say(f"report: none; {error}")
 
 
-def follow(ready: Preflight) -> list[dict[str, Any]]:
+def follow(ready: Preflight) -> list[StepMetrics]:
     """Run with one live line: loss, samples/s, tokens/s, MFU, data wait, memory, time to go."""
     started = spoken = time.monotonic()
     done = 0
-    recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
+    recent: deque[StepMetrics] = deque(maxlen=RECENT)
     with progress_bar(TextColumn("{task.fields[line]}")) as bar:
         task = bar.add_task(
             "steps", total=ready.total_steps, completed=ready.start, line="starting the workers"
         )
 
-        def show(row: dict[str, Any], total: int) -> None:
+        def show(row: StepMetrics, total: int) -> None:
             nonlocal done, spoken
-            done += row["samples"]
+            done += row.samples
             recent.append(row)
             line = live_line(recent)
-            bar.update(task, completed=row["step"] + 1, total=total, line=line)
+            bar.update(task, completed=row.step + 1, total=total, line=line)
             if not console.is_terminal and time.monotonic() - spoken > QUIET:
                 spoken = time.monotonic()
-                say(f"  step {row['step'] + 1} of {total}  {line}")
+                say(f"  step {row.step + 1} of {total}  {line}")
 
         metrics = launch(
             ready, show, lambda: say("saving, then ending; once more ends at once"), say
@@ -101,17 +100,17 @@ def follow(ready: Preflight) -> list[dict[str, Any]]:
     return metrics
 
 
-def live_line(recent: Sequence[Mapping[str, Any]]) -> str:
+def live_line(recent: Sequence[StepMetrics]) -> str:
     """What the last steps were like, in figures."""
-    seconds = sum(row["seconds"] for row in recent)
-    rate = sum(row["samples"] for row in recent) / seconds
-    wait = sum(row["wait_seconds"] for row in recent) / seconds
-    memory = recent[-1]["memory_bytes"] / 1e9
-    tokens = sum(row["tokens"] for row in recent) / seconds
-    mfus = [row["mfu"] * row["seconds"] for row in recent if row["mfu"] is not None]
+    seconds = sum(row.seconds for row in recent)
+    rate = sum(row.samples for row in recent) / seconds
+    wait = sum(row.wait_seconds for row in recent) / seconds
+    memory = (recent[-1].memory_bytes or 0) / 1e9
+    tokens = sum(row.tokens or 0 for row in recent) / seconds
+    mfus = [row.mfu * row.seconds for row in recent if row.mfu is not None]
     mfu = f" MFU {sum(mfus) / seconds:.1%}" if mfus else ""
     return (
-        f"loss {recent[-1]['loss']:.4f} {rate:.3g} samples/s {tokens:,.0f} tokens/s{mfu} "
+        f"loss {recent[-1].loss:.4f} {rate:.3g} samples/s {tokens:,.0f} tokens/s{mfu} "
         f"wait {wait:.0%} {memory:.1f} GB"
     )
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lapilli.data.io.printable import relative_names
-from lapilli.train.run_folder.metrics_file import read_steps
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.run_folder.settings import plain_settings, read_run_config
 from pipelines.reports.page import Page
 from pipelines.reports.run_report import curves, flat_settings, smoothed
@@ -27,13 +26,14 @@ class Compared:
 
     path: Path
     settings: dict[str, object]
-    rows: list[dict[str, Any]]
+    rows: list[StepMetrics]
 
 
 def read_compared(paths: Sequence[Path]) -> list[Compared]:
     """Read runs."""
     return [
-        Compared(p, flat_settings(plain_settings(read_run_config(p))), read_steps(p)) for p in paths
+        Compared(p, flat_settings(plain_settings(read_run_config(p))), read_metrics(p))
+        for p in paths
     ]
 
 
@@ -52,8 +52,8 @@ def compare_rows(runs: Sequence[Compared]) -> dict[str, list[str]]:
     """
     if not all(run.rows for run in runs):
         return {}
-    step = min(run.rows[-1]["step"] for run in runs)
-    tokens = min(sum(row["trained_tokens"] for row in run.rows) for run in runs)
+    step = min(run.rows[-1].step for run in runs)
+    tokens = min(sum(row.trained_tokens for row in run.rows) for run in runs)
     return {
         f"loss at step {step:,}": [f"{_loss_at_step(run.rows, step):.4f}" for run in runs],
         f"loss after {tokens:,} trained tokens": [
@@ -62,16 +62,16 @@ def compare_rows(runs: Sequence[Compared]) -> dict[str, list[str]]:
     }
 
 
-def _loss_at_step(rows: Sequence[Mapping[str, Any]], step: int) -> float:
+def _loss_at_step(rows: Sequence[StepMetrics], step: int) -> float:
     """The smoothed loss at a step."""
     steps, losses = curves(rows, "loss")
     return float(smoothed(losses)[int(np.searchsorted(steps, step, side="right")) - 1])
 
 
-def _step_of(rows: Sequence[Mapping[str, Any]], tokens: int) -> int:
+def _step_of(rows: Sequence[StepMetrics], tokens: int) -> int:
     """The step at which so many tokens have been trained on."""
-    sums = accumulate(row["trained_tokens"] for row in rows)
-    return next(r["step"] for r, total in zip(rows, sums, strict=True) if total >= tokens)
+    sums = accumulate(row.trained_tokens for row in rows)
+    return next(r.step for r, total in zip(rows, sums, strict=True) if total >= tokens)
 
 
 def add_curves(page: Page, runs: Sequence[Compared]) -> None:

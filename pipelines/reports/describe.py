@@ -25,7 +25,7 @@ from lapilli.train.checkpoint.layout import folder_bytes, steps_in
 from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
 from lapilli.train.renamed import RUN_NAMES
-from lapilli.train.run_folder.metrics_file import read_steps
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.run_folder.names import CONFIG, FOLDER, METRICS, MILESTONES, MISTAKE
 from lapilli.train.run_folder.restarts import read_starts
 from lapilli.train.run_folder.settings import RunFacts, read_run_config, read_run_facts
@@ -193,7 +193,7 @@ def _shards(shards: Sequence[ShardFacts]) -> Lines:
 def describe_run(path: Path) -> Description:
     """State, loss, speed, parts, checkpoints and settings of a run. Loads no weight."""
     config, found = read_run_config(path), read_run_facts(path)
-    metrics = read_steps(path)
+    metrics = read_metrics(path)
     checkpoints = find_checkpoints(path, hashed=False)
     saved = checkpoints[-1].state if checkpoints else {}
     optim = config.optim
@@ -220,8 +220,8 @@ def describe_run(path: Path) -> Description:
     return Description(path, "run", facts)
 
 
-def _state(path: Path, metrics: Sequence[Mapping[str, Any]], total: int | None) -> Lines:
-    done = metrics[-1]["step"] + 1 if metrics else 0
+def _state(path: Path, metrics: Sequence[StepMetrics], total: int | None) -> Lines:
+    done = metrics[-1].step + 1 if metrics else 0
     of = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
     mistake = path / MISTAKE
     if total and done >= total:
@@ -235,28 +235,28 @@ def _state(path: Path, metrics: Sequence[Mapping[str, Any]], total: int | None) 
     return "not finished", f"{of}{_share(done, total or 0)}", f"last step {duration_text(ago)} ago"
 
 
-def _loss(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+def _loss(metrics: Sequence[StepMetrics]) -> Lines:
     ends = (metrics[0], metrics[-1]) if metrics else ()
-    return tuple(f"{row['loss']:.4f} at step {row['step']:,}" for row in ends) or ("—",)
+    return tuple(f"{row.loss:.4f} at step {row.step:,}" for row in ends) or ("—",)
 
 
-def _held_out(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+def _held_out(metrics: Sequence[StepMetrics]) -> Lines:
     """The last and the best one."""
-    found = [row for row in metrics if "held_out_loss" in row]
+    found = [(row.held_out_loss, row.step) for row in metrics if row.held_out_loss is not None]
     if not found:
         return ("—",)
-    best = min(found, key=lambda row: row["held_out_loss"])
+    best = min(found, key=lambda pair: pair[0])
     shown = found[-1:] if best is found[-1] else [found[-1], best]
-    return tuple(f"{row['held_out_loss']:.4f} at step {row['step']:,}" for row in shown)
+    return tuple(f"{loss:.4f} at step {step:,}" for loss, step in shown)
 
 
-def _speed(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+def _speed(metrics: Sequence[StepMetrics]) -> Lines:
     """The median step's rate: the first steps compile, and a disk may have held one up."""
-    rates = [row["samples"] / row["seconds"] for row in metrics if row["seconds"]]
+    rates = [row.samples / row.seconds for row in metrics]
     if not rates:
         return ("—",)
-    seconds = math.fsum(row["seconds"] for row in metrics)
-    waited = math.fsum(row["wait_seconds"] for row in metrics) / seconds
+    seconds = math.fsum(row.seconds for row in metrics)
+    waited = math.fsum(row.wait_seconds for row in metrics) / seconds
     return (
         f"{float(np.median(rates)):,.1f} samples/s",
         *_utilisation(metrics),
@@ -265,10 +265,10 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> Lines:
     )
 
 
-def _utilisation(metrics: Sequence[Mapping[str, Any]]) -> Lines:
+def _utilisation(metrics: Sequence[StepMetrics]) -> Lines:
     """Tokens a second and MFU of the median step, where they are known."""
-    speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
-    mfus = [row["mfu"] for row in metrics if row.get("mfu") is not None]
+    speeds = [row.tokens_per_second for row in metrics if row.tokens_per_second is not None]
+    mfus = [row.mfu for row in metrics if row.mfu is not None]
     return (
         *((f"{float(np.median(speeds)):,.0f} tokens/s",) if speeds else ()),
         *((f"MFU {float(np.median(mfus)):.1%}",) if mfus else ()),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lapilli.data.building.driver import BuildReport
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.train.inference.evaluate import Answer
+from lapilli.train.run_folder.metrics_file import StepMetrics
 from pipelines.cli.conversation import read_transcript
 from pipelines.reports.page import Figure, GalleryItem, Page
 
@@ -40,7 +41,7 @@ class Story:
 
     summary: Mapping[str, Any]
     builds: Mapping[str, BuildReport]
-    metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+    metrics: Mapping[str, Sequence[StepMetrics]]
     answers: Sequence[Answer]
     recipes: Mapping[str, str]
 
@@ -137,13 +138,13 @@ def _tell_accuracy(page: Page, summary: Mapping[str, Any]) -> None:
     )
 
 
-def _curve(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+def _curve(rows: Sequence[StepMetrics]) -> tuple[list[float], list[float]]:
     """Steps and mean losses: single steps have few questions and jump."""
     width = min(SMOOTHED, max(1, len(rows) // 10))
     parts = [rows[start : start + width] for start in range(0, len(rows), width)]
     return (
-        [float(np.mean([row["step"] for row in part])) for part in parts],
-        [float(np.mean([row["loss"] for row in part])) for part in parts],
+        [float(np.mean([row.step for row in part])) for part in parts],
+        [float(np.mean([row.loss for row in part])) for part in parts],
     )
 
 

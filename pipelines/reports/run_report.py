@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.metrics.step_metrics import SampleLoss, read_worst
 from lapilli.train.run_folder.messages import notes_from
-from lapilli.train.run_folder.metrics_file import read_steps
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.run_folder.names import WORKERS
 from lapilli.train.run_folder.restarts import Start, read_starts
 from lapilli.train.run_folder.settings import (
@@ -40,14 +40,19 @@ MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
 ASKED_STEPS = 5  # times at which answers to held-out questions are shown
 WHY = {"command": "the command", "restart": "Ray started the workers again"}
 SHARE = 0.1  # of a short run's steps that its own curve is smoothed over
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
+Rows: TypeAlias = Sequence[StepMetrics]
 Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def curves(rows: Rows, name: str, scale: float = 1.0) -> Curve:
     """Steps and values of a figure, of the steps that have it."""
-    found = [(row["step"], row[name] * scale) for row in rows if row.get(name) is not None]
-    steps, values = zip(*found, strict=True) if found else ((), ())
+    found = [(row.step, getattr(row, name)) for row in rows]
+    return _curve((step, value * scale) for step, value in found if value is not None)
+
+
+def _curve(found: Iterable[tuple[int, float]]) -> Curve:
+    pairs = list(found)
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(steps, np.float64), np.array(values, np.float64)
 
 
@@ -79,7 +84,7 @@ def write_run_report(run: Path) -> Path:
         TrainError: No run, or no step of it is done.
     """
     config, facts = read_run_config(run), read_run_facts(run)
-    rows = read_steps(run)
+    rows = read_metrics(run)
     if not rows or facts is None:
         raise TrainError(f"{run}: not a step done; nothing to report yet")
     page = Page(f"Run {run.name}", f"{config.dataset}, view {config.view}")
@@ -96,13 +101,13 @@ def write_run_report(run: Path) -> Path:
 def _figures(rows: Rows, facts: RunFacts) -> list[Figure]:
     last, total = rows[-1], facts["total_steps"]
     figures = [
-        Figure("steps", f"{last['step'] + 1:,}", f"of {total:,}"),
+        Figure("steps", f"{last.step + 1:,}", f"of {total:,}"),
         Figure("loss", f"{_eased(curves(rows, 'loss')[1])[-1]:.4f}", "mean of the last steps"),
     ]
     held_out = curves(rows, "held_out_loss")[1]
     if len(held_out):
         figures.append(Figure("held-out loss", f"{held_out[-1]:.4f}", f"best {held_out.min():.4f}"))
-    rate = np.median([row["samples"] / row["seconds"] for row in rows])
+    rate = np.median([row.samples / row.seconds for row in rows])
     figures.append(Figure("samples/s", f"{rate:,.1f}", "median step"))
     speed = curves(rows, "tokens_per_second")[1]
     if len(speed):
@@ -137,22 +142,25 @@ def _add_loss(page: Page, rows: Rows) -> None:
 
 def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:
     """The smoothed loss of each group, over the steps that had any of it."""
-    names = sorted({group for row in rows for group in row.get(name, ())})
+    groups: list[tuple[int, dict[str, tuple[float, int]]]]
+    groups = [(row.step, getattr(row, name)) for row in rows]
     found: dict[str, Curve] = {}
-    for group in names:
-        own = [
-            {"step": r["step"], "mean": r[name][group][0]} for r in rows if group in r.get(name, ())
-        ]
-        steps, values = curves(own, "mean")
+    for group in sorted({group for _, means in groups for group in means}):
+        steps, values = _curve((step, means[group][0]) for step, means in groups if group in means)
         found[group] = steps, _eased(values)
     return found
 
 
 def _part_curves(rows: Rows) -> dict[str, Curve]:
     """The gradient's norm in each part that learns; one alone is the whole."""
-    parts = [{"step": row["step"], **row.get("grad_norm_by_part", {})} for row in rows]
-    names = sorted({name for part in parts for name in part} - {"step"})
-    return {name: curves(parts, name) for name in names} if len(names) > 1 else {}
+    parts = [(row.step, row.grad_norm_by_part) for row in rows]
+    names = sorted({name for _, norms in parts for name in norms})
+    if len(names) < 2:
+        return {}
+    return {
+        name: _curve((step, norms[name]) for step, norms in parts if name in norms)
+        for name in names
+    }
 
 
 def _group_rows(groups: Mapping[str, Curve]) -> list[list[object]]:
@@ -188,7 +196,7 @@ def _add_speed(page: Page, rows: Rows, starts: Sequence[Start]) -> None:
         if len(curve[0]):
             page.line_chart({"": curve}, "step", unit, title)
     steps = curves(rows, "wait_seconds")[0]
-    shares = np.array([100 * row["wait_seconds"] / row["seconds"] for row in rows])
+    shares = np.array([100 * row.wait_seconds / row.seconds for row in rows])
     page.line_chart({"": (steps, shares)}, "step", "%", "Share of a step spent waiting for data")
 
 
@@ -201,7 +209,7 @@ def time_parts(rows: Rows, starts: Sequence[Start]) -> dict[str, float]:
     """
 
     def total(name: str) -> float:
-        return sum(row.get(name, 0.0) for row in rows)
+        return sum(getattr(row, name) or 0.0 for row in rows)
 
     parts = {
         "computing": total("seconds") - total("wait_seconds"),

@@ -60,7 +60,7 @@ def test_both_stages_train_twenty_steps_and_lose_nothing(
             "--model.language.settings.num_hidden_layers=1",
         ]
     )
-    losses = [row["loss"] for row in read_metrics(output)]
+    losses = [row.loss for row in read_metrics(output)]
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]

@@ -257,11 +257,11 @@ def test_run_equals_llavas(
     micro = micro[:, : steps * case.accumulation]
     losses = micro.reshape(case.ranks, steps, case.accumulation).mean((0, 2))
     assert len(rows) == steps == feed.total_steps
-    loss = float(np.abs(losses - [row["loss"] for row in rows]).max())
-    peak = max(row["lr"] for row in rows)
-    rate = float(np.abs(np.subtract(notes[0]["rates"], [r["lr"] for r in rows])).max()) / peak
+    loss = float(np.abs(losses - [row.loss for row in rows]).max())
+    peak = max(row.lr or 0.0 for row in rows)
+    rate = float(np.abs(np.subtract(notes[0]["rates"], [r.lr or 0.0 for r in rows])).max()) / peak
     norms = np.array(notes[0]["norms"])
-    norm = float(np.abs(norms / [row["grad_norm"] for row in rows] - 1).max())
+    norm = float(np.abs(norms / [row.grad_norm or 0.0 for row in rows] - 1).max())
     weights = moved_apart(case, config, tmp_path / "llava")
     table.append(
         f"| {case.name} | {case.count} | {case.batch} x {case.accumulation} x {case.ranks} "

@@ -67,7 +67,7 @@ def test_adapters_after_adapters_begin_where_the_first_ended(place: Path) -> Non
     losses: dict[str, float] = {}
     for name, flags in others.items():
         assert train(place, name, *flags, *start) == 0
-        losses[name] = read_metrics(place / name)[0]["loss"]
+        losses[name] = read_metrics(place / name)[0].loss
     for name in ("alpha", "rank"):
         assert losses[name] == pytest.approx(losses["whole"], rel=1e-6)
     assert losses["rows"] == pytest.approx(losses["whole"], rel=1e-2)  # eight more to choose from
@@ -122,7 +122,7 @@ def test_more_epochs_are_said_and_the_run_is_finished_after_them(
     assert train(place, "longer", "--epochs=2") == 0
     said = words(capsys)
     assert f"epochs: 1 before, now 2: the {done} steps that are taken keep their learning" in said
-    assert [row["step"] for row in read_metrics(place / "longer")] == list(range(2 * done))
+    assert [row.step for row in read_metrics(place / "longer")] == list(range(2 * done))
     assert train(place, "longer", "--epochs=2") == 0
     assert f"finished already, at step {2 * done}" in words(capsys)
     line = one_line(pipelines.train.main, arguments(place, "longer", "--epochs=1"), capsys)

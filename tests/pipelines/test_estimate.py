@@ -40,7 +40,7 @@ def test_its_operations_are_those_of_the_run(
     dataset = small_dataset(tmp_path, images=16, text_only=8)
     config = small_run(dataset, tmp_path / "run", num_workers=1, launcher="process", epochs=1)
     launch(preflight(config))
-    taken = sum(row["flops"] for row in read_metrics(tmp_path / "run"))
+    taken = sum(row.flops or 0 for row in read_metrics(tmp_path / "run"))
     opened = open_dataset(dataset, view=config.view, image_tokens=4)
     found = sample_operations(sketch_run(config), opened) * len(opened)
     assert found == pytest.approx(taken, rel=1e-9)

@@ -18,6 +18,7 @@ from pipelines.quickstart_data.majority_baseline import blind_answers
 from pipelines.reports.quickstart_report import Story, describe_hardware, versions, write_report
 from tests.browser import Chromium
 from tests.factories import Mixture, build_dataset, make_tokenizer
+from tests.train.small_run import made_step
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def story(folder: Path, tmp_path: Path) -> Story:
         "versions": versions(),
         "hardware": describe_hardware(),
     }
-    rows = [{"step": step, "loss": 3.0 / (step + 1)} for step in range(50)]
+    rows = [made_step(step, loss=3.0 / (step + 1)) for step in range(50)]
     metrics = {"stage 1": rows, "stage 2": rows}
     return Story(summary, {"test": build}, metrics, answers, {"recipe.yaml": "epochs: 7"})
 

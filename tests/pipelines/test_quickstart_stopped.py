@@ -126,7 +126,7 @@ def test_stopped_at_every_turn_it_goes_on_and_repeats_nothing(tmp_path: Path) ->
     assert "pretrain: finished already" in text
     assert expected in text
     for run in (first, second):
-        steps = [row["step"] for row in read_metrics(run)]
+        steps = [row.step for row in read_metrics(run)]
         assert steps == list(range(len(steps)))
         assert len(steps) > 105
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ def ends(config: RunConfig, **how: Any) -> tuple[int, str, str]:
 def wait_for_step(config: RunConfig, step: int, running: Running) -> None:
     """Wait until a step is done."""
     give_up = time.monotonic() + PATIENCE
-    while not any(row["step"] >= step for row in read_metrics(Path(config.output))):
+    while not any(row.step >= step for row in read_metrics(Path(config.output))):
         assert running.process.poll() is None, running.end()
         assert time.monotonic() < give_up, f"the run never came to step {step}"
         time.sleep(0.005)

@@ -43,7 +43,7 @@ def train_together(
         worker.start()
     if kill_at is not None:
         give_up = time.monotonic() + PATIENCE
-        while not any(row["step"] >= kill_at for row in read_metrics(run)):
+        while not any(row.step >= kill_at for row in read_metrics(run)):
             assert time.monotonic() < give_up, "the run never came to the step"
             time.sleep(0.005)
         workers[-1].kill()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
+from lapilli.train.run_folder.metrics_file import StepMetrics
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.tiny import model_config
 
@@ -30,3 +32,11 @@ def small_run(dataset: Path, output: Path, **values: Any) -> RunConfig:
         **values,
     }  # fmt: skip
     return RunConfig(dataset=str(dataset), output=str(output), view=VIEW, model=model, **settings)
+
+
+def made_step(step: int, **values: Any) -> StepMetrics:
+    """A row of metrics.jsonl with what every run has, and `values`."""
+    every = StepMetrics(
+        step=step, loss=1.0, samples=8, trained_tokens=40, seconds=0.5, wait_seconds=0.1
+    )
+    return replace(every, **values)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lapilli.train.config import CheckpointConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
-from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from pipelines.cli.command import run
 from tests.train.small_run import small_dataset, small_run
 
@@ -28,9 +27,9 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(
     whole = launch(preflight(replace(config, output=str(tmp_path / "whole"))))
     fill = tiny_disk / "fill"
 
-    def fill_up(row: dict[str, Any], total: int) -> None:
+    def fill_up(row: StepMetrics, total: int) -> None:
         del total
-        if row["step"] == 3:
+        if row.step == 3:
             fill.write_bytes(b"\0" * shutil.disk_usage(tiny_disk).free)
 
     def main() -> int:
@@ -46,6 +45,6 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert "free space" in line
     assert "Traceback" not in error
     fill.unlink()
-    assert launch(preflight(config))[-1]["loss"] == whole[-1]["loss"]
+    assert launch(preflight(config))[-1].loss == whole[-1].loss
     rows = read_metrics(tiny_disk / "run")
-    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+    assert [row.loss for row in rows] == [row.loss for row in whole]

@@ -37,6 +37,6 @@ def test_a_lost_machine_leaves_one_worker_and_the_run_ends_as_if_it_had_been_one
     assert "2 workers on" in said
     assert "1 worker:" in said
     found, expected = read_metrics(Path(config.output)), read_metrics(Path(alone.output))
-    assert [row["batch"] for row in found] == [row["batch"] for row in expected]
-    losses = [row["loss"] for row in expected]
-    assert [row["loss"] for row in found] == pytest.approx(losses, abs=1e-4)
+    assert [row.batch for row in found] == [row.batch for row in expected]
+    losses = [row.loss for row in expected]
+    assert [row.loss for row in found] == pytest.approx(losses, abs=1e-4)

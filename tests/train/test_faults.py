@@ -39,8 +39,8 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConf
 
 def column(config: RunConfig, name: str) -> list[Any]:
     rows = read_metrics(Path(config.output))
-    assert [row["step"] for row in rows] == list(range(len(rows)))
-    return [row[name] for row in rows]
+    assert [row.step for row in rows] == list(range(len(rows)))
+    return [getattr(row, name) for row in rows]
 
 
 def last_line(errors: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,11 +21,11 @@ from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.messages import notes_from
-from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 
-Rows = list[dict[str, Any]]
+Rows = list[StepMetrics]
 
 computes = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this processor has no fp16"
@@ -47,8 +47,8 @@ def rows_of(config: RunConfig) -> Rows:
     return read_metrics(Path(config.output))
 
 
-def told(rows: Rows) -> list[tuple[float, ...]]:
-    return [tuple(row[name] for name in ("loss", "grad_norm", "loss_scale")) for row in rows]
+def told(rows: Rows) -> list[tuple[float | None, ...]]:
+    return [(row.loss, row.grad_norm, row.loss_scale) for row in rows]
 
 
 def scale_from(monkeypatch: pytest.MonkeyPatch, power: int, window: int = 1000) -> None:
@@ -66,16 +66,16 @@ def test_an_overflow_repeats_the_step_and_loses_no_sample(
     scale_from(monkeypatch, 30)
     config = alone(dataset, tmp_path / "wild", zero_stage=stage)
     wild = rows_of(config)
-    times = wild[0]["overflows"]
-    assert wild[0]["loss_scale"] == 2.0 ** (30 - times) < 2**20
+    times = wild[0].overflows or 0
+    assert wild[0].loss_scale == 2.0 ** (30 - times) < 2**20
     lines, _ = notes_from(Path(config.output), 0)
     assert any(f"lowered {times} times" in line for line in lines)
     # one that begins with the scale that fits never knew of it
     scale_from(monkeypatch, 30 - times)
     calm = rows_of(alone(dataset, tmp_path / "calm", zero_stage=stage))
-    assert calm[0]["overflows"] == 0
+    assert calm[0].overflows == 0
     assert told(wild) == told(calm)
-    assert [row["batch"] for row in wild] == [row["batch"] for row in calm]
+    assert [row.batch for row in wild] == [row.batch for row in calm]
 
 
 @computes
@@ -85,10 +85,10 @@ def test_losses_are_near_those_of_fp32_and_weights_are_kept_in_it(
     exact = rows_of(alone(dataset, tmp_path / "fp32", precision="fp32"))
     config = alone(dataset, tmp_path / "fp16")
     rows = rows_of(config)
-    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in exact], abs=0.03)
+    assert [r.loss for r in rows] == pytest.approx([r.loss for r in exact], abs=0.03)
     for row in rows:
-        whole = np.hypot(*row["grad_norm_by_part"].values())
-        assert whole == pytest.approx(row["grad_norm"], rel=1e-4)
+        whole = math.hypot(*row.grad_norm_by_part.values())
+        assert whole == pytest.approx(row.grad_norm, rel=1e-4)
     newest = latest_checkpoint(Path(config.output))
     assert newest is not None
     for name, value in load_file(newest.path / "weights.safetensors").items():
@@ -103,7 +103,7 @@ def test_a_resumed_run_goes_on_with_the_scale(
     scale_from(monkeypatch, 8, window=3)  # doubled at every third step
     config = alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=4))
     before = rows_of(config)
-    assert len({row["loss_scale"] for row in before}) == 3
+    assert len({row.loss_scale for row in before}) == 3
     shutil.rmtree(Path(config.output) / "checkpoints/step-00000008")
     ready = preflight(config)
     assert ready.start == 4
@@ -127,8 +127,8 @@ def test_two_workers_lower_the_scale_together(stage: int, dataset: Path, tmp_pat
     )
     assert train_together(config) == [0, 0]
     two = read_metrics(Path(config.output))
-    assert sum(row["overflows"] for row in two) > 0
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=0.01)
+    assert sum(row.overflows or 0 for row in two) > 0
+    assert [r.loss for r in two] == pytest.approx([r.loss for r in one], abs=0.01)
 
 
 def test_a_processor_without_fp16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,9 @@ def one_worker(dataset: Path, output: Path, **values: object) -> RunConfig:
     )
 
 
-def rows(config: RunConfig) -> list[tuple[int, float, float, str]]:
+def rows(config: RunConfig) -> list[tuple[int, float, float | None, str | None]]:
     found = read_metrics(Path(config.output))
-    return [(row["step"], row["loss"], row["lr"], row["batch"]) for row in found]
+    return [(row.step, row.loss, row.lr, row.batch) for row in found]
 
 
 def state(config: RunConfig, name: str) -> dict[str, list[float]]:
@@ -97,7 +97,9 @@ def test_the_steps_that_are_left_follow_the_schedule_of_the_whole(
     assert len(found) == 3 * len(before)
     rates = [learning_rate(cosine, step, len(found)) for step in range(len(found))]
     assert [rate for _, _, rate, _ in found[len(before) :]] == rates[len(before) :]
-    assert rates[len(before)] > before[-1][2]  # it rises again
+    last = before[-1][2]
+    assert last is not None
+    assert rates[len(before)] > last  # it rises again
 
 
 def test_it_cannot_become_shorter_than_it_is(two_epochs: RunConfig) -> None:

@@ -40,9 +40,10 @@ def test_two_workers_have_the_losses_of_one_process(tmp_path: Path) -> None:
     for config in (alone, shared):
         launch(preflight(replace(config, model=model)))
     found, expected = (read_metrics(Path(run.output)) for run in (shared, alone))
-    assert [row["step"] for row in found] == [0, 1]
-    for key in ("loss", "grad_norm"):
-        assert [row[key] for row in found] == pytest.approx([r[key] for r in expected], abs=1e-4)
+    assert [row.step for row in found] == [0, 1]
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], abs=1e-4)
+    norms = [row.grad_norm for row in expected]
+    assert [row.grad_norm for row in found] == pytest.approx(norms, abs=1e-4)
     weights = [
         (tmp_path / name / "checkpoints" / "step-00000002" / "weights.safetensors")
         for name in ("shared", "alone")

@@ -85,25 +85,28 @@ def test_a_rows_parts_add_up_to_its_loss(finished: tuple[Path, Path]) -> None:
     rows = read_metrics(finished[0])
     assert len(rows) == 6
     for row in rows:
-        for by in ("source", "modality"):
-            groups: dict[str, Any] = row[f"loss_by_{by}"]
+        for groups in (row.loss_by_source, row.loss_by_modality):
             total = sum(mean * tokens for mean, tokens in groups.values())
-            assert sum(tokens for _, tokens in groups.values()) == row["trained_tokens"]
-            assert total / row["trained_tokens"] == pytest.approx(row["loss"], rel=1e-5)
-        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
-        assert 0 < row["mfu"] < row["hfu"] < 1
-        assert row["flops"] < row["hardware_flops"]
-        assert row["flops"] > 0
-    assert {name for row in rows for name in row["loss_by_modality"]} <= {"image", "text"}
+            assert sum(tokens for _, tokens in groups.values()) == row.trained_tokens
+            assert total / row.trained_tokens == pytest.approx(row.loss, rel=1e-5)
+        assert row.tokens
+        assert row.mfu
+        assert row.hfu
+        assert row.hardware_flops
+        assert row.flops
+        assert row.tokens_per_second == pytest.approx(row.tokens / row.seconds)
+        assert 0 < row.mfu < row.hfu < 1
+        assert 0 < row.flops < row.hardware_flops
+    assert {name for row in rows for name in row.loss_by_modality} <= {"image", "text"}
 
 
 def test_the_norms_of_the_parts_add_up_to_deepspeeds_of_the_whole(
     finished: tuple[Path, Path],
 ) -> None:
     for row in read_metrics(finished[0]):
-        parts: dict[str, float] = row["grad_norm_by_part"]
+        parts = row.grad_norm_by_part
         assert parts.keys() == {"projector", "language"}
-        assert math.hypot(*parts.values()) == pytest.approx(row["grad_norm"], rel=1e-5)
+        assert math.hypot(*parts.values()) == pytest.approx(row.grad_norm, rel=1e-5)
 
 
 def test_the_worst_samples_of_the_first_step_are_those_of_a_plain_model(
@@ -153,8 +156,8 @@ def test_means_are_over_tokens_and_not_over_samples() -> None:
         SampleLoss(0, 0, "a/0", True, 10.0, 5), SampleLoss(0, 1, "a/1", False, 1.0, 1),
         SampleLoss(0, 2, "b/0", False, 4.0, 2),
     ]  # fmt: skip
-    assert group_means(samples, "source") == {"a": [11 / 6, 6], "b": [2.0, 2]}
-    assert group_means(samples, "modality") == {"image": [2.0, 5], "text": [5 / 3, 3]}
+    assert group_means(samples, "source") == {"a": (11 / 6, 6), "b": (2.0, 2)}
+    assert group_means(samples, "modality") == {"image": (2.0, 5), "text": (5 / 3, 3)}
 
 
 def test_the_file_of_the_worst_is_lines_of_json(finished: tuple[Path, Path]) -> None:
@@ -169,7 +172,7 @@ def test_tensorboard_shows_the_same_losses(finished: tuple[Path, Path]) -> None:
     events = reader.EventAccumulator(str(finished[0] / "tensorboard"))
     events.Reload()
     shown = [event.value for event in events.Scalars("loss")]
-    assert shown == pytest.approx([row["loss"] for row in read_metrics(finished[0])])
+    assert shown == pytest.approx([row.loss for row in read_metrics(finished[0])])
 
 
 def test_the_held_out_loss_is_a_plain_models_with_the_checkpoints_weights(
@@ -177,7 +180,7 @@ def test_the_held_out_loss_is_a_plain_models_with_the_checkpoints_weights(
 ) -> None:
     run, dataset = finished
     rows = read_metrics(run)
-    assert [row["step"] for row in rows if "held_out_loss" in row] == [2, 5]
+    assert [row.step for row in rows if row.held_out_loss is not None] == [2, 5]
     model = load_trained(run).model
     opened = open_dataset(dataset, view=VIEW, image_tokens=model.vision.num_tokens)
     chosen = [int(place) for place in np.linspace(0, len(opened) - 1, 7)]
@@ -186,7 +189,7 @@ def test_the_held_out_loss_is_a_plain_models_with_the_checkpoints_weights(
     with torch.no_grad():
         total = sum(float(plain_losses(model, batch).sum()) for batch in batches)
     expected = total / sum(int(opened.num_trained[i]) for i in chosen)
-    assert rows[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+    assert rows[-1].held_out_loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_micro_batches_are_dealt_out_without_loss(finished: tuple[Path, Path]) -> None:

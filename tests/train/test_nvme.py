@@ -108,7 +108,7 @@ def test_a_run_leaves_nothing_on_the_disk(found: dict[str, Any], tmp_path: Path)
     left.mkdir(parents=True)
     (left / "5_6.tensor.swp").write_bytes(bytes(100))
     launch(preflight(config))
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+    assert [row.step for row in read_metrics(tmp_path / "run")] == [0, 1]
     assert [*disk.iterdir()] == []
 
 

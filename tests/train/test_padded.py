@@ -66,4 +66,4 @@ def test_operations_are_those_that_torch_counts(dataset: Path, recomputes: bool)
     for step in range(3):
         made = [feed.make(step) for feed in feeds]
         counted = sum(seen_by_torch(model, batch) for rank in made for batch in rank.batches)
-        assert meter.speed(made[0], 1.0)["hardware_flops"] == counted
+        assert meter.speed(made[0], 1.0).hardware_flops == counted

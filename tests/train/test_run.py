@@ -26,7 +26,7 @@ from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
-from tests.train.small_run import small_dataset, small_run
+from tests.train.small_run import made_step, small_dataset, small_run
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -46,8 +46,8 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConf
 
 def losses(config: RunConfig) -> list[float]:
     rows = read_metrics(Path(config.output))
-    assert [row["step"] for row in rows] == list(range(len(rows)))
-    return [row["loss"] for row in rows]
+    assert [row.step for row in rows] == list(range(len(rows)))
+    return [row.loss for row in rows]
 
 
 def test_a_run_ends_with_metrics_and_a_checkpoint_and_the_loss_has_fallen(
@@ -339,10 +339,10 @@ def test_a_disk_too_small_for_the_checkpoints_stops_before_step_0(
 def test_metrics_forget_the_steps_a_restart_takes_again(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     for step in range(5):
-        metrics.write({"step": step, "loss": 1.0})
+        metrics.write(made_step(step))
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a kill in the middle of a line
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    assert [row.step for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
     MetricsFile(tmp_path, 3).close()
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+    assert [row.step for row in read_metrics(tmp_path)] == [0, 1, 2]

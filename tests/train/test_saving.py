@@ -173,7 +173,7 @@ def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_been(tmp_path: Pa
     last.join()
     assert last.exitcode == 0
     rows = [read_metrics(Path(one.output)) for one in (whole, config)]
-    assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
+    assert [row.loss for row in rows[1]] == [row.loss for row in rows[0]]
     left = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
     assert left == ["step-00000013", "step-00000014"]
 

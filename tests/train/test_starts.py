@@ -18,13 +18,13 @@ from lapilli.train.run_folder.restarts import Start, read_starts, record_start
 from pipelines.reports.describe import describe_run
 from pipelines.reports.run_report import time_parts
 from tests.train.gang import train_together
-from tests.train.small_run import small_dataset, small_run
+from tests.train.small_run import made_step, small_dataset, small_run
 
 
 def rows(run: Path, count: int) -> None:
     metrics = MetricsFile(run, 0)
     for step in range(count):
-        metrics.write({"step": step, "seconds": 2.0})
+        metrics.write(made_step(step, seconds=2.0))
     metrics.close()
 
 
@@ -90,8 +90,8 @@ def test_workers_lost_before_their_first_step_are_counted_once_each(tmp_path: Pa
 
 def test_the_parts_of_the_time_are_those_of_steps_and_starts() -> None:
     steps = [
-        {"seconds": 3.0, "wait_seconds": 1.0, "held_out_seconds": 0.5},
-        {"seconds": 2.0, "wait_seconds": 0.0, "generated_seconds": 0.25},
+        made_step(0, seconds=3.0, wait_seconds=1.0, held_out_seconds=0.5),
+        made_step(1, seconds=2.0, wait_seconds=0.0, generated_seconds=0.25),
     ]
     starts = [Start(0, 2, "command", 7.0, 0, 0.0), Start(1, 1, "restart", 9.0, 2, 4.0)]
     assert time_parts(steps, starts) == {
@@ -112,7 +112,7 @@ def test_a_killed_worker_is_in_the_runs_own_account(tmp_path: Path) -> None:
     first, second = read_starts(tmp_path / "run")
     assert (first.step, first.reason, first.repeated) == (0, "command", 0)
     assert (second.step, second.reason, second.repeated) == (4, "restart", len(seen) - 4)
-    assert second.repeated_seconds == pytest.approx(sum(row["seconds"] for row in seen[4:]))
+    assert second.repeated_seconds == pytest.approx(sum(row.seconds for row in seen[4:]))
     assert second.seconds > 0
     assert "the workers were started again; the run goes on from step 4 with 2" in (
         tmp_path / "run" / NOTES

@@ -122,7 +122,7 @@ def test_fifty_steps_of_transformers_trainer(
 ) -> None:
     assert config.accumulation > 1
     expected = trainers_losses(config, dataset, tmp_path)
-    found = [row["loss"] for row in launch(preflight(config))]
+    found = [row.loss for row in launch(preflight(config))]
     assert len(found) == len(expected) == STEPS
     assert found == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.5  # it has learnt

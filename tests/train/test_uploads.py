@@ -17,7 +17,7 @@ from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
 from tests.train.small_run import small_dataset, small_run
@@ -67,8 +67,8 @@ def uploading_to(config: RunConfig, address: str) -> RunConfig:
 
 def losses(config: RunConfig) -> list[float]:
     rows = read_metrics(Path(config.output))
-    assert [row["step"] for row in rows] == list(range(6))
-    return [row["loss"] for row in rows]
+    assert [row.step for row in rows] == list(range(6))
+    return [row.loss for row in rows]
 
 
 def run(config: RunConfig) -> list[str]:
@@ -147,7 +147,7 @@ def test_a_run_is_made_longer_on_a_machine_that_has_only_its_store(
         f"the optimizer its moments; steps {done} to {2 * done - 1} follow the cosine schedule of "
         f"a run of {2 * done} steps",
     ]
-    assert losses(longer)[:done] == [row["loss"] for row in read_metrics(Path(first.output))]
+    assert losses(longer)[:done] == [row.loss for row in read_metrics(Path(first.output))]
     with pytest.raises(TrainError, match=r"^epochs: 1 makes 3 steps, .* has taken 6; raise it"):
         preflight(replace(first, output=str(tmp_path / "again")))
 
@@ -175,7 +175,7 @@ def test_a_store_that_is_gone_does_not_end_the_run(
         ready = preflight(config)
         told: list[str] = []
 
-        def lose(row: dict[str, float], total: int) -> None:
+        def lose(row: StepMetrics, total: int) -> None:
             nonlocal is_gone
             is_gone = True
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lapilli.data.io.atomic import write_json
 from lapilli.data.io.writer_lock import only_writer
@@ -19,7 +18,7 @@ from lapilli.train.driver.signals import stops_on_signals
 from lapilli.train.driver.workers import fit_here, fit_on_ray
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.messages import notes_end, notes_from
-from lapilli.train.run_folder.metrics_file import read_metrics, read_new
+from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics, read_new
 from lapilli.train.run_folder.names import CONFIG, FACTS
 from lapilli.train.run_folder.stop_request import forget_stop, is_stop_asked
 
@@ -29,7 +28,7 @@ __all__ = [
     "only_trainer",
 ]
 
-Progress = Callable[[dict[str, Any], int], None]
+Progress = Callable[[StepMetrics, int], None]
 
 
 def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
@@ -75,7 +74,7 @@ def launch(
     on_step: Progress = lambda row, total: None,
     on_stop: Callable[[], None] = lambda: None,
     on_note: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
+) -> list[StepMetrics]:
     """Run to the end, on Ray Train (which needs a running Ray) or in this process.
 
     A worker of Ray's that is lost is replaced and the run goes on from its last checkpoint, up to
@@ -106,7 +105,7 @@ def _launch(
     on_step: Progress,
     on_stop: Callable[[], None],
     on_note: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[StepMetrics]:
     found = asdict(ready)
     write_json(run / CONFIG, found.pop("config"))
     write_json(run / FACTS, found)
@@ -150,6 +149,6 @@ def _follow(
             on_note(line)
         rows, position = read_new(run, position)
         for row in rows:
-            if row["step"] > seen:
-                seen = row["step"]
+            if row.step > seen:
+                seen = row.step
                 on_step(row, ready.total_steps)

@@ -241,7 +241,8 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, dict):
             groups: dict[str, Any] = value
             for key, item in groups.items():
-                figures[f"{name}/{key}"] = float(item[0] if isinstance(item, list) else item)
+                is_mean = isinstance(item, list | tuple)  # and the number of its tokens
+                figures[f"{name}/{key}"] = float(item[0] if is_mean else item)
         elif isinstance(value, int | float) and name != "step":
             figures[name] = float(value)
     return {name: value for name, value in figures.items() if math.isfinite(value)}

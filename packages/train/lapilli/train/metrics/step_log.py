@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lapilli.train.config import RunConfig
 from lapilli.train.metrics.loggers import open_sinks
 from lapilli.train.metrics.step_metrics import StepMeter, Worst, group_means
-from lapilli.train.run_folder.metrics_file import MetricsFile
+from lapilli.train.run_folder.metrics_file import MetricsFile, StepMetrics, StepResult
 from lapilli.train.steps.feed import StepBatches
 from lapilli.train.validation.decoding import Asked
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "Validated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """What was done aside after a step, where it was due.
+
+    Attributes:
+        held_out_loss: The held-out loss.
+        held_out_seconds: What it took.
+        generated_seconds: What answering held-out questions took.
+        answers: To held-out questions.
+    """
+
+    held_out_loss: float | None = None
+    held_out_seconds: float | None = None
+    generated_seconds: float | None = None
+    answers: Sequence[Asked] = ()
+
+    @property
+    def seconds(self) -> float:
+        """What both took: no part of the step."""
+        return (self.held_out_seconds or 0.0) + (self.generated_seconds or 0.0)
 
 
 class Journal:
@@ -30,26 +51,49 @@ class Journal:
     def write(
         self,
         step: StepBatches,
-        row: dict[str, Any],
+        result: StepResult,
         losses: Sequence[float],
-        answers: Sequence[Asked] = (),
+        validated: Validated,
+        *,
+        seconds: float,
+        wait_seconds: float,
+        memory_bytes: float,
     ) -> None:
         """Add a step.
 
         Args:
             step: Its samples.
-            row: What has been measured, `seconds` among it.
+            result: What it computed.
             losses: Every sample's summed loss by its place in the global batch.
-            answers: To held-out questions, if any were asked after this step.
+            validated: What was done aside after it.
+            seconds: Of the step, with waiting for data.
+            wait_seconds: Waiting for data.
+            memory_bytes: The most that this rank has held so far.
         """
         samples = self._meter.samples(step, losses)
-        groups = {f"loss_by_{by}": group_means(samples, by) for by in ("source", "modality")}
-        whole = {**row, **self._meter.speed(step, row["seconds"]), **groups}
-        self._metrics.write(whole)
+        speed = self._meter.speed(step, seconds)
+        metrics = StepMetrics(
+            **vars(result),
+            held_out_loss=validated.held_out_loss,
+            held_out_seconds=validated.held_out_seconds,
+            generated_seconds=validated.generated_seconds,
+            seconds=seconds,
+            wait_seconds=wait_seconds,
+            memory_bytes=memory_bytes,
+            tokens=speed.tokens,
+            tokens_per_second=speed.tokens / seconds,
+            flops=speed.flops,
+            mfu=speed.mfu,
+            hardware_flops=speed.hardware_flops,
+            hfu=speed.hfu,
+            loss_by_source=group_means(samples, "source"),
+            loss_by_modality=group_means(samples, "modality"),
+        )
+        self._metrics.write(metrics)
         for sink in self._sinks:
-            sink.write(whole)
-            if answers:
-                sink.show(row["step"], answers)
+            sink.write(metrics.row())
+            if validated.answers:
+                sink.show(result.step, validated.answers)
         self._worst.add(samples)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from lapilli.train.steps.step import DeviceBatch
 __all__ = [
     "SampleLoss",
     "StepMeter",
+    "StepSpeed",
     "Worst",
     "group_means",
     "padded_numbers",
@@ -100,6 +101,25 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSpeed:
+    """How much a step did.
+
+    Attributes:
+        tokens: Of the global batch, the images' own included.
+        flops: What the mathematics of the real tokens needs.
+        mfu: Its share of the devices' peak rate; None where no peak is known.
+        hardware_flops: What all ranks execute, padding and recomputation included.
+        hfu: Its share of the peak rate.
+    """
+
+    tokens: int
+    flops: float
+    mfu: float | None
+    hardware_flops: float
+    hfu: float | None
+
+
 class StepMeter:
     """What rank 0 adds to a step's row. Asks the device for nothing.
 
@@ -119,17 +139,12 @@ class StepMeter:
         peak = measured_peak(device) if is_cpu else peak_flops(device_name(device))
         self._peak = peak and peak * feed.world_size
 
-    def speed(self, step: StepBatches, seconds: float) -> dict[str, Any]:
+    def speed(self, step: StepBatches, seconds: float) -> StepSpeed:
         """Tokens, operations and the share of the devices' peak rate they make.
 
         Args:
             step: The step.
             seconds: How long it took, with waiting for data.
-
-        Returns:
-            `tokens`, `tokens_per_second`; `flops`, what the mathematics of the real tokens needs,
-            and `mfu`, its share of the peak; `hardware_flops`, what all ranks execute, padding and
-            recomputation included, and `hfu`. Both shares are None where no peak is known.
         """
         micros = [
             step_flops(
@@ -142,14 +157,13 @@ class StepMeter:
         executed = sum(micro.hardware.total for micro in micros)
         tokens = int(self._dataset.lengths[step.placed[step.placed >= 0]].sum())
         possible = seconds * self._peak if self._peak else None
-        return {
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "flops": flops,
-            "mfu": flops / possible if possible else None,
-            "hardware_flops": executed,
-            "hfu": executed / possible if possible else None,
-        }
+        return StepSpeed(
+            tokens=tokens,
+            flops=flops,
+            mfu=flops / possible if possible else None,
+            hardware_flops=executed,
+            hfu=executed / possible if possible else None,
+        )
 
     def samples(self, step: StepBatches, losses: Sequence[float]) -> list[SampleLoss]:
         """Each sample's loss; none where the loss cannot be told apart (Liger).
@@ -213,14 +227,13 @@ class SampleLoss:
         return "image" if self.has_images else "text"
 
 
-def group_means(samples: Sequence[SampleLoss], by: str) -> dict[str, list[float]]:
+def group_means(samples: Sequence[SampleLoss], by: str) -> dict[str, tuple[float, int]]:
     """Mean loss over trained tokens, and their number, by `source` or `modality`."""
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, tuple[float, int]] = {}
     for sample in samples:
-        group = sums.setdefault(getattr(sample, by), [0.0, 0])
-        group[0] += sample.total
-        group[1] += sample.tokens
-    return {name: [total / tokens, tokens] for name, (total, tokens) in sorted(sums.items())}
+        total, tokens = sums.get(getattr(sample, by), (0.0, 0))
+        sums[getattr(sample, by)] = total + sample.total, tokens + sample.tokens
+    return {name: (total / tokens, tokens) for name, (total, tokens) in sorted(sums.items())}
 
 
 class Worst:

@@ -46,7 +46,7 @@ def record_start(run: Path, step: int, workers: int) -> Start:
     now = _changed(run / STARTS)  # by the clock of the other files' disk
     told, seen = _changed(run / FACTS), _changed(run / METRICS)
     since = max(told, seen) or now
-    undone = [row.get("seconds", 0.0) for row in read_metrics(run) if row["step"] >= step]
+    undone = [row.seconds for row in read_metrics(run) if row.step >= step]
     start = Start(
         step=step, workers=workers, reason="restart" if seen > told else "command",
         seconds=max(0.0, now - since), repeated=len(undone), repeated_seconds=sum(undone),

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,18 @@ from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.engine.deepspeed_internals import loss_scale, scale_state
 from lapilli.train.health.step_guard import StepGuard
 from lapilli.train.metrics.batch_digest import lanes_text, sample_lanes
-from lapilli.train.metrics.step_log import Journal
+from lapilli.train.metrics.step_log import Journal, Validated
 from lapilli.train.metrics.step_metrics import StepMeter, slot_losses
 from lapilli.train.run_folder.dataset_files import data_facts
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.metrics_file import StepResult
 from lapilli.train.run_folder.names import FOLDER, MILESTONES
 from lapilli.train.run_folder.restarts import record_start
 from lapilli.train.run_folder.stop_request import is_stop_asked
 from lapilli.train.steps.device_copy import SentStep, send_ahead
 from lapilli.train.steps.optim import learning_rate
 from lapilli.train.steps.step import seed_step, train_step
-from lapilli.train.validation.sample_generations import Generation, forget_generations
+from lapilli.train.validation.sample_generations import forget_generations
 from lapilli.train.worker.setup import Setup
 
 __all__ = [
@@ -61,18 +63,16 @@ def fit(ready: Setup) -> None:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             waited = time.monotonic() - clock
             guard.begin(waited)
-            row, stops, losses = one_step(ready, batches, wants_stop=_wants_stop(ready))
-            guard.check(batches, row["loss"], row["grad_norm"])
+            result, stops, losses = one_step(ready, batches, wants_stop=_wants_stop(ready))
+            guard.check(batches, result.loss, result.grad_norm)
             guard.end(batches.step)
-            row.update(_held_out_loss(ready, batches.step))
-            generated, answers = _generated(ready, batches.step)
-            row.update(generated)
-            aside = row.get("held_out_seconds", 0.0) + row.get("generated_seconds", 0.0)
-            seconds = time.monotonic() - clock - aside
+            validated = _validate(ready, batches.step)
+            seconds = time.monotonic() - clock - validated.seconds
             if journal:
-                memory = peak_memory(ready.device)
-                timing = {"seconds": seconds, "wait_seconds": waited, "memory_bytes": memory}
-                journal.write(batches, {**row, **timing}, losses, answers)
+                journal.write(
+                    batches, result, losses, validated,
+                    seconds=seconds, wait_seconds=waited, memory_bytes=peak_memory(ready.device),
+                )  # fmt: skip
             writer.check()
             _save(ready, batches.step + 1, writer, uploads, now=stops)
             if stops:
@@ -117,22 +117,18 @@ def _open_journal(ready: Setup) -> Journal:
     return Journal(config, ready.start, meter)
 
 
-def _held_out_loss(ready: Setup, step: int) -> dict[str, float]:
-    """The held-out loss after a step, where it is due. Collective."""
-    if not (ready.held_out and _is_due(ready, step, ready.config.validation.every)):
-        return {}
+def _validate(ready: Setup, step: int) -> Validated:
+    """The held-out loss and answers to held-out questions, where they are due. Collective."""
+    done = Validated()
     start = time.monotonic()
-    loss = ready.held_out.loss(ready.engine, ready.device)
-    return {"held_out_loss": loss, "held_out_seconds": time.monotonic() - start}
-
-
-def _generated(ready: Setup, step: int) -> tuple[dict[str, float], list[Generation]]:
-    """Have held-out questions answered after a step, where it is due. Collective."""
-    if not (ready.generations and _is_due(ready, step, ready.config.validation.answers_every)):
-        return {}, []
+    if ready.held_out and _is_due(ready, step, ready.config.validation.every):
+        loss = ready.held_out.loss(ready.engine, ready.device)
+        done = replace(done, held_out_loss=loss, held_out_seconds=time.monotonic() - start)
     start = time.monotonic()
-    answers = ready.generations.ask(ready.engine, step)
-    return {"generated_seconds": time.monotonic() - start}, answers
+    if ready.generations and _is_due(ready, step, ready.config.validation.answers_every):
+        answers = ready.generations.ask(ready.engine, step)
+        done = replace(done, answers=answers, generated_seconds=time.monotonic() - start)
+    return done
 
 
 def _is_due(ready: Setup, step: int, every: int) -> bool:
@@ -165,11 +161,11 @@ def _save(
 
 def one_step(
     ready: Setup, batches: SentStep, *, wants_stop: bool
-) -> tuple[dict[str, Any], bool, list[float]]:
+) -> tuple[StepResult, bool, list[float]]:
     """Take one optimizer step.
 
     Returns:
-        What is worth writing down; whether any rank stops; every sample's summed loss by its place
+        What it computed; whether any rank stops; every sample's summed loss by its place
         in the global batch.
     """
     rate = learning_rate(
@@ -177,7 +173,7 @@ def one_step(
         starts_at_zero=ready.config.sampler == "llava",
     )  # fmt: skip
     engine.set_learning_rate(ready.engine, rate)
-    total, squares, scaling = _take(ready, batches)
+    total, squares, scale, overflows = _take(ready, batches)
     taken = sample_lanes(batch.sample_ids for batch in batches.batches)
     losses = slot_losses(batches.slots, batches.on_device, ready.config.global_batch_size)
     told = torch.cat([total[None], total.new_tensor([float(wants_stop), *taken]), squares, losses])
@@ -188,22 +184,25 @@ def one_step(
     squared, by_slot = rest[: len(squares)], rest[len(squares) :]
     loss = summed / max(1, batches.global_tokens)
     norm = _norm(ready.engine, squared)
-    row = {
-        "step": batches.step,
-        "loss": loss,
-        "lr": rate,
-        "grad_norm": norm,
-        "grad_norm_by_part": _by_part(ready.engine, squared),
-        "samples": batches.global_samples,
-        "trained_tokens": batches.global_tokens,
-        "batch": lanes_text(lanes),
-        **scaling,
-    }
-    return row, stops > 0, by_slot
+    result = StepResult(
+        step=batches.step,
+        loss=loss,
+        lr=rate,
+        grad_norm=norm,
+        grad_norm_by_part=_by_part(ready.engine, squared),
+        samples=batches.global_samples,
+        trained_tokens=batches.global_tokens,
+        batch=lanes_text(lanes),
+        loss_scale=scale,
+        overflows=overflows,
+    )
+    return result, stops > 0, by_slot
 
 
-def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The step itself: this rank's summed loss, its share of the gradient by part; fp16's scale.
+def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor, float | None, int | None]:
+    """The step itself: this rank's summed loss and its share of the gradient by part.
+
+    For fp16 also the loss scale, and how often it was lowered for this step.
 
     Where fp16 overflows, DeepSpeed updates nothing and lowers the scale, on all ranks alike. The
     same samples are then taken again, so that none is lost, until there is nothing to lower.
@@ -224,14 +223,14 @@ def _take(ready: Setup, batches: SentStep) -> tuple[Tensor, Tensor, dict[str, fl
             break
         overflows += 1
     if ready.config.precision != "fp16":
-        return total, squares[-1], {}
+        return total, squares[-1], None, None
     if overflows and ready.is_writer:
         note(
             Path(ready.config.output),
             f"step {batches.step}: its gradient overflowed fp16; taken again with the loss scale "
             f"lowered {overflows} times, to {scale:g}; no sample is lost",
         )
-    return total, squares[-1], {"loss_scale": scale, "overflows": overflows}
+    return total, squares[-1], scale, overflows
 
 
 def _by_part(built: Any, squares: list[float]) -> dict[str, float]:
