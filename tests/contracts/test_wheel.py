@@ -59,7 +59,7 @@ def test_wheel_carries_its_licence_and_dependencies(wheel: zipfile.ZipFile) -> N
     names = wheel.namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
-    assert b"Requires-Dist: torch>=2.11" in wheel.read(metadata)
+    assert b"Requires-Dist: torch<2.14,>=2.11" in wheel.read(metadata)
 
 
 def test_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

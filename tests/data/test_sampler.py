@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lapilli.data.batches.collate import choose_buckets
 from lapilli.data.batches.llava_sampler import llava_order
 from lapilli.data.batches.sampler import EpochPlan, assign, longest_rows, plan_epoch
 from lapilli.data.errors import DataError
+from tests.tracing import lines_run
 
 GOLDENS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "goldens" / "llava_sampler.json").read_text()
@@ -344,24 +343,6 @@ def test_empty_slots_are_spread() -> None:
         [[0, 1, -1, -1], [4, -1, -1, -1]],
         [[2, -1, -1, -1], [3, -1, -1, -1]],
     ]
-
-
-def lines_run(work: Callable[[], object]) -> int:
-    """Calls, lines and returns of Python that some work comes to."""
-    count = 0
-
-    def trace(*_: object) -> Any:
-        nonlocal count
-        count += 1
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.parametrize("sampler", ["grouped", "random"])

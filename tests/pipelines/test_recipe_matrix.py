@@ -185,7 +185,7 @@ def test_a_family_without_sdpa_starts_with_eager_and_says_so(
 
 @pytest.mark.parametrize("main", [pipelines.estimate.main, pipelines.train.main])
 def test_settings_that_transformers_asserts_are_one_line(
-    main: Callable[[list[str]], int],
+    main: Callable[[Sequence[str]], int],
     material: Material,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -84,7 +84,7 @@ def require_current(run: Path) -> None:
     Raises:
         TrainError: It is one; says how to go on from its weights.
     """
-    found = from_json((run / CONFIG).read_bytes(), dict[str, Any])
+    found = from_json(read_whole(run / CONFIG), dict[str, Any])
     if RUN_NAMES.found_in(found):
         raise TrainError(
             f"output: {run} was made by an earlier version and cannot be resumed; start a new run "
