@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lapilli.data.io.printable import relative_names
+from lapilli.data.io.printable import relative_names, spell_out
 from lapilli.data.text.token_text import Piece, join_pieces
 from pipelines.reports import charts
 from pipelines.reports.ticks import Values, number
@@ -34,7 +34,6 @@ __all__ = ["Figure", "GalleryItem", "Page"]
 
 Line: TypeAlias = str | tuple[str, str]
 
-_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _NUMBER_LIKE = re.compile(r"[+\-−±]?\d[\d,.]*(e[+\-]?\d+)?\s?(%|[kMBGT]|[KMGT]i?B|B|s|ms|min|h)?")
 _MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 _SMALL = 160  # pixels; a smaller picture is enlarged with its pixels kept sharp
@@ -350,7 +349,7 @@ class Page:
                 for section, (start, stop) in zip(self._sections, spans, strict=True)
             ],
         )
-        return _UNWRITABLE.sub("\ufffd", text)
+        return spell_out(text)
 
     def write(self, path: str | Path) -> Path:
         """Write the page, whole or not at all; folders are made as needed.
