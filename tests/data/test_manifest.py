@@ -78,6 +78,12 @@ def test_what_is_no_manifest_says_so(tmp_path: Path, content: str, message: str)
     assert "\n" not in str(caught.value)
 
 
+def test_a_manifest_without_views_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, replace(MANIFEST, views={}))
+    with pytest.raises(DataError, match="views: empty; expected one at least"):
+        read_manifest(tmp_path)
+
+
 def test_a_folder_without_one_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no dataset; give the --output of a preprocess"):
         read_manifest(tmp_path)

@@ -265,6 +265,8 @@ def _check(manifest: Manifest) -> None:
     Raises:
         JsonError: Names the field.
     """
+    if not manifest.views:
+        raise JsonError("views: empty; expected one at least")
     for name, view in manifest.views.items():
         place = f"views.{name}"
         if view.images_per_shard < 1:
