@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lapilli.data.config import SourceConfig
@@ -20,6 +20,7 @@ LETTERS = st.text(
 )
 
 
+@example("s3", "0/", "")
 @given(st.sampled_from(["s3", "https", "GS", "ray"]), LETTERS, LETTERS)
 def test_no_password_is_repeated(scheme: str, before: str, after: str) -> None:
     secret = f"{before}hunter2{after}"

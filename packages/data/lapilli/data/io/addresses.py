@@ -10,10 +10,12 @@ __all__ = ["WEB", "hide_secrets", "refuse_address", "refuse_secrets", "refuse_we
 
 WEB = ("http", "https", "ftp")  # pages, which cannot be listed
 # A user and a password, which may hold any letter, or a user alone, in front of the host; with one
-# slash too, as `Path` leaves an address. A key, token or signature behind a question mark.
+# slash too, as `Path` leaves an address. Digits behind a colon are a port, unless an @, a host and
+# a path follow. A key, token or signature behind a question mark.
 _USER = (
     r"(?P<user>[a-z][a-z0-9+.-]*:/{1,2})"
-    r"(?:[^/\s@?#'\":]*:(?!\d+(?:/|$))[^\s'\"]*|[^/\s@?#'\"]*)@"
+    r"(?:[^/\s@?#'\":]*:(?!\d+(?:/(?![^\s'\"]*@[^\s'\"/@]+/)|$))[^\s'\"]*"
+    r"|[^/\s@?#'\"]*)@"
 )
 _QUERY = (
     r"(?P<query>[?&](?:[\w-]*(?:token|secret|password|signature|credential|key)|sig)=)[^&\s'\"]*"
