@@ -464,7 +464,7 @@ def test_a_wrong_encoding_is_named(
 def test_a_plan_is_a_value_and_reads_nothing_more(config: BuildConfig) -> None:
     excluded = records_excluded(config)
     manifest = read_manifest(Path(config.output))
-    plan = plan_build(replace(excluded, amend=True))
+    plan = plan_build(replace(excluded, incremental=True))
     shutil.rmtree(config.root)
     shutil.rmtree(config.output)
     described = [*plan.token_shards, *(s for view in plan.views.values() for s in view.shards)]

@@ -128,7 +128,7 @@ def test_open_and_read_add_their_rows(tmp_path: Path, results: Path) -> None:
 def test_plan_adds_a_row_for_each_order(tmp_path: Path, results: Path) -> None:
     flags = ["--samples=600", "--rounds=1", "--ranks=2", "--micro_batch_size=4", "--max_shapes=4"]
     assert main(["plan", *flags, f"--plot={tmp_path / 'plan.png'}"]) == 0
-    rows = {row["sampler"]: row for row in rows_of(results, "plan")}
+    rows = {row["policy"]: row for row in rows_of(results, "plan")}
     assert set(rows) == {*ORDERS, "one sort"}
     assert rows["llava"]["steps"] == rows["ungrouped"]["steps"] == "75"
     for order in ("grouped", "modality", "prismatic"):  # each modality has a tail of its own
