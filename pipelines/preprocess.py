@@ -1,6 +1,6 @@
 """Convert annotations and images to a dataset of Arrow shards.
 
-lapilli preprocess --config pipelines/recipes/llava15/finetune_data.yaml \
+lapilli preprocess --config llava15/finetune_data \
     --root playground/data --output datasets/llava15 --tokenizer lmsys/vicuna-7b-v1.5
 
 The same command again goes on where it was stopped; with --incremental it brings a dataset to

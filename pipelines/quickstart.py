@@ -249,7 +249,7 @@ def judge(summary: dict[str, Any], config: QuickstartConfig) -> int:
 
 NEXT = """
 Your own data next, in LLaVA's format:
-  lapilli preprocess --config pipelines/recipes/llava15/finetune_data.yaml \\
+  lapilli preprocess --config llava15/finetune_data \\
       --root YOUR_FOLDER --output datasets/mine --tokenizer NAME_OR_FOLDER
   lapilli show datasets/mine --samples 3
   lapilli train --config RECIPE.yaml --dataset datasets/mine --output runs/mine"""
