@@ -58,7 +58,7 @@ WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
 STATE, CONFIG = "state.json", "config.json"
 
 
-DATA = "data"  # what a run keeps of its dataset (`run_data`)
+DATA = "data"  # what a run keeps of its dataset (`dataset_files`)
 
 
 FACTS = "facts.json"  # what `preflight` found when the run was last started

@@ -37,7 +37,7 @@ __all__ = [
 
 
 class RunFacts(TypedDict):
-    """What `facts.json` says of a run that has been started (`launch.Preflight`)."""
+    """What `facts.json` says of a run that has been started (`driver.preflight.Preflight`)."""
 
     total_steps: Natural
     samples: Natural
