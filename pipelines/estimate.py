@@ -17,7 +17,7 @@ from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.io.access import exists
 from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
-from lapilli.model.parts.attention import choose_attention
+from lapilli.model.attention.choice import choose_attention
 from lapilli.model.parts.language import language_settings
 from lapilli.model.peak import peak_flops
 from lapilli.model.vlm import read_outline

@@ -169,6 +169,13 @@ def test_a_module_holds_its_tensors_where_it_is_said_to() -> None:
     assert torch.equal(module.get_buffer("running_mean"), torch.ones(2))
 
 
+@pytest.mark.parametrize(("dropout", "kernel"), [(0.0, "flash_attention"), (0.1, "math")])
+def test_torch_tells_which_attention_kernel_it_takes(dropout: float, kernel: str) -> None:
+    rows = torch.zeros(1, 2, 8, 8)
+    choose = torch_internals.fused_attention_choice
+    assert choose(rows, rows, None, dropout, shares=False) == kernel
+
+
 def test_torch_tells_whether_a_processor_computes_fp16_and_keeps_a_gpu_busy() -> None:
     assert torch_internals.computes_fp16() in {True, False}
     assert callable(torch.cuda._sleep)  # pyright: ignore[reportPrivateUsage]

@@ -103,7 +103,7 @@ def test_the_default_attention_is_one_that_the_family_has(language: str) -> None
         settings = {"n_embd": 24, "n_layer": 1, "n_head": 2, "vocab_size": 64}
     model = build_language(LanguageConfig(language, settings=settings))
     config: Any = model.config
-    assert config._attn_implementation == ("eager" if language == "gemma2" else "sdpa")
+    assert config._attn_implementation == "lapilli"
     assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.long)).logits).all()
 
 

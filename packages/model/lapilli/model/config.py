@@ -61,8 +61,9 @@ class LanguageConfig:
         model_type: transformers' name of the architecture, when there are no weights.
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
         settings: Settings of the transformers config, when there are no weights.
-        attention: transformers' attention implementation: `eager`, `sdpa`, `flash_attention_2`
-            ... `auto` takes `sdpa` where the architecture supports it, else `eager`.
+        attention: `lapilli`, which never reads the device, or one of transformers' implementations:
+            `eager`, `sdpa`, `flash_attention_2` ... `auto` takes `lapilli` where the architecture
+            was tested with it, else `sdpa` where it is supported, else `eager`.
         allow_pickle: Take weights that are not in safetensors too.
         trust_remote_code: Run the code that comes with the weights.
         vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new

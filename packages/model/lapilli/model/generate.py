@@ -17,6 +17,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
+from lapilli.model.attention.forward import with_masks
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
@@ -113,7 +114,7 @@ def generate(
         embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
     keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
     answers = _Answers(len(prompts), end_ids, watch)
-    with _own_settings(model.language) as run:
+    with with_masks(model.language), _own_settings(model.language) as run:
         run(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),

@@ -14,10 +14,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend
 
 __all__ = [
-    "FAKE_TENSOR_LOGGER", "FakeTensorMode", "computes_fp16", "keep_gpu_busy", "set_tensor_data",
-    "tensor_holders", "unset_fake_temporarily", "without_stacks",
+    "FAKE_TENSOR_LOGGER", "FakeTensorMode", "computes_fp16", "fused_attention_choice",
+    "keep_gpu_busy", "set_tensor_data", "tensor_holders", "unset_fake_temporarily",
+    "without_stacks",
 ]  # fmt: skip
 
 # FakeTensorMode, unset_fake_temporarily: torch's manual names fake tensors by these private
@@ -75,6 +77,22 @@ def computes_fp16() -> bool:
     AttributeError is raised where fp16 is asked for on a CPU.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def fused_attention_choice(
+    query: Tensor, key: Tensor, seen: Tensor | None, dropout: float, *, shares: bool
+) -> str:
+    """The kernel that `scaled_dot_product_attention` takes, in the small letters of its name.
+
+    Used: `torch._fused_sdp_choice`, which it asks itself. The public `can_use_flash_attention` and
+    its like tell what a kernel could do, and not which of them torch prefers on a card. If it went,
+    AttributeError is raised where a run records its kernels.
+    """
+    torch_: Any = torch
+    chosen = torch_._fused_sdp_choice(
+        query, key, key, seen, dropout, seen is None, enable_gqa=shares
+    )
+    return SDPBackend(chosen).name.lower()
 
 
 def keep_gpu_busy(cycles: int) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapilli.model.attention.choice import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.loss import trained_loss
 from lapilli.model.merging import merge
 from lapilli.model.parts.added_rows import added_rows
-from lapilli.model.parts.attention import choose_attention
 from lapilli.model.parts.language import (
     build_language,
     language_settings,

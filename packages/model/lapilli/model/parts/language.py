@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lapilli.model.attention.choice import AUTO, choose_attention
+from lapilli.model.attention.forward import refuse_masks, register
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.parts.attention import AUTO, choose_attention
 from lapilli.model.parts.pretrained import (
     Loading,
     check_memory,
@@ -61,6 +62,7 @@ def build_language(
     """
     settings = language_settings(config)
     attention = choose_attention(config.attention, settings).name
+    register()
     kind: dict[str, Any] = {
         "attn_implementation": None if attention == AUTO else attention, "dtype": dtype,
     }  # fmt: skip
@@ -70,6 +72,7 @@ def build_language(
         model = build(config, settings, kind)
         if config.vocab_size > model.config.vocab_size:
             grow_vocabulary(model, config.vocab_size)
+    refuse_masks(model)
     return model
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.data.batches.collate import Batch
+from lapilli.model.attention.choice import AUTO, choose_attention
 from lapilli.model.config import ModelConfig
-from lapilli.model.parts.attention import AUTO, choose_attention
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
 from lapilli.model.parts.trainable import parameter_counts, set_modes

@@ -16,7 +16,7 @@ from lapilli.data.io.atomic import write_json
 from lapilli.data.io.writer_lock import LOCK
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
-from lapilli.model.parts.attention import Attention, choose_attention
+from lapilli.model.attention.choice import Attention, choose_attention
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
 from lapilli.model.parts.quantized import packed_numbers

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lapilli.data.io.typed_json import Natural
+from lapilli.model.attention.forward import holds_all_scores
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.peak import measured_peak, peak_flops
-from lapilli.model.transformers_internals import attention_of
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.device import device_name
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
@@ -133,7 +133,7 @@ class StepMeter:
         self._feed = feed
         self._dataset = feed.dataset
         self._numbers = model_numbers(module)
-        is_eager = attention_of(module.language) == "eager"
+        is_eager = holds_all_scores(module.language)
         self._attention: Literal["eager", "flash"] = "eager" if is_eager else "flash"
         is_cpu = device.type == "cpu"
         peak = measured_peak(device) if is_cpu else peak_flops(device_name(device))

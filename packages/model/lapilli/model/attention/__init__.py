@@ -1,0 +1,1 @@
+"""Attention of lapilli's own for transformers' decoders."""
