@@ -28,12 +28,13 @@ GPT2: dict[str, Any] = {
 }  # fmt: skip
 
 
-def settings(family: str, window: int | None = WINDOW) -> dict[str, Any]:
+def settings(family: str, window: int | None = WINDOW, layers: int = 2) -> dict[str, Any]:
     """Settings of a few thousand parameters."""
     if family == "gpt2":
-        return GPT2
+        return {**GPT2, "n_layer": layers}
     known = AutoConfig.for_model(family).to_dict()
     values: dict[str, Any] = {**twins.DECODER, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values["num_hidden_layers"] = layers
     values = {**values, **twins.MORE.get(family, {}), **OWN.get(family, {})}
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "dropout", "embd_pdrop"):
         if name in known:
@@ -57,13 +58,17 @@ def language(family: str, attention: str, **given: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
-def inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Two rows of embeddings, the same for every architecture."""
+def inputs(
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int] = (2, LENGTH),
+) -> dict[str, Any]:
+    """Rows of embeddings, the same for every architecture."""
     generator = torch.Generator().manual_seed(1)
-    embedded = torch.randn(2, LENGTH, HIDDEN, generator=generator).to(device, dtype)
+    embedded = torch.randn(*shape, HIDDEN, generator=generator).to(device, dtype)
     return {
         "inputs_embeds": embedded.requires_grad_(),
-        "position_ids": torch.arange(LENGTH, device=device).expand(2, LENGTH),
+        "position_ids": torch.arange(shape[1], device=device).expand(shape),
         "use_cache": False,
     }
 

@@ -122,5 +122,5 @@ def test_check_names_a_bad_index(ids: list[list[int]], index: list[list[int]], w
 
 def test_an_unknown_implementation_is_named() -> None:
     empty = torch.zeros(1, 1, dtype=torch.long)
-    with pytest.raises(ModelError, match="'fast' is unknown; expected one of torch"):
+    with pytest.raises(ModelError, match="'fast' is unknown; expected one of auto, torch"):
         merge(empty, empty.int(), torch.zeros(1, 1), torch.zeros(0, 1), implementation="fast")  # type: ignore[arg-type]

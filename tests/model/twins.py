@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lapilli.data.batches.collate import Batch
+from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.data.dataset.dataset import Sample
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.interop.llava import LlavaForm
@@ -17,6 +17,7 @@ from lapilli.model.interop.llava_tower import TowerImages
 from lapilli.model.vlm import VisionLanguageModel
 
 IMAGE_ID, END_ID, VOCABULARY, SIDE = 60, 63, 64, 24  # transformers marks image slots in the ids
+TOKENS = 9  # of an image
 TOWER: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
     "image_size": SIDE, "patch_size": 8,
@@ -116,10 +117,20 @@ def samples(seed: int, images: tuple[int, ...]) -> list[Sample]:
     return made
 
 
+def batch(images: tuple[int, ...], length: int = 48) -> Batch:
+    """A batch of at most four rows with so many images each."""
+    return collate(samples(7, images), BatchShape(4, (length,), TOKENS, 4), SIDE)
+
+
+def inputs(batch: Batch, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """A batch as our model takes it."""
+    names = ("input_ids", "position_ids", "merge_index", "pixels", "predict_positions", "targets")
+    return {name: torch.from_numpy(getattr(batch, name)).to(device) for name in names}
+
+
 def forward(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
     """The summed loss of a batch."""
-    names = ("input_ids", "position_ids", "merge_index", "pixels", "predict_positions", "targets")
-    return model(**{name: torch.from_numpy(getattr(batch, name)) for name in names})
+    return model(**inputs(batch, model.language.device))
 
 
 def loss_of_text(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:

@@ -136,8 +136,12 @@ class ModelConfig:
         trainable: Parts that learn; the others are frozen.
         lora: Adapters, through which alone the parts learn that have any; None for none.
         gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
-        merge: How image features are put among the text's embeddings (`lapilli.model.merging`).
-        kernels: How the head's cross-entropy is computed (`lapilli.model.loss.choose_loss`).
+        merge: How image features are put among the text's embeddings (`lapilli.model.merging`);
+            `auto` takes Triton on CUDA and torch elsewhere.
+        kernels: Fused kernels of the decoder's norms, rotary embeddings and gated MLPs: `auto`
+            takes Liger's on CUDA where they are installed and know the decoder, else torch's;
+            `liger` also its cross-entropy, which reads the device once a step.
+        compile: `blocks` compiles each layer of decoder and tower with `torch.compile`.
         dtype: What weights are loaded in. bf16 takes half the host's memory; a bf16 run rounds
             them anyway, and its fp32 copies in the optimizer begin there.
         head_chunk: Trained positions the head works on at once.
@@ -151,8 +155,9 @@ class ModelConfig:
     trainable: tuple[Part, ...] = ("projector", "language")
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
-    merge: Literal["torch", "triton"] = "torch"
+    merge: Literal["auto", "torch", "triton"] = "auto"
     kernels: Literal["auto", "torch", "liger"] = "auto"
+    compile: Literal["none", "blocks"] = "none"
     dtype: Literal["fp32", "bf16"] = "fp32"
     head_chunk: int = 1024
     seed: int = 0

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
+from lapilli.model.kernels.choice import choose_merge
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "merge"]
 
-Implementation = Literal["torch", "triton"]
+Implementation = Literal["auto", "torch", "triton"]
 
 
 class _TorchMerge(torch.autograd.Function):
@@ -98,7 +99,8 @@ def merge(
         merge_index: int32 [B, S]; the feature row of each slot, -1 for text.
         embedding: [V, D].
         features: [F, D], of the embedding's dtype; a row no slot names gets gradient zero.
-        implementation: Which implementation; never changed silently.
+        implementation: Which implementation; `auto` is Triton on CUDA and torch elsewhere
+            (`lapilli.model.kernels.choice.choose_merge`). Another is never changed silently.
         check: For debugging: read the indices on the host and raise on a bad one.
 
     Returns:
@@ -108,8 +110,10 @@ def merge(
         ModelError: Unknown implementation, one that this machine cannot run, or with `check` an
             index out of range or used twice.
     """
+    if implementation == "auto":
+        implementation = choose_merge(implementation, embedding.device.type)
     if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ModelError(f"merge: {implementation!r} is unknown; expected one of {known}")
     if check:
         _check(input_ids, merge_index, embedding, features)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import inspect
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -15,13 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_FLAGS", "GROUPED_MM", "attention_of", "check_attention", "kept_in_fp32",
-    "model_class_of", "supported_attention", "without_grouped_mm",
+    "model_class_of", "rotary_function", "supported_attention", "with_rotary_function",
+    "without_grouped_mm",
 ]  # fmt: skip
 
 ATTENTION_FLAGS = {
     "sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
 }  # fmt: skip
+ROTARY = "apply_rotary_pos_emb"
 GROUPED_MM = "transformers.integrations.moe._can_use_grouped_mm"
 
 
@@ -95,3 +99,31 @@ def without_grouped_mm() -> Generator[None]:
     """
     with patch(GROUPED_MM, lambda *_: False):
         yield
+
+
+def rotary_function(module: Any) -> Callable[..., Any] | None:
+    """What an attention module rotates queries and keys with; None for any other module.
+
+    Used: the name `apply_rotary_pos_emb`, a function of each architecture's file that its attention
+    looks up when it runs; no module or setting holds it. If it went, fewer modules than a decoder
+    has layers would be changed, which `tests/model/test_liger.py` counts.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    is_attention = type(module).__name__.endswith("Attention") and hasattr(forward, "__globals__")
+    if not is_attention or ROTARY not in forward.__code__.co_names:
+        return None
+    return forward.__globals__[ROTARY]
+
+
+def with_rotary_function(module: Any, rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of an attention module, unbound, that rotates with another function.
+
+    Used: as `rotary_function`. The architecture's own function stays for all other models.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    made = FunctionType(
+        forward.__code__, {**forward.__globals__, ROTARY: rotate}, forward.__name__,
+        forward.__defaults__, forward.__closure__,
+    )  # fmt: skip
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lapilli.model.attention.choice import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.kernels.choice import wants_liger
+from lapilli.model.kernels.liger import apply_liger
 from lapilli.model.loss import trained_loss
 from lapilli.model.merging import merge
 from lapilli.model.parts.added_rows import added_rows
@@ -65,6 +67,9 @@ class VisionLanguageModel(nn.Module):
         for parameter in (*self.vision.parameters(), *self.projector.parameters()):
             # not `to`: that would round buffers too, and rotary frequencies must stay fp32
             parameter.data = parameter.data.to(DTYPES[config.dtype])
+        family = str(self.language.config.model_type)
+        if wants_liger(config, family):
+            apply_liger(self.language, "auto" if config.kernels == "auto" else "liger")
         self._softcap = logit_softcap(self.language)
         self._logit_scale = logit_scale(self.language)
 

@@ -168,7 +168,7 @@ def sketch_model(config: ModelConfig) -> Sketch:
         attention = AUTO
     on_cpu = replace(
         config, language=replace(config.language, attention=attention),
-        gradient_checkpointing=False, merge="torch", kernels="torch",
+        gradient_checkpointing=False, merge="torch", kernels="torch", compile="none",
     )  # fmt: skip
     with mode, _no_values():
         model = build_model(on_cpu, weights=False)
