@@ -20,7 +20,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 2},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
-    "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1]},
+    "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1, 0, 1]},
 }
 GPT2: dict[str, Any] = {
     "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
@@ -43,6 +43,8 @@ def settings(family: str, window: int | None = WINDOW, layers: int = 2) -> dict[
         values["head_dim"] = 8
     if family in WINDOWED:
         values["sliding_window"] = window
+    if family == "smollm3":
+        values["no_rope_layers"] = values["no_rope_layers"][:layers]
     if family == "opt":
         values.update(word_embed_proj_dim=HIDDEN, ffn_dim=32)
     if family in ("phi", "gpt_neox", "stablelm"):

@@ -19,6 +19,7 @@ import torch
 
 from lapilli.model.attention.forward import with_masks
 from lapilli.model.errors import ModelError
+from lapilli.model.kernels.compiled import uncompiled
 from lapilli.model.parts.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -114,7 +115,8 @@ def generate(
         embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
     keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
     answers = _Answers(len(prompts), end_ids, watch)
-    with with_masks(model.language), _own_settings(model.language) as run:
+    language = model.language
+    with with_masks(language), uncompiled(model.config), _own_settings(language) as run:
         run(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),

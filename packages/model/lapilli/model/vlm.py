@@ -18,6 +18,7 @@ from lapilli.model.attention.choice import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.kernels.choice import wants_liger
+from lapilli.model.kernels.compiled import compile_blocks
 from lapilli.model.kernels.liger import apply_liger
 from lapilli.model.loss import trained_loss
 from lapilli.model.merging import merge
@@ -226,6 +227,8 @@ def build_model(
             add_adapters(model, config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
+    if config.compile == "blocks":
+        compile_blocks(model)
     if not trainable_parameters(model):
         raise ModelError(
             f"trainable: {', '.join(config.trainable)} with projector {config.projector} has no "
