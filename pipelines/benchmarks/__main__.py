@@ -18,6 +18,7 @@ from pipelines.benchmarks import (
     tokens,
     training,
     whole,
+    whole_run,
 )
 from pipelines.cli.command import UsageError, run, say
 
@@ -35,6 +36,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "whole": whole.main,
     "feed": feed.main,
     "train": training.main,
+    "run": whole_run.main,
 }
 
 

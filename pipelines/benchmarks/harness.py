@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 from rich import box
 from rich.table import Table
 
+from lapilli.data.versions import installed_versions
 from pipelines.cli.command import UsageError, console
 
 __all__ = [
@@ -50,7 +50,7 @@ def provenance(packages: Sequence[str], topic: str, argv: Sequence[str]) -> dict
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **installed_versions(*packages),
         "commit": _commit(),
         "command": command,
     }

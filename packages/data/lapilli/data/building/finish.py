@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -41,6 +40,7 @@ from lapilli.data.shards.manifest import (
 from lapilli.data.shards.schemas import INPUT_SCHEMA, JPEG_SCHEMA, SELECTION_SCHEMA
 from lapilli.data.sources.tally import tally_facts
 from lapilli.data.text.encode import IMAGE_TOKEN_INDEX, load_tokenizer
+from lapilli.data.versions import installed_versions
 
 __all__ = ["finish", "tidy"]
 
@@ -85,10 +85,9 @@ def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Man
         tokens=tokens,
         views=views,
         selection=selected,
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("lapilli", "pyarrow", "pillow", "tokenizers", "transformers", "ray")
-        },
+        versions=installed_versions(
+            "lapilli", "pyarrow", "pillow", "tokenizers", "transformers", "ray"
+        ),
         quarantine=quarantined,
         inputs=inputs,
         repairs=repaired,

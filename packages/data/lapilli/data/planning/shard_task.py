@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,6 +11,7 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.data.mounts import Located
 from lapilli.data.record import Record, unpack
 from lapilli.data.text.templates import Template
+from lapilli.data.versions import installed_versions
 
 __all__ = ["RAW", "ImageTask", "Task", "TokenTask", "writer_version"]
 
@@ -21,7 +21,7 @@ RAW = Encoding()
 
 def writer_version() -> str:
     """The libraries that, beside codecs and tokenizer, decide a shard's bytes."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in WRITERS)
+    return ", ".join(f"{name} {version}" for name, version in installed_versions(*WRITERS).items())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from lapilli.data.batches.collate import blank_batches
 from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.versions import installed_versions
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.frozen import FORM
@@ -107,10 +107,7 @@ def _facts(built: Built, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
         "data": data_facts(dataset),
         "frozen": {"form": FORM, "weights": built.frozen},
         "config": asdict(config),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("lapilli", "torch", "deepspeed", "transformers")
-        },
+        "versions": installed_versions("lapilli", "torch", "deepspeed", "transformers"),
     }
 
 
