@@ -126,9 +126,7 @@ def _make_dataset(config: WholeRun, side: int) -> None:
     build_config = BuildConfig(
         root=str(folder / "root"), output=str(folder / f"dataset{side}"),
         tokenizer=config.tokenizer, template="v1",
-        sources=(
-            SourceConfig(name="mix", annotations=f"mix_{config.records}_{config.images}.json"),
-        ),
+        sources=[SourceConfig(name="mix", annotations=f"mix_{config.records}_{config.images}.json")],
         views={VIEW: ImageSpec(size=side, fill=(122, 116, 104), aspect="pad")},
     )  # fmt: skip
     build(plan_build(build_config), runner=run_here)

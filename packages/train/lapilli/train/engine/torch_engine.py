@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 from torch import Tensor, nn
 
 from lapilli.model.parts.trainable import trainable_parameters
 
 __all__ = ["PlainEngine"]
+
+UPDATE_NUMBERS = 2**28  # fp32 gradients of 1 GiB
 
 
 class PlainEngine:
@@ -29,7 +33,7 @@ class PlainEngine:
         self._accumulation = accumulation
         self._grad_clip = grad_clip
         self._is_boundary = True
-        self._norm: float | None = None
+        self._norm: Tensor | None = None
         self._parameters = list(trainable_parameters(module).values())
         self.device = self._parameters[0].device
         self._masters = {
@@ -61,20 +65,55 @@ class PlainEngine:
         (loss / self._accumulation).backward()
 
     def step(self) -> None:
-        """Clip and update, if the step is whole."""
+        """Clip and update, if the step is whole; the device is not waited for.
+
+        The fp32 gradients of weights that are not fp32 exist for `UPDATE_NUMBERS` at a time: whole,
+        they would take as much memory as the fp32 weights.
+        """
         if not self._is_boundary:
             return
-        for parameter, master in self._masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        updated = [self._masters.get(p, p) for p in self._parameters]
-        limit = self._grad_clip or float("inf")
-        self._norm = float(torch.nn.utils.clip_grad_norm_(updated, limit))
-        self.optimizer.step()
-        for parameter, master in self._masters.items():
-            parameter.data.copy_(master)
-            master.grad = None
+        learnt = [parameter for parameter in self._parameters if parameter.grad is not None]
+        self._norm = _total_norm([p.grad for p in learnt if p.grad is not None])
+        clip = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0) if self._grad_clip else None
+        self._update([p for p in learnt if p not in self._masters], clip)
+        for chunk in _chunks([p for p in learnt if p in self._masters], UPDATE_NUMBERS):
+            self._update(chunk, clip)
         self.module.zero_grad(set_to_none=True)
 
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradient before it was clipped."""
+    def _update(self, chunk: list[nn.Parameter], clip: Tensor | None) -> None:
+        """One update of some parameters; the optimizer passes over those without a gradient."""
+        for parameter in chunk:
+            updated = self._masters.get(parameter, parameter)
+            assert parameter.grad is not None
+            gradient = parameter.grad.float()
+            parameter.grad = None
+            updated.grad = gradient if clip is None else gradient.mul_(clip)
+        self.optimizer.step()
+        for parameter in chunk:
+            updated = self._masters.get(parameter, parameter)
+            updated.grad = None
+            if updated is not parameter:
+                parameter.data.copy_(updated)
+
+    def get_global_grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradient before it was clipped, an fp32 scalar on the device."""
         return self._norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _chunks(parameters: list[nn.Parameter], most: int) -> Generator[list[nn.Parameter]]:
+    """Parameters in order, `most` numbers at once or a single larger one."""
+    chunk: list[nn.Parameter] = []
+    held = 0
+    for parameter in parameters:
+        if chunk and held + parameter.numel() > most:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(parameter)
+        held += parameter.numel()
+    if chunk:
+        yield chunk
