@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lapilli.model.attention.choice import choose_attention
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.kernels.adapters import fuse_adapters
 from lapilli.model.kernels.choice import wants_liger
 from lapilli.model.kernels.compiled import compile_blocks
 from lapilli.model.kernels.liger import apply_liger
@@ -225,6 +226,7 @@ def build_model(
         freeze(model, config.trainable)
         if config.lora:
             add_adapters(model, config.lora)
+            fuse_adapters(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     if config.compile == "blocks":
