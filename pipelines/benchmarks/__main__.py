@@ -14,6 +14,7 @@ from pipelines.benchmarks import (
     opening,
     planning,
     reading,
+    roofline,
     scaling,
     tokens,
     training,
@@ -37,6 +38,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "feed": feed.main,
     "train": training.main,
     "run": whole_run.main,
+    "roofline": roofline.main,
 }
 
 

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lapilli.data.images.buffers import keep_freed
-from lapilli.data.images.codecs import is_simd
+from lapilli.data.images.codecs import Resizer, is_simd
 from lapilli.data.images.view import ImageSpec, prepare
-from lapilli.data.images.codecs import Resizer
 from pipelines.cli.command import UsageError
 
 __all__ = ["FILL", "SIZE", "Apart", "Spent", "llava_pixels", "llava_square", "sides", "spent"]

@@ -51,6 +51,19 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
          "max_position_embeddings": 4096},
     ),
+    "13b": (
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+         "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
+         "max_position_embeddings": 4096},
+    ),
+    "small": (
+        {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "image_size": 112, "patch_size": 14},
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4,
+         "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 4096},
+    ),
     "tiny": (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
          "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
@@ -137,7 +150,11 @@ def make_batch(model: VisionLanguageModel, rows: int, text_tokens: int) -> Batch
         pixels = draw.integers(0, 256, (1, side, side, 3)).astype(np.uint8)
         samples.append(Sample(f"row{row}", ids, spans, pixels))
     length = -(-(text_tokens + tokens) // 8) * 8
-    return collate(samples, BatchShape(rows=rows, buckets=(length,), image_tokens=tokens, predict_chunk=1024), side)
+    return collate(
+        samples,
+        BatchShape(rows=rows, buckets=(length,), image_tokens=tokens, predict_chunk=1024),
+        side,
+    )
 
 
 def operations(model: VisionLanguageModel, batch: Batch) -> StepFlops:

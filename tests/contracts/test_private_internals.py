@@ -145,6 +145,21 @@ def test_fake_tensors_are_made_left_and_kept_quiet() -> None:
         assert type(torch.ones(2)) is not torch.Tensor
 
 
+def test_a_dispatch_mode_sees_operations_of_forward_and_backward() -> None:
+    seen: list[str] = []
+
+    class Watch(torch_internals.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ones(2, 2, requires_grad=True).mm(torch.ones(2, 2)).sum().backward()
+    assert [name for name in seen if name.startswith("mm.")] == ["mm.default"] * 2
+
+
 def test_only_fake_tensors_need_what_is_put_in_the_place_of_swapping() -> None:
     module: Any = nn.Module
     assert "torch.utils.swap_tensors(param, param_applied)" in inspect.getsource(module._apply)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FAKE_TENSOR_LOGGER", "FakeTensorMode", "computes_fp16", "fused_attention_choice",
-    "keep_gpu_busy", "set_tensor_data", "tensor_holders", "unset_fake_temporarily",
-    "without_stacks",
+    "FAKE_TENSOR_LOGGER", "FakeTensorMode", "TorchDispatchMode", "computes_fp16",
+    "fused_attention_choice", "keep_gpu_busy", "set_tensor_data", "tensor_holders",
+    "unset_fake_temporarily", "without_stacks",
 ]  # fmt: skip
 
-# FakeTensorMode, unset_fake_temporarily: torch's manual names fake tensors by these private
-# modules and has no others. If they move, importing this module raises ImportError.
+# FakeTensorMode, unset_fake_temporarily, TorchDispatchMode: torch's manual names them by these
+# private modules and has no others. If they move, importing this module raises ImportError.
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 
 
