@@ -15,6 +15,7 @@ import gc
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ class TrainBenchmark:
         text_tokens: Text of a row; half of it is trained.
         steps: Timed steps, after two that are not.
         checkpointing: Gradient checkpointing.
+        trainer: Measure transformers' Trainer too.
         trace: Folder for a trace file of a step of each mode; empty for none.
         save: Add rows to `results/train.csv`.
     """
@@ -94,6 +96,7 @@ class TrainBenchmark:
     text_tokens: int = 224
     steps: int = 10
     checkpointing: bool = False
+    trainer: bool = True
     trace: str = ""
     save: bool = True
 
@@ -168,10 +171,22 @@ def operations(model: VisionLanguageModel, batch: Batch) -> StepFlops:
     return step_flops(model_numbers(model), numbers)
 
 
+@dataclass(frozen=True)
+class OurStep:
+    """What was measured of our step."""
+
+    seconds: float
+    memory: int
+    costs: str
+    host_reads: int | str
+    flops: StepFlops
+    batch: Batch
+
+
 def _ours(
     config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch.device
-) -> tuple[float, int, str, StepFlops, Batch]:
-    """Seconds, memory and largest costs of our step; its model is gone afterwards."""
+) -> OurStep:
+    """Our step; its model is gone afterwards."""
     with device:
         model = build_model(shapes)
     set_modes(model)
@@ -183,9 +198,25 @@ def _ours(
         train_step(engine, on_device, global_tokens=batch.num_targets, world_size=1)
 
     seconds = _median_seconds(step, config.steps, device)
-    memory = peak_memory(device)
-    costs = _largest_costs(step, device, config.trace, mode)
-    return seconds, memory, costs, operations(model, batch), batch
+    return OurStep(
+        seconds, peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
+        host_reads=_host_reads(step, device), flops=operations(model, batch), batch=batch,
+    )  # fmt: skip
+
+
+def _host_reads(step: Callable[[], None], device: torch.device) -> int | str:
+    """How often a step waits for the device, as far as torch can tell; nothing on a CPU."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
 
 
 def _measure(
@@ -194,25 +225,30 @@ def _measure(
     """One mode: ours, its costs, then transformers' Trainer."""
     shapes = model_config(size, mode, device, checkpointing=config.checkpointing)
     _forget(device)
-    seconds, memory, costs, flops, batch = _ours(config, shapes, mode, device)
+    ours = _ours(config, shapes, mode, device)
     _forget(device)
-    theirs = trainer_seconds(
-        shapes, batch, config.steps, device, folder=config.trace or tempfile.gettempdir()
-    )
+    folder = config.trace or tempfile.gettempdir()
     share = {
-        name: round(getattr(flops, kind).total / seconds / peak, 4) if peak else ""
+        name: round(getattr(ours.flops, kind).total / ours.seconds / peak, 4) if peak else ""
         for name, kind in (("mfu", "model"), ("hfu", "hardware"))
     }
-    return {
+    figures: dict[str, Any] = {
         "size": size, "mode": mode, "rows": config.micro_batch_size,
-        "length": batch.input_ids.shape[1], "checkpointing": config.checkpointing,
-        "seconds": round(seconds, 4), **share,
+        "length": ours.batch.input_ids.shape[1], "checkpointing": config.checkpointing,
+        "seconds": round(ours.seconds, 4), **share,
         "peak_tflops": round(peak / 1e12, 3) if peak else "",
-        "memory_gb": round(memory / 1e9, 2),
-        "trainer_seconds": round(theirs.seconds, 4),
-        "trainer_memory_gb": round(theirs.memory / 1e9, 2),
-        "of_trainer": round(theirs.seconds / seconds, 2), "costs": costs,
+        "memory_gb": round(ours.memory / 1e9, 2), "trainer_seconds": "",
+        "trainer_memory_gb": "", "of_trainer": "", "costs": ours.costs,
+        "host_reads": ours.host_reads,
     }  # fmt: skip
+    if config.trainer:
+        theirs = trainer_seconds(shapes, ours.batch, config.steps, device, folder=folder)
+        figures |= {
+            "trainer_seconds": round(theirs.seconds, 4),
+            "trainer_memory_gb": round(theirs.memory / 1e9, 2),
+            "of_trainer": round(theirs.seconds / ours.seconds, 2),
+        }
+    return figures
 
 
 def _median_seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
