@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +26,13 @@ import torch
 
 from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.data.dataset.dataset import Sample
+from lapilli.model.attention.backend import attention_kernel
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.flops import BatchNumbers, StepFlops, model_numbers, step_flops
+from lapilli.model.kernels.choice import choose_kernels
 from lapilli.model.parts.trainable import set_modes
 from lapilli.model.peak import measured_peak, peak_flops
-from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 from lapilli.train.config import OptimConfig
 from lapilli.train.device import peak_memory
 from lapilli.train.engine.torch_engine import PlainEngine
@@ -85,6 +87,9 @@ class TrainBenchmark:
         text_tokens: Text of a row; half of it is trained.
         steps: Timed steps, after two that are not.
         checkpointing: Gradient checkpointing.
+        kernels: As in a recipe; `torch` fuses nothing but the merge.
+        compile: As in a recipe.
+        attention: As in a recipe.
         trainer: Measure transformers' Trainer too.
         trace: Folder for a trace file of a step of each mode; empty for none.
         save: Add rows to `results/train.csv`.
@@ -96,6 +101,9 @@ class TrainBenchmark:
     text_tokens: int = 224
     steps: int = 10
     checkpointing: bool = False
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    compile: Literal["none", "blocks"] = "none"
+    attention: str = "auto"
     trainer: bool = True
     trace: str = ""
     save: bool = True
@@ -135,7 +143,6 @@ def model_config(
         trainable=("projector",) if mode == "stage1" else ("projector", "language"),
         lora=LoraConfig(rank=128, alpha=256, dropout=0.0) if mode == "lora" else None,
         gradient_checkpointing=checkpointing,
-        merge="triton" if device.type == "cuda" else "torch",
         dtype="bf16" if device.type == "cuda" else "fp32",
     )
 
@@ -179,6 +186,7 @@ class OurStep:
     memory: int
     costs: str
     host_reads: int | str
+    kernels: str
     flops: StepFlops
     batch: Batch
 
@@ -200,8 +208,20 @@ def _ours(
     seconds = _median_seconds(step, config.steps, device)
     return OurStep(
         seconds, peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
-        host_reads=_host_reads(step, device), flops=operations(model, batch), batch=batch,
+        host_reads=_host_reads(step, device),
+        kernels=_kernels(model, batch, shapes, device), flops=operations(model, batch), batch=batch,
     )  # fmt: skip
+
+
+def _kernels(
+    model: VisionLanguageModel, batch: Batch, shapes: ModelConfig, device: torch.device
+) -> str:
+    """What computed the layers, the merge, the loss and the attention."""
+    family = model.language.config.model_type
+    chosen = choose_kernels(shapes, family, device.type)
+    dtype = DTYPES[shapes.dtype]
+    attention = attention_kernel(model.language, batch.input_ids.shape[1], dtype, device)
+    return f"{chosen.note.removeprefix('kernels: ')}, attention {attention}"
 
 
 def _host_reads(step: Callable[[], None], device: torch.device) -> int | str:
@@ -224,6 +244,10 @@ def _measure(
 ) -> dict[str, Any]:
     """One mode: ours, its costs, then transformers' Trainer."""
     shapes = model_config(size, mode, device, checkpointing=config.checkpointing)
+    shapes = replace(
+        shapes, kernels=config.kernels, compile=config.compile,
+        language=replace(shapes.language, attention=config.attention),
+    )  # fmt: skip
     _forget(device)
     ours = _ours(config, shapes, mode, device)
     _forget(device)
@@ -239,7 +263,7 @@ def _measure(
         "peak_tflops": round(peak / 1e12, 3) if peak else "",
         "memory_gb": round(ours.memory / 1e9, 2), "trainer_seconds": "",
         "trainer_memory_gb": "", "of_trainer": "", "costs": ours.costs,
-        "host_reads": ours.host_reads,
+        "host_reads": ours.host_reads, "kernels": ours.kernels,
     }  # fmt: skip
     if config.trainer:
         theirs = trainer_seconds(shapes, ours.batch, config.steps, device, folder=folder)
