@@ -20,10 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmarks.build_sides import SIDES, shown_side
-from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
-from pipelines.benchmarks.photos import photo_name, write_photos
-from pipelines.benchmarks.plot import Bar, draw_bars
+from pipelines.benchmarks.harness import (
+    Bar,
+    Spread,
+    add_row,
+    by_turns,
+    draw_bars,
+    provenance,
+    table,
+)
+from pipelines.benchmarks.material.photos import photo_name, write_photos
+from pipelines.benchmarks.sides.build_sides import SIDES, shown_side
 from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["BuildTopicConfig", "main"]
@@ -148,7 +155,7 @@ def _run(
     output.mkdir(parents=True)
     given = json.dumps(settings | {"output": str(output)})
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.benchmarks.build_sides", side, given],
+        [sys.executable, "-m", "pipelines.benchmarks.sides.build_sides", side, given],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

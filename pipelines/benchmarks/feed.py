@@ -36,7 +36,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.steps import feed as feed_module
 from lapilli.train.steps.feed import Feed, StepBatches, mock_steps
 from pipelines.benchmarks.harness import add_row, provenance
-from pipelines.benchmarks.llava_way import LlavaSamples
+from pipelines.benchmarks.sides.llava_way import LlavaSamples
 from pipelines.benchmarks.whole import make_mixture
 from pipelines.cli.command import parse, say
 

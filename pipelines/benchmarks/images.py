@@ -18,18 +18,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipelines.benchmarks import image_sides
 from pipelines.benchmarks.harness import (
+    Bar,
     Spread,
     add_row,
     by_turns,
+    draw_bars,
     pin_to_one_core,
     provenance,
     table,
 )
-from pipelines.benchmarks.image_sides import Apart
-from pipelines.benchmarks.photos import write_photos
-from pipelines.benchmarks.plot import Bar, draw_bars
+from pipelines.benchmarks.material.photos import write_photos
+from pipelines.benchmarks.sides import image_sides
+from pipelines.benchmarks.sides.image_sides import Apart
 from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["ImagesConfig", "main"]

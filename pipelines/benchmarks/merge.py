@@ -20,7 +20,7 @@ from torch import Tensor
 from lapilli.model.merging import merge
 from lapilli.model.torch_internals import keep_gpu_busy
 from pipelines.benchmarks.harness import add_row, provenance
-from pipelines.benchmarks.merge_kernels import compile_kernels
+from pipelines.benchmarks.sides.merge_kernels import compile_kernels
 from pipelines.cli.command import parse, say
 
 __all__ = ["MergeConfig", "main"]

@@ -18,9 +18,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
-from pipelines.benchmarks.large import RECORDS, write_large
-from pipelines.benchmarks.plot import Bar, Kind, draw_bars
+from pipelines.benchmarks.harness import (
+    Bar,
+    Kind,
+    Spread,
+    add_row,
+    by_turns,
+    draw_bars,
+    provenance,
+    table,
+)
+from pipelines.benchmarks.material.large import RECORDS, write_large
 from pipelines.cli.command import UsageError, parse, say
 
 __all__ = ["OpenConfig", "main"]

@@ -25,9 +25,17 @@ from lapilli.data.batches.collate import choose_buckets
 from lapilli.data.batches.sampler import EpochPlan, assign
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.shards.manifest import read_manifest
-from pipelines.benchmarks.harness import Spread, add_row, by_turns, provenance, table
-from pipelines.benchmarks.orders import ORDERS, Samples, Shape
-from pipelines.benchmarks.plot import Bar, Kind, draw_bars
+from pipelines.benchmarks.harness import (
+    Bar,
+    Kind,
+    Spread,
+    add_row,
+    by_turns,
+    draw_bars,
+    provenance,
+    table,
+)
+from pipelines.benchmarks.sides.orders import ORDERS, Samples, Shape
 from pipelines.cli.command import parse, say
 
 __all__ = ["PlanConfig", "main", "waste"]

@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.benchmarks.build_sides import PIXEL_BYTES, import_mosaic
 from pipelines.benchmarks.harness import (
+    Bar,
     Spread,
     add_row,
     by_turns,
+    draw_bars,
     pin_to_one_core,
     provenance,
     table,
 )
-from pipelines.benchmarks.image_sides import SIZE
-from pipelines.benchmarks.large import write_large
-from pipelines.benchmarks.plot import Bar, draw_bars
+from pipelines.benchmarks.material.large import write_large
+from pipelines.benchmarks.sides.build_sides import PIXEL_BYTES, import_mosaic
+from pipelines.benchmarks.sides.image_sides import SIZE
 from pipelines.cli.command import parse, say
 
 __all__ = ["ReadConfig", "main"]

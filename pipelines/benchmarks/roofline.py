@@ -24,8 +24,8 @@ from lapilli.train.driver.fake_model import sketch_model
 from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
-from pipelines.benchmarks.counting import ADAMW, Kernel, count_step, fused_bytes
 from pipelines.benchmarks.harness import add_row, provenance, table
+from pipelines.benchmarks.sides.counting import ADAMW, Kernel, count_step, fused_bytes
 from pipelines.benchmarks.training import Mode, make_batch, model_config, operations
 from pipelines.cli.command import parse, say
 

@@ -28,7 +28,6 @@ from lapilli.data.text.encode import bind_template, load_tokenizer, tokenizer_fa
 from lapilli.data.text.rendering import TextSegment, render
 from lapilli.data.text.templates import Template, get_template
 from lapilli.data.text.tokenizer import backend_for
-from pipelines.benchmarks.corpus import conversations
 from pipelines.benchmarks.harness import (
     Elapsed,
     add_row,
@@ -36,6 +35,7 @@ from pipelines.benchmarks.harness import (
     pin_to_one_core,
     provenance,
 )
+from pipelines.benchmarks.material.corpus import conversations
 from pipelines.cli.command import parse, say
 
 __all__ = ["TokensConfig", "main"]

@@ -39,7 +39,7 @@ from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, provenance
-from pipelines.benchmarks.trainer_way import trainer_seconds
+from pipelines.benchmarks.sides.trainer_way import trainer_seconds
 from pipelines.cli.command import parse, say
 
 __all__ = ["TrainBenchmark", "main"]

@@ -8,7 +8,10 @@ and the memory of all its processes is looked at twice a second.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,13 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.record import ImagePart, Record
-from pipelines.benchmarks.corpus import conversations
 from pipelines.benchmarks.harness import add_row, provenance
-from pipelines.benchmarks.photos import photo_name, write_photos
+from pipelines.benchmarks.material.corpus import conversations
+from pipelines.benchmarks.material.photos import photo_name, write_photos
 from pipelines.cli.command import UsageError, say
 
-__all__ = ["main"]
+__all__ = ["check", "main", "make_check_files"]
 
+RECORDS = 665_298
+FILES = 200_000
+MISSING = 355
+WORDS = ("a", "the", "of", "is", "what", "man", "red", "car", "street", "two", "image", "with")
+FOLDERS = {
+    "coco/train2017": ("{:012d}.jpg", 0.42),
+    "gqa/images": ("{}.jpg", 0.20),
+    "ocr_vqa/images": ("{:010d}.jpg", 0.14),
+    "textvqa/train_images": ("{:016x}.jpg", 0.04),
+    "vg/VG_100K": ("{}.jpg", 0.12),
+    "vg/VG_100K_2": ("{}.jpg", 0.08),
+}
 SIZE = (640, 480)
 TOWER = 336
 PACKAGES = ("ray", "torch", "pyarrow", "simplejpeg", "pillow", "tokenizers")
@@ -187,3 +202,80 @@ def _figures(flags: argparse.Namespace, seen: Watched, output: Path) -> dict[str
     }
     say(", ".join(f"{name} {value}" for name, value in figures.items()))
     return figures
+
+
+# What `check` is timed on ----------------------------------------------------------------------
+
+
+def make_check_files(root: Path, records: int = RECORDS, files: int = FILES) -> None:
+    """Write `llava_v1_5_mix665k.json` and the images, one small picture under every name."""
+    rng = random.Random(0)
+    keys: list[str] = []
+    for folder, (name, share) in FOLDERS.items():
+        keys += [f"{folder}/{name.format(n)}" for n in range(round(files * share))]
+    picture = _picture()
+    lost = {key for key in keys if key.startswith("ocr_vqa")}
+    lost = set(sorted(lost)[: min(MISSING, len(lost) // 2)])
+    for key in keys:
+        if key not in lost:
+            (root / key).parent.mkdir(parents=True, exist_ok=True)
+            (root / key).write_bytes(picture)
+    with (root / "llava_v1_5_mix665k.json").open("w", encoding="utf-8") as file:
+        file.write("[")
+        for number in range(records):
+            file.write(",\n" if number else "")
+            # 6 % of the published records are text alone.
+            key = None if rng.random() < 0.06 else keys[number % len(keys)]
+            json.dump(_record(number, key, rng), file)
+        file.write("]")
+
+
+def _picture() -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.effect_noise((32, 24), 40).convert("RGB").save(buffer, "jpeg")
+    return buffer.getvalue()
+
+
+def _record(number: int, key: str | None, rng: random.Random) -> dict[str, object]:
+    turns: list[dict[str, str]] = []
+    for turn in range(rng.choice((1, 2, 3, 5, 8))):
+        marker = "<image>\n" if turn == 0 and key else ""
+        words = " ".join(rng.choices(WORDS, k=12))
+        turns.append({"from": "human", "value": f"{marker}{words}?"})
+        turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=50))})
+    record: dict[str, object] = {"id": f"{number:012d}", "conversations": turns}
+    return {**record, "image": key} if key else record
+
+
+def check(argv: Sequence[str]) -> int:
+    """Time `check` on the published shape of LLaVA's 665K mixture, other flags given to it."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.benchmarks check")
+    parser.add_argument("--folder", type=Path, required=True, help="inputs, which are kept")
+    parser.add_argument("--records", type=int, default=RECORDS)
+    parser.add_argument("--files", type=int, default=FILES)
+    parser.add_argument("--save", action="store_true", help="add a row to results/check.csv")
+    given, flags = parser.parse_known_args(argv)
+    annotations = given.folder / "llava_v1_5_mix665k.json"
+    if not annotations.exists():
+        make_check_files(given.folder, given.records, given.files)
+    command = [sys.executable, "-m", "pipelines.check", f"--root={given.folder}", *flags]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    for line in done.stdout.splitlines():
+        say(line)
+    if done.returncode not in (0, 1):
+        raise UsageError(f"exit code {done.returncode}: {done.stderr.strip()}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    row = {
+        "records": given.records, "files": given.files,
+        "json_mb": annotations.stat().st_size // 10**6, "flags": " ".join(flags),
+        "seconds": round(seconds, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_mb": used.ru_maxrss // 1024, "exit_code": done.returncode,
+    }  # fmt: skip
+    say(", ".join(f"{name} {value}" for name, value in row.items()))
+    if given.save:
+        add_row("check", provenance(("pyarrow", "pillow"), "check", argv) | row)
+    return 0

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
-from pipelines.benchmarks.large import RECORDS, write_large
+from pipelines.benchmarks.material.large import RECORDS, write_large
 
 SHARDS = 200
 MOST_BYTES = 300 * 10**6

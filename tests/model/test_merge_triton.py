@@ -41,7 +41,7 @@ def test_triton_on_a_cpu_is_refused_with_what_to_do() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_for_a_card_without_one(capability: int) -> None:
-    from pipelines.benchmarks.merge_kernels import compile_kernels
+    from pipelines.benchmarks.sides.merge_kernels import compile_kernels
 
     for kernel in compile_kernels(capability, hidden=4096):
         assert kernel.cubin

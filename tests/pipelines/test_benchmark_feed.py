@@ -13,8 +13,8 @@ import torch
 from lapilli.train.steps import feed as feed_module
 from pipelines.benchmarks import feed, harness
 from pipelines.benchmarks.__main__ import main
-from pipelines.benchmarks.large import write_large
-from pipelines.benchmarks.llava_way import IGNORED, IMAGE, LlavaSamples
+from pipelines.benchmarks.material.large import write_large
+from pipelines.benchmarks.sides.llava_way import IGNORED, IMAGE, LlavaSamples
 from tests.factories import make_tokenizer
 
 

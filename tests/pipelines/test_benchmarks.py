@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 from lapilli.data.sources.validation import check_record
-from pipelines.benchmarks import figures, harness, photos, tokens, training
+from pipelines.benchmarks import __main__ as figures
+from pipelines.benchmarks import harness, tokens, training
 from pipelines.benchmarks.__main__ import main
-from pipelines.benchmarks.corpus import KINDS, conversations
-from pipelines.benchmarks.photos import photo_name, write_photos
+from pipelines.benchmarks.material import photos
+from pipelines.benchmarks.material.corpus import KINDS, conversations
+from pipelines.benchmarks.material.photos import photo_name, write_photos
 from pipelines.benchmarks.whole import watch
 from pipelines.cli.command import UsageError
 from tests.factories import make_tokenizer
@@ -94,7 +96,7 @@ def test_a_command_is_watched_line_by_line() -> None:
 def test_readme_has_the_newest_figures() -> None:
     readme = figures.README.read_text(encoding="utf-8")
     assert readme == figures.with_table(readme), (
-        "run `python -m pipelines.benchmarks.figures` and commit README"
+        "run `python -m pipelines.benchmarks figures` and commit README"
     )
 
 

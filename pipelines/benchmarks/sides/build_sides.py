@@ -1,6 +1,6 @@
 """One side of the topic `build`, once, in a process of its own.
 
-python -m pipelines.benchmarks.build_sides SIDE '{"photos": DIR, "output": DIR, ...}'
+python -m pipelines.benchmarks.sides.build_sides SIDE '{"photos": DIR, "output": DIR, ...}'
 
 Every side turns the same photos into squares of 336 px by the same work and stores them in its own
 system's natural form. What it prints is one line of JSON. Its seconds begin when everything is
@@ -33,7 +33,7 @@ from lapilli.data.images.codecs import resolve_codecs
 from lapilli.data.images.view import ImageSpec, prepare
 from lapilli.data.mounts import Located
 from lapilli.data.planning.shard_task import ImageTask, writer_version
-from pipelines.benchmarks.image_sides import FILL, SIZE, llava_square
+from pipelines.benchmarks.sides.image_sides import FILL, SIZE, llava_square
 
 __all__ = ["SIDES", "Job", "pixels", "shown_side", "write_alone"]
 
@@ -145,7 +145,9 @@ def _tasks(job: Job) -> list[Any]:
 
 def _place(path: Path) -> Located:
     stat = path.stat()
-    return Located(image_id=path.name, container=path.name, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+    return Located(
+        image_id=path.name, container=path.name, size=stat.st_size, mtime_ns=stat.st_mtime_ns
+    )
 
 
 def _here(job: Job) -> Timed:

@@ -62,7 +62,13 @@ def conversations(count: int, seed: int) -> Iterator[Record]:
             turns.append(Turn("user", tuple(asked)))
             turns.append(Turn("assistant", (TextPart(f"{_cut(rng, words, kind.answer)}."),)))
         images = (f"{number}.jpg",) * kind.has_image
-        yield Record(record_id=str(number), sample_id=f"corpus/{number}", source="corpus", turns=tuple(turns), images=images)
+        yield Record(
+            record_id=str(number),
+            sample_id=f"corpus/{number}",
+            source="corpus",
+            turns=tuple(turns),
+            images=images,
+        )
 
 
 def _around(rng: random.Random, mean: int) -> int:

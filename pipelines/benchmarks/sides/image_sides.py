@@ -153,7 +153,7 @@ class Apart:
             UsageError: It does not start.
         """
         self._process = subprocess.Popen(
-            [python, "-m", "pipelines.benchmarks.image_sides", "keep" if keeps else "plain"],
+            [python, "-m", "pipelines.benchmarks.sides.image_sides", "keep" if keeps else "plain"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.sides = self._read().split(",")

@@ -1,0 +1,1 @@
+"""What is measured on: photos, conversations, datasets of LLaVA's size."""
