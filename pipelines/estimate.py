@@ -27,7 +27,7 @@ from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
 from lapilli.train.worker.compatibility import check_model
 from pipelines.cli.command import console, parse, run, say
-from pipelines.reports.describe import bytes_text, duration_text
+from pipelines.reports.ticks import bytes_text, duration_text
 
 __all__ = ["estimate", "main", "sample_operations"]
 

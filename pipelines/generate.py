@@ -21,7 +21,7 @@ from lapilli.data.io.printable import one_line
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
-from lapilli.data.mounts.places import LARGEST_FILE
+from lapilli.data.mounts.places import EXTENSIONS, LARGEST_FILE
 from lapilli.model.generate import Decoding
 from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
@@ -36,8 +36,6 @@ from pipelines.cli.command import (
 )
 from pipelines.cli.question_file import Asked, existing, read_questions
 from pipelines.cli.trust_flags import TrustFlags
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ def collect(config: GenerateConfig) -> list[Asked]:
     if not is_folder(image):
         return [Asked(image.name, config.question, (existing(image, "image"),), str(image))]
     require_listable(image)
-    found = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in image.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not found:
         raise DataError(
-            f"image: no image in {image}; expected one of {', '.join(sorted(SUFFIXES))}"
+            f"image: no image in {image}; expected files such as a.jpg, b.png or c.webp"
         )
     return [
         Asked(str(path.relative_to(image)), config.question, (path,), str(path)) for path in found

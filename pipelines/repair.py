@@ -16,7 +16,7 @@ from lapilli.data.dataset.build_settings import read_build_config
 from lapilli.data.trust import NOTHING, Trust
 from pipelines.cli.command import progress_bar, read_arguments, run, say
 from pipelines.cli.trust_flags import trusted_names
-from pipelines.reports.describe import counted
+from pipelines.reports.ticks import counted
 from pipelines.verify import DAMAGED, require_dataset, verify
 
 __all__ = ["main", "repair"]

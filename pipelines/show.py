@@ -27,8 +27,9 @@ from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.cli.conversation import has_colour, print_transcript, read_transcript
 from pipelines.reports.compare import Compared, add_curves, compare_rows, differing, read_compared
-from pipelines.reports.describe import Description, counted, describe
+from pipelines.reports.describe import Description, describe
 from pipelines.reports.page import GalleryItem, Page
+from pipelines.reports.ticks import counted
 
 __all__ = ["ShowConfig", "ShownSample", "samples_of", "show", "side_by_side", "write_page"]
 

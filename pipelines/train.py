@@ -29,8 +29,8 @@ from pipelines.cli.command import (
     run,
     say,
 )
-from pipelines.reports.describe import bytes_text, duration_text
 from pipelines.reports.run_report import write_run_report
+from pipelines.reports.ticks import bytes_text, duration_text
 
 __all__ = ["follow", "live_line", "tell_preflight", "train"]
 

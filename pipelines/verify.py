@@ -15,7 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from lapilli.data.dataset.verify import Verification, verify_dataset
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
-from pipelines.reports.describe import bytes_text, counted, kind_of
+from pipelines.reports.describe import kind_of
+from pipelines.reports.ticks import bytes_text, counted
 
 __all__ = ["DAMAGED", "main", "require_dataset", "verify"]
 

@@ -19,7 +19,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import Assistant, open_assistant
 from lapilli.train.inference.published import is_published
 from pipelines.cli.command import progress_bar
-from pipelines.reports.describe import bytes_text
+from pipelines.reports.ticks import bytes_text
 
 __all__ = ["filled", "open_run", "tokenizer_bytes", "told", "weight_bytes"]
 

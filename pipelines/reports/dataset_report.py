@@ -36,6 +36,7 @@ from lapilli.data.sources import get_source
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.sources.tally import named
 from pipelines.reports.page import Figure, GalleryItem, Page
+from pipelines.reports.ticks import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,10 +132,10 @@ def _tell_figures(
         Figure("quarantined", f"{bad:,}", f"{bad / read:.2%}, each with its reason"),
         Figure("images", f"{counts['images']:,}", "distinct files"),
         Figure("text tokens", f"{tokens:,}", f"{trained / max(1, tokens):.0%} are trained"),
-        Figure("on disk", _bytes_text(sum(s.bytes for s in _shards(manifest))), "shards"),
+        Figure("on disk", bytes_text(sum(s.bytes for s in _shards(manifest))), "shards"),
     ]
     if time is not None:
-        figures.append(Figure("build", _seconds_text(time.seconds), _rate(manifest, time)))
+        figures.append(Figure("build", duration_text(time.seconds), _rate(manifest, time)))
     page.figures(figures)
 
 
@@ -241,7 +242,7 @@ def _view_row(path: Path, name: str, view: ViewFacts) -> list[object]:
     return [
         name, f"{spec['size']} px, {spec['aspect']}", spec["mode"], codecs["decoder"],
         f"{codecs['resizer']} {codecs['resizer_version']}", len(view.shards),
-        _bytes_text(sum(shard.bytes for shard in view.shards)), usable, rows - usable,
+        bytes_text(sum(shard.bytes for shard in view.shards)), usable, rows - usable,
     ]  # fmt: skip
 
 
@@ -439,7 +440,7 @@ def _tell_build(page: Page, manifest: Manifest, time: BuildTime | None) -> None:
          _disk_row("selection", [manifest.selection])],
     )  # fmt: skip
     if time is not None:
-        page.key_values({"time": _seconds_text(time.seconds), "rate": _rate(manifest, time)})
+        page.key_values({"time": duration_text(time.seconds), "rate": _rate(manifest, time)})
     tokenizer = manifest.tokenizer
     page.section("Settings and versions").key_values(
         {
@@ -453,7 +454,7 @@ def _tell_build(page: Page, manifest: Manifest, time: BuildTime | None) -> None:
 
 def _disk_row(part: str, shards: Sequence[ShardFacts]) -> list[object]:
     rows, size = sum(s.rows for s in shards), sum(s.bytes for s in shards)
-    return [part, len(shards), rows, _bytes_text(size)]
+    return [part, len(shards), rows, bytes_text(size)]
 
 
 def _shards(manifest: Manifest) -> list[ShardFacts]:
@@ -468,14 +469,3 @@ def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
 def _image_counts(selection: pa.Table) -> NDArray[np.int64]:
     (slots,) = selection["image_slots"].chunks
     return np.diff(slots.offsets.to_numpy()).astype(np.int64)
-
-
-def _bytes_text(size: float) -> str:
-    power = 0 if size < 1000 else min(4, int(np.log10(size) / 3))
-    return f"{size / 1000**power:,.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _seconds_text(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

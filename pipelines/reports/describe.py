@@ -29,15 +29,14 @@ from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.run_folder.names import CONFIG, FOLDER, METRICS, MILESTONES, MISTAKE
 from lapilli.train.run_folder.restarts import read_starts
 from lapilli.train.run_folder.settings import RunFacts, read_run_config, read_run_facts
+from pipelines.reports.ticks import bytes_text, counted, duration_text
 
 __all__ = [
     "Description",
     "SourceRow",
-    "bytes_text",
     "describe",
     "describe_dataset",
     "describe_run",
-    "duration_text",
     "kind_of",
 ]
 
@@ -331,29 +330,6 @@ def _milestones(run: Path) -> dict[str, Lines]:
 
 
 # ---- words -------------------------------------------------------------------------------------
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 shard`, `2 shards`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def bytes_text(size: float) -> str:
-    """`17.2 kB`, `189.3 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def duration_text(seconds: float) -> str:
-    """`12 s`, `3.5 min`, `2.1 h`, `4 days`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _share(part: int, whole: int) -> str:

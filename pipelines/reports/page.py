@@ -1,6 +1,6 @@
 """Build a report as one self-contained HTML file.
 
-A page is a list of blocks; the template beside this file lays them out. All text is escaped, and a
+Each block is a macro of the template beside this file. All text is escaped, and a
 content security policy forbids scripts and requests, so a page may hold the data of strangers.
 Absolute paths in titles, texts and settings are shown by their last name, since pages are sent on.
 """
@@ -10,21 +10,20 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
+from typing import Any, Literal, Self, TypeAlias, cast
 
 import jinja2
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from PIL import Image
 
+from lapilli.data.io.atomic import write_atomic
 from lapilli.data.io.printable import relative_names, spell_out
 from lapilli.data.text.token_text import Piece, join_pieces
 from pipelines.reports import charts
@@ -63,45 +62,6 @@ class GalleryItem:
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    kind: ClassVar[str] = "text"
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Code:
-    kind: ClassVar[str] = "code"
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Figures:
-    kind: ClassVar[str] = "figures"
-    figures: tuple[Figure, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _KeyValues:
-    kind: ClassVar[str] = "key_values"
-    pairs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    kind: ClassVar[str] = "table"
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[bool, ...]
-    caption: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    kind: ClassVar[str] = "chart"
-    chart: charts.Chart
-
-
-@dataclass(frozen=True, slots=True)
 class _Picture:
     source: str
     width: int
@@ -110,30 +70,6 @@ class _Picture:
     lines: tuple[tuple[str, str], ...]
     verdict: str | None
     small: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Gallery:
-    kind: ClassVar[str] = "gallery"
-    pictures: tuple[_Picture, ...]
-    shape: float  # width by height of the frames
-
-
-@dataclass(frozen=True, slots=True)
-class _Transcript:
-    kind: ClassVar[str] = "transcript"
-    pieces: tuple[Piece, ...]
-    caption: str
-    tokens: bool
-
-
-_Block: TypeAlias = _Text | _Code | _Figures | _KeyValues | _Table | _Chart | _Gallery | _Transcript
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    title: str
-    start: int  # the number of blocks before it
 
 
 def _setting(value: object) -> str:
@@ -155,18 +91,6 @@ def _is_number(cell: object) -> bool:
 def _is_numeric(cells: Sequence[object]) -> bool:
     filled = [cell for cell in cells if cell is not None and cell not in ("", "—", "-")]
     return bool(filled) and all(map(_is_number, filled))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str) -> _Table:
-    for index, row in enumerate(rows):
-        if len(row) != len(columns):
-            raise ValueError(f"row {index} has {len(row)} cells for {len(columns)} columns")
-    return _Table(
-        columns=tuple(columns),
-        rows=tuple(tuple(number(cell) for cell in row) for row in rows),
-        numeric=tuple(_is_numeric([row[i] for row in rows]) for i in range(len(columns))),
-        caption=caption,
-    )
 
 
 def _png(image: npt.NDArray[Any]) -> bytes:
@@ -203,20 +127,13 @@ def _picture(item: GalleryItem) -> _Picture:
     )
 
 
-def _gallery(items: Sequence[GalleryItem]) -> _Gallery:
-    pictures = tuple(map(_picture, items))
-    shapes = sorted(picture.width / picture.height for picture in pictures)
-    middle = shapes[len(shapes) // 2] if shapes else 1.0
-    return _Gallery(pictures, min(1.6, max(0.75, middle)))
-
-
 @functools.cache
-def _template() -> jinja2.Template:
+def _macros() -> Any:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.from_string(source).module
 
 
 @dataclass
@@ -230,37 +147,41 @@ class Page:
 
     title: str
     subtitle: str = ""
-    _blocks: list[_Block] = field(default_factory=list[_Block], init=False, repr=False)
-    _sections: list[_Section] = field(default_factory=list[_Section], init=False, repr=False)
+    _lead: list[Markup] = field(default_factory=list[Markup], init=False, repr=False)
+    _sections: list[tuple[str, list[Markup]]] = field(
+        default_factory=list[tuple[str, list[Markup]]], init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
-        """Take the folders out of what stands on top."""
+        """Take the folders out of title and subtitle."""
         self.title, self.subtitle = map(relative_names, (self.title, self.subtitle))
 
-    def _add(self, block: _Block) -> Self:
-        self._blocks.append(block)
+    def _add(self, kind: str, *values: object) -> Self:
+        """Add what the template's macro of that name makes of the values."""
+        blocks = self._sections[-1][1] if self._sections else self._lead
+        blocks.append(getattr(_macros(), kind)(*values))
         return self
 
     def section(self, title: str) -> Self:
         """Open a section: the blocks that follow belong to it."""
-        self._sections.append(_Section(relative_names(title), len(self._blocks)))
+        self._sections.append((relative_names(title), []))
         return self
 
     def text(self, text: str) -> Self:
         """Add a paragraph; line breaks are kept."""
-        return self._add(_Text(relative_names(text)))
+        return self._add("text", relative_names(text))
 
     def code(self, text: str) -> Self:
         """Add text in a fixed-width type, such as a command to repeat."""
-        return self._add(_Code(text))
+        return self._add("code", text)
 
     def figures(self, figures: Sequence[Figure]) -> Self:
         """Add a row of headline numbers."""
-        return self._add(_Figures(tuple(figures)))
+        return self._add("figures", figures)
 
     def key_values(self, values: Mapping[str, object]) -> Self:
         """Add names with their values: settings, versions."""
-        return self._add(_KeyValues(tuple((str(k), _setting(v)) for k, v in values.items())))
+        return self._add("key_values", [(str(k), _setting(v)) for k, v in values.items()])
 
     def table(
         self,
@@ -281,7 +202,12 @@ class Page:
         Raises:
             ValueError: A row has not one cell for each column.
         """
-        return self._add(_table(columns, rows, caption or ""))
+        for index, row in enumerate(rows):
+            if len(row) != len(columns):
+                raise ValueError(f"row {index} has {len(row)} cells for {len(columns)} columns")
+        numeric = [_is_numeric([row[place] for row in rows]) for place in range(len(columns))]
+        cells = [[number(cell) for cell in row] for row in rows]
+        return self._add("table", columns, cells, numeric, caption or "")
 
     def line_chart(
         self,
@@ -291,7 +217,7 @@ class Page:
         title: str = "",
     ) -> Self:
         """Add series as lines: by name, x values and y values; see `charts.line_chart`."""
-        return self._add(_Chart(charts.line_chart(series, x_label, y_label, title)))
+        return self._add("chart", charts.line_chart(series, x_label, y_label, title))
 
     def bar_chart(
         self,
@@ -301,11 +227,11 @@ class Page:
         value_format: str = "",
     ) -> Self:
         """Add grouped horizontal bars; `value_format` is like `.1%`; see `charts.bar_chart`."""
-        return self._add(_Chart(charts.bar_chart(labels, series, title, value_format)))
+        return self._add("chart", charts.bar_chart(labels, series, title, value_format))
 
     def histogram(self, values: Values, bins: int = 40, title: str = "", x_label: str = "") -> Self:
         """Add a histogram of values; see `charts.histogram`."""
-        return self._add(_Chart(charts.histogram(values, bins, title, x_label)))
+        return self._add("chart", charts.histogram(values, bins, title, x_label))
 
     def gallery(self, items: Sequence[GalleryItem]) -> Self:
         """Add pictures with captions, each marked right or wrong or not at all.
@@ -319,7 +245,10 @@ class Page:
         Raises:
             ValueError: An image is neither a uint8 array nor a PNG, JPEG, GIF or WebP file.
         """
-        return self._add(_gallery(items))
+        pictures = [_picture(item) for item in items]
+        shapes = sorted(picture.width / picture.height for picture in pictures)
+        middle = shapes[len(shapes) // 2] if shapes else 1.0  # width by height of the frames
+        return self._add("gallery", pictures, min(1.6, max(0.75, middle)))
 
     def transcript(
         self, pieces: Sequence[Piece], caption: str = "", *, tokens: bool = False
@@ -334,21 +263,11 @@ class Page:
         Returns:
             The page.
         """
-        shown = pieces if tokens else join_pieces(pieces)
-        return self._add(_Transcript(tuple(shown), caption, tokens))
+        return self._add("transcript", pieces if tokens else join_pieces(pieces), caption, tokens)
 
     def html(self) -> str:
         """The page as HTML; the same blocks give the same text."""
-        starts = [section.start for section in self._sections]
-        spans = pairwise([*starts, len(self._blocks)])
-        text = _template().render(
-            page=self,
-            lead=self._blocks[: starts[0] if starts else None],
-            sections=[
-                (section.title, self._blocks[start:stop])
-                for section, (start, stop) in zip(self._sections, spans, strict=True)
-            ],
-        )
+        text = _macros().page(self.title, self.subtitle, self._lead, self._sections)
         return spell_out(text)
 
     def write(self, path: str | Path) -> Path:
@@ -359,15 +278,15 @@ class Page:
 
         Returns:
             The path.
+
+        Raises:
+            DataError: The disk is full or the folder cannot be written; the old page stays.
         """
         target = Path(path)
         text = self.html()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(target)
-        finally:
-            with suppress(OSError):  # what went wrong first is what is told
-                part.unlink(missing_ok=True)
+        write_atomic(target, lambda part: _write_text(part, text))
         return target
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -14,7 +14,10 @@ import numpy.typing as npt
 __all__ = [
     "Floats",
     "Values",
+    "bytes_text",
+    "counted",
     "domain",
+    "duration_text",
     "floats",
     "number",
     "plain",
@@ -60,6 +63,29 @@ def plain(value: float) -> str:
 def trimmed(text: str) -> str:
     """The digits without zeros at their end."""
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def bytes_text(size: float) -> str:
+    """`17.2 kB`, `189.3 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """`12 s`, `3.5 min`, `2.1 h`, `4 days`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _scientific(value: float, decimals: int) -> str:

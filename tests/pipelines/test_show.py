@@ -20,7 +20,8 @@ from lapilli.data.text.token_text import Piece
 from pipelines.cli import command
 from pipelines.cli.command import run
 from pipelines.cli.conversation import print_transcript
-from pipelines.reports.describe import bytes_text, describe_dataset, describe_run, duration_text
+from pipelines.reports.describe import describe_dataset, describe_run
+from pipelines.reports.ticks import bytes_text, duration_text
 from pipelines.show import main
 from tests.browser import Chromium
 from tests.factories import Mixture, build_dataset, make_mixture, make_tokenizer
