@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapilli.data.io.access import cannot_read, is_denied, is_folder
-from lapilli.data.io.atomic import write_atomic, write_json
+from lapilli.data.io.atomic import write_json, write_text
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
@@ -105,7 +105,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
     answers = [replace(answer, split=split, trained_on=is_known) for answer in answers]
     if config.output:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
-        write_atomic(Path(config.output), lambda path: _write_text(path, lines))
+        write_text(Path(config.output), lines)
     return score(answers), answers
 
 
@@ -143,10 +143,6 @@ def _asked(config: EvaluateConfig) -> dict[str, Any]:
         "split": chosen_split(manifest, config.split),
         "shuffle_images": config.shuffle_images,
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _only_view(dataset: Path) -> str:

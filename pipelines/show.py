@@ -255,12 +255,9 @@ def write_page(page: Page, path: str) -> None:
     """Write the page and say so.
 
     Raises:
-        TrainError: The file cannot be written.
+        DataError: The file cannot be written.
     """
-    try:
-        page.write(path)
-    except OSError as error:
-        raise TrainError(f"html: {path}: {error.strerror}; choose another file") from None
+    page.write(path)
     say(f"\npage: {path}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import write_text
 
 __all__ = ["KINDS", "caption", "write_easy_vqa"]
 
@@ -63,10 +64,10 @@ def write_easy_vqa(root: Path, *, seed: int, held_out: int = 0) -> list[str]:
         test, folder = _by_image(easy_vqa.get_test_questions()), "test"
         _copy_images(easy_vqa.get_test_image_paths(), root / folder)
     conversations = _conversations(asked, order)
-    _write(root / "pretrain.json", _captions(asked))
-    _write(root / "finetune.json", conversations)
+    write_text(root / "pretrain.json", json.dumps(_captions(asked)))
+    write_text(root / "finetune.json", json.dumps(conversations))
     for kind, records in _single_questions(test, folder).items():
-        _write(root / f"test_{kind}.json", records)
+        write_text(root / f"test_{kind}.json", json.dumps(records))
     return [turn["value"] for record in conversations for turn in record["conversations"]]
 
 
@@ -161,9 +162,3 @@ def _copy_images(paths: Mapping[int, str], folder: Path) -> None:
             temporary = target.with_suffix(".tmp")  # a copy cut short must not be taken for one
             shutil.copyfile(path, temporary)
             temporary.replace(target)
-
-
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(records), encoding="utf-8")
-    temporary.replace(path)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
-from lapilli.data.io.atomic import write_atomic
+from lapilli.data.io.atomic import write_text
 from lapilli.data.io.printable import relative_names, spell_out
 from lapilli.data.text.token_text import Piece, join_pieces
 from pipelines.reports import charts
@@ -283,10 +283,5 @@ class Page:
             DataError: The disk is full or the folder cannot be written; the old page stays.
         """
         target = Path(path)
-        text = self.html()
-        write_atomic(target, lambda part: _write_text(part, text))
+        write_text(target, self.html(), choose="another file")
         return target
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

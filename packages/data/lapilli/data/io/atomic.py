@@ -27,6 +27,7 @@ __all__ = [
     "sha256_file",
     "write_atomic",
     "write_json",
+    "write_text",
 ]
 
 
@@ -49,10 +50,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
+def write_atomic(
+    path: Output, write: Callable[[Path], None], *, choose: str = "another --output"
+) -> ShardFacts:
     """Let `write` fill a temporary file beside `path`, flush it and rename it over `path`.
 
     An object of a store is written to a local file first and stored whole.
+
+    Args:
+        path: The file.
+        write: Fills the file that it is given.
+        choose: The remedy of the error: what to choose instead.
 
     Returns:
         The file's facts, with its bare name as `path` and no rows.
@@ -60,10 +68,12 @@ def write_atomic(path: Output, write: Callable[[Path], None]) -> ShardFacts:
     Raises:
         DataError: The disk is full or the folder cannot be written; nothing stands under `path`.
     """
-    return begin_atomic(path, write)()
+    return begin_atomic(path, write, choose=choose)()
 
 
-def begin_atomic(path: Output, write: Callable[[Path], None]) -> Callable[[], ShardFacts]:
+def begin_atomic(
+    path: Output, write: Callable[[Path], None], *, choose: str = "another --output"
+) -> Callable[[], ShardFacts]:
     """Fill the temporary file now; what is returned flushes or stores it, which waits for a disk.
 
     Either half raises what `write_atomic` does, and removes the temporary file when it fails.
@@ -72,12 +82,12 @@ def begin_atomic(path: Output, write: Callable[[Path], None]) -> Callable[[], Sh
     # Two nodes may share a disk and a process id, and Ray may start a task twice.
     unique = f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
     temporary = Path(tempfile.gettempdir()) / unique if remote else path.with_name(unique)
-    with _removed_if_failed(path, temporary):
+    with _removed_if_failed(path, temporary, choose):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
 
     def finish() -> ShardFacts:
-        with _removed_if_failed(path, temporary):
+        with _removed_if_failed(path, temporary, choose):
             size = temporary.stat().st_size
             if isinstance(path, RemotePath):  # nothing is flushed that is removed again
                 sha256 = sha256_file(temporary)
@@ -92,7 +102,7 @@ def begin_atomic(path: Output, write: Callable[[Path], None]) -> Callable[[], Sh
 
 
 @contextmanager
-def _removed_if_failed(path: Output, temporary: Path) -> Generator[None]:
+def _removed_if_failed(path: Output, temporary: Path, choose: str) -> Generator[None]:
     try:
         yield
     except BaseException as error:
@@ -100,7 +110,7 @@ def _removed_if_failed(path: Output, temporary: Path) -> Generator[None]:
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        remedy = f"{'free space or ' * (error.errno in FULL)}choose another --output"
+        remedy = f"{'free space or ' * (error.errno in FULL)}choose {choose}"
         if isinstance(path, RemotePath):
             remedy = (
                 f"free space in {temporary.parent}, where shards lie until they are stored, or set "
@@ -125,11 +135,15 @@ def drop_page_cache(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def write_text(path: Output, text: str, *, choose: str = "another --output") -> None:
+    """Write a text file atomically; see `write_atomic`."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write, choose=choose)
+
+
 def write_json(path: Output, value: Any) -> None:
     """Write a JSON file atomically; see `write_atomic`."""
-    text = json.dumps(value, indent=1)
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1))

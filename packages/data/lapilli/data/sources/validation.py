@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -130,16 +131,10 @@ def _entry(
     name = config.name
     record_id = _record_id(element, place)
     sample_id = f"{name}/{_unique(record_id, seen)}"
+    entry = partial(Entry, source=name, record_id=record_id, sample_id=sample_id)
     if isinstance(element, Unreadable):
         verdict = Verdict(Reason.SCHEMA, element.detail)
-        return Entry(
-            source=name,
-            record_id=record_id,
-            sample_id=sample_id,
-            raw={"begins": element.begin},
-            record=None,
-            verdict=verdict,
-        )
+        return entry(raw={"begins": element.begin}, record=None, verdict=verdict)
     try:
         spelt = with_roles(element, config.roles)
         found = source.inspect(spelt)
@@ -150,23 +145,9 @@ def _entry(
         tally.count(found.unread)
     if found.unsupported:
         verdict = Verdict(Reason.UNSUPPORTED_FIELD, found.unsupported)
-        return Entry(
-            source=name,
-            record_id=record_id,
-            sample_id=sample_id,
-            raw=element,
-            record=None,
-            verdict=verdict,
-        )
+        return entry(raw=element, record=None, verdict=verdict)
     if isinstance(normalised, Verdict):
-        return Entry(
-            source=name,
-            record_id=record_id,
-            sample_id=sample_id,
-            raw=element,
-            record=None,
-            verdict=normalised,
-        )
+        return entry(raw=element, record=None, verdict=normalised)
     turns, images = normalised
     if images and not any(images) and not any(_is_marked(turn) for turn in turns):
         images = ()  # an empty key means no image
@@ -175,14 +156,7 @@ def _entry(
     record, verdict = rules(
         Record(record_id=record_id, sample_id=sample_id, source=name, turns=turns, images=images)
     )
-    return Entry(
-        source=name,
-        record_id=record_id,
-        sample_id=sample_id,
-        raw=element,
-        record=record,
-        verdict=verdict,
-    )
+    return entry(raw=element, record=record, verdict=verdict)
 
 
 def _is_marked(turn: Turn) -> bool:
