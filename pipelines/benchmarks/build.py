@@ -112,9 +112,11 @@ def measure(config: BuildTopicConfig, photos: Path, scratch: Path) -> list[dict[
     only_best = OURS + ON_PILLOW
     sides = [s for s in config.sides or SIDES if config.work == "best" or s not in only_best]
     settings = {
-        "photos": str(photos), "count": config.images, "work": config.work,
+        "photos": str(photos),
+        "count": config.images,
+        "work": config.work,
         "workers": config.workers or os.cpu_count() or 1,
-    }  # fmt: skip
+    }
     extras: dict[str, list[dict[str, float]]] = {side: [] for side in sides if _is_here(side)}
     clocks: dict[str, Callable[[], float]] = {
         side: partial(_run, side, settings, scratch / "out", extras[side]) for side in extras
@@ -156,8 +158,10 @@ def _run(
     given = json.dumps(settings | {"output": str(output)})
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.benchmarks.sides.build_sides", side, given],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise UsageError(f"{side}: ended with exit code {done.returncode}: {last[0]}")

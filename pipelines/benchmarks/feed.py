@@ -221,11 +221,13 @@ def _loaded(dataset: Any, batch: int | None, collate: Any) -> Iterator[int]:
 def _dataset(config: FeedConfig, folder: Path, annotations: Path) -> Dataset:
     """The same photos and conversations as shards; made once."""
     settings: dict[str, Any] = {
-        "root": str(folder / "root"), "output": str(folder / "dataset"),
-        "tokenizer": config.tokenizer, "template": "v1",
+        "root": str(folder / "root"),
+        "output": str(folder / "dataset"),
+        "tokenizer": config.tokenizer,
+        "template": "v1",
         "sources": [{"name": "mix", "annotations": annotations.name}],
         "views": {VIEW: {"size": SIDE, "fill": [122, 116, 104], "aspect": "pad"}},
-    }  # fmt: skip
+    }
     recipe = folder / "recipe.json"
     recipe.write_text(json.dumps(settings), encoding="utf-8")
     build(plan_build(parse(BuildConfig, [f"--config={recipe}"], "")), runner=run_here)

@@ -144,8 +144,7 @@ def _row(size: str, name: str, rates: dict[str, Spread], config: ImagesConfig) -
 
 
 def _tell(size: str, rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("side", "images/s", "least", "most", "ms", "x LLaVA", "x floor",
-               "pages")  # fmt: skip
+    columns = ("side", "images/s", "least", "most", "ms", "x LLaVA", "x floor", "pages")
     names = ("side", "images_per_cpu_second", "low", "high", "ms", "of_llava", "time_of_floor",
              "faults_per_image")  # fmt: skip
     best = sorted(rows, key=lambda row: -row["images_per_cpu_second"])

@@ -117,10 +117,11 @@ def inputs(config: MergeConfig, device: torch.device) -> tuple[Tensor, Tensor, T
     embedding = torch.randn(config.vocabulary, config.hidden, dtype=dtype)
     features = torch.randn(len(images), config.hidden, dtype=dtype)
     return (
-        ids.to(device), index.to(device),
+        ids.to(device),
+        index.to(device),
         embedding.to(device).requires_grad_(config.trains_embedding),
         features.to(device).requires_grad_(),
-    )  # fmt: skip
+    )
 
 
 def ways(device: torch.device, *, compiled: bool = True) -> dict[str, Way]:
@@ -150,8 +151,10 @@ def ways(device: torch.device, *, compiled: bool = True) -> dict[str, Way]:
         return index_copy(ids, index, table, rows)
 
     found: dict[str, Way] = {
-        "torch": eager, "masked_scatter": masked_scatter, "index_copy": with_places,
-    }  # fmt: skip
+        "torch": eager,
+        "masked_scatter": masked_scatter,
+        "index_copy": with_places,
+    }
     if compiled:
         made: Any = torch.compile(eager)
         found["torch.compile"] = made

@@ -97,8 +97,9 @@ def measure(config: OpenConfig, folder: Path) -> list[dict[str, Any]]:
 
 def _draw(path: Path, title: str, rows: Sequence[dict[str, Any]], processor: str) -> None:
     looks: dict[str, tuple[str, Kind]] = {
-        "lapilli": ("lapilli, checked", "ours"), "bare": ("pyarrow's bare columns", "floor"),
-    }  # fmt: skip
+        "lapilli": ("lapilli, checked", "ours"),
+        "bare": ("pyarrow's bare columns", "floor"),
+    }
     bars: list[Bar] = []
     for row in rows:
         label, kind = looks[row["side"]]
@@ -114,8 +115,10 @@ def _draw(path: Path, title: str, rows: Sequence[dict[str, Any]], processor: str
 def _apart(side: str, folder: Path, memory: list[float]) -> float:
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.benchmarks.opening", side, str(folder)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise UsageError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
     seconds, added = json.loads(done.stdout)

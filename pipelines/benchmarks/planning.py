@@ -113,8 +113,9 @@ def measure(config: PlanConfig, samples: Samples) -> list[dict[str, Any]]:
     }
     clocks["one sort"] = lambda: _seconds(lambda: np.argsort(samples.tokens, kind="stable"))
     spreads = by_turns(clocks, config.rounds)
-    costs = {name: waste(order(samples, config.shape), samples, config)
-             for name, order in ORDERS.items()}  # fmt: skip
+    costs = {
+        name: waste(order(samples, config.shape), samples, config) for name, order in ORDERS.items()
+    }
     return [_row(name, spread, costs, config, samples) for name, spread in spreads.items()]
 
 

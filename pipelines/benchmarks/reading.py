@@ -148,9 +148,11 @@ def _datasets(folder: Path, pictures: NDArray[np.uint8], count: int) -> Read:
     datasets: Any = import_module("datasets")
     features = datasets.Features({"pixels": datasets.Value("large_binary")})
     written = datasets.Dataset.from_generator(
-        partial(_rows, pictures, count), features=features, cache_dir=str(folder),
+        partial(_rows, pictures, count),
+        features=features,
+        cache_dir=str(folder),
         writer_batch_size=PER_SHARD,
-    )  # fmt: skip
+    )
     return lambda index: _square(written[index]["pixels"])
 
 

@@ -213,11 +213,12 @@ def _made_of(
     size = max(rows, source_rows(model.language)) if rows else 0
     return {
         MODEL: {
-            "vision": asdict(vision), "language": {"vocab_size": size},
+            "vision": asdict(vision),
+            "language": {"vocab_size": size},
             "projector": model.config.projector,
         },
         QUANTIZED: model.config.dtype if quantized else "",
-    }  # fmt: skip
+    }
 
 
 def _say_base(output: Path, asked: Assistant, base: str, rows: int, run: str) -> None:

@@ -88,9 +88,11 @@ def add_curves(page: Page, runs: Sequence[Compared]) -> None:
     shown = {name: (steps, smoothed(values)) for name, (steps, values) in losses.items()}
     page.line_chart(shown, "step", "smoothed loss", "Loss")
     for name, unit, title in (
-        ("held_out_loss", "loss", "Held-out loss"), ("tokens_per_second", "tokens/s", "Speed"),
-        ("mfu", "share", "Model FLOPs utilisation"), ("grad_norm", "norm", "Gradient norm"),
-    ):  # fmt: skip
+        ("held_out_loss", "loss", "Held-out loss"),
+        ("tokens_per_second", "tokens/s", "Speed"),
+        ("mfu", "share", "Model FLOPs utilisation"),
+        ("grad_norm", "norm", "Gradient norm"),
+    ):
         series = {of: curves(run.rows, name) for of, run in named.items()}
         if any(len(steps) for steps, _ in series.values()):
             page.line_chart(series, "step", unit, title)

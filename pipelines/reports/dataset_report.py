@@ -314,7 +314,7 @@ def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildCo
                 for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
             ],
         )
-        page.text("All of them, with detail and record, are in quarantine.parquet.")  # fmt: skip
+        page.text("All of them, with detail and record, are in quarantine.parquet.")
         mounts = _Mounts(config)
         for reason, rows in _examples(path):
             _tell_reason(page, reason, reasons.get(reason, len(rows)), rows, mounts)
@@ -435,10 +435,12 @@ def _crossed() -> bytes:
 def _tell_build(page: Page, manifest: Manifest, time: BuildTime | None) -> None:
     page.section("Disk").table(
         ["part", "files", "rows", "size"],
-        [_disk_row("tokens", manifest.tokens),
-         *(_disk_row(f"images, {name}", view.shards) for name, view in manifest.views.items()),
-         _disk_row("selection", [manifest.selection])],
-    )  # fmt: skip
+        [
+            _disk_row("tokens", manifest.tokens),
+            *(_disk_row(f"images, {name}", view.shards) for name, view in manifest.views.items()),
+            _disk_row("selection", [manifest.selection]),
+        ],
+    )
     if time is not None:
         page.key_values({"time": duration_text(time.seconds), "rate": _rate(manifest, time)})
     tokenizer = manifest.tokenizer

@@ -275,9 +275,10 @@ def _add_answers(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> N
             if count := int((asked < 0).sum()):
                 page.gallery([GalleryItem(picture) for picture in sample.pixels[:count]])
         page.table(
-            ["after", "answer"], [[f"step {one.step + 1:,}", one.given] for one in answers],
+            ["after", "answer"],
+            [[f"step {one.step + 1:,}", one.given] for one in answers],
             f"{name}: {answers[0].question} Expected: {answers[0].expected}",
-        )  # fmt: skip
+        )
 
 
 def _add_sample(page: Page, dataset: Dataset, tokenizer: Any, found: SampleLoss) -> None:

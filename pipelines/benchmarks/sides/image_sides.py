@@ -154,8 +154,10 @@ class Apart:
         """
         self._process = subprocess.Popen(
             [python, "-m", "pipelines.benchmarks.sides.image_sides", "keep" if keeps else "plain"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.sides = self._read().split(",")
 
     def spent(self, side: str, folder: Path) -> Spent:

@@ -92,9 +92,11 @@ def _model(shapes: ModelConfig, device: torch.device) -> Any:
         from peft import LoraConfig, inject_adapter_in_model
 
         settings = LoraConfig(
-            r=shapes.lora.rank, lora_alpha=shapes.lora.alpha, lora_dropout=shapes.lora.dropout,
+            r=shapes.lora.rank,
+            lora_alpha=shapes.lora.alpha,
+            lora_dropout=shapes.lora.dropout,
             target_modules=r".*language_model.*_proj",
-        )  # fmt: skip
+        )
         model = inject_adapter_in_model(settings, model)
         for name, parameter in model.named_parameters():
             if "multi_modal_projector" in name:

@@ -85,9 +85,10 @@ def pixel_error(pixels: NDArray[np.uint8], exact: NDArray[np.uint8]) -> dict[str
     """How far off pixels are: `absolute_error`, `squared_error` (both summed), `worst_error`."""
     flat = np.abs(pixels.astype(np.int16) - exact).ravel().astype(np.int64)
     return {
-        "absolute_error": int(flat.sum()), "squared_error": int(flat @ flat),
+        "absolute_error": int(flat.sum()),
+        "squared_error": int(flat @ flat),
         "worst_error": int(flat.max()),
-    }  # fmt: skip
+    }
 
 
 def decode_pixels(data: Any, kind: str, side: int = 0) -> NDArray[np.uint8]:
@@ -140,6 +141,7 @@ def encoding_error(rows: Iterable[tuple[int, int, int]], values: int) -> dict[st
     absolute, squared = (float(column.sum()) / (len(table) * values) for column in table.T[:2])
     psnr = 10 * math.log10(255**2 / squared) if squared else math.inf
     return {
-        "mean": round(absolute, 4), "psnr": round(min(psnr, 999.0), 2),
+        "mean": round(absolute, 4),
+        "psnr": round(min(psnr, 999.0), 2),
         "worst": int(table[:, 2].max()),
-    }  # fmt: skip
+    }

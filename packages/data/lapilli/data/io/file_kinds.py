@@ -75,8 +75,10 @@ def file_kind(start: bytes) -> FileKind | None:
 
 # What a file begins with. The longest come first where one is the beginning of another.
 MAGIC: tuple[tuple[bytes, FileKind], ...] = (
-    (b"version https://git-lfs", FileKind(
-        "a Git LFS pointer, not the file", "fetch the file with `git lfs pull`")),
+    (
+        b"version https://git-lfs",
+        FileKind("a Git LFS pointer, not the file", "fetch the file with `git lfs pull`"),
+    ),
     (b"\xff\xfe\0\0", FileKind("UTF-32 text", UTF8.format("UTF-32"))),
     (b"\0\0\xfe\xff", FileKind("UTF-32 text", UTF8.format("UTF-32"))),
     (b"\xff\xfe", FileKind("UTF-16 text", UTF8.format("UTF-16"))),
@@ -101,16 +103,18 @@ MAGIC: tuple[tuple[bytes, FileKind], ...] = (
     (b"\xff\xd8\xff", FileKind("a JPEG image", "check which file is named", ("image",))),
     (b"\x89PNG\r\n", FileKind("a PNG image", "check which file is named", ("image",))),
     (b"GIF8", FileKind("a GIF image", "check which file is named", ("image",))),
-)  # fmt: skip
+)
 
 # Brands of ISO media files, behind `ftyp`.
 BRANDS: tuple[tuple[tuple[bytes, ...], FileKind], ...] = (
     ((b"avif", b"avis"), FileKind("an AVIF image", CONVERT)),
-    ((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"),
-     FileKind("a HEIC image", CONVERT)),
+    (
+        (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"),
+        FileKind("a HEIC image", CONVERT),
+    ),
     ((b"qt  ",), FileKind("a QuickTime video (MOV)", "write its frames as images")),
     ((), FileKind("an MP4 video", "write its frames as images")),
-)  # fmt: skip
+)
 QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 # A protocol and the first instruction of pickles of containers, texts, bytes, numbers and globals.
@@ -128,8 +132,9 @@ def _by_magic(start: bytes) -> FileKind | None:
     if start[4:8] in QUICKTIME and start[:1] == b"\0":
         return FileKind("a QuickTime video (MOV)", "write its frames as images")
     if start[257:262] == b"ustar":
-        return FileKind("a tar archive", "as annotations it takes `format: webdataset`",
-                        ("archive",))  # fmt: skip
+        return FileKind(
+            "a tar archive", "as annotations it takes `format: webdataset`", ("archive",)
+        )
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < 1 << 30:
         return FileKind("a safetensors file", "it holds weights; check which file is named")
     if PICKLE.match(start):

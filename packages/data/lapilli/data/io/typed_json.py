@@ -27,7 +27,7 @@ from typing import (
     get_origin,
     get_type_hints,
     is_typeddict,
-)  # fmt: skip
+)
 
 from lapilli.data.record import excerpt
 

@@ -270,10 +270,11 @@ class Mount:
         if isinstance(reached, _Reached):
             alias = "alias" if means != path else ""
             found = [
-                _Candidate(reached.folder, n, worse(worse(kind_of(name, n), reached.repair), alias),
-                           means)
+                _Candidate(
+                    reached.folder, n, worse(worse(kind_of(name, n), reached.repair), alias), means
+                )
                 for n in _same_names(reached.folder, name)
-            ]  # fmt: skip
+            ]
         found += self._beside(key)
         if found:
             return self._one_of(key, found)

@@ -47,7 +47,8 @@ ARCHIVES_BY_FOLDER = {
         "images.zip", "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", 21.8
     ),
     "textvqa/train_images": PublishedArchive(
-        "train_val_images.zip", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+        "train_val_images.zip",
+        "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
         7.1,
     ),
     "vg/VG_100K": PublishedArchive("images.zip", f"{VG}/images.zip", 9.7),
@@ -62,9 +63,10 @@ ARCHIVES_BY_FOLDER = {
     ),
     "sexy_check_all": PublishedArchive(
         "icm-instruct-train.zip",
-        f"{HUB}/wumengyangok/ICM-Instruct/resolve/main/icm-instruct-train.zip", 0.0,
+        f"{HUB}/wumengyangok/ICM-Instruct/resolve/main/icm-instruct-train.zip",
+        0.0,
     ),
-}  # fmt: skip
+}
 
 # Annotation file to its address.
 ANNOTATIONS = {

@@ -352,9 +352,11 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 def _ids(written: Any, turns: Sequence[Turn], exported: Exported) -> list[int]:
     text: str = written.apply_chat_template(
-        messages_of(turns), chat_template=exported.chat_template, tokenize=False,
+        messages_of(turns),
+        chat_template=exported.chat_template,
+        tokenize=False,
         add_generation_prompt=True,
-    )  # fmt: skip
+    )
     found: list[int] = written(text)["input_ids"]
     return [-200 if number == exported.image_id else number for number in found]
 

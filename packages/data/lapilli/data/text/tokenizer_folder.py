@@ -47,8 +47,10 @@ def _open_zstd(path: Path) -> Any:
 
 
 OPEN: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd,
-}  # fmt: skip
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
 
 
 @contextmanager
