@@ -43,7 +43,8 @@ def estimate(config: RunConfig) -> None:
         say(note)
     sketch = sketch_run(config)
     length = int(dataset.lengths.max()) if dataset else config.max_length
-    estimate = estimate_run(config, sketch, length=length)
+    trained = int(dataset.num_trained.max()) if dataset else None
+    estimate = estimate_run(config, sketch, length=length, trained=trained)
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
     device_bytes = device_memory("cuda") if has_gpu and not config.micro_batch_size else None
     config = follow(config, device_bytes, lambda: estimate)

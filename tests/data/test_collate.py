@@ -70,9 +70,20 @@ def check(batch: Batch, rows: list[Sample], shape: BatchShape) -> None:
     assert list(found)[: batch.num_targets] == list(predicted.items())
     assert set(batch.targets[batch.num_targets :].tolist()) <= {-100}
     assert batch.num_targets == len(predicted)
-    assert len(batch.targets) % shape.predict_chunk == 0 != len(batch.targets)
+    assert len(batch.targets) == expected_targets(len(predicted), shape)
     assert batch.image_tokens.sum() == features
     assert batch.num_images == sum(len(one.pixels) for one in rows)
+
+
+def expected_targets(count: int, shape: BatchShape) -> int:
+    """The least size that holds them, else the least number of whole chunks, at least one."""
+    for size in range(max(1, count), max((*shape.target_sizes, 0)) + 1):
+        if size in shape.target_sizes:
+            return size
+    chunks = 1
+    while chunks * shape.predict_chunk < count:
+        chunks += 1
+    return chunks * shape.predict_chunk
 
 
 @settings(max_examples=150, deadline=None)
@@ -81,11 +92,14 @@ def check(batch: Batch, rows: list[Sample], shape: BatchShape) -> None:
     spare=st.integers(0, 2),
     image_tokens=st.integers(1, 5),
     chunk=st.integers(1, 9),
+    sizes=st.sets(st.integers(1, 20), max_size=3),
 )
 def test_every_position_is_where_a_loop_puts_it(
-    rows: list[Sample], spare: int, image_tokens: int, chunk: int
+    rows: list[Sample], spare: int, image_tokens: int, chunk: int, sizes: set[int]
 ) -> None:
-    shape = BatchShape(max(1, len(rows) + spare), (8, 64), image_tokens, chunk)
+    shape = BatchShape(
+        max(1, len(rows) + spare), (8, 64), image_tokens, chunk, target_sizes=tuple(sorted(sizes))
+    )
     batch = collate(rows, shape, SIDE)
     check(batch, rows, shape)
     assert batch.sample_ids == tuple(one.sample_id for one in rows)
@@ -171,6 +185,12 @@ def test_long_sequences_have_coarser_candidates() -> None:
     assert text == ()
     assert images[-1] == 100_096
     assert np.abs(np.diff([0, *images]) - 25_000).max() <= 256
+
+
+def test_every_number_of_trained_positions_has_a_blank_batch() -> None:
+    shape = BatchShape(2, (16, 32), 3, text_buckets=(8,), target_sizes=(8, 24, 40))
+    blank = [(b.input_ids.shape[1], len(b.targets)) for b in blank_batches(shape, SIDE)]
+    assert blank == [(32, 40), (16, 40), (8, 40), (16, 24), (16, 8)]
 
 
 def test_every_shape_has_a_blank_batch() -> None:

@@ -97,6 +97,21 @@ def test_other_workers_go_on_in_the_order_of_llavas_processes(dataset: Dataset) 
         assert found == sorted(i for part in parts for batch in part for i in batch.sample_ids)
 
 
+@pytest.mark.parametrize("max_shapes", [1, 3, 16])
+def test_trained_positions_have_few_sizes_on_every_rank_in_every_epoch(
+    dataset: Dataset, max_shapes: int
+) -> None:
+    config = config_for(2, max_shapes=max_shapes, epochs=3)
+    feeds = [Feed(dataset, config, rank=rank, world_size=2) for rank in range(2)]
+    assert feeds[0].shape == feeds[1].shape
+    made = [b for feed in feeds for s in range(feed.total_steps) for b in feed.make(s).batches]
+    sizes = {len(batch.targets) for batch in made}
+    assert len(sizes) <= max_shapes
+    assert sizes <= {*feeds[0].shape.target_sizes}
+    if max_shapes == 16:  # what is there is little more than what is trained
+        assert sum(len(b.targets) for b in made) < 1.6 * sum(b.num_targets for b in made)
+
+
 @pytest.mark.parametrize("sampler", ["grouped", "llava"])
 def test_the_mean_of_means_is_plain_torchs(dataset: Dataset, sampler: str) -> None:
     """Loss and gradient of two ranks' shares, summed, against cross_entropy's own means."""

@@ -4,7 +4,7 @@ The collator knows every count, so that the device is never asked for one: no da
 and no host synchronisation between here and the end of backward.
 
 Shape suffix legend: B rows, S tokens, N images, F feature rows in all (N x tokens an image),
-P trained positions, padded to a multiple of the head's chunk.
+P trained positions, padded to one of a few sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from lapilli.data.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Batch", "BatchShape", "blank_batches", "choose_buckets", "collate"]
+__all__ = [
+    "Batch",
+    "BatchShape",
+    "blank_batches",
+    "choose_buckets",
+    "choose_target_sizes",
+    "collate",
+]
 
 CANDIDATES = 512  # lengths that buckets are chosen from: 10 ms for 16 of them
 
@@ -35,8 +42,10 @@ class BatchShape:
         rows: Rows B of a micro-batch; what is not filled is padding.
         buckets: Sequence lengths S, ascending; a batch takes the first that holds it.
         image_tokens: Tokens an image takes.
-        predict_chunk: P is padded to a multiple of this.
-        text_buckets: The same for batches without images; empty for `buckets`.
+        predict_chunk: P is padded to a multiple of this where `target_sizes` hold it not.
+        text_buckets: The same as `buckets` for batches without images; empty for `buckets`.
+        target_sizes: Numbers P of trained positions, ascending; a batch takes the first that holds
+            it.
     """
 
     rows: int
@@ -44,6 +53,13 @@ class BatchShape:
     image_tokens: int
     predict_chunk: int = 1024
     text_buckets: tuple[int, ...] = ()
+    target_sizes: tuple[int, ...] = ()
+
+    def padded_targets(self, count: int) -> int:
+        """P of a batch with so many trained positions; at least one: the head always has work."""
+        chunk = self.predict_chunk
+        whole_chunks = max(chunk, -(-count // chunk) * chunk)
+        return next((size for size in self.target_sizes if size >= count), whole_chunks)
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,25 @@ def _best_buckets(
     return found
 
 
+def choose_target_sizes(
+    counts: NDArray[np.int64], *, count: int, multiple: int = 8
+) -> tuple[int, ...]:
+    """Numbers of trained positions under which least is padded; exact, as `choose_buckets`.
+
+    Args:
+        counts: int64 [m], trained positions of each micro-batch.
+        count: Sizes in all.
+        multiple: As for `choose_buckets`.
+
+    Returns:
+        Ascending; the last holds every micro-batch.
+
+    Raises:
+        DataError: No micro-batch, or a number below 1.
+    """
+    return choose_buckets(counts.clip(min=1), counts[:0], count=count, multiple=multiple)[0]
+
+
 def collate(
     samples: Sequence[Sample], shape: BatchShape, image_size: int, *, with_images: bool = False
 ) -> Batch:
@@ -193,7 +228,7 @@ def collate(
         features += len(sample.pixels) * shape.image_tokens
         positions.append(trained - 1 + row * length)
         targets.append(ids[trained])
-    positions_P, targets_P, num_targets = _pad_targets(positions, targets, shape.predict_chunk)
+    positions_P, targets_P, num_targets = _pad_targets(positions, targets, shape)
     return Batch(
         input_ids=ids_BS,
         position_ids=np.broadcast_to(np.arange(length, dtype=np.int64), ids_BS.shape).copy(),
@@ -211,16 +246,23 @@ def collate(
 
 
 def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:
-    """One batch without a sample of every shape, the longest first; nothing is trained in them.
+    """Batches without a sample, the longest first, in which nothing is trained.
 
-    Several images a row are shapes of their own and not among these.
+    One of every length, with images and without, each with the most trained positions; then one of
+    every smaller number of those, at the shortest length. The head works on positions alone, so
+    that other pairs are no new shapes for any part of a model. Several images a row are shapes of
+    their own and not among these.
     """
+    *fewer, most = shape.target_sizes or (shape.predict_chunk,)
+    whole = replace(shape, target_sizes=(most,))
     for length in reversed(shape.buckets):
-        one = replace(shape, buckets=(length,))
+        one = replace(whole, buckets=(length,))
         yield collate([], one, image_size, with_images=True)
     for length in reversed(shape.text_buckets or shape.buckets):
-        one = replace(shape, text_buckets=(length,))
+        one = replace(whole, text_buckets=(length,))
         yield collate([], one, image_size)
+    for size in reversed(fewer):
+        yield collate([], replace(shape, target_sizes=(size,)), image_size, with_images=True)
 
 
 def _expand(
@@ -267,11 +309,11 @@ def _bucket(
 
 
 def _pad_targets(
-    positions: list[NDArray[np.int64]], targets: list[NDArray[np.int64]], chunk: int
+    positions: list[NDArray[np.int64]], targets: list[NDArray[np.int64]], shape: BatchShape
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Join and pad to a multiple of `chunk`, at least one: the head always has work to do."""
+    """Join and pad to one of the shape's sizes."""
     count = sum(map(len, targets))
-    padded = max(chunk, -(-count // chunk) * chunk)
+    padded = shape.padded_targets(count)
     positions_P = np.zeros(padded, np.int64)
     targets_P = np.full(padded, IGNORE_INDEX, np.int64)
     if count:

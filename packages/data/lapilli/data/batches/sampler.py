@@ -227,6 +227,27 @@ def assign(
     return [list(chunks[:, rank]) for rank in range(world_size)]
 
 
+def micro_batches(plan: EpochPlan, lengths: ArrayLike, *, micro_batch_size: int) -> Ids:
+    """The micro-batches of an epoch, whatever the number of ranks.
+
+    Args:
+        plan: of the epoch; its batches that are cut short are not looked at.
+        lengths: int [n], the lengths the plan was made of.
+        micro_batch_size: slots of one rank's micro-batch.
+
+    Returns:
+        int64 [m, micro_batch_size] sample indices, -1 = empty slot. Where a global batch has empty
+        slots, `assign` spreads them and here they are together.
+    """
+    sizes = np.diff(plan.offsets)
+    whole = plan.order[np.repeat(sizes == plan.whole, sizes)].reshape(-1, plan.whole or 1)
+    if plan.fixed_micro_batch is None:
+        tokens = np.where(whole == EMPTY, 0, np.asarray(lengths)[whole])
+        order = np.argsort(-tokens, axis=1, kind="stable")
+        whole = np.take_along_axis(whole, order, axis=1)
+    return whole.reshape(-1, micro_batch_size)
+
+
 def longest_rows(
     plan: EpochPlan, lengths: ArrayLike, has_images: ArrayLike, *, micro_batch_size: int
 ) -> tuple[Ids, Ids]:
@@ -241,17 +262,28 @@ def longest_rows(
     Returns:
         The longest sample of each micro-batch that has images, and of each that has none.
     """
-    sizes = np.diff(plan.offsets)
-    whole = plan.order[np.repeat(sizes == plan.whole, sizes)].reshape(-1, plan.whole or 1)
-    tokens = np.where(whole == EMPTY, 0, np.asarray(lengths)[whole])
-    pictured = (whole != EMPTY) & np.asarray(has_images)[whole]
-    if plan.fixed_micro_batch is None:
-        order = np.argsort(-tokens, axis=1, kind="stable")
-        tokens = np.take_along_axis(tokens, order, axis=1)
-        pictured = np.take_along_axis(pictured, order, axis=1)
-    longest = tokens.reshape(-1, micro_batch_size).max(axis=1)
-    with_images = pictured.reshape(-1, micro_batch_size).any(axis=1)
+    micros = micro_batches(plan, lengths, micro_batch_size=micro_batch_size)
+    longest = np.where(micros == EMPTY, 0, np.asarray(lengths)[micros]).max(axis=1)
+    with_images = ((micros != EMPTY) & np.asarray(has_images)[micros]).any(axis=1)
     return longest[with_images], longest[~with_images & (longest > 0)]
+
+
+def trained_counts(
+    plan: EpochPlan, lengths: ArrayLike, num_trained: ArrayLike, *, micro_batch_size: int
+) -> Ids:
+    """Trained tokens of each micro-batch of an epoch, for any number of ranks.
+
+    Args:
+        plan: of the epoch; its batches that are cut short are not looked at.
+        lengths: int [n], the lengths the plan was made of.
+        num_trained: int [n], trained tokens of the samples.
+        micro_batch_size: slots of one rank's micro-batch.
+
+    Returns:
+        int64 [m]. Exact but for global batches with empty slots (`micro_batches`).
+    """
+    micros = micro_batches(plan, lengths, micro_batch_size=micro_batch_size)
+    return np.where(micros == EMPTY, 0, np.asarray(num_trained)[micros]).sum(axis=1)
 
 
 # ---- grouped and random ------------------------------------------------------------------------

@@ -161,20 +161,24 @@ def sketch_run(config: RunConfig) -> Sketch:
     return sketch_model(replace(config.model, dtype=size))
 
 
-def estimate_run(config: RunConfig, sketch: Sketch, *, length: int) -> Estimate:
+def estimate_run(
+    config: RunConfig, sketch: Sketch, *, length: int, trained: int | None = None
+) -> Estimate:
     """Sizes of a run.
 
     Args:
         config: The run; its micro-batch may be 0.
         sketch: Its model (`sketch_run`).
         length: Tokens of the longest sequence, its images' tokens included.
+        trained: Most trained tokens of a sequence; None for all of the longest.
     """
     tokens = sketch.model.vision.num_tokens
     sizes: list[int] = []
     for rows in (1, 2):
         shape = BatchShape(
-            rows=rows, buckets=(length,), image_tokens=tokens, predict_chunk=config.model.head_chunk
-        )
+            rows=rows, buckets=(length,), image_tokens=tokens,
+            target_sizes=(max(1, rows * (length if trained is None else trained)),),
+        )  # fmt: skip
         batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
         found = sketch.activations(batch)
         is_short = config.model.gradient_checkpointing

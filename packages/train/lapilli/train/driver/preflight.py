@@ -148,10 +148,10 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     check_model(model, dataset)
     check_start(start_weights, dataset, on_note)
     check_context(model, dataset, held_out, on_note)
-    longest = int(dataset.lengths.max())
+    longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
     config = follow(
         config, None if config.micro_batch_size else device_memory(device),
-        lambda: estimate_run(config, sketch_run(config), length=longest),
+        lambda: estimate_run(config, sketch_run(config), length=longest, trained=most),
     )  # fmt: skip
     feed = Feed(dataset, config, rank=0, world_size=config.num_workers)
     saved = config.checkpoint

@@ -90,13 +90,13 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
             lengths, images = dataset.lengths[ids], int(counts[rank, micro])
             padded_images = max(rows * bool(together[micro]), -(-images // rows) * rows)
             kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
-            targets, chunk = int(dataset.num_trained[ids].sum()), shape.predict_chunk
+            targets = int(dataset.num_trained[ids].sum())
             found.append(BatchNumbers(
                 row_lengths=lengths.tolist(), images=images, targets=targets,
                 padded_rows=rows,
                 padded_length=next(n for n in kind if n >= lengths.max(initial=0)),
                 padded_images=padded_images,
-                padded_targets=max(chunk, -(-targets // chunk) * chunk),
+                padded_targets=shape.padded_targets(targets),
             ))  # fmt: skip
     return found
 

@@ -12,8 +12,20 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.batches.collate import Batch, BatchShape, choose_buckets, collate
-from lapilli.data.batches.sampler import EpochPlan, assign, longest_rows, plan_epoch
+from lapilli.data.batches.collate import (
+    Batch,
+    BatchShape,
+    choose_buckets,
+    choose_target_sizes,
+    collate,
+)
+from lapilli.data.batches.sampler import (
+    EpochPlan,
+    assign,
+    longest_rows,
+    plan_epoch,
+    trained_counts,
+)
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.train.config import RunConfig
 
@@ -63,15 +75,28 @@ def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchSh
     buckets, text_buckets = choose_buckets(
         images[images > 0], text[text > 0], count=config.max_shapes
     )
-    chunk = config.model.head_chunk
-    image_tokens = dataset.image_tokens
     return BatchShape(
         rows=config.micro_batch_size,
         buckets=buckets,
-        image_tokens=image_tokens,
-        predict_chunk=chunk,
+        image_tokens=dataset.image_tokens,
+        predict_chunk=config.model.head_chunk,
         text_buckets=text_buckets,
+        target_sizes=_target_sizes(dataset, config, plan),
     )
+
+
+def _target_sizes(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> tuple[int, ...]:
+    """The few numbers of trained positions; a single one holds whatever may come together."""
+    trained = dataset.num_trained
+    if config.max_shapes == 1:
+        rows = min(config.micro_batch_size, len(trained))
+        counts = np.partition(trained, -rows)[-rows:].sum(keepdims=True)
+    else:
+        counts = trained_counts(
+            plan, dataset.lengths, trained, micro_batch_size=config.micro_batch_size
+        )
+        counts = np.append(counts, trained.max(initial=0))
+    return choose_target_sizes(counts.astype(np.int64), count=config.max_shapes)
 
 
 def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lapilli.data.batches.collate import BatchShape, collate
+from lapilli.data.batches.collate import BatchShape, choose_target_sizes, collate
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.model.parts.trainable import set_modes
@@ -79,8 +79,12 @@ class HeldOut:
         count = min(config.validation.samples, len(dataset))
         chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         longest = int(dataset.lengths[chosen].max())
-        self._shape = replace(shape, buckets=held_out_buckets(longest), text_buckets=())
         self._chunks = _chunks(chosen, dataset, shape.rows)
+        counts = np.array([dataset.num_trained[ids].sum() for ids in self._chunks], np.int64)
+        self._shape = replace(
+            shape, buckets=held_out_buckets(longest), text_buckets=(),
+            target_sizes=choose_target_sizes(counts, count=4),
+        )  # fmt: skip
         self._tokens = int(dataset.num_trained[chosen].sum())
 
     def loss(self, engine: Any, device: torch.device) -> float:
