@@ -1,4 +1,4 @@
-"""The learning rate against transformers' schedules."""
+"""The learning rate against transformers' schedules, and torch's two ways to update."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig
+from lapilli.train.device import prepare_process
+from lapilli.train.driver.workers import join_alone
+from lapilli.train.engine import deepspeed_engine
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.optim import build_optimizer, learning_rate
-from tests.train.tiny import model_config, run_config
+from lapilli.train.steps.step import to_device, train_step
+from tests.train.tiny import global_tokens, model_config, random_steps, run_config
 
 
 @pytest.mark.parametrize(
@@ -69,3 +74,30 @@ def test_bf16_weights_in_an_fp32_run_are_refused() -> None:
 def test_a_wrong_setting_names_its_field(values: dict[str, float]) -> None:
     with pytest.raises(TrainError, match=f"optim.{next(iter(values))}"):
         OptimConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_fused_kernel_updates_alike_and_its_moments_have_the_same_names(stage: int) -> None:
+    join_alone("cpu")
+    config = run_config(model_config(), num_workers=1, zero_stage=stage)
+    found: list[dict[str, torch.Tensor]] = []
+    for fused in (False, True):
+        prepare_process("cpu")
+        model = build_model(config.model)
+        built = deepspeed_engine.initialize(
+            model, build_optimizer(model, config.optim, fused=fused),
+            deepspeed_engine.deepspeed_settings(config),
+        )  # fmt: skip
+        for ranks in random_steps(3, seed=2):
+            batches = [to_device(batch, torch.device("cpu")) for batch in ranks[0]]
+            train_step(built, batches, global_tokens=global_tokens(ranks), world_size=1)
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in trainable_parameters(built.module).items():
+            state[name] = deepspeed_engine.read_weight(parameter).clone()
+            for moment, value in deepspeed_engine.read_moments(built, parameter).items():
+                state[f"{name} {moment}"] = value.clone()
+        found.append(state)
+    plain, fused = found
+    assert plain.keys() == fused.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -162,7 +162,9 @@ def create_moments(engine: Any) -> None:
     inner = inner_optimizer(engine)
     for number, tensor in enumerate(optimized_tensors(engine)):
         with _swapped_in(engine, number):
-            inner.state[tensor] = {"step": torch.tensor(0.0)}
+            # as torch makes it: the fused kernel counts where it computes
+            place = tensor.device if inner.defaults.get("fused") else "cpu"
+            inner.state[tensor] = {"step": torch.zeros((), device=place)}
             inner.state[tensor].update({name: torch.zeros_like(tensor.data) for name in MOMENTS})
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
         engine.optimizer._lazy_init_hp_params_optimizer_state()

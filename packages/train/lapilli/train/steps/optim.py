@@ -33,11 +33,19 @@ def learning_rate(
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
     """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start.
 
     A group's `part` is one of `GROUPS`; its `lr_factor` is its peak rate over `config.lr`: all
     rates follow one schedule.
+
+    Args:
+        model: The model.
+        config: Rates, decay and moments.
+        fused: One kernel for all of an update, whose step count lies beside the weights: for
+            weights that are updated on a GPU.
     """
     groups = [
         {
@@ -49,4 +57,4 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         }
         for (group, decays), params in parameter_groups(model).items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused or None)

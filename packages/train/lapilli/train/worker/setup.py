@@ -71,7 +71,8 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
         checkpoint.load_weights(found, model)
     model.to(torch_device)
     feed = Feed(dataset, config, rank=rank, world_size=world_size)
-    optimizer = build_optimizer(model, config.optim)
+    is_on_gpu = torch_device.type == "cuda" and config.offload.to == "none"
+    optimizer = build_optimizer(model, config.optim, fused=is_on_gpu)
     built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
     if found:
         checkpoint.load_into(built, found)
