@@ -160,11 +160,10 @@ def make_batch(model: VisionLanguageModel, rows: int, text_tokens: int) -> Batch
         pixels = draw.integers(0, 256, (1, side, side, 3)).astype(np.uint8)
         samples.append(Sample(f"row{row}", ids, spans, pixels))
     length = -(-(text_tokens + tokens) // 8) * 8
-    return collate(
-        samples,
-        BatchShape(rows=rows, buckets=(length,), image_tokens=tokens, predict_chunk=1024),
-        side,
-    )
+    trained = rows * (text_tokens - text_tokens // 2)
+    sizes = (-(-trained // 8) * 8,)  # as a run's feed chooses them
+    shape = BatchShape(rows=rows, buckets=(length,), image_tokens=tokens, target_sizes=sizes)
+    return collate(samples, shape, side)
 
 
 def operations(model: VisionLanguageModel, batch: Batch) -> StepFlops:
@@ -199,7 +198,8 @@ def _ours(
         model = build_model(shapes)
     set_modes(model)
     batch = make_batch(model, config.micro_batch_size, config.text_tokens)
-    engine = PlainEngine(model, build_optimizer(model, OptimConfig(lr=1e-5)), grad_clip=1.0)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-5), fused=device.type == "cuda")
+    engine = PlainEngine(model, optimizer, grad_clip=1.0)
     on_device = [to_device(batch, device)]
 
     def step() -> None:

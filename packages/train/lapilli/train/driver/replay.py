@@ -23,8 +23,8 @@ from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import seed_step, to_device
 from lapilli.train.worker.compatibility import build_start
-from lapilli.train.worker.loop import one_step
 from lapilli.train.worker.setup import Setup, setup
+from lapilli.train.worker.taken_step import take_step
 
 __all__ = ["Finding", "examine", "rerun"]
 
@@ -99,7 +99,7 @@ def _step_to(ready: Setup, step: int, on_step: Callable[[int], None]) -> None:
         for batches in send_ahead(steps, ready.device):
             if batches.step == step:
                 return
-            one_step(ready, batches, wants_stop=False)
+            take_step(ready, batches)
             on_step(batches.step)
 
 

@@ -66,7 +66,8 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.zero_stage, **_offloading(config)},
-        "bf16": {"enabled": config.precision == "bf16"},
+        # whether a gradient is a number is seen a step later (`StepGuard`), without asking here
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": config.precision == "fp16", **SCALING},
         "zero_allow_untested_optimizer": True,
         # torch's AdamW on the host as well: DeepSpeed's would be compiled, and resumes 1e-4 off

@@ -33,7 +33,6 @@ class PlainEngine:
         self._accumulation = accumulation
         self._grad_clip = grad_clip
         self._is_boundary = True
-        self._norm: Tensor | None = None
         self._parameters = list(trainable_parameters(module).values())
         self.device = self._parameters[0].device
         self._masters = {
@@ -73,8 +72,10 @@ class PlainEngine:
         if not self._is_boundary:
             return
         learnt = [parameter for parameter in self._parameters if parameter.grad is not None]
-        self._norm = _total_norm([p.grad for p in learnt if p.grad is not None])
-        clip = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0) if self._grad_clip else None
+        clip: Tensor | None = None
+        if self._grad_clip and learnt:
+            norm = _total_norm([p.grad for p in learnt if p.grad is not None])
+            clip = (self._grad_clip / (norm + 1e-6)).clamp(max=1.0)
         self._update([p for p in learnt if p not in self._masters], clip)
         for chunk in _chunks([p for p in learnt if p in self._masters], UPDATE_NUMBERS):
             self._update(chunk, clip)
@@ -94,10 +95,6 @@ class PlainEngine:
             updated.grad = None
             if updated is not parameter:
                 parameter.data.copy_(updated)
-
-    def get_global_grad_norm(self) -> Tensor | None:
-        """Norm of the last step's gradient before it was clipped, an fp32 scalar on the device."""
-        return self._norm
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 
@@ -17,10 +18,12 @@ from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.health.network_check import Worker, probe_workers, save_warning
 from lapilli.train.health.step_dump import is_wrong, keep_step
-from lapilli.train.health.straggler import WINDOW, BusyClock, slow_line, slow_ranks
+from lapilli.train.health.straggler import WINDOW, ForwardClock, slow_line, slow_ranks
 from lapilli.train.health.watchdog import HangWatch
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.metrics_file import StepResult
 from lapilli.train.steps.feed import StepBatches
+from lapilli.train.steps.step_timing import Mark, StepTiming
 
 __all__ = ["StepGuard"]
 
@@ -50,16 +53,16 @@ class StepGuard:
         self._run = Path(config.output)
         self._rank, self._world_size = place
         self._start = start
-        self._clock = BusyClock(module, device)
+        self._forwards = ForwardClock(module, device)
         parameters = trainable_parameters(module).values()
         numel = sum(math.prod(shape_of(p)) for p in parameters)
         self._checkpoint_bytes = 12 * numel  # fp32, two moments
         self._device = device
-        self._began = 0.0
         self._workers: list[Worker] = []
         self._named: set[int] = set()
         self._losses: deque[float] = deque(maxlen=REMEMBERED)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._busy: deque[float] = deque(maxlen=WINDOW)
         self._hang = HangWatch(
             self._run,
             self._rank,
@@ -81,46 +84,66 @@ class StepGuard:
     ) -> None:
         self._hang.__exit__(kind, error, trace)
 
-    def begin(self, waited: float) -> None:
-        """A step begins, after so many seconds of waiting for its data."""
-        self._began = time.monotonic() - waited
-        self._clock.begin(waited)
+    @property
+    def busy(self) -> float:
+        """This rank's own seconds in a step, once there is a window of them; else 0."""
+        return median(self._busy) if len(self._busy) == WINDOW else 0.0
 
-    def check(self, batches: StepBatches, loss: float, norm: float | None) -> None:
-        """Look at what all ranks have computed together.
+    def begin(self) -> None:
+        """A step begins."""
+        self._forwards.clear()
+
+    def end(self, step: int) -> Sequence[tuple[Mark, Mark]]:
+        """The device was given a step; the next one may take as long. Returns its forwards."""
+        self._hang.beat(step + 1)
+        return self._forwards.take()
+
+    def check(
+        self, batches: StepBatches, result: StepResult, timing: StepTiming, busy: Sequence[float]
+    ) -> None:
+        """Look at a step that all ranks know. Collective.
+
+        Args:
+            batches: This rank's share of it.
+            result: What all ranks have computed together.
+            timing: How long it took.
+            busy: By rank the seconds that `busy` had when it was taken.
 
         Raises:
             TrainError: It is no number, or a spike; the step has been kept.
         """
-        why = is_wrong(loss, norm, self._losses, self._config.recovery.loss_spike_factor)
-        self._losses.append(loss)
-        if why is None:
-            return
+        why = self.why_wrong(result)
+        if why is not None:
+            self._keep(batches, result, why)
+        self._losses.append(result.loss)
+        self._seconds.append(timing.seconds)
+        self._busy.append(timing.busy_seconds)
+        if self._rank == 0:
+            if (result.step - self._start) % WINDOW == 1:  # a window was known when it was taken
+                self._tell_slow(busy)
+            if result.step + 1 == self._start + WINDOW:
+                self._tell_disk()
+
+    def why_wrong(self, result: StepResult) -> str | None:
+        """Why a step must not be taken for granted; None if it may."""
+        factor = self._config.recovery.loss_spike_factor
+        return is_wrong(result.loss, result.grad_norm, self._losses, factor)
+
+    def _keep(self, batches: StepBatches, result: StepResult, why: str) -> NoReturn:
         path = keep_step(
-            self._run, batches.step, (loss, norm), batches.batches,
+            self._run, batches.step, (result.loss, result.grad_norm), batches.batches,
             (batches.global_tokens, batches.sample_indices.tolist()),
             (self._rank, self._world_size),
         )  # fmt: skip
         raise TrainError(
-            f"step {batches.step}: loss {loss}, gradient norm {norm}; {why}; its samples are kept, "
-            f"lapilli replay {path} looks for the cause"
+            f"step {batches.step}: loss {result.loss}, gradient norm {result.grad_norm}; {why}; "
+            f"its samples are kept, lapilli replay {path} looks for the cause"
         )
 
-    def end(self, step: int) -> None:
-        """A step has ended; the next one may take as long. Collective."""
-        self._hang.beat(step + 1)
-        self._clock.end()
-        self._seconds.append(time.monotonic() - self._began)
-        busy = self._clock.gather(step, self._rank, self._world_size)
-        if self._rank == 0:
-            self._tell_slow(busy)
-            if step + 1 == self._start + WINDOW:
-                self._tell_disk()
-
-    def _tell_slow(self, busy: list[float]) -> None:
+    def _tell_slow(self, busy: Sequence[float]) -> None:
         """Name a slow rank once, and again only if it had recovered."""
-        if not busy:
-            return
+        if not all(busy):
+            return  # a window is not full yet
         slow = set(slow_ranks(busy, median(self._seconds)))
         for rank in sorted(slow - self._named):
             note(self._run, slow_line(busy, rank, self._workers[rank].host))

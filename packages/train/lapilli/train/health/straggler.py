@@ -8,17 +8,16 @@ is seen.)
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-__all__ = ["BusyClock", "slow_line", "slow_ranks"]
+from lapilli.train.steps.step_timing import Mark
+
+__all__ = ["WINDOW", "ForwardClock", "slow_line", "slow_ranks"]
 
 WINDOW = 20  # steps
 SLOWER = 1.3  # times the median of the other ranks
@@ -51,50 +50,22 @@ def slow_line(busy: Sequence[float], rank: int, host: str) -> str:
     )
 
 
-class BusyClock:
-    """A rank's own seconds in each step, and every `WINDOW` steps those of all ranks."""
+class ForwardClock:
+    """Marks before and after each forward of a module."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._recent: deque[float] = deque(maxlen=WINDOW)
-        self._busy = 0.0
-        self._marks: list[Any] = []  # begin and end of each forward
-        module.register_forward_pre_hook(self._before_forward)
-        module.register_forward_hook(self._after_forward)
+        self._marks: list[Mark] = []
+        module.register_forward_pre_hook(self._mark)
+        module.register_forward_hook(self._mark)
 
-    def begin(self, waited: float) -> None:
-        """A step begins, after so many seconds of waiting for its data."""
-        self._busy = waited
-        self._marks.clear()
+    def clear(self) -> None:
+        """Forget forwards that were no part of a step."""
+        self._marks = []
 
-    def _mark(self) -> None:
-        if self._device.type == "cuda":
-            event: Any = torch.cuda.Event
-            self._marks.append(event(enable_timing=True))
-            self._marks[-1].record()
-        else:
-            self._marks.append(time.monotonic())
+    def take(self) -> Sequence[tuple[Mark, Mark]]:
+        """Begin and end of each forward since `clear`."""
+        return list(zip(self._marks[::2], self._marks[1::2], strict=True))
 
-    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
-        del module, inputs
-        self._mark()
-
-    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        del module, inputs, output
-        self._mark()
-
-    def end(self) -> None:
-        """A step has ended, its loss is known: the device has come past the forwards."""
-        for first, last in zip(self._marks[::2], self._marks[1::2], strict=True):
-            is_event = self._device.type == "cuda"
-            self._busy += first.elapsed_time(last) / 1e3 if is_event else last - first
-        self._recent.append(self._busy)
-
-    def gather(self, step: int, rank: int, world_size: int) -> list[float]:
-        """All ranks' medians at the end of a window; else, and for one worker, nothing."""
-        if world_size < 2 or (step + 1) % WINDOW or len(self._recent) < WINDOW:
-            return []
-        busy = torch.zeros(world_size, device=self._device)
-        busy[rank] = median(self._recent)
-        dist.all_reduce(busy)
-        return busy.tolist()
+    def _mark(self, *_: Any) -> None:
+        self._marks.append(Mark(self._device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["lanes_text", "sample_lanes"]
+__all__ = ["LANES", "lanes_text", "sample_lanes"]
 
 LANES, BITS = 4, 10  # sums of up to 16,384 samples are whole numbers that fp32 holds exactly
 

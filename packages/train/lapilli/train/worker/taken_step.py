@@ -1,0 +1,158 @@
+"""One optimizer step of a worker: taken now, known a step later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lapilli.model.parts.trainable import GROUPS
+from lapilli.train.engine import deepspeed_engine as engine
+from lapilli.train.engine.deepspeed_internals import loss_scale
+from lapilli.train.metrics.batch_digest import LANES, lanes_text, sample_lanes
+from lapilli.train.metrics.step_metrics import slot_losses
+from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.metrics_file import StepResult
+from lapilli.train.steps.device_copy import SentStep
+from lapilli.train.steps.feed import StepBatches
+from lapilli.train.steps.host_copy import HostCopy, send_numbers
+from lapilli.train.steps.optim import learning_rate
+from lapilli.train.steps.step import seed_step, train_step
+from lapilli.train.worker.setup import Setup
+
+__all__ = ["KnownStep", "TakenStep", "take_step"]
+
+
+@dataclass(frozen=True)
+class KnownStep:
+    """What all ranks have computed together in a step.
+
+    Attributes:
+        result: Its loss, gradient norms and samples.
+        wants_stop: Whether any rank asks to stop.
+        busy: By rank the seconds that it told for itself (`take_step`).
+        losses: Every sample's summed loss by its place in the global batch.
+    """
+
+    result: StepResult
+    wants_stop: bool
+    busy: Sequence[float]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenStep:
+    """A step that the device was given; the host has not looked at what it computes.
+
+    Attributes:
+        batches: Its samples; their tensors on the device are let go.
+        lr: The learning rate.
+        learning: Parts that learn.
+        loss_scale: Of fp16.
+        overflows: How often fp16's loss scale was lowered for it.
+        told: What all ranks tell, summed over them, on its way to the host: loss, `GROUPS`'
+            squared gradient norms, losses by place in the global batch, stop request, lanes of the
+            batch's digest, busy seconds by rank.
+    """
+
+    batches: StepBatches
+    lr: float
+    learning: frozenset[str]
+    loss_scale: float | None
+    overflows: int | None
+    told: HostCopy
+
+    def known(self) -> KnownStep:
+        """Wait for the step's numbers, and for nothing that the device was given after it."""
+        numbers, step = iter(self.told.numbers()), self.batches
+        summed, *squares = islice(numbers, 1 + len(GROUPS))
+        losses = list(islice(numbers, len(step.placed)))
+        stops, *lanes = islice(numbers, 1 + LANES)
+        result = StepResult(
+            step=step.step,
+            loss=summed / max(1, step.global_tokens),
+            lr=self.lr,
+            grad_norm=_root(sum(squares)),
+            grad_norm_by_part={
+                part: _root(square)
+                for part, square in zip(GROUPS, squares, strict=True)
+                if part in self.learning
+            },
+            samples=step.global_samples,
+            trained_tokens=step.global_tokens,
+            batch=lanes_text(lanes),
+            loss_scale=self.loss_scale,
+            overflows=self.overflows,
+        )
+        return KnownStep(result, stops > 0, list(numbers), losses)
+
+
+def _root(square: float) -> float:
+    return math.sqrt(square) if square >= 0 else math.nan
+
+
+def take_step(
+    ready: Setup, batches: SentStep, *, wants_stop: bool = False, busy: float = 0.0
+) -> TakenStep:
+    """Give the device one optimizer step, and ask it for nothing.
+
+    Where fp16 overflows, DeepSpeed updates nothing and lowers the scale, on all ranks alike; it
+    asks the device for that. The same samples are then taken again, so that none is lost, until
+    there is nothing to lower.
+
+    Args:
+        ready: The worker.
+        batches: The step's batches.
+        wants_stop: Whether this rank asks all to stop.
+        busy: Seconds of its own that this rank tells the others.
+    """
+    rate = learning_rate(
+        ready.config.optim, batches.step, ready.feed.total_steps,
+        starts_at_zero=ready.config.sampler == "llava",
+    )  # fmt: skip
+    engine.set_learning_rate(ready.engine, rate)
+    squares: list[Tensor] = []
+    overflows = 0
+    while True:
+        seed_step(ready.config.seed, batches.step, ready.rank)
+        scale = loss_scale(ready.engine)
+        total = train_step(
+            ready.engine,
+            batches.on_device,
+            global_tokens=batches.global_tokens,
+            world_size=ready.world_size,
+            before_update=lambda: squares.append(engine.part_squares(ready.engine)),
+        )
+        if loss_scale(ready.engine) >= scale:
+            break
+        overflows += 1
+    is_fp16 = ready.config.precision == "fp16"
+    if overflows and ready.is_writer:
+        note(
+            Path(ready.config.output),
+            f"step {batches.step}: its gradient overflowed fp16; taken again with the loss scale "
+            f"lowered {overflows} times, to {scale:g}; no sample is lost",
+        )
+    lanes = sample_lanes(batch.sample_ids for batch in batches.batches)
+    own = [busy if rank == ready.rank else 0.0 for rank in range(ready.world_size)]
+    known = send_numbers([float(wants_stop), *lanes, *own], total.device)
+    losses = slot_losses(batches.slots, batches.on_device, len(batches.placed))
+    told = torch.cat([total[None], squares[-1], losses, known])
+    if ready.world_size > 1:
+        dist.all_reduce(told)
+    groups: list[dict[str, Any]] = ready.engine.optimizer.param_groups
+    return TakenStep(
+        batches=replace(batches, on_device=[]),
+        lr=rate,
+        learning=frozenset(group["part"] for group in groups),
+        loss_scale=scale if is_fp16 else None,
+        overflows=overflows if is_fp16 else None,
+        told=HostCopy(told),
+    )
