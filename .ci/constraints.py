@@ -27,7 +27,7 @@ BASE, CPU, CUDA, WEIGHTS = (
 BY_HAND = ("torch", "triton")
 CUDA_NAMES = ("nvidia-", "cuda-")
 LOCAL = "+cpu"  # what the CPU build adds to the version
-EXTRAS = ("dev", "liger")
+EXTRAS = ("all", "dev", "liger")
 HEADERS = {
     BASE: """\
 # The exact versions lapilli is tested with and the SHA-256 of their files; the ranges are in

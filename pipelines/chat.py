@@ -16,7 +16,8 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.printable import one_line
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import Decoding
-from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
+from lapilli.train.config import DeviceChoice
+from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, open_assistant
 from pipelines.chat_page.request import MIB, ChatLimits, read_question
 from pipelines.chat_page.server import listen, make_server, require_server

@@ -25,6 +25,7 @@ from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, square
 from lapilli.data.io.access import is_folder, require_writable
 from lapilli.data.io.atomic import write_atomic
 from lapilli.data.io.filesystems import is_remote
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.published import ANNOTATIONS
@@ -256,15 +257,15 @@ def tell_needs(config: CheckConfig, found: Survey) -> None:
     """Disk and time of a build."""
     sizes = [place.size if place.member is None else place.member.stored
              for place in found.images.values()]  # fmt: skip
-    say(f"\n{len(sizes):,} distinct images, {sum(sizes) / 1e9:.1f} GB")
+    say(f"\n{len(sizes):,} distinct images, {bytes_text(sum(sizes))}")
     cores = config.num_workers or len(os.sched_getaffinity(0))
     for view, spec in config.views.items():
-        disk = len(sizes) * spec.size**2 * 3 / 1e9
+        disk = len(sizes) * spec.size**2 * 3
         rate = _images_per_second(list(found.images.values()), Path(config.root), spec)
         minutes = (
             f", about {len(sizes) / rate / cores / 60:.0f} min on {cores} cores" if rate else ""
         )
-        say(f"a build of {view}: {disk:.1f} GB of disk{minutes}")
+        say(f"a build of {view}: {bytes_text(disk)} of disk{minutes}")
 
 
 def _images_per_second(places: list[Located], root: Path, spec: ImageSpec) -> float:

@@ -75,6 +75,10 @@ class Library:
     error: str = ""
 
 
+TRAINING = ("torch", "deepspeed", "peft")  # with none of them this is a node that makes datasets
+NO_TRAINING = Row("[train]", "not installed", "note", "pip install 'lapilli[train]'")
+
+
 # ---- decisions ---------------------------------------------------------------------------------
 
 
@@ -209,8 +213,13 @@ def _in_range(version: str, wanted: str) -> bool:
 # ---- findings ----------------------------------------------------------------------------------
 
 
-def read_requirements(root: Path) -> list[tuple[str, str, str]]:
-    """Name with extras, range and tested version of each dependency."""
+def read_requirements(root: Path, *, training: bool = True) -> list[tuple[str, str, str]]:
+    """Name with extras, range and tested version of each dependency.
+
+    Args:
+        root: The checkout.
+        training: With those of training, else of preprocessing alone.
+    """
     import tomllib  # not in a Python that is too old, which is to be told so
 
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
@@ -219,7 +228,10 @@ def read_requirements(root: Path) -> list[tuple[str, str, str]]:
     pins: list[tuple[str, str]] = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
     tested = {name.lower().replace("_", "-"): version for name, version in pins}
     found: list[tuple[str, str, str]] = []
-    for line in project["project"]["dependencies"]:
+    extras: dict[str, list[str]] = project["project"]["optional-dependencies"]
+    chosen = ("data", "text", "gaudi", "train") if training else ("data",)
+    lines = [line for extra in chosen for line in extras[extra] if not line.startswith("lapilli")]
+    for line in [*project["project"]["dependencies"], *lines]:
         name, wanted = re.fullmatch(r"([\w.-]+(?:\[[^]]*])?)([^;]*).*", line).groups()  # type: ignore[union-attr]
         found.append((name, wanted.strip(), tested.get(_plain(name), "")))
     return found
@@ -359,7 +371,7 @@ def torch_rows() -> Iterator[Row]:
     yield Row("merge", error or found, "note" if error else "ok")
 
 
-def optional_rows() -> Iterator[Row]:
+def optional_rows(*, trains: bool) -> Iterator[Row]:
     """What the main job does without."""
     hpus = [str(device) for device in Path("/dev/accel").glob("accel*[0-9]")]
     habana = importlib.util.find_spec("habana_frameworks") is not None
@@ -386,7 +398,7 @@ def optional_rows() -> Iterator[Row]:
         if importlib.util.find_spec(module):
             yield Row(f"[{extra}]", "installed")
         else:
-            needed = extra == "quickstart"
+            needed = extra == "quickstart" and trains
             yield Row(f"[{extra}]", "not installed", "missing" if needed else "note", PIP)
 
 
@@ -399,13 +411,15 @@ def diagnose() -> list[Row]:
     machine = list(machine_rows())
     if machine[-1].state == "missing":
         return machine
-    libraries = [find_library(*needed) for needed in read_requirements(ROOT)]
+    trains = any(_version(name) for name in TRAINING)
+    needed = read_requirements(ROOT, training=trains)
+    libraries = [find_library(*requirement) for requirement in needed]
     return [
         *machine,
         *library_rows(libraries),
         codecs_row(),
-        *torch_rows(),
-        *optional_rows(),
+        *(torch_rows() if trains else [NO_TRAINING]),
+        *optional_rows(trains=trains),
     ]
 
 
@@ -428,6 +442,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         print(f"  {row.what}: {row.remedy}")
     if exit_code(rows):
         print("\nSomething that preprocessing, training or the quickstart needs is missing.")
+    elif NO_TRAINING in rows:
+        print("\nPreprocessing can run here. Training and the quickstart need the extra train.")
     else:
         print("\nPreprocessing, training and the quickstart can run here.")
 

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.io.access import exists
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.shards.manifest import NAME as MANIFEST
-from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.attention.choice import choose_attention
+from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.parts.language import language_settings
 from lapilli.model.peak import peak_flops
 from lapilli.model.vlm import read_outline
@@ -26,8 +27,9 @@ from lapilli.train.device import device_memory
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
 from lapilli.train.worker.compatibility import check_model
-from pipelines.cli.command import console, parse, run, say
-from pipelines.reports.ticks import bytes_text, duration_text
+from pipelines.cli.command import parse, run, say
+from pipelines.cli.terminal import print_table
+from pipelines.reports.ticks import duration_text
 
 __all__ = ["estimate", "main", "sample_operations"]
 
@@ -48,7 +50,7 @@ def estimate(config: RunConfig) -> None:
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
     device_bytes = device_memory("cuda") if has_gpu and not config.micro_batch_size else None
     config = follow(config, device_bytes, lambda: estimate)
-    console.print(_stages(config, estimate))
+    print_table(_stages(config, estimate))
     kept = "each layer's input kept" if config.model.gradient_checkpointing else "everything kept"
     say(
         f"a row of {length} tokens keeps {bytes_text(estimate.row_bytes)} for backward ({kept}), "

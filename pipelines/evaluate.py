@@ -17,8 +17,9 @@ from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import read_manifest
-from lapilli.train.checkpoint.save_load import WEIGHTS, newest_weights
-from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
+from lapilli.train.checkpoint.find import newest_weights
+from lapilli.train.config import DeviceChoice
+from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import open_trained
 from lapilli.train.inference.evaluate import (
@@ -31,6 +32,7 @@ from lapilli.train.inference.evaluate import (
     score,
 )
 from lapilli.train.run_folder.jsonl import parse_lines
+from lapilli.train.run_folder.names import WEIGHTS
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.trust_flags import TrustFlags
 
@@ -137,7 +139,7 @@ def _asked(config: EvaluateConfig) -> dict[str, Any]:
     manifest = read_manifest(Path(config.dataset))
     return {
         "columns": [field.name for field in fields(Answer)],
-        "weights": found.state["files"][WEIGHTS]["sha256"] if found else "",
+        "weights": found.state.files[WEIGHTS].sha256 if found else "",
         "dataset": manifest.fingerprint,
         "view": config.view,
         "split": chosen_split(manifest, config.split),

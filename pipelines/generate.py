@@ -23,7 +23,8 @@ from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts.places import EXTENSIONS, LARGEST_FILE
 from lapilli.model.generate import Decoding
-from lapilli.train.device import DeviceChoice, choose_device, torch_device, visible_devices
+from lapilli.train.config import DeviceChoice
+from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
 from pipelines.cli.command import (
     first_as,

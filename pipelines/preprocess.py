@@ -19,6 +19,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.shard_cache import is_address
 from lapilli.data.images.codecs import replaced_simd
 from lapilli.data.io.access import require_writable
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.disk import task_bytes
 from lapilli.data.planning.plan import plan_build
@@ -66,12 +67,12 @@ def tell_disk(plan: BuildPlan) -> None:
     """The disk that the dataset takes, part by part; what an earlier run has left is in it."""
     needed = {name: sum(map(task_bytes, view.tasks())) for name, view in plan.views.items()}
     parts = ", ".join(
-        f"{name} ({view.encoding.kind}) {needed[name] / 1e9:.3f}"
+        f"{name} ({view.encoding.kind}) {bytes_text(needed[name])}"
         for name, view in plan.views.items()
     )
     tokens = sum(map(task_bytes, plan.token_tasks()))
     total = sum(needed.values()) + tokens
-    say(f"{total / 1e9:.3f} GB of shards: {parts}, tokens {tokens / 1e9:.3f}")
+    say(f"{bytes_text(total)} of shards: {parts}, tokens {bytes_text(tokens)}")
 
 
 def tell_report(report: BuildReport) -> None:

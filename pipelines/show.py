@@ -22,10 +22,11 @@ from lapilli.data.io.printable import one_line, relative_names
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.token_text import Piece
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.settings import read_run_config, read_run_facts
+from lapilli.train.run_folder.settings import read_run_config, read_run_info
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.cli.conversation import has_colour, print_transcript, read_transcript
+from pipelines.cli.terminal import print_table
 from pipelines.reports.compare import Compared, add_curves, compare_rows, differing, read_compared
 from pipelines.reports.describe import Description, describe
 from pipelines.reports.page import GalleryItem, Page
@@ -96,13 +97,13 @@ def show(config: ShowConfig, console: Console) -> None:
     described = [describe(folder) for folder in config.folders]
     for kind in ("dataset", "run"):
         for group in _groups([d for d in described if d.kind == kind], console.width):
-            console.print(side_by_side(group))
+            print_table(side_by_side(group))
     compared = read_compared([d.path for d in described if d.kind == "run"])
     if len(compared) > 1:
-        console.print(compared_table(compared))
+        print_table(compared_table(compared))
     for description in described:
         if description.sources:
-            console.print(sources_table(description, titled=len(described) > 1))
+            print_table(sources_table(description, titled=len(described) > 1))
     names = ", ".join(relative_names(str(folder)) for folder in config.folders)
     page = Page("lapilli show", names)
     for description in described:
@@ -142,9 +143,11 @@ def compared_table(runs: Sequence[Compared]) -> Table:
     """What runs differ in, and their losses after as many steps and as many tokens."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
     table.add_column("compared", style="cyan", overflow="fold")
-    for run_shown in runs:
-        table.add_column(escape(str(run_shown.path)), overflow="fold")
-    for name, values in {**differing(runs), **compare_rows(runs)}.items():
+    losses = compare_rows(runs)
+    for number, run_shown in enumerate(runs):
+        least = max((len(values[number]) for values in losses.values()), default=0)
+        table.add_column(escape(str(run_shown.path)), overflow="fold", min_width=max(10, least))
+    for name, values in {**differing(runs), **losses}.items():
         table.add_row(escape(name), *map(escape, values))
     return table
 
@@ -183,7 +186,7 @@ def samples_of(description: Description, config: ShowConfig) -> list[ShownSample
 
 
 def _open_run(run_folder: Path) -> tuple[Dataset, str]:
-    config, found = read_run_config(run_folder), read_run_facts(run_folder)
+    config, found = read_run_config(run_folder), read_run_info(run_folder)
     if found is None:
         raise TrainError(
             f"{run_folder}: does not say how many tokens an image takes (no facts.json); "
@@ -192,10 +195,10 @@ def _open_run(run_folder: Path) -> tuple[Dataset, str]:
     dataset = open_dataset(
         config.dataset,
         view=config.view,
-        image_tokens=found["image_tokens"],
+        image_tokens=found.image_tokens,
         max_length=config.max_length,
     )
-    return dataset, f"<image {found['image_tokens']} tokens>"
+    return dataset, f"<image {found.image_tokens} tokens>"
 
 
 def _sample(dataset: Dataset, index: int, image_text: str) -> ShownSample:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.progress import TextColumn
 from rich.table import Table
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.ray_session import ray_session
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import copy_rest, launch, only_trainer
@@ -29,12 +29,14 @@ from pipelines.cli.command import (
     run,
     say,
 )
+from pipelines.cli.terminal import print_table
 from pipelines.reports.run_report import write_run_report
-from pipelines.reports.ticks import bytes_text, duration_text
+from pipelines.reports.ticks import duration_text
 
-__all__ = ["follow", "live_line", "tell_preflight", "train"]
+__all__ = ["follow", "live_fields", "log_line", "tell_preflight", "train"]
 
 RECENT = 20  # steps the live line's figures are of
+STOPPING = "saving a checkpoint, then exiting; press Ctrl-C again to exit now"
 QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
@@ -59,7 +61,7 @@ def train(config: RunConfig) -> list[StepMetrics]:
             raise
         _tell_report(run_folder)
     last = metrics[-1]
-    say(f"loss {metrics[0].loss:.4f} at step 0, {last.loss:.4f} at step {last.step}")
+    say(f"loss {metrics[0].loss:.4f} at step 1, {last.loss:.4f} at step {last.done}")
     return metrics
 
 
@@ -72,52 +74,61 @@ def _tell_report(run_folder: Path) -> None:
 
 
 def follow(ready: Preflight) -> list[StepMetrics]:
-    """Run with one live line: loss, samples/s, tokens/s, MFU, data wait, memory, time to go."""
+    """Run with one live line: step, total, time to go, then `live_fields`."""
     started = spoken = time.monotonic()
     done = 0
     recent: deque[StepMetrics] = deque(maxlen=RECENT)
-    with progress_bar(TextColumn("{task.fields[line]}")) as bar:
+    with progress_bar(fields=True) as bar:
         task = bar.add_task(
-            "steps", total=ready.total_steps, completed=ready.start, line="starting the workers"
+            "steps", total=ready.total_steps, completed=ready.start, fields=["starting the workers"]
         )
 
         def show(row: StepMetrics, total: int) -> None:
             nonlocal done, spoken
             done += row.samples
             recent.append(row)
-            line = live_line(recent)
-            bar.update(task, completed=row.step + 1, total=total, line=line)
+            fields = live_fields(recent)
+            bar.update(task, completed=row.done, total=total, fields=fields)
             if not console.is_terminal and time.monotonic() - spoken > QUIET:
                 spoken = time.monotonic()
-                say(f"  step {row.step + 1} of {total}  {line}")
+                say(log_line(row.done, total, recent, fields))
 
-        metrics = launch(
-            ready, show, lambda: say("saving, then ending; once more ends at once"), say
-        )
+        metrics = launch(ready, show, lambda: say(STOPPING), say)
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")
     return metrics
 
 
-def live_line(recent: Sequence[StepMetrics]) -> str:
-    """What the last steps were like, in figures."""
+def log_line(done: int, total: int, recent: Sequence[StepMetrics], fields: Sequence[str]) -> str:
+    """The live line where there is no terminal.
+
+    Args:
+        done: Steps done.
+        total: All steps.
+        recent: The last steps, for the time to go.
+        fields: Of `live_fields`.
+    """
+    left = (total - done) * sum(row.seconds for row in recent) / len(recent)
+    return f"  step {done:,} of {total:,}, ETA {duration_text(left)}, {', '.join(fields)}"
+
+
+def live_fields(recent: Sequence[StepMetrics]) -> list[str]:
+    """Figures of the last steps, the most important first."""
     seconds = sum(row.seconds for row in recent)
     rate = sum(row.samples for row in recent) / seconds
     wait = sum(row.wait_seconds for row in recent) / seconds
-    memory = (recent[-1].memory_bytes or 0) / 1e9
     tokens = sum(row.tokens or 0 for row in recent) / seconds
     mfus = [row.mfu * row.seconds for row in recent if row.mfu is not None]
-    mfu = f" MFU {sum(mfus) / seconds:.1%}" if mfus else ""
-    return (
-        f"loss {recent[-1].loss:.4f} {rate:.3g} samples/s {tokens:,.0f} tokens/s{mfu} "
-        f"wait {wait:.0%} {memory:.1f} GB"
-    )
+    found = [f"loss {recent[-1].loss:.4f}", f"{rate:.3g} samples/s"]
+    found += [f"MFU {sum(mfus) / seconds:.1%}"] if mfus else []
+    found += [f"wait {wait:.0%}", f"{tokens:,.0f} tokens/s"]
+    return [*found, bytes_text(recent[-1].memory_bytes or 0)]
 
 
 def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     """What is about to be done: parts, memory, batch arithmetic, time."""
-    console.print(_parts_table(ready))
+    print_table(_parts_table(ready))
     config = ready.config  # its micro-batch may have followed
     say(
         f"global batch {config.global_batch_size} = {config.num_workers} workers x micro-batch "

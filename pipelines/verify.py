@@ -13,10 +13,11 @@ from jsonargparse import ArgumentParser
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from lapilli.data.dataset.verify import Verification, verify_dataset
+from lapilli.data.io.printable import bytes_text
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.reports.describe import kind_of
-from pipelines.reports.ticks import bytes_text, counted
+from pipelines.reports.ticks import counted
 
 __all__ = ["DAMAGED", "main", "require_dataset", "verify"]
 

@@ -54,7 +54,7 @@ BEGIN, END = "<!-- newest figures: begin -->\n", "<!-- newest figures: end -->\n
 
 
 @dataclass(frozen=True)
-class Figure:
+class ReadmeFigure:
     """One line of the table.
 
     Attributes:
@@ -71,36 +71,36 @@ class Figure:
 
 
 FIGURES = (
-    Figure("images", "640x480 photo to 336 px on one core", "{images_per_cpu_second} images/s, "
+    ReadmeFigure("images", "640x480 photo to 336 px on one core", "{images_per_cpu_second} images/s, "
            "{of_llava} x LLaVA's path, {time_of_floor} of the floor's time",
            {"size": "640x480", "side": "lapilli torch exact"}),
-    Figure("build", "photos to shards on Ray Data", "{images_per_second} images/s on {workers} "
+    ReadmeFigure("build", "photos to shards on Ray Data", "{images_per_second} images/s on {workers} "
            "cores, {of_two_bare} of two bare loops",
            {"side": "lapilli, Ray Data", "workers": "2", "images": "9000"}),
-    Figure("build", "the same, 100,000 of them", "{images_per_second} images/s",
+    ReadmeFigure("build", "the same, 100,000 of them", "{images_per_second} images/s",
            {"side": "lapilli, Ray Data", "workers": "2", "images": "100000"}),
-    Figure("build", "the same by plain Ray Data on Pillow", "{images_per_second} images/s",
+    ReadmeFigure("build", "the same by plain Ray Data on Pillow", "{images_per_second} images/s",
            {"side": "plain Ray Data on Pillow", "images": "9000"}),
-    Figure("read", "warm random reads, copied", "{samples_per_second} samples/s, {of_floor} of a "
+    ReadmeFigure("read", "warm random reads, copied", "{samples_per_second} samples/s, {of_floor} of a "
            "bare numpy map", {"side": "lapilli, copied"}),
-    Figure("open", "opening {records} records", "{seconds} s, {megabytes} MB", {"side": "lapilli"}),
-    Figure("open", "the same by bare pyarrow", "{seconds} s, {megabytes} MB", {"side": "bare"}),
-    Figure("plan", "tokens computed in an epoch, `grouped`", "{of_llava} of LLaVA's; planned in "
+    ReadmeFigure("open", "opening {records} records", "{seconds} s, {megabytes} MB", {"side": "lapilli"}),
+    ReadmeFigure("open", "the same by bare pyarrow", "{seconds} s, {megabytes} MB", {"side": "bare"}),
+    ReadmeFigure("plan", "tokens computed in an epoch, `grouped`", "{of_llava} of LLaVA's; planned in "
            "{seconds} s", {"policy": "grouped"}),
-    Figure("plan", "the same, prismatic's rule", "{of_llava} of LLaVA's", {"policy": "prismatic"}),
-    Figure("plan", "the same, modalities apart and no more", "{of_ungrouped} of no grouping",
+    ReadmeFigure("plan", "the same, prismatic's rule", "{of_llava} of LLaVA's", {"policy": "prismatic"}),
+    ReadmeFigure("plan", "the same, modalities apart and no more", "{of_ungrouped} of no grouping",
            {"policy": "modality"}),
-    Figure("tokens", "records to token shards on one core", "{tokens_per_cpu_second} tokens/s, "
+    ReadmeFigure("tokens", "records to token shards on one core", "{tokens_per_cpu_second} tokens/s, "
            "{ratio} of the bare tokenizer"),
-    Figure("feed", "samples from shards, two threads", "{per_second} samples/s, {of_llava} x "
+    ReadmeFigure("feed", "samples from shards, two threads", "{per_second} samples/s, {of_llava} x "
            "LLaVA's dataset", {"way": "ours, 2 threads"}),
-    Figure("whole", "{records} records and {images} photos through `preprocess`", "{seconds} s"),
-    Figure("roofline", "floor of a step, LLaVA-1.5-7B full, on an H200 as torch computes it",
+    ReadmeFigure("whole", "{records} records and {images} photos through `preprocess`", "{seconds} s"),
+    ReadmeFigure("roofline", "floor of a step, LLaVA-1.5-7B full, on an H200 as torch computes it",
            "{seconds measured} s, MFU at most {mfu measured}",
            {"size": "7b", "mode": "full", "way": "torch kernels"}),
-    Figure("roofline", "the same with all fused", "{seconds measured} s, {mfu measured}",
+    ReadmeFigure("roofline", "the same with all fused", "{seconds measured} s, {mfu measured}",
            {"size": "7b", "mode": "full", "way": "all fused"}),
-    Figure("check", "`check` on {records} records and {files} files", "{seconds} s, {peak_mb} MB"),
+    ReadmeFigure("check", "`check` on {records} records and {files} files", "{seconds} s, {peak_mb} MB"),
 )  # fmt: skip
 
 

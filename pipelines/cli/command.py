@@ -14,7 +14,17 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.cells import cell_len
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, system_error
@@ -31,6 +41,7 @@ __all__ = [
     "UsageError",
     "console",
     "first_as",
+    "missing_extra",
     "parse",
     "progress_bar",
     "read_arguments",
@@ -51,6 +62,11 @@ PLACES = frozenset(
      "nvme_path", "output", "pretrained", "questions", "root", "run", "step", "template",
      "tokenizer"}
 )  # fmt: skip
+# The extra that brings a package; the ones that every install has are not here.
+EXTRAS = {
+    "ray": "data", "transformers": "text", "torch": "train", "deepspeed": "train", "peft": "train",
+    "safetensors": "train", "accelerate": "train", "starlette": "chat", "uvicorn": "chat",
+}  # fmt: skip
 LONGEST_MISTAKE = 1200  # characters: it may hold a value of a recipe
 _yaml_load: Callable[[str], Any] = get_loader("yaml")
 
@@ -189,6 +205,11 @@ def _exit_code(main: Callable[[], int]) -> int:
         flush_output()
     except (DataError, ModelError, TrainError, UsageError) as error:
         return _mistake(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _mistake(missing_extra(Path(sys.argv[0]).stem, package))
     except Exception as error:
         found = system_error(error)
         if found is None or (line := blame(found)) is None:
@@ -199,6 +220,15 @@ def _exit_code(main: Callable[[], int]) -> int:
         print(f"interrupted; {where}run the same command again to go on", file=sys.stderr)
         return 130
     return code
+
+
+def missing_extra(verb: str, package: str) -> str:
+    """The line for a package that a verb needs and this install lacks."""
+    extra = EXTRAS[package]
+    return (
+        f"{verb} needs the extra {extra} ({package} is not installed); "
+        f"run pip install 'lapilli[{extra}]'"
+    )
 
 
 def _mistake(line: str) -> int:
@@ -246,14 +276,41 @@ def say_title(text: str) -> None:
     console.print(f"\n{one_line(text)}", style="bold", markup=False)
 
 
-def progress_bar(*columns: Any) -> Progress:
-    """A progress bar with counts and time to go; prints nothing but its last state to a file."""
+class FieldsColumn(ProgressColumn):
+    """As many of a task's `fields`, the most important first, as fit beside the other columns."""
+
+    def __init__(self, width: int) -> None:
+        """For columns that take `width` cells beside the task's description and counts."""
+        super().__init__()
+        self._width = width
+
+    def render(self, task: Task) -> Text:
+        """The fields that fit whole."""
+        total = int(task.total or 0)
+        used = self._width + cell_len(task.description) + 2 * len(str(total))
+        line = ""
+        for field in task.fields["fields"]:
+            longer = f"{line}, {field}" if line else field
+            if used + cell_len(longer) > console.width:
+                break
+            line = longer
+        return Text(line, no_wrap=True)
+
+
+def progress_bar(*, fields: bool = False) -> Progress:
+    """A progress bar with counts and time to go; prints nothing but its last state to a file.
+
+    Args:
+        fields: Its tasks have `fields`, a list of texts that are shown as far as the line is wide.
+    """
+    bar = 10 if fields else 20
+    width = 2 + 1 + bar + 1 + 1 + 1 + len("ETA") + 1 + len("0:00:00") + 1
     return Progress(
         TextColumn("  {task.description}"),
-        BarColumn(20),
+        BarColumn(bar),
         MofNCompleteColumn(),
-        *columns,
         TextColumn("ETA"),
         TimeRemainingColumn(compact=True),
+        *([FieldsColumn(width)] if fields else []),
         console=console,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
+from typing import Any
 
 __all__ = ["VERBS", "main", "usage"]
 
@@ -49,13 +50,16 @@ def main() -> None:
         print(f"error: {verb!r} is no verb; expected one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
     else:
-        sys.argv = [f"lapilli {verb}", *rest]
-        module = importlib.import_module(f"pipelines.{verb}")
+        sys.argv = [f"lapilli {verb}", *rest]  # the first is the name in usage lines
         if verb in BARE:
-            sys.exit(module.main(rest))
+            sys.exit(_module(verb).main(rest))
         from pipelines.cli.command import run
 
-        run(lambda: module.main(rest))
+        run(lambda: _module(verb).main(rest))
+
+
+def _module(verb: str) -> Any:
+    return importlib.import_module(f"pipelines.{verb}")
 
 
 if __name__ == "__main__":

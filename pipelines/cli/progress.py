@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
-from rich.progress import Progress, TextColumn
+from rich.progress import Progress
 
 from lapilli.data.building.runners import Runner, run_on_ray
 from lapilli.data.io.atomic import ShardFacts
@@ -24,7 +24,7 @@ __all__ = ["build_line", "describe_rate"]
 @contextmanager
 def build_line(runner: Runner = run_on_ray) -> Generator[Runner]:
     """A runner that makes shards as `runner` does and keeps a live line of them meanwhile."""
-    with progress_bar(TextColumn("{task.fields[rate]}")) as bar:
+    with progress_bar(fields=True) as bar:
 
         def run(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
             return _followed(runner(tasks, output, workers), tasks, output, workers, bar)
@@ -38,8 +38,8 @@ def _followed(
     """The shards as they come; an image counts when its shard is finished."""
     images = {task.name for task in tasks if isinstance(task, ImageTask)}
     total = sum(len(task.images) for task in tasks if isinstance(task, ImageTask))
-    shards = bar.add_task("shards", total=len(tasks), rate="")
-    line = bar.add_task("images", total=total, rate="") if total else None
+    shards = bar.add_task("shards", total=len(tasks), fields=[])
+    line = bar.add_task("images", total=total, fields=[]) if total else None
     started, done, unusable = time.monotonic(), 0, 0
     for facts in made:
         bar.advance(shards)
@@ -48,15 +48,15 @@ def _followed(
             unusable += _unusable(output, facts)
             seconds = time.monotonic() - started
             rate = describe_rate(done, seconds, workers or _cores(), unusable)
-            bar.update(line, completed=done, rate=rate)
+            bar.update(line, completed=done, fields=rate)
         yield facts
 
 
-def describe_rate(images: int, seconds: float, cores: int, unusable: int) -> str:
-    """Images a second, of all cores and of one, and how many could not be used."""
+def describe_rate(images: int, seconds: float, cores: int, unusable: int) -> list[str]:
+    """Images a second, of all cores and of one, and the quarantined ones; most important first."""
     rate = images / max(seconds, 1e-9)
-    found = f"{rate:,.0f} images/s, {rate / cores:,.0f} a core"
-    return found + (f", {unusable:,} quarantined" if unusable else "")
+    bad = [f"{unusable:,} quarantined"] if unusable else []
+    return [f"{rate:,.0f} images/s", *bad, f"{rate / cores:,.0f} a core"]
 
 
 def _unusable(output: Output, facts: ShardFacts) -> int:

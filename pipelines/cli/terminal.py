@@ -14,14 +14,25 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from lapilli.data.io.printable import spell_out
 
-__all__ = ["CLOSED_PIPE", "SafeConsole", "SafeStream", "console", "flush_output", "safe_output"]
+__all__ = [
+    "CLOSED_PIPE",
+    "SafeConsole",
+    "SafeStream",
+    "console",
+    "flush_output",
+    "print_table",
+    "safe_output",
+]
 
+LEAST_TEXT = 10  # cells of a column of words
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that the signal ended
 
 
@@ -163,6 +174,24 @@ def _handlers() -> Iterator[logging.StreamHandler[Any]]:
             for handler in logger.handlers:
                 if isinstance(handler, logging.StreamHandler):
                     yield handler
+
+
+def print_table(table: Table) -> None:
+    """Print a table whose numbers are never cut or wrapped; its lines are longer where they must.
+
+    Columns aligned to the right hold numbers. Others are wrapped, down to their `min_width`.
+    """
+    least = sum(map(_least_width, table.columns)) + 3 * len(table.columns)
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False, soft_wrap=least > console.width)
+
+
+def _least_width(column: Column) -> int:
+    if column.justify != "right":
+        return column.min_width or LEAST_TEXT
+    column.no_wrap = True
+    return max(cell_len(str(cell)) for cell in (column.header, *column.cells))
 
 
 console = SafeConsole(highlight=False)

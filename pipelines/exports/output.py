@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.io.access import FULL, exists, is_denied, is_folder, naming, subpaths
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.trust import Trust
 from lapilli.model.interop.hf import FACTS
 from lapilli.model.interop.weights import Progress
@@ -19,7 +20,6 @@ from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import Assistant, open_assistant
 from lapilli.train.inference.published import is_published
 from pipelines.cli.command import progress_bar
-from pipelines.reports.ticks import bytes_text
 
 __all__ = ["filled", "open_run", "tokenizer_bytes", "told", "weight_bytes"]
 

@@ -55,7 +55,7 @@ def compare_rows(runs: Sequence[Compared]) -> dict[str, list[str]]:
     step = min(run.rows[-1].step for run in runs)
     tokens = min(sum(row.trained_tokens for row in run.rows) for run in runs)
     return {
-        f"loss at step {step:,}": [f"{_loss_at_step(run.rows, step):.4f}" for run in runs],
+        f"loss at step {step + 1:,}": [f"{_loss_at_step(run.rows, step):.4f}" for run in runs],
         f"loss after {tokens:,} trained tokens": [
             f"{_loss_at_step(run.rows, _step_of(run.rows, tokens)):.4f}" for run in runs
         ],

@@ -23,7 +23,7 @@ from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage, ImageSpec, decode
 from lapilli.data.io.atomic import ShardFacts
-from lapilli.data.io.printable import relative_names
+from lapilli.data.io.printable import bytes_text, relative_names
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.planning.located_entries import open_mount
 from lapilli.data.record import Verdict, excerpt
@@ -36,7 +36,7 @@ from lapilli.data.sources import get_source
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.sources.tally import named
 from pipelines.reports.page import Figure, GalleryItem, Page
-from pipelines.reports.ticks import bytes_text, duration_text
+from pipelines.reports.ticks import duration_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,21 +15,22 @@ import numpy as np
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.checks import open_selection
 from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.data.shards.manifest import PLAN, Manifest, ViewFacts, read_manifest
 from lapilli.data.shards.quarantine import read_quarantine
+from lapilli.train.checkpoint.find import find_checkpoints
 from lapilli.train.checkpoint.layout import folder_bytes, steps_in
-from lapilli.train.checkpoint.save_load import find_checkpoints
 from lapilli.train.config import RunConfig
 from lapilli.train.renamed import RUN_NAMES
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.run_folder.names import CONFIG, FOLDER, METRICS, MILESTONES, MISTAKE
 from lapilli.train.run_folder.restarts import read_starts
-from lapilli.train.run_folder.settings import RunFacts, read_run_config, read_run_facts
-from pipelines.reports.ticks import bytes_text, counted, duration_text
+from lapilli.train.run_folder.settings import RunInfo, read_run_config, read_run_info
+from pipelines.reports.ticks import counted, duration_text
 
 __all__ = [
     "Description",
@@ -191,36 +192,36 @@ def _shards(shards: Sequence[ShardFacts]) -> Lines:
 
 def describe_run(path: Path) -> Description:
     """State, loss, speed, parts, checkpoints and settings of a run. Loads no weight."""
-    config, found = read_run_config(path), read_run_facts(path)
+    config, info = read_run_config(path), read_run_info(path)
     metrics = read_metrics(path)
     checkpoints = find_checkpoints(path, hashed=False)
-    saved = checkpoints[-1].state if checkpoints else {}
+    versions = checkpoints[-1].state.versions if checkpoints else {}
     optim = config.optim
     accumulated = config.accumulation if config.micro_batch_size else 0
     facts: dict[str, Lines] = {
-        "state": _state(path, metrics, found["total_steps"] if found else None),
+        "state": _state(path, metrics, info.total_steps if info else None),
         "loss": _loss(metrics),
         "held-out loss": _held_out(metrics),
         "speed": _speed(metrics),
         **_starts(path),
-        "parameters": _parts(found["parameters"] if found else {}),
+        "parameters": _parts(info.parameters if info else {}),
         "global batch": (
             f"{config.global_batch_size:,} samples",
             f"{counted(config.num_workers, 'worker')} x {config.micro_batch_size} x {accumulated}",
         ),
         "optimizer": (f"lr {optim.lr:g} {optim.schedule}", f"ZeRO-{config.zero_stage}"),
-        "device": ((found or {}).get("device", config.device), config.precision),
-        "samples": _samples(config, found),
+        "device": (info.device if info and info.device else config.device, config.precision),
+        "samples": _samples(config, info),
         "dataset": (config.dataset, f"view {config.view}"),
         "checkpoints": _checkpoints([c.step for c in checkpoints], path),
         **_milestones(path),
-        "versions": _versions(saved.get("versions", {})) or ("—",),
+        "versions": _versions(versions) or ("—",),
     }
     return Description(path, "run", facts)
 
 
 def _state(path: Path, metrics: Sequence[StepMetrics], total: int | None) -> Lines:
-    done = metrics[-1].step + 1 if metrics else 0
+    done = metrics[-1].done if metrics else 0
     of = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
     mistake = path / MISTAKE
     if total and done >= total:
@@ -236,12 +237,12 @@ def _state(path: Path, metrics: Sequence[StepMetrics], total: int | None) -> Lin
 
 def _loss(metrics: Sequence[StepMetrics]) -> Lines:
     ends = (metrics[0], metrics[-1]) if metrics else ()
-    return tuple(f"{row.loss:.4f} at step {row.step:,}" for row in ends) or ("—",)
+    return tuple(f"{row.loss:.4f} at step {row.done:,}" for row in ends) or ("—",)
 
 
 def _held_out(metrics: Sequence[StepMetrics]) -> Lines:
     """The last and the best one."""
-    found = [(row.held_out_loss, row.step) for row in metrics if row.held_out_loss is not None]
+    found = [(row.held_out_loss, row.done) for row in metrics if row.held_out_loss is not None]
     if not found:
         return ("—",)
     best = min(found, key=lambda pair: pair[0])
@@ -302,12 +303,12 @@ def _parts(parameters: Mapping[str, Sequence[int]]) -> Lines:
     return tuple(lines) or ("—",)
 
 
-def _samples(config: RunConfig, found: RunFacts | None) -> Lines:
+def _samples(config: RunConfig, info: RunInfo | None) -> Lines:
     epochs = counted(config.epochs, "epoch")
-    if found is None:
+    if info is None:
         return (epochs,)
-    left_out = (f"{found['too_long']:,} too long",) if found["too_long"] else ()
-    return f"{found['samples']:,}", epochs, *left_out
+    left_out = (f"{info.too_long:,} too long",) if info.too_long else ()
+    return f"{info.samples:,}", epochs, *left_out
 
 
 def _checkpoints(steps: Sequence[int], run: Path) -> Lines:

@@ -143,7 +143,7 @@ def _curve(rows: Sequence[StepMetrics]) -> tuple[list[float], list[float]]:
     width = min(SMOOTHED, max(1, len(rows) // 10))
     parts = [rows[start : start + width] for start in range(0, len(rows), width)]
     return (
-        [float(np.mean([row.step for row in part])) for part in parts],
+        [float(np.mean([row.done for row in part])) for part in parts],
         [float(np.mean([row.loss for row in part])) for part in parts],
     )
 

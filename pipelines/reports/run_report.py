@@ -13,23 +13,24 @@ from numpy.typing import NDArray
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.text.token_text import transcript
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.metrics.step_metrics import SampleLoss, read_worst
+from lapilli.train.run_folder.generations import Generation, read_generations
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.run_folder.names import WORKERS
 from lapilli.train.run_folder.restarts import Start, read_starts
+from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst
 from lapilli.train.run_folder.settings import (
-    RunFacts,
+    RunInfo,
     plain_settings,
     read_run_config,
-    read_run_facts,
+    read_run_info,
 )
-from lapilli.train.validation.sample_generations import Generation, read_generations
 from pipelines.reports.page import Figure, GalleryItem, Page
 
 __all__ = ["REPORT", "curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
@@ -46,7 +47,7 @@ Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 def curves(rows: Rows, name: str, scale: float = 1.0) -> Curve:
     """Steps and values of a figure, of the steps that have it."""
-    found = [(row.step, getattr(row, name)) for row in rows]
+    found = [(row.done, getattr(row, name)) for row in rows]
     return _curve((step, value * scale) for step, value in found if value is not None)
 
 
@@ -83,25 +84,25 @@ def write_run_report(run: Path) -> Path:
     Raises:
         TrainError: No run, or no step of it is done.
     """
-    config, facts = read_run_config(run), read_run_facts(run)
+    config, info = read_run_config(run), read_run_info(run)
     rows = read_metrics(run)
-    if not rows or facts is None:
+    if not rows or info is None:
         raise TrainError(f"{run}: not a step done; nothing to report yet")
     page = Page(f"Run {run.name}", f"{config.dataset}, view {config.view}")
-    page.figures(_figures(rows, facts))
+    page.figures(_figures(rows, info))
     _add_loss(page, rows)
     _add_speed(page, rows, read_starts(run))
-    _add_answers(page, run, config, facts)
-    _add_worst(page, run, config, facts)
+    _add_answers(page, run, config, info)
+    _add_worst(page, run, config, info)
     _add_notes(page, run)
     page.section("Settings").key_values(flat_settings(plain_settings(config)))
     return page.write(run / REPORT)
 
 
-def _figures(rows: Rows, facts: RunFacts) -> list[Figure]:
-    last, total = rows[-1], facts["total_steps"]
+def _figures(rows: Rows, info: RunInfo) -> list[Figure]:
+    last, total = rows[-1], info.total_steps
     figures = [
-        Figure("steps", f"{last.step + 1:,}", f"of {total:,}"),
+        Figure("steps", f"{last.done:,}", f"of {total:,}"),
         Figure("loss", f"{_eased(curves(rows, 'loss')[1])[-1]:.4f}", "mean of the last steps"),
     ]
     held_out = curves(rows, "held_out_loss")[1]
@@ -116,9 +117,9 @@ def _figures(rows: Rows, facts: RunFacts) -> list[Figure]:
         shares = curves(rows, name)[1]
         if len(shares):
             figures.append(Figure(name.upper(), f"{np.median(shares):.1%}", "median step"))
-    memory = curves(rows, "memory_bytes", 1e-9)[1]
+    memory = curves(rows, "memory_bytes")[1]
     if len(memory):
-        figures.append(Figure("memory", f"{memory.max():.1f} GB", "most of rank 0"))
+        figures.append(Figure("memory", bytes_text(memory.max()), "most of rank 0"))
     return figures
 
 
@@ -143,7 +144,7 @@ def _add_loss(page: Page, rows: Rows) -> None:
 def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:
     """The smoothed loss of each group, over the steps that had any of it."""
     groups: list[tuple[int, dict[str, tuple[float, int]]]]
-    groups = [(row.step, getattr(row, name)) for row in rows]
+    groups = [(row.done, getattr(row, name)) for row in rows]
     found: dict[str, Curve] = {}
     for group in sorted({group for _, means in groups for group in means}):
         steps, values = _curve((step, means[group][0]) for step, means in groups if group in means)
@@ -153,7 +154,7 @@ def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:
 
 def _part_curves(rows: Rows) -> dict[str, Curve]:
     """The gradient's norm in each part that learns; one alone is the whole."""
-    parts = [(row.step, row.grad_norm_by_part) for row in rows]
+    parts = [(row.done, row.grad_norm_by_part) for row in rows]
     names = sorted({name for _, norms in parts for name in norms})
     if len(names) < 2:
         return {}
@@ -222,17 +223,17 @@ def time_parts(rows: Rows, starts: Sequence[Start]) -> dict[str, float]:
     return {name: part for name, part in parts.items() if part or name == "waiting for data"}
 
 
-def _add_worst(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> None:
+def _add_worst(page: Page, run: Path, config: RunConfig, info: RunInfo) -> None:
     worst = read_worst(run)
     if not worst:
         return
     page.section("Samples of highest loss")
     page.table(
         ["sample", "loss", "step", "tokens"],
-        [[s.sample_id, f"{s.mean:.4f}", s.step, s.tokens] for s in worst],
+        [[s.sample_id, f"{s.mean:.4f}", s.step + 1, s.tokens] for s in worst],
         "Mean over a sample's trained tokens, when it was trained on",
     )
-    dataset = _open(page, config, facts, config.dataset, TRAIN)
+    dataset = _open(page, config, info, config.dataset, TRAIN)
     if dataset is None:
         return
     tokenizer = dataset.tokenizer
@@ -240,11 +241,11 @@ def _add_worst(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> Non
         _add_sample(page, dataset, tokenizer, sample)
 
 
-def _open(page: Page, config: RunConfig, facts: RunFacts, path: str, split: str) -> Dataset | None:
+def _open(page: Page, config: RunConfig, info: RunInfo, path: str, split: str) -> Dataset | None:
     """A dataset as the run saw it; says on the page why it cannot be opened."""
     try:
         return open_dataset(
-            path, view=config.view, image_tokens=facts["image_tokens"],
+            path, view=config.view, image_tokens=info.image_tokens,
             max_length=config.max_length, split=split,
         )  # fmt: skip
     except DataError as error:
@@ -252,7 +253,7 @@ def _open(page: Page, config: RunConfig, facts: RunFacts, path: str, split: str)
         return None
 
 
-def _add_answers(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> None:
+def _add_answers(page: Page, run: Path, config: RunConfig, info: RunInfo) -> None:
     """What was answered to each held-out question: at first, at last and some times between."""
     found = read_generations(run)
     if not found:
@@ -262,7 +263,7 @@ def _add_answers(page: Page, run: Path, config: RunConfig, facts: RunFacts) -> N
     shown = {steps[place] for place in places}
     other = config.validation.dataset
     page.section("Answers to held-out questions")
-    dataset = _open(page, config, facts, other or config.dataset, TRAIN if other else HELD_OUT)
+    dataset = _open(page, config, info, other or config.dataset, TRAIN if other else HELD_OUT)
     by_sample: dict[str, list[Generation]] = {}
     for one in found:
         if one.step in shown:
@@ -289,7 +290,7 @@ def _add_sample(page: Page, dataset: Dataset, tokenizer: Any, found: SampleLoss)
         page.gallery([GalleryItem(picture) for picture in sample.pixels])
     image = f"<image {dataset.image_tokens} tokens>"
     pieces = transcript(sample.input_ids, sample.label_spans, tokenizer, image_text=image)
-    page.transcript(pieces, f"{found.sample_id}: loss {found.mean:.4f} at step {found.step}")
+    page.transcript(pieces, f"{found.sample_id}: loss {found.mean:.4f} at step {found.step + 1}")
 
 
 def _add_notes(page: Page, run: Path) -> None:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 __all__ = [
     "Floats",
     "Values",
-    "bytes_text",
     "counted",
     "domain",
     "duration_text",
@@ -68,15 +67,6 @@ def trimmed(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def bytes_text(size: float) -> str:
-    """`17.2 kB`, `189.3 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def duration_text(seconds: float) -> str:

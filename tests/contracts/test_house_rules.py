@@ -171,9 +171,13 @@ def test_make_constraints_resolves_every_extra_and_no_target_is_taken_for_a_file
     script = (ROOT / ".ci" / "constraints.py").read_text(encoding="utf-8")
     named = re.findall(r'"--extra", "([\w-]+)"', script)
     named += re.findall(r'"([\w-]+)"', re.findall(r"^EXTRAS = (.+)$", script, re.MULTILINE)[0])
-    below = [Requirement(text) for text in extras()["dev"]]
-    inside = {extra for it in below if it.name == "lapilli" for extra in it.extras}
-    assert {*named, *inside, ""} == set(extras())
+    resolved: set[str] = set()
+    while named:
+        extra = named.pop()
+        resolved.add(extra)
+        below = [Requirement(text) for text in extras()[extra]]
+        named += [one for it in below if it.name == "lapilli" for one in it.extras]
+    assert {*resolved, ""} == set(extras())
     targets = re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE)
     phony = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split()
     assert sorted(phony) == sorted(targets)
@@ -211,3 +215,14 @@ def test_a_file_is_read_whole_only_within_a_bound() -> None:
                 module = path.as_posix().partition("/lapilli/")[2]
                 found.setdefault(module, set()).add(ast.unparse(node.func.value))
     assert {module: " ".join(sorted(names)) for module, names in found.items()} == UNBOUNDED
+
+
+def test_no_class_name_stands_for_two_things() -> None:
+    found: dict[str, list[str]] = {}
+    for path in ALL:
+        if path.is_relative_to(ROOT / "tests"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(name_of(path))
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -59,7 +60,14 @@ def test_wheel_carries_its_licence_and_dependencies(wheel: zipfile.ZipFile) -> N
     names = wheel.namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
-    assert b"Requires-Dist: torch<2.14,>=2.11" in wheel.read(metadata)
+    text = wheel.read(metadata).decode()
+    assert "Requires-Dist: torch<2.14,>=2.11; extra == 'train'" in text
+    base = [
+        line for line in text.splitlines() if line.startswith("Requires-Dist") and ";" not in line
+    ]
+    named = {re.split(r"[<>=\[ ]", line.removeprefix("Requires-Dist: "))[0] for line in base}
+    assert named & {"torch", "deepspeed", "transformers", "peft", "ray"} == set()
+    assert {"pyarrow", "pillow", "tokenizers"} <= named
 
 
 def test_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

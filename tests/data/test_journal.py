@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lapilli.data.building import crash_guard as journal
-from lapilli.data.building.crash_guard import MOST_ATTEMPTS, Journal, journal_folder
+from lapilli.data.building.crash_guard import MOST_ATTEMPTS, CrashGuard, journal_folder
 from lapilli.data.building.decode_child import try_apart
 from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import resolve_codecs
@@ -41,8 +41,8 @@ def died_at(folder: Path, row: int) -> None:
     """An attempt whose process ends while it decodes a row."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from lapilli.data.building.crash_guard import Journal\n"
-        "with Journal(Path(sys.argv[1]), 'x').decoding(int(sys.argv[2])):\n"
+        "from lapilli.data.building.crash_guard import CrashGuard\n"
+        "with CrashGuard(Path(sys.argv[1]), 'x').decoding(int(sys.argv[2])):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(row)], check=False)
@@ -68,8 +68,8 @@ def test_the_image_at_which_an_attempt_died_is_tried_and_left_out(
     folder = journal_folder(tmp_path / "out", NAME)
     died_at(folder, 2)
     tried = suspects(monkeypatch, outcome)
-    Journal(folder, NAME).examine(task)
-    again = Journal(folder, NAME)  # the verdict outlives another attempt
+    CrashGuard(folder, NAME).examine(task)
+    again = CrashGuard(folder, NAME)  # the verdict outlives another attempt
     again.examine(task)
     with pytest.raises(BadImage, match=said) as caught, again.decoding(2):
         pytest.fail("decoded all the same")
@@ -86,12 +86,12 @@ def test_an_image_that_is_well_is_tried_once_and_attempts_are_counted(
     tried = suspects(monkeypatch, "fine")
     died_at(tmp_path / "notes", 2)
     for _ in range(MOST_ATTEMPTS - 1):
-        Journal(tmp_path / "notes", NAME).examine(task)
+        CrashGuard(tmp_path / "notes", NAME).examine(task)
     assert tried == ["2"]
     with pytest.raises(
         DataError, match=f"{NAME}: .* ended {MOST_ATTEMPTS} times.*lower --num_workers"
     ):
-        Journal(tmp_path / "notes", NAME)
+        CrashGuard(tmp_path / "notes", NAME)
 
 
 def test_an_image_apart_is_decoded_as_in_its_shard(task: ImageTask) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint.save_load import newest_weights
+from lapilli.train.checkpoint.find import newest_weights
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from torch import nn
 from lapilli.model.kernels.adapters import fuse_adapters
 
 
-def adapted(*, bias: bool, dropout: float = 0.0) -> nn.Sequential:
+def adapted(*, bias: bool, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 10, bias=bias), nn.GELU(), nn.Linear(10, 4, bias=bias))
-    for parameter in model.parameters():
-        parameter.requires_grad_(requires_grad=False)
+    model: Any = nn.Sequential(nn.Linear(6, 10, bias=bias), nn.GELU(), nn.Linear(10, 4, bias=bias))
+    model.requires_grad_(requires_grad=False)
     settings = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=["0", "2"])
     inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():

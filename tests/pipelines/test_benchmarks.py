@@ -103,7 +103,7 @@ def test_readme_has_the_newest_figures() -> None:
 def test_the_last_row_that_fits_is_the_newest_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figure = figures.Figure("speed", "{n} things", "{rate}/s", {"side": "ours"})
+    figure = figures.ReadmeFigure("speed", "{n} things", "{rate}/s", {"side": "ours"})
     monkeypatch.setattr(figures, "FIGURES", (figure,))
     rows = ["date,processor,side,n,rate", "1,a,ours,5,10", "2,b,ours,6,20", "3,c,other,7,30"]
     (tmp_path / "speed.csv").write_text("\n".join(rows) + "\n")

@@ -14,7 +14,7 @@ import pipelines.evaluate
 import pipelines.export
 import pipelines.train
 from lapilli.model.vlm import build_model
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.pipelines.test_train import RECIPE, one_line
 from tests.train.small_run import VIEW, small_dataset

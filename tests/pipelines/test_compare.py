@@ -38,7 +38,7 @@ def test_only_what_differs_is_named_and_no_folder(runs: list[Path]) -> None:
 
 def test_losses_are_those_where_the_shorter_run_ends(runs: list[Path]) -> None:
     found = compare_rows(read_compared(runs))
-    assert found["loss at step 3"] == ["4.0000", "3.0000"]  # constant so far: smoothing keeps it
+    assert found["loss at step 4"] == ["4.0000", "3.0000"]  # constant so far: smoothing keeps it
     after = found["loss after 80 trained tokens"]  # the long run's step 7, the short one's last
     assert 1.0 < float(after[0]) < 4.0
     assert after[1] == "3.0000"
@@ -55,6 +55,6 @@ def test_the_page_of_two_runs_is_fit_to_be_read(
 ) -> None:
     page = tmp_path / "page.html"
     assert main([*map(str, runs), f"--html={page}"]) == 0
-    assert "loss at step 3" in capsys.readouterr().out
+    assert "loss at step 4" in capsys.readouterr().out
     assert chromium.problems(page) == []
     assert "Settings that differ" in page.read_text(encoding="utf-8")

@@ -22,13 +22,14 @@ from lapilli.data.io.remote_path import RemotePath
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.pretrained import check_memory, check_readable
 from lapilli.model.parts.weight_files import read_safetensors, read_tensors
+from lapilli.train.checkpoint.find import find_checkpoints, latest_checkpoint, newest_weights
 from lapilli.train.checkpoint.init_from import find_chain
 from lapilli.train.checkpoint.layout import steps_in
-from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint, newest_weights
 from lapilli.train.checkpoint.upload import fetch_newest
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import read_kept
 from lapilli.train.inference.assistant import open_assistant
+from lapilli.train.run_folder.checkpoint_state import read_state
 from lapilli.train.run_folder.dataset_files import read_data
 from pipelines.reports.compare import add_curves, compare_rows, differing, read_compared
 from pipelines.reports.describe import describe_run, kind_of
@@ -263,8 +264,8 @@ def test_a_store_with_keys_that_lead_out_of_a_run_is_refused(
 
 
 def test_what_a_run_keeps_is_compared_with_its_checkpoint(run: Path) -> None:
-    facts = json.loads((run / STATE).read_text())["data"]
-    assert read_data(run, facts).spec.size == 32
+    data = read_state((run / STATE).parent).data
+    assert read_data(run, data).spec.size == 32
     (run / "data" / "view.json").write_text('{"size": 64, "fill": [0, 0, 0]}')
     with pytest.raises(TrainError, match="not the view that the run was trained with"):
-        read_data(run, facts)
+        read_data(run, data)

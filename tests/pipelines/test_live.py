@@ -15,8 +15,8 @@ from tests.factories import build_config, make_mixture, make_tokenizer
 
 
 def test_rates() -> None:
-    assert describe_rate(1000, 2.0, 2, 0) == "500 images/s, 250 a core"
-    assert describe_rate(3000, 2.0, 1, 7) == "1,500 images/s, 1,500 a core, 7 quarantined"
+    assert describe_rate(1000, 2.0, 2, 0) == ["500 images/s", "250 a core"]
+    assert describe_rate(3000, 2.0, 1, 7) == ["1,500 images/s", "7 quarantined", "1,500 a core"]
 
 
 def test_the_line_counts_what_the_build_made(
@@ -24,10 +24,10 @@ def test_the_line_counts_what_the_build_made(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def noted(images: int, seconds: float, cores: int, unusable: int) -> str:
+    def noted(images: int, seconds: float, cores: int, unusable: int) -> list[str]:
         del seconds, cores
         seen.append((images, unusable))
-        return ""
+        return []
 
     monkeypatch.setattr(live, "describe_rate", noted)
     mixture = make_mixture(tmp_path / "data", defects=True)

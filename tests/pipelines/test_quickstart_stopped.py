@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.run_folder.names import FACTS
+from lapilli.train.run_folder.names import RUN_INFO
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def goes_on(run: Path) -> str:
     """
     found = latest_checkpoint(run)
     assert found is not None
-    total = json.loads((run / FACTS).read_text(encoding="utf-8"))["total_steps"]
+    total = json.loads((run / RUN_INFO).read_text(encoding="utf-8"))["total_steps"]
     is_done = found.step == total
     return f"finished already, at step {total}" if is_done else f"goes on from step {found.step}"
 

@@ -19,7 +19,7 @@ from lapilli.data.record import TextPart, Turn
 from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
 from lapilli.model.interop.hf import read_facts
 from lapilli.model.vlm import build_model
-from lapilli.train.checkpoint.save_load import find_checkpoints
+from lapilli.train.checkpoint.find import find_checkpoints
 from lapilli.train.config import CheckpointConfig, RunConfig, ValidationConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import finished_steps, preflight
@@ -203,7 +203,7 @@ def test_a_resumed_run_keeps_what_it_has_and_names_what_was_edited(
     with pytest.raises(TrainError, match=r"template\.json: not the template"):
         keep_data(alone, dataset, VIEW, anew=False)
     keep_data(alone, dataset, VIEW, anew=True)
-    found = find_checkpoints(Path(finished.output))[-1].state["data"]
+    found = find_checkpoints(Path(finished.output))[-1].state.data
     assert read_data(alone, found).template.system == "You are polite."
 
 

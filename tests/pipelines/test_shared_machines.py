@@ -30,7 +30,7 @@ import pipelines.train
 from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.writer_lock import LOCK
 from lapilli.train.errors import TrainError
-from lapilli.train.metrics.step_log import Journal
+from lapilli.train.metrics.step_log import StepLog
 from tests.factories import image_bytes
 from tests.open_directory import open_directory
 from tests.pipelines.test_train import RECIPE, one_line
@@ -416,14 +416,14 @@ def test_answers_stop_at_a_full_disk_and_go_on_when_there_is_room(
 def test_what_closing_meets_does_not_hide_why_a_run_ended(
     trained: Trained, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_first(self: Journal, *given: Any, **more: Any) -> None:
+    def fail_first(self: StepLog, *given: Any, **more: Any) -> None:
         raise TrainError("the first error")
 
     def fail_then(*given: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Journal, "write", fail_first)
-    monkeypatch.setattr(Journal, "close", fail_then)
+    monkeypatch.setattr(StepLog, "write", fail_first)
+    monkeypatch.setattr(StepLog, "close", fail_then)
     monkeypatch.setattr("pipelines.train.write_run_report", fail_then)
     said = one_line(pipelines.train.main, [*trained.train, f"--output={tmp_path / 'r'}"], capsys)
     assert said == "error: the first error"

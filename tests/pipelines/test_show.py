@@ -16,12 +16,13 @@ import pytest
 from rich.console import Console
 
 from lapilli.data.building.driver import BuildReport
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.text.token_text import Piece
 from pipelines.cli import command
 from pipelines.cli.command import run
 from pipelines.cli.conversation import print_transcript
 from pipelines.reports.describe import describe_dataset, describe_run
-from pipelines.reports.ticks import bytes_text, duration_text
+from pipelines.reports.ticks import duration_text
 from pipelines.show import main
 from tests.browser import Chromium
 from tests.factories import Mixture, build_dataset, make_mixture, make_tokenizer
@@ -99,7 +100,7 @@ def test_the_table_fits_a_terminal_of_80_columns(
 def test_an_unfinished_run_says_how_far_it_came(unfinished: Path) -> None:
     facts = describe_run(unfinished).facts
     assert facts["state"][:2] == ("not finished", "3 of 14 steps (21.4%)")
-    assert facts["loss"] == ("6.0000 at step 0", "4.0000 at step 2")
+    assert facts["loss"] == ("6.0000 at step 1", "4.0000 at step 3")
     assert facts["speed"] == ("16.0 samples/s", "2 s of steps", "20.0% waiting for data")
     assert facts["parameters"] == (
         "vision 1,000 frozen", "projector 30 trained", "language 2,000 trained",

@@ -108,7 +108,8 @@ def _ready(case: Case, rank: int) -> Setup:
         model, optimizer, deepspeed_engine.deepspeed_settings(config)
     )
     feed: Any = SimpleNamespace(total_steps=9)
-    return Setup(config, CPU, feed, engine, 0, {}, rank, 2)
+    state: Any = None  # nothing is saved
+    return Setup(config, CPU, feed, engine, 0, state, rank, 2)
 
 
 def read_worker(rank: int, folder: str, chosen: Sequence[Case], planted: bool) -> None:

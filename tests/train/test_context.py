@@ -14,7 +14,7 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import RunConfig, ValidationConfig
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.validation.decoding import RowReader, ask_first
+from lapilli.train.validation.decoding import QuestionReader, ask_first
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 
@@ -65,7 +65,7 @@ def test_samples_that_just_fit_are_answered(dataset: Dataset) -> None:
     longest = int(dataset.lengths.max())
     made = small_run(Path(), Path()).model
     model: VisionLanguageModel = build_model(replace(made, language=learnt(longest))).eval()
-    reader = RowReader.of(dataset)
+    reader = QuestionReader.of(dataset)
     samples = [dataset.sample(i) for i in range(len(dataset))]
     together = ask_first(model, samples, reader, most_tokens=longest // 2)
     alone = [ask_first(model, [one], reader, most_tokens=longest // 2)[0] for one in samples]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lapilli.train.config import DeviceChoice
 from lapilli.train.device import (
     Device,
-    DeviceChoice,
     choose_device,
     device_memory,
     has_habana,

@@ -23,10 +23,10 @@ from lapilli.train.inference.evaluate import (
     open_test,
     score,
 )
+from lapilli.train.run_folder.dataset_files import training_data
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device
-from lapilli.train.worker.loop import data_facts
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.small_run import VIEW, small_dataset, small_run
 from tests.train.tiny import IMAGE_SIZE, model_config
@@ -101,7 +101,7 @@ def test_images_of_later_turns_do_not_move_into_the_next_prompt() -> None:
 def test_questions_made_with_another_template_are_refused(
     model: VisionLanguageModel, dataset: Dataset, tmp_path: Path
 ) -> None:
-    trained = Trained(model, data_facts(dataset))
+    trained = Trained(model, training_data(dataset))
     assert len(open_test(dataset.path, VIEW, trained)) == 8
     mixture = make_mixture(tmp_path / "raw", images=3, text_only=0)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
@@ -118,7 +118,7 @@ def test_what_a_mixture_holds_out_is_asked_and_the_rest_is_not(
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     build_dataset(mixture, tmp_path / "held", tokenizer, mixture=blend)
     whole, held_out = (
-        open_test(tmp_path / "held", VIEW, Trained(model, data_facts(dataset)), split)
+        open_test(tmp_path / "held", VIEW, Trained(model, training_data(dataset)), split)
         for split in ("train", "held_out")
     )
     names = [{one.sample(i).sample_id for i in range(len(one))} for one in (whole, held_out)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.metrics.batch_digest import lanes_text, sample_lanes
 from lapilli.train.run_folder.metrics_file import read_metrics

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
 from lapilli.train.device import check_precision
 from lapilli.train.driver.launching import launch
@@ -113,7 +113,7 @@ def test_a_resumed_run_goes_on_with_the_scale(
 @computes
 def test_a_gradient_that_never_fits_ends_the_run_in_one_line(dataset: Path, tmp_path: Path) -> None:
     optim = OptimConfig(lr=1e30, grad_clip=0.0)
-    with pytest.raises(TrainError, match=r"step 1: loss .*, gradient norm inf; .*lower optim\.lr"):
+    with pytest.raises(TrainError, match=r"step 2: loss .*, gradient norm inf; .*lower optim\.lr"):
         rows_of(alone(dataset, tmp_path / "run", optim=optim))
 
 

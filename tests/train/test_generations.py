@@ -16,13 +16,13 @@ from lapilli.train.config import CheckpointConfig, RunConfig, ValidationConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.inference.evaluate import load_trained
-from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.validation.sample_generations import (
+from lapilli.train.run_folder.generations import (
     Generation,
     forget_generations,
     read_generations,
     write_generations,
 )
+from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.reports.run_report import write_run_report
 from tests.browser import Chromium
 from tests.factories import build_dataset, make_mixture, make_tokenizer

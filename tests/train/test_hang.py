@@ -80,7 +80,7 @@ def test_stacks_are_written_of_a_step_that_is_too_long_and_of_no_other(tmp_path:
     assert os.waitstatus_to_exitcode(status) == 17
     assert "in test_stacks_are_written" in stack_path(tmp_path, 3).read_text()
     (said,), _ = notes_from(tmp_path, 0)
-    assert said.startswith("step 7 has taken more than 0.5 s: rank 3 is at ")
+    assert said.startswith("step 8 has taken more than 0.5 s: rank 3 is at ")
     assert "rank 3 at " in str(hang_line(tmp_path, since=0.0))
     assert hang_line(tmp_path, since=time.time() + 60) is None
     with HangWatch(tmp_path / "other", 0, 0.5) as watch:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import CheckpointConfig
 from lapilli.train.driver.workers import join_alone
 from lapilli.train.errors import TrainError

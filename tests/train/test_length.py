@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
+from lapilli.train.checkpoint.find import find_checkpoints, latest_checkpoint
 from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import finished_steps, preflight

@@ -19,8 +19,9 @@ from lapilli.train.config import ValidationConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.inference.evaluate import load_trained
-from lapilli.train.metrics.step_metrics import SampleLoss, group_means, read_worst
+from lapilli.train.metrics.step_metrics import group_means
 from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import to_device
 from lapilli.train.validation.validation_loss import HeldOut

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lapilli.model.parts.trainable import trainable_parameters
-from lapilli.train.checkpoint.save_load import find_checkpoints
+from lapilli.train.checkpoint.find import find_checkpoints
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight

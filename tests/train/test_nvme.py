@@ -15,12 +15,14 @@ from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.memory_estimate import state_bytes
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_offload import SAVED, STEPS, go_on, start
@@ -51,13 +53,13 @@ def worker(rank: int, place: str) -> None:
     zero = probe.engine.optimizer
     found["pieces"] = sum(map(zero._swappable_optimizer_subgroup, range(len(zero.fp16_groups))))
     first = go_on(probe, rank, range(SAVED))
-    state = {"dataset": "", "frozen": ""}
+    state = CheckpointState(files={})
     checkpoint.save(probe.engine, folder / "run", SAVED, state, keep=1, is_writer=rank == 0)
     found["swapped"] = first + go_on(probe, rank, range(SAVED, STEPS))
     own = deepspeed_engine.swap_folder(swapped) / "zero_stage_3" / "optimizer" / f"rank{rank}"
     found["bytes"] = sum(path.stat().st_size for path in own.iterdir())
     dist.barrier()
-    newest = checkpoint.latest_checkpoint(folder / "run")
+    newest = latest_checkpoint(folder / "run")
     found["resumed"] = first + go_on(start(swapped, newest, PIECE), rank, range(SAVED, STEPS))
     found["back"] = first + go_on(start(plain, newest), rank, range(SAVED, STEPS))
     deepspeed_engine.forget_swapped(swapped, rank)

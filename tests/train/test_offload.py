@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import Checkpoint, latest_checkpoint
 from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
@@ -22,6 +23,7 @@ from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.engine.deepspeed_internals import MOMENTS
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from tests.train.small_run import small_dataset, small_run
@@ -34,7 +36,7 @@ CONFIG = run_config(model_config("vision", "projector", "language", tied=True))
 STAGES = (1, 2, 3)
 
 
-def start(config: RunConfig, found: checkpoint.Checkpoint | None = None, piece: int = 0) -> Probe:
+def start(config: RunConfig, found: Checkpoint | None = None, piece: int = 0) -> Probe:
     """An engine; `piece`: numbers that go to a disk at once."""
     prepare_process("cpu")
     model = build_model(config.model)
@@ -92,11 +94,11 @@ def worker(rank: int, place: str) -> None:
         run = Path(place) / f"run-{stage}"
         if rank == 0:
             torch.save(host_bytes(probe.engine), f"{place}/held-{stage}.pt")
-        state = {"dataset": "", "frozen": ""}
+        state = CheckpointState(files={})
         checkpoint.save(probe.engine, run, SAVED, state, keep=1, is_writer=rank == 0)
         found["offloaded"] = first + go_on(probe, rank, range(SAVED, STEPS))
         dist.barrier()
-        newest = checkpoint.latest_checkpoint(run)
+        newest = latest_checkpoint(run)
         found["resumed"] = first + go_on(start(offloaded, newest), rank, range(SAVED, STEPS))
         found["back"] = first + go_on(start(plain, newest), rank, range(SAVED, STEPS))
         if rank == 0:

@@ -19,6 +19,7 @@ from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.trainable import is_adapter, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.checkpoint.frozen import FORM
 from lapilli.train.checkpoint.init_from import Built, build_on, find_chain
 from lapilli.train.config import RunConfig
@@ -26,6 +27,7 @@ from lapilli.train.device import prepare_process
 from lapilli.train.driver import preflight as preflight_module
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.settings import plain_settings
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
@@ -103,14 +105,13 @@ def worker(rank: int, place: str) -> None:
             "frozen": built.frozen,
         }
         found["first"], engine = run(model, config, rank, range(2))
-        state = {
-            "frozen": {"form": FORM, "weights": built.frozen},
-            "config": plain_settings(config),
-        }
+        state = CheckpointState(
+            frozen={"form": FORM, "weights": built.frozen}, config=plain_settings(config), files={}
+        )
         saved = folder / f"{case}-run"
         checkpoint.save(engine, saved, 2, state, keep=1, is_writer=rank == 0)
         dist.barrier()
-        newest = checkpoint.latest_checkpoint(saved)
+        newest = latest_checkpoint(saved)
         assert newest is not None
         for stage in (2, 3):
             again = case_config(folder, case, stage)

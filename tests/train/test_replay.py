@@ -91,7 +91,7 @@ def test_a_run_away_learning_rate_is_kept_and_seen_again(
     assert {name for name, _ in found.samples} == set(names)
     assert found.weight or found.output
     assert main([str(path)]) == 0
-    assert f"step {kept.step}: loss" in capsys.readouterr().out
+    assert f"step {kept.step + 1}: loss" in capsys.readouterr().out
 
 
 def test_a_spike_stops_the_run_and_its_replay_has_the_same_loss(

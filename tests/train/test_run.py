@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
+from lapilli.train.checkpoint.find import find_checkpoints, latest_checkpoint
 from lapilli.train.checkpoint.layout import forget_old
-from lapilli.train.checkpoint.save_load import find_checkpoints, latest_checkpoint
 from lapilli.train.config import CheckpointConfig, OptimConfig, RecoveryConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight

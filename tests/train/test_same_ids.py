@@ -12,8 +12,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
-from lapilli.train.checkpoint.save_load import Checkpoint
+from lapilli.train.checkpoint.find import Checkpoint
 from lapilli.train.checkpoint.token_ids import extends, keeps_ids
+from lapilli.train.run_folder.checkpoint_state import CheckpointState, TrainingData
 from tests.factories import make_tokenizer
 
 NEW = ["<seg>", "<box>"]
@@ -77,7 +78,9 @@ def test_the_earlier_runs_tokenizer_is_looked_for_where_it_is_still_the_same(
     old, new = folders
     add(new, NEW)
     fingerprint = tokenizer_facts(load_tokenizer(old)).fingerprint
-    state = {"config": {"dataset": str(old.parent)}, "data": {"tokenizer": fingerprint}}
+    state = CheckpointState(
+        config={"dataset": str(old.parent)}, data=TrainingData(tokenizer=fingerprint), files={}
+    )
     start = Checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001", 1, state)
     assert keeps_ids(start, load_tokenizer(new))
     shutil.copytree(old, tmp_path / "run" / "data" / "tokenizer")

@@ -14,19 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lapilli.train.checkpoint import find
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.layout import forget_old, tidy, write_checkpoint
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
+from lapilli.train.checkpoint.layout import forget_old, tidy
+from lapilli.train.checkpoint.save_load import write_checkpoint
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.names import MOMENTS, WEIGHTS
 from tests.train.small_run import small_dataset, small_run
 
 SIZE = 1_500_000  # numbers in each of two tensors of a checkpoint: writing takes some 30 ms
 KILLS = 8
+
+
+def state(step: int) -> CheckpointState:
+    return CheckpointState(step=step, files={})
 
 
 def values(step: int) -> dict[str, torch.Tensor]:
@@ -44,7 +51,7 @@ def save_on_and_on(run: Path, step: int, told: Connection) -> None:
         write_checkpoint(
             run / "checkpoints" / f"step-{step:08d}",
             {WEIGHTS: weights, MOMENTS: {f"{name}/exp_avg": -v for name, v in weights.items()}},
-            {"step": step},
+            state(step),
         )
         forget_old(run, step, keep=2)
         told.send(("saved", step))
@@ -109,7 +116,7 @@ def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> Non
     for step in (1, 2, 3):
         moments = {MOMENTS: {"a/exp_avg": torch.ones(3)}} if step < 3 else {}
         path = folder / f"step-{step:08d}"
-        write_checkpoint(path, {WEIGHTS: small, **moments}, {"step": step, "config": {}})
+        write_checkpoint(path, {WEIGHTS: small, **moments}, state(step))
     (folder / "step-00000002" / WEIGHTS).write_bytes(b"other")
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -124,9 +131,17 @@ def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> Non
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tiny_disk: Path) -> None:
     folder = tiny_disk / "run" / "checkpoints"
     small, large = {"a": torch.ones(3)}, {"a": torch.ones(6_000_000)}
-    write_checkpoint(folder / "step-00000001", {WEIGHTS: small, MOMENTS: small}, {"step": 1})
+    write_checkpoint(
+        folder / "step-00000001",
+        {WEIGHTS: small, MOMENTS: small},
+        state(1),
+    )
     with pytest.raises(TrainError, match=r"cannot be written .* free space and resume"):
-        write_checkpoint(folder / "step-00000002", {WEIGHTS: large, MOMENTS: small}, {"step": 2})
+        write_checkpoint(
+            folder / "step-00000002",
+            {WEIGHTS: large, MOMENTS: small},
+            state(2),
+        )
     found = latest_checkpoint(tiny_disk / "run")
     assert found is not None
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
@@ -151,7 +166,11 @@ def test_names_are_flushed_after_the_rename_and_bytes_before(
     monkeypatch.setattr(Path, "rename", renamed)
     folder = tmp_path / "run" / "checkpoints"
     small = {"a": torch.ones(3)}
-    write_checkpoint(folder / "step-00000001", {WEIGHTS: small, MOMENTS: small}, {"step": 1})
+    write_checkpoint(
+        folder / "step-00000001",
+        {WEIGHTS: small, MOMENTS: small},
+        state(1),
+    )
     temporary = folder / ".step-00000001.tmp"
     *before, last = calls[: calls.index("rename")]
     files = ("state.json", WEIGHTS, MOMENTS)
@@ -220,18 +239,18 @@ def test_a_reader_of_a_run_that_goes_on_finds_what_has_replaced_the_checkpoint_i
 
     def save(step: int) -> None:
         path = tmp_path / "checkpoints" / f"step-{step:08d}"
-        write_checkpoint(path, {WEIGHTS: weights, MOMENTS: weights}, {"step": step})
+        write_checkpoint(path, {WEIGHTS: weights, MOMENTS: weights}, state(step))
         forget_old(tmp_path, step, keep=1)
 
     save(1)
-    hashed, later = checkpoint.sha256_file, [2, 3]
+    hashed, later = find.sha256_file, [2, 3]
 
     def slow(path: Path) -> str:
         if later:
             save(later.pop(0))
         return hashed(path)
 
-    monkeypatch.setattr(checkpoint, "sha256_file", slow)
+    monkeypatch.setattr(find, "sha256_file", slow)
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 3

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 
 from lapilli.train.metrics.loggers import MlflowSink, SinkThread, TensorboardSink, WandbSink
+from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.run_folder.names import NOTES
-from lapilli.train.validation.decoding import Asked
 
 CONFIG = {"global_batch_size": 8, "seed": 3}
-ANSWERS = [Asked("a/7", "What colour?", "red", "blue"), Asked("b/1", "A dog?", "no", "no")]
+ANSWERS = [
+    QuestionAnswer("a/7", "What colour?", "red", "blue"),
+    QuestionAnswer("b/1", "A dog?", "no", "no"),
+]
 
 
 def write_and_resume(sink: Any, run: Path) -> None:
@@ -154,7 +157,7 @@ def test_answers_that_cannot_be_kept_cost_no_figure(tmp_path: Path) -> None:
         def write(self, step: int, figures: Mapping[str, float]) -> None:
             got.append(step)
 
-        def show(self, step: int, answers: Sequence[Asked]) -> None:
+        def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
             raise PermissionError("no store for artifacts")
 
         def close(self) -> None:
@@ -167,7 +170,7 @@ def test_answers_that_cannot_be_kept_cost_no_figure(tmp_path: Path) -> None:
     sink.close()
     assert got == [0, 1, 2]
     lines = (tmp_path / NOTES).read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "mlflow: no answers of step 0: PermissionError: no store for artifacts"
+    assert lines[0] == "mlflow: no answers of step 1: PermissionError: no store for artifacts"
 
 
 def test_a_sink_that_hangs_holds_up_no_step(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_a_sink_that_hangs_holds_up_no_step(tmp_path: Path) -> None:
             goes_on.wait()
             got.append(step)
 
-        def show(self, step: int, answers: Sequence[Asked]) -> None:
+        def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
             pass
 
         def close(self) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lapilli.model.config import LoraConfig, Part
 from lapilli.model.vlm import build_model
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import OptimConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import finished_steps, preflight

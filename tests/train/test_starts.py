@@ -13,7 +13,7 @@ from lapilli.data.io.atomic import write_json
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
-from lapilli.train.run_folder.names import FACTS, METRICS, NOTES
+from lapilli.train.run_folder.names import METRICS, NOTES, RUN_INFO
 from lapilli.train.run_folder.restarts import Start, read_starts, record_start
 from pipelines.reports.describe import describe_run
 from pipelines.reports.run_report import time_parts
@@ -34,17 +34,17 @@ def changed(path: Path, ago: float) -> None:
 
 
 def test_a_first_start_is_counted_from_the_command(tmp_path: Path) -> None:
-    write_json(tmp_path / FACTS, {})
-    changed(tmp_path / FACTS, 30)
+    write_json(tmp_path / RUN_INFO, {})
+    changed(tmp_path / RUN_INFO, 30)
     start = record_start(tmp_path, 0, 4)
     assert (start.step, start.workers, start.reason, start.repeated) == (0, 4, "command", 0)
     assert start.seconds == pytest.approx(30, abs=5)
 
 
 def test_lost_workers_are_counted_from_their_last_sign(tmp_path: Path) -> None:
-    write_json(tmp_path / FACTS, {})
+    write_json(tmp_path / RUN_INFO, {})
     rows(tmp_path, 7)
-    changed(tmp_path / FACTS, 1000)
+    changed(tmp_path / RUN_INFO, 1000)
     changed(tmp_path / METRICS, 60)
     start = record_start(tmp_path, 4, 2)
     assert (start.step, start.reason, start.repeated, start.repeated_seconds) == (
@@ -57,10 +57,10 @@ def test_lost_workers_are_counted_from_their_last_sign(tmp_path: Path) -> None:
 
 
 def test_a_command_that_comes_later_is_not_blamed_for_the_night(tmp_path: Path) -> None:
-    write_json(tmp_path / FACTS, {})
+    write_json(tmp_path / RUN_INFO, {})
     rows(tmp_path, 7)
     changed(tmp_path / METRICS, 30_000)
-    changed(tmp_path / FACTS, 20)
+    changed(tmp_path / RUN_INFO, 20)
     start = record_start(tmp_path, 4, 2)
     assert (start.reason, start.repeated) == ("command", 3)
     assert start.seconds == pytest.approx(20, abs=5)
@@ -77,8 +77,8 @@ def test_a_kill_leaves_all_starts_or_the_one_before(tmp_path: Path) -> None:
 
 
 def test_workers_lost_before_their_first_step_are_counted_once_each(tmp_path: Path) -> None:
-    write_json(tmp_path / FACTS, {})
-    changed(tmp_path / FACTS, 90)
+    write_json(tmp_path / RUN_INFO, {})
+    changed(tmp_path / RUN_INFO, 90)
     first = record_start(tmp_path, 0, 2)
     MetricsFile(tmp_path, 0).close()  # what a worker does next
     changed(tmp_path / METRICS, 40)
@@ -105,7 +105,7 @@ def test_a_killed_worker_is_in_the_runs_own_account(tmp_path: Path) -> None:
     dataset = small_dataset(tmp_path)
     config = small_run(dataset, tmp_path / "run", max_steps=9)
     write_json(tmp_path / "run" / "config.json", asdict(config))
-    write_json(tmp_path / "run" / FACTS, {"total_steps": 9})
+    write_json(tmp_path / "run" / RUN_INFO, {"total_steps": 9})
     train_together(config, kill_at=6)
     seen = read_metrics(tmp_path / "run")
     assert train_together(config) == [0, 0]

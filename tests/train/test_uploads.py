@@ -12,7 +12,7 @@ import pytest
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
-from lapilli.train.checkpoint.save_load import find_checkpoints
+from lapilli.train.checkpoint.find import find_checkpoints
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight

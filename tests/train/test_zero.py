@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from lapilli.model.config import LoraConfig
-from lapilli.model.parts.trainable import GROUPS, group_of, trainable_parameters
+from lapilli.model.config import GROUPS, LoraConfig
+from lapilli.model.parts.trainable import group_of, trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.engine import deepspeed_engine
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config
@@ -101,10 +103,10 @@ def worker(rank: int, folder: str) -> None:
 
 def save_and_load(engine: Any, config: RunConfig, folder: Path, rank: int) -> None:
     """Save under stage 3, load under the others, read everything back."""
-    state = {"dataset": "", "frozen": ""}
+    state = CheckpointState(files={})
     checkpoint.save(engine, folder, SAVED, state, keep=1, is_writer=rank == 0)
     dist.barrier()
-    found = checkpoint.latest_checkpoint(folder)
+    found = latest_checkpoint(folder)
     assert found is not None
     for stage in (0, 1, 2, 3):
         prepare_process("cpu")

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from lapilli.model.errors import ModelError
 
-__all__ = ["LanguageConfig", "LoraConfig", "ModelConfig", "Part", "VisionConfig"]
+__all__ = ["GROUPS", "LanguageConfig", "LoraConfig", "ModelConfig", "Part", "VisionConfig"]
 
 Part = Literal["vision", "projector", "language"]
+GROUPS = ("projector", "language", "vision", "adapters")  # of parameters that learn
 
 
 @dataclass(frozen=True)

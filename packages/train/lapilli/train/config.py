@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
 from lapilli.data.renamed import Renamed
-from lapilli.model.config import ModelConfig
-from lapilli.model.parts.trainable import GROUPS
-from lapilli.train.device import DeviceChoice
+from lapilli.model.config import GROUPS, ModelConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
 
 __all__ = [
     "CheckpointConfig",
+    "DeviceChoice",
     "LoggerName",
     "OffloadConfig",
     "OptimConfig",
@@ -24,6 +23,7 @@ __all__ = [
     "fixed_settings",
 ]
 
+DeviceChoice = Literal["auto", "cpu", "cuda", "hpu"]
 # Of a setting that may differ when a run is resumed: it decides speed and not the loss.
 RESUMABLE: Mapping[str, Any] = {"resumable": True}
 

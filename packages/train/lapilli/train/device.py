@@ -15,6 +15,7 @@ import torch
 
 from lapilli.data.images.buffers import peak_resident
 from lapilli.model.torch_internals import computes_fp16
+from lapilli.train.config import DeviceChoice
 from lapilli.train.errors import TrainError
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "NO_HABANA",
     "RESOURCE",
     "Device",
-    "DeviceChoice",
     "check_precision",
     "choose_device",
     "device_memory",
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 Device = Literal["cpu", "cuda", "hpu"]
-DeviceChoice = Literal["auto", "cpu", "cuda", "hpu"]
 RESOURCE: Mapping[Device, str] = {"cpu": "CPU", "cuda": "GPU", "hpu": "HPU"}  # Ray's names
 BACKEND: Mapping[Device, str] = {"cpu": "gloo", "cuda": "nccl", "hpu": "hccl"}  # torch's
 HABANA = "habana_frameworks"

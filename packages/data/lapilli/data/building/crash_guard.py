@@ -27,7 +27,7 @@ from lapilli.data.record import Reason
 __all__ = [
     "MOST_ATTEMPTS",
     "WORK",
-    "Journal",
+    "CrashGuard",
     "journal_folder",
 ]
 
@@ -52,7 +52,7 @@ def journal_folder(output: Output, name: str) -> Path:
     return folder / "journal" / name.replace("/", "_")
 
 
-class Journal:
+class CrashGuard:
     """An attempt at a shard: its own notes, and what those before it have left."""
 
     def __init__(self, folder: Path, name: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from lapilli.data.building.crash_guard import WORK, Journal, journal_folder
+from lapilli.data.building.crash_guard import WORK, CrashGuard, journal_folder
 from lapilli.data.building.run_task import begin_task, finished_task, run_task
 from lapilli.data.building.task_file import TASKS, read_task, write_tasks
 from lapilli.data.errors import DataError
@@ -150,28 +150,28 @@ def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
     """
     try:
         output = open_output(row["output"])
-        journal = Journal(journal_folder(output, row["name"]), row["name"])
+        guard = CrashGuard(journal_folder(output, row["name"]), row["name"])
     except Exception as error:
         return partial(_failed, row, error)
     try:
         task = read_task(output, row["place"])
-        journal.examine(task)
+        guard.examine(task)
         # Where Ray starts a task again, its first shards may be there already.
         facts = finished_task(task, output)
-        finish = (lambda: facts) if facts else begin_task(task, output, journal.decoding)
+        finish = (lambda: facts) if facts else begin_task(task, output, guard.decoding)
     except Exception as error:
-        journal.close()
+        guard.close()
         return partial(_failed, row, error)
-    return partial(_finish_row, row, journal, finish)
+    return partial(_finish_row, row, guard, finish)
 
 
-def _finish_row(row: dict[str, Any], journal: Journal, finish: Callable[[], ShardFacts]) -> Result:
+def _finish_row(row: dict[str, Any], guard: CrashGuard, finish: Callable[[], ShardFacts]) -> Result:
     try:
         return {**asdict(finish()), "error": "", "expected": False}
     except Exception as error:
         return _failed(row, error)
     finally:
-        journal.close()
+        guard.close()
 
 
 def _failed(row: dict[str, Any], error: Exception) -> Result:

@@ -13,12 +13,12 @@ from lapilli.data.io.atomic import write_atomic
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.planning.shard_task import Task
 
-__all__ = ["TASKS", "Place", "read_task", "write_tasks"]
+__all__ = ["TASKS", "TaskLocation", "read_task", "write_tasks"]
 
 TASKS = f"{WORK}/tasks.pickle"
 
 
-class Place(TypedDict):
+class TaskLocation(TypedDict):
     """Where a task lies in the file, and the SHA-256 of its bytes."""
 
     start: int
@@ -26,9 +26,9 @@ class Place(TypedDict):
     sha256: str
 
 
-def write_tasks(tasks: list[Task], output: Output) -> list[Place]:
+def write_tasks(tasks: list[Task], output: Output) -> list[TaskLocation]:
     """Write the tasks one after the other; the place of each."""
-    places: list[Place] = []
+    places: list[TaskLocation] = []
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
@@ -41,7 +41,7 @@ def write_tasks(tasks: list[Task], output: Output) -> list[Place]:
     return places
 
 
-def read_task(output: Output, place: Place) -> Task:
+def read_task(output: Output, place: TaskLocation) -> Task:
     """A task as the driver wrote it. Others may be able to write where the output lies.
 
     Raises:

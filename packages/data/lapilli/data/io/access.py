@@ -99,7 +99,7 @@ def cannot_read(path: object, error: OSError) -> str:
     return f"{path}: cannot be read ({_cause(error)}); {remedy}"
 
 
-class Place(Protocol):
+class AnyPath(Protocol):
     """What may be there: a `Path`, or a place in a store, which has errors of its own."""
 
     def exists(self) -> bool: ...
@@ -107,7 +107,7 @@ class Place(Protocol):
     def is_dir(self) -> bool: ...
 
 
-def exists(path: Place) -> bool:
+def exists(path: AnyPath) -> bool:
     """Whether a path is there.
 
     Raises:
@@ -116,7 +116,7 @@ def exists(path: Place) -> bool:
     return path.exists() if not isinstance(path, Path) else _mode(path) is not None
 
 
-def is_folder(path: Place) -> bool:
+def is_folder(path: AnyPath) -> bool:
     """Whether a path is a folder; raises as `exists` does."""
     if not isinstance(path, Path):
         return path.is_dir()

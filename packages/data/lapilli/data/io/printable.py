@@ -1,10 +1,10 @@
-"""Make text safe to print: no terminal control characters, no absolute paths."""
+"""Text for people: sizes in bytes, no terminal control characters, no absolute paths."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["one_line", "relative_names", "spell_out"]
+__all__ = ["bytes_text", "one_line", "relative_names", "spell_out"]
 
 # C0 and C1 but for tab and newline; marks, overrides and isolates of writing direction; the
 # separators that some terminals break a line at; halves of surrogate pairs, which no encoding has.
@@ -37,3 +37,12 @@ def spell_out(text: str) -> str:
 def one_line(text: str) -> str:
     r"""`spell_out` for what must stay one line: a newline is spelt `\n`, a tab `\t`."""
     return spell_out(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def bytes_text(size: float) -> str:
+    """`17.2 kB`, `189.3 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -19,7 +19,7 @@ DEEPEST_LINK = 512  # parts of a path that a link leads to
 BEHIND_END = 1 << 16  # bytes looked at behind the end: tar pads to 10,240, or a few times that
 
 
-class _Bounded:
+class _BoundedHeaders:
     """A file for `tarfile`, which reads no header that is longer than `LONGEST_HEADER`."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -41,7 +41,7 @@ class _Bounded:
 
 def bounded(file: IO[bytes]) -> IO[bytes]:
     """A tar for `tarfile.open`, which is kept from headers of more than `LONGEST_HEADER` bytes."""
-    return cast("IO[bytes]", _Bounded(file))
+    return cast("IO[bytes]", _BoundedHeaders(file))
 
 
 def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL, estimated_bytes
 from lapilli.data.io.access import exists
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.planning.build_plan import source_bytes
 from lapilli.data.planning.shard_task import ImageTask, Task
@@ -36,8 +37,8 @@ def check_disk(output: Output, missing: Iterable[Task]) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"output: {output} has {free / 1e9:.3f} GB free, the shards need "
-            f"{needed / 1e9:.3f} GB; free space or choose another --output"
+            f"output: {output} has {bytes_text(free)} free, the shards need "
+            f"{bytes_text(needed)}; free space or choose another --output"
         )
 
 

@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
-from lapilli.data.images.codecs import Codecs, resolve_codecs
+from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.encodings import ORIGINAL
+from lapilli.data.images.node_codecs import resolve_for_nodes
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import is_folder
 from lapilli.data.io.atomic import ShardFacts
@@ -97,7 +98,9 @@ def plan_build(
     _try_out(template, loaded, config.compat)
     tokenizer = tokenizer_facts(loaded)
     specs = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
-    codecs = {view: resolve_codecs(_resizer(spec, config.compat)) for view, spec in specs.items()}
+    codecs = {
+        view: resolve_for_nodes(_resizer(spec, config.compat)) for view, spec in specs.items()
+    }
     output = open_output(config.output)
     previous = read_previous(output)
     originals = Originals(previous, output.resolve())

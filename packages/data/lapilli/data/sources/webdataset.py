@@ -32,7 +32,13 @@ from lapilli.data.sources.reading.files import (
     is_compressed,
     what_it_is_instead,
 )
-from lapilli.data.sources.reading.tar_members import TEXTS, Sample, TarMember, group, read_members
+from lapilli.data.sources.reading.tar_members import (
+    TEXTS,
+    TarMember,
+    TarSample,
+    group,
+    read_members,
+)
 from lapilli.data.sources.tally import Members
 from lapilli.data.sources.turns import Turns
 
@@ -94,7 +100,7 @@ class _Reading:
     def __init__(
         self,
         file: BinaryIO,
-        sample: Sample,
+        sample: TarSample,
         config: SourceConfig,
         chosen: Sequence[str],
         counted: Members,

@@ -18,8 +18,8 @@ from lapilli.data.text.templates import Template
 __all__ = [
     "Eaten",
     "ImageSlot",
-    "Page",
     "Segment",
+    "SegmentWriter",
     "SpecialToken",
     "TextSegment",
     "frame_pieces",
@@ -80,7 +80,7 @@ def render(record: Record, template: Template, eaten: Eaten | None = None) -> li
     """
     own_system, turns = split_turns(record)
     system = template.system if own_system is None else own_system
-    page = Page(train_all=template.trains == "all", eaten=eaten or {})
+    page = SegmentWriter(train_all=template.trains == "all", eaten=eaten or {})
     page.frame(template.opening)
     if not template.system_in_user:
         _write_system(page, system, template)
@@ -152,7 +152,7 @@ def mark_images(record: Record, template: Template) -> Record:
     )
 
 
-def _write_system(page: Page, system: str, template: Template) -> None:
+def _write_system(page: SegmentWriter, system: str, template: Template) -> None:
     if system:
         page.frame(template.before_system)
         page.write(system)
@@ -174,7 +174,7 @@ def _user_parts(turn: Turn, template: Template) -> tuple[Part, ...]:
     return (*moved, TextPart(text)) if text else tuple(moved[:-1])
 
 
-class Page:
+class SegmentWriter:
     """Collects segments, joining neighbouring text and its trained ranges.
 
     `trained` is None for what is not to be trained even where the template trains everything.

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import excerpt
+from lapilli.data.text.plain_tokenizer import PlainTokenizer
 from lapilli.data.text.rendering import Eaten, Segment, SpecialToken, TextSegment
 from lapilli.data.text.tokenizer_files import second_opinion
 
@@ -31,7 +32,7 @@ __all__ = [
     "tokenizer_facts",
 ]
 
-AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | Tokenizer"
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | PlainTokenizer | Tokenizer"
 
 # A bare `tokenizers.Tokenizer` does not say which of its tokens play a role: these are looked up.
 _ROLE_TOKENS = {

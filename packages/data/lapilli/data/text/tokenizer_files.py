@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ from tokenizers import (
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_folder, require_readable, subpaths
 from lapilli.data.io.whole_file import MOST_VOCABULARY, read_whole
+from lapilli.data.text.plain_tokenizer import read_plain_tokenizer
 from lapilli.data.text.tokenizer_folder import (
     PACKED,
     VOCABULARIES,
@@ -77,11 +79,12 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     names, whatever model lies beside it, and as Llama's where it names none. `legacy` and
     `add_bos_token` are true where it does not say, as in transformers 4. A folder with Qwen-7B's
     `qwen.tiktoken` is converted too, without the package tiktoken. Files that are packed
-    (`tokenizer.json.gz`, `.xz`, `.zst`) are unpacked.
+    (`tokenizer.json.gz`, `.xz`, `.zst`) are unpacked. Without transformers, a folder whose
+    `tokenizer.json` says everything is read to a `PlainTokenizer`.
 
     Raises:
-        DataError: If there is no such tokenizer, it has no Rust backend, or one of its files is
-            something else or cut short.
+        DataError: If there is no such tokenizer, it has no Rust backend, one of its files is
+            something else or cut short, or it needs transformers, which is not installed.
     """
     _check_folder(name_or_dir)
     if not Path(name_or_dir).is_dir():
@@ -94,8 +97,10 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
+def _load(name_or_dir: str | Path) -> Any:
     folder = Path(name_or_dir)
+    if importlib.util.find_spec("transformers") is None:
+        return read_plain_tokenizer(tokenizer_folder(name_or_dir))
     if (folder / TIKTOKEN).is_file() and not (folder / "tokenizer.json").exists():
         return _qwen_tokenizer(folder)
     loader, settings = _reader(name_or_dir)

@@ -49,7 +49,7 @@ def _fused_class() -> type[Any]:
                 and x.dim() >= 2
                 and names[0] in self.lora_A
                 and self.lora_A[names[0]].weight.dtype == x.dtype
-                and self.lora_B[names[0]].bias is None
+                and getattr(self.lora_B[names[0]], "bias", None) is None
             )
             return (
                 _accumulated(self, names[0], x) if is_plain else super().forward(x, *args, **kwargs)

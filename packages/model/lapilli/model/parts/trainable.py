@@ -15,12 +15,11 @@ from lapilli.model.parts.added_rows import ADDED, add_rows
 from lapilli.model.parts.quantized import numbers_of
 
 __all__ = [
-    "GROUPS", "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
+    "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
     "is_adapter", "parameter_counts", "parameter_groups", "set_modes", "trainable_parameters",
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
-GROUPS = ("projector", "language", "vision", "adapters")
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:

@@ -26,6 +26,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 
 __all__ = ["FORM", "changed", "check_frozen", "digest", "fingerprint", "source_digests"]
 
@@ -113,7 +114,7 @@ def changed(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
 
 
 def check_frozen(
-    state: Mapping[str, Any], here: Mapping[str, str], *, run: object, what: str = ""
+    state: CheckpointState, here: Mapping[str, str], *, run: object, what: str = ""
 ) -> None:
     """Compare what lies beside a run's weights with what lay there when they learnt.
 
@@ -127,7 +128,7 @@ def check_frozen(
         TrainError: Other weights; names the run, the base, the first parameter that differs, both
             fingerprints and what to do.
     """
-    frozen: Any = state.get("frozen")
+    frozen: Any = state.frozen
     field = f"{what}: " if what else ""
     if not _is_comparable(frozen):
         raise TrainError(
@@ -162,15 +163,15 @@ class _Frozen(TypedDict):
     weights: dict[str, str]
 
 
-def _base(state: Mapping[str, Any], name: str) -> str:
+def _base(state: CheckpointState, name: str) -> str:
     """What a part's frozen weights are, in a recipe's words."""
-    model: Any = state.get("config", {}).get("model", {})
+    model: Any = state.config.get("model", {})
     part = name.partition(".")[0]
     named = model.get(part) if isinstance(model, dict) else None
     pretrained = named.get("pretrained") if isinstance(named, dict) else ""
     seed = model.get("seed", 0) if isinstance(model, dict) else 0
     if pretrained:
         return f"{part}.pretrained {pretrained}"
-    if foreign := RUN_NAMES.with_new_names(state.get("config", {})).get("init_from"):
+    if foreign := RUN_NAMES.with_new_names(state.config).get("init_from"):
         return f"the {part} below it (init_from {foreign})"
     return f"the {part} of random weights (model.seed {seed})"

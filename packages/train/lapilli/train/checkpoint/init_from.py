@@ -26,14 +26,13 @@ from lapilli.model.parts.quantized import quantized_layers, round_trip
 from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
 from lapilli.model.parts.weight_files import open_safetensors
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
-from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import Checkpoint, find_checkpoints, newest_weights
 from lapilli.train.checkpoint.frozen import check_frozen, source_digests
 from lapilli.train.checkpoint.layout import steps_in
-from lapilli.train.checkpoint.save_load import WEIGHTS, Checkpoint
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.names import FOLDER, MILESTONES, STATE
-from lapilli.train.run_folder.settings import settings_of
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
+from lapilli.train.run_folder.names import FOLDER, MILESTONES, STATE, WEIGHTS
 
 __all__ = ["Built", "Chain", "build_on", "find_chain", "keeps_language", "recorded"]
 
@@ -78,13 +77,10 @@ class Built:
     frozen: dict[str, str]
 
 
-def recorded(run: Path) -> dict[str, Any]:
-    """What a run's newest checkpoint says; all say the same of what they were begun on.
-
-    Empty where it has none.
-    """
-    found = checkpoint.find_checkpoints(run, hashed=False)
-    return found[-1].state if found else {}
+def recorded(run: Path) -> CheckpointState | None:
+    """The state of a run's newest checkpoint; all name the same start. None without any."""
+    found = find_checkpoints(run, hashed=False)
+    return found[-1].state if found else None
 
 
 def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
@@ -106,8 +102,8 @@ def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
             foreign = Path(place)
             break
         stages.insert(0, found)
-        before = settings_of(found.state.get("config", {}), found.path / STATE)
-        by, place, wanted = place, before.init_from, found.state.get("start", "")
+        before = found.state.settings(found.path / STATE)
+        by, place, wanted = place, before.init_from, found.state.start
         if len(stages) > MOST_STAGES:
             raise TrainError(f"init_from: {init_from} starts from more than {MOST_STAGES} runs")
     return Chain(foreign, tuple(stages), is_new=is_new)
@@ -116,13 +112,13 @@ def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
 def _find_stage(run: Path, wanted: str, by: object) -> Checkpoint | None:
     """The checkpoint of a run that was started from; None for what may be another project's."""
     if not wanted:
-        return checkpoint.newest_weights(run)
+        return newest_weights(run)
     paths = [run, *(p for folder in (FOLDER, MILESTONES) for p in steps_in(run / folder))]
     for path in reversed(paths):
-        found = checkpoint.newest_weights(path) if is_file(path / STATE) else None
-        if found and found.state["files"][WEIGHTS]["sha256"] == wanted:
+        found = newest_weights(path) if is_file(path / STATE) else None
+        if found and found.state.files[WEIGHTS].sha256 == wanted:
             return found
-    newest = checkpoint.newest_weights(run)
+    newest = newest_weights(run)
     has = f"has others now (step {newest.step})" if newest else "has no whole checkpoint any more"
     raise TrainError(
         f"init_from: {by or 'the run'} started from weights of {run} (SHA-256 {wanted[:12]}), "
@@ -139,8 +135,9 @@ def keeps_language(run: Path) -> bool:
         TrainError: A run of the chain is gone.
     """
     state = recorded(run)
-    init_from = settings_of(state["config"], run).init_from
-    chain = find_chain(init_from, state.get("start", ""), by=run)
+    if state is None:
+        raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
+    chain = find_chain(state.settings(run).init_from, state.start, by=run)
     if chain.foreign is not None and has_language(chain.foreign):
         return False
     with ExitStack() as files:
@@ -209,7 +206,7 @@ def _check_start(
     assert chain.start is not None
     state, path = chain.start.state, chain.start.path
     check_frozen(state, digests, run=path, what="init_from")
-    unknown = sorted(digests.keys() - {*state["frozen"]["weights"]} - trained)
+    unknown = sorted(digests.keys() - {*state.frozen["weights"]} - trained)
     if unknown:
         shape = shape_of(dict(model.named_parameters())[unknown[0]])
         raise TrainError(
@@ -244,7 +241,7 @@ class _Stage:
         return _Stage(
             path=found.path,
             file=file,
-            model=settings_of(found.state.get("config", {}), found.path / STATE).model,
+            model=found.state.settings(found.path / STATE).model,
             whole={base_name(name): name for name in names if not is_adapter(name)},
             layers=frozenset(name.removesuffix(A) for name in names if name.endswith(A)),
         )

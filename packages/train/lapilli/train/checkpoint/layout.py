@@ -1,4 +1,4 @@
-"""Folders of checkpoints: written atomically, pruned, cleaned up.
+"""Folders of checkpoints: moved into place, pruned, cleaned up.
 
 What is read here is either whole or not there, whenever the process was killed.
 """
@@ -6,30 +6,19 @@ What is read here is either whole or not there, whenever the process was killed.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from lapilli.data.io.access import FULL, exists, subpaths
-from lapilli.data.io.atomic import sha256_file
-from lapilli.model.parts.weight_files import save_tensors
-from lapilli.train.errors import TrainError
+from lapilli.data.io.access import exists, subpaths
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import (
-    CONFIG,
     CUT,
-    DATA,
     FOLDER,
     GONE,
     MILESTONES,
-    MOMENTS,
-    STATE,
     step_name,
 )
 
@@ -41,49 +30,7 @@ __all__ = [
     "put_in_place",
     "steps_in",
     "tidy",
-    "write_checkpoint",
 ]  # fmt: skip
-
-
-def write_checkpoint(
-    path: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
-) -> None:
-    """Write a checkpoint's folder: it is whole or not there, also after a power cut.
-
-    Args:
-        path: The folder; one that is there already is replaced.
-        tensors: What each file holds.
-        state: JSON values kept with them; without moments, the run's `config` is among them.
-
-    Raises:
-        TrainError: The disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}{CUT}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_tensors(values, temporary / name)
-        files = {
-            name: {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": sha256_file(temporary / name),
-            }
-            for name in tensors
-        }
-        text = json.dumps({**state, "files": files}, indent=1)
-        (temporary / STATE).write_text(text, encoding="utf-8")
-        if MOMENTS not in tensors:  # so that the folder can be named where a run can
-            config = json.dumps(state["config"], indent=1)
-            (temporary / CONFIG).write_text(config, encoding="utf-8")
-            if (path.parent.parent / DATA).is_dir():
-                shutil.copytree(path.parent.parent / DATA, temporary / DATA)
-        put_in_place(temporary, path)
-    except OSError as error:
-        remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
-        raise TrainError(f"{path}: cannot be written ({error}); {remedy} and resume") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

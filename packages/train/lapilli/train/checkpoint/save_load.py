@@ -7,96 +7,49 @@ two. `milestones/step-00000100/` has no moments: weights to keep, and no point t
 
 from __future__ import annotations
 
+import json
 import math
-import platform
 import shutil
 import threading
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict, cast
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lapilli.data.io.access import cannot_read, exists, is_denied, is_file, is_folder
+from lapilli.data.io.access import FULL, cannot_read, exists
 from lapilli.data.io.atomic import sha256_file
-from lapilli.data.io.typed_json import Digest, FilePath, JsonError, Natural, from_json
-from lapilli.data.io.whole_file import read_whole
+from lapilli.data.io.printable import bytes_text
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.trainable import trainable_parameters
-from lapilli.model.parts.weight_files import read_safetensors
-from lapilli.train.checkpoint.layout import folder_bytes, forget_old, steps_in, write_checkpoint
+from lapilli.model.parts.weight_files import read_safetensors, save_tensors
+from lapilli.train.checkpoint.find import Checkpoint
+from lapilli.train.checkpoint.layout import folder_bytes, forget_old, put_in_place
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.checkpoint_state import CheckpointFile, CheckpointState, write_state
 from lapilli.train.run_folder.names import (
-    FILES,
+    CONFIG,
+    CUT,
+    DATA,
     FOLDER,
     MILESTONES,
     MOMENTS,
-    STATE,
     WEIGHTS,
     step_name,
 )
 
 __all__ = [
-    "WEIGHTS",
-    "Checkpoint",
     "Copies",
     "Writer",
-    "at_step",
     "check_disk",
-    "find_checkpoints",
-    "is_run",
-    "latest_checkpoint",
     "load_into",
     "load_weights",
-    "newest_weights",
-    "read_state",
     "save",
+    "write_checkpoint",
 ]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole, verified checkpoint.
-
-    Attributes:
-        path: Its folder.
-        step: Optimizer steps taken.
-        state: Everything else: dataset and frozen fingerprints, versions.
-    """
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-
-
-class _File(TypedDict):
-    bytes: Natural
-    sha256: Digest
-
-
-class _Data(TypedDict, total=False):
-    tokenizer: str
-    special_ids: list[int | None]
-    template: str
-    template_name: str
-    view: dict[str, Any]
-
-
-class State(TypedDict):
-    """`state.json`. Who needs one of its facts says what to do about a checkpoint without it."""
-
-    step: Natural
-    files: dict[FilePath, _File]
-    config: NotRequired[dict[str, Any]]
-    data: NotRequired[_Data]
-    dataset: NotRequired[str]
-    frozen: NotRequired[Any]  # an older version has another form: `frozen.check_frozen` says so
-    start: NotRequired[str]
-    versions: NotRequired[dict[str, str]]
-    loss_scale: NotRequired[dict[str, float]]
 
 
 class Writer:
@@ -173,7 +126,7 @@ def save(
     engine: Any,
     run: Path,
     step: int,
-    state: dict[str, Any],
+    state: CheckpointState,
     *,
     keep: int,
     is_writer: bool,
@@ -187,7 +140,7 @@ def save(
         engine: DeepSpeed's engine.
         run: The run's folder.
         step: Optimizer steps taken.
-        state: JSON values kept with it.
+        state: What `state.json` says beside step and files.
         keep: Newest checkpoints to keep, this one included.
         is_writer: Whether this rank writes.
         writer: Writes behind the training; None writes now.
@@ -212,7 +165,7 @@ def save(
         for form, held in tensors.items():
             if form in forms:
                 path = run / form / step_name(step)
-                write_checkpoint(path, held, {"step": step, **state})
+                write_checkpoint(path, held, replace(state, step=step))
                 if copies:
                     copies.offer(path)
         if FOLDER in forms:
@@ -225,89 +178,41 @@ def save(
     return run / FOLDER / step_name(step)
 
 
-def is_run(run: Path) -> bool:
-    """Whether a folder is that of a run that has saved, or one of its checkpoints."""
-    return is_folder(run / FOLDER) or is_file(run / STATE)
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, dict[str, Tensor]], state: CheckpointState
+) -> None:
+    """Write a checkpoint's folder: it is whole or not there, also after a power cut.
 
-
-def find_checkpoints(run: Path, *, hashed: bool = True) -> list[Checkpoint]:
-    """The whole checkpoints of a run, oldest first; one cut short or changed is left out.
-
-    Without `hashed` only sizes are compared: a look from outside need not read every weight.
-
-    Raises:
-        TrainError: One cannot be read: it may be whole.
-    """
-    found = [_read(path, hashed=hashed) for path in steps_in(run / FOLDER)]
-    return [checkpoint for checkpoint in found if checkpoint is not None]
-
-
-def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None.
+    Args:
+        path: The folder; one that is there already is replaced.
+        tensors: What each file holds.
+        state: What `state.json` says, without the files.
 
     Raises:
-        TrainError: One that is newer than it cannot be read: it may be whole.
+        TrainError: The disk is full or the folder cannot be written.
     """
-    listed = steps_in(run / FOLDER)
-    while True:
-        for path in reversed(listed):
-            if checkpoint := _read(path):
-                return checkpoint
-        # A run that goes on may have replaced all that was listed.
-        listed, before = steps_in(run / FOLDER), listed
-        if listed == before:
-            return None
-
-
-def newest_weights(path: Path) -> Checkpoint | None:
-    """What a model's weights are taken from: the newest checkpoint of a run, or None.
-
-    `path` may also be the folder of one checkpoint or milestone.
-    """
-    if is_file(path / STATE):
-        return _read(path, needed=(WEIGHTS,))
-    return latest_checkpoint(path)
-
-
-def at_step(run: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step, which another rank has found whole.
-
-    Raises:
-        TrainError: It is not here: the run's folder is not shared by all nodes.
-    """
-    path = run / FOLDER / step_name(step)
+    temporary = path.with_name(f".{path.name}{CUT}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        state = read_state(path)
-    except (OSError, JsonError) as error:
-        if is_denied(error):
-            raise TrainError(f"{platform.node()}: {cannot_read(path / STATE, error)}") from None
-        raise TrainError(
-            f"output: {path} is not visible on {platform.node()}; expected a folder on a file "
-            "system that all nodes share"
-        ) from None
-    return Checkpoint(path, step, state)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; raises OSError and JsonError."""
-    return cast("dict[str, Any]", from_json(read_whole(path / STATE), State))
-
-
-def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -> Checkpoint | None:
-    try:
-        state = read_state(path)
-        if not {*needed} <= {*state["files"]}:
-            return None
-        for name, facts in state["files"].items():
-            if (path / name).stat().st_size != facts["bytes"]:
-                return None
-            if hashed and sha256_file(path / name) != facts["sha256"]:
-                return None
-        return Checkpoint(path, int(state["step"]), state)
-    except (OSError, JsonError) as error:
-        if is_denied(error):  # it may be whole: nothing is removed and nothing begun anew
-            raise TrainError(cannot_read(error.filename or path, error)) from None
-        return None
+        temporary.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_tensors(values, temporary / name)
+        files = {
+            name: CheckpointFile((temporary / name).stat().st_size, sha256_file(temporary / name))
+            for name in tensors
+        }
+        write_state(replace(state, files=files), temporary)
+        if MOMENTS not in tensors:  # so that the folder can be named where a run can
+            config = json.dumps(state.config, indent=1)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+            if (path.parent.parent / DATA).is_dir():
+                shutil.copytree(path.parent.parent / DATA, temporary / DATA)
+        put_in_place(temporary, path)
+    except OSError as error:
+        remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
+        raise TrainError(f"{path}: cannot be written ({error}); {remedy} and resume") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -391,7 +296,7 @@ def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> N
     if needed > free + there:
         beside = f" and {milestones} milestones" if milestones else ""
         raise TrainError(
-            f"output: {run} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints{beside} need "
-            f"{needed / 1e9:.1f} GB; free space or lower checkpoint.keep_last"
+            f"output: {run} has {bytes_text(free)} free, {keep + 1} checkpoints{beside} need "
+            f"{bytes_text(needed)}; free space or lower checkpoint.keep_last"
             + (", or raise checkpoint.archive_every" if milestones else "")
         )

@@ -9,7 +9,7 @@ from typing import Any
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER
 from lapilli.data.errors import DataError
 from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
-from lapilli.train.checkpoint.save_load import Checkpoint
+from lapilli.train.checkpoint.find import Checkpoint
 from lapilli.train.run_folder.names import DATA
 
 __all__ = ["extends", "keeps_ids"]
@@ -26,14 +26,14 @@ def keeps_ids(start: Checkpoint, tokenizer: Any) -> bool:
         tokenizer: transformers' tokenizer.
     """
     runs = (start.path.parent.parent, start.path)  # a milestone keeps its own
-    dataset: object = start.state.get("config", {}).get("dataset", "")
+    dataset: object = start.state.config.get("dataset", "")
     places = [*(run / DATA for run in runs), Path(str(dataset))]
     for folder in [place / TOKENIZER for place in places]:
         try:
             if not folder.is_dir():
                 continue
             old = load_tokenizer(folder)
-            if tokenizer_facts(old).fingerprint == start.state.get("data", {}).get("tokenizer"):
+            if tokenizer_facts(old).fingerprint == start.state.data.tokenizer:
                 return extends(tokenizer, old)
         except (DataError, OSError):
             continue  # the caller refuses what cannot be told

@@ -22,10 +22,10 @@ from lapilli.data.io.remote_path import COPY_BYTES, RemotePath
 from lapilli.data.io.typed_json import JsonError, as_type, from_json, is_file_path
 from lapilli.data.record import excerpt
 from lapilli.train.checkpoint.layout import forget_old, is_step, outdated, put_in_place, steps_in
-from lapilli.train.checkpoint.save_load import read_state
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
+from lapilli.train.run_folder.checkpoint_state import read_state
 from lapilli.train.run_folder.dataset_files import run_data_files
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import (
@@ -315,10 +315,10 @@ def _fetch(source: RemotePath, path: Path) -> bool:
         temporary.mkdir(parents=True)
         state = source / STATE
         _download(state, temporary / STATE)
-        facts = read_state(temporary)["files"]
+        files = read_state(temporary).files
         for name in FILES:
             _download(source / name, temporary / name)
-            if sha256_file(temporary / name) != facts[name]["sha256"]:
+            if sha256_file(temporary / name) != files[name].sha256:
                 return False
         put_in_place(temporary, path)
         return True

@@ -5,12 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 
-from lapilli.data.io.atomic import write_json
 from lapilli.data.io.writer_lock import only_writer
-from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.checkpoint.upload import Uploads, store_config, stored_config
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.preflight import Preflight, check_same_settings, with_absolute_paths
@@ -19,7 +17,7 @@ from lapilli.train.driver.workers import fit_here, fit_on_ray
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.messages import notes_end, notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics, read_new
-from lapilli.train.run_folder.names import CONFIG, FACTS
+from lapilli.train.run_folder.settings import write_run_config, write_run_info
 from lapilli.train.run_folder.stop_request import forget_stop, is_stop_asked
 
 __all__ = [
@@ -106,9 +104,8 @@ def _launch(
     on_stop: Callable[[], None],
     on_note: Callable[[str], None],
 ) -> list[StepMetrics]:
-    found = asdict(ready)
-    write_json(run / CONFIG, found.pop("config"))
-    write_json(run / FACTS, found)
+    write_run_config(run, ready.config)
+    write_run_info(run, ready.info())
     keep_data(run, Path(ready.config.dataset), ready.config.view, anew=not ready.start)
     if not ready.is_done:
         if ready.config.checkpoint.upload:
@@ -127,7 +124,7 @@ def _launch(
             stop.set()
             follower.join()
         if is_stop_asked(run):
-            found = checkpoint.latest_checkpoint(run)
+            found = latest_checkpoint(run)
             raise KeyboardInterrupt(f"saved at step {found.step}" if found else "")
     return read_metrics(run)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lapilli.data.batches.collate import BatchShape, collate
+from lapilli.data.io.printable import bytes_text
 from lapilli.model.parts.quantized import PACKED_BYTES, packed_numbers
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.fake_model import Sketch, sketch_model
@@ -259,8 +260,8 @@ def follow(
         remedies.append("model.gradient_checkpointing: true")
     raise TrainError(
         f"micro_batch_size: one row of {found.length} tokens needs "
-        f"{found.worker_bytes(stage, 1) / 1e9:.1f} GB a worker under zero_stage {stage}, "
-        f"{usable / 1e9:.1f} of {device_bytes / 1e9:.1f} GB can be used; set "
+        f"{bytes_text(found.worker_bytes(stage, 1))} a worker under zero_stage {stage}, "
+        f"{bytes_text(usable)} of {bytes_text(device_bytes)} can be used; set "
         f"{' or '.join([*remedies, 'a smaller max_length, more workers or lora'])}"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ import torch
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.io.access import exists, is_folder, subpaths
 from lapilli.data.io.addresses import refuse_address
-from lapilli.data.io.atomic import write_json
 from lapilli.data.io.writer_lock import LOCK
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
@@ -23,6 +22,7 @@ from lapilli.model.parts.quantized import packed_numbers
 from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
 from lapilli.train.checkpoint.upload import fetch_newest, stored_config
 from lapilli.train.config import RunConfig, fixed_settings
 from lapilli.train.device import (
@@ -49,11 +49,12 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.names import CONFIG, STATE
 from lapilli.train.run_folder.settings import (
+    RunInfo,
     as_json,
     read_run_config,
-    read_run_facts,
+    read_run_info,
     require_current,
-    settings_of,
+    write_run_config,
 )
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import to_device
@@ -113,6 +114,11 @@ class Preflight:
     def is_done(self) -> bool:
         """Whether an earlier run came to the end."""
         return self.start >= self.total_steps
+
+    def info(self) -> RunInfo:
+        """What the run's folder keeps of it."""
+        known = asdict(self)
+        return RunInfo(**{one.name: known[one.name] for one in fields(RunInfo)})
 
 
 def _check_loggers(config: RunConfig) -> None:
@@ -199,7 +205,7 @@ def _open_datasets(
     return dataset, held_out
 
 
-def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
+def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, Checkpoint | None]:
     """The model to check a run against; one that no worker will hold whole is not built here.
 
     Of such a model only shapes are known; whether a start fits is then found by the workers.
@@ -248,14 +254,14 @@ def _find_device(config: RunConfig) -> Device:
 def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:
     """The step a run goes on with, on this dataset; what is newer in its copy is here then."""
     run = Path(config.output)
-    found = checkpoint.latest_checkpoint(run)
+    found = latest_checkpoint(run)
     _check_dataset(found, dataset)
     start = found.step if found else 0
     if config.checkpoint.upload:
         start = _fetch(config, start, on_note)
     if start:
-        found = checkpoint.at_step(run, start)
-        before = settings_of(found.state.get("config", {}), found.path / STATE)
+        found = at_step(run, start)
+        before = found.state.settings(found.path / STATE)
         check_length(before, config, start, total, on_note)
     return start
 
@@ -284,13 +290,13 @@ def finished_steps(config: RunConfig) -> int | None:
     config = with_absolute_paths(config)
     run = Path(config.output)
     _check_config(run, config)
-    found = checkpoint.latest_checkpoint(run)
-    facts = read_run_facts(run)
-    if found is None or facts is None:
+    found = latest_checkpoint(run)
+    info = read_run_info(run)
+    if found is None or info is None:
         return None
-    if changed_length(settings_of(found.state.get("config", {}), found.path / STATE), config):
+    if changed_length(found.state.settings(found.path / STATE), config):
         return None  # there may be more to do
-    total = facts["total_steps"]
+    total = info.total_steps
     if found.step < total:
         return None
     _check_dataset(found, read_manifest(Path(config.dataset)).fingerprint)
@@ -298,9 +304,9 @@ def finished_steps(config: RunConfig) -> int | None:
     return total
 
 
-def _check_dataset(found: checkpoint.Checkpoint | None, fingerprint: str) -> None:
+def _check_dataset(found: Checkpoint | None, fingerprint: str) -> None:
     """A run goes on, or has ended, with the dataset that it began with."""
-    if found and (before := found.state.get("dataset", "")) != fingerprint:
+    if found and (before := found.state.dataset) != fingerprint:
         raise TrainError(
             f"{found.path}: was saved with another dataset (fingerprint "
             f"{before[:12]}, now {fingerprint[:12]}); choose another --output"
@@ -370,7 +376,7 @@ def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int
         return start
     check_same_settings(before, config, config.checkpoint.upload)
     # the folder is this run's, whatever comes of it; its length changes when it goes on
-    write_json(run / CONFIG, asdict(config) | {key: getattr(before, key) for key in LENGTH})
+    write_run_config(run, replace(config, **{key: getattr(before, key) for key in LENGTH}))
     return fetch_newest(run, config.checkpoint.upload, start, on_note)
 
 

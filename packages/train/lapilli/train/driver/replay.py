@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lapilli.data.batches.collate import Batch, collate
 from lapilli.model.parts.trainable import set_modes
-from lapilli.train.checkpoint.save_load import latest_checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import choose_device, visible_devices
 from lapilli.train.driver.workers import join_alone
@@ -69,7 +69,7 @@ def rerun(
     if newest and newest.step > kept.step:
         raise TrainError(
             f"replay: {kept.run} has gone on to step {newest.step}; expected a checkpoint of step "
-            f"{kept.step} or before; nothing is left to start the step from"
+            f"{kept.step} or before, to run step {kept.step + 1} from"
         )
     config = replace(
         config, output=str(kept.run), num_workers=1, launcher="process",

@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lapilli.data.io.printable import bytes_text
 from lapilli.data.record import excerpt
+from lapilli.model.config import GROUPS
 from lapilli.model.deepspeed_internals import is_shared_out, shape_of
 from lapilli.model.parts.pretrained import Loading
-from lapilli.model.parts.trainable import GROUPS, trainable_parameters
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.config import RunConfig
 from lapilli.train.engine.deepspeed_internals import (
     MOMENTS,
@@ -155,8 +157,8 @@ def _check_disk(folder: Path, needed: int) -> None:
             probe.unlink(missing_ok=True)
     if needed > free:
         raise TrainError(
-            f"offload.nvme_path: {folder} has {free / 1e9:.1f} GB free, this machine's workers "
-            f"need {needed / 1e9:.1f}; free space or choose another folder"
+            f"offload.nvme_path: {folder} has {bytes_text(free)} free, this machine's workers "
+            f"need {bytes_text(needed)}; free space or choose another folder"
         )
 
 

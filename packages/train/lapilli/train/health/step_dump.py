@@ -24,12 +24,11 @@ from lapilli.data.io.typed_json import JsonError, Natural, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.names import REPLAY, REPLAY_STEP, step_name
 from lapilli.train.run_folder.settings import require_missing
 
-__all__ = ["KEPT", "KeptStep", "is_wrong", "keep_step", "read_kept"]
+__all__ = ["KeptStep", "is_wrong", "keep_step", "read_kept"]
 
-FOLDER = "replay"
-KEPT = "step.json"
 ENOUGH = 10  # losses before a spike can be told
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error)  # an npz
 ARRAYS = (
@@ -135,7 +134,7 @@ def keep_step(
         The folder.
     """
     rank, world_size = place
-    path = run / FOLDER / f"step-{step:08d}"
+    path = run / REPLAY / step_name(step + 1)
     path.mkdir(parents=True, exist_ok=True)
     arrays = {
         f"{micro}/{name}": getattr(batch, name)
@@ -155,7 +154,7 @@ def keep_step(
             "step": step, "loss": loss, "grad_norm": norm, "global_tokens": facts[0],
             "sample_indices": [int(index) for index in facts[1]], "sample_ids": ids,
         }  # fmt: skip
-        write_json(path / KEPT, kept)
+        write_json(path / REPLAY_STEP, kept)
     return path
 
 
@@ -175,11 +174,11 @@ def read_kept(path: Path) -> KeptStep:
         TrainError: None is there.
     """
     try:
-        kept = from_json(read_whole(path / KEPT), _Kept)
+        kept = from_json(read_whole(path / REPLAY_STEP), _Kept)
         return KeptStep(path=path, **kept)
     except (OSError, JsonError) as error:
         if isinstance(error, OSError):
-            require_missing(path / KEPT, error)
+            require_missing(path / REPLAY_STEP, error)
         why = f" ({error})" if isinstance(error, JsonError) else ""
         raise TrainError(
             f"replay: {path} holds no kept step{why}; expected a folder replay/step-N of a run"

@@ -136,8 +136,8 @@ class StepGuard:
             (self._rank, self._world_size),
         )  # fmt: skip
         raise TrainError(
-            f"step {batches.step}: loss {result.loss}, gradient norm {result.grad_norm}; {why}; "
-            f"its samples are kept, lapilli replay {path} looks for the cause"
+            f"step {batches.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
+            f"{why}; its samples are kept, lapilli replay {path} looks for the cause"
         )
 
     def _tell_slow(self, busy: Sequence[float]) -> None:

@@ -91,8 +91,8 @@ class HangWatch:
         place = where(path.read_text(encoding="utf-8"))
         note(
             self._run,
-            f"step {self._step} has taken more than {self._seconds:g} s: rank {self._rank} is at "
-            f"{place} ({STACKS}/{path.name})",
+            f"step {self._step + 1} has taken more than {self._seconds:g} s: rank {self._rank} is "
+            f"at {place} ({STACKS}/{path.name})",
         )
         time.sleep(GRACE * 2 / 3)
         if self._is_driver:

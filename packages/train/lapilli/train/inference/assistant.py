@@ -7,7 +7,7 @@ data's, or what the user says they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint.token_ids import extends
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import Trained, load_trained
-from lapilli.train.inference.published import is_published, published_facts, read_published
+from lapilli.train.inference.published import is_published, published_data, read_published
 from lapilli.train.run_folder.dataset_files import check_data, read_data
 from lapilli.train.validation.answer_text import AnswerReader, Decoder, warn_without_end
 
@@ -279,14 +279,14 @@ def open_trained(
         return trained
     manifest = read_manifest(dataset)
     found = read_published(path, template=template)
-    facts = published_facts(found)
+    data = published_data(found)
     if template and found.template is not None:
         bound = bind_template(found.template, found.tokenizer)
-        facts |= {"template": template_fingerprint(bound), "template_name": bound.name}
+        data = replace(data, template=template_fingerprint(bound), template_name=bound.name)
     if extends(found.tokenizer, open_copy(dataset / TOKENIZER, manifest.tokenizer)):
-        facts["tokenizer"] = manifest.tokenizer["fingerprint"]
-        facts.pop("special_ids", None)  # the ids of the dataset have them already
-    return Trained(found.model.to(device), facts)
+        # the dataset's ids have the special ones already
+        data = replace(data, tokenizer=manifest.tokenizer["fingerprint"], special_ids=[])
+    return Trained(found.model.to(device), data)
 
 
 def _refuse_flags(path: Path, **given: str) -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import newest_weights
 from lapilli.train.checkpoint.frozen import check_frozen
 from lapilli.train.checkpoint.init_from import build_on, find_chain
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.dataset_files import check_same_data, data_facts
+from lapilli.train.run_folder.checkpoint_state import TrainingData
+from lapilli.train.run_folder.dataset_files import check_same_data, training_data
+from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.run_folder.settings import read_run_config, require_trust
-from lapilli.train.validation.decoding import Asked, RowReader, ask_first
+from lapilli.train.validation.decoding import QuestionReader, ask_first
 from lapilli.train.worker.compatibility import check_model
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Answer(Asked):
+class Answer(QuestionAnswer):
     """One question of the test data.
 
     Attributes:
@@ -81,10 +84,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model, what its data were like (`run_data.data_facts`), and its step."""
+    """A model with its step and the properties of its training data."""
 
     model: VisionLanguageModel
-    data: dict[str, Any]
+    data: TrainingData
     step: int = 0
 
 
@@ -103,14 +106,14 @@ def load_trained(run: Path, device: str | torch.device = "cpu", trust: Trust = N
     """
     config = read_run_config(run)
     require_trust(config.model, trust, run / CONFIG)
-    found = checkpoint.newest_weights(run)
+    found = newest_weights(run)
     if found is None:
         raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
-    chain = find_chain(config.init_from, found.state.get("start", ""), by=run)
+    chain = find_chain(config.init_from, found.state.start, by=run)
     built = build_on(config.model, chain)
     check_frozen(found.state, built.frozen, run=run)
     checkpoint.load_weights(found, built.model)
-    return Trained(built.model.eval().to(device), found.state.get("data", {}), found.step)
+    return Trained(built.model.eval().to(device), found.state.data, found.step)
 
 
 def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:
@@ -123,7 +126,7 @@ def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Da
         path, view=view, image_tokens=trained.model.vision.num_tokens, split=split
     )
     check_model(trained.model, dataset)
-    check_same_data(data_facts(dataset), trained.data, str(path))
+    check_same_data(training_data(dataset), trained.data, str(path))
     return dataset
 
 
@@ -154,7 +157,7 @@ def answer_dataset(
     Warns:
         UserWarning: With the number of expected answers that have the end in the middle.
     """
-    reader = RowReader.of(dataset)
+    reader = QuestionReader.of(dataset)
     longest = max(reader.answer_length(dataset.token_row(i)) for i in range(len(dataset)))
     shown = image_order(dataset.num_images, shuffle_images)
     answers: list[Answer | None] = [None] * len(dataset)
@@ -175,7 +178,7 @@ def answer_dataset(
     return found
 
 
-def _warn_of_ends(answers: list[Answer], reader: RowReader) -> None:
+def _warn_of_ends(answers: list[Answer], reader: QuestionReader) -> None:
     """No model can give an answer beyond a text that ends answers."""
     end = reader.frames.end_text if reader.frames.end_id is None else ""
     count = sum(end in answer.expected for answer in answers) if end else 0
@@ -196,10 +199,8 @@ def chosen_split(manifest: Manifest, asked: Literal["auto", "train", "held_out"]
 
 def is_trained_on(run: Path, manifest: Manifest, split: str) -> bool:
     """Whether a run's newest weights were trained on this split of this very dataset."""
-    found = checkpoint.newest_weights(run)
-    return (
-        split == TRAIN and found is not None and found.state.get("dataset") == manifest.fingerprint
-    )
+    found = newest_weights(run)
+    return split == TRAIN and found is not None and found.state.dataset == manifest.fingerprint
 
 
 def image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:

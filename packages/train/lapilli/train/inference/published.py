@@ -32,8 +32,9 @@ from lapilli.model.interop.llava_config import CONFIG, is_llava_config, read_con
 from lapilli.model.interop.peft import SETTINGS, read_settings
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.checkpoint_state import TrainingData
 
-__all__ = ["Published", "is_published", "published_facts", "read_published", "read_view"]
+__all__ = ["Published", "is_published", "published_data", "read_published", "read_view"]
 
 IMAGE_TOKEN = "<image>"
 ASPECTS = ("pad", "crop", "stretch")
@@ -49,8 +50,8 @@ class Published:
         template: How conversations are written down; None where neither folder nor user says.
         spec: How images are made square; None likewise.
         is_own: Whether it is an export of ours, which says both as its run was trained.
-        trained: Of an export whose tokenizer and template were rewritten: what
-            `run_data.data_facts` said of the run's own.
+        trained: Of an export whose tokenizer and template were rewritten: the fields of
+            `TrainingData` that the run's own have.
     """
 
     model: VisionLanguageModel
@@ -133,17 +134,20 @@ def _read_export(path: Path, facts: Mapping[str, Any]) -> _Export:
         raise TrainError(f"{path / FACTS}: damaged ({error}); export the run again") from None
 
 
-def published_facts(found: Published) -> dict[str, Any]:
-    """What `run_data.data_facts` says of a dataset, as far as a folder says it."""
+def published_data(found: Published) -> TrainingData:
+    """The properties of the training data that a folder records; the others are empty."""
     tokenizer = tokenizer_facts(found.tokenizer)
-    facts: dict[str, Any] = {
-        "tokenizer": tokenizer.fingerprint, "special_ids": [tokenizer.bos_id, tokenizer.eos_id],
-    }  # fmt: skip
+    data = TrainingData(
+        tokenizer=tokenizer.fingerprint, special_ids=[tokenizer.bos_id, tokenizer.eos_id]
+    )
     if found.is_own and found.template is not None and found.spec is not None:
-        facts["template"] = template_fingerprint(found.template)
-        facts["template_name"] = found.template.name
-        facts["view"] = json.loads(json.dumps(found.spec.facts()))
-    return facts | {**found.trained}
+        data = replace(
+            data,
+            template=template_fingerprint(found.template),
+            template_name=found.template.name,
+            view=json.loads(json.dumps(found.spec.facts())),
+        )
+    return replace(data, **found.trained)
 
 
 def _tokenizer(folder: Path, expected: Mapping[str, Any] | None = None) -> Any:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lapilli.train.config import LoggerName
+from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.run_folder.messages import note
-from lapilli.train.validation.decoding import Asked
 
 __all__ = [
     "MlflowSink",
@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Take one step's figures."""
         ...
 
-    def show(self, step: int, answers: Sequence[Asked]) -> None:
+    def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
         """Take the answers to held-out questions after a step."""
         ...
 
@@ -61,7 +61,7 @@ class TensorboardSink:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
-    def show(self, step: int, answers: Sequence[Asked]) -> None:
+    def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
         """Take the answers to held-out questions after a step."""
         for one in answers:
             self._writer.add_text(f"held_out/{one.sample_id}", _as_markdown(one), step)
@@ -92,7 +92,7 @@ class WandbSink:
         """Take one step's figures."""
         self._run.log(dict(figures), step=step)
 
-    def show(self, step: int, answers: Sequence[Asked]) -> None:
+    def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
         """Take the answers to held-out questions after a step."""
         wandb: Any = importlib.import_module("wandb")
         columns = ["sample_id", "question", "expected", "given"]
@@ -137,7 +137,7 @@ class MlflowSink:
         metrics = [self._metric(name, value, now, step) for name, value in figures.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
-    def show(self, step: int, answers: Sequence[Asked]) -> None:
+    def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
         """Take the answers to held-out questions after a step; a repeated step replaces its own."""
         text = "\n\n---\n\n".join(f"# {one.sample_id}\n\n{_as_markdown(one)}" for one in answers)
         self._client.log_text(self._id, text, f"held_out/step-{step:08d}.md")
@@ -152,7 +152,7 @@ SINKS: dict[LoggerName, Callable[[Path, int, Mapping[str, Any]], Sink]] = {
 }  # fmt: skip
 
 
-def _as_markdown(one: Asked) -> str:
+def _as_markdown(one: QuestionAnswer) -> str:
     return f"{one.question}\n\n**expected** {one.expected}\n\n**given** {one.given}"
 
 
@@ -201,7 +201,7 @@ class SinkThread:
         step, figures = int(row["step"]), figures_of(row)
         self._put(lambda sink: sink.write(step, figures))
 
-    def show(self, step: int, answers: Sequence[Asked]) -> None:
+    def show(self, step: int, answers: Sequence[QuestionAnswer]) -> None:
         """Hand the answers to held-out questions over; figures go on where these cannot be kept."""
 
         def show(sink: Sink) -> None:
@@ -209,7 +209,7 @@ class SinkThread:
                 sink.show(step, answers)
             except Exception as error:
                 said = f"{type(error).__name__}: {str(error)[:200]}"
-                note(self._run, f"{self._name}: no answers of step {step}: {said}")
+                note(self._run, f"{self._name}: no answers of step {step + 1}: {said}")
 
         self._put(show)
 

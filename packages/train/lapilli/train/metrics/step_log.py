@@ -9,11 +9,11 @@ from pathlib import Path
 from lapilli.train.config import RunConfig
 from lapilli.train.metrics.loggers import open_sinks
 from lapilli.train.metrics.step_metrics import StepMeter, Worst, group_means
+from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.run_folder.metrics_file import MetricsFile, StepMetrics, StepResult
 from lapilli.train.steps.feed import StepBatches
-from lapilli.train.validation.decoding import Asked
 
-__all__ = ["Journal", "Validated"]
+__all__ = ["StepLog", "Validated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Validated:
     held_out_loss: float | None = None
     held_out_seconds: float | None = None
     generated_seconds: float | None = None
-    answers: Sequence[Asked] = ()
+    answers: Sequence[QuestionAnswer] = ()
 
     @property
     def seconds(self) -> float:
@@ -38,7 +38,7 @@ class Validated:
         return (self.held_out_seconds or 0.0) + (self.generated_seconds or 0.0)
 
 
-class Journal:
+class StepLog:
     """A run's written record, from `start` on; what an earlier try wrote of later steps goes."""
 
     def __init__(self, config: RunConfig, start: int, meter: StepMeter) -> None:

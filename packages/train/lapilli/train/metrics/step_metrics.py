@@ -7,32 +7,28 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lapilli.data.io.typed_json import Natural
 from lapilli.model.attention.forward import holds_all_scores
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.device import device_name
-from lapilli.train.run_folder.jsonl import read_lines, write_lines
-from lapilli.train.run_folder.names import WORST
+from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst, write_worst
 from lapilli.train.steps.feed import Feed, StepBatches
 from lapilli.train.steps.step import DeviceBatch
 
 __all__ = [
-    "SampleLoss",
     "StepMeter",
     "StepSpeed",
     "Worst",
     "group_means",
     "padded_numbers",
-    "read_worst",
     "slot_losses",
 ]  # fmt: skip
 
@@ -191,42 +187,6 @@ class StepMeter:
         return found
 
 
-@dataclass(frozen=True)
-class SampleLoss:
-    """A sample's part of a step's loss.
-
-    Attributes:
-        step: The step.
-        index: The sample, as the dataset counts them.
-        sample_id: Its id, `source/record`.
-        has_images: Its modality.
-        total: Summed over its trained tokens.
-        tokens: Their number.
-    """
-
-    step: int
-    index: int
-    sample_id: str
-    has_images: bool
-    total: float
-    tokens: int
-
-    @property
-    def mean(self) -> float:
-        """Mean over its trained tokens."""
-        return self.total / self.tokens
-
-    @property
-    def source(self) -> str:
-        """Where it is from."""
-        return self.sample_id.partition("/")[0]
-
-    @property
-    def modality(self) -> str:
-        """`image` or `text`."""
-        return "image" if self.has_images else "text"
-
-
 def group_means(samples: Sequence[SampleLoss], by: str) -> dict[str, tuple[float, int]]:
     """Mean loss over trained tokens, and their number, by `source` or `modality`."""
     sums: dict[str, tuple[float, int]] = {}
@@ -240,7 +200,7 @@ class Worst:
     """The samples of highest mean loss of the last steps, in `worst.jsonl`."""
 
     def __init__(self, run: Path, start: int) -> None:
-        self._path = run / WORST
+        self._run = run
         before = [sample for sample in read_worst(run) if sample.step < start]
         self._steps: deque[list[SampleLoss]] = deque([before] if before else [], maxlen=WINDOW)
 
@@ -253,14 +213,7 @@ class Worst:
     def write(self) -> None:
         """Replace the file."""
         highest = _highest([sample for step in self._steps for sample in step])
-        rows: list[dict[str, Any]] = [
-            {
-                "sample_id": s.sample_id, "loss": s.mean, "step": s.step,
-                "trained_tokens": s.tokens, "index": s.index, "has_images": s.has_images,
-            }
-            for s in highest
-        ]  # fmt: skip
-        write_lines(self._path, rows)
+        write_worst(self._run, highest)
 
 
 def _highest(samples: Sequence[SampleLoss]) -> list[SampleLoss]:
@@ -271,23 +224,3 @@ def _highest(samples: Sequence[SampleLoss]) -> list[SampleLoss]:
         if len(found) == KEPT:
             break
     return list(found.values())
-
-
-def read_worst(run: Path) -> list[SampleLoss]:
-    """What `worst.jsonl` holds, highest first; nothing where there is none."""
-    return [
-        SampleLoss(
-            step=r["step"], index=r["index"], sample_id=r["sample_id"], has_images=r["has_images"],
-            total=r["loss"] * r["trained_tokens"], tokens=r["trained_tokens"],
-        )
-        for r in read_lines(run / WORST, _WorstRow)
-    ]  # fmt: skip
-
-
-class _WorstRow(TypedDict):
-    step: Natural
-    index: Natural
-    sample_id: str
-    has_images: bool
-    loss: float
-    trained_tokens: Annotated[int, lambda value: "" if value > 0 else "1 or more"]

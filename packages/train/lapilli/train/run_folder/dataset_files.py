@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, check_copy_files, kept_files, open_copy
@@ -30,20 +30,27 @@ from lapilli.data.shards.manifest import (
 )
 from lapilli.data.text.templates import Template
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.names import CUT, DATA, GONE
+from lapilli.train.run_folder.checkpoint_state import TrainingData
+from lapilli.train.run_folder.names import CUT, DATA, DATA_INFO, GONE, TEMPLATE, VIEW
 from lapilli.train.run_folder.settings import read_run_config
 
 __all__ = [
-    "RunData", "check_data", "check_same_data", "data_facts", "keep_data", "read_data",
+    "RunData",
+    "check_data",
+    "check_same_data",
+    "keep_data",
+    "read_data",
     "run_data_files",
+    "training_data",
 ]  # fmt: skip
 
-TEMPLATE, VIEW, FACTS = "template.json", "view.json", "facts.json"
+COMPARED = ("tokenizer", "special_ids", "template", "view")
 T = TypeVar("T")
 
 
-class Kept(TypedDict):
-    """`data/facts.json`."""
+@dataclass(frozen=True)
+class DataInfo:
+    """`data/facts.json`: `TrainingData` with all of the tokenizer, and the files' SHA-256."""
 
     tokenizer: TokenizerFields
     special_ids: list[int | None]
@@ -68,54 +75,50 @@ class RunData:
     spec: ImageSpec
 
 
-def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint says of its data, and other data for the same model are compared with.
-
-    Returns:
-        Fingerprints of `tokenizer` and `template` (of its content, whatever its name),
-        `template_name`, `special_ids` (which ids begin and end a text) and the fields of `view`.
-    """
-    return _facts(dataset.path, dataset.manifest, dataset.view)
+def training_data(dataset: Dataset) -> TrainingData:
+    """The properties of a dataset that other data for the same model are compared with."""
+    return _training_data(dataset.path, dataset.manifest, dataset.view)
 
 
-def _facts(path: Path, manifest: Manifest, view: str) -> dict[str, Any]:
+def _training_data(path: Path, manifest: Manifest, view: str) -> TrainingData:
     template = manifest.bound_template(path)
-    return {
-        "tokenizer": manifest.tokenizer["fingerprint"],
-        "special_ids": [manifest.tokenizer["bos_id"], manifest.tokenizer["eos_id"]],
-        "template": template_fingerprint(template),
-        "template_name": template.name,
-        "view": manifest.views[view].spec,
-    }
+    return TrainingData(
+        tokenizer=manifest.tokenizer["fingerprint"],
+        special_ids=[manifest.tokenizer["bos_id"], manifest.tokenizer["eos_id"]],
+        template=template_fingerprint(template),
+        template_name=template.name,
+        view=manifest.views[view].spec,
+    )
 
 
-def check_same_data(here: Mapping[str, Any], there: Mapping[str, Any], what: str) -> None:
-    """Refuse data made otherwise than those that a model was trained on.
+def check_same_data(here: TrainingData, there: TrainingData, what: str) -> None:
+    """Reject data that were prepared differently from a model's training data.
 
     Args:
-        here: `data_facts` of the data.
-        there: Those of the training data.
-        what: What the data are, as an error begins.
+        here: The data.
+        there: The training data; empty fields are not compared.
+        what: The name of the data, which the error starts with.
 
     Raises:
-        TrainError: Names the first fact that differs, with both values.
+        TrainError: Names the first property that differs, with both values.
     """
-    for name in ("tokenizer", "special_ids", "template", "view"):
-        if name in there and here[name] != there[name]:
-            mine, theirs = (_told(facts, name) for facts in (here, there))
+    for name in COMPARED:
+        mine, theirs = getattr(here, name), getattr(there, name)
+        if theirs and mine != theirs:
+            mine, theirs = _shown(here, name), _shown(there, name)
             if mine == theirs:  # templates of one name
-                mine, theirs = (f"{mine} (fingerprint {f[name][:12]})" for f in (here, there))
+                mine, theirs = (f"{mine} (fingerprint {f.template[:12]})" for f in (here, there))
             raise TrainError(
                 f"{name}: {what} was made with {mine}, the training data with {theirs}; preprocess "
                 "it with the training data's settings"
             )
 
 
-def _told(facts: Mapping[str, Any], name: str) -> str:
-    """A fact in few words."""
+def _shown(data: TrainingData, name: str) -> str:
+    """A property for an error message."""
     if name == "template":
-        return str(facts.get("template_name", facts[name]))
-    return str(facts[name])[:12] if name == "tokenizer" else str(facts[name])
+        return data.template_name or data.template
+    return data.tokenizer[:12] if name == "tokenizer" else str(getattr(data, name))
 
 
 def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
@@ -133,9 +136,9 @@ def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
         TrainError: What the run has is not its dataset's, or the folder cannot be written.
     """
     manifest = read_manifest(dataset)
-    facts = _facts(dataset, manifest, view)
+    data = _training_data(dataset, manifest, view)
     if (run / DATA).is_dir() and not anew:
-        read_data(run, facts)
+        read_data(run, data)
         return
     open_copy(dataset / TOKENIZER, manifest.tokenizer)
     check_copy_files(dataset, manifest.tokenizer_files)
@@ -148,10 +151,10 @@ def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
         for file in _tokenizer_files(dataset, manifest):
             shutil.copyfile(file, temporary / TOKENIZER / file.name)
         write_json(temporary / TEMPLATE, asdict(template))
-        write_json(temporary / VIEW, facts["view"])
+        write_json(temporary / VIEW, data.view)
         files = {path: sha256_file(temporary / path) for path in sorted(_files(temporary))}
-        kept = {**facts, "tokenizer": manifest.tokenizer, "files": files}
-        write_json(temporary / FACTS, kept)
+        kept = {**asdict(data), "tokenizer": manifest.tokenizer, "files": files}
+        write_json(temporary / DATA_INFO, kept)
         if (run / DATA).exists():
             (run / DATA).rename(gone)
         temporary.rename(run / DATA)
@@ -176,7 +179,7 @@ def _tokenizer_files(dataset: Path, manifest: Manifest) -> list[Path]:
 
 def run_data_files(run: Path) -> list[str]:
     """The files that a run keeps of its dataset, relative to its folder; none before it starts."""
-    names = sorted(_files(run / DATA), key=lambda name: (name == FACTS, name))  # that one last
+    names = sorted(_files(run / DATA), key=lambda name: (name == DATA_INFO, name))  # that one last
     return [f"{DATA}/{name}" for name in names]
 
 
@@ -186,55 +189,55 @@ def _files(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def read_data(run: Path, facts: Mapping[str, Any]) -> RunData:
+def read_data(run: Path, trained: TrainingData) -> RunData:
     """What a run, or a milestone wherever it was copied to, keeps of its dataset.
 
     A run that was started before runs kept anything is read from its dataset.
 
     Args:
         run: The folder.
-        facts: `data` of its checkpoint: what must be found.
+        trained: Of its checkpoint: what must be found; empty fields are not compared.
 
     Raises:
         TrainError, DataError: A file that is missing or not what it was; names it.
     """
     folder = run / DATA
     if not folder.is_dir():
-        return _of_dataset(run, facts)
+        return _of_dataset(run, trained)
     remedy = (
         f"bring {folder} back from a copy of the run, or remove it and run the same train again "
         "with the run's dataset, which writes it anew"
     )
-    kept = _read(folder / FACTS, Kept, remedy)
+    kept = _read(folder / DATA_INFO, DataInfo, remedy)
     template = _read(folder / TEMPLATE, Template, remedy)
     spec = _read(folder / VIEW, ImageSpec, remedy)
-    tokenizer_facts, files = kept["tokenizer"], kept["files"]
-    found = {
-        **kept, "tokenizer": tokenizer_facts["fingerprint"],
-        "view": json.loads(json.dumps(spec.facts())),
-        "special_ids": [tokenizer_facts["bos_id"], tokenizer_facts["eos_id"]],
-        "template": template_fingerprint(template),
-    }  # fmt: skip
-    sources = {"template": TEMPLATE, "view": VIEW, "tokenizer": FACTS, "special_ids": FACTS}
-    for name, file in sources.items():
-        if name in facts and digest(found[name]) != digest(facts[name]):
-            was, now = (_fingerprint(values[name]) for values in (facts, found))
+    found = TrainingData(
+        tokenizer=kept.tokenizer["fingerprint"],
+        special_ids=[kept.tokenizer["bos_id"], kept.tokenizer["eos_id"]],
+        template=template_fingerprint(template),
+        view=json.loads(json.dumps(spec.facts())),
+    )
+    files = {"template": TEMPLATE, "view": VIEW, "tokenizer": DATA_INFO, "special_ids": DATA_INFO}
+    for name, file in files.items():
+        expected, here = getattr(trained, name), getattr(found, name)
+        if expected and digest(here) != digest(expected):
+            was, now = _fingerprint(expected), _fingerprint(here)
             raise TrainError(
                 f"{folder / file}: not the {name.replace('_', ' ')} that the run was trained with "
                 f"(fingerprint was {was}, is {now}); {remedy}"
             )
-    _check_files(folder, files, remedy)
-    return RunData(open_copy(folder / TOKENIZER, tokenizer_facts, remedy), template, spec)
+    _check_files(folder, kept.files, remedy)
+    return RunData(open_copy(folder / TOKENIZER, kept.tokenizer, remedy), template, spec)
 
 
-def check_data(run: Path, facts: Mapping[str, Any]) -> None:
+def check_data(run: Path, trained: TrainingData) -> None:
     """Compare what a run keeps with what it was; one from before runs kept anything has nothing.
 
     Raises:
         TrainError, DataError: A file that is missing or not what it was; names it.
     """
     if (run / DATA).is_dir():
-        read_data(run, facts)
+        read_data(run, trained)
 
 
 def _fingerprint(value: Any) -> str:
@@ -256,7 +259,7 @@ def _check_files(folder: Path, files: Mapping[str, str], remedy: str) -> None:
             )
 
 
-def _of_dataset(run: Path, facts: Mapping[str, Any]) -> RunData:
+def _of_dataset(run: Path, trained: TrainingData) -> RunData:
     """The same from the dataset that a run's settings name."""
     lacks = f"{run}: keeps no template, view and tokenizer (no {DATA}/)"
     config = read_run_config(run)
@@ -265,7 +268,7 @@ def _of_dataset(run: Path, facts: Mapping[str, Any]) -> RunData:
         manifest = read_manifest(dataset)
         if config.view not in manifest.views:
             raise DataError(f"{dataset} has no view {config.view}")
-        check_same_data(_facts(dataset, manifest, config.view), facts, str(dataset))
+        check_same_data(_training_data(dataset, manifest, config.view), trained, str(dataset))
         spec = ImageSpec.of(manifest.views[config.view].spec)
         tokenizer = open_copy(dataset / TOKENIZER, manifest.tokenizer)
         return RunData(tokenizer, manifest.bound_template(dataset), spec)

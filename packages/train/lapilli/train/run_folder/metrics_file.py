@@ -33,7 +33,7 @@ class StepResult:
     """What one optimizer step computed, over all ranks.
 
     Attributes:
-        step: The step.
+        step: Its index, from 0 on. What people read counts steps done (`done`), as checkpoints do.
         loss: Mean over the global batch's trained tokens.
         lr: The learning rate.
         grad_norm: Of the whole gradient, before clipping.
@@ -55,6 +55,11 @@ class StepResult:
     batch: str | None = None
     loss_scale: float | None = None
     overflows: Natural | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps done, this one included."""
+        return self.step + 1
 
 
 @dataclass(frozen=True, kw_only=True)

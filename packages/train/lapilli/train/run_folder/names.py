@@ -6,7 +6,7 @@ __all__ = [
     "CONFIG",
     "CUT",
     "DATA",
-    "FACTS",
+    "DATA_INFO",
     "FILES",
     "FOLDER",
     "GENERATIONS",
@@ -16,8 +16,15 @@ __all__ = [
     "MISTAKE",
     "MOMENTS",
     "NOTES",
+    "REPLAY",
+    "REPLAY_STEP",
+    "REPORT",
+    "RUN_INFO",
     "STARTS",
     "STATE",
+    "STOP",
+    "TEMPLATE",
+    "VIEW",
     "WEIGHTS",
     "WORKERS",
     "WORST",
@@ -61,7 +68,16 @@ STATE, CONFIG = "state.json", "config.json"
 DATA = "data"  # what a run keeps of its dataset (`dataset_files`)
 
 
-FACTS = "facts.json"  # what `preflight` found when the run was last started
+RUN_INFO = "facts.json"  # what `preflight` computed when the run was last started
+
+
+TEMPLATE, VIEW, DATA_INFO = "template.json", "view.json", "facts.json"  # in `data`
+
+
+REPLAY, REPLAY_STEP = "replay", "step.json"  # steps to run again, a folder each
+
+
+REPORT = "report.html"
 
 
 CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
 from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.run_folder.names import FACTS, METRICS, STARTS
+from lapilli.train.run_folder.names import METRICS, RUN_INFO, STARTS
 
 __all__ = [
     "Start",
@@ -44,7 +44,7 @@ def record_start(run: Path, step: int, workers: int) -> Start:
     before = read_starts(run)
     (run / STARTS).touch()
     now = _changed(run / STARTS)  # by the clock of the other files' disk
-    told, seen = _changed(run / FACTS), _changed(run / METRICS)
+    told, seen = _changed(run / RUN_INFO), _changed(run / METRICS)
     since = max(told, seen) or now
     undone = [row.seconds for row in read_metrics(run) if row.step >= step]
     start = Start(

@@ -1,4 +1,4 @@
-"""Read a run's settings and facts as typed values.
+"""Read and write a run's settings and what was computed when it was started.
 
 Its `config.json` describes the run. It is nobody's command: what in it would run code counts only
 where the command allows it (`lapilli.data.trust`).
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any
 
 from lapilli.data.io.access import cannot_read, is_missing
+from lapilli.data.io.atomic import write_json
 from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
@@ -21,30 +22,52 @@ from lapilli.model.config import ModelConfig
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
-from lapilli.train.run_folder.names import CONFIG, FACTS
+from lapilli.train.run_folder.names import CONFIG, RUN_INFO
 
 __all__ = [
-    "RunFacts",
+    "RunInfo",
     "as_json",
     "plain_settings",
     "read_run_config",
-    "read_run_facts",
+    "read_run_info",
     "require_current",
     "require_missing",
     "require_trust",
     "settings_of",
+    "write_run_config",
+    "write_run_info",
 ]  # fmt: skip
 
 
-class RunFacts(TypedDict):
-    """What `facts.json` says of a run that has been started (`driver.preflight.Preflight`)."""
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What `facts.json` says of a run since its last start. Earlier versions lack the last ones.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        samples: Samples of the dataset that are used.
+        too_long: Samples left out because they exceed `max_length`.
+        parameters: Parameters by part: total and trained.
+        image_tokens: Tokens an image takes in the sequence.
+        device: What the workers compute on.
+        start: Step of the last start.
+        num_cut: Samples whose text is cut at `max_length`.
+        step_seconds: Forward and backward of a step, measured on a core of the driver's machine.
+        memory: Bytes a worker holds, by part and kind; activations come on top.
+        attention: The attention implementation and why it was chosen.
+    """
 
     total_steps: Natural
     samples: Natural
     too_long: Natural
     parameters: dict[str, tuple[int, int]]
     image_tokens: Annotated[int, lambda value: "" if value > 0 else "1 or more"]
-    device: NotRequired[str]
+    device: str = ""
+    start: Natural = 0
+    num_cut: Natural = 0
+    step_seconds: float | None = None
+    memory: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    attention: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def read_run_config(run: Path) -> RunConfig:
@@ -102,15 +125,17 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def read_run_facts(run: Path) -> RunFacts | None:
-    """What was found when a run was last started; None where it never was.
+def read_run_info(run: Path) -> RunInfo | None:
+    """What was computed when a run was last started; None if it never was.
 
     Raises:
         TrainError: The file is damaged or cannot be read.
     """
-    path = run / FACTS
+    path = run / RUN_INFO
     try:
-        return from_json(read_whole(path), RunFacts)
+        found = from_json(read_whole(path), dict[str, Any])
+        names = {one.name for one in fields(RunInfo)}  # a later version may write more
+        return as_type({n: value for n, value in found.items() if n in names}, RunInfo)
     except OSError as error:
         require_missing(path, error)
         return None
@@ -118,6 +143,16 @@ def read_run_facts(run: Path) -> RunFacts | None:
         raise TrainError(
             f"{path}: damaged ({error}); run the same train again, it writes it anew"
         ) from None
+
+
+def write_run_config(run: Path, config: RunConfig) -> None:
+    """Write a run's settings."""
+    write_json(run / CONFIG, asdict(config))
+
+
+def write_run_info(run: Path, info: RunInfo) -> None:
+    """Write what was computed for this start; workers' messages are timed from here."""
+    write_json(run / RUN_INFO, asdict(info))
 
 
 def require_trust(config: ModelConfig, trust: Trust, where: object) -> None:
@@ -144,9 +179,9 @@ def require_trust(config: ModelConfig, trust: Trust, where: object) -> None:
     if pickles and not trust.pickle:
         asked.append(f"model.{pickles[0]}.allow_pickle reads pickles of weights")
         flags.append("--allow_pickle")
-    for field, name in (("vision.tower", config.vision.tower), ("projector", config.projector)):
+    for setting, name in (("vision.tower", config.vision.tower), ("projector", config.projector)):
         if is_own_code(name) and name not in trust.code:
-            asked.append(f"model.{field} runs code of its own, {name}")
+            asked.append(f"model.{setting} runs code of its own, {name}")
             names.append(name)
     if names:
         flags.append(f"--allow_code {','.join(dict.fromkeys(names))}")

@@ -14,6 +14,7 @@ from lapilli.data.text.templates import Template
 from lapilli.model.generate import Decoding, Gathering, check_positions, expanded_length, generate
 from lapilli.model.parts.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.validation.answer_text import (
     AnswerReader,
     Decoder,
@@ -24,28 +25,11 @@ from lapilli.train.validation.answer_text import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Asked", "RowReader", "ask_first"]
+__all__ = ["QuestionReader", "ask_first"]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A sample's first question and what became of it.
-
-    Attributes:
-        sample_id: The sample.
-        question: The user's own words; empty for a template that drops them.
-        expected: The sample's own answer.
-        given: The model's.
-    """
-
-    sample_id: str
-    question: str
-    expected: str
-    given: str
-
-
-@dataclass(frozen=True)
-class RowReader:
+class QuestionReader:
     """What a dataset's rows are written with, to take them apart."""
 
     tokenizer: Any
@@ -54,7 +38,7 @@ class RowReader:
     decode: Decoder
 
     @staticmethod
-    def of(dataset: Dataset) -> RowReader:
+    def of(dataset: Dataset) -> QuestionReader:
         """For a dataset.
 
         Raises:
@@ -63,7 +47,7 @@ class RowReader:
         tokenizer, template = dataset.tokenizer, dataset.template
         frames = find_frames(template, tokenizer)
         warn_without_end(template.name, frames)
-        return RowReader(tokenizer, template, frames, Decoder(tokenizer))
+        return QuestionReader(tokenizer, template, frames, Decoder(tokenizer))
 
     def first(self, sample: Sample) -> FirstQuestion:
         """A sample's first question.
@@ -87,12 +71,12 @@ class RowReader:
 def ask_first(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
-    reader: RowReader,
+    reader: QuestionReader,
     *,
     most_tokens: int,
     pixels: Sequence[NDArray[np.uint8]] = (),
     gathered: Gathering | None = None,
-) -> list[Asked]:
+) -> list[QuestionAnswer]:
     """Ask each sample's first question, all in one batch.
 
     Args:
@@ -125,7 +109,7 @@ def ask_first(
             watch=lambda place, newest, rows=rows: readers[rows[place]].take(newest),
         )  # fmt: skip
     return [
-        Asked(
+        QuestionAnswer(
             sample.sample_id,
             question.question,
             expected_text(question.answer, reader.decode, reader.frames),

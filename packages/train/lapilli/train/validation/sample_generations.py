@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,18 @@ from lapilli.model.parts.trainable import set_modes
 from lapilli.train.config import RunConfig
 from lapilli.train.engine.deepspeed_engine import gathered
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.jsonl import read_lines, write_lines
-from lapilli.train.run_folder.names import GENERATIONS
-from lapilli.train.validation.decoding import Asked, RowReader, ask_first
+from lapilli.train.run_folder.generations import (
+    Generation,
+    QuestionAnswer,
+    read_generations,
+    write_generations,
+)
+from lapilli.train.validation.decoding import QuestionReader, ask_first
 
 __all__ = [
-    "Generation",
     "Generations",
     "choose_questions",
-    "forget_generations",
-    "read_generations",
-    "write_generations",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Generation(Asked):
-    """An answer at some step.
-
-    Attributes:
-        step: The step after which it was asked.
-        index: The sample's place among those that are held out.
-    """
-
-    step: int
-    index: int
 
 
 def choose_questions(dataset: Dataset, count: int) -> list[int]:
@@ -51,7 +37,7 @@ def choose_questions(dataset: Dataset, count: int) -> list[int]:
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
     chosen: list[int] = np.unique(places.astype(np.int64)).tolist()
     try:
-        reader = RowReader.of(dataset)
+        reader = QuestionReader.of(dataset)
         for index in chosen:
             reader.first(dataset.sample(index))
     except DataError as error:
@@ -75,7 +61,7 @@ class Generations:
     def __init__(self, dataset: Dataset, config: RunConfig, rank: int) -> None:
         self._dataset = dataset
         self._indices = choose_questions(dataset, config.validation.answers)
-        self._reader = RowReader.of(dataset)
+        self._reader = QuestionReader.of(dataset)
         self._rows = config.micro_batch_size
         longest = max(self._reader.answer_length(dataset.token_row(i)) for i in self._indices)
         self._most_tokens = min(longest, config.validation.answer_tokens)
@@ -85,7 +71,7 @@ class Generations:
     def ask(self, engine: Any, step: int) -> list[Generation]:
         """Ask after a step, a micro-batch at a time, and write down. Collective at ZeRO stage 3."""
         engine.module.eval()
-        asked: list[Asked] = []
+        asked: list[QuestionAnswer] = []
         for start in range(0, len(self._indices), self._rows):
             samples = map(self._dataset.sample, self._indices[start : start + self._rows])
             asked += ask_first(
@@ -100,20 +86,3 @@ class Generations:
         if self._run:
             write_generations(self._run, [*read_generations(self._run), *found])
         return found
-
-
-def forget_generations(run: Path, start: int) -> None:
-    """Forget what an earlier try wrote of a step and later ones."""
-    found = read_generations(run)
-    if found and found[-1].step >= start:
-        write_generations(run, [one for one in found if one.step < start])
-
-
-def write_generations(run: Path, generations: Sequence[Generation]) -> None:
-    """Replace the file."""
-    write_lines(run / GENERATIONS, map(asdict, generations))
-
-
-def read_generations(run: Path) -> list[Generation]:
-    """What `generations.jsonl` holds, first steps first; nothing where there is none."""
-    return read_lines(run / GENERATIONS, Generation)

@@ -18,7 +18,7 @@ from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.dataset_files import check_same_data, data_facts
+from lapilli.train.run_folder.dataset_files import check_same_data, training_data
 from lapilli.train.steps.step import to_device
 
 __all__ = ["HeldOut", "check_same_tokenizer", "held_out_buckets", "open_held_out"]
@@ -57,7 +57,7 @@ def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
             f"(fingerprint {there['fingerprint'][:12]}), {dataset.path} with {here['name']} "
             f"({here['fingerprint'][:12]}); preprocess it with the same"
         )
-    mine, theirs = (data_facts(one) for one in (dataset, held_out))
+    mine, theirs = (training_data(one) for one in (dataset, held_out))
     check_same_data(theirs, mine, f"validation.dataset: {held_out.path}")
 
 

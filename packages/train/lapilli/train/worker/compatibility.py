@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
@@ -12,13 +11,13 @@ from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
 from lapilli.data.text.tokenizer_files import has_vocabulary, tokenizer_folder
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.vlm import Outline, VisionLanguageModel
-from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import Checkpoint
 from lapilli.train.checkpoint.frozen import check_frozen
 from lapilli.train.checkpoint.init_from import Built, build_on, find_chain, recorded
 from lapilli.train.checkpoint.token_ids import extends, keeps_ids
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.dataset_files import data_facts
+from lapilli.train.run_folder.dataset_files import training_data
 
 __all__ = [
     "build_run",
@@ -31,7 +30,7 @@ __all__ = [
 
 def build_start(
     config: RunConfig, loading: Loading = whole
-) -> tuple[VisionLanguageModel, checkpoint.Checkpoint | None]:
+) -> tuple[VisionLanguageModel, Checkpoint | None]:
     """The model as its run begins, and the checkpoint of the earlier run it starts from.
 
     `loading` as for `build_run`, which also tells what lies frozen below.
@@ -54,7 +53,7 @@ def build_run(config: RunConfig, loading: Loading = whole) -> Built:
     """
     run = Path(config.output)
     before = recorded(run)
-    chain = find_chain(config.init_from, before.get("start", ""), by=run)
+    chain = find_chain(config.init_from, before.start if before else "", by=run)
     built = build_on(config.model, chain, loading)
     if before:
         check_frozen(before, built.frozen, run=run)
@@ -139,7 +138,7 @@ def check_model(model: VisionLanguageModel | Outline, dataset: Dataset) -> None:
 
 
 def check_start(
-    start: checkpoint.Checkpoint | None,
+    start: Checkpoint | None,
     dataset: Dataset,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -153,24 +152,24 @@ def check_start(
     """
     if start is None:
         return
-    before: dict[str, Any] = start.state.get("data", {})
-    if missing := {"tokenizer", "template"} - before.keys():
-        raise TrainError(
-            f"init_from: {start.path} does not say what {min(missing)} it was trained with; name "
-            "another run"
-        )
-    here, there = dataset.manifest.tokenizer["fingerprint"], before["tokenizer"]
+    before = start.state.data
+    for name in ("template", "tokenizer"):
+        if not getattr(before, name):
+            raise TrainError(
+                f"init_from: {start.path} does not say what {name} it was trained with; name "
+                "another run"
+            )
+    here, there = dataset.manifest.tokenizer["fingerprint"], before.tokenizer
     if here != there and not keeps_ids(start, dataset.tokenizer):
         raise TrainError(
             f"init_from: {start.path} was trained with another tokenizer (fingerprint "
             f"{there[:12]}) than {dataset.path} was made with ({here[:12]}); preprocess with the "
             "same tokenizer, or with that one and tokens added"
         )
-    mine, theirs = data_facts(dataset), before
-    is_named_alike = mine["template_name"] == theirs.get("template_name")
-    if is_named_alike and mine["template"] != theirs["template"]:
+    mine = training_data(dataset)
+    if mine.template_name == before.template_name and mine.template != before.template:
         on_note(
             f"init_from: {start.path} was trained with another template named "
-            f"{mine['template_name']} (fingerprint {theirs['template'][:12]}, of {dataset.path} "
-            f"{mine['template'][:12]}); this run takes the dataset's"
+            f"{mine.template_name} (fingerprint {before.template[:12]}, of {dataset.path} "
+            f"{mine.template[:12]}); this run takes the dataset's"
         )

@@ -14,21 +14,19 @@ from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.device import peak_memory
 from lapilli.train.engine.deepspeed_internals import scale_state
 from lapilli.train.health.step_guard import StepGuard
-from lapilli.train.metrics.step_log import Journal, Validated
+from lapilli.train.metrics.step_log import StepLog, Validated
 from lapilli.train.metrics.step_metrics import StepMeter
-from lapilli.train.run_folder.dataset_files import data_facts
+from lapilli.train.run_folder.generations import forget_generations
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import FOLDER, MILESTONES
 from lapilli.train.run_folder.restarts import record_start
 from lapilli.train.run_folder.stop_request import is_stop_asked
 from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.step_timing import Mark, StepTiming
-from lapilli.train.validation.sample_generations import forget_generations
 from lapilli.train.worker.setup import Setup
 from lapilli.train.worker.taken_step import KnownStep, TakenStep, take_step
 
 __all__ = [
-    "data_facts",
     "fit",
 ]
 
@@ -79,7 +77,7 @@ class _Rows:
     A context: if training ends with an error, the step that was taken before it has its row.
     """
 
-    def __init__(self, ready: Setup, guard: StepGuard, journal: Journal | None) -> None:
+    def __init__(self, ready: Setup, guard: StepGuard, journal: StepLog | None) -> None:
         self._ready = ready
         self._guard = guard
         self._journal = journal
@@ -128,7 +126,7 @@ class _Rows:
 
 
 @contextlib.contextmanager
-def _closed(journal: Journal | None) -> Generator[None]:
+def _closed(journal: StepLog | None) -> Generator[None]:
     """Close a journal at the end; what ended the training is what is told."""
     if journal is None:
         yield
@@ -154,7 +152,7 @@ def _open_uploads(ready: Setup) -> Uploads | None:
     )
 
 
-def _open_journal(ready: Setup) -> Journal:
+def _open_journal(ready: Setup) -> StepLog:
     config = ready.config
     start = record_start(Path(config.output), ready.start, ready.world_size)
     if start.reason == "restart":
@@ -164,7 +162,7 @@ def _open_journal(ready: Setup) -> Journal:
             f"{start.workers} after {start.seconds:.0f} s; {start.repeated} steps are repeated",
         )
     meter = StepMeter(ready.feed, ready.engine.module, ready.device)
-    return Journal(config, ready.start, meter)
+    return StepLog(config, ready.start, meter)
 
 
 def _validate(ready: Setup, step: int) -> Validated:
@@ -213,7 +211,7 @@ def _save(
         forms.append(MILESTONES)
     if forms:
         scale = scale_state(ready.engine)
-        state = {**ready.state, "loss_scale": scale} if scale else ready.state
+        state = replace(ready.state, loss_scale=scale)
         checkpoint.save(
             ready.engine, Path(config.output), done, state,
             keep=config.checkpoint.keep_last, is_writer=ready.is_writer, writer=writer, forms=forms,

@@ -14,6 +14,7 @@ from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.versions import installed_versions
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
 from lapilli.train.checkpoint.frozen import FORM
 from lapilli.train.checkpoint.init_from import Built
 from lapilli.train.config import RunConfig
@@ -21,7 +22,9 @@ from lapilli.train.device import Device, check_precision, prepare_process
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.engine.deepspeed_internals import restore_scale
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.dataset_files import data_facts
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
+from lapilli.train.run_folder.dataset_files import training_data
+from lapilli.train.run_folder.names import WEIGHTS
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, warm_up
@@ -44,7 +47,7 @@ class Setup:
     feed: Feed
     engine: Any
     start: int
-    state: dict[str, Any]
+    state: CheckpointState
     rank: int
     world_size: int
     held_out: HeldOut | None = None
@@ -65,7 +68,7 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     set_modes(model)
     dataset = open_for(model, config)
     check_start(built_on.start, dataset)
-    state = _facts(built_on, dataset, config)
+    state = _state(built_on, dataset, config)
     found = _find_checkpoint(Path(config.output), state, rank)
     if found:
         checkpoint.load_weights(found, model)
@@ -76,7 +79,7 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
     if found:
         checkpoint.load_into(built, found)
-        restore_scale(built, found.state.get("loss_scale", {}))
+        restore_scale(built, found.state.loss_scale)
     if torch_device.type != "cpu":  # whose shapes cost nothing the first time
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
@@ -99,33 +102,35 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     return ready
 
 
-def _facts(built: Built, dataset: Dataset, config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint says of the run it is from."""
+def _state(built: Built, dataset: Dataset, config: RunConfig) -> CheckpointState:
+    """What all checkpoints of the run say; step and files are added when one is saved."""
     start = built.start
-    return {
-        "start": start.state["files"][checkpoint.WEIGHTS]["sha256"] if start else "",
-        "dataset": dataset.manifest.fingerprint,
-        "data": data_facts(dataset),
-        "frozen": {"form": FORM, "weights": built.frozen},
-        "config": asdict(config),
-        "versions": installed_versions("lapilli", "torch", "deepspeed", "transformers"),
-    }
+    return CheckpointState(
+        start=start.state.files[WEIGHTS].sha256 if start else "",
+        dataset=dataset.manifest.fingerprint,
+        data=training_data(dataset),
+        frozen={"form": FORM, "weights": built.frozen},
+        config=asdict(config),
+        versions=installed_versions("lapilli", "torch", "deepspeed", "transformers"),
+        files={},
+    )
 
 
-def _find_checkpoint(run: Path, state: dict[str, Any], rank: int) -> checkpoint.Checkpoint | None:
+def _find_checkpoint(run: Path, state: CheckpointState, rank: int) -> Checkpoint | None:
     """The newest whole checkpoint, checked to be of this dataset and this start.
 
     Rank 0 decides for all: ranks that went on from different steps would wait for each other.
     """
-    newest = checkpoint.latest_checkpoint(run) if rank == 0 else None
+    newest = latest_checkpoint(run) if rank == 0 else None
     steps = [newest.step if newest else -1]
     if dist.is_initialized():
         dist.broadcast_object_list(steps, src=0)
-    found = newest or (checkpoint.at_step(run, steps[0]) if steps[0] >= 0 else None)
+    found = newest or (at_step(run, steps[0]) if steps[0] >= 0 else None)
     for name in ("dataset", "start"):
-        if found and (before := found.state.get(name, "")) != state[name]:
+        now = getattr(state, name)
+        if found and (before := getattr(found.state, name)) != now:
             raise TrainError(
                 f"{found.path}: was saved with another {name} (fingerprint "
-                f"{before[:12]}, now {state[name][:12]}); choose another --output"
+                f"{before[:12]}, now {now[:12]}); choose another --output"
             )
     return found

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lapilli.model.parts.trainable import GROUPS
+from lapilli.model.config import GROUPS
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.engine.deepspeed_internals import loss_scale
 from lapilli.train.metrics.batch_digest import LANES, lanes_text, sample_lanes

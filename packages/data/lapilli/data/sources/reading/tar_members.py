@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lapilli.data.mounts.tar_headers import followed, headers, link_target
 
-__all__ = ["TEXTS", "Sample", "TarMember", "group", "key_and_suffix", "read_members"]
+__all__ = ["TEXTS", "TarMember", "TarSample", "group", "key_and_suffix", "read_members"]
 
 TEXTS = ("json", "txt")
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the tar, as webdataset skips them
@@ -44,7 +44,7 @@ class TarMember(NamedTuple):
 
 
 @dataclass
-class Sample:
+class TarSample:
     """The members of one key by suffix, in lower case.
 
     Attributes:
@@ -112,7 +112,7 @@ def _followed(
 
 def group(
     members: Iterable[TarMember], images: Collection[str]
-) -> tuple[list[Sample], list[tuple[str, TarMember]]]:
+) -> tuple[list[TarSample], list[tuple[str, TarMember]]]:
     """The samples in the order of their first members, and the members that are in none.
 
     Args:
@@ -134,13 +134,13 @@ def group(
             loose.append(("(no suffix)", member))
         else:
             bases.setdefault(parted[0], []).append((place, parted[1], member))
-    samples: dict[str, tuple[int, Sample]] = {}
+    samples: dict[str, tuple[int, TarSample]] = {}
     for base, found in bases.items():
         own = _own_keys([suffix for _, suffix, _ in found], images)
         for place, suffix, member in found:
             inner, rest = _parted(suffix, own)
             key = f"{base}.{inner}" if inner else base
-            _, sample = samples.setdefault(key, (place, Sample(key)))
+            _, sample = samples.setdefault(key, (place, TarSample(key)))
             sample.add(rest.lower(), member)
     return [sample for _, sample in sorted(samples.values(), key=lambda item: item[0])], loose
 

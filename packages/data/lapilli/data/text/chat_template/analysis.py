@@ -31,7 +31,7 @@ def looks_at_text(source: str) -> bool:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    reading = _Reading()
+    reading = _TemplateReading()
     try:
         tree = environment.parse(source)
         for _ in range(3):  # a name may be read above the place where a loop assigns it
@@ -46,7 +46,7 @@ class _Looks(Exception):
     """The template looks at what is said, or does something that is not understood."""
 
 
-class _Reading:
+class _TemplateReading:
     """What the names of a template hold, as far as it was read."""
 
     def __init__(self) -> None:

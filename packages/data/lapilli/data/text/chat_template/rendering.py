@@ -14,13 +14,14 @@ from typing import Any
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Part, Record, TextPart, Turn
 from lapilli.data.text.chat_template.turn_spans import (
-    Place,
-    Placed,
+    RenderedTurns,
     Said,
     TemplateRefusal,
     TemplateRunner,
+    TurnSpans,
 )
-from lapilli.data.text.rendering import Eaten, Page, Segment, split_turns
+from lapilli.data.text.plain_tokenizer import PlainTokenizer
+from lapilli.data.text.rendering import Eaten, Segment, SegmentWriter, split_turns
 
 __all__ = ["ChatWriter"]
 
@@ -45,6 +46,8 @@ class ChatWriter:
                 "template: a chat template needs a transformers tokenizer; load it with "
                 "load_tokenizer, or take another template"
             )
+        if isinstance(tokenizer, PlainTokenizer):
+            tokenizer.apply_chat_template()
         self._runner = TemplateRunner(tokenizer, source)
         if fault := self._runner.fault():
             raise DataError(f"template: the chat template {fault}")
@@ -97,12 +100,12 @@ class ChatWriter:
         found = {place.turn for place in placed.places}
         if any(self._specials.search(one.text) for n, one in enumerate(said) if n not in found):
             raise TemplateRefusal("a text spells a special token, and its place cannot be told")
-        page = Page(train_all=self._train_all, eaten=self._eaten)
+        page = SegmentWriter(train_all=self._train_all, eaten=self._eaten)
         pen = _Pen(page, self._specials, image, iter(pictures))
         self._write_places(pen, placed, said_by)
         return page.finish()
 
-    def _write_places(self, pen: _Pen, placed: Placed, turns: Sequence[Turn]) -> None:
+    def _write_places(self, pen: _Pen, placed: RenderedTurns, turns: Sequence[Turn]) -> None:
         text, at = placed.text, 0
         has_system = turns[0].role == "system"
         following_starts = [place.start for place in placed.places[1:]] + [len(text)]
@@ -148,7 +151,11 @@ class _Pen:
     """Writes stretches of a template's text on a page."""
 
     def __init__(
-        self, page: Page, specials: re.Pattern[str], image: str, pictures: Iterator[ImagePart]
+        self,
+        page: SegmentWriter,
+        specials: re.Pattern[str],
+        image: str,
+        pictures: Iterator[ImagePart],
     ) -> None:
         self._page = page
         self._specials = specials
@@ -171,7 +178,7 @@ class _Pen:
             self._page.parts([*image, TextPart(piece)], trained=trained)
 
 
-def _write_turn(pen: _Pen, text: str, place: Place, *, trained: bool | None) -> None:
+def _write_turn(pen: _Pen, text: str, place: TurnSpans, *, trained: bool | None) -> None:
     """A turn: the record's own text, and what the template puts between two stretches of it."""
     at = place.start
     for start, end in place.said:

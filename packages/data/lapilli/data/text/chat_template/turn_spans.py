@@ -22,7 +22,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.record import excerpt
 from lapilli.data.text.chat_template.analysis import looks_at_text
 
-__all__ = ["Place", "Placed", "Said", "TemplateRefusal", "TemplateRunner"]
+__all__ = ["RenderedTurns", "Said", "TemplateRefusal", "TemplateRunner", "TurnSpans"]
 
 _SPACES = " \t\n\r"
 Span: TypeAlias = tuple[int, int]
@@ -63,7 +63,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TurnSpans:
     """Where a turn stands: all of it, and in it the spans that are the record's own text."""
 
     turn: int
@@ -73,11 +73,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class RenderedTurns:
     """What a template makes of a conversation, and its turns' places in ascending order."""
 
     text: str
-    places: tuple[Place, ...]
+    places: tuple[TurnSpans, ...]
 
 
 class TemplateRunner:
@@ -100,7 +100,7 @@ class TemplateRunner:
         own: Any = getattr(type(tokenizer), "apply_chat_template", None)
         self._is_own_way = own is not PreTrainedTokenizerBase.apply_chat_template
 
-    def place(self, said: Sequence[Said]) -> Placed:
+    def place(self, said: Sequence[Said]) -> RenderedTurns:
         """Write a conversation.
 
         Raises:
@@ -114,7 +114,7 @@ class TemplateRunner:
         if framed is not None and framed.text == text:
             self._compared.add(roles)
             return framed
-        return Placed(text, self._by_marks(said, text))
+        return RenderedTurns(text, self._by_marks(said, text))
 
     def fault(self) -> str:
         """What is wrong with the template for every conversation; "" if nothing is known."""
@@ -199,26 +199,26 @@ class TemplateRunner:
             strips = dict(found) | strips
         return strips
 
-    def _in_frames(self, said: Sequence[Said]) -> Placed | None:
+    def _in_frames(self, said: Sequence[Said]) -> RenderedTurns | None:
         """The conversation in the frames of its order of roles; a guess until it was compared."""
         frames = self._frames(tuple(one.role for one in said))
         if not frames or any(one.thinking for one in said):
             return None
         strips = self._known_strips
         pieces: list[str] = []
-        places: list[Place] = []
+        places: list[TurnSpans] = []
         at = 0
         for turn, (frame, one) in enumerate(zip(frames, said, strict=False)):
             text = _strip(one.text, *strips.get(one.role, ("", "")))
             start = at + len(frame)
             at = start + len(text)
             pieces += (frame, text)
-            places.append(Place(turn, start, at, ((start, at),)))
-        return Placed("".join((*pieces, frames[-1])), tuple(places))
+            places.append(TurnSpans(turn, start, at, ((start, at),)))
+        return RenderedTurns("".join((*pieces, frames[-1])), tuple(places))
 
     # --- by marks -------------------------------------------------------------------------------
 
-    def _by_marks(self, said: Sequence[Said], text: str) -> tuple[Place, ...]:
+    def _by_marks(self, said: Sequence[Said], text: str) -> tuple[TurnSpans, ...]:
         """The places of all turns, or of the answers alone, by whatever marks change nothing."""
         refusal: TemplateRefusal | None = None
         for everyone, outer_start, outer_end in product((True, False), repeat=3):
@@ -264,7 +264,7 @@ class TemplateRunner:
 
     def _place(
         self, turn: int, marked: Marked, spans: Sequence[Span | None], text: str
-    ) -> Place | None:
+    ) -> TurnSpans | None:
         """Where a turn stands by the spans of its pieces; None where it says nothing."""
         name = f"turn {turn} ({marked.said.role})"
         if not spans:
@@ -292,7 +292,7 @@ class TemplateRunner:
             start = _before_tag(text, start)
         if marked.pieces[-1].is_thinking:  # nothing is answered
             end = _behind_tag(text, end)
-        return Place(turn, start, end, tuple(said))
+        return TurnSpans(turn, start, end, tuple(said))
 
     @cached_property
     def _writes_thinking(self) -> bool:
@@ -305,7 +305,7 @@ class TemplateRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TurnPiece:
     """A stretch of what a turn says: its text, and where in the content it begins."""
 
     text: str
@@ -319,7 +319,7 @@ class Marked:
     """A turn with the pieces to put marks around; `core` is the content without its outer space."""
 
     said: Said
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TurnPiece, ...]
     core: Span
 
     def message(self, marks: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -333,14 +333,14 @@ class Marked:
             content, thinking = (content, text) if piece.is_field else (text, thinking)
         return Said(self.said.role, content, thinking).message()
 
-    def whole(self, piece: Piece, span: Span, text: str) -> Span | None:
+    def whole(self, piece: TurnPiece, span: Span, text: str) -> Span | None:
         """The span of all of the content, if it stands unchanged around a piece of it."""
         start = span[0] - (piece.start - self.core[0])
         end = start + self.core[1] - self.core[0]
         is_there = start >= 0 and text[start:end] == self.said.text[slice(*self.core)]
         return (start, end) if is_there else None
 
-    def start_with_tags(self, piece: Piece, text: str, start: int) -> int:
+    def start_with_tags(self, piece: TurnPiece, text: str, start: int) -> int:
         """The start of a piece, or of the content's own tags where they stand before it."""
         at = piece.start
         for tag in reversed([*_TAG.finditer(self.said.text, 0, at)]):
@@ -351,7 +351,7 @@ class Marked:
             start, at = start - len(between), tag.start()
         return start
 
-    def end_with_tags(self, piece: Piece, text: str, end: int) -> int:
+    def end_with_tags(self, piece: TurnPiece, text: str, end: int) -> int:
         """The end of a piece, or of the content's own tags where they stand behind it."""
         at = piece.start + len(piece.text)
         for tag in _TAG.finditer(self.said.text, at):
@@ -379,19 +379,19 @@ def _mark(said: Said, *, outer_start: bool, outer_end: bool) -> Marked:
         start, end = left if outer_start else start, right if outer_end else end
         return text[start:end], start
 
-    pieces: list[Piece] = []
+    pieces: list[TurnPiece] = []
     if said.thinking.strip():
         found = piece(said.thinking, 0, len(said.thinking))
-        pieces.append(Piece(*found, is_thinking=True, is_field=True))
+        pieces.append(TurnPiece(*found, is_thinking=True, is_field=True))
     content, core_start = piece(said.text, 0, len(said.text))
     tags = [*_TAG.finditer(said.text)] if said.role == "assistant" else []
     edges = [0, *(edge for tag in tags for edge in tag.span()), len(said.text)]
     for number, (left, right) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
         if said.text[left:right].strip():
             is_thinking = number < len(tags) and _closes(tags[number].group())
-            pieces.append(Piece(*piece(said.text, left, right), is_thinking))
+            pieces.append(TurnPiece(*piece(said.text, left, right), is_thinking))
     if not pieces and content:  # tags alone
-        pieces.append(Piece(content, core_start))
+        pieces.append(TurnPiece(content, core_start))
     return Marked(said, tuple(pieces), (core_start, core_start + len(content)))
 
 
@@ -422,7 +422,7 @@ def _spare_characters(said: Iterable[Said]) -> Iterator[str]:
     raise TemplateRefusal("the conversation has too many turns to mark them all")
 
 
-def _in_order(places: list[Place]) -> tuple[Place, ...]:
+def _in_order(places: list[TurnSpans]) -> tuple[TurnSpans, ...]:
     places.sort(key=lambda place: place.start)
     if any(one.end > other.start for one, other in pairwise(places)):
         raise TemplateRefusal("it writes one turn inside another")
