@@ -51,8 +51,8 @@ quickstart: install  ## the whole way on a CPU: data, shards, training, evaluati
 test: lint  ## lint, then all tests that need minutes at most and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-faults: install  ## tests that kill processes, cut files or take long
-	$(BIN)/python -m pytest -m faults
+test-faults: install  ## tests that kill processes, cut files or take a minute each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(JOBS) --dist loadfile --durations=10
 
 test-long: install  ## tests that take minutes each or need the extra real-weights
 	$(BIN)/python -m pytest -m long

@@ -84,6 +84,9 @@ def head(tmp_path: Path) -> Iterator[Head]:
         with running(command, environment, tmp_path / "head.log") as process:
             address = f"http://127.0.0.1:{dashboard}"
             wait_until_up(f"{address}/api/version", process, tmp_path / "head.log")
+            # The head's agent runs jobs; it starts later, and a job waits for it 10 s at most.
+            healthy = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
+            wait_until_up(healthy, process, tmp_path / "head.log")
             yield Head(address, environment)
 
 
@@ -104,9 +107,14 @@ def running(
     """Run `command` and end it with all it started; `ray stop` would end everybody's Ray."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, cwd=log.parent, stdout=output, stderr=output,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            command,
+            env=environment,
+            cwd=log.parent,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             yield process
         finally:
@@ -118,7 +126,7 @@ def running(
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for the dashboard; any HTTP answer will do, since it asks for a token first."""
+    """Wait for a server; any HTTP answer will do, since it asks for a token first."""
     deadline = time.monotonic() + HEAD_STARTS_WITHIN
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -180,9 +188,13 @@ def test_a_submitted_job_runs_the_uploaded_code(
         "--output", str(output), "--tokenizer", str(material / "tokenizer"),
     ]  # fmt: skip
     done = subprocess.run(
-        [*submit, *job], cwd=uploaded, env=head.environment, capture_output=True, text=True,
+        [*submit, *job],
+        cwd=uploaded,
+        env=head.environment,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((output / "manifest.json").read_text())["counts"]["kept"] == 3
     notes = {note.name: note.read_text() for note in (tmp_path / "notes").iterdir()}

@@ -17,7 +17,7 @@ from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.names import RUN_INFO
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 
 

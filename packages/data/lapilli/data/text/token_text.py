@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
+
+    from lapilli.data.text.tokenizer import AnyTokenizer
 
 __all__ = ["Piece", "join_pieces", "transcript"]
 
@@ -52,7 +53,7 @@ class Piece:
 def transcript(
     input_ids: Sequence[int] | NDArray[np.int32],
     label_spans: Sequence[int] | NDArray[np.int32],
-    tokenizer: PreTrainedTokenizerBase | Tokenizer,
+    tokenizer: AnyTokenizer,
     *,
     image_text: str,
 ) -> list[Piece]:
