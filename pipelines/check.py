@@ -255,8 +255,10 @@ def _some(keys: set[str]) -> str:
 
 def tell_needs(config: CheckConfig, found: Survey) -> None:
     """Disk and time of a build."""
-    sizes = [place.size if place.member is None else place.member.stored
-             for place in found.images.values()]  # fmt: skip
+    sizes = [
+        place.size if place.member is None else place.member.stored
+        for place in found.images.values()
+    ]
     say(f"\n{len(sizes):,} distinct images, {bytes_text(sum(sizes))}")
     cores = config.num_workers or len(os.sched_getaffinity(0))
     for view, spec in config.views.items():

@@ -91,8 +91,12 @@ def python_row(version: tuple[int, int, int]) -> Row:
     """Whether this Python is new enough."""
     found = ".".join(map(str, version))
     if version < (3, 11, 0):
-        return Row("Python", f"{found}; 3.11 or newer is needed", "missing",
-                   "make PYTHON=python3.11 install")  # fmt: skip
+        return Row(
+            "Python",
+            f"{found}; 3.11 or newer is needed",
+            "missing",
+            "make PYTHON=python3.11 install",
+        )
     return Row("Python", found)
 
 
@@ -101,8 +105,12 @@ def cores_row(machine: int, affinity: int, quota: float | None) -> Row:
     usable = min(affinity, quota) if quota else affinity
     found = f"{usable:g} of {machine}" if usable < machine else f"{machine}"
     if quota and quota < affinity:
-        return Row("cores", f"{found}; a control group's limit, which Ray may not see", "note",
-                   f"export OMP_NUM_THREADS={max(1, int(quota))}")  # fmt: skip
+        return Row(
+            "cores",
+            f"{found}; a control group's limit, which Ray may not see",
+            "note",
+            f"export OMP_NUM_THREADS={max(1, int(quota))}",
+        )
     if usable < 2:
         return Row("cores", f"{found}; the quickstart is made for two", "note")
     return Row("cores", found)
@@ -134,8 +142,12 @@ def shm_row(size: int | None, memory: int) -> Row:
     found = f"{size / GIB:.1f} GiB"
     wanted = 0.3 * memory
     if size < wanted:
-        return Row("/dev/shm", f"{found}; Ray uses a slow disk below {wanted / GIB:.1f} GiB",
-                   "note", f"docker run --shm-size={-int(-wanted // GIB)}g ...")  # fmt: skip
+        return Row(
+            "/dev/shm",
+            f"{found}; Ray uses a slow disk below {wanted / GIB:.1f} GiB",
+            "note",
+            f"docker run --shm-size={-int(-wanted // GIB)}g ...",
+        )
     return Row("/dev/shm", found)
 
 
@@ -154,8 +166,12 @@ def socket_row(environment: Mapping[str, str]) -> Row:
     length = len(os.fsencode(f"{folder.rstrip('/')}/{SESSION}"))
     found = f"up to {length} of {SOCKET_BYTES} bytes"
     if length > SOCKET_BYTES:
-        return Row("Ray's sockets", f"{found}: {name} is too long, Ray cannot start",
-                   "missing", "export RAY_TMPDIR=/tmp")  # fmt: skip
+        return Row(
+            "Ray's sockets",
+            f"{found}: {name} is too long, Ray cannot start",
+            "missing",
+            "export RAY_TMPDIR=/tmp",
+        )
     return Row("Ray's sockets", f"{found}, below {folder}")
 
 

@@ -106,9 +106,14 @@ def sample_operations(sketch: Sketch, dataset: Dataset) -> float:
     lengths = dataset.lengths[chosen].tolist()
     images, targets = (int(of[chosen].sum()) for of in (dataset.num_images, dataset.num_trained))
     numbers = BatchNumbers(
-        row_lengths=lengths, images=images, targets=targets, padded_rows=len(lengths),
-        padded_length=max(lengths), padded_images=images, padded_targets=targets,
-    )  # fmt: skip
+        row_lengths=lengths,
+        images=images,
+        targets=targets,
+        padded_rows=len(lengths),
+        padded_length=max(lengths),
+        padded_images=images,
+        padded_targets=targets,
+    )
     return step_flops(model_numbers(sketch.model), numbers).model.total / len(lengths)
 
 
@@ -119,9 +124,11 @@ def _open(config: RunConfig) -> Dataset | None:
         return None
     model = read_outline(config.model) or sketch_run(config).model
     dataset = open_dataset(
-        config.dataset, view=config.view, image_tokens=model.vision.num_tokens,
+        config.dataset,
+        view=config.view,
+        image_tokens=model.vision.num_tokens,
         max_length=config.max_length,
-    )  # fmt: skip
+    )
     check_model(model, dataset)
     return dataset
 

@@ -72,19 +72,25 @@ def to_hf(config: ExportConfig) -> None:
             "view": asked.spec.facts(),
             "tokenizer": asdict(tokenizer_facts(load_tokenizer(folder))),
             "trained": {
-                "tokenizer": learnt.fingerprint, "special_ids": [learnt.bos_id, learnt.eos_id],
+                "tokenizer": learnt.fingerprint,
+                "special_ids": [learnt.bos_id, learnt.eos_id],
                 "template": template_fingerprint(asked.template),
                 "template_name": asked.template.name,
             },
-        }  # fmt: skip
+        }
         with told() as on_progress:
             write_hf(
-                asked.model, folder, image_token_id=exported.image_id,
+                asked.model,
+                folder,
+                image_token_id=exported.image_id,
                 end_ids=exported.end_ids,
-                pad_id=exported.token_id("pad"), bos_id=exported.token_id("bos"),
-                dtype=dtype, facts=facts,
-                shard_size=config.shard_size, on_progress=on_progress,
-            )  # fmt: skip
+                pad_id=exported.token_id("pad"),
+                bos_id=exported.token_id("bos"),
+                dtype=dtype,
+                facts=facts,
+                shard_size=config.shard_size,
+                on_progress=on_progress,
+            )
         readers = f"transformers {oldest_reader(asked.model)} and newer"
         text = _readme(asked.name, readers, notes)
         (folder / "README.md").write_text(text, encoding="utf-8")

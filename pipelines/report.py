@@ -42,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="+", type=str, help="datasets and runs")
     parser.add_argument(
-        "--allow_code", type=str, default="",
+        "--allow_code",
+        type=str,
+        default="",
         help="readers package.module:name, separated by commas, that a dataset's own settings may "
         "import",
-    )  # fmt: skip
+    )
     found = read_arguments(parser, argv)
     folders = [Path(folder) for folder in found.folders]
     for folder in folders:

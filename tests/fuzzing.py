@@ -57,9 +57,11 @@ EXTREMES = [
     b"a/" * 3000, b"true", b" " * 70_000, b'""', b"{}", b"&a [*a]", b"<image>", b"\r", b"\n", b'"',
 ]  # fmt: skip
 RECORDS: list[dict[str, Any]] = [
-    conversation("a", "1.jpg", turns=2), conversation("b"), conversation("c", ["1.jpg", "2.png"]),
+    conversation("a", "1.jpg", turns=2),
+    conversation("b"),
+    conversation("c", ["1.jpg", "2.png"]),
     conversation(4, "1.jpg") | {"width": 5, "weight": [1]},
-]  # fmt: skip
+]
 RECIPE = """
 sources:
 - {name: s, annotations: &files ["a.json", "b-{0..3}.json"], images: ., roles: {bot: assistant}}

@@ -21,9 +21,14 @@ CHAT = (
 )
 # no header of a template among them: where it ends and an answer begins, no token reaches over
 TEXTS = [
-    "It is red.\n###", "It is red.\n## Why\nI see red.\n### Human", "Is 3 > 2?<|im_end|>\n",
-    "red.<|im_end|>\n<|im_start|>human\n", "C#.\n###", "It is #1 red.\n", "Is a cat a cat?",
-] * 4  # fmt: skip
+    "It is red.\n###",
+    "It is red.\n## Why\nI see red.\n### Human",
+    "Is 3 > 2?<|im_end|>\n",
+    "red.<|im_end|>\n<|im_start|>human\n",
+    "C#.\n###",
+    "It is #1 red.\n",
+    "Is a cat a cat?",
+] * 4
 
 
 def made_tokenizer(family: str, *, has_specials: bool) -> Any:
@@ -45,10 +50,12 @@ def made_tokenizer(family: str, *, has_specials: bool) -> Any:
         )
         tokenizer.decoder = decoders.Sequence(
             [
-                decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
                 decoders.Strip(" ", 1, 0),
             ]
-        )  # fmt: skip
+        )
         alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(
             vocab_size=420, special_tokens=[*specials, *alphabet], show_progress=False
@@ -76,6 +83,9 @@ def made_tokenizer(family: str, *, has_specials: bool) -> Any:
     state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] in specials]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         chat_template=CHAT,
-    )  # fmt: skip
+    )

@@ -44,9 +44,12 @@ VALUES = st.recursive(
     max_leaves=20,
 )
 SETTINGS = settings(
-    deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 def fuzz(folder: Path, *arguments: str) -> None:

@@ -113,9 +113,10 @@ def test_folder_has_a_readme(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "readme", [path for path in ROOT.glob("p*/**/README.md") if "| module |" in path.read_text()],
+    "readme",
+    [path for path in ROOT.glob("p*/**/README.md") if "| module |" in path.read_text()],
     ids=name_of,
-)  # fmt: skip
+)
 def test_a_readmes_modules_are_those_of_its_folder(readme: Path) -> None:
     named = set(re.findall(r"^\| `(\w+\.py)` \|", readme.read_text(), re.MULTILINE))
     assert named == {path.name for path in readme.parent.glob("*.py")} - {"__init__.py"}

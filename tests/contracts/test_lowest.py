@@ -56,9 +56,11 @@ def test_a_lower_end_that_cannot_be_had_is_named(
     low: str, resolved: str, is_kept: bool, lowest: Any
 ) -> None:
     lines = lowest.unkept({"some": low}, {"some": resolved, "other": "1"})
-    assert lines == ([] if is_kept else [
-        f"some>={low} cannot be had, only {resolved}; raise it in pyproject.toml"
-    ])  # fmt: skip
+    assert lines == (
+        []
+        if is_kept
+        else [f"some>={low} cannot be had, only {resolved}; raise it in pyproject.toml"]
+    )
 
 
 @pytest.mark.parametrize("name", BOUNDED)

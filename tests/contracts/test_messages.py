@@ -15,25 +15,32 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
-    "preprocess": "lapilli.data.config:BuildConfig", "train": "lapilli.train.config:RunConfig",
+    "preprocess": "lapilli.data.config:BuildConfig",
+    "train": "lapilli.train.config:RunConfig",
     "estimate": "lapilli.train.config:RunConfig",
-    "check": "pipelines.check:CheckConfig", "chat": "pipelines.chat:ChatConfig",
-    "evaluate": "pipelines.evaluate:EvaluateConfig", "export": "pipelines.export:ExportConfig",
+    "check": "pipelines.check:CheckConfig",
+    "chat": "pipelines.chat:ChatConfig",
+    "evaluate": "pipelines.evaluate:EvaluateConfig",
+    "export": "pipelines.export:ExportConfig",
     "generate": "pipelines.generate:GenerateConfig",
     "quickstart": "pipelines.quickstart:QuickstartConfig",
-}  # fmt: skip
+}
 # Whose message a module's is: the commands that come to it. The longest prefix counts.
 OWNERS = {
-    "packages/data": {"preprocess"}, "packages/data/lapilli/data/dataset": {"train", "evaluate"},
+    "packages/data": {"preprocess"},
+    "packages/data/lapilli/data/dataset": {"train", "evaluate"},
     "packages/data/lapilli/data/dataset/export": {"export"},
     "packages/data/lapilli/data/text/export": {"export"},
-    "packages/data/lapilli/data/dataset/verify": {"verify"}, "packages/model": {"train"},
-    "packages/model/lapilli/model/interop": {"export"}, "packages/train": {"train"},
+    "packages/data/lapilli/data/dataset/verify": {"verify"},
+    "packages/model": {"train"},
+    "packages/model/lapilli/model/interop": {"export"},
+    "packages/train": {"train"},
     "packages/train/lapilli/train/inference/assistant": {"generate", "chat"},
     "packages/train/lapilli/train/inference/evaluate": {"evaluate"},
-    "pipelines/chat_page": {"chat"}, "pipelines/exports": {"export"},
+    "pipelines/chat_page": {"chat"},
+    "pipelines/exports": {"export"},
     "pipelines/cli/question_file": {"generate"},
-}  # fmt: skip
+}
 # Options of other programs.
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
@@ -79,18 +86,24 @@ def strings(source: str, *, names: bool = False) -> Iterator[str]:
     if names:
         chosen = [n for n in tree.body if isinstance(n, ast.Assign)]
         chosen += [
-            node for node in ast.walk(tree)
+            node
+            for node in ast.walk(tree)
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
-        ]  # fmt: skip
+        ]
     inner = {
-        id(part) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr)
-        for part in ast.walk(n) if part is not n
-    }  # fmt: skip
+        id(part)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.JoinedStr)
+        for part in ast.walk(n)
+        if part is not n
+    }
     docs = {
-        id(n.body[0].value) for n in ast.walk(tree)
+        id(n.body[0].value)
+        for n in ast.walk(tree)
         if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        and n.body and isinstance(n.body[0], ast.Expr)
-    }  # fmt: skip
+        and n.body
+        and isinstance(n.body[0], ast.Expr)
+    }
     for node in (found for one in chosen for found in ast.walk(one)):
         if id(node) in inner or id(node) in docs:
             continue
@@ -152,8 +165,10 @@ def begun() -> Iterator[tuple[str, str]]:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             is_error = isinstance(node, ast.Call) and getattr(node.func, "id", "") in {
-                "DataError", "ModelError", "TrainError",
-            }  # fmt: skip
+                "DataError",
+                "ModelError",
+                "TrainError",
+            }
             if not is_error or not node.args:  # type: ignore[attr-defined]
                 continue
             text = text_of(node.args[0]) or ""  # type: ignore[attr-defined]

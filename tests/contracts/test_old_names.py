@@ -22,8 +22,9 @@ from tests.train.earlier_run import SETTINGS
 TRAIN = [f"--config={RECIPES / 'tiny' / 'pretrain.yaml'}", "--dataset=in", "--output=out"]
 BUILD = [f"--config={RECIPES / 'llava15' / 'finetune_data.yaml'}", "--root=in", "--output=out"]
 TABLES: list[tuple[type[Any], Renamed, list[str]]] = [
-    (RunConfig, RUN_NAMES, TRAIN), (BuildConfig, BUILD_NAMES, [*BUILD, "--tokenizer=name"]),
-]  # fmt: skip
+    (RunConfig, RUN_NAMES, TRAIN),
+    (BuildConfig, BUILD_NAMES, [*BUILD, "--tokenizer=name"]),
+]
 OLD = [
     pytest.param(kind, base, old, value, said, id=f"{kind.__name__}-{old}-{value}")
     for kind, table, base in TABLES
@@ -45,9 +46,15 @@ def refused(kind: type[Any], arguments: list[str], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("form", ["--{}={}", "--{} {}", "recipe", "dotted recipe"])
 @pytest.mark.parametrize(("kind", "base", "old", "value", "said"), OLD)
 def test_an_old_name_says_the_new_one(
-    kind: type[Any], base: list[str], old: str, value: str, said: str, form: str,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    kind: type[Any],
+    base: list[str],
+    old: str,
+    value: str,
+    said: str,
+    form: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if "recipe" in form:
         nested: Any = {old: value} if form == "dotted recipe" else value
         for name in reversed(old.split(".") if form == "recipe" else []):

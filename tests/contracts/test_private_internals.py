@@ -204,9 +204,14 @@ def tiny_llama() -> Any:
 
     kind: Any = LlamaConfig
     settings = kind(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=32, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=32,
+        attn_implementation="eager",
+    )
     return LlamaForCausalLM(settings)
 
 
@@ -331,9 +336,12 @@ def test_zero_has_the_names_that_tell_its_stages_apart(engines: dict[str, dict[s
         return {*engines[str(stage)]["names"]}
 
     early = {
-        "params_in_partition", "cpu_offload", "averaged_gradients", "get_param_id",
+        "params_in_partition",
+        "cpu_offload",
+        "averaged_gradients",
+        "get_param_id",
         "_lazy_init_hp_params_optimizer_state",
-    }  # fmt: skip
+    }
     late = {
         "sub_group_to_group_id", "fp16_groups", "offload_optimizer", "averaged_gradients",
         "get_param_id", "_swappable_optimizer_subgroup", "swap_optimizer",
@@ -455,11 +463,14 @@ def test_a_private_name_would_be_found(line: str) -> None:
     "line",
     [
         "class A:\n    def _own(self): ...\n    def f(self, other): return other._own()",
-        "turn._replace(parts=())", "os.environ['RAY_ADDRESS']", "import ray.data",
+        "turn._replace(parts=())",
+        "os.environ['RAY_ADDRESS']",
+        "import ray.data",
         "'_name_or_path'",
-        "from lapilli.model.torch_internals import FakeTensorMode", "model.config.hidden_size",
+        "from lapilli.model.torch_internals import FakeTensorMode",
+        "model.config.hidden_size",
     ],
-)  # fmt: skip
+)
 def test_ones_own_names_are_left_alone(line: str) -> None:
     assert [*private_uses(ast.parse(line))] == []
 

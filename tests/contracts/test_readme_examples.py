@@ -28,14 +28,19 @@ def test_examples_run(readme: Path, folder: Path) -> None:
     for example in examples:
         done = subprocess.run(
             [sys.executable, "-c", example],
-            cwd=folder, env=os.environ, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=folder,
+            env=os.environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    "readme", [*READMES, *ROOT.glob("packages/*/lapilli/**/README.md")],
+    "readme",
+    [*READMES, *ROOT.glob("packages/*/lapilli/**/README.md")],
     ids=lambda path: str(path.parent.relative_to(ROOT)),
-)  # fmt: skip
+)
 def test_a_readme_is_read_in_minutes(readme: Path) -> None:
     assert len(readme.read_text(encoding="utf-8").split()) <= MOST_WORDS

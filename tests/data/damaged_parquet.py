@@ -40,8 +40,10 @@ def tables() -> list[bytes]:
     """Files with columns of text, numbers, nested turns, and images alone and in lists."""
     jpeg = image_bytes("jpeg")
     images: list[dict[str, Any]] = [
-        {"image": {"bytes": jpeg, "path": "1.jpg"}}, {"images": [jpeg, jpeg]}, {"image": jpeg},
-    ]  # fmt: skip
+        {"image": {"bytes": jpeg, "path": "1.jpg"}},
+        {"images": [jpeg, jpeg]},
+        {"image": jpeg},
+    ]
     made: list[bytes] = []
     for image in images:
         rows = [

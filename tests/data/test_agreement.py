@@ -46,8 +46,11 @@ def write(root: Path, form: str) -> SourceConfig:
         write_lines(root / "a.jsonl", elements(form, "a.jpg"))
         return SourceConfig("s", "a.jsonl", format=form)
     if form == "ai_challenger":
-        rows = [{"image_id": "a.jpg", "caption": ["A goat.", " "], "mood": 1}, {"image_id": 1},
-                {"image_id": "nowhere.jpg", "caption": ["A."]}]  # fmt: skip
+        rows = [
+            {"image_id": "a.jpg", "caption": ["A goat.", " "], "mood": 1},
+            {"image_id": 1},
+            {"image_id": "nowhere.jpg", "caption": ["A."]},
+        ]
         write_lines(root / "a.jsonl", rows)
         return SourceConfig("s", "a.jsonl", format=form)
     if form == "basic_vlm":
@@ -66,10 +69,14 @@ def write(root: Path, form: str) -> SourceConfig:
         return SourceConfig("s", "a.parquet", format=form)
     caption = {"jpg": JPEG, "txt": b"A goat."}
     samples: dict[str, dict[str, bytes]] = {
-        "good": caption, "x.good": caption, "mask": {**caption, "seg.png": JPEG},
-        "clear": {"png": JPEG, **caption}, "empty": {**caption, "jpg": b""}, "npy": {"npy": b"x"},
+        "good": caption,
+        "x.good": caption,
+        "mask": {**caption, "seg.png": JPEG},
+        "clear": {"png": JPEG, **caption},
+        "empty": {**caption, "jpg": b""},
+        "npy": {"npy": b"x"},
         "tools": {"json": json.dumps({**conversation("t"), "tools": [1]}).encode()},
-    }  # fmt: skip
+    }
     if form == "webdataset of nothing":
         samples = {"npy": {"npy": b"x"}, "txt": {"txt": b"A goat."}}
     write_tar(root / "a.tar", [{"__key__": key, **members} for key, members in samples.items()])

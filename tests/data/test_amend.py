@@ -76,9 +76,13 @@ def content(output: Path) -> dict[str, Any]:
             sample = dataset.sample(index)
             row = dataset.token_row(index)
             seen[f"{view} {index}"] = (
-                sample.sample_id, sample.pixels.tobytes(), sample.input_ids.tolist(),
-                sample.label_spans.tolist(), row["image_ids"], row["llava_length"],
-            )  # fmt: skip
+                sample.sample_id,
+                sample.pixels.tobytes(),
+                sample.input_ids.tolist(),
+                sample.label_spans.tolist(),
+                row["image_ids"],
+                row["llava_length"],
+            )
     return seen | {"counts": {**manifest.counts, "unused_images": 0}, "mixture": manifest.mixture}
 
 

@@ -162,8 +162,11 @@ def test_a_source_without_a_record_is_an_error_of_check(
     (tmp_path / "b.json").write_text(content)
     for name in ("a.json", "b.json"):
         source = f"{{name: s, annotations: {name}}}"
-        arguments = [f"--root={tmp_path}", f"--sources=[{source}]",
-                     "--views={v: {size: 8, fill: [0, 0, 0]}}"]  # fmt: skip
+        arguments = [
+            f"--root={tmp_path}",
+            f"--sources=[{source}]",
+            "--views={v: {size: 8, fill: [0, 0, 0]}}",
+        ]
         if name == "a.json":
             assert check_main(arguments) == 0
         else:

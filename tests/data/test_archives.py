@@ -218,12 +218,17 @@ def test_links_in_a_tar_are_read_as_they_are_unpacked(tmp_path: Path) -> None:
     """The yardstick is what the standard library unpacks."""
     write_linked(
         tmp_path / "a.tar",
-        ("early.jpg", ("soft", "data/1.jpg")), ("data/1.jpg", b"one"), ("data/2.jpg", b"two"),
-        ("hard.jpg", ("hard", "data/1.jpg")), ("data/soft.jpg", ("soft", "2.jpg")),
-        ("deep/er/up.jpg", ("soft", "../../data/./2.jpg")), ("of.jpg", ("soft", "hard.jpg")),
-        ("all", ("soft", "data")), ("through.jpg", ("soft", "all/2.jpg")),
+        ("early.jpg", ("soft", "data/1.jpg")),
+        ("data/1.jpg", b"one"),
+        ("data/2.jpg", b"two"),
+        ("hard.jpg", ("hard", "data/1.jpg")),
+        ("data/soft.jpg", ("soft", "2.jpg")),
+        ("deep/er/up.jpg", ("soft", "../../data/./2.jpg")),
+        ("of.jpg", ("soft", "hard.jpg")),
+        ("all", ("soft", "data")),
+        ("through.jpg", ("soft", "all/2.jpg")),
         ("deep/all", ("soft", "../all")),
-    )  # fmt: skip
+    )
     with tarfile.open(tmp_path / "a.tar") as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     mount = Mount(tmp_path)
@@ -273,11 +278,17 @@ def test_links_in_circles_and_long_chains_end(tmp_path: Path) -> None:
 def test_a_link_to_one_of_two_members_of_a_name_is_a_verdict(tmp_path: Path) -> None:
     write_linked(
         tmp_path / "a.tar",
-        ("1.jpg", b"one"), ("link.jpg", ("hard", "1.jpg")), ("1.jpg", b"another"),
-        ("2.jpg", b"two"), ("2.jpg", ("hard", "2.jpg")),
-        ("3.jpg", ("soft", "2.jpg")), ("3.jpg", b"three"),
-        ("4", b"four"), ("4", ("soft", "data")), ("data/5.jpg", b"five"),
-    )  # fmt: skip
+        ("1.jpg", b"one"),
+        ("link.jpg", ("hard", "1.jpg")),
+        ("1.jpg", b"another"),
+        ("2.jpg", b"two"),
+        ("2.jpg", ("hard", "2.jpg")),
+        ("3.jpg", ("soft", "2.jpg")),
+        ("3.jpg", b"three"),
+        ("4", b"four"),
+        ("4", ("soft", "data")),
+        ("data/5.jpg", b"five"),
+    )
     mount = Mount(tmp_path)
     assert "is a link to '1.jpg'" in refused(mount, "a.tar/link.jpg").detail
     assert read(mount, "a.tar/1.jpg") == b"another"

@@ -105,9 +105,12 @@ def test_every_record_is_kept_or_quarantined_for_the_right_reason(
     assert verdicts == mixture.expected
     # No template of LLaVA's can give the first two, no file the others.
     planted = set(Reason) - {
-        Reason.NO_TRAINED_TOKEN, Reason.TEMPLATE_REFUSES, Reason.EXCLUDED, Reason.DECODER_CRASHED,
+        Reason.NO_TRAINED_TOKEN,
+        Reason.TEMPLATE_REFUSES,
+        Reason.EXCLUDED,
+        Reason.DECODER_CRASHED,
         Reason.IMAGE_UNREADABLE,  # root reads everything
-    }  # fmt: skip
+    }
     assert set(reasons.values()) == {str(reason) for reason in planted}
 
 

@@ -53,8 +53,9 @@ def test_what_is_said_is_framed_and_the_answers_are_trained(tokenizer: Any) -> N
 @pytest.mark.filterwarnings("ignore:template own")
 def test_without_special_tokens_what_follows_every_answer_is_its_end(tokenizer: Any) -> None:
     assert spans(tokenizer, chat(NO_SPECIALS), "Why?", "So.", "And?", "Yes.") == [
-        "So.\n\n", "Yes.\n\n",
-    ]  # fmt: skip
+        "So.\n\n",
+        "Yes.\n\n",
+    ]
 
 
 def test_an_end_of_several_tokens_warns(tokenizer: Any) -> None:

@@ -181,9 +181,11 @@ def test_thinking_beside_an_answer_is_written_as_thinking_inside_it(made: Any) -
 def test_an_answer_that_is_not_to_be_trained_is_not(made: Any, manner: str) -> None:
     template = Template(name="own", chat=MANNERS[manner].source)
     turns = (
-        asked("Q"), Turn("assistant", (TextPart("one"),), trains=False),
-        asked("R"), Turn("assistant", (TextPart("two"),)),
-    )  # fmt: skip
+        asked("Q"),
+        Turn("assistant", (TextPart("one"),), trains=False),
+        asked("R"),
+        Turn("assistant", (TextPart("two"),)),
+    )
     (row,) = encode_batch([rich(*turns)], made, template)
     assert trained(made, row) == ["two" + MANNERS[manner].end]
     said = [("Q", "one"), ("R", "two")]
@@ -195,9 +197,11 @@ def test_an_answer_that_is_not_to_be_trained_is_not(made: Any, manner: str) -> N
 def test_images_keep_their_places(made: Any, manner: str, answer: str) -> None:
     parts: tuple[Part, ...] = (ImagePart(0), TextPart("\nWhich? "), ImagePart(1))
     turns = (
-        Turn("user", parts), Turn("assistant", (TextPart(answer),)),
-        Turn("user", (TextPart("And "), ImagePart(2))), Turn("assistant", (TextPart("5"),)),
-    )  # fmt: skip
+        Turn("user", parts),
+        Turn("assistant", (TextPart(answer),)),
+        Turn("user", (TextPart("And "), ImagePart(2))),
+        Turn("assistant", (TextPart("5"),)),
+    )
     template = Template(name="own", chat=MANNERS[manner].source)
     (row,) = encode_batch([Record("x", "own/x", "own", turns, ("i",) * 3)], made, template)
     said = [("\ue123\nWhich? \ue123", answer), ("And \ue123", "5")]

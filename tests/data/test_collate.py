@@ -197,12 +197,17 @@ def test_every_shape_has_a_blank_batch() -> None:
     shape = BatchShape(2, (16, 32), 3, 8, text_buckets=(8,))
     blank = list(blank_batches(shape, SIDE))
     assert [(b.input_ids.shape, len(b.pixels)) for b in blank] == [
-        ((2, 32), 2), ((2, 16), 2), ((2, 8), 0),
-    ]  # fmt: skip
+        ((2, 32), 2),
+        ((2, 16), 2),
+        ((2, 8), 0),
+    ]
     assert all(batch.num_targets == batch.num_images == 0 for batch in blank)
     assert [b.input_ids.shape for b in blank_batches(replace(shape, text_buckets=()), SIDE)] == [
-        (2, 32), (2, 16), (2, 32), (2, 16),
-    ]  # fmt: skip
+        (2, 32),
+        (2, 16),
+        (2, 32),
+        (2, 16),
+    ]
 
 
 def test_text_only_batches_have_lengths_of_their_own() -> None:

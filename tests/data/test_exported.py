@@ -23,12 +23,15 @@ THINKS = (
 
 def messages(turns: Any) -> list[dict[str, Any]]:
     return [
-        {"role": t.role, "content": [
-            {"type": "text", "text": p.text} if hasattr(p, "text") else {"type": "image"}
-            for p in t.parts
-        ]}
+        {
+            "role": t.role,
+            "content": [
+                {"type": "text", "text": p.text} if hasattr(p, "text") else {"type": "image"}
+                for p in t.parts
+            ],
+        }
         for t in turns
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:template .* its end marker:UserWarning")

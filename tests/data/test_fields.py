@@ -42,8 +42,10 @@ HI = message("Hi", "Hello")
 
 def with_turn(form: str, **fields: Any) -> dict[str, Any]:
     """A record whose answer has these fields too, and a second one that has not."""
-    names = {"messages": ("role", "content", "user", "assistant"),
-             "llava": ("from", "value", "human", "gpt")}[form]  # fmt: skip
+    names = {
+        "messages": ("role", "content", "user", "assistant"),
+        "llava": ("from", "value", "human", "gpt"),
+    }[form]
     speaker, content, user, assistant = names
     turns = [{speaker: who, content: f"{who} {n}"} for n in (1, 2) for who in (user, assistant)]
     turns[1].update(fields)
@@ -57,11 +59,16 @@ def with_turn(form: str, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "trains"),
     [
-        ({"weight": 0}, False), ({"weight": 0.0}, False), ({"weight": 1}, True),
-        ({"loss": False}, False), ({"loss": True}, True), ({"train": False}, False),
-        ({"weight": None}, True), ({"weight": 0, "loss": False}, False),
+        ({"weight": 0}, False),
+        ({"weight": 0.0}, False),
+        ({"weight": 1}, True),
+        ({"loss": False}, False),
+        ({"loss": True}, True),
+        ({"train": False}, False),
+        ({"weight": None}, True),
+        ({"weight": 0, "loss": False}, False),
     ],
-)  # fmt: skip
+)
 def test_a_turn_says_whether_it_is_trained(
     tmp_path: Path, form: str, fields: dict[str, Any], trains: bool
 ) -> None:
@@ -217,8 +224,10 @@ def test_parts_of_trl_and_of_openais_responses(tmp_path: Path) -> None:
 def test_a_recipe_says_who_speaks(tmp_path: Path, form: str) -> None:
     """Qwen-VL's `from: user` in LLaVA's format, and names that nobody else has."""
     speaker, content = ("from", "value") if form != "messages" else ("role", "content")
-    turns = [{speaker: who, content: what} for who, what in
-             (("rules", "Be brief."), ("user", "Hi"), ("bot", "Hello"))]  # fmt: skip
+    turns = [
+        {speaker: who, content: what}
+        for who, what in (("rules", "Be brief."), ("user", "Hi"), ("bot", "Hello"))
+    ]
     element = {"id": "a", ("messages" if form == "messages" else "conversations"): turns}
     (tmp_path / "a.json").write_text(json.dumps([element]))
     write_parquet(tmp_path / "a.parquet", [element])
@@ -278,8 +287,11 @@ NEVER_EMPTY = {"label", "kto_tag", "weight", "loss", "loss_scale", "Image", "img
 def test_what_changes_the_meaning_is_a_verdict_that_names_the_field(
     tmp_path: Path, name: str, form: str
 ) -> None:
-    elements = {"messages": HI, "llava": conversation("a"),
-                "texts": {"texts": [{"user": "Hi", "assistant": "Hello"}]}}  # fmt: skip
+    elements = {
+        "messages": HI,
+        "llava": conversation("a"),
+        "texts": {"texts": [{"user": "Hi", "assistant": "Hello"}]},
+    }
     entry, tally = one(tmp_path, {**elements[form], name: MEANING[name]}, form)
     assert entry.verdict.reason == "unsupported_field"
     assert f"`{name}`" in entry.verdict.detail
@@ -294,19 +306,25 @@ def test_what_changes_the_meaning_is_a_verdict_that_names_the_field(
 @pytest.mark.parametrize(
     "value",
     [
-        "<video>\nWhat happens?", "Picture 1: <img>a.jpg</img>\nWhat?", "<audio>a.wav</audio>Who?",
-        "What is in <video>?", "<|vision_start|><|image_pad|><|vision_end|>What?", "<|audio|>Who?",
-        "<|image|>What?", "<|video_pad|>What happens?",
+        "<video>\nWhat happens?",
+        "Picture 1: <img>a.jpg</img>\nWhat?",
+        "<audio>a.wav</audio>Who?",
+        "What is in <video>?",
+        "<|vision_start|><|image_pad|><|vision_end|>What?",
+        "<|audio|>Who?",
+        "<|image|>What?",
+        "<|video_pad|>What happens?",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("form", ["messages", "llava", "texts"])
 def test_tags_of_media_in_a_question_are_a_verdict(tmp_path: Path, value: str, form: str) -> None:
     elements = {
         "messages": message(value, "So."),
-        "llava": {"conversations": [{"from": "human", "value": value},
-                                    {"from": "gpt", "value": "So."}]},
+        "llava": {
+            "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "So."}]
+        },
         "texts": {"texts": [{"user": value, "assistant": "So."}]},
-    }  # fmt: skip
+    }
     entry, _ = one(tmp_path, elements[form], form)
     assert entry.verdict.reason == "unsupported_field"
     assert "stands for a medium" in entry.verdict.detail
@@ -337,12 +355,13 @@ def test_published_sets_have_no_field_that_is_not_read(tmp_path: Path) -> None:
     shared = conversation("a")
     shared["conversations"][0] |= one_turn
     records = [
-        {**conversation("a", "x.jpg"), "model": ""}, {**shared, "model": "gpt-4"},
+        {**conversation("a", "x.jpg"), "model": ""},
+        {**shared, "model": "gpt-4"},
         {**conversation("b", "x.jpg"), "width": 1, "height": 2, "data_source": "x"},
         {**conversation("c", ["x.jpg", "y.jpg"]), "width_list": [1, 2], "height_list": [3, 4]},
         {**conversation("d", "x.jpg"), "image_id": "x.jpg", "question_id": 7, "category": "conv"},
         {**conversation("e"), "video": None, "type": "conv", "source": "sharegpt", "url": "a.com"},
-    ]  # fmt: skip
+    ]
     found, tally = read(tmp_path, records, "llava")
     assert [str(entry.verdict.reason) for entry in found] == ["None"] * len(records)
     assert not tally.fields
@@ -388,12 +407,18 @@ def test_fields_of_captions_are_counted(tmp_path: Path) -> None:
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 2) | st.floats(allow_nan=False)
-    | st.text(max_size=5) | st.sampled_from(["a.jpg", "[]", "data:image/png", "<video>"]),
-    lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from(["bytes", "path", "url", "x"]), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.sampled_from(["a.jpg", "[]", "data:image/png", "<video>"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["bytes", "path", "url", "x"]), inner, max_size=2)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 known_names = sorted(set(MEANING) - {"file_name", "image_id"})
 field_names = st.sampled_from(known_names) | st.text(max_size=6).map("~{}".format)
 

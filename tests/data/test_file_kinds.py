@@ -144,9 +144,12 @@ def test_what_a_server_answered_is_shown() -> None:
 
 @pytest.mark.parametrize(
     ("name", "write"),
-    [("a.zip", lambda: LFS), ("a.tar", lambda: gzip.compress(packed("tar"), mtime=0)),
-     ("a.zip", lambda: b"<html>")],
-)  # fmt: skip
+    [
+        ("a.zip", lambda: LFS),
+        ("a.tar", lambda: gzip.compress(packed("tar"), mtime=0)),
+        ("a.zip", lambda: b"<html>"),
+    ],
+)
 def test_an_archive_that_is_something_else_says_so(
     tmp_path: Path, name: str, write: Callable[[], bytes]
 ) -> None:

@@ -42,9 +42,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     mixture = make_mixture(folder / "raw", images=6, text_only=2)
     build_dataset(
-        mixture, folder / "data", make_tokenizer(folder / "tokenizer"),
+        mixture,
+        folder / "data",
+        make_tokenizer(folder / "tokenizer"),
         mixture=MixtureConfig(held_out=2),
-    )  # fmt: skip
+    )
     return folder / "data"
 
 
@@ -85,8 +87,12 @@ def test_any_value_of_its_settings_may_be_wrong(whole: Path, dataset: Path) -> N
 def test_flipped_bytes_end_no_process(dataset: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.data.flipped_files", str(dataset), "8"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-2000:]  # -11 is a segmentation fault
     refused, read = map(int, done.stdout.split())
     assert refused > 5

@@ -113,8 +113,10 @@ def negative(size: int) -> bytes:
 def test_a_negative_size_is_that_members_verdict(tmp_path: Path, size: int) -> None:
     """-512 leads `tarfile` back to the same header for ever."""
     good = header("good.jpg", b"%011o\0" % len(JPEG)) + JPEG + bytes(-len(JPEG) % 512)
-    for place, content in (("after", header("x.jpg", negative(size)) + good),
-                           ("before", good + header("x.jpg", negative(size)))):  # fmt: skip
+    for place, content in (
+        ("after", header("x.jpg", negative(size)) + good),
+        ("before", good + header("x.jpg", negative(size))),
+    ):
         (tmp_path / f"{place}.tar").write_bytes(content + bytes(1024))
         bad = place_of(tmp_path, f"{place}.tar/x.jpg")
         assert isinstance(bad, Verdict)
@@ -129,11 +131,15 @@ def test_a_build_quarantines_the_record_of_a_negative_size(tmp_path: Path) -> No
     (tmp_path / "a.json").write_text(json.dumps(records))
     plan = plan_build(
         BuildConfig(
-            str(tmp_path), str(tmp_path / "out"), [SourceConfig("s", "a.json")],
-            str(make_tokenizer(tmp_path / "tokenizer")), "v1", {"v": ImageSpec(32, (0, 0, 0))},
+            str(tmp_path),
+            str(tmp_path / "out"),
+            [SourceConfig("s", "a.json")],
+            str(make_tokenizer(tmp_path / "tokenizer")),
+            "v1",
+            {"v": ImageSpec(32, (0, 0, 0))},
             max_quarantined=1.0,
         )
-    )  # fmt: skip
+    )
     found = {entry.record_id: entry.verdict.reason for entry in plan.entries}
     assert found == {"good.jpg": None, "n.tar/x.jpg": Reason.IMAGE_UNDECODABLE}
 
@@ -198,9 +204,14 @@ def test_a_pattern_finds_a_file_below_a_thousand_folders(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{1..1000000000}", "{a..z}" * 9, "{x," + "{a,b}" * 40 + "}", "{" * 500 + "a,b" + "}" * 500,
-     "{1..99999999999999999999}"],
-)  # fmt: skip
+    [
+        "{1..1000000000}",
+        "{a..z}" * 9,
+        "{x," + "{a,b}" * 40 + "}",
+        "{" * 500 + "a,b" + "}" * 500,
+        "{1..99999999999999999999}",
+    ],
+)
 def test_braces_that_stand_for_too_many_files_are_one_line(tmp_path: Path, pattern: str) -> None:
     assert f"more than {MOST_NAMES} files" in refused(tmp_path, annotations=pattern)
 

@@ -97,7 +97,7 @@ DOUBLED = "{%% set ns = namespace(x='xx') %%}{%% for i in range(60) %%}%s{%% end
 BOMBS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
-              "{{ f(60) }}",
+    "{{ f(60) }}",
     "times": "{{ 'x' * 10**10 }}",
     "power": "{{ 9 ** (9 ** 9) }}",
     "product": "{{ 10**4000 * 10**4000 * 10**4000 }}",
@@ -120,7 +120,7 @@ BOMBS = {
     "indent": "{% set x = 'a\n' * 1000000 %}{{ x | indent(1000000) }}",
     "tojson": "{{ messages | tojson(indent=10**9) }}",
     "blind text": "{{ lipsum(n=100000) }}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
@@ -156,7 +156,9 @@ def test_a_bounded_template_writes_what_transformers_writes(tmp_path: Path) -> N
         "{{ messages[::-1][0].role.replace('s', 'z') }}"
         "{% macro f(x, y=2) %}{{ x * y }}{% endmacro %}{{ f('ab') }}{{ dict(a=1) }}{{ [1] * 3 }}"
     )
-    said = [{"role": "user", "content": " a cat "}, {"role": "assistant", "content": "b",
-             "reasoning_content": "hm"}]  # fmt: skip
+    said = [
+        {"role": "user", "content": " a cat "},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+    ]
     expected = tokenizer.apply_chat_template(said, chat_template=source, tokenize=False)
     assert BoundedTemplate(source).render(said, tokenizer.special_tokens_map) == expected

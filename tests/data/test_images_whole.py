@@ -311,8 +311,14 @@ def test_values_that_are_no_numbers_are_the_lowest() -> None:
 
 def test_a_view_that_sets_nothing_new_has_the_facts_it_had() -> None:
     assert list(SPEC.facts()) == [
-        "size", "fill", "aspect", "mode", "resizer", "orient", "max_pixels",
-    ]  # fmt: skip
+        "size",
+        "fill",
+        "aspect",
+        "mode",
+        "resizer",
+        "orient",
+        "max_pixels",
+    ]
     asked = replace(SPEC, alpha="white", depth="scale")
     assert {k: asked.facts()[k] for k in ("alpha", "depth")} == {"alpha": "white", "depth": "scale"}
     for spec in (SPEC, asked):

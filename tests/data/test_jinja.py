@@ -72,9 +72,11 @@ def test_transformers_makes_the_same_ids(
         if ids is not expected and TEMPLATES[name].trains == "all":
             continue
         text: Any = other.apply_chat_template(
-            messages(chat), chat_template=source, tokenize=False,
+            messages(chat),
+            chat_template=source,
+            tokenize=False,
             add_generation_prompt=chat is not turns,
-        )  # fmt: skip
+        )
         found = other(text, add_special_tokens=False)["input_ids"]
         image = other.convert_tokens_to_ids("<image>")
         assert [-200 if i == image else i for i in found] == ids

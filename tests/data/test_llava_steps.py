@@ -86,11 +86,16 @@ def test_steps_are_those_of_torchs_and_accelerates_loaders(
     ]
     found = [
         llava_steps(
-            signed, micro_batch_size=micro, processes=processes, accumulation=accumulation,
-            seed=seed, epoch=epoch, group_by_modality_length=grouped,
+            signed,
+            micro_batch_size=micro,
+            processes=processes,
+            accumulation=accumulation,
+            seed=seed,
+            epoch=epoch,
+            group_by_modality_length=grouped,
         )
         for epoch in range(epochs)
-    ]  # fmt: skip
+    ]
     assert all(part.shape == (steps, accumulation * processes * micro) for part in found)
     assert [sorted(row[row >= 0].tolist()) for part in found for row in part] == expected
     in_turn = [i for part in found for row in part for i in row.tolist() if i >= 0]

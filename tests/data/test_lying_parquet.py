@@ -128,11 +128,15 @@ def image(rows: int) -> pa.Table:
         (lists, "id", one_page(7, 1, WILD, 1), PLAIN_LIST, "2147483647 values; it has 1"),
         (lambda: image(1200), "image", hidden, {"compression": "zstd"}, "a row\n4194304"),
     ],
-)  # fmt: skip
+)
 def test_a_footer_that_hides_what_pages_hold_takes_no_memory(
-    tmp_path: Path, table: Callable[[], pa.Table], leaf: str, change: Change,
-    options: dict[str, Any], said: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    table: Callable[[], pa.Table],
+    leaf: str,
+    change: Change,
+    options: dict[str, Any],
+    said: str,
+) -> None:
     data = rewritten(table(), leaf, change, store_schema=False, **options)
     (tmp_path / "t.parquet").write_bytes(data)
     command = [sys.executable, "-c", READ, str(tmp_path), leaf]

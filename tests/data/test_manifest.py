@@ -30,21 +30,31 @@ MANIFEST = Manifest(
     fingerprint="f" * 64,
     plan={"format": "1"},
     tokenizer={
-        "name": "é", "fingerprint": "f" * 64, "vocab_size": 8,
-        "bos_id": 1, "eos_id": None, "pad_id": None,
+        "name": "é",
+        "fingerprint": "f" * 64,
+        "vocab_size": 8,
+        "bos_id": 1,
+        "eos_id": None,
+        "pad_id": None,
     },
     template="v1",
     image_token=-200,
     counts={
-        "read": 3, "kept": 3, "quarantined": 0, "images": 2, "reasons": {}, "sources": {"s": 3},
-        "repairs": {}, "fields": {"s": {"\ud800": 1}},
+        "read": 3,
+        "kept": 3,
+        "quarantined": 0,
+        "images": 2,
+        "reasons": {},
+        "sources": {"s": 3},
+        "repairs": {},
+        "fields": {"s": {"\ud800": 1}},
     },
     mixture={"unit": "records", "records": 3, "tokens": 9, "held_out": 0, "sources": {}},
     tokens=[SHARD],
     views={"pad": ViewFacts(SPEC, CODECS, 2, [SHARD, SHARD])},
     selection=replace(SHARD, path="selection.arrow"),
     versions={"pyarrow": "26"},
-)  # fmt: skip
+)
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -101,8 +101,12 @@ def test_a_limit_below_a_shard_is_one_line(remote: Path, tmp_path: Path) -> None
     ):
         opened(ADDRESS, cache=tmp_path, cache_limit="much")
     assert [parse_bytes(text) for text in ("1.5 GB", "2KiB", 7, "7", "1tb")] == [
-        1_500_000_000, 2048, 7, 7, 10**12,
-    ]  # fmt: skip
+        1_500_000_000,
+        2048,
+        7,
+        7,
+        10**12,
+    ]
 
 
 def test_a_shard_damaged_in_the_bucket_is_named(

@@ -214,9 +214,11 @@ def test_a_records_lot_does_not_hang_on_its_place() -> None:
 )
 def test_no_image_is_on_both_sides(images: list[list[str]], held_out: float, seed: int) -> None:
     pool = Pool(
-        [f"s/{n}" for n in range(len(images))], ["s"] * len(images), images,
+        [f"s/{n}" for n in range(len(images))],
+        ["s"] * len(images),
+        images,
         np.ones(len(images), np.int64),
-    )  # fmt: skip
+    )
     config = MixtureConfig(held_out=held_out, seed=seed)
     asked = round(held_out * len(images)) if held_out < 1 else held_out
     if asked >= len(images):
@@ -225,10 +227,14 @@ def test_no_image_is_on_both_sides(images: list[list[str]], held_out: float, see
         return
     found = blend(pool, config, ["s"])
     sides = [
-        {image for images, held in zip(pool.images, found.held_out, strict=True) if held == side
-         for image in images}
+        {
+            image
+            for images, held in zip(pool.images, found.held_out, strict=True)
+            if held == side
+            for image in images
+        }
         for side in (True, False)
-    ]  # fmt: skip
+    ]
     assert not sides[0] & sides[1]
     assert found.held_out.sum() <= asked
 
@@ -379,8 +385,10 @@ def test_lengths_follow_the_repeated_rows(folder: Path) -> None:
 
 
 def test_the_blend_changes_no_shard(folder: Path) -> None:
-    plain, other = (read_manifest(made(folder, n, **c)) for n, c in (
-        ("plain", {}), ("apart", {"held_out": 0.2, "epochs": {"one": 3}})))  # fmt: skip
+    plain, other = (
+        read_manifest(made(folder, n, **c))
+        for n, c in (("plain", {}), ("apart", {"held_out": 0.2, "epochs": {"one": 3}}))
+    )
     assert plain.tokens == other.tokens
     assert {n: v.shards for n, v in plain.views.items()} == {
         n: v.shards for n, v in other.views.items()
@@ -410,8 +418,10 @@ def test_a_source_of_the_mixture_without_records_stops_before_decoding(folder: P
     sources = [SourceConfig("one", "one.json"), SourceConfig("bad", "bad.json")]
     settings = MixtureConfig(weights={"one": 1, "bad": 1})
     config = build_config(
-        Mixture(folder / "root", sources, {}, []), folder / "x", folder / "tokenizer",
+        Mixture(folder / "root", sources, {}, []),
+        folder / "x",
+        folder / "tokenizer",
         mixture=settings,
-    )  # fmt: skip
+    )
     with pytest.raises(DataError, match="no record of source bad is kept"):
         plan_build(config)

@@ -169,8 +169,11 @@ def test_a_transcript_marks_what_is_trained() -> None:
     plain = read(Page("t").transcript(pieces).html())
     told = [(tag, text) for tag, text in plain.words if tag in ("span", "mark")]
     assert told == [
-        ("span", "<image 9 tokens>"), ("span", "  a↵\n"), ("mark", "b <i> c"), ("mark", "</s>"),
-    ]  # fmt: skip
+        ("span", "<image 9 tokens>"),
+        ("span", "  a↵\n"),
+        ("mark", "b <i> c"),
+        ("mark", "</s>"),
+    ]
     tokens = read(Page("t").transcript(pieces, tokens=True).html())
     assert [mark["title"] for mark in tokens.all("mark")] == ["6", "7 8", "2"]
 

@@ -33,12 +33,14 @@ KINDS: dict[str, tuple[str, pa.DataType]] = {
     "struct without a path": ("image", pa.struct([("bytes", pa.large_binary())])),
     "binary": ("image", pa.binary()),
     "list": ("images", pa.list_(STRUCT)),
-    "large list": ("images", pa.large_list(pa.struct([("path", pa.string()),
-                                                      ("bytes", pa.binary())]))),
+    "large list": (
+        "images",
+        pa.large_list(pa.struct([("path", pa.string()), ("bytes", pa.binary())])),
+    ),
     "list of binary": ("images", pa.list_(pa.binary())),
     "dictionary": ("image", pa.dictionary(pa.int32(), pa.binary())),
     "list of dictionary": ("images", pa.list_(pa.dictionary(pa.int32(), pa.binary()))),
-}  # fmt: skip
+}
 
 
 def located(root: Path, key: str, prefix: str = ".") -> Located:
@@ -86,11 +88,13 @@ def test_a_key_of_a_row_is_its_bytes_or_its_path(
         return {"bytes": image[0]} | ({"path": image[1]} if has_path else {})
 
     values = [
-        None if row is None else [as_cell(i) for i in row] if is_list else (
-            as_cell(row[0]) if row else None
-        )
+        None
+        if row is None
+        else [as_cell(i) for i in row]
+        if is_list
+        else (as_cell(row[0]) if row else None)
         for row in rows
-    ]  # fmt: skip
+    ]
     elements = [{**CONVERSATION, column: value} for value in values]
     path = tmp_path / "a.parquet"
     pq.write_table(
@@ -276,10 +280,12 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "tables" / "train").mkdir(parents=True)
     pictures = [image_bytes("jpeg", 12, 9, seed=n) for n in range(6)]
     rows = [
-        {"texts": [{"user": "What is it?", "assistant": "A goat."}],
-         "images": [{"bytes": data, "path": None}]}
+        {
+            "texts": [{"user": "What is it?", "assistant": "A goat."}],
+            "images": [{"bytes": data, "path": None}],
+        }
         for data in pictures
-    ]  # fmt: skip
+    ]
     write_parquet(folder / "tables" / "train" / "0.parquet", rows, row_group_size=2)
     with serve_s3(folder):
         yield folder / "tables"
@@ -329,15 +335,18 @@ def test_a_list_of_one_length_holds_images(tmp_path: Path, of: pa.DataType) -> N
     cells = [[b"one", b"two"], None, [b"three", b"four"]]
     if pa.types.is_struct(of):
         cells = [c and [{"bytes": one, "path": None} for one in c] for c in cells]
-    turns = [TEXT["conversations"] if c is None else conversation("a", ["x", "y"])["conversations"]
-             for c in cells]  # fmt: skip
+    turns = [
+        TEXT["conversations"] if c is None else conversation("a", ["x", "y"])["conversations"]
+        for c in cells
+    ]
     rows = [{"conversations": t, "images": c} for t, c in zip(turns, cells, strict=True)]
     pq.write_table(table(rows, "images", pa.list_(of, 2)), tmp_path / "a.parquet", row_group_size=2)
     found = read(tmp_path)
     keys = [entry.record.images for entry in found if entry.record is not None]
     assert keys == [
-        ("a.parquet/images/0/0", "a.parquet/images/0/1"), (),
+        ("a.parquet/images/0/0", "a.parquet/images/0/1"),
+        (),
         ("a.parquet/images/2/0", "a.parquet/images/2/1"),
-    ]  # fmt: skip
+    ]
     bytes_of = [read_image(tmp_path, located(tmp_path, key)) for row in keys for key in row]
     assert bytes_of == [b"one", b"two", b"three", b"four"]

@@ -74,10 +74,13 @@ def oracle_runs(stem: str) -> list[str]:
     """Letters and numbers in order: marks belong to letters, separators part numbers only."""
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
     kinds = [
-        "d" if unicodedata.category(c) in ("Nd", "Nl", "No")
-        else "l" if unicodedata.category(c)[0] in "LM" else "-"
+        "d"
+        if unicodedata.category(c) in ("Nd", "Nl", "No")
+        else "l"
+        if unicodedata.category(c)[0] in "LM"
+        else "-"
         for c in text
-    ]  # fmt: skip
+    ]
     runs: list[tuple[str, str]] = []
     last = "-"
     for c, kind in zip(text, kinds, strict=True):

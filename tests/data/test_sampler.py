@@ -97,9 +97,14 @@ def test_llava_refuses_an_empty_conversation() -> None:
 def test_llava_plan_keeps_order_and_micro_batches(ranks: int) -> None:
     lengths, has_image = mixture(205)
     plan = plan_epoch(
-        lengths, has_image, global_batch_size=24, seed=5, epoch=2, sampler="llava",
+        lengths,
+        has_image,
+        global_batch_size=24,
+        seed=5,
+        epoch=2,
+        sampler="llava",
         llava_micro_batch=3,
-    )  # fmt: skip
+    )
     assert sorted(filled(plan.order)) == list(range(205))
     assert plan.order[205:].tolist() == [-1] * (9 * 24 - 205)
     for step in range(plan.num_steps):
@@ -142,9 +147,14 @@ def test_grouped_has_one_modality_a_batch_and_the_longest_first(
 ) -> None:
     lengths, kinds, size = data
     plan = plan_epoch(
-        lengths, kinds, global_batch_size=size, seed=0, epoch=epoch, sampler="grouped",
+        lengths,
+        kinds,
+        global_batch_size=size,
+        seed=0,
+        epoch=epoch,
+        sampler="grouped",
         window=window,
-    )  # fmt: skip
+    )
     batches = [filled(plan.global_batch(step)) for step in range(plan.num_steps)]
     assert all(np.unique(kinds[batch]).size == 1 for batch in batches)
     assert lengths[batches[0]].max() == lengths.max()

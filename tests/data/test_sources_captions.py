@@ -94,7 +94,7 @@ def test_all_answers_of_the_pair_are_read(tmp_path: Path) -> None:
         (("coco/x.jpg",), ("user", "What?<image>"), ("assistant", "A.")),
         (("coco/x.jpg",), ("user", "What?<image>"), ("assistant", "B.")),
         (("coco/y.jpg",), ("user", "<image>\nWho?"), ("assistant", "C.")),
-    ]  # fmt: skip
+    ]
     assert [r.sample_id for r in found] == ["src/0", "src/0#2", "src/1"]
 
 
@@ -126,11 +126,15 @@ def test_an_id_of_several_images_is_reported_and_nothing_is_lost(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("image_map", "captions"),
-    [('{"a": 7}', "{}"), ('{"a": {"ID": 0}}', "{}"), ("{}", '{"0": 7}'),
-     ('{"a": {"image_file": "a", "ID": 0}}', '{"0": {"q": 7, "a": ["A"]}}'),
-     ('{"a": {"image_file": "a", "ID": 0}}', '{"0": {"q": "?", "a": []}}'),
-     ('{"a": {"image_file": "a", "ID": 0}}', '{"0": ["A"]}')],
-)  # fmt: skip
+    [
+        ('{"a": 7}', "{}"),
+        ('{"a": {"ID": 0}}', "{}"),
+        ("{}", '{"0": 7}'),
+        ('{"a": {"image_file": "a", "ID": 0}}', '{"0": {"q": 7, "a": ["A"]}}'),
+        ('{"a": {"image_file": "a", "ID": 0}}', '{"0": {"q": "?", "a": []}}'),
+        ('{"a": {"image_file": "a", "ID": 0}}', '{"0": ["A"]}'),
+    ],
+)
 def test_what_is_wrong_in_the_pair_has_a_verdict(
     tmp_path: Path, image_map: str, captions: str
 ) -> None:

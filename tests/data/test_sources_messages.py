@@ -51,8 +51,11 @@ def test_vlm_trainings_lines_say_what_llavas_records_say(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("element", "images", "question"),
     [
-        (message([text("See "), image_url({"url": "a.png"}), text("?")], "So."), ("a.png",),
-         "See <image>?"),
+        (
+            message([text("See "), image_url({"url": "a.png"}), text("?")], "So."),
+            ("a.png",),
+            "See <image>?",
+        ),
         (message([image_url("file://b/a.png")], "So."), ("b/a.png",), "<image>"),
         (message([{"type": "image", "image": "a.png"}], "So."), ("a.png",), "<image>"),
         (message([{"type": "image"}, text("?")], "So.", images=["a.png"]), ("a.png",), "<image>?"),
@@ -60,7 +63,7 @@ def test_vlm_trainings_lines_say_what_llavas_records_say(tmp_path: Path) -> None
         (message([image_url({"url": "a.png"})], "So.", images=["a.png"]), ("a.png",), "<image>"),
         (message("Why?", "An <image> tag."), (), "Why?"),
     ],
-)  # fmt: skip
+)
 def test_where_messages_have_their_images(
     tmp_path: Path, element: Any, images: tuple[str, ...], question: str
 ) -> None:
@@ -94,8 +97,11 @@ def test_an_image_part_keeps_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("element", "reason", "detail"),
     [
-        (message([image_url({"url": "data:image/png;base64,AAAA"})], "So."), "schema",
-         "inside the record"),
+        (
+            message([image_url({"url": "data:image/png;base64,AAAA"})], "So."),
+            "schema",
+            "inside the record",
+        ),
         (message([image_url("https://e.org/a.png")], "So."), "image_missing", "download it"),
         (message([image_url({"detail": "low"})], "So."), "schema", "without a path"),
         (message([image_url({"url": 7})], "So."), "schema", "without a path"),
@@ -113,7 +119,7 @@ def test_an_image_part_keeps_its_place(tmp_path: Path) -> None:
         ({}, "schema", "expected a list"),
         ("text", "schema", "expected an object, found str"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_messages(
     tmp_path: Path, element: Any, reason: str, detail: str
 ) -> None:

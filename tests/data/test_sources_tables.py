@@ -165,9 +165,14 @@ def test_rows_of_parquet_are_records(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [MIXED[0], {**MIXED[1], "image": None}])
     text_columns = [{**r, "conversations": json.dumps(r["conversations"])} for r in MIXED[:2]]
     write_parquet(tmp_path / "b.parquet", text_columns, row_group_size=1)
-    as_messages = [{"id": r["id"], "images": [r["image"]] if "image" in r else [],
-                    "messages": [{"role": t["from"], "content": t["value"]}
-                                 for t in r["conversations"]]} for r in MIXED[:2]]  # fmt: skip
+    as_messages = [
+        {
+            "id": r["id"],
+            "images": [r["image"]] if "image" in r else [],
+            "messages": [{"role": t["from"], "content": t["value"]} for t in r["conversations"]],
+        }
+        for r in MIXED[:2]
+    ]
     write_parquet(tmp_path / "c.parquet", as_messages)
     expected = records(entries(tmp_path, annotations="a.json"))
     for name in ("a.parquet", "b.parquet", "c.parquet"):

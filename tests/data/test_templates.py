@@ -225,8 +225,14 @@ def test_a_yaml_with_a_base_changes_what_it_names(tmp_path: Path) -> None:
     segments = render(record(turn("user", "What? ", 0, 1), turn("assistant", "A cat.")), template)
     start, end = SpecialToken("<im_start>"), SpecialToken("<im_end>")
     assert segments[2:9] == [
-        start, ImageSlot(0), end, TextSegment("\n"), start, ImageSlot(1), end,
-    ]  # fmt: skip
+        start,
+        ImageSlot(0),
+        end,
+        TextSegment("\n"),
+        start,
+        ImageSlot(1),
+        end,
+    ]
     path.write_text("base: v7\n")
     with pytest.raises(DataError, match="base 'v7' is unknown: take one of chatml"):
         get_template(path)
@@ -235,11 +241,14 @@ def test_a_yaml_with_a_base_changes_what_it_names(tmp_path: Path) -> None:
 def test_llama_2s_system_text_stands_in_the_first_question() -> None:
     segments = render(
         record(
-            turn("system", "S"), turn("user", 0, "\nQ"), turn("assistant", "A"),
-            turn("user", "R"), turn("assistant", "B"),
+            turn("system", "S"),
+            turn("user", 0, "\nQ"),
+            turn("assistant", "A"),
+            turn("user", "R"),
+            turn("assistant", "B"),
         ),
         TEMPLATES["llava_llama_2"],
-    )  # fmt: skip
+    )
     assert segments == [
         SpecialToken("bos"),
         TextSegment("[INST] <<SYS>>\nS\n<</SYS>>\n\n"),
@@ -261,8 +270,10 @@ def test_a_templates_own_marker_places_images() -> None:
     )
     marked = mark_images(given_record, qwen_vl)
     assert [t.parts for t in marked.turns] == [
-        (TextPart("a"), ImagePart(0)), (TextPart("b<|extra_0|>"),), (ImagePart(1), TextPart("c")),
-    ]  # fmt: skip
+        (TextPart("a"), ImagePart(0)),
+        (TextPart("b<|extra_0|>"),),
+        (ImagePart(1), TextPart("c")),
+    ]
     assert mark_images(given_record, TEMPLATES["v1"]) is given_record
     both = record(turn("user", 0, "<|extra_0|>"))
     assert mark_images(both, qwen_vl) is both, "the source's markers come first"

@@ -46,11 +46,19 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         f"the {a} {b} is {c}. USER: ASSISTANT: why {n}" for n, (a, b, c) in enumerate(_words())
     ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=420,
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+        num_threads=1,
+    )
     return model.getvalue()
 
 
@@ -77,9 +85,11 @@ def llama_folder(folder: Path, model: bytes, *, model_type: str = "", **settings
 
 def conversation_ids(tokenizer: Any) -> list[int]:
     turns = (
-        Turn("user", (TextPart("Why?"),)), Turn("assistant", (TextPart("So."),)),
-        Turn("user", (TextPart("And?"),)), Turn("assistant", (TextPart("No."),)),
-    )  # fmt: skip
+        Turn("user", (TextPart("Why?"),)),
+        Turn("assistant", (TextPart("So."),)),
+        Turn("user", (TextPart("And?"),)),
+        Turn("assistant", (TextPart("No."),)),
+    )
     record = Record("", "", "", turns, ())
     return encode_batch([record], tokenizer, "v1")[0].input_ids
 
@@ -115,9 +125,13 @@ def test_a_unigram_model_is_not_read_as_llamas(tmp_path: Path) -> None:
     model = io.BytesIO()
     texts = [" ".join(words) for words in _words()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=28,
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=28,
+        minloglevel=2,
+        num_threads=1,
+    )
     folder = llama_folder(tmp_path / "model", model.getvalue(), model_type="llava")
     assert type(load_tokenizer(folder)).__name__ != "LlamaTokenizer"
 
@@ -155,10 +169,14 @@ def same(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [
-        ("llama2-32k", "llama"), ("mistral-v1-32k", "mistral"), ("phi-1_5-codegen", "phi"),
-        ("gpt2", ""), ("gpt2", "gpt2"), ("qwen-7b-tiktoken", "qwen2"),
+        ("llama2-32k", "llama"),
+        ("mistral-v1-32k", "mistral"),
+        ("phi-1_5-codegen", "phi"),
+        ("gpt2", ""),
+        ("gpt2", "gpt2"),
+        ("qwen-7b-tiktoken", "qwen2"),
     ],
-)  # fmt: skip
+)
 def test_a_copy_of_each_family_writes_the_same_ids(
     tmp_path: Path, name: str, model_type: str
 ) -> None:

@@ -104,8 +104,9 @@ def zstd(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("xz", lzma.compress),
-                                              ("zst", zstd)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstd)]
+)
 def test_packed_files_are_read(
     whole: Path, folder: Path, suffix: str, pack: Callable[[bytes], bytes]
 ) -> None:

@@ -21,8 +21,12 @@ from lapilli.data.text.templates import get_template
 from tests.data.source_files import write_lines
 from tests.factories import Mixture, build_dataset, image_bytes, make_tokenizer
 
-SAID = (("user", "What colour is the goat?"), ("assistant", "The goat is grey."),
-        ("user", "And the cloud?"), ("assistant", "The cloud is golden."))  # fmt: skip
+SAID = (
+    ("user", "What colour is the goat?"),
+    ("assistant", "The goat is grey."),
+    ("user", "And the cloud?"),
+    ("assistant", "The cloud is golden."),
+)
 
 
 @pytest.fixture(scope="module")

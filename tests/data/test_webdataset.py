@@ -118,32 +118,57 @@ def test_masks_links_order_and_suffixes_nobody_knows(tmp_path: Path) -> None:
         tmp_path / "s.tar",
         [
             ("folder", None),
-            ("0.jpg", JPEG), ("0.seg.png", PNG), ("0.depth.png", PNG), ("0.txt", b"A goat."),
-            ("1.jpg", ("hard", "0.jpg")), ("1.txt", b"Linked."),
-            ("2.png", ("soft", "./0.seg.png")), ("2.txt", ("hard", "1.txt")),
-            ("3.img", JPEG), ("3.caption", b"Never read."),
-            ("4.jpg", JPEG), ("5.png", PNG), ("4.json", named), ("5.json", named),
-            ("__meta__/shard.json", b"{}"), ("LICENSE", b"free"),
+            ("0.jpg", JPEG),
+            ("0.seg.png", PNG),
+            ("0.depth.png", PNG),
+            ("0.txt", b"A goat."),
+            ("1.jpg", ("hard", "0.jpg")),
+            ("1.txt", b"Linked."),
+            ("2.png", ("soft", "./0.seg.png")),
+            ("2.txt", ("hard", "1.txt")),
+            ("3.img", JPEG),
+            ("3.caption", b"Never read."),
+            ("4.jpg", JPEG),
+            ("5.png", PNG),
+            ("4.json", named),
+            ("5.json", named),
+            ("__meta__/shard.json", b"{}"),
+            ("LICENSE", b"free"),
         ],
-    )  # fmt: skip
+    )
     found, counted = read(tmp_path)
-    verdicts = {json.loads(entry.raw_json)["images"][0] if json.loads(entry.raw_json)["images"]
-                else entry.record_id: str(entry.verdict.reason) for entry in found}  # fmt: skip
+    verdicts = {
+        json.loads(entry.raw_json)["images"][0]
+        if json.loads(entry.raw_json)["images"]
+        else entry.record_id: str(entry.verdict.reason)
+        for entry in found
+    }
     assert verdicts == {
-        "0.jpg": "None", "0.seg.png": "None", "3": "schema", "4.jpg": "None", "5.png": "None",
-    }  # fmt: skip
+        "0.jpg": "None",
+        "0.seg.png": "None",
+        "3": "schema",
+        "4.jpg": "None",
+        "5.png": "None",
+    }
     assert [said(record)[1][1] for record in records(found).values()][:3] == [
-        "A goat.", "Linked.", "Linked.",
-    ]  # fmt: skip
+        "A goat.",
+        "Linked.",
+        "Linked.",
+    ]
     pictures = [images_of(tmp_path, e.record) for e in found if e.record is not None]
     assert pictures == [[JPEG], [JPEG], [PNG], [JPEG], [PNG]]
     bad = next(entry for entry in found if not entry.verdict.kept)
     assert "not read: img, caption" in bad.verdict.detail
     assert counted.total == 17
     assert counted.unused == {
-        "seg.png": 1, "depth.png": 1, "img": 1, "caption": 1, "(folder)": 1, "(meta)": 1,
+        "seg.png": 1,
+        "depth.png": 1,
+        "img": 1,
+        "caption": 1,
+        "(folder)": 1,
+        "(meta)": 1,
         "(no suffix)": 1,
-    }  # fmt: skip
+    }
     assert counted.unknown == {"img": 1, "caption": 1}
 
 
@@ -213,8 +238,9 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     write(tmp_path / "s.tar", [*members, ("b.json", mark + as_bytes({"caption": "A cat."}))])
     found, _ = read(tmp_path)
     assert [said(record)[-1] for record in records(found).values()] == [
-        ("assistant", "A goat."), ("assistant", "A cat."),
-    ]  # fmt: skip
+        ("assistant", "A goat."),
+        ("assistant", "A cat."),
+    ]
 
 
 THREE = [("a.jpg", JPEG), ("a.txt", b"A goat."), ("b.jpg", JPEG), ("b.txt", b"A cat."),
@@ -277,9 +303,12 @@ def test_of_a_conversation_the_caption_beside_it_is_counted_as_not_used(tmp_path
 def test_of_two_captions_the_one_in_the_json_is_counted_as_not_read(tmp_path: Path) -> None:
     captioned = as_bytes({"caption": "A sheep."})
     members = [
-        ("a.jpg", JPEG), ("a.txt", b"A goat."), ("a.json", captioned),
-        ("b.jpg", JPEG), ("b.json", captioned),
-    ]  # fmt: skip
+        ("a.jpg", JPEG),
+        ("a.txt", b"A goat."),
+        ("a.json", captioned),
+        ("b.jpg", JPEG),
+        ("b.json", captioned),
+    ]
     write(tmp_path / "s.tar", members)
     tally = Tally()
     source = SourceConfig("s", "s.tar", format="webdataset")

@@ -72,8 +72,10 @@ def _install(python: Path, packages: list[str], *options: str) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     done = subprocess.run(
         [*pip, "--no-warn-conflicts", *options, *packages],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{packages}: {done.stderr[-2000:]}"
 
 
@@ -87,7 +89,10 @@ def run_in(name: str, *arguments: str | Path, **variables: str) -> str:
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [str(python_of(name)), *map(str, arguments)],
-        env={**kept, **quiet, **variables}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**kept, **quiet, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{arguments[0]}: {done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout

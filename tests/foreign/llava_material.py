@@ -69,12 +69,14 @@ class Material:
                 f"--config={RECIPES / f'{stage}_data.yaml'}",
                 f"--config={RECIPES / 'compat_data.yaml'}",
                 f"--sources={json.dumps(sources)}",
-                f"--root={self.folder}", f"--output={self.folder / 'datasets' / name}",
-                f"--tokenizer={self.folder / 'language'}", f"--max_text_length={LIMIT}",
+                f"--root={self.folder}",
+                f"--output={self.folder / 'datasets' / name}",
+                f"--tokenizer={self.folder / 'language'}",
+                f"--max_text_length={LIMIT}",
                 f"--views.{view}.size={SIDE}",
             ],
             "",
-        )  # fmt: skip
+        )
         report = build(plan_build(config), runner=run_here)
         assert report.manifest.counts["kept"] == len(records)
         return Path(config.output)
@@ -85,11 +87,20 @@ def make_models(folder: Path) -> Material:
     torch.manual_seed(1)
     language = folder / "language"
     config = LlamaConfig(
-        vocab_size=32768, hidden_size=HIDDEN, intermediate_size=176, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
-        initializer_range=0.15, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=32768,
+        hidden_size=HIDDEN,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(language)
     vocabulary = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copyfile(vocabulary, language / "tokenizer.model")
@@ -151,8 +162,9 @@ def make_records(
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": words(1, 20)}]
         if stage == "finetune" and draw.random() < 0.4:
             turns += [
-                {"from": "human", "value": words(2, 6)}, {"from": "gpt", "value": words(1, 12)},
-            ]  # fmt: skip
+                {"from": "human", "value": words(2, 6)},
+                {"from": "gpt", "value": words(1, 12)},
+            ]
         if number < long:
             turns[-1]["value"] = words(150, 220)
         image = {"image": f"{draw.randrange(24)}.png"} if with_image else {}

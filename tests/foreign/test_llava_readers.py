@@ -68,11 +68,14 @@ def answers(forms: Forms) -> dict[str, Any]:
         base = json.loads((output / "adapter_config.json").read_text()) if to == "peft" else {}
         jobs.append(
             {
-                "path": str(output), "base": base.get("base_model_name_or_path"),
-                "conversation": how.get("template", "v1"), "questions": forms.questions,
-                "tokens": TOKENS, "output": f"{output}.json",
+                "path": str(output),
+                "base": base.get("base_model_name_or_path"),
+                "conversation": how.get("template", "v1"),
+                "questions": forms.questions,
+                "tokens": TOKENS,
+                "output": f"{output}.json",
             }
-        )  # fmt: skip
+        )
     (forms.folder / "jobs.json").write_text(json.dumps(jobs))
     run_in("llava-loader", HERE / "scripts" / "llava_answer.py", forms.folder / "jobs.json")
     return {n: json.loads(Path(j["output"]).read_text()) for n, j in zip(FORMS, jobs, strict=True)}

@@ -136,13 +136,19 @@ def llava_arguments(case: Case, material: Material, json_file: Path, output: Pat
         flags |= {"version": "plain", "tune_mm_mlp_adapter": True, "learning_rate": 1e-3}
     else:
         flags |= {
-            "image_aspect_ratio": "pad", "group_by_modality_length": True, "learning_rate": 2e-5,
-        }  # fmt: skip
+            "image_aspect_ratio": "pad",
+            "group_by_modality_length": True,
+            "learning_rate": 2e-5,
+        }
     if case.stage == "lora":
         flags |= {
-            "lora_enable": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0,
-            "learning_rate": 2e-4, "mm_projector_lr": 2e-5,
-        }  # fmt: skip
+            "lora_enable": True,
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0,
+            "learning_rate": 2e-4,
+            "mm_projector_lr": 2e-5,
+        }
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
@@ -162,9 +168,14 @@ def run_llava(
     stubs = str(HERE / "scripts" / "stubs")
     arguments = llava_arguments(case, material, json_file, folder / "llava")
     run_in(
-        "llava", *script, folder / "notes.json", adapters, *arguments,
-        PYTHONPATH=stubs, PYTHONWARNINGS="ignore",
-    )  # fmt: skip
+        "llava",
+        *script,
+        folder / "notes.json",
+        adapters,
+        *arguments,
+        PYTHONPATH=stubs,
+        PYTHONWARNINGS="ignore",
+    )
     return [json.loads((folder / f"notes.{rank}.json").read_text()) for rank in range(case.ranks)]
 
 

@@ -29,14 +29,17 @@ EVERY: dict[str, dict[str, Any]] = {
     "LoRA, biases": {"flags": ("--model.lora.bias=all",)},
     "LoRA after an earlier run": {"flags": LONG, "after": True},
     "grown vocabulary": {
-        "flags": ("--model.language.vocab_size=330",), "kind": "grown", "template": "mpt",
+        "flags": ("--model.language.vocab_size=330",),
+        "kind": "grown",
+        "template": "mpt",
     },
     "QLoRA": {"flags": ("--model.language.quantize=nf4",)},
     "QLoRA, grown vocabulary": {
         "flags": ("--model.language.quantize=nf4", "--model.language.vocab_size=323"),
-        "kind": "grown", "template": "mpt",
+        "kind": "grown",
+        "template": "mpt",
     },
-}  # fmt: skip
+}
 FORMS = {name: how for name, how in EVERY.items() if HAS_4_BITS or "QLoRA" not in name}
 
 

@@ -90,9 +90,10 @@ def _logits(asked: Assistant, question: Question) -> tuple[list[int], torch.Tens
         pixels[number] = prepare(data, asked.spec)
     with torch.inference_mode():
         embedded = asked.model.embed(
-            torch.from_numpy(np.where(ids < 0, 0, ids))[None], torch.from_numpy(index),
+            torch.from_numpy(np.where(ids < 0, 0, ids))[None],
+            torch.from_numpy(index),
             torch.from_numpy(pixels),
-        )  # fmt: skip
+        )
         return ids.tolist(), asked.model.language(inputs_embeds=embedded).logits[0, -1]
 
 

@@ -78,12 +78,20 @@ class Forms:
         torch.manual_seed(1)
         language = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-                initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                initializer_range=0.15,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
                 rope_parameters={"rope_theta": THETA, "rope_type": "default"},
             )
-        )  # fmt: skip
+        )
         for name in ("decoder", "language"):  # for any tokenizer, and with one
             language.save_pretrained(self.folder / name)
             config = (
@@ -163,10 +171,16 @@ def write_pieces(folder: Path, added: list[str] | None = None) -> None:
         f"USER: What colour is the {n}? ASSISTANT: The {n} is {c}." for n in NOUNS for c in COLOURS
     ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=PIECES, byte_fallback=True, pad_id=-1, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
+        sentence_iterator=iter(words),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=PIECES,
+        byte_fallback=True,
+        pad_id=-1,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
     (folder / "tokenizer.vocab").unlink()
     names = ["<unk>", "<s>", "</s>", *[""] * (PIECES - 3), *(added or [])]
     facts = {

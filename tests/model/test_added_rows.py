@@ -65,8 +65,14 @@ def learnt(model: VisionLanguageModel) -> VisionLanguageModel:
 def as_whole(model: VisionLanguageModel) -> VisionLanguageModel:
     """The same function without adapters, from the tensors that exports write."""
     plain = build_model(replace(model.config, lora=None))
-    plain.load_state_dict({name: w.make() for name, w in plain_weights(model.projector).items()
-                           for name in [f"projector.{name}"]}, strict=False)  # fmt: skip
+    plain.load_state_dict(
+        {
+            name: w.make()
+            for name, w in plain_weights(model.projector).items()
+            for name in [f"projector.{name}"]
+        },
+        strict=False,
+    )
     tensors = {name: weight.make() for name, weight in plain_weights(model.language).items()}
     plain.language.load_state_dict(tensors)
     plain.vision.load_state_dict(model.vision.state_dict())

@@ -46,9 +46,13 @@ def language(name: str) -> Any:
 
 def clip() -> Any:
     config: Any = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        image_size=24, patch_size=8,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=8,
+    )
     config._attn_implementation = "eager"
     return CLIPVisionModel(config)
 
@@ -112,12 +116,16 @@ def test_models_figure_leaves_padding_future_and_recomputation_out() -> None:
     tower, projector = clip().requires_grad_(False), nn.Linear(16, SIZE)
     made = [
         ModelNumbers(
-            part_numbers(tower, tower.config), part_numbers(projector),
-            part_numbers(decoder, whole.config, recomputed=again), Matmul(SIZE, VOCABULARY, True),
-            9, 10, 9,
+            part_numbers(tower, tower.config),
+            part_numbers(projector),
+            part_numbers(decoder, whole.config, recomputed=again),
+            Matmul(SIZE, VOCABULARY, True),
+            9,
+            10,
+            9,
         )
         for again in (False, True)
-    ]  # fmt: skip
+    ]
     padded = BatchNumbers([5, 7], 1, 4, 3, 16, 2, 8)
     plain, again = (step_flops(numbers, padded) for numbers in made)
     assert plain.model == again.model
@@ -136,9 +144,14 @@ def test_models_figure_leaves_padding_future_and_recomputation_out() -> None:
 def test_without_images_only_the_hardware_runs_the_projector() -> None:
     whole, tower = language("llama"), clip().requires_grad_(False)
     numbers = ModelNumbers(
-        part_numbers(tower, tower.config), part_numbers(nn.Linear(16, SIZE)),
-        part_numbers(whole.get_decoder(), whole.config), Matmul(SIZE, VOCABULARY, True), 9, 10, 9,
-    )  # fmt: skip
+        part_numbers(tower, tower.config),
+        part_numbers(nn.Linear(16, SIZE)),
+        part_numbers(whole.get_decoder(), whole.config),
+        Matmul(SIZE, VOCABULARY, True),
+        9,
+        10,
+        9,
+    )
     found = step_flops(numbers, BatchNumbers([5], 0, 4, 1, 8, 0, 4))
     assert found.model.tower == found.model.projector == found.hardware.tower == 0
     assert found.hardware.projector == 2 * 2 * 16 * SIZE
@@ -147,9 +160,14 @@ def test_without_images_only_the_hardware_runs_the_projector() -> None:
 def numbers_of(batch: Batch) -> BatchNumbers:
     rows, length = batch.input_ids.shape
     return BatchNumbers(
-        [int(n) for n in batch.row_lengths], batch.num_images, batch.num_targets,
-        rows, length, len(batch.pixels), len(batch.targets),
-    )  # fmt: skip
+        [int(n) for n in batch.row_lengths],
+        batch.num_images,
+        batch.num_targets,
+        rows,
+        length,
+        len(batch.pixels),
+        len(batch.targets),
+    )
 
 
 def seen_by_torch(model: VisionLanguageModel, batch: Batch) -> int:
@@ -209,8 +227,9 @@ def test_a_built_models_step_equals_torchs_counter(
     slots = vision.num_tokens
     batch = collate(twins.samples(3, images), BatchShape(4, (64,), slots, 4), twins.SIDE)
     # torch's counter knows nothing of padding: the hardware's figure has it, and all pairs
-    found = step_flops(model_numbers(model), numbers_of(batch), attention="eager",
-                       skips_future=False)  # fmt: skip
+    found = step_flops(
+        model_numbers(model), numbers_of(batch), attention="eager", skips_future=False
+    )
     assert found.hardware.total == seen_by_torch(model, batch)
     assert found.model.total < found.hardware.total
 

@@ -92,7 +92,7 @@ BY_OTHERS: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "use_rslora": True},
     {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector", "lm_head"]},
     {"target_modules": ["q_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", BY_OTHERS, ids=str)
@@ -228,7 +228,7 @@ def test_what_llava_publishes_is_a_model(tmp_path: Path, tower: Path, kind: str)
         ({"num_hidden_layers": 3}, r"language model.layers.2.* is missing, the model's has shape"),
         ({"vocab_size": "many"}, "config.json: no llama can be built of it"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_does_not_fit_is_one_line(
     tmp_path: Path, tower: Path, changes: dict[str, Any], words: str
 ) -> None:
@@ -302,12 +302,14 @@ def test_llavas_config_is_in_the_words_of_its_transformers(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
-         "rope_type yarn; LLaVA's transformers has linear and dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type yarn; LLaVA's transformers has linear and dynamic",
+        ),
         ({"mlp_bias": True}, "mlp_bias; LLaVA's transformers has none"),
         ({"head_dim": 8}, "heads of 8 times 2 are not hidden_size 24"),
     ],
-)  # fmt: skip
+)
 def test_what_llavas_transformers_cannot_read_is_refused(
     tmp_path: Path, settings: dict[str, Any], words: str
 ) -> None:

@@ -110,8 +110,9 @@ def test_random_weights_are_made_at_the_size(name: str) -> None:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_size_that_cannot_be_is_one_line(size: int, words: str, name: str, towers: Path) -> None:
     both: list[dict[str, Any]] = [
-        {"pretrained": str(towers / name)}, {"settings": twins.TOWERS[name]},
-    ]  # fmt: skip
+        {"pretrained": str(towers / name)},
+        {"settings": twins.TOWERS[name]},
+    ]
     for given in both:
         with pytest.raises(ModelError, match=words):
             build_tower(VisionConfig(name, image_size=size, **given))

@@ -122,8 +122,9 @@ def test_peft_computes_the_same_on_the_base_model(tmp_path: Path, bias: Any) -> 
     torch.testing.assert_close(
         seen(pixel_values=pixels).last_hidden_state,
         ours.vision.encoder(pixel_values=pixels).last_hidden_state,
-        rtol=1e-5, atol=1e-5,
-    )  # fmt: skip
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_a_lora_run_comes_back_onto_its_base(tmp_path: Path) -> None:

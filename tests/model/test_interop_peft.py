@@ -20,10 +20,15 @@ def base() -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, vocab_size=32, attention_bias=True,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=32,
+            attention_bias=True,
         )
-    )  # fmt: skip
+    )
 
 
 def adapted(model: Any, **settings: Any) -> Any:

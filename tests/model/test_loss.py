@@ -67,9 +67,15 @@ def test_logits_changed_by_the_model_and_parts_that_are_frozen(
         logits = softcap * torch.tanh(logits / softcap)
     full = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     found = trained_loss(
-        tensors["hidden"], positions, targets, tensors["head"], tensors["bias"],
-        chunk=2, softcap=softcap, scale=scale,
-    )  # fmt: skip
+        tensors["hidden"],
+        positions,
+        targets,
+        tensors["head"],
+        tensors["bias"],
+        chunk=2,
+        softcap=softcap,
+        scale=scale,
+    )
     torch.testing.assert_close(found, full.float())
     # a gradient that comes from above is passed on
     expected = torch.autograd.grad(full * 0.125, leaves)

@@ -115,9 +115,12 @@ def test_values_are_copied_in_every_dtype(dtype: torch.dtype) -> None:
 def test_check_names_a_bad_index(ids: list[list[int]], index: list[list[int]], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         merge(
-            torch.tensor(ids), torch.tensor(index, dtype=torch.int32),
-            torch.zeros(4, 2), torch.zeros(3, 2), check=True,
-        )  # fmt: skip
+            torch.tensor(ids),
+            torch.tensor(index, dtype=torch.int32),
+            torch.zeros(4, 2),
+            torch.zeros(3, 2),
+            check=True,
+        )
 
 
 def test_an_unknown_implementation_is_named() -> None:

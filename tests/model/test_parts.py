@@ -132,9 +132,12 @@ def test_greedy_answers_equal_transformers_token_for_token(tower: str, language:
     twin = twins.transformers_twin(model)
     asked = twins.samples(11, (1, 0, 2))
     found = generate_greedy(
-        model, [s.input_ids.astype(np.int64) for s in asked], [s.pixels for s in asked],
-        end_id=twins.END_ID, max_new_tokens=8,
-    )  # fmt: skip
+        model,
+        [s.input_ids.astype(np.int64) for s in asked],
+        [s.pixels for s in asked],
+        end_id=twins.END_ID,
+        max_new_tokens=8,
+    )
     assert any(found)
     for sample, ids in zip(asked, found, strict=True):
         repeats = np.where(sample.input_ids < 0, model.vision.num_tokens, 1)
@@ -144,9 +147,12 @@ def test_greedy_answers_equal_transformers_token_for_token(tower: str, language:
         if len(sample.pixels):
             inputs["pixel_values"] = twins.normal_pixels(sample.pixels, model)
         produced = twin.generate(
-            **inputs, do_sample=False, max_new_tokens=8, eos_token_id=twins.END_ID,
+            **inputs,
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=twins.END_ID,
             pad_token_id=twins.END_ID,
-        )[0, len(expanded) :].tolist()  # fmt: skip
+        )[0, len(expanded) :].tolist()
         assert ids == [i for i in produced if i != twins.END_ID], sample.sample_id
 
 

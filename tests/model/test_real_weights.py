@@ -83,7 +83,7 @@ def dinov2(folder: Path) -> Any:
 
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
-    )  # fmt: skip
+    )
     config.save_pretrained(folder)
     save_file(dinov2_weights(), folder / "model.safetensors", {"format": "pt"})
     loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
@@ -132,8 +132,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     config = ModelConfig(
         VisionConfig("dinov2", pretrained=str(folder / "tower")),
         LanguageConfig(pretrained=str(folder / "language")),
-        trainable=("projector", "language"), head_chunk=8, gradient_checkpointing=True,
-    )  # fmt: skip
+        trainable=("projector", "language"),
+        head_chunk=8,
+        gradient_checkpointing=True,
+    )
     model = build_model(config)
     return Real(tokenizer, language, tower, model)
 

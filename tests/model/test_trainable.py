@@ -161,9 +161,14 @@ def test_layers_computed_again_give_equal_gradients_and_keep_less(
     made: list[tuple[dict[str, Any], int]] = []
     for again in (False, True):
         config = ModelConfig(
-            twins.config().vision, twins.config().language, trainable=trainable, lora=lora,
-            gradient_checkpointing=again, head_chunk=4, seed=1,
-        )  # fmt: skip
+            twins.config().vision,
+            twins.config().language,
+            trainable=trainable,
+            lora=lora,
+            gradient_checkpointing=again,
+            head_chunk=4,
+            seed=1,
+        )
         model = build_model(config)
         set_modes(model)
         loss, kept = kept_bytes(model, batch_of())

@@ -24,9 +24,16 @@ Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def case(
-    seed: int, rows: int, tokens: int, features: int, hidden: int, *, used: float = 0.5,
-    repeated: float = 0.0, dtype: torch.dtype = torch.float64,
-) -> Case:  # fmt: skip
+    seed: int,
+    rows: int,
+    tokens: int,
+    features: int,
+    hidden: int,
+    *,
+    used: float = 0.5,
+    repeated: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
     """Random ids (a share of them one id), feature rows used at most once, embedding, features."""
     generator = torch.Generator().manual_seed(seed)
     positions = rows * tokens
@@ -40,9 +47,11 @@ def case(
     rows_FD = torch.randn(features, hidden, generator=generator, dtype=torch.float64).to(dtype)
     shape = rows, tokens
     return (
-        ids.view(shape).to(DEVICE), index.view(shape).to(DEVICE),
-        embedding.to(DEVICE).requires_grad_(), rows_FD.to(DEVICE).requires_grad_(),
-    )  # fmt: skip
+        ids.view(shape).to(DEVICE),
+        index.view(shape).to(DEVICE),
+        embedding.to(DEVICE).requires_grad_(),
+        rows_FD.to(DEVICE).requires_grad_(),
+    )
 
 
 def by_loop(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

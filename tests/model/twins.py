@@ -19,9 +19,13 @@ from lapilli.model.vlm import VisionLanguageModel
 IMAGE_ID, END_ID, VOCABULARY, SIDE = 60, 63, 64, 24  # transformers marks image slots in the ids
 TOKENS = 9  # of an image
 TOWER: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "image_size": SIDE, "patch_size": 8,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 8,
+}
 DINOV2: dict[str, Any] = {**TOWER, "mlp_ratio": 2}
 DINOV2.pop("intermediate_size")
 TOWERS = {"clip": TOWER, "siglip": TOWER, "dinov2": DINOV2}
@@ -43,23 +47,32 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def config(
-    tower: str = "clip", language: str = "llama", *, layer: int = -2, strategy: Any = "default",
+    tower: str = "clip",
+    language: str = "llama",
+    *,
+    layer: int = -2,
+    strategy: Any = "default",
     **values: Any,
-) -> ModelConfig:  # fmt: skip
+) -> ModelConfig:
     """A model of a few thousand parameters in which everything learns."""
     fields: dict[str, Any] = {
-        "trainable": ("vision", "projector", "language"), "head_chunk": 4, "seed": 1, **values,
-    }  # fmt: skip
+        "trainable": ("vision", "projector", "language"),
+        "head_chunk": 4,
+        "seed": 1,
+        **values,
+    }
     return ModelConfig(
         vision=VisionConfig(
-            tower, settings=TOWERS[tower], vision_feature_layer=layer,
+            tower,
+            settings=TOWERS[tower],
+            vision_feature_layer=layer,
             vision_feature_select_strategy=strategy,
         ),
         language=LanguageConfig(
             language, settings={**DECODER, **MORE.get(language, {})}, attention="eager"
         ),
         **fields,
-    )  # fmt: skip
+    )
 
 
 def llava_form(place: Path) -> LlavaForm:

@@ -63,8 +63,9 @@ class Build:
         ]  # fmt: skip
         path = [str(self.planted)] if self.planted else []
         environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join([*path, os.environ["PYTHONPATH"]]),
-        }  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*path, os.environ["PYTHONPATH"]]),
+        }
         # Files, for Ray's agents hold a pipe open for half a minute after the driver's end.
         log = Path(tempfile.mkdtemp(dir=self.root.parent))
         with (log / "out").open("w") as out, (log / "err").open("w") as err:

@@ -25,5 +25,7 @@ def test_each_way_to_merge_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert merge.main(flags) == 0
         told = capsys.readouterr().out
         assert re.findall(r"^ *(\w+): forward", told, re.MULTILINE) == [
-            "torch", "masked_scatter", "index_copy",
-        ]  # fmt: skip
+            "torch",
+            "masked_scatter",
+            "index_copy",
+        ]

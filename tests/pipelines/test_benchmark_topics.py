@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lapilli.data.batches.sampler import EpochPlan
-from pipelines.benchmarks import build, harness, images, opening, planning, reading
+from pipelines.benchmarks import build, harness, images, opening, planning, reading, scaling
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.harness import Bar, Spread, by_turns, draw_bars
 from pipelines.benchmarks.material.large import write_large
@@ -25,7 +25,7 @@ from pipelines.benchmarks.sides.orders import ORDERS, Samples, Shape
 from pipelines.cli.command import UsageError
 from tests.factories import image_bytes
 
-TOPICS = (build, images, opening, planning, reading)
+TOPICS = (build, images, opening, planning, reading, scaling)
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +80,9 @@ def test_llavas_path_is_transformers_processor_after_the_padding() -> None:
     processor: Any = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
     expected = processor(canvas, return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(np.asarray(llava_pixels(data)), expected)
-    mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean,
-                                                                processor.image_std))  # fmt: skip
+    mean, std = (
+        np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
+    )
     square = np.asarray(llava_square(data)).transpose(2, 0, 1) / 255
     np.testing.assert_allclose((square - mean) / std, expected, atol=1e-5)
 
@@ -156,8 +157,9 @@ def test_prismatics_batches_are_dealt_as_its_code_deals_them() -> None:
     for batch in batches:
         assert len(set(has_image[batch].tolist())) == 1
         # micro-step, rank, micro-batch: a rank's share is its micro-batches one after the other
-        found = [words[share.reshape(-1)].tolist() for share in
-                 batch.reshape(2, 2, 2).swapaxes(0, 1)]  # fmt: skip
+        found = [
+            words[share.reshape(-1)].tolist() for share in batch.reshape(2, 2, 2).swapaxes(0, 1)
+        ]
         assert found == dealt_by_hand(sorted(words[batch].tolist(), reverse=True), ranks=2)
 
 
@@ -196,13 +198,56 @@ def test_waste_is_what_a_hand_counts() -> None:
     assert found["bucket_padded"] == pytest.approx(1 - 23 / 64)
 
 
+def test_the_calculation_is_that_of_a_hand() -> None:
+    config = scaling.ScalingConfig(
+        per_core=100,
+        tokens_per_core=1000,
+        cores=1,
+        source_kb=61.44,
+        disk_mb=400,
+        network_gbit=8,
+        disk_read_mb=61.44,
+        store_requests=50,
+        head_tasks=1,
+        head_rows=10,
+        start_seconds=5,
+        gap_seconds=0,
+    )
+    images = 9 * scaling.SHARD_IMAGES
+    on_disk = scaling.limits(config, nodes=2, images=images, records=10 * images, place="disk")
+    # 20 ms an image with its records' tokens; tasks of 2, 1, 1, ... shards: 5 and 4 on two cores
+    assert on_disk.processors == pytest.approx(images / (5 * scaling.SHARD_IMAGES * 0.02))
+    assert on_disk.disks == pytest.approx(2 / (338_688 / 400e6 + 1e-3))
+    assert on_disk.head == pytest.approx(images / 8)
+    assert on_disk.serial_seconds == images + 5
+    assert on_disk.least == ("processors", on_disk.processors)
+    in_store = scaling.limits(config, nodes=2, images=images, records=10 * images, place="store")
+    assert in_store.network == pytest.approx(2 * 1e9 / (61_440 + 338_688))
+    assert in_store.least == ("store", 50)
+
+
+def test_scaling_tells_each_case_from_the_newest_row(results: Path) -> None:
+    newest = {"side": "lapilli, Ray Data", "images_per_second": 500, "workers": 4}
+    harness.add_row("build", newest | {"images_per_second": 1, "workers": 1}, results)
+    harness.add_row("build", newest, results)
+    assert scaling.measured_per_core(results / "build.csv") == 125
+    assert main(["scaling", "--per_core=125", "--plot", str(results / "a.png")]) == 0
+    rows = rows_of(results, "scaling")
+    assert len(rows) == 8
+    assert (results / "a.png").stat().st_size > 10_000
+    with pytest.raises(UsageError, match="cores: 0"):
+        main(["scaling", "--cores=0"])
+
+
 def test_sides_take_turns_and_the_first_round_may_not_count() -> None:
     called: list[str] = []
     clocks = {name: lambda name=name: called.append(name) or float(len(called)) for name in "abc"}
     found = by_turns(clocks, 2)
     assert [called[start : start + 3] for start in (0, 3, 6)] == [
-        ["c", "a", "b"], ["a", "b", "c"], ["b", "c", "a"],
-    ]  # fmt: skip
+        ["c", "a", "b"],
+        ["a", "b", "c"],
+        ["b", "c", "a"],
+    ]
     assert found["a"] == Spread(6.5, 4, 9)
     assert Spread(2, 1, 4).rate(8) == Spread(4, 2, 8)
 

@@ -41,10 +41,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, name: str, *flags: str) -> list[str]:
     return [
-        f"--config={folder / 'run.yaml'}", f"--dataset={folder / 'dataset'}",
-        f"--output={folder / name}", f"--model.language.pretrained={folder / 'base'}",
-        "--model.language.settings={}", *flags,
-    ]  # fmt: skip
+        f"--config={folder / 'run.yaml'}",
+        f"--dataset={folder / 'dataset'}",
+        f"--output={folder / name}",
+        f"--model.language.pretrained={folder / 'base'}",
+        "--model.language.settings={}",
+        *flags,
+    ]
 
 
 def train(folder: Path, name: str, *flags: str) -> int:
@@ -101,11 +104,13 @@ def test_a_base_that_changed_below_a_run_is_refused_by_every_command(
     second = arguments(tmp_path, "second", *LORA, f"--init_from={run}")
     for main, flags in (
         (pipelines.evaluate.main, asks),
-        *((pipelines.export.main, [str(run), f"--to={form}", f"--output={tmp_path / form}"])
-          for form in ("hf", "llava", "peft")),
+        *(
+            (pipelines.export.main, [str(run), f"--to={form}", f"--output={tmp_path / form}"])
+            for form in ("hf", "llava", "peft")
+        ),
         (pipelines.train.main, more),
         (pipelines.train.main, second),
-    ):  # fmt: skip
+    ):
         line = one_line(main, flags, capsys)
         assert refused in line, line
         assert str(run) in line

@@ -49,11 +49,18 @@ def jpeg_of_scans(side: int, count: int) -> bytes:
         return b"\xff\xda" + struct.pack(">HB", 8, 1) + bytes([1, 0, *spectral, 0]) + data
 
     return (
-        b"\xff\xd8\xff\xdb" + struct.pack(">HB", 67, 0) + bytes([1] * 64)
-        + b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, side, side, 1) + bytes([1, 0x11, 0])
-        + table(0, 0) + table(0x10, 0xE0) + scan([0, 0], b"\0" * -(-blocks // 8))
-        + scan([1, 63], body.replace(b"\xff", b"\xff\0")) * count + b"\xff\xd9"
-    )  # fmt: skip
+        b"\xff\xd8\xff\xdb"
+        + struct.pack(">HB", 67, 0)
+        + bytes([1] * 64)
+        + b"\xff\xc2"
+        + struct.pack(">HBHHB", 11, 8, side, side, 1)
+        + bytes([1, 0x11, 0])
+        + table(0, 0)
+        + table(0x10, 0xE0)
+        + scan([0, 0], b"\0" * -(-blocks // 8))
+        + scan([1, 63], body.replace(b"\xff", b"\xff\0")) * count
+        + b"\xff\xd9"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -126,22 +126,29 @@ def test_paths_of_a_recipe_are_relative_to_it(
     (folder / "tokens").mkdir(parents=True)
     (folder / "mine.yaml").write_text("{system: null}")
     values = {
-        "root": "../data", "output": "s3://bucket/out", "tokenizer": "tokens",
-        "template": "mine.yaml", "dataset": str(tmp_path / "there"),
+        "root": "../data",
+        "output": "s3://bucket/out",
+        "tokenizer": "tokens",
+        "template": "mine.yaml",
+        "dataset": str(tmp_path / "there"),
         "validation": {"dataset": "val"},
         "model": {"vision": {"pretrained": "openai/clip"}, "language": {"pretrained": "./own"}},
-    }  # fmt: skip
+    }
     (folder / "r.yaml").write_text(json.dumps(values))
     monkeypatch.chdir(tmp_path)
     found = read_recipe("recipes/r.yaml", load, ["root", "model"])
     assert found == {
-        "root": "recipes/../data", "output": "s3://bucket/out", "tokenizer": "recipes/tokens",
-        "template": "recipes/mine.yaml", "dataset": str(tmp_path / "there"),
+        "root": "recipes/../data",
+        "output": "s3://bucket/out",
+        "tokenizer": "recipes/tokens",
+        "template": "recipes/mine.yaml",
+        "dataset": str(tmp_path / "there"),
         "validation": {"dataset": "recipes/val"},
         "model": {
-            "vision": {"pretrained": "openai/clip"}, "language": {"pretrained": "recipes/own"},
+            "vision": {"pretrained": "openai/clip"},
+            "language": {"pretrained": "recipes/own"},
         },
-    }  # fmt: skip
+    }
 
 
 def test_recipes_are_layered_and_flags_come_last(tmp_path: Path) -> None:
@@ -160,9 +167,14 @@ def test_a_recipe_that_is_not_there_is_a_users_mistake(flags: list[str]) -> None
 
 @pytest.mark.parametrize(
     ("verb", "flag"),
-    [("train", "--estimate"), ("train", "--replay=r"), ("show", "--verify"), ("show", "--repair"),
-     ("show", "--report")],
-)  # fmt: skip
+    [
+        ("train", "--estimate"),
+        ("train", "--replay=r"),
+        ("show", "--verify"),
+        ("show", "--repair"),
+        ("show", "--report"),
+    ],
+)
 def test_a_flag_that_became_a_verb_names_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, flag: str
 ) -> None:

@@ -143,9 +143,14 @@ def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None
 )  # fmt: skip
 @pytest.mark.parametrize("address", ["s3://bucket/a", "file:///a"])
 def test_an_address_is_refused_where_a_path_is_expected(
-    main: Callable[[list[str]], int], arguments: list[str], name: str, address: str,
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    name: str,
+    address: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         run(lambda: main([word.replace("ADDRESS", address) for word in arguments]))

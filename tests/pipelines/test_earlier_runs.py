@@ -83,9 +83,12 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, and its settings as the earlier version wrote them."""
     run = tmp_path_factory.mktemp("trained") / "run"
     settings = {
-        **SETTINGS, "dataset": str(dataset), "output": str(run), "eval_dataset": "",
+        **SETTINGS,
+        "dataset": str(dataset),
+        "output": str(run),
+        "eval_dataset": "",
         "offload": "none",
-    }  # fmt: skip
+    }
     launch(preflight(settings_of(settings, "here")))
     before = read_run_config(run)
     make_earlier(run, settings)

@@ -24,9 +24,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
     mixture = make_mixture(folder / "raw", images=8, text_only=2)
     build_dataset(
-        mixture, folder / "data", make_tokenizer(folder / "tokenizer"),
+        mixture,
+        folder / "data",
+        make_tokenizer(folder / "tokenizer"),
         mixture=MixtureConfig(held_out=2),
-    )  # fmt: skip
+    )
     (folder / "run.yaml").write_text(RECIPE, encoding="utf-8")
     arguments = [f"--config={folder / 'run.yaml'}", f"--dataset={folder / 'data'}"]
     flags = ["--launcher=process", f"--output={folder / 'run'}", "--max_steps=1"]
@@ -91,9 +93,13 @@ def test_a_split_that_is_not_there_is_one_line(
 def test_answers_of_another_split_are_not_reused(trained: Path, tmp_path: Path) -> None:
     def ask(split: Any) -> int:
         config = EvaluateConfig(
-            str(trained / "run"), str(trained / "data"), VIEW, split, "cpu",
+            str(trained / "run"),
+            str(trained / "data"),
+            VIEW,
+            split,
+            "cpu",
             output=str(tmp_path / "a.jsonl"),
-        )  # fmt: skip
+        )
         return len(evaluate_once(config))
 
     assert [ask("auto"), ask("held_out"), ask("train"), ask("auto")] == [2, 2, 8, 2]

@@ -96,9 +96,12 @@ def test_a_pair_that_cannot_be_exported_is_refused_before_training(
     (runs.folder / "recipe.yaml").write_text(RECIPE)
     output = runs.folder / "refused"
     arguments = [
-        f"--config={runs.folder / 'recipe.yaml'}", f"--root={mixture.root}", f"--output={output}",
-        f"--tokenizer={tokenizer_folder(runs, True)}", "--template=phi_hf",
-    ]  # fmt: skip
+        f"--config={runs.folder / 'recipe.yaml'}",
+        f"--root={mixture.root}",
+        f"--output={output}",
+        f"--tokenizer={tokenizer_folder(runs, True)}",
+        "--template=phi_hf",
+    ]
     words = "template phi_hf: it writes '<|im_start|>' as text, which is a special token"
     line = one_line(pipelines.preprocess.main, arguments, capsys)
     assert line.startswith(f"error: {words}")

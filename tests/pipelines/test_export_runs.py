@@ -50,9 +50,13 @@ model:
   LORA
 """
 DECODER = {
-    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "vocab_size": 512,
-}  # fmt: skip
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,14 @@ class Runs:
         return out
 
     def train(
-        self, name: str, *, tower: str = "clip", lora: str = "", language: str = "",
+        self,
+        name: str,
+        *,
+        tower: str = "clip",
+        lora: str = "",
+        language: str = "",
         flags: tuple[str, ...] = (),
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         recipe, output = self.folder / f"{name}.yaml", self.folder / name
         filled = RECIPE.replace("TOWER", tower).replace("WIDTH", TOWERS[tower])
         filled = filled.replace("LORA", lora)

@@ -75,9 +75,12 @@ def test_stock_transformers_sees_what_training_saw(
     processor: Any = AutoProcessor.from_pretrained(exported)
     twin: Any = LlavaForConditionalGeneration.from_pretrained(exported).eval()
     inputs = processor.apply_chat_template(
-        messages(photo), add_generation_prompt=True, tokenize=True, return_dict=True,
+        messages(photo),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
         return_tensors="pt",
-    )  # fmt: skip
+    )
     question = Question.of(QUESTION, photo.read_bytes())
     prompt = ours.prompt(question.turns)
     expanded = np.repeat(prompt, np.where(prompt < 0, ours.model.vision.num_tokens, 1))

@@ -49,9 +49,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     mixture = make_mixture(folder / "raw", images=8, text_only=2)
     build_dataset(
-        mixture, folder / "data", make_tokenizer(folder / "tokenizer"),
+        mixture,
+        folder / "data",
+        make_tokenizer(folder / "tokenizer"),
         mixture=MixtureConfig(held_out=2),
-    )  # fmt: skip
+    )
     (folder / "run.yaml").write_text(RECIPE, encoding="utf-8")
     arguments = [f"--config={folder / 'run.yaml'}", f"--dataset={folder / 'data'}"]
     flags = ["--launcher=process", f"--output={folder / 'run'}", "--max_steps=2"]

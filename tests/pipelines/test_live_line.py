@@ -16,11 +16,18 @@ from pipelines.train import live_fields, log_line
 
 ROWS = [
     StepMetrics(
-        step=step, loss=1.23456, samples=128, trained_tokens=9000, seconds=2.0, wait_seconds=0.1,
-        tokens=80_000, mfu=0.41, memory_bytes=71.5e9,
+        step=step,
+        loss=1.23456,
+        samples=128,
+        trained_tokens=9000,
+        seconds=2.0,
+        wait_seconds=0.1,
+        tokens=80_000,
+        mfu=0.41,
+        memory_bytes=71.5e9,
     )
     for step in range(12_340, 12_345)
-]  # fmt: skip
+]
 
 
 def drawn(width: int, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -242,8 +242,12 @@ def test_from_outside_a_mistake_is_exit_code_2(command: Command, name: str) -> N
     change, parts = MISTAKES[name]
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.preprocess", *command.flags(**change(command))],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert all(part in done.stderr for part in parts)

@@ -143,11 +143,13 @@ def test_fine_vision(tmp_path: Path, both: Both, group: int) -> None:
     """HuggingFaceM4/FineVision: `images` of bytes, `texts` of pairs, ratings beside them."""
     rows = [
         {"images": [{"bytes": RED, "path": None}], "texts": [TEXTS, TEXTS]},
-        {"images": [{"bytes": BLUE, "path": "1.jpg"}, {"bytes": RED, "path": None}],
-         "texts": [TEXTS]},
+        {
+            "images": [{"bytes": BLUE, "path": "1.jpg"}, {"bytes": RED, "path": None}],
+            "texts": [TEXTS],
+        },
         {"images": [], "texts": [TEXTS]},
         {"images": [{"bytes": b"no image", "path": None}], "texts": [TEXTS]},
-    ]  # fmt: skip
+    ]
     ratings = {"source": "a", "relevance_ratings": [5], "relevance_min": 5, "formatting_min": 4}
     write_parquet(
         tmp_path / "0.parquet", [{**row, **ratings} for row in rows], row_group_size=group
@@ -208,8 +210,11 @@ def test_a_tar_whose_names_have_dots(tmp_path: Path, both: Both) -> None:
     assert found.reasons == ({}, {})
     assert found.counts["kept"] == 8
     assert found.counts["members"]["s"] == {
-        "total": 16, "used": {"png": 8, "txt": 8}, "unused": {}, "unknown": {},
-    }  # fmt: skip
+        "total": 16,
+        "used": {"png": 8, "txt": 8},
+        "unused": {},
+        "unknown": {},
+    }
     for said_by in found.said:
         assert "16 members: 16 used (png 8, txt 8)" in said_by
 

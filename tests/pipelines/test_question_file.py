@@ -31,9 +31,12 @@ def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     model = small_run(Path(), Path()).model
     model.language.settings.update(max_position_embeddings=512)
     return Assistant(
-        build_model(model).eval(), tokenizer, bind_template(get_template("v1"), tokenizer),
-        ImageSpec(32, (122, 116, 104)), "made/step-1",
-    )  # fmt: skip
+        build_model(model).eval(),
+        tokenizer,
+        bind_template(get_template("v1"), tokenizer),
+        ImageSpec(32, (122, 116, 104)),
+        "made/step-1",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +84,11 @@ def test_the_images_of_a_line_are_shown_in_their_order(
         {"question_id": 3, "images": "1.png", "text": "Is it red?"},
         {"question_id": 4, "images": [], "text": "Why?"},
     )
-    shown = [[one == image_bytes("png", 40, 30, seed=n) for n in range(3)].index(True)
-        for question in opened for one in question.images]  # fmt: skip
+    shown = [
+        [one == image_bytes("png", 40, 30, seed=n) for n in range(3)].index(True)
+        for question in opened
+        for one in question.images
+    ]
     assert shown == [0, 1, 2, 0, 1]
     assert [len(question.images) for question in opened] == [2, 2, 1, 0]
     prompt = assistant.prompt(opened[1].turns)
@@ -154,14 +160,18 @@ def test_separators_inside_a_line_are_text(tmp_path: Path) -> None:
         ("null", "expected an object with question_id"),
         ('{"question_id": 1, "text": "a"', "expected an object with question_id"),
         ('{"question_id": ' + "1" * 5000 + ', "text": "a"}', "expected an object with question_id"),
-        ({"question_id": 1, "text": "a <image>", "images": ["0.png", "1.png"]},
-            "1 image marker for 2 images"),
-        ({"question_id": 1, "text": "a <image><image>", "image": "0.png"},
-            "2 image markers for 1 image;"),
+        (
+            {"question_id": 1, "text": "a <image>", "images": ["0.png", "1.png"]},
+            "1 image marker for 2 images",
+        ),
+        (
+            {"question_id": 1, "text": "a <image><image>", "image": "0.png"},
+            "2 image markers for 1 image;",
+        ),
         ({"question_id": 1, "text": "a <image>"}, "1 image marker for 0 images"),
     ],
     ids=range(30),
-)  # fmt: skip
+)
 def test_a_line_that_is_no_question_is_named_by_its_number(
     line: object, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

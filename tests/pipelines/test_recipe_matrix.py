@@ -67,8 +67,11 @@ def refusal(recipe: str, way: str, stage: int | None) -> str:
 
 
 PROJECTOR_ALONE = {
-    "llava15/pretrain", "gaudi_llava/pretrain", "visper_lm/pretrain", "vlm_training/pretrain",
-}  # fmt: skip
+    "llava15/pretrain",
+    "gaudi_llava/pretrain",
+    "visper_lm/pretrain",
+    "vlm_training/pretrain",
+}
 
 
 def flags(way: str, stage: int | None) -> list[str]:
@@ -100,9 +103,12 @@ def is_new(*facts: object) -> bool:
 
 @pytest.mark.parametrize("recipe", training_recipes())
 def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
-    recipe: str, material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    material: Material,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """A model once for the estimate, and for preflight at each stage with a micro-batch of 0.
 
     That follows from a model of fake tensors, whose numbers are those of the real one.

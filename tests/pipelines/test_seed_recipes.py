@@ -34,9 +34,13 @@ def put_json(root: Path, name: str, value: Any) -> None:
 def mix665k(textvqa: str) -> Callable[[Path], None]:
     """Nine records; the folder of TextVQA's images may be spelt otherwise than in them."""
     keys = [
-        "coco/train2017/1.jpg", "gqa/images/1.jpg", "ocr_vqa/images/1.jpg",
-        "textvqa/train_images/1.jpg", "vg/VG_100K/1.jpg", "vg/VG_100K_2/1.jpg",
-    ]  # fmt: skip
+        "coco/train2017/1.jpg",
+        "gqa/images/1.jpg",
+        "ocr_vqa/images/1.jpg",
+        "textvqa/train_images/1.jpg",
+        "vg/VG_100K/1.jpg",
+        "vg/VG_100K_2/1.jpg",
+    ]
 
     def write(root: Path) -> None:
         put(root, *(key.replace("textvqa", textvqa) for key in keys))
@@ -139,9 +143,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(name: str, root: Path, tokenizer: Path, *flags: str) -> BuildPlan:
     """The recipe's plan; the systems' own tokenizers are not at hand."""
     argv = [
-        f"--config={RECIPES / name}.yaml", f"--root={root}", f"--output={root / 'out'}",
-        f"--tokenizer={tokenizer}", "--template=v1", *flags,
-    ]  # fmt: skip
+        f"--config={RECIPES / name}.yaml",
+        f"--root={root}",
+        f"--output={root / 'out'}",
+        f"--tokenizer={tokenizer}",
+        "--template=v1",
+        *flags,
+    ]
     return plan_build(parse(BuildConfig, argv, ""))
 
 

@@ -61,9 +61,13 @@ class Trained:
     def train(self) -> list[str]:
         """The command that made it."""
         return [
-            f"--config={self.folder / 'run.yaml'}", f"--dataset={self.dataset}",
-            "--launcher=process", f"--output={self.run}", "--max_steps=2", "--checkpoint.every=1",
-        ]  # fmt: skip
+            f"--config={self.folder / 'run.yaml'}",
+            f"--dataset={self.dataset}",
+            "--launcher=process",
+            f"--output={self.run}",
+            "--max_steps=2",
+            "--checkpoint.every=1",
+        ]
 
     def questions(self, output: Path) -> list[str]:
         """A command that asks two questions."""
@@ -71,9 +75,13 @@ class Trained:
         (self.folder / "1.png").write_bytes(image_bytes("png"))
         (self.folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         return [
-            str(self.run), f"--questions={self.folder / 'q.jsonl'}", f"--images={self.folder}",
-            f"--output={output}", "--device=cpu", "--decoding.max_new_tokens=3",
-        ]  # fmt: skip
+            str(self.run),
+            f"--questions={self.folder / 'q.jsonl'}",
+            f"--images={self.folder}",
+            f"--output={output}",
+            "--device=cpu",
+            "--decoding.max_new_tokens=3",
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +342,12 @@ EXPORTS = (["--to=hf"], ["--to=llava"], ["--to=llava", "--files=bin"])
 
 @pytest.mark.parametrize("form", EXPORTS, ids=" ".join)
 def test_an_export_without_room_says_how_much_it_needs_before_it_begins(
-    trained: Trained, tiny_disk: Path, capsys: Capture, form: list[str],
+    trained: Trained,
+    tiny_disk: Path,
+    capsys: Capture,
+    form: list[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     free = shutil.disk_usage(tiny_disk).free
     (tiny_disk / "fill").write_bytes(b"\0" * (free - 200_000))
     output = tiny_disk / "e"

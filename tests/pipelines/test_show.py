@@ -48,9 +48,13 @@ def unfinished(built: tuple[Path, BuildReport], tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(asdict(small_run(built[0], folder))))
     facts = {
-        "total_steps": 14, "samples": 50, "too_long": 2, "device": "cpu", "image_tokens": 4,
+        "total_steps": 14,
+        "samples": 50,
+        "too_long": 2,
+        "device": "cpu",
+        "image_tokens": 4,
         "parameters": {"vision": [1000, 0], "language": [2000, 2000], "projector": [30, 30]},
-    }  # fmt: skip
+    }
     (folder / "facts.json").write_text(json.dumps(facts))
     row = {"samples": 8, "trained_tokens": 40, "seconds": 0.5, "wait_seconds": 0.1}
     rows = [{"step": step, "loss": 6.0 - step, **row} for step in range(3)]
@@ -103,14 +107,18 @@ def test_an_unfinished_run_says_how_far_it_came(unfinished: Path) -> None:
     assert facts["loss"] == ("6.0000 at step 1", "4.0000 at step 3")
     assert facts["speed"] == ("16.0 samples/s", "2 s of steps", "20.0% waiting for data")
     assert facts["parameters"] == (
-        "vision 1,000 frozen", "projector 30 trained", "language 2,000 trained",
-    )  # fmt: skip
+        "vision 1,000 frozen",
+        "projector 30 trained",
+        "language 2,000 trained",
+    )
     assert facts["global batch"] == ("8 samples", "2 workers x 2 x 2")
     assert facts["checkpoints"] == ("none",)
     (unfinished / "mistake.txt").write_text("loss nan;\nlower lr")
     assert describe_run(unfinished).facts["state"] == (
-        "stopped", "3 of 14 steps", "loss nan; lower lr",
-    )  # fmt: skip
+        "stopped",
+        "3 of 14 steps",
+        "loss nan; lower lr",
+    )
     (unfinished / "metrics.jsonl").unlink()
     (unfinished / "mistake.txt").unlink()
     assert describe_run(unfinished).facts["state"] == ("not a step done",)
@@ -240,15 +248,27 @@ def test_a_damaged_folder_is_one_line(unfinished: Path, capsys: pytest.CaptureFi
 def test_it_can_be_piped_into_head(built: tuple[Path, BuildReport]) -> None:
     ended = subprocess.run(
         f"{sys.executable} -m pipelines.show {built[0]} --samples 40 | head -n 1",
-        shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
     assert "Traceback" not in ended.stderr
 
 
 def test_numbers_are_told_in_words() -> None:
     assert [bytes_text(n) for n in (0, 999, 1000, 17_154, 189_300_000_000, 2e15)] == [
-        "0 B", "999 B", "1.0 kB", "17.2 kB", "189.3 GB", "2000.0 TB",
-    ]  # fmt: skip
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "17.2 kB",
+        "189.3 GB",
+        "2000.0 TB",
+    ]
     assert [duration_text(s) for s in (12, 210, 7600, 400_000)] == [
-        "12 s", "3.5 min", "2.1 h", "5 days",
-    ]  # fmt: skip
+        "12 s",
+        "3.5 min",
+        "2.1 h",
+        "5 days",
+    ]

@@ -41,8 +41,11 @@ def write_root(root: Path, records: list[Any]) -> Path:
         (root / name).write_bytes(data)
     (root / "d.json").write_text(json.dumps(records))
     views = {"s": {"size": 24, "fill": list(CLIP_MEAN), "max_pixels": 1400 * 24}}
-    recipe = {"sources": [{"name": "x", "annotations": "d.json"}], "views": views,
-              "max_quarantined": 1.0}  # fmt: skip
+    recipe = {
+        "sources": [{"name": "x", "annotations": "d.json"}],
+        "views": views,
+        "max_quarantined": 1.0,
+    }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root
 

@@ -134,9 +134,11 @@ def test_a_tokenizer_that_is_not_the_language_models_own_is_named(
     other = make_tokenizer(tmp_path / "other", vocab_size=290)
     build_dataset(mixture, tmp_path / "dataset", other)
     arguments = [
-        f"--config={recipe}", f"--dataset={tmp_path / 'dataset'}", f"--output={tmp_path / 'run'}",
+        f"--config={recipe}",
+        f"--dataset={tmp_path / 'dataset'}",
+        f"--output={tmp_path / 'run'}",
         f"--model.language.pretrained={weights}",
-    ]  # fmt: skip
+    ]
     line = one_line(pipelines.train.main, arguments, capsys)
     assert "tokenizer: " in line
     assert f"preprocess with --tokenizer {weights}" in line

@@ -98,9 +98,10 @@ def with_remote_code(made: Path, folder: Path) -> Path:
 
 
 def refused(
-    main: Callable[[Sequence[str]], int], arguments: Sequence[object],
+    main: Callable[[Sequence[str]], int],
+    arguments: Sequence[object],
     capsys: pytest.CaptureFixture[str],
-) -> str:  # fmt: skip
+) -> str:
     """The one line of a command that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -154,9 +155,13 @@ def test_the_commands_flag_allows_it(
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_towers_and_projectors_of_its_own_are_not_imported(
-    made: Path, tmp_path: Path, left: Path, verb: str, capsys: pytest.CaptureFixture[str],
+    made: Path,
+    tmp_path: Path,
+    left: Path,
+    verb: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "planted_parts.py").write_text(LEAVES + "def made(*sizes): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -282,9 +287,12 @@ LOOK_UPS: list[tuple[Callable[[str], object], type[Exception]]] = [
 @pytest.mark.parametrize(("look_up", "error"), LOOK_UPS)
 @pytest.mark.parametrize("entry", ["", "here"])
 def test_the_working_folder_is_no_import_path(
-    look_up: Callable[[str], object], error: type[Exception], entry: str, left: Path,
+    look_up: Callable[[str], object],
+    error: type[Exception],
+    entry: str,
+    left: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     here = Path.cwd()
     name = f"planted_here_{error.__name__}_{entry}"
     (here / f"{name}.py").write_text(LEAVES + "def made(): ...\n")

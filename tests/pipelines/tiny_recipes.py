@@ -39,9 +39,13 @@ LANGUAGES = {
 }
 VIEWS = ("clip336_pad", "clip336_crop", "clip224_crop", "siglip384")
 TOWER: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": SIDE, "patch_size": 14,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 14,
+}
 DECODER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 512, "pad_token_id": 0,

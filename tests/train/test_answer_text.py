@@ -81,9 +81,11 @@ def test_an_answer_is_what_the_record_says_and_its_prompt_is_the_rows(
     template = bind_template(TEMPLATES[name], tokenizer)
     question = Question.of("Is it red?", image_bytes("png", 8, 8))
     turns = (
-        *question.turns, Turn("assistant", (TextPart(answer),)),
-        Turn("user", (TextPart("And this?"),)), Turn("assistant", (TextPart("No."),)),
-    )  # fmt: skip
+        *question.turns,
+        Turn("assistant", (TextPart(answer),)),
+        Turn("user", (TextPart("And this?"),)),
+        Turn("assistant", (TextPart("No."),)),
+    )
     made = Record("", "", "", turns, ("a",))
     row = encode_batch([made], tokenizer, replace(template, trains="answers"), warn=False)[0]
     start = row.label_spans[0]
@@ -133,10 +135,12 @@ TEXT_ENDS = ["v0", "phi_hf", "chatml"]
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(["bytes", "joined"]), st.sampled_from(TEXT_ENDS),
-    st.text(alphabet="C#\n <|im_end>é火", max_size=20), st.lists(st.integers(0, 60), max_size=30),
+    st.sampled_from(["bytes", "joined"]),
+    st.sampled_from(TEXT_ENDS),
+    st.text(alphabet="C#\n <|im_end>é火", max_size=20),
+    st.lists(st.integers(0, 60), max_size=30),
     st.booleans(),
-)  # fmt: skip
+)
 def test_an_end_is_found_however_it_is_cut_and_none_of_it_is_shown(
     family: str, name: str, words: str, cuts: list[int], ends: bool
 ) -> None:

@@ -107,9 +107,12 @@ def test_gpt2s_transposed_layers_are_merged(tmp_path: Path) -> None:
     }  # fmt: skip
     first = made_run(configured(tmp_path / "a", *BOTH, lora=FIRST, language=language))
     after = configured(
-        tmp_path / "b", *BOTH, lora=replace(FIRST, alpha=9), language=language,
+        tmp_path / "b",
+        *BOTH,
+        lora=replace(FIRST, alpha=9),
+        language=language,
         init_from=tmp_path / "a",
-    )  # fmt: skip
+    )
     assert_goes_on(after, first)
 
 
@@ -117,9 +120,14 @@ def test_merged_weights_in_bf16_are_rounded_once(base: Path, tmp_path: Path) -> 
     language, half = on_base(base), {"dtype": "bf16"}
     first = made_run(configured(tmp_path / "a", *BOTH, lora=FIRST, language=language))
     after = configured(
-        tmp_path / "b", *BOTH, lora=FIRST, language=language, model=half, precision="bf16",
+        tmp_path / "b",
+        *BOTH,
+        lora=FIRST,
+        language=language,
+        model=half,
+        precision="bf16",
         init_from=tmp_path / "a",
-    )  # fmt: skip
+    )
     found = dict(build_run(after).model.language.named_parameters())
     source = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
     layer = "model.layers.1.mlp.up_proj"
@@ -220,16 +228,18 @@ def test_a_run_of_the_chain_that_is_gone_or_another_is_named(base: Path, tmp_pat
     second = configured(
         tmp_path / "b", *BOTH, lora=FIRST, language=language, init_from=tmp_path / "a"
     )
-    third = configured(tmp_path / "c", *BOTH, lora=FIRST, language=language,
-                       init_from=tmp_path / "b")  # fmt: skip
+    third = configured(
+        tmp_path / "c", *BOTH, lora=FIRST, language=language, init_from=tmp_path / "b"
+    )
     for config in (first, second, third):
         made_run(config)
     shutil.move(tmp_path / "a", tmp_path / "away")
     for config in (second, third):
         with pytest.raises(
-            TrainError, match=rf"init_from: {tmp_path}/b started from weights of {tmp_path}/a .*"
+            TrainError,
+            match=rf"init_from: {tmp_path}/b started from weights of {tmp_path}/a .*"
             "which has no whole checkpoint any more; put them back",
-        ):  # fmt: skip
+        ):
             load_trained(Path(config.output))
         with pytest.raises(TrainError, match=rf"started from weights of {tmp_path}/a"):
             build_run(config)

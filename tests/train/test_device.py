@@ -83,8 +83,11 @@ def test_ray_is_asked_for_hpus_and_their_software(tmp_path: Path) -> None:
     dataset = small_dataset(tmp_path, images=8, text_only=0)
     done = subprocess.run(
         [sys.executable, "-c", ON_RAY, str(dataset), str(tmp_path / "run")],
-        capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
     assert "num_workers: 4; Ray has 2 HPUs; lower it or add nodes" in said[0]
     assert all("habana_frameworks" in line and "where the workers are" in line for line in said[1:])

@@ -21,9 +21,14 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(
 ) -> None:
     dataset = small_dataset(tmp_path, images=8, text_only=4)
     config = small_run(  # long enough for the driver to see step 3 before the last is saved
-        dataset, tiny_disk / "run", launcher="process", num_workers=1, max_steps=80, epochs=80,
+        dataset,
+        tiny_disk / "run",
+        launcher="process",
+        num_workers=1,
+        max_steps=80,
+        epochs=80,
         checkpoint=CheckpointConfig(every=2, keep_last=1),
-    )  # fmt: skip
+    )
     whole = launch(preflight(replace(config, output=str(tmp_path / "whole"))))
     fill = tiny_disk / "fill"
 

@@ -71,11 +71,15 @@ def test_llavas_micro_batches_are_dealt_to_the_ranks_in_turn(
     signed = np.where(dataset.has_images, dataset.llava_lengths, -dataset.llava_lengths)
     blocks = [
         llava_steps(
-            signed, micro_batch_size=2, processes=workers, accumulation=config.accumulation,
-            seed=config.seed, epoch=epoch,
+            signed,
+            micro_batch_size=2,
+            processes=workers,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            epoch=epoch,
         )
         for epoch in range(2)
-    ]  # fmt: skip
+    ]
     dealt = np.concatenate(blocks).reshape(-1, workers, 2)
     for rank in range(workers):
         feed = Feed(dataset, config, rank=rank, world_size=workers)

@@ -127,9 +127,11 @@ def test_a_base_that_changed_is_refused_wherever_the_run_is_opened(
     made_run(config)
     saved = sorted(str(p) for p in (tmp_path / "a").rglob("*"))
     change(base, lambda name, v: v + 0.05 * torch.randn(v.shape) if "q_proj" in name else v)
-    was = frozen.fingerprint(json.loads(
-        (tmp_path / "a/checkpoints/step-00000001/state.json").read_text()
-    )["frozen"]["weights"])  # fmt: skip
+    was = frozen.fingerprint(
+        json.loads((tmp_path / "a/checkpoints/step-00000001/state.json").read_text())["frozen"][
+            "weights"
+        ]
+    )
     words = (
         rf"was trained beside other frozen weights: language\.pretrained {base} has changed since "
         rf"\(language\.model\.layers\.0\.self_attn\.q_proj\.weight and 1 more differ; fingerprint "
@@ -152,8 +154,9 @@ def test_a_stage_whose_own_base_changed_is_refused_though_its_start_is_as_it_was
     base: Path, tmp_path: Path
 ) -> None:
     made_run(run_on(base, tmp_path / "a"))
-    second = run_on(base, tmp_path / "b", parts=("projector", "language"), lora=LORA,
-                    init_from=tmp_path / "a")  # fmt: skip
+    second = run_on(
+        base, tmp_path / "b", parts=("projector", "language"), lora=LORA, init_from=tmp_path / "a"
+    )
     made_run(second)
     change(base, lambda name, v: -v if name == "lm_head.weight" else v)
     words = r"b was trained beside other frozen weights: .*\(language\.lm_head\.weight differs; "
@@ -179,10 +182,12 @@ def test_the_tower_and_random_weights_are_named(base: Path, tmp_path: Path) -> N
     config = run_on(base, tmp_path / "a", parts=("projector",))
     made_run(config)
     other = replace(config, model=replace(config.model, seed=9))
-    (tmp_path / "a" / "config.json").write_text(json.dumps(
-        json.loads((tmp_path / "a" / "config.json").read_text())
-        | {"model": json.loads(json.dumps(other.model, default=vars))}
-    ))  # fmt: skip
+    (tmp_path / "a" / "config.json").write_text(
+        json.dumps(
+            json.loads((tmp_path / "a" / "config.json").read_text())
+            | {"model": json.loads(json.dumps(other.model, default=vars))}
+        )
+    )
     with pytest.raises(
         TrainError,
         match=r"the vision of random weights \(model\.seed 3\) has changed since \(vision",

@@ -72,9 +72,12 @@ def answered(run: Path, step: int, dataset: Path) -> list[tuple[str, str]]:
         prompt = sample.input_ids[:start].astype(np.int64)
         pixels = sample.pixels[: int((prompt < 0).sum())]
         ids = generate_greedy(
-            model, [prompt], [pixels],
-            end_id=int(sample.input_ids[end - 1]), max_new_tokens=LONGEST,
-        )[0]  # fmt: skip
+            model,
+            [prompt],
+            [pixels],
+            end_id=int(sample.input_ids[end - 1]),
+            max_new_tokens=LONGEST,
+        )[0]
         found.append((sample.sample_id, tokenizer.decode(ids, skip_special_tokens=True).strip()))
     return found
 

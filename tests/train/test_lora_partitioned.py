@@ -30,9 +30,12 @@ def test_two_workers_have_the_losses_of_one_process(tmp_path: Path) -> None:
         lora=LoraConfig(target=r"language\..*", rank=4, alpha=8, dropout=0.0),
     )
     plan: dict[str, Any] = {
-        "epochs": 1, "max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2,
+        "epochs": 1,
+        "max_steps": 2,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
         "checkpoint": CheckpointConfig(every=1),
-    }  # fmt: skip
+    }
     alone = small_run(
         dataset, tmp_path / "alone", zero_stage=2, num_workers=1, launcher="process", **plan
     )

@@ -154,9 +154,10 @@ def test_two_workers_attribute_the_same_losses(finished: tuple[Path, Path]) -> N
 
 def test_means_are_over_tokens_and_not_over_samples() -> None:
     samples = [
-        SampleLoss(0, 0, "a/0", True, 10.0, 5), SampleLoss(0, 1, "a/1", False, 1.0, 1),
+        SampleLoss(0, 0, "a/0", True, 10.0, 5),
+        SampleLoss(0, 1, "a/1", False, 1.0, 1),
         SampleLoss(0, 2, "b/0", False, 4.0, 2),
-    ]  # fmt: skip
+    ]
     assert group_means(samples, "source") == {"a": (11 / 6, 6), "b": (2.0, 2)}
     assert group_means(samples, "modality") == {"image": (2.0, 5), "text": (5 / 3, 3)}
 

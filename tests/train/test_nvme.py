@@ -103,9 +103,15 @@ def test_a_run_leaves_nothing_on_the_disk(found: dict[str, Any], tmp_path: Path)
     dataset = small_dataset(tmp_path, images=8, text_only=0)
     disk = tmp_path / "disk"
     config = small_run(
-        dataset, tmp_path / "run", num_workers=1, launcher="process", micro_batch_size=4,
-        max_steps=2, zero_stage=3, offload=OffloadConfig("nvme", str(disk)),
-    )  # fmt: skip
+        dataset,
+        tmp_path / "run",
+        num_workers=1,
+        launcher="process",
+        micro_batch_size=4,
+        max_steps=2,
+        zero_stage=3,
+        offload=OffloadConfig("nvme", str(disk)),
+    )
     left = deepspeed_engine.swap_folder(config) / "zero_stage_3" / "optimizer" / "rank7"
     left.mkdir(parents=True)
     (left / "5_6.tensor.swp").write_bytes(bytes(100))
@@ -117,8 +123,6 @@ def test_a_run_leaves_nothing_on_the_disk(found: dict[str, Any], tmp_path: Path)
 def test_the_estimate_is_what_lies_on_the_disk(found: dict[str, Any], tmp_path: Path) -> None:
     parameters = [p.numel() for p in build_model(run_at(tmp_path).model).parameters()]
     count = sum(parameters)
-    expected = state_bytes(
-        count, count, stage=3, workers=2, precision="fp32", offload="nvme"
-    )  # fmt: skip
+    expected = state_bytes(count, count, stage=3, workers=2, precision="fp32", offload="nvme")
     # what is small stays in memory, and gradients below 1 MiB do
     assert found["bytes"] == pytest.approx(expected.disk, rel=0.15)

@@ -180,9 +180,13 @@ def test_a_relative_folder_is_the_drivers(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     dataset = small_dataset(tmp_path, images=8, text_only=0)
     config = small_run(
-        dataset, tmp_path / "run", num_workers=1, launcher="process", zero_stage=3,
+        dataset,
+        tmp_path / "run",
+        num_workers=1,
+        launcher="process",
+        zero_stage=3,
         offload=OffloadConfig("nvme", "disk"),
-    )  # fmt: skip
+    )
     assert preflight(config).config.offload.nvme_path == str(tmp_path / "disk")
 
 

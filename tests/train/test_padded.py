@@ -18,9 +18,13 @@ from tests.model.test_flops import numbers_of, seen_by_torch
 from tests.train.small_run import small_dataset, small_run
 
 ORDERS = [
-    ("grouped", "pad"), ("random", "pad"), ("llava", "pad"), ("grouped", "short"),
-    ("random", "drop"), ("llava", "llava"),
-]  # fmt: skip
+    ("grouped", "pad"),
+    ("random", "pad"),
+    ("llava", "pad"),
+    ("grouped", "short"),
+    ("random", "drop"),
+    ("llava", "llava"),
+]
 SIZES = ("images", "targets", "padded_rows", "padded_length", "padded_images", "padded_targets")
 
 

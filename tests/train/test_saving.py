@@ -123,8 +123,9 @@ def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> Non
     assert found.step == 1
     lines = tidy(tmp_path, 1)
     assert [line.partition(":")[0] for line in lines] == [
-        "checkpoints/step-00000002", "checkpoints/step-00000003",
-    ]  # fmt: skip
+        "checkpoints/step-00000002",
+        "checkpoints/step-00000003",
+    ]
     assert all("damaged, or without optimizer moments" in line for line in lines)
 
 

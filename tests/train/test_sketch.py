@@ -81,8 +81,9 @@ def assert_same(config: ModelConfig) -> None:
     assert modes[0] == modes[1]
     assert fake.model.vocab_size == real.vocab_size
     assert (fake.model.vision.image_size, fake.model.vision.num_tokens) == (
-        real.vision.image_size, real.vision.num_tokens,
-    )  # fmt: skip
+        real.vision.image_size,
+        real.vision.num_tokens,
+    )
     assert model_numbers(fake.model) == model_numbers(real)
     batch = shapes_of_a_batch(real.vision.num_tokens, real.vision.image_size)
     assert fake.activations(batch).kept > 0
@@ -153,9 +154,7 @@ def test_what_4_bits_take_is_what_bitsandbytes_holds(folders: Path) -> None:
     assert packed_numbers(model) * PACKED_BYTES == pytest.approx(held, rel=0.02)
     total, trained = parameter_counts(model)["language"]
     packed = packed_numbers(model.language)
-    found = state_bytes(
-        total, trained, stage=2, workers=1, precision="fp32", packed=packed
-    ).weights  # fmt: skip
+    found = state_bytes(total, trained, stage=2, workers=1, precision="fp32", packed=packed).weights
     whole = sum(p.nbytes for p in model.language.parameters() if p.is_floating_point())
     assert found == pytest.approx(held + whole, rel=0.01)
 
@@ -179,10 +178,12 @@ def really_kept(config: ModelConfig, batch: Batch) -> int:
 @pytest.mark.parametrize(
     ("language", "lora"),
     [
-        ("llama", LORA), ("gemma2", None), ("gpt2", None),
+        ("llama", LORA),
+        ("gemma2", None),
+        ("gpt2", None),
         pytest.param("wide", LORA, marks=needs_bitsandbytes),
     ],
-)  # fmt: skip
+)
 def test_what_it_keeps_for_backward_is_what_autograd_keeps(
     language: str, lora: LoraConfig | None, folders: Path
 ) -> None:
@@ -213,9 +214,11 @@ def test_frequencies_that_follow_the_length(rope: str) -> None:
     """Some look at the positions' values, which fake tensors do not have."""
     half = 6 if rope == "longrope" else 0
     parameters: dict[str, Any] = {
-        "rope_type": rope, "rope_theta": 1e4, "factor": 4.0,
+        "rope_type": rope,
+        "rope_theta": 1e4,
+        "factor": 4.0,
         "original_max_position_embeddings": 16,
-    } | ({"short_factor": [1.0] * half, "long_factor": [2.0] * half} if half else {})  # fmt: skip
+    } | ({"short_factor": [1.0] * half, "long_factor": [2.0] * half} if half else {})
     settings = {**twins.DECODER, "max_position_embeddings": 64, "rope_parameters": parameters}
     language = LanguageConfig("phi3" if half else "llama", settings=settings)
     assert_same(ModelConfig(VisionConfig(settings=twins.TOWER), language, head_chunk=4))
@@ -254,9 +257,13 @@ def own_projector(inputs: int, outputs: int) -> nn.Module:
 def test_of_parts_of_ones_own(reads: bool, dtype: Literal["fp32", "bf16"], folders: Path) -> None:
     vision = VisionConfig(f"{__name__}:OwnTower", str(folders / "clip") if reads else "")
     config = ModelConfig(
-        vision, LanguageConfig(settings=twins.DECODER), projector=f"{__name__}:own_projector",
-        trainable=EVERYTHING, dtype=dtype, head_chunk=4,
-    )  # fmt: skip
+        vision,
+        LanguageConfig(settings=twins.DECODER),
+        projector=f"{__name__}:own_projector",
+        trainable=EVERYTHING,
+        dtype=dtype,
+        head_chunk=4,
+    )
     assert_same(config)
     assert_same(replace(config, lora=replace(LORA, target="q_proj|v_proj")))
 

@@ -174,9 +174,12 @@ def test_adapters_start_from_a_run_without_them_and_are_all_that_is_saved(
     _, second = stages
     lora = LoraConfig(target="q_proj", rank=2)
     third = replace(
-        second, output=str(tmp_path / "three"), init_from=second.output,
-        model=replace(second.model, lora=lora), optim=OptimConfig(lr_by_part={"adapters": 1e-4}),
-    )  # fmt: skip
+        second,
+        output=str(tmp_path / "three"),
+        init_from=second.output,
+        model=replace(second.model, lora=lora),
+        optim=OptimConfig(lr_by_part={"adapters": 1e-4}),
+    )
     base = "language.model.layers.0.self_attn.q_proj.base_layer.weight"
     began, _ = build_start(third)
     expected = weights_of(second.output)[base.replace(".base_layer", "")]

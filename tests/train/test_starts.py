@@ -95,9 +95,13 @@ def test_the_parts_of_the_time_are_those_of_steps_and_starts() -> None:
     ]
     starts = [Start(0, 2, "command", 7.0, 0, 0.0), Start(1, 1, "restart", 9.0, 2, 4.0)]
     assert time_parts(steps, starts) == {
-        "computing": 4.0, "waiting for data": 1.0, "held-out loss": 0.5,
-        "held-out answers": 0.25, "starting workers": 16.0, "steps repeated": 4.0,
-    }  # fmt: skip
+        "computing": 4.0,
+        "waiting for data": 1.0,
+        "held-out loss": 0.5,
+        "held-out answers": 0.25,
+        "starting workers": 16.0,
+        "steps repeated": 4.0,
+    }
 
 
 @pytest.mark.faults

@@ -41,9 +41,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("trainer")
     optim = OptimConfig(lr=2e-3, warmup_ratio=0.0, weight_decay=0.1, grad_clip=1.0)
     return small_run(
-        small_dataset(folder), folder / "run", num_workers=1, launcher="process", epochs=9,
-        max_steps=STEPS, micro_batch_size=4, checkpoint=CheckpointConfig(every=STEPS), optim=optim,
-    )  # fmt: skip
+        small_dataset(folder),
+        folder / "run",
+        num_workers=1,
+        launcher="process",
+        epochs=9,
+        max_steps=STEPS,
+        micro_batch_size=4,
+        checkpoint=CheckpointConfig(every=STEPS),
+        optim=optim,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +104,22 @@ def trainers_losses(config: RunConfig, dataset: Dataset, folder: Path) -> list[f
     ]
     optim = config.optim
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=1, use_cpu=True,
-        gradient_accumulation_steps=config.accumulation, max_steps=STEPS, report_to=[],
-        train_sampling_strategy="sequential", remove_unused_columns=False, save_strategy="no",
-        learning_rate=optim.lr, lr_scheduler_type="cosine", weight_decay=optim.weight_decay,
-        max_grad_norm=optim.grad_clip, optim="adamw_torch", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=STEPS,
+        report_to=[],
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_strategy="no",
+        learning_rate=optim.lr,
+        lr_scheduler_type="cosine",
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.grad_clip,
+        optim="adamw_torch",
+        disable_tqdm=True,
+    )
     trainer = Recorder(
         model,
         arguments,

@@ -51,14 +51,23 @@ def port(bucket: Path) -> Iterator[int]:
 
 
 def uploaded(
-    dataset: Path, output: Path, *, epochs: int = 2, every: int = 2, keep_last: int = 2,
+    dataset: Path,
+    output: Path,
+    *,
+    epochs: int = 2,
+    every: int = 2,
+    keep_last: int = 2,
     archive_every: int = 0,
-) -> RunConfig:  # fmt: skip
+) -> RunConfig:
     """Six steps in this process, saved at 2, 4 and 6."""
     return small_run(
-        dataset, output, num_workers=1, launcher="process", epochs=epochs,
+        dataset,
+        output,
+        num_workers=1,
+        launcher="process",
+        epochs=epochs,
         checkpoint=CheckpointConfig(every, keep_last, archive_every, STORE),
-    )  # fmt: skip
+    )
 
 
 def uploading_to(config: RunConfig, address: str) -> RunConfig:

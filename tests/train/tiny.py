@@ -24,14 +24,22 @@ def model_config(
         vision=VisionConfig(
             vision_feature_layer=-2,
             settings={
-                "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": 8,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": IMAGE_SIZE,
+                "patch_size": 8,
             },
         ),
         language=LanguageConfig(
             settings={
-                "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+                "hidden_size": 24,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "vocab_size": VOCABULARY,
                 "tie_word_embeddings": tied,
             }
         ),
@@ -39,7 +47,7 @@ def model_config(
         lora=lora,
         head_chunk=8,
         seed=3,
-    )  # fmt: skip
+    )
 
 
 def run_config(

@@ -74,9 +74,13 @@ def texts(model: Any, tokenizer: Any, asked: list[Any], tokens: int) -> list[str
         mask[row, longest - len(ids) :] = True
     given = {"attention_mask": mask} if len(asked) > 1 else {}
     made = model.generate(
-        padded, images=torch.cat([pixels for _, pixels in asked]), do_sample=False,
-        max_new_tokens=tokens, use_cache=True, **given,
-    )  # fmt: skip
+        padded,
+        images=torch.cat([pixels for _, pixels in asked]),
+        do_sample=False,
+        max_new_tokens=tokens,
+        use_cache=True,
+        **given,
+    )
     return [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 

@@ -25,9 +25,11 @@ def main() -> None:
         given: dict[str, Any] = {"torch_dtype": torch.float32}
         if job["quantized"]:
             given["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.float32,
-            )  # fmt: skip
+            )
         model = AutoPeftModelForCausalLM.from_pretrained(job["path"], **given).eval()
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -51,9 +53,12 @@ def greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     made = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens,
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=tokens,
         min_new_tokens=tokens,
-    )  # fmt: skip
+    )
     return made[:, longest:].tolist()
 
 

@@ -59,9 +59,12 @@ def read(folder: str, questions: list[list[Any]], new: int) -> dict[str, Any]:
     if not transformers.__version__.startswith("4.49"):
         inputs = processor.apply_chat_template(
             [messages(q, with_path=True) for q in with_images],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
             padding=True,
-        )  # fmt: skip
+        )
         said["chat"] = texts_of(inputs)
     return said
 

@@ -30,7 +30,7 @@ __all__ = [
     "put_in_place",
     "steps_in",
     "tidy",
-]  # fmt: skip
+]
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

@@ -63,10 +63,13 @@ class Sketch:
         scores, the head's chunked loss with the gradients it keeps.
         """
         inputs = {
-            "input_ids": batch.input_ids, "position_ids": batch.position_ids,
-            "merge_index": batch.merge_index, "pixels": batch.pixels,
-            "predict_positions": batch.predict_positions, "targets": batch.targets,
-        }  # fmt: skip
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "merge_index": batch.merge_index,
+            "pixels": batch.pixels,
+            "predict_positions": batch.predict_positions,
+            "targets": batch.targets,
+        }
         counter = _Counter(self.model, batch.input_ids.shape[1])
         with self.mode, counter.counting():
             fake = {
@@ -167,9 +170,13 @@ def sketch_model(config: ModelConfig) -> Sketch:
     if attention not in ("eager", "sdpa"):
         attention = AUTO
     on_cpu = replace(
-        config, language=replace(config.language, attention=attention),
-        gradient_checkpointing=False, merge="torch", kernels="torch", compile="none",
-    )  # fmt: skip
+        config,
+        language=replace(config.language, attention=attention),
+        gradient_checkpointing=False,
+        merge="torch",
+        kernels="torch",
+        compile="none",
+    )
     with mode, _no_values():
         model = build_model(on_cpu, weights=False)
     set_modes(model)

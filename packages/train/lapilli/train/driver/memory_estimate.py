@@ -82,9 +82,13 @@ def state_bytes(
     """
     if packed:
         whole = state_bytes(
-            parameters - packed, trained, stage=stage, workers=workers, precision=precision,
+            parameters - packed,
+            trained,
+            stage=stage,
+            workers=workers,
+            precision=precision,
             offload=offload,
-        )  # fmt: skip
+        )
         return replace(whole, weights=whole.weights + int(packed * PACKED_BYTES))
     size = 4 if precision == "fp32" else 2
     has_master = precision != "fp32" or stage > 0  # plain fp32 is updated in place
@@ -210,14 +214,17 @@ def _states(
     return {
         stage: {
             name: state_bytes(
-                *counts, stage=stage, workers=config.num_workers,
-                precision=config.precision, offload=offload or config.offload.to,
+                *counts,
+                stage=stage,
+                workers=config.num_workers,
+                precision=config.precision,
+                offload=offload or config.offload.to,
                 packed=packed[name],
             )
             for name, counts in parameters.items()
         }
         for stage in stages
-    }  # fmt: skip
+    }
 
 
 def follow(

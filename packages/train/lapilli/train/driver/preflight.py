@@ -156,9 +156,10 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     check_context(model, dataset, held_out, on_note)
     longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
     config = follow(
-        config, None if config.micro_batch_size else device_memory(device),
+        config,
+        None if config.micro_batch_size else device_memory(device),
         lambda: estimate_run(config, sketch_run(config), length=longest, trained=most),
-    )  # fmt: skip
+    )
     feed = Feed(dataset, config, rank=0, world_size=config.num_workers)
     saved = config.checkpoint
     kept = saved.keep_last + bool(saved.upload)  # one is being copied
@@ -320,9 +321,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         DataError: An address where a path is expected.
     """
     local_paths = {
-        "dataset": config.dataset, "output": config.output, "init_from": config.init_from,
+        "dataset": config.dataset,
+        "output": config.output,
+        "init_from": config.init_from,
         "offload.nvme_path": config.offload.nvme_path,
-    }  # fmt: skip
+    }
     for name, path in local_paths.items():
         refuse_address(name, path)
 

@@ -72,10 +72,14 @@ def rerun(
             f"{kept.step} or before, to run step {kept.step + 1} from"
         )
     config = replace(
-        config, output=str(kept.run), num_workers=1, launcher="process",
+        config,
+        output=str(kept.run),
+        num_workers=1,
+        launcher="process",
         recovery=replace(config.recovery, min_workers=0),
-        zero_stage=0 if config.precision == "fp32" else 1, offload=OffloadConfig(),
-    )  # fmt: skip
+        zero_stage=0 if config.precision == "fp32" else 1,
+        offload=OffloadConfig(),
+    )
     device = choose_device(config.device, visible_devices())
     join_alone(device)
     ready = setup(config, device, rank=0, world_size=1)

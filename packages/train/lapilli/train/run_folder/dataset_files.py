@@ -42,7 +42,7 @@ __all__ = [
     "read_data",
     "run_data_files",
     "training_data",
-]  # fmt: skip
+]
 
 COMPARED = ("tokenizer", "special_ids", "template", "view")
 T = TypeVar("T")

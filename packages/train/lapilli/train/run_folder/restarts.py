@@ -48,9 +48,13 @@ def record_start(run: Path, step: int, workers: int) -> Start:
     since = max(told, seen) or now
     undone = [row.seconds for row in read_metrics(run) if row.step >= step]
     start = Start(
-        step=step, workers=workers, reason="restart" if seen > told else "command",
-        seconds=max(0.0, now - since), repeated=len(undone), repeated_seconds=sum(undone),
-    )  # fmt: skip
+        step=step,
+        workers=workers,
+        reason="restart" if seen > told else "command",
+        seconds=max(0.0, now - since),
+        repeated=len(undone),
+        repeated_seconds=sum(undone),
+    )
     write_lines(run / STARTS, map(asdict, (*before, start)))
     return start
 

@@ -54,11 +54,15 @@ def write_worst(run: Path, samples: Sequence[SampleLoss]) -> None:
     """Replace the file."""
     rows = (
         {
-            "sample_id": s.sample_id, "loss": s.mean, "step": s.step,
-            "trained_tokens": s.tokens, "index": s.index, "has_images": s.has_images,
+            "sample_id": s.sample_id,
+            "loss": s.mean,
+            "step": s.step,
+            "trained_tokens": s.tokens,
+            "index": s.index,
+            "has_images": s.has_images,
         }
         for s in samples
-    )  # fmt: skip
+    )
     write_lines(run / WORST, rows)
 
 
@@ -66,11 +70,15 @@ def read_worst(run: Path) -> list[SampleLoss]:
     """What `worst.jsonl` holds, highest first; nothing where there is none."""
     return [
         SampleLoss(
-            step=r["step"], index=r["index"], sample_id=r["sample_id"], has_images=r["has_images"],
-            total=r["loss"] * r["trained_tokens"], tokens=r["trained_tokens"],
+            step=r["step"],
+            index=r["index"],
+            sample_id=r["sample_id"],
+            has_images=r["has_images"],
+            total=r["loss"] * r["trained_tokens"],
+            tokens=r["trained_tokens"],
         )
         for r in read_lines(run / WORST, _WorstRow)
-    ]  # fmt: skip
+    ]
 
 
 class _WorstRow(TypedDict):

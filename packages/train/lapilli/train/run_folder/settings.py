@@ -36,7 +36,7 @@ __all__ = [
     "settings_of",
     "write_run_config",
     "write_run_info",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, kw_only=True)
