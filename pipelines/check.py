@@ -1,8 +1,10 @@
 """Check every record and image of a mixture before anything is converted.
 
+lapilli check photos.json
 lapilli check --root playground/data
 
-Without --config it finds out which of LLaVA's published annotation files lie in the root.
+The first looks at a file or folder of one's own and writes a recipe for it. Without --config the
+second finds out which of LLaVA's published annotation files lie in the root.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -38,7 +41,8 @@ from lapilli.data.sources.tally import Tally, describe_tally
 from lapilli.data.sources.validation import Rules, plain_rules
 from lapilli.data.text.encode import bind_template, load_tokenizer
 from lapilli.data.text.templates import get_template
-from pipelines.cli.command import parse, progress_bar, run, say, say_title
+from pipelines.cli.command import UsageError, first_as, parse, progress_bar, run, say, say_title
+from pipelines.cli.own_data import guess_source, recipe_text
 from pipelines.cli.views import filled_views
 from pipelines.reports.dataset_report import IMAGE_NOTES
 
@@ -58,6 +62,8 @@ class CheckConfig(BuildConfig):
     """A recipe for `preprocess`, of which only the sources, views and folders are looked at.
 
     Attributes:
+        data: An annotation file, or a folder with one, to write a recipe for and check.
+        recipe: Where that recipe is written; left out, NAME_data.yaml in the working folder.
         root: Folder that holds annotations and images.
         output: Parquet file to write the records with a problem to; none if left out.
         sources: The annotation files; without any, LLaVA's published files in the root.
@@ -67,6 +73,9 @@ class CheckConfig(BuildConfig):
         decode: Decode every image, on `workers` cores, instead of only finding it.
     """
 
+    data: str = ""
+    recipe: str = ""
+    root: str = ""
     output: str = ""
     sources: list[SourceConfig] = field(default_factory=list[SourceConfig])
     tokenizer: str = ""
@@ -103,6 +112,44 @@ def check(config: CheckConfig) -> Survey:
         say(f"  {count:,} images {note}: {IMAGE_NOTES[note]}")
     say(f"\n{time.monotonic() - started:.1f} s")
     return found
+
+
+def write_recipe(config: CheckConfig) -> CheckConfig:
+    """Write the recipe of `data`, and the settings to check it with.
+
+    Raises:
+        UsageError: Settings that the recipe decides were given, or its file exists with other text.
+        DataError: Nothing there can be read.
+    """
+    if config.root or config.sources:
+        raise UsageError(
+            "data: --root or sources were given too; give either a file to look at or a recipe"
+        )
+    place = Path(config.data)
+    if not place.exists():
+        raise UsageError(f"data: {place} does not exist; expected an annotation file or a folder")
+    guess = guess_source(place.resolve())
+    path = Path(config.recipe or f"{guess.source.name}_data.yaml")
+    text = recipe_text(guess, f"lapilli check {config.data}")
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UsageError(
+            f"recipe: {path} exists and differs; use it with --config {path}, remove it, or name "
+            "another with --recipe"
+        )
+    require_writable("recipe", path.absolute().parent)
+    path.write_text(text, encoding="utf-8")
+    say(
+        f"{path}: format {guess.source.format}; of the first {guess.looked_at} records "
+        f"{guess.good} can be read, {guess.found} of their {guess.images} images are there"
+    )
+    say(
+        f"next: lapilli preprocess --config {quote(str(path))} --root {quote(str(guess.root))} "
+        "--tokenizer NAME --output DIR"
+    )
+    written = parse(CheckConfig, [f"--config={path}", f"--root={guess.root}"], "")
+    return replace(
+        written, output=config.output, decode=config.decode, num_workers=config.num_workers
+    )
 
 
 def find_published(config: CheckConfig) -> CheckConfig:
@@ -288,7 +335,14 @@ def _images_per_second(places: list[Located], root: Path, spec: ImageSpec) -> fl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 if a record has a problem."""
-    config = parse(CheckConfig, argv, "Check a mixture's records and images, converting nothing.")
+    arguments = first_as("data", argv)
+    config = parse(
+        CheckConfig, arguments, "Check a mixture's records and images, converting nothing."
+    )
+    if config.data:
+        return 0 if check(write_recipe(config)).clean else 1
+    if not config.root:
+        raise UsageError("root: left out; expected --root FOLDER, or an annotation file to look at")
     return 0 if check(config).clean else 1
 
 

@@ -186,7 +186,9 @@ def test_what_is_no_parquet_is_one_line(tmp_path: Path) -> None:
     path.write_bytes(b"<!DOCTYPE html>")
     assert "this is a web page" in refused(tmp_path, **where)
     write_parquet(path, [{"id": "a", "text": "b"}])
-    assert "has the columns id, text; expected one of messages" in refused(tmp_path, **where)
+    line = refused(tmp_path, **where)
+    assert "has the columns id, text, none of which is known to hold the image" in line
+    assert "or put conversations into one of messages" in line
     write_parquet(path, [{"conversations": b"[]"}])
     assert "column conversations holds bytes" in refused(tmp_path, **where)
     write_parquet(path, [{"conversations": json.dumps(MIXED[0]["conversations"])}] * 5000)

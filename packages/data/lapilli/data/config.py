@@ -19,6 +19,8 @@ NAME = re.compile(r"\w[\w.+-]*")
 MOST_RECORD = 64 * 2**20
 MOST_UNPACKED = 16 * 2**30
 WITH_SUFFIXES = ("webdataset",)
+WITH_COLUMNS = ("csv", "parquet")
+COLUMN_MEANINGS = ("image", "answer", "question", "id")
 WITH_ROLES = ("llava", "messages", "parquet", "webdataset")
 
 
@@ -42,6 +44,8 @@ class SourceConfig:
             `system` by that name (`{bot: assistant}`).
         image_suffixes: Which members of a WebDataset sample are its images, in this order;
             `jpg` stands for `0.jpg`, `1.jpg`, ... too. Without it a single image, or numbered ones.
+        columns: In a table of captions, the column of `image`, `answer`, `question` or `id` where
+            it has none of the usual names (`{image: photo, answer: alt}`).
         max_record_bytes: A record of more bytes in its file is quarantined as `schema`; embedded
             images do not count.
         max_unpacked_bytes: A compressed annotation file that unpacks to more is an error.
@@ -60,6 +64,7 @@ class SourceConfig:
         default_factory=dict[str, Literal["user", "assistant", "system"]]
     )
     image_suffixes: list[str] = field(default_factory=list[str])
+    columns: dict[str, str] = field(default_factory=dict[str, str])
     max_record_bytes: int = MOST_RECORD
     max_unpacked_bytes: int = MOST_UNPACKED
 
@@ -85,14 +90,25 @@ class SourceConfig:
 
     def facts(self) -> dict[str, Any]:
         """The settings as a plan compares them: later ones only where they are set."""
-        later = {"max_record_bytes": MOST_RECORD, "max_unpacked_bytes": MOST_UNPACKED}
+        later: dict[str, Any] = {
+            "max_record_bytes": MOST_RECORD, "max_unpacked_bytes": MOST_UNPACKED, "columns": {},
+        }  # fmt: skip
         return {name: v for name, v in asdict(self).items() if later.get(name) != v}
 
     def _check_format(self) -> None:
         """Settings that its format does not read are a mistake; a reader of one's own reads any."""
         if ":" in self.format:
             return
-        for name, formats in (("image_suffixes", WITH_SUFFIXES), ("roles", WITH_ROLES)):
+        unknown = [name for name in self.columns if name not in COLUMN_MEANINGS]
+        if unknown:
+            raise DataError(
+                f"sources.columns: {unknown[0]!r} of source {self.name}; expected columns of "
+                f"{', '.join(COLUMN_MEANINGS)}"
+            )
+        settings = (
+            ("image_suffixes", WITH_SUFFIXES), ("roles", WITH_ROLES), ("columns", WITH_COLUMNS),
+        )  # fmt: skip
+        for name, formats in settings:
             if getattr(self, name) and self.format not in formats:
                 raise DataError(
                     f"sources.{name}: source {self.name} has the format {self.format}, which reads "

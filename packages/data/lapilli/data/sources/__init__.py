@@ -26,7 +26,7 @@ from lapilli.data.sources import (
     webdataset,
 )
 from lapilli.data.sources.fields import NOTHING, Inspection
-from lapilli.data.sources.reading import json_stream
+from lapilli.data.sources.reading import caption_tables, json_stream, text_files
 from lapilli.data.sources.turns import Turns
 
 __all__ = ["SOURCES", "Source", "Turns", "get_source"]
@@ -55,6 +55,8 @@ SOURCES: dict[str, Source] = {
     "texts": Source(json_stream.read, texts.normalise, texts.inspect),
     "ai_challenger": Source(ai_challenger.read, captions.normalise, captions.inspect),
     "basic_vlm": Source(basic_vlm.read, captions.normalise, captions.inspect),
+    "csv": Source(caption_tables.read, captions.normalise, captions.inspect),
+    "text_files": Source(text_files.read, captions.normalise, captions.inspect),
     "parquet": Source(parquet.read, rows.normalise, rows.inspect),
     "webdataset": Source(webdataset.read, webdataset.normalise, webdataset.inspect),
 }

@@ -1,5 +1,7 @@
 """Parquet files with a record's fields as columns: `id`, `image` or `images`, a conversation.
 
+Without a column of conversations the rows are captions (`reading/caption_tables.py`).
+
 The conversation is under `conversations`, `messages` or `texts`: lists of objects, or the same as
 JSON text. An image is a key, or bytes in the file itself (Hugging Face's `{bytes, path}`, or a
 binary column), or a list of these. Bytes are not read here: an embedded image is the key
@@ -29,6 +31,7 @@ from lapilli.data.mounts.tables import ImageColumn, image_columns, is_binary
 from lapilli.data.record import excerpt
 from lapilli.data.sources.fields import HARMLESS, IMAGE_FIELDS
 from lapilli.data.sources.reading.bounds import TOO_MANY, Bounds, Unreadable, holds_too_much
+from lapilli.data.sources.reading.caption_tables import caption_columns, caption_element
 from lapilli.data.sources.reading.files import annotation_places, file_error, what_it_is_instead
 from lapilli.data.sources.reading.parquet_rows import RowReader, bounded_batches
 from lapilli.data.sources.rows import LISTS
@@ -37,6 +40,7 @@ __all__ = ["read"]
 
 ROWS = 1024  # decoded at once; a row group may hold a million
 WITH_BYTES = 16  # the same where bytes are decoded to see which rows have any
+CONVERSATIONS = f", or put conversations into one of {', '.join(LISTS)}"
 NO_ROW = object()  # of a column that has ended
 Mark: TypeAlias = bool | None  # of an image: its bytes are there, or null; None for none at all
 
@@ -53,7 +57,14 @@ def read(config: SourceConfig, root: Path) -> Iterator[Any]:
         try:
             with _open(place) as file:
                 shard = _shard(place, config, root)
-                yield from _File(file, place, shard, Bounds.of(config)).rows()
+                opened = _File(file, place, shard, Bounds.of(config))
+                if opened.has_conversations:
+                    yield from opened.rows()
+                    continue
+                columns = caption_columns(opened.names, config, place, CONVERSATIONS)
+                for row in opened.rows():
+                    is_row = not isinstance(row, Unreadable)
+                    yield caption_element(row, columns, config) if is_row else row
         except (
             pa.ArrowException, OSError, UnicodeError, MemoryError, LookupError, RecursionError
         ) as error:  # fmt: skip
@@ -108,6 +119,16 @@ class _File:
             if leaf not in own and self._is_bytes(leaf) and leaf.partition(".")[0] not in HARMLESS
         ]
 
+    @property
+    def names(self) -> list[str]:
+        """The columns."""
+        return list(dict.fromkeys(leaf.partition(".")[0] for leaf in self._leaves))
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a column holds conversations; else the rows are captions."""
+        return not set(self.names).isdisjoint(LISTS)
+
     def _is_read(self, leaf: str) -> bool:
         """Whether a leaf is read as it is: bytes are not, and of what holds bytes the path."""
         name = leaf.partition(".")[0]
@@ -121,13 +142,7 @@ class _File:
         return is_plain and column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 
     def _check_columns(self) -> None:
-        """A conversation is there, and its images are not inside of its turns."""
-        names = {leaf.partition(".")[0] for leaf in self._leaves}
-        if names.isdisjoint(LISTS):
-            raise DataError(
-                f"annotations: {self._place} has the columns {excerpt(', '.join(sorted(names)))}; "
-                f"expected one of {', '.join(LISTS)}"
-            )
+        """A conversation's images are not inside of its turns."""
         for field in self._file.schema_arrow:
             if field.name in LISTS and (is_binary(field.type) or field.name in self._embedded):
                 raise DataError(

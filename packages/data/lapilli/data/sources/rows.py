@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeGuard, cast
 
 from lapilli.data.record import Role, Verdict
-from lapilli.data.sources import llava, messages, texts
+from lapilli.data.sources import captions, llava, messages, texts
 from lapilli.data.sources.fields import Inspection
 from lapilli.data.sources.turns import Turns
 
@@ -40,6 +40,8 @@ def normalise(element: Any) -> Turns | Verdict:
 
 def _form(element: Any) -> tuple[Inspect, Normalise]:
     fields = cast("dict[str, Any]", element) if isinstance(element, dict) else {}
+    if "answer" in fields and not any(name in fields for name in LISTS):
+        return captions.inspect, captions.normalise
     if texts.PAIRS in fields and not any(name in fields for name in messages.LISTS):
         return texts.inspect, texts.normalise
     conversations = fields.get("conversations")
