@@ -15,10 +15,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Read", "device_reads"]
+__all__ = ["Read", "device_reads", "without_values"]
 
 # Their result or its shape is known on the device alone (`item`, `bool`, `int` and `float` of a
 # tensor all come to the first).
@@ -108,3 +109,21 @@ def device_reads() -> Generator[list[Read]]:
             stack.enter_context(patch.object(Tensor, name, _noting(name, found)))
         stack.enter_context(_Watch(found))
         yield found
+
+
+@contextmanager
+def without_values(model: nn.Module) -> Generator[None]:
+    """Give a model weights that have shapes and no values; whoever asks for one gets an error.
+
+    They lie on the host: in a torch built without CUDA, indexing and the autograd engine stop at a
+    fake `cuda` tensor.
+    """
+    # what no parameter or buffer is, such as a tower's mean, stays as it is
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, value in [*module.named_parameters(recurse=False)]:
+                fake = nn.Parameter(torch.empty_like(value), requires_grad=value.requires_grad)
+                module.register_parameter(name, fake)
+            for name, value in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty_like(value))
+        yield

@@ -49,7 +49,7 @@ def settings(family: str, window: int | None = WINDOW, layers: int = 2) -> dict[
         values.update(word_embed_proj_dim=HIDDEN, ffn_dim=32)
     if family in ("phi", "gpt_neox", "stablelm"):
         values["num_attention_heads"] = values["num_key_value_heads"] = 3
-    return values
+    return {name: value for name, value in values.items() if name in known}
 
 
 def language(family: str, attention: str, **given: Any) -> Any:
