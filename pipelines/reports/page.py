@@ -175,6 +175,10 @@ class Page:
         """Add text in a fixed-width type, such as a command to repeat."""
         return self._add("code", text)
 
+    def links(self, paths: Sequence[str]) -> Self:
+        """Add files that lie beside the page, by their paths from its folder."""
+        return self._add("links", paths)
+
     def figures(self, figures: Sequence[Figure]) -> Self:
         """Add a row of headline numbers."""
         return self._add("figures", figures)

@@ -22,7 +22,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.generations import Generation, read_generations
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
-from lapilli.train.run_folder.names import WORKERS
+from lapilli.train.run_folder.names import PROFILE, WORKERS
 from lapilli.train.run_folder.restarts import Start, read_starts
 from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst
 from lapilli.train.run_folder.settings import (
@@ -95,6 +95,7 @@ def write_run_report(run: Path) -> Path:
     _add_answers(page, run, config, info)
     _add_worst(page, run, config, info)
     _add_notes(page, run)
+    _add_profile(page, run)
     page.section("Settings").key_values(flat_settings(plain_settings(config)))
     return page.write(run / REPORT)
 
@@ -300,6 +301,16 @@ def _add_notes(page: Page, run: Path) -> None:
         for host, rank in sorted(_hosts(run).items(), key=lambda item: -len(item[0])):
             text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", f"rank {rank}'s machine", text)
         page.section("What was noted").text(text)
+
+
+def _add_profile(page: Page, run: Path) -> None:
+    """Links to what was profiled: they work where the page lies in the run's folder."""
+    files = sorted(path.name for path in (run / PROFILE).glob("step-*-rank-*.*"))
+    if files:
+        page.section("Profiled steps").text(
+            "Open a .json in ui.perfetto.dev, a .pickle in pytorch.org/memory_viz."
+        )
+        page.links([f"{PROFILE}/{name}" for name in files])
 
 
 def _hosts(run: Path) -> dict[str, int]:

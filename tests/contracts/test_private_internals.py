@@ -254,6 +254,12 @@ def test_chat_templates_have_an_environment_and_names_for_reasoning() -> None:
     assert (found["role"], found["content"]) == ("assistant", "a")
 
 
+def test_torchs_allocator_has_a_history_and_a_snapshot() -> None:
+    memory: Any = torch.cuda.memory
+    assert "enabled" in inspect.signature(memory._record_memory_history).parameters
+    assert callable(memory._dump_snapshot)
+
+
 # bitsandbytes, whose names here are not private but stand in no manual
 
 
@@ -478,7 +484,7 @@ def test_ones_own_names_are_left_alone(line: str) -> None:
 def test_the_modules_of_internals_use_some() -> None:
     """One without private names is none; deepspeed's engine has names without an underscore."""
     modules = [path for path in SOURCES if path.name.endswith("_internals.py")]
-    assert len(modules) == 7
+    assert len(modules) == 8
     for path in modules:
         assert [*private_uses(ast.parse(path.read_text(encoding="utf-8")))], path
     assert deepspeed_internals.shape_of(torch.ones(2, 3)) == (2, 3)

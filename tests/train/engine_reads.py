@@ -82,12 +82,23 @@ def _model(case: Case) -> ModelConfig:
     )
 
 
-def sent_step(step: int, images: Sequence[int], tokens: int, device: torch.device) -> SentStep:
-    """A step of one worker of two: two micro-batches of samples with so many images."""
+def sent_step(
+    step: int,
+    images: Sequence[int],
+    tokens: int,
+    device: torch.device,
+    side: int = twins.SIDE,
+) -> SentStep:
+    """A step of one worker: two micro-batches of samples with so many images, `side` px wide."""
     shape = BatchShape(2, (48,), tokens, target_sizes=(8, 16))
-    batches = [
-        collate(twins.samples(step + micro, tuple(images)), shape, twins.SIDE) for micro in (0, 1)
+    samples = [
+        [
+            replace(one, input_ids=one.input_ids.clip(max=47), pixels=one.pixels[:, :side, :side])
+            for one in twins.samples(step + micro, tuple(images))
+        ]
+        for micro in (0, 1)
     ]
+    batches = [collate(some, shape, side) for some in samples]
     return SentStep(
         step=step, batches=batches, global_tokens=24, global_samples=8,
         sample_indices=np.arange(8), weights=[1.0, 1.0], placed=np.arange(8),

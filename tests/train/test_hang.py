@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +19,13 @@ from hypothesis import strategies as st
 from lapilli.train.config import RecoveryConfig
 from lapilli.train.health.network_check import Worker, probe_line, probe_warnings, save_warning
 from lapilli.train.health.straggler import slow_line, slow_ranks
-from lapilli.train.health.watchdog import HangWatch, hang_line, stack_path, where
+from lapilli.train.health.watchdog import (
+    HangWatch,
+    collectives_text,
+    hang_line,
+    stack_path,
+    where,
+)
 from lapilli.train.run_folder.messages import note, notes_end, notes_from
 from tests.train.disturbed import driver, train_workers, wait_for_step
 from tests.train.gang import train_together
@@ -88,6 +98,33 @@ def test_stacks_are_written_of_a_step_that_is_too_long_and_of_no_other(tmp_path:
             watch.beat(step)
             time.sleep(0.2)
     assert list((tmp_path / "other" / "stacks").iterdir()) == []
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from lapilli.train.health.watchdog import HangWatch
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.broadcast(torch.ones(5), 0)
+dist.all_reduce(torch.ones(7, 2))
+with HangWatch(Path(sys.argv[1]), 0, 0.5) as watch:
+    watch.beat(7)
+    time.sleep(60)
+"""
+
+
+def test_the_last_collectives_are_told_of_a_step_that_is_too_long(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 17
+    (said,), _ = notes_from(tmp_path, 0)
+    last = said.partition("last collectives: ")[2]
+    assert re.fullmatch(r"broadcast \[\[5\]\] \w+, all_?reduce \[\[7, 2\]\] \w+", last), said
+    kept = json.loads((tmp_path / "stacks" / "collectives-0.json").read_text())
+    assert [one["input_sizes"] for one in kept] == [[[5]], [[7, 2]]]
+    assert collectives_text([]) == "none recorded"
 
 
 def test_the_place_of_a_rank_is_its_own_code_in_the_last_dump() -> None:

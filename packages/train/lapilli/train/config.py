@@ -17,6 +17,7 @@ __all__ = [
     "LoggerName",
     "OffloadConfig",
     "OptimConfig",
+    "ProfileConfig",
     "RecoveryConfig",
     "RunConfig",
     "ValidationConfig",
@@ -179,6 +180,31 @@ class OffloadConfig:
             )
 
 
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What of a run is profiled.
+
+    Attributes:
+        steps: Steps, counted from 0, of which a trace for Chrome or Perfetto is written to
+            `profile/`.
+        ranks: Workers that write one.
+        memory: Write a snapshot of torch's allocator too; CUDA alone.
+    """
+
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for name in ("steps", "ranks"):
+            for value in getattr(self, name):
+                if value < 0:
+                    raise TrainError(f"profile.{name}: {value}; expected 0 or more")
+        if self.memory and not self.steps:
+            raise TrainError("profile.memory: true without profile.steps; name steps")
+
+
 def _check_numbers(
     group: str, config: object, positive: tuple[str, ...], natural: tuple[str, ...]
 ) -> None:
@@ -238,6 +264,7 @@ class RunConfig:
         checkpoint: What is saved, and how much of it is kept.
         validation: Loss and answers on held-out samples.
         recovery: What to do when something goes wrong.
+        profile: What of it is profiled.
         max_shapes: Shapes (sequence length, with or without images) that batches may have in all.
         loggers: What the metrics are also sent to, of `tensorboard`, `wandb` and `mlflow`.
     """
@@ -272,6 +299,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=RESUMABLE)
     validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=RESUMABLE)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig, metadata=RESUMABLE)
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=RESUMABLE)
     loggers: tuple[LoggerName, ...] = field(default=(), metadata=RESUMABLE)
 
     def __post_init__(self) -> None:
@@ -384,6 +412,10 @@ def _check_workers(config: RunConfig) -> None:
             "num_workers 1 or launcher ray"
         )
     fewest, most = config.recovery.min_workers, config.num_workers
+    if absent := [rank for rank in config.profile.ranks if rank >= most]:
+        raise TrainError(
+            f"profile.ranks: {absent[0]} with num_workers {most}; expected 0 to {most - 1}"
+        )
     if fewest > most:
         raise TrainError(
             f"recovery.min_workers: {fewest} with num_workers {most}, which is the most; lower "

@@ -7,18 +7,22 @@ kernel or in a collective is seen too.
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import re
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from lapilli.train.health.torch_internals import collective_records
 from lapilli.train.run_folder.messages import note
 
-__all__ = ["STACKS", "HangWatch", "hang_line", "stack_path", "where"]
+__all__ = ["STACKS", "HangWatch", "collectives_text", "hang_line", "stack_path", "where"]
 
 STACKS = "stacks"
 GRACE = 3.0  # seconds between the stacks and the end: no rank ends before all have written
@@ -32,7 +36,8 @@ class HangWatch:
     """Ends this process when a step takes longer than `seconds`. A context; `beat` at every step.
 
     Args:
-        run: The run's folder; gets `stacks/rank-N.txt`.
+        run: The run's folder; gets `stacks/rank-N.txt`, and `stacks/collectives-N.json` with what
+            torch's flight recorder has.
         rank: This worker.
         seconds: Longest step, the wait for its data included; 0 watches nothing.
         is_driver: Whether this process is also the one that a person has started.
@@ -89,15 +94,44 @@ class HangWatch:
             return
         path = stack_path(self._run, self._rank)
         place = where(path.read_text(encoding="utf-8"))
+        recorded: list[str] = []
+        # a recorder that is stuck as well must not keep this process alive
+        asking = threading.Thread(target=self._record, args=(recorded,), daemon=True)
+        asking.start()
+        asking.join(GRACE / 3)
+        last = recorded[0] if recorded else "torch's flight recorder does not answer"
         note(
             self._run,
             f"step {self._step + 1} has taken more than {self._seconds:g} s: rank {self._rank} is "
-            f"at {place} ({STACKS}/{path.name})",
+            f"at {place} ({STACKS}/{path.name}); last collectives: {last}",
         )
-        time.sleep(GRACE * 2 / 3)
+        time.sleep(GRACE / 3)
         if self._is_driver:
             sys.stderr.write(f"error: {hang_line(self._run, self._started)}\n")
         os._exit(EXIT_CODE)  # a thread that is stuck can be ended in no other way
+
+    def _record(self, recorded: list[str]) -> None:
+        """Write down this rank's collectives; the last ones as a text."""
+        found = collective_records()
+        recorded.append(collectives_text(found))
+        if found:
+            path = self._run / STACKS / f"collectives-{self._rank}.json"
+            path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def collectives_text(records: Sequence[Mapping[str, Any]], count: int = 3) -> str:
+    """The last collectives of a rank, the newest last: name, shapes, how far they came.
+
+    Args:
+        records: What `collective_records` gives.
+        count: How many are told.
+    """
+    told = [
+        f"{record.get('profiling_name', '?').rpartition(':')[2]} "
+        f"{record.get('input_sizes', [])} {record.get('state', '')}".rstrip()
+        for record in records[-count:]
+    ]
+    return ", ".join(told) or "none recorded"
 
 
 def stack_path(run: Path, rank: int) -> Path:

@@ -16,6 +16,7 @@ __all__ = [
     "MISTAKE",
     "MOMENTS",
     "NOTES",
+    "PROFILE",
     "REPLAY",
     "REPLAY_STEP",
     "REPORT",
@@ -28,6 +29,7 @@ __all__ = [
     "WEIGHTS",
     "WORKERS",
     "WORST",
+    "profile_name",
     "step_name",
 ]
 
@@ -65,6 +67,9 @@ WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
 STATE, CONFIG = "state.json", "config.json"
 
 
+PROFILE = "profile"  # traces and memory snapshots of `profile.steps`
+
+
 DATA = "data"  # what a run keeps of its dataset (`dataset_files`)
 
 
@@ -86,3 +91,8 @@ CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and wh
 def step_name(step: int) -> str:
     """The name of a step's folder; names sort as steps do."""
     return f"step-{step:08d}"
+
+
+def profile_name(step: int, rank: int, ending: str) -> str:
+    """Where in a run's folder a rank writes what it has profiled of a step."""
+    return f"{PROFILE}/{step_name(step)}-rank-{rank}.{ending}"

@@ -23,6 +23,7 @@ from lapilli.train.run_folder.restarts import record_start
 from lapilli.train.run_folder.stop_request import is_stop_asked
 from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.step_timing import Mark, StepTiming
+from lapilli.train.worker.profiling import profiled
 from lapilli.train.worker.setup import Setup
 from lapilli.train.worker.taken_step import KnownStep, TakenStep, take_step
 
@@ -54,7 +55,8 @@ def fit(ready: Setup) -> None:
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             given = Mark(ready.device)
             guard.begin()
-            taken = take_step(ready, batches, wants_stop=_wants_stop(ready), busy=guard.busy)
+            with profiled(ready.config, batches.step, ready.rank, ready.device):
+                taken = take_step(ready, batches, wants_stop=_wants_stop(ready), busy=guard.busy)
             timing = StepTiming(
                 start=start, asked=asked, given=given, end=taken.told.mark,
                 forwards=guard.end(batches.step),
