@@ -155,7 +155,7 @@ def _tell_data(page: Page, story: Story, trained: Dataset) -> None:
     )
     page.gallery(_thumbnails(trained))
     page.transcript(
-        read_transcript(trained, 0, image_text="<image>"), "a conversation, what is trained marked"
+        read_transcript(trained, 0, image_text="<image>"), "a conversation, trained text marked"
     )
     page.histogram(
         trained.lengths, title="tokens of a conversation, an image as one", x_label="tokens"

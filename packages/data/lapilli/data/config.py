@@ -136,12 +136,12 @@ class MixtureConfig:
         image_tokens: Tokens an image counts for in `tokens`, e.g. 576 for CLIP-L/14 at 336 px.
         weights: Proportion of the blend by source, for every source; they need not add up to 1.
         total: Size of a blend by weights; left out, the largest that keeps to `epochs`.
-        counts: Exact size by source; a source without one stands whole, `epochs` times.
-        epochs: How often a source stands in the blend, by source, 1 where it is left out; below 1
+        counts: Exact size by source; a source without one is used whole, `epochs` times.
+        epochs: How often a source occurs in the blend, by source, 1 where it is left out; below 1
             is a part of it. With `weights`, the most it may.
         held_out: Records kept apart from training, drawn by image: all records of an image are
             on one side. A share below 1, or a number.
-        seed: Draws what is held out and what a part consists of.
+        seed: Seed of the draws of held-out records and of partial sources.
     """
 
     unit: Literal["records", "tokens"] = "records"
@@ -211,10 +211,10 @@ class BuildConfig:
             later without the images' folders.
         exclude: Sample ids (`source/record_id`) of records to leave out; they are quarantined as
             `excluded`.
-        mixture: How the sources are blended and what is held out.
+        mixture: How the sources are blended and which records are held out.
         compat: "llava" treats records, texts and pixels as LLaVA does, its mistakes included.
         max_text_length: Ids kept of a record, an image counted as one; 0 keeps all. With `compat:
-            llava` 0 stands for 2048, as in LLaVA's scripts.
+            llava` 0 means 2048, as in LLaVA's scripts.
         max_quarantined: Largest share of records that may be quarantined, 0 to 1. Decides no byte.
         records_per_shard: Records in a token shard.
         shard_bytes: Largest size of an image shard's pixels, in bytes.

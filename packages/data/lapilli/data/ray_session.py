@@ -59,7 +59,7 @@ def ray_session() -> Generator[None]:
         try:
             yield
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what is told
+            with suppress(Exception):  # the first error is the one to report
                 ray.shutdown()
             raise
         ray.shutdown()

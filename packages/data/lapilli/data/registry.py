@@ -54,7 +54,7 @@ def load_named(name: str, registry: Mapping[str, T], kind: type[T], *, what: str
 
 @contextmanager
 def _without_working_folder() -> Generator[None]:
-    """Take off the import path what `python -m` and `python -c` put first: where the user stands.
+    """Take off the import path what `python -m` and `python -c` put first: the working folder.
 
     A folder that was downloaded may hold a module of any name. One that is installed, or named by
     PYTHONPATH, stays.
@@ -63,7 +63,7 @@ def _without_working_folder() -> Generator[None]:
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if folder not in {str(Path(path).absolute()) for path in named if path}:
         left_out = 0 if sys.flags.safe_path else 1
-        left_out += named.count("") if any(named) else 0  # an empty entry stands for it too
+        left_out += named.count("") if any(named) else 0  # an empty entry means it too
         for _ in range(left_out):
             place = next((n for n, path in enumerate(sys.path) if path in ("", folder)), None)
             if place is not None:

@@ -53,8 +53,8 @@ def build(
 ) -> BuildReport:
     """Carry out a plan: build what is missing or damaged, select, write the manifest last.
 
-    A dataset that is amended stays what it is until its new manifest stands: nothing that the old
-    one names is touched before.
+    A dataset that is updated stays valid until its new manifest is written: no file that the old
+    manifest names is touched before.
 
     `on_progress(done, total)` is called after every shard. `runner` makes the shards; the default
     needs a running Ray (`lapilli.data.ray_session.ray_session`), `run_here` none.

@@ -39,14 +39,14 @@ PARCEL = 4  # files a thread reads at a time: to wake it costs as much as to rea
 READ_AHEAD = 32  # files on their way
 READ_AHEAD_BYTES = 64 << 20
 
-# What stands around the decoding of a row of a shard.
+# Context manager that wraps the decoding of one row.
 Guard: TypeAlias = Callable[[int], AbstractContextManager[None]]
 Row: TypeAlias = dict[str, Any]
 Read: TypeAlias = Callable[[], bytes]
 
 
 def unguarded(row: int) -> AbstractContextManager[None]:
-    """No guard: what ends this process ends the build."""
+    """No guard: a crash of this process ends the build."""
     del row
     return nullcontext()
 
@@ -60,9 +60,9 @@ def image_schema(task: ImageTask) -> pa.Schema:
 def image_columns(
     task: ImageTask, guard: Guard = unguarded, room: Room | None = None
 ) -> dict[str, Any]:
-    """The columns of a task's shard; `guard` stands around the decoding of each row.
+    """Decode a task's images into the columns of its shard; `guard` wraps each row's decoding.
 
-    Raw pixels lie in `room`, if one is given, and hold until something else is put there.
+    Raw pixels are written into `room`, if given, and are valid until it is reused.
 
     Raises:
         DataError: This process has other codecs than the driver.
@@ -91,7 +91,7 @@ def _row(
     *,
     compare: bool,
 ) -> Row:
-    """One image; what is wrong with it ends here, as a status."""
+    """Decode one image; an error becomes the row's status."""
     if task.encoding.kind == ORIGINAL:
         return original_row(read, guarded, task.spec)
     try:

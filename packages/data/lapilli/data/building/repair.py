@@ -32,7 +32,7 @@ def repair_dataset(
     """Make again, from the sources, the shards that are missing or damaged; the others stay.
 
     It is the dataset's own build, run again and held to the manifest: what comes out must have the
-    SHA-256 that stands there.
+    SHA-256 that is recorded there.
 
     Args:
         path: The dataset's folder.

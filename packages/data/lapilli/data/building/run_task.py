@@ -34,7 +34,7 @@ from lapilli.data.text.llava_compat import LLAVA_MAX_LENGTH, encode_as_llava
 
 __all__ = ["begin_task", "finished_task", "run_task"]
 
-RECORDS_AT_ONCE = 256  # bounds what is held beside the shard's own columns: some 20 MB
+RECORDS_AT_ONCE = 256  # limits memory beside the shard's own columns to about 20 MB
 _ROOM = Room()  # a process makes one shard at a time
 
 
@@ -60,7 +60,7 @@ def run_task(task: Task, output: Output, guard: Guard = unguarded) -> ShardFacts
 
 
 def begin_task(task: Task, output: Output, guard: Guard = unguarded) -> Callable[[], ShardFacts]:
-    """Make a shard's rows, in this process; `guard` stands around the decoding of each image.
+    """Make a shard's rows in this process; `guard` wraps the decoding of each image.
 
     Returns:
         What finishes the shard: it waits for the disk or the store, and may be called in another
@@ -139,7 +139,7 @@ def encode_rows(records: Sequence[Record], task: TokenTask, tokenizer: Any) -> I
 
 
 def _predictable(row: Encoded) -> list[int]:
-    """The spans without the record's first id: nothing stands before it that could predict it.
+    """The spans without the record's first id, which no earlier id predicts.
 
     So `num_trained` is the number of targets the collator makes of the row, and the loss of a
     global batch is divided by what it sums, for templates that train everything too.

@@ -40,9 +40,9 @@ Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
     """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
 
-    Ray is started if none runs, and not at all where there is nothing to do. Tasks lie in one file
-    beside the output, so that the driver and Ray hold just their places. A worker that dies is
-    replaced; what its image did is found by `journal`.
+    Ray is started if it is not running and there is a task to run. Tasks are stored in one file
+    beside the output; the driver and Ray hold only offsets into it. A worker that dies is replaced,
+    and `crash_guard` records the image that it was decoding.
 
     Args:
         tasks: The shards to make.
@@ -144,7 +144,7 @@ def _clear(output: Output, tasks: list[Task]) -> None:
 
 
 def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
-    """Make a shard's rows; what is returned finishes it.
+    """Make a shard's rows; the returned function finishes the shard.
 
     In both halves errors become values, since one exception ends a dataset.
     """
@@ -156,7 +156,7 @@ def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
     try:
         task = read_task(output, row["place"])
         guard.examine(task)
-        # Where Ray starts a task again, its first shards may be there already.
+        # When Ray retries a task, its first shards may exist already.
         facts = finished_task(task, output)
         finish = (lambda: facts) if facts else begin_task(task, output, guard.decoding)
     except Exception as error:

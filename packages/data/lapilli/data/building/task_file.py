@@ -19,7 +19,7 @@ TASKS = f"{WORK}/tasks.pickle"
 
 
 class TaskLocation(TypedDict):
-    """Where a task lies in the file, and the SHA-256 of its bytes."""
+    """Offset, size and SHA-256 of a task's bytes in the file."""
 
     start: int
     size: int
@@ -27,7 +27,7 @@ class TaskLocation(TypedDict):
 
 
 def write_tasks(tasks: list[Task], output: Output) -> list[TaskLocation]:
-    """Write the tasks one after the other; the place of each."""
+    """Write the tasks one after another and return the location of each."""
     places: list[TaskLocation] = []
 
     def write(path: Path) -> None:

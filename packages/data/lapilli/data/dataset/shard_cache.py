@@ -136,7 +136,7 @@ class Mirror:
                 if attempt < TRIES - 1:
                     time.sleep(0.5 * 2**attempt)
         finally:
-            with contextlib.suppress(OSError):  # what went wrong first is what is told
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
         if error is not None and error.filename == str(temporary):  # this machine's disk
             raise DataError(f"cache: {blame(error) or error}") from None

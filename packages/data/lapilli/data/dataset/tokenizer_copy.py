@@ -164,7 +164,7 @@ def check_copy_files(path: Path, files: list[ShardFacts]) -> None:
 
 
 def place_copy(folder: Path, target: Output) -> list[ShardFacts]:
-    """Put a filled folder where a dataset keeps its tokenizer, whole, in place of what is there.
+    """Replace a dataset's tokenizer folder by a filled one, atomically.
 
     Returns:
         Facts of the files, by their path in the dataset.

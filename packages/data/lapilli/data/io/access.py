@@ -1,4 +1,4 @@
-"""Turn file system errors into messages: missing, unreadable and full are told apart.
+"""Turn file system errors into messages: missing, unreadable and full are distinguished.
 
 `Path.exists` and its like raise for a folder that may not be searched up to Python 3.13 and say
 "not there" from 3.14 on; `Path.glob` finds nothing in a folder that may not be listed. Where the
@@ -199,7 +199,7 @@ def folders_below(
         deepest: How many folders to go down; None for all.
 
     Raises:
-        OSError: The first folder that the system keeps back; what is not there is left out.
+        OSError: The first folder without access; missing ones are left out.
         DataError: Links make more folders of these than `MOST_FOLDERS`.
     """
     visits = 0
@@ -234,7 +234,7 @@ def folders_below(
 
 
 def _is_way(item: os.DirEntry[str], links: bool) -> bool:
-    """Whether an entry is a folder to go into; a link that leads nowhere is none."""
+    """Whether an entry is a folder to go into; a dangling link is not one."""
     try:
         return item.is_dir(follow_symlinks=links)
     except OSError:
@@ -242,9 +242,9 @@ def _is_way(item: os.DirEntry[str], links: bool) -> bool:
 
 
 def require_writable(setting: str, folder: Path, remedy: str = "") -> None:
-    """Write a file into a folder, or into what is there above it, and remove it again.
+    """Write a file into a folder, or its nearest existing parent, and remove it again.
 
-    For a command whose result is written last: it is told now and not after its work.
+    For a command whose result is written last, so that it fails before the work.
 
     Args:
         setting: What names the folder.

@@ -66,7 +66,7 @@ def write_atomic(
         The file's facts, with its bare name as `path` and no rows.
 
     Raises:
-        DataError: The disk is full or the folder cannot be written; nothing stands under `path`.
+        DataError: The disk is full or the folder cannot be written; no file is left at `path`.
     """
     return begin_atomic(path, write, choose=choose)()
 
@@ -74,7 +74,7 @@ def write_atomic(
 def begin_atomic(
     path: Output, write: Callable[[Path], None], *, choose: str = "another --output"
 ) -> Callable[[], ShardFacts]:
-    """Fill the temporary file now; what is returned flushes or stores it, which waits for a disk.
+    """Fill the temporary file now; the returned function flushes or stores it, which takes longer.
 
     Either half raises what `write_atomic` does, and removes the temporary file when it fails.
     """
@@ -106,7 +106,7 @@ def _removed_if_failed(path: Output, temporary: Path, choose: str) -> Generator[
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # what went wrong first is what is told
+        with suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise

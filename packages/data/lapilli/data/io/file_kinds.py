@@ -67,7 +67,7 @@ def _plain_text(start: bytes) -> FileKind | None:
 
 
 def file_kind(start: bytes) -> FileKind | None:
-    """The kind of a file by its first bytes; None for what is none of the known ones."""
+    """The kind of a file by its first bytes; None for an unknown one."""
     if not start:
         return FileKind("an empty file", EMPTY_FILE.partition(": ")[2])
     return _by_magic(start) or _by_text(start)

@@ -25,7 +25,7 @@ BY_PYARROW = ("s3", "gs", "gcs")
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """`s3://bucket/a/b` to the scheme and what stands behind it, without a slash at the end.
+    """`s3://bucket/a/b` to the scheme and the rest, without a slash at the end.
 
     Raises:
         DataError: It has a user or password in it.

@@ -28,7 +28,7 @@ def relative_names(text: str) -> str:
 def spell_out(text: str) -> str:
     r"""Spell each character that could steer a terminal as Python does: `\x1b`, `\r`, `\u202e`.
 
-    Texts come from strangers; an escape sequence in one could hide or forge what is printed.
+    Texts come from strangers; an escape sequence in one could hide or forge output.
     Newlines and tabs stay.
     """
     return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)

@@ -43,7 +43,7 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """What stands behind the last slash."""
+        """The name after the last slash."""
         return self.address.rpartition("/")[2]
 
     def with_name(self, name: str) -> RemotePath:
@@ -181,7 +181,7 @@ class RemotePath:
                 return call(open_storage(scheme), path)
             except FileNotFoundError:
                 raise
-            except NotADirectoryError as error:  # a file stands where a folder is meant
+            except NotADirectoryError as error:  # a file where a folder is expected
                 raise FileNotFoundError(*error.args, error.filename) from None
             except OSError as error:
                 if attempt == ATTEMPTS - 1:

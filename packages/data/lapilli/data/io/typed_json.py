@@ -67,7 +67,7 @@ def from_json(text: bytes | str, kind: type[T]) -> T:
 
 
 def as_type(value: object, kind: type[T], place: str = "") -> T:
-    """A parsed JSON value as a type; see `from_json`. `place` is where it stands, for the error."""
+    """A parsed JSON value as a type; see `from_json`. `place` is its path, for the error."""
     return _reader(kind)(value, place)
 
 
@@ -88,7 +88,7 @@ def _digest(value: str) -> str:
     return "" if re.fullmatch(r"[0-9a-f]{64}", value) else "a SHA-256 in hexadecimal"
 
 
-# What a type cannot say: a function that says what is expected, or nothing.
+# A check beyond the type: a function that returns what is expected, or an empty text.
 FilePath = Annotated[str, _file_path]
 Natural = Annotated[int, _natural]
 Digest = Annotated[str, _digest]

@@ -1,4 +1,4 @@
-"""From an image key of an annotation file to the bytes it stands for.
+"""From an image key of an annotation file to the image's bytes.
 
 A key is data from strangers: it never leads outside its root, symlinks included. `locate` finds
 where a key's bytes are, in a folder, a zip or a tar, local or remote; `reading` reads them there.

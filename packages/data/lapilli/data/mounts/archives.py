@@ -100,7 +100,7 @@ class Index:
                 self.folders[folder][name] = self.folders[above][last]
                 self.linked[path] = found
             else:
-                self.children[folder].add(name)  # so that a key below it is told of it
+                self.children[folder].add(name)  # so that a key below it finds it
                 self.folders[folder][name] = (
                     f"is a link to '{excerpt(target)}', no one member of the archive; pack it again"
                 )

@@ -158,7 +158,7 @@ class LocalFolder(Folder):
                     elif item.is_file():
                         files[item.name] = item.is_symlink()
                 except OSError as error:
-                    if is_denied(error):  # what it leads to is told when it is asked for
+                    if is_denied(error):  # reported when its target is asked for
                         files[item.name] = True
         return Listing(files, frozenset(folders))
 

@@ -40,7 +40,7 @@ class _Reached:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A file that a key may mean; `means` is the path that the key stands for then."""
+    """A file that a key may mean; `means` is the path that the key then refers to."""
 
     folder: Folder
     name: str
@@ -211,7 +211,7 @@ class Mount:
         if verdict is not None and not is_below:
             return Verdict(verdict.reason, verdict.detail + self._elsewhere(key))
         if is_below or {"percent", "backslash"} & set(texts.values()):
-            return self._missing(key, "")  # what is encoded must be there exactly
+            return self._missing(key, "")  # an encoded name must exist exactly
         return self._spelt_otherwise(key)
 
     def _take(self, key: str, found: _Candidate) -> Located | Verdict:

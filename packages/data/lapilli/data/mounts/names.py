@@ -36,7 +36,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def composed(name: str) -> str:
-    """The name in NFC: what is equal in it is the same text to a reader."""
+    """The name in NFC: equal results read as the same text."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 

@@ -1,6 +1,6 @@
 """Bound the memory of a Parquet file's values before they are read.
 
-A value that stands once in a chunk's dictionary may be named by a million rows, in a few bytes of
+A value that is once in a chunk's dictionary may be named by a million rows, in a few bytes of
 the file. What the dictionary holds is looked at first; a chunk whose values would take too much is
 read as indices into it.
 """
@@ -36,7 +36,7 @@ class Shared(NamedTuple):
     """What a leaf holds in a row group that many rows may share.
 
     Attributes:
-        longest: Bytes of the longest value that rows share, 0 where each stands by itself.
+        longest: Bytes of the longest value that rows share, 0 where none is shared.
         values: How many values there are.
         total: The most bytes that all of them unpack to.
         is_indexed: Whether they can be read as indices into a dictionary.

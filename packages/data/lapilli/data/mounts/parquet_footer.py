@@ -124,7 +124,7 @@ def _count(fields: dict[int, Any], number: int, otherwise: Any = -1) -> Any:
 class Compact:
     """Thrift's compact protocol: structs as mappings of field numbers to values.
 
-    Every method raises IndexError at the end of the data, and ArrowInvalid for what is no Thrift.
+    Every method raises IndexError at the end of the data, and ArrowInvalid for other data.
     """
 
     def __init__(self, data: bytes, at: int = 0) -> None:

@@ -147,7 +147,7 @@ def _unpacked(file: IO[bytes], header: dict[int, Any], at: int, chunk: Chunk) ->
 def _lengths(
     body: bytes, at: int | None, chunk: Chunk, encoding: int, count: int
 ) -> NDArray[np.int64]:
-    """Bytes of each value of a page; none where each stands alone.
+    """Bytes of each value of a page; none where each is stored separately.
 
     Args:
         body: The page.

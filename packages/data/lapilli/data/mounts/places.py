@@ -28,7 +28,7 @@ EXTENSIONS = frozenset(
 ARCHIVES = (".zip", ".tar", ".parquet")
 
 # Bytes of a file that is still read as an image. Pillow's largest picture takes 0.5 GB as plain
-# RGB; what is larger is no picture, or a bomb.
+# RGB; a larger file is no picture, or a bomb.
 LARGEST_FILE = 1 << 30
 
 

@@ -19,10 +19,10 @@ VG = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 
 @dataclass(frozen=True)
 class PublishedArchive:
-    """An archive that stands in for a folder.
+    """An archive that replaces a folder.
 
     Attributes:
-        name: Where it lies, from the folder above the one that it stands for.
+        name: Its path, from the folder above the one that it replaces.
         address: Where it is published.
         gigabytes: Its size, 10**9 bytes.
     """
@@ -111,7 +111,7 @@ class Hole:
         return mine and f"/{self.folder}" in f"/{key}"
 
 
-# How a hole is told: by its folder and by what is wrong, not by a list of names.
+# A hole is recognised by folder and reason, not by a list of names.
 HOLES = (
     Hole(
         name="OCR-VQA images whose addresses are dead",

@@ -179,7 +179,7 @@ def read_cell(identity: tuple[object, ...], open_file: Opened, cell: Cell, shown
         identity: What tells the file and its state from others.
         open_file: Opens it.
         cell: The image's place.
-        shown: The image's name, for what is wrong with it.
+        shown: The image's name, for messages.
 
     Raises:
         BadImage: The row or the index holds no image, or the row group is damaged.

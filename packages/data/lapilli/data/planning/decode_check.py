@@ -39,7 +39,7 @@ class Found:
 def verify_image(
     root: Path, place: Located, specs: Sequence[ImageSpec], notes: Counter[Note] | None = None
 ) -> Verdict:
-    """Decode an image as every view would; what is odd about it is counted in `notes`."""
+    """Decode an image as every view would; its peculiarities are counted in `notes`."""
     found: set[Note] = set()
     try:
         data = read_image(root, place)

@@ -52,8 +52,8 @@ class Blend:
 
     Attributes:
         held_out: Bool [n].
-        repeats: int32 [n], how often a record stands in an epoch of its split; 1 if held out.
-        facts: For the manifest: by source what is kept, held out and used, and the true shares.
+        repeats: int32 [n], how often a record occurs in an epoch of its split; 1 if held out.
+        facts: For the manifest: by source, records kept, held out and used, and actual shares.
     """
 
     held_out: NDArray[np.bool_]
@@ -118,7 +118,7 @@ def _targets(config: MixtureConfig, there: Mapping[str, int]) -> dict[str, int]:
     else:
         whole = sum(config.weights.values())
         shares = {name: weight / whole for name, weight in config.weights.items() if weight > 0}
-        # The largest blend in which no source stands more often than its epochs.
+        # The largest blend in which no source occurs more often than its epochs.
         total = config.total or int(min(most[name] / share for name, share in shares.items()))
         wanted = dict.fromkeys(there, 0) | _divide(total, shares)
     for name, much in wanted.items():

@@ -69,7 +69,7 @@ class Originals:
         return replace(entry, verdict=Verdict()), places
 
     def stamp(self, place: Located) -> bytes | None:
-        """The stamp of the file that a place in the dataset stands for; None for other places."""
+        """The stamp of the file behind a place in the dataset; None for other places."""
         if self._previous is None or self._places.get(place.image_id) != place:
             return None
         return self._stamps[place.image_id]

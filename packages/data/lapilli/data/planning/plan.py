@@ -81,7 +81,7 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
 
-    `on_progress` is told the number of records read, about once a second.
+    `on_progress` is called with the number of records read, about once a second.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
@@ -265,7 +265,7 @@ def _first_texts(entries: Iterable[PackedEntry], most: int = 512) -> Iterable[st
 
 
 def check_quarantined(entries: Sequence[Entry | PackedEntry], most: float) -> None:
-    """Stop a build that goes wrong.
+    """Stop a build with too many bad records.
 
     Raises:
         DataError: Nothing is kept, or more than the share `most` is quarantined; names the first.

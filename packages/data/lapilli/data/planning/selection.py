@@ -137,13 +137,13 @@ class ImageRows:
     notes: dict[str, set[str]]
 
     def count_notes(self, images: Container[str]) -> dict[str, int]:
-        """How many of these images each note stands for."""
+        """Number of these images with each note."""
         found = {note: sum(name in images for name in names) for note, names in self.notes.items()}
         return {note: count for note, count in sorted(found.items()) if count}
 
 
 def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
-    """Read what is wrong or odd about images from their shards, and no pixels."""
+    """Read images' statuses and notes from their shards, without pixels."""
     bad: dict[str, Verdict] = {}
     notes: dict[str, set[str]] = {}
     for shard in shards:

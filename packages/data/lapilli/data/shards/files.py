@@ -58,7 +58,7 @@ def write_shard(
 def begin_shard(
     output: Output, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
 ) -> Callable[[], ShardFacts]:
-    """Write a shard's rows now; what is returned finishes it, as with `begin_atomic`."""
+    """Write a shard's rows now; the returned function finishes it, as with `begin_atomic`."""
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
         for field, column in ((field, columns[field.name]) for field in schema)

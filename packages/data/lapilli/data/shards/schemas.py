@@ -91,7 +91,7 @@ SELECTION_SCHEMA = pa.schema(
         ("num_trained", pa.int32()),
         ("llava_length", pa.int32()),
         ("split", pa.string()),  # "train" or "held_out"
-        ("repeats", pa.int32()),  # how often the row stands in an epoch of its split
+        ("repeats", pa.int32()),  # how often the row occurs in an epoch of its split
     ]
 )
 

@@ -157,7 +157,7 @@ NOTHING = Inspection()
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The names that a format reads in a turn, and where it keeps who speaks and what is said.
+    """The names that a format reads in a turn, and where it keeps speaker and text.
 
     Without a `role` each of its turns has a question under `content`.
     """
@@ -266,7 +266,7 @@ def inspect_turns(where: str, turns: Any, layout: Layout) -> Inspection:
 
     Args:
         where: Name of the list.
-        turns: The list; whatever else stands there is left to the format.
+        turns: The list; anything else is left to the format.
         layout: The names that the format reads in a turn.
     """
     if not isinstance(turns, list) or _are_plain(cast("list[Any]", turns), layout):

@@ -296,7 +296,7 @@ def _together(*columns: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
 
 
 def _null_marks(values: pa.Array, is_struct: bool) -> list[Mark]:
-    """None for a null, else whether what is inside of the struct is there."""
+    """None for a null, else whether the struct's content is present."""
     there = values.is_valid().to_pylist()
     if not is_struct:
         return [True if valid else None for valid in there]

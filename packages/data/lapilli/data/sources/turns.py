@@ -69,7 +69,7 @@ def _agree(some: tuple[str, ...], others: tuple[str, ...]) -> bool:
 
 
 def lead(fields: Mapping[str, Any], turns: list[Turn]) -> Verdict | None:
-    """Put the text under `system` in front of the turns, unless it stands there; or why not."""
+    """Put the text under `system` in front of the turns, unless it is there; or why not."""
     if "system" not in fields or is_empty(system := fields["system"]):
         return None
     if not isinstance(system, str):

@@ -95,7 +95,7 @@ def read(config: SourceConfig, root: Path) -> Generator[Any, None, Members]:
 
 
 class _Reading:
-    """One sample on its way to an element: which of its members are read, and what is wrong."""
+    """One sample on its way to an element: which of its members are read, and its errors."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ def _usual(members: Mapping[str, TarMember]) -> list[str] | str:
 
 
 def _listed(members: Mapping[str, TarMember], chosen: Sequence[str]) -> list[str]:
-    """The images of a setting in its order; a suffix stands for its numbered ones too."""
+    """The images of a setting in its order; a suffix includes its numbered ones too."""
     found: dict[str, None] = {}
     for wanted in chosen:
         ours = [(-1, wanted)] if wanted in members else []

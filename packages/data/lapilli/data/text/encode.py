@@ -183,7 +183,7 @@ def llava_length(record: Record) -> int:
 
 
 def bind_template(template: Template, tokenizer: AnyTokenizer) -> Template:
-    """The template with the tokenizer's own chat template in it, where it stands for that.
+    """The template with the tokenizer's own chat template in it, where it refers to that.
 
     So a plan holds the template's text, and a tokenizer whose chat template changed is noticed.
 
@@ -244,7 +244,7 @@ def _trained_tokens(segment: TextSegment, encoding: Encoding) -> Iterator[tuple[
 
     Offsets ascend, but neighbours may share a character (the bytes of one letter, or the space put
     before a text, which gets the offset of its first letter) and may be empty, which then counts
-    as lying on the character it stands before.
+    as belonging to the character that follows.
     """
     length = len(segment.text)
     if segment.trained == ((0, length),):
@@ -281,7 +281,7 @@ def _by_offsets(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[i
 
 
 class _Writer:
-    """How a template writes records down for a tokenizer, and once what is odd in that."""
+    """How a template encodes records for a tokenizer, with its warnings."""
 
     def __init__(self, write: Callable[[Record], list[Segment]], warning: str) -> None:
         self.write = write
@@ -304,7 +304,7 @@ def template_refusal(tokenizer: AnyTokenizer, template: Template) -> Callable[[R
     A template made of frames writes every well-formed record.
 
     Raises:
-        DataError: A chat template that is none, or a tokenizer that has none.
+        DataError: An invalid chat template, or a tokenizer without one.
 
     Warns:
         UserWarning: As `encode`.
@@ -360,7 +360,7 @@ def _warning_of_end(name: str, end: str, backend: Backend) -> str:
     if not pieces or any(is_special for is_special, _ in pieces):
         return ""
     marker = end.strip() or end
-    # Counted where it stands: what is before it may decide how it is cut.
+    # Counted in place: the text before it may change how it is tokenized.
     count = backend.count(end) - backend.count(end[: end.index(marker)])
     if count == 1:
         return ""

@@ -17,7 +17,7 @@ from lapilli.data.text.tokenizer import Backend, backend_for
 __all__ = ["IMAGE", "chat_template"]
 
 IMAGE = "<image>"
-_ANSWER = "\ue0b2"  # stands for the answer to come; no template strips, cuts or compares it
+_ANSWER = "\ue0b2"  # marks the answer to come; no template strips, cuts or compares it
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:
@@ -25,7 +25,7 @@ def chat_template(template: Template, tokenizer: Any) -> str:
 
     Args:
         template: The template, bound to the tokenizer (`tokenize.bind_template`).
-        tokenizer: The tokenizer that the records were made with. It decides what is written for
+        tokenizer: The tokenizer that the records were made with. It determines what is written for
             `{bos}`, here as in `tokenize.encode`.
     """
     backend = backend_for(tokenizer)
@@ -39,7 +39,7 @@ def _own(source: str) -> str:
     """A text model's own chat template, for content in parts.
 
     It is given texts with `<image>` in them, as training gives it texts with a stand-in. The prompt
-    is what stands before an answer, for what a template writes by `add_generation_prompt` may
+    is the text before an answer, for what a template writes by `add_generation_prompt` may
     differ from it (Qwen3 puts empty thoughts before an answer).
     """
     # `trim_blocks` takes the line end behind `set`; `+` keeps white space in front of `endset`, and

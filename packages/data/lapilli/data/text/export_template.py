@@ -198,7 +198,7 @@ def trained_end(template: Template, tokenizer: Any) -> TrainedEnd:
 
 
 def _single_id(frames: Frames, template: Template, tokenizer: Any) -> int | None:
-    """The id of an end that is a text of one token wherever it stands behind an answer."""
+    """The id of an end marker that is one token after every answer."""
     if not frames.end:
         return None
     template = replace(template, trains="answers")
@@ -326,7 +326,7 @@ def _spelt_special(template: Template, tokenizer: Any) -> str:
     backend = backend_for(tokenizer)
     said = (Turn("user", (TextPart("a"),)), Turn("assistant", (TextPart("b"),)))
     if template.chat:
-        return ""  # there what is spelt in a frame is the token
+        return ""  # there a token's text in a frame is the token
     for segment in segments_of(
         Record(record_id="", sample_id="", source="", turns=said * 2), tokenizer, template
     ):

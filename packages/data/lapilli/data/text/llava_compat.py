@@ -158,7 +158,7 @@ class _Words:
 
 
 def _said(record: Record) -> Said:
-    """The turns as text; in a record with an image the marker stands first in its turn, once."""
+    """The turns as text; in a record with an image the marker comes first in its turn, once."""
     said: Said = []
     for turn in record.turns:
         text = "".join(p.text if isinstance(p, TextPart) else MARKER for p in turn.parts)
@@ -252,7 +252,7 @@ def _v0(said: Said, has_image: bool, words: _Words, template: Template) -> tuple
 
 
 def _by_rounds(write: Callable[[Said, str], str], answer_mark: str) -> _Encoder:
-    """The counting of v1 and llama_2: a round's own bos stands for the `</s>` it was cut at.
+    """The counting of v1 and llama_2: a round's own bos replaces the `</s>` it was cut at.
 
     Args:
         write: Turns and system text to the prompt.

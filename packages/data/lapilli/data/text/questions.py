@@ -1,6 +1,6 @@
 """Build prompts from a template, and split a dataset row into question and answer.
 
-A template is asked to write stand-ins; whatever stands between them is frame. So a template of
+A template renders placeholders; the text between them is frame. So a template of
 frames and a tokenizer's own chat template are told apart nowhere here.
 """
 
@@ -33,15 +33,15 @@ _IMAGE = "\ue0b3"
 
 @dataclass(frozen=True)
 class Frames:
-    """What a template writes around what is said, special tokens as their content.
+    """What a template writes around the turns' texts, special tokens as their content.
 
     Attributes:
-        openings: What stands before the first question: without a system turn; and before and
+        openings: The text before the first question: without a system turn; and before and
             behind a record's own system text, where the template takes one.
         before_answer: From a question's end to where the model goes on.
         answer_start: Trained, before the answer.
         end: Trained, behind the answer.
-        end_text: What of `end` stands before its first special token, or all of it.
+        end_text: The part of `end` before its first special token, or all of it.
         end_id: The first special token behind the answer, which no text can produce; None where
             the end is a text alone.
         next_question: From an answer's end, that included, to the next question; empty where a
@@ -74,7 +74,7 @@ class FirstQuestion:
         prompt: int64 [n], the ids up to where the answer begins, -200 for each image.
         question: The user's own words; images in front or behind are left out, others are
             `<image>`. Empty for a template that drops them.
-        answer: The ids of the expected answer with what is trained around it.
+        answer: The ids of the expected answer with the trained tokens around it.
     """
 
     prompt: NDArray[np.int64]
@@ -255,7 +255,7 @@ def _question_start(text: str, frames: Frames) -> int:
 
 
 def _question(asked: str, frames: Frames) -> str:
-    """The user's words in what stands before an answer's header."""
+    """The user's words in the text before an answer's header."""
     if frames.drops_question:
         return ""
     words = asked[_question_start(asked, frames) :]

@@ -121,7 +121,7 @@ def split_turns(record: Record) -> tuple[str | None, tuple[Turn, ...]]:
 
 
 def mark_images(record: Record, template: Template) -> Record:
-    """The record with the template's own `image_marker` as places of images, where it stands.
+    """The record with each occurrence of the template's own `image_marker` as an image.
 
     Only in a record whose users' turns mark no image otherwise: markers of both kinds have no
     order among them that all would agree on.
@@ -177,7 +177,7 @@ def _user_parts(turn: Turn, template: Template) -> tuple[Part, ...]:
 class SegmentWriter:
     """Collects segments, joining neighbouring text and its trained ranges.
 
-    `trained` is None for what is not to be trained even where the template trains everything.
+    `trained` is None for text that is not trained even where the template trains everything.
     """
 
     def __init__(self, *, train_all: bool = False, eaten: Eaten) -> None:

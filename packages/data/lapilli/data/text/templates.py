@@ -1,4 +1,4 @@
-"""Conversation templates as data: frames, special tokens, what is trained.
+"""Conversation templates as data: frames, special tokens, trained parts.
 
 The strings that frame a turn (`opening`, `before_user`, `answer_end`, ...) may name special tokens
 in braces: `{bos}` and `{eos}` are the tokenizer's own, any other name is a token's literal content,

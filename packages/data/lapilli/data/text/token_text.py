@@ -63,7 +63,7 @@ def transcript(
         input_ids: Ids [n], -200 (any negative one) at an image's place.
         label_spans: Start and end of the trained ids, [m, 2] or flat.
         tokenizer: The tokenizer that made the ids.
-        image_text: What stands for an image, such as `<image 576 tokens>`.
+        image_text: The text shown for an image, such as `<image 576 tokens>`.
 
     Returns:
         The pieces in order. Bytes that are no UTF-8 are shown as U+FFFD.
@@ -123,7 +123,7 @@ class _Decoder:
         self._bos = begins[0] if begins else None
 
     def kind(self, token_id: int) -> Kind:
-        """What an id stands for; one that the tokenizer does not know is special."""
+        """The text of an id; one that the tokenizer does not know is special."""
         if token_id < 0:
             return "image"
         added = self._added.get(token_id)

@@ -125,7 +125,7 @@ class Backend:
 
 
 def _texts(page: Iterable[Segment]) -> Iterator[tuple[TextSegment, bool]]:
-    """Each text segment, and whether a special token of the text stands before it.
+    """Each text segment, and whether a special token of the text precedes it.
 
     The bos at the very start is none: the tokenizer puts it there, it is not read in the text.
     """

@@ -169,7 +169,7 @@ def _reader(name_or_dir: str | Path) -> tuple[Any, dict[str, bool]]:
     try:
         folder = tokenizer_folder(name_or_dir)
     except DataError:
-        return auto, {}  # which says what is wrong with the name
+        return auto, {}  # its error names the problem
     others = (folder / name for name in VOCABULARIES if name != "tokenizer.model")
     if any(path.exists() for path in others) or not _is_bpe(folder / "tokenizer.model"):
         return auto, {}
@@ -199,7 +199,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found: object = json.loads(read_whole(path, MOST_VOCABULARY))
     except (OSError, ValueError, RecursionError):
-        return {}  # transformers says what is wrong with it
+        return {}  # transformers' error names the problem
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""Open a folder of tokenizer files and explain what is wrong with it."""
+"""Open a folder of tokenizer files, with an error that explains what it lacks."""
 
 from __future__ import annotations
 

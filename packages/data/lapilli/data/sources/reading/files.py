@@ -1,6 +1,6 @@
 """Find and open a source's annotation files on disk or at an address.
 
-A file that is compressed (gzip, zstd, xz) is told by its content, not by its name, and read as it
+A file that is compressed (gzip, zstd, xz) is recognised by content, not by name, and read as it
 is unpacked.
 """
 
@@ -95,7 +95,7 @@ def _folder(pattern: str, root: Path) -> str | None:
 
 
 def _places(pattern: str, config: SourceConfig, root: Path) -> Iterator[Output]:
-    """The files that one pattern stands for."""
+    """The files that one pattern matches."""
     if not is_remote(pattern) and exists(root / pattern):
         yield root / pattern
         return

@@ -126,7 +126,7 @@ class Scanner:
                 is_text = not is_text
             elif mark[0] in "[{":
                 depth += len(mark)
-            elif depth == 0:  # of what is around the value
+            elif depth == 0:  # outside of the value
                 self._at -= 1
                 return found
             elif mark != ",":

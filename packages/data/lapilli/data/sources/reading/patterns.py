@@ -21,7 +21,7 @@ RANGE = re.compile(r"-?\d+\.\.")
 
 
 def expand_braces(pattern: str) -> list[str] | None:
-    """`part-{000..003}.json` to the names it stands for; braces that are none are letters.
+    """`part-{000..003}.json` to the names it matches; other braces are literal.
 
     Returns:
         None for more than `MOST_NAMES`, all of which `braceexpand` would hold.
@@ -60,7 +60,7 @@ def _most_names(pattern: str, depth: int = 0) -> int:
 
 
 def _inside(text: str) -> Iterator[str]:
-    """What stands in each pair of braces that is in no other."""
+    """The content of each outermost pair of braces."""
     depth, start = 0, 0
     for at, letter in enumerate(text):
         if letter == "{":

@@ -23,7 +23,7 @@ _TYPE_TESTS = frozenset({"defined", "undefined", "none", "string", "mapping", "b
 
 @lru_cache(maxsize=32)
 def looks_at_text(source: str) -> bool:
-    """Whether the output may depend on what is said other than by containing it, trimmed or not.
+    """Whether the output may depend on a message other than by containing it, trimmed or not.
 
     Args:
         source: The template's Jinja source. One that cannot be parsed counts as looking.
@@ -43,7 +43,7 @@ def looks_at_text(source: str) -> bool:
 
 
 class _Looks(Exception):
-    """The template looks at what is said, or does something that is not understood."""
+    """The template inspects a message, or does something that is not analysed."""
 
 
 class _TemplateReading:

@@ -1,6 +1,6 @@
-"""Render records with a tokenizer's own chat template and mark what is trained.
+"""Render records with a tokenizer's own chat template and mark the trained text.
 
-`chat_places` runs the template and finds the turns in its text. What stands outside of them is the
+`chat_places` runs the template and finds the turns in its text. The text outside of them is the
 template's own: a special token spelt there is one, while text of a record stays text.
 """
 
@@ -25,14 +25,14 @@ from lapilli.data.text.rendering import Eaten, Segment, SegmentWriter, split_tur
 
 __all__ = ["ChatWriter"]
 
-_STAND_INS = range(0xE0A2, 0xF8FF)  # private use; one that no text holds stands for an image
+_STAND_INS = range(0xE0A2, 0xF8FF)  # private use; one that no text contains marks an image
 
 
 class ChatWriter:
     """Writes records down by a chat template.
 
     An answer is trained with what the template puts behind it up to the first special token, the
-    end marker. Where it puts none, with what stands behind every answer, the last as the others.
+    end marker. Where it puts none, with the text after every answer, the last as the others.
     """
 
     def __init__(self, tokenizer: Any, source: str, eaten: Eaten, *, train_all: bool) -> None:
@@ -69,7 +69,7 @@ class ChatWriter:
         """Write the record down, as `render.render` does by frames.
 
         Raises:
-            DataError: The template refuses the record, or what is said cannot be found again in
+            DataError: The template refuses the record, or the turns' texts cannot be found again in
                 what it writes.
         """
         try:
@@ -189,7 +189,7 @@ def _write_turn(pen: _Pen, text: str, place: TurnSpans, *, trained: bool | None)
 
 
 def _stand_in(turns: Sequence[Turn]) -> str:
-    """A character that stands for an image and is in none of the texts."""
+    """A character that marks an image and is in none of the texts."""
     text = "".join(turn.text + turn.thinking for turn in turns)
     spare = next((char for char in map(chr, _STAND_INS) if char not in text), None)
     if spare is None:

@@ -64,7 +64,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class TurnSpans:
-    """Where a turn stands: all of it, and in it the spans that are the record's own text."""
+    """The span of a turn, and in it the spans that are the record's own text."""
 
     turn: int
     start: int
@@ -165,7 +165,7 @@ class TemplateRunner:
     # --- by frames ------------------------------------------------------------------------------
 
     def _find_frames(self, roles: tuple[str, ...]) -> tuple[str, ...]:
-        """What stands before each turn and, as the last one, behind all; () if that is not so."""
+        """The text before each turn and, as the last one, after all; () if it is not constant."""
         return self._ask(roles, "", "")
 
     def _ask(self, roles: tuple[str, ...], before: str, behind: str) -> tuple[str, ...]:
@@ -244,7 +244,7 @@ class TemplateRunner:
         )
 
     def _find_marks(self, marked: Sequence[Marked], text: str) -> list[list[Span | None]] | None:
-        """Where each piece of each turn stands in `text`; None if the marks change the text."""
+        """The span of each piece of each turn in `text`; None if the marks change the text."""
         spare = _spare_characters(one.said for one in marked)
         marks = [[(next(spare), next(spare)) for _ in one.pieces] for one in marked]
         run = self._run([one.message(own) for one, own in zip(marked, marks, strict=True)])
@@ -265,7 +265,7 @@ class TemplateRunner:
     def _place(
         self, turn: int, marked: Marked, spans: Sequence[Span | None], text: str
     ) -> TurnSpans | None:
-        """Where a turn stands by the spans of its pieces; None where it says nothing."""
+        """The span of a turn from those of its pieces; None where it has no text."""
         name = f"turn {turn} ({marked.said.role})"
         if not spans:
             if marked.said.text.strip() not in text:
@@ -430,7 +430,7 @@ def _in_order(places: list[TurnSpans]) -> tuple[TurnSpans, ...]:
 
 
 def _before_tag(text: str, start: int) -> int:
-    """Where the tag begins that stands directly before a place, or the place itself."""
+    """Where the tag directly before a position begins, or the position itself."""
     least = max(0, start - _TAG_REACH)
     found = _TAG_BEFORE.search(text[least:start])
     return least + found.start() if found else start
