@@ -23,11 +23,10 @@ from typing import Any
 from pipelines.benchmarks.harness import (
     Bar,
     Spread,
-    add_row,
     by_turns,
     draw_bars,
     provenance,
-    table,
+    publish,
 )
 from pipelines.benchmarks.material.photos import photo_name, write_photos
 from pipelines.benchmarks.sides.build_sides import SIDES, shown_side
@@ -37,6 +36,10 @@ __all__ = ["BuildTopicConfig", "main"]
 
 OURS = ("here", "lapilli")
 FLOORS = ("bare", "two_bare")
+SHOWN = {
+    "side": "side", "images/s": "images_per_second", "least": "low", "most": "high",
+    "x two bare loops": "of_two_bare", "MB written": "megabytes",
+}  # fmt: skip
 ON_PILLOW = ("plain_pillow",)  # whatever the work of the others
 
 
@@ -87,11 +90,9 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(dir=config.folder or None) as scratch:
         photos = Path(config.folder or scratch) / "photos"
         rows = measure(config, photos, Path(scratch))
-    columns = ("side", "images/s", "least", "most", "x two bare loops", "MB written")
-    names = ("side", "images_per_second", "low", "high", "of_two_bare", "megabytes")
     ranked = sorted(rows, key=lambda row: -row["images_per_second"])
-    table(f"{config.images:,} photos of 640x480, work: {config.work}", columns,
-          [[row[name] for name in names] for row in ranked])  # fmt: skip
+    title = f"{config.images:,} photos of 640x480, work: {config.work}"
+    publish("build", head, ranked, SHOWN, title=title, save=config.save)
     for row in rows:
         if row["cold_seconds"]:
             say(
@@ -100,9 +101,6 @@ def main(argv: Sequence[str]) -> int:
             )
     if config.plot:
         _draw(Path(config.plot), config, ranked, str(head["processor"]))
-    if config.save:
-        path = [add_row("build", head | row) for row in rows][-1]
-        say(f"{len(rows)} rows added to {path}; add a line to LOG.md beside it")
     return 0
 
 
@@ -198,9 +196,9 @@ def _draw(
 ) -> None:
     names = {shown_side(side): side for side in SIDES}
     bars = [
-        Bar(
-            row["side"],
-            Spread(row["images_per_second"], row["low"], row["high"]),
+        Bar.of(
+            row,
+            "images_per_second",
             "ours"
             if (side := names[row["side"]]) in OURS
             else "floor"

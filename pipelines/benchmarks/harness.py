@@ -23,7 +23,7 @@ from rich import box
 from rich.table import Table
 
 from lapilli.data.versions import installed_versions
-from pipelines.cli.command import UsageError, console
+from pipelines.cli.command import UsageError, console, say
 
 __all__ = [
     "RESULTS",
@@ -37,6 +37,7 @@ __all__ = [
     "draw_bars",
     "pin_to_one_core",
     "provenance",
+    "publish",
     "table",
 ]
 
@@ -158,6 +159,31 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     console.print(shown)
 
 
+def publish(
+    topic: str,
+    head: Mapping[str, Any],
+    rows: Sequence[dict[str, Any]],
+    shown: Mapping[str, str],
+    *,
+    title: str,
+    save: bool,
+) -> None:
+    """Print rows as a table and add them to `results/TOPIC.csv`.
+
+    Args:
+        topic: The file.
+        head: The first columns of every row (`provenance`).
+        rows: What was measured.
+        shown: The table's headings with their columns.
+        title: Of the table.
+        save: Whether rows are added.
+    """
+    table(title, tuple(shown), [[row[name] for name in shown.values()] for row in rows])
+    if save:
+        path = [add_row(topic, {**head, **row}) for row in rows][-1]
+        say(f"{len(rows)} rows added to {path}; add a line to LOG.md beside it")
+
+
 @dataclass(frozen=True)
 class Bar:
     """One side: its name, what was measured, and whether it is ours, another's or the floor."""
@@ -166,6 +192,11 @@ class Bar:
     value: Spread
     kind: Kind = "other"
     note: str = ""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], column: str, kind: Kind, note: str = "") -> Bar:
+        """The side of a row, whose figure has its least and most beside it."""
+        return cls(row["side"], Spread(row[column], row["low"], row["high"]), kind, note)
 
 
 def draw_bars(path: Path, title: str, unit: str, bars: Sequence[Bar], caption: str) -> None:

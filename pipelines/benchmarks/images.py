@@ -21,12 +21,11 @@ from typing import Any
 from pipelines.benchmarks.harness import (
     Bar,
     Spread,
-    add_row,
     by_turns,
     draw_bars,
     pin_to_one_core,
     provenance,
-    table,
+    publish,
 )
 from pipelines.benchmarks.material.photos import write_photos
 from pipelines.benchmarks.sides import image_sides
@@ -36,6 +35,10 @@ from pipelines.cli.command import UsageError, parse, say
 __all__ = ["ImagesConfig", "main"]
 
 # width x height: COCO, COCO's tall ones, TextVQA, OCR-VQA, LLaVA's 558K
+SHOWN = {
+    "side": "side", "images/s": "images_per_cpu_second", "least": "low", "most": "high", "ms": "ms",
+    "x LLaVA": "of_llava", "x floor": "time_of_floor", "pages": "faults_per_image",
+}  # fmt: skip
 SIZES = ("640x480", "480x640", "1024x768", "350x500", "448x336")
 
 
@@ -68,12 +71,10 @@ def main(argv: Sequence[str]) -> int:
     head = provenance(("torch", "simplejpeg", "pillow", "transformers"), "images", argv)
     for number, size in enumerate(config.sizes):
         rows = measure(config, size)
-        _tell(size, rows)
+        ranked = sorted(rows, key=lambda row: -row["images_per_cpu_second"])
+        publish("images", head, ranked, SHOWN, title=size, save=config.save)
         if config.plot and not number:
-            _draw(Path(config.plot), size, rows, str(head["processor"]))
-        if config.save:
-            path = [add_row("images", head | row) for row in rows][-1]
-            say(f"{len(rows)} rows added to {path}")
+            _draw(Path(config.plot), size, ranked, str(head["processor"]))
     return 0
 
 
@@ -143,23 +144,14 @@ def _row(size: str, name: str, rates: dict[str, Spread], config: ImagesConfig) -
     }  # fmt: skip
 
 
-def _tell(size: str, rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("side", "images/s", "least", "most", "ms", "x LLaVA", "x floor", "pages")
-    names = ("side", "images_per_cpu_second", "low", "high", "ms", "of_llava", "time_of_floor",
-             "faults_per_image")  # fmt: skip
-    best = sorted(rows, key=lambda row: -row["images_per_cpu_second"])
-    table(size, columns, [[row[name] for name in names] for row in best])
-
-
 def _draw(path: Path, size: str, rows: Sequence[dict[str, Any]], processor: str) -> None:
     bars: list[Bar] = []
-    for row in sorted(rows, key=lambda row: -row["images_per_cpu_second"]):
+    for row in rows:
         name = str(row["side"])
         kind = "ours" if name.startswith("lapilli") else "floor" if "floor" in name else "other"
-        label = "LLaVA's own path" if name == "llava" else name
         note = f"{row['of_llava']:.1f}x" if kind == "ours" and row["of_llava"] else ""
-        value = Spread(row["images_per_cpu_second"], row["low"], row["high"])
-        bars.append(Bar(label, value, kind, note))
+        label = "LLaVA's own path" if name == "llava" else name
+        bars.append(Bar.of(row | {"side": label}, "images_per_cpu_second", kind, note))
     best = max(float(bar.note.rstrip("x") or 0) for bar in bars)
     draw_bars(
         path,

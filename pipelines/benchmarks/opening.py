@@ -20,19 +20,20 @@ from typing import Any
 
 from pipelines.benchmarks.harness import (
     Bar,
-    Kind,
     Spread,
-    add_row,
     by_turns,
     draw_bars,
     provenance,
-    table,
+    publish,
 )
 from pipelines.benchmarks.material.large import RECORDS, write_large
-from pipelines.cli.command import UsageError, parse, say
+from pipelines.cli.command import UsageError, parse
 
 __all__ = ["OpenConfig", "main"]
 
+SHOWN = {
+    "side": "side", "seconds": "seconds", "least": "low", "most": "high", "MB added": "megabytes",
+}  # fmt: skip
 COLUMNS = ("token_shard", "token_row", "text_length", "num_trained", "repeats")
 
 
@@ -65,15 +66,10 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(scratch) / "large"
         write_large(folder, records=config.records, stubs=max(0, config.shards - 4))
         rows = measure(config, folder)
-    columns = ("side", "seconds", "least", "most", "MB added")
-    names = ("side", "seconds", "low", "high", "megabytes")
     title = f"{config.records:,} records, {config.shards:,} image shards"
-    table(title, columns, [[row[name] for name in names] for row in rows])
+    publish("open", head, rows, SHOWN, title=title, save=config.save)
     if config.plot:
         _draw(Path(config.plot), title, rows, str(head["processor"]))
-    if config.save:
-        path = [add_row("open", head | row) for row in rows][-1]
-        say(f"{len(rows)} rows added to {path}")
     return 0
 
 
@@ -96,15 +92,14 @@ def measure(config: OpenConfig, folder: Path) -> list[dict[str, Any]]:
 
 
 def _draw(path: Path, title: str, rows: Sequence[dict[str, Any]], processor: str) -> None:
-    looks: dict[str, tuple[str, Kind]] = {
-        "lapilli": ("lapilli, checked", "ours"),
-        "bare": ("pyarrow's bare columns", "floor"),
-    }
-    bars: list[Bar] = []
-    for row in rows:
-        label, kind = looks[row["side"]]
-        spread = Spread(row["seconds"], row["low"], row["high"])
-        bars.append(Bar(label, spread, kind, f"s, {row['megabytes']:.0f} MB"))
+    labels = {"lapilli": "lapilli, checked", "bare": "pyarrow's bare columns"}
+    bars = [
+        Bar.of(
+            row | {"side": labels[row["side"]]}, "seconds",
+            "ours" if row["side"] == "lapilli" else "floor", f"s, {row['megabytes']:.0f} MB",
+        )
+        for row in rows
+    ]  # fmt: skip
     draw_bars(
         path, f"Opening {title}", "seconds in a fresh process", bars,
         f"{processor}. MB: memory added that no file stands behind. Line: least and most of "

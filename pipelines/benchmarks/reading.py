@@ -21,13 +21,11 @@ from numpy.typing import NDArray
 
 from pipelines.benchmarks.harness import (
     Bar,
-    Spread,
-    add_row,
     by_turns,
     draw_bars,
     pin_to_one_core,
     provenance,
-    table,
+    publish,
 )
 from pipelines.benchmarks.material.large import write_large
 from pipelines.benchmarks.sides.build_sides import PIXEL_BYTES, import_mosaic
@@ -37,6 +35,10 @@ from pipelines.cli.command import parse, say
 __all__ = ["ReadConfig", "main"]
 
 Read = Callable[[int], object]
+SHOWN = {
+    "side": "side", "samples/s": "samples_per_second", "least": "low", "most": "high",
+    "of the floor": "of_floor",
+}  # fmt: skip
 PER_SHARD = 64 * 2**20 // PIXEL_BYTES
 
 
@@ -66,15 +68,10 @@ def main(argv: Sequence[str]) -> int:
     say(f"pinned to core {pin_to_one_core()}; {config.images:,} squares of {SIZE} px")
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure(config, Path(scratch))
-    columns = ("side", "samples/s", "least", "most", "of the floor")
-    names = ("side", "samples_per_second", "low", "high", "of_floor")
     ranked = sorted(rows, key=lambda row: -row["samples_per_second"])
-    table("warm random reads, one core", columns, [[row[n] for n in names] for row in ranked])
+    publish("read", head, ranked, SHOWN, title="warm random reads, one core", save=config.save)
     if config.plot:
         _draw(Path(config.plot), ranked, str(head["processor"]))
-    if config.save:
-        path = [add_row("read", head | row) for row in rows][-1]
-        say(f"{len(rows)} rows added to {path}")
     return 0
 
 
@@ -201,8 +198,8 @@ SIDES: dict[str, Callable[[Path, NDArray[np.uint8], int], Read]] = {
 
 def _draw(path: Path, rows: Sequence[dict[str, Any]], processor: str) -> None:
     bars = [
-        Bar(
-            row["side"], Spread(row["samples_per_second"], row["low"], row["high"]),
+        Bar.of(
+            row, "samples_per_second",
             "ours" if row["side"].startswith("lapilli") else
             "floor" if row["side"].startswith("numpy") else "other",
         )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lapilli.data.batches.sampler import EpochPlan
-from pipelines.benchmarks import build, harness, images, opening, planning, reading, scaling
+from pipelines.benchmarks import harness, planning, scaling
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.harness import Bar, Spread, by_turns, draw_bars
 from pipelines.benchmarks.material.large import write_large
@@ -24,8 +24,6 @@ from pipelines.benchmarks.sides.image_sides import FILL, SIZE, llava_pixels, lla
 from pipelines.benchmarks.sides.orders import ORDERS, Samples, Shape
 from pipelines.cli.command import UsageError
 from tests.factories import image_bytes
-
-TOPICS = (build, images, opening, planning, reading, scaling)
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +39,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where rows go in these tests."""
     folder = tmp_path / "results"
     folder.mkdir()
-    for topic in TOPICS:
-        monkeypatch.setattr(topic, "add_row", lambda t, row: harness.add_row(t, row, folder))
+    add_row = harness.add_row
+    for module in (harness, planning, scaling):
+        monkeypatch.setattr(module, "add_row", lambda topic, row: add_row(topic, row, folder))
     return folder
 
 
