@@ -36,7 +36,8 @@ from pipelines.evaluate import EvaluateConfig, evaluate_once
 from pipelines.preprocess import preprocess
 from pipelines.quickstart_data.easy_vqa import write_easy_vqa
 from pipelines.quickstart_data.majority_baseline import blind_answers
-from pipelines.reports.quickstart_report import Story, describe_hardware, versions, write_report
+from pipelines.reports.machine import describe_hardware, versions
+from pipelines.reports.quickstart_report import Story, write_report
 from pipelines.train import train
 
 __all__ = ["QuickstartConfig", "judge", "main", "quickstart"]

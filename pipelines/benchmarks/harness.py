@@ -24,6 +24,7 @@ from rich.table import Table
 
 from lapilli.data.versions import installed_versions
 from pipelines.cli.command import UsageError, console, say
+from pipelines.reports.machine import processor
 
 __all__ = [
     "RESULTS",
@@ -54,7 +55,7 @@ def provenance(packages: Sequence[str], topic: str, argv: Sequence[str]) -> dict
     command = f"python -m pipelines.benchmarks {topic} {shlex.join(argv)}".rstrip()
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **installed_versions(*packages),
@@ -254,16 +255,6 @@ def pin_to_one_core() -> int:
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     return core
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

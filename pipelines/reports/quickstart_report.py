@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ from lapilli.train.run_folder.metrics_file import StepMetrics
 from pipelines.cli.conversation import read_transcript
 from pipelines.reports.page import Figure, GalleryItem, Page
 
-__all__ = ["Story", "describe_hardware", "versions", "write_report"]
+__all__ = ["Story", "write_report"]
 
 THUMBNAILS = 12
 EXAMPLES = 6  # of right and of wrong answers each
@@ -44,39 +41,6 @@ class Story:
     metrics: Mapping[str, Sequence[StepMetrics]]
     answers: Sequence[Answer]
     recipes: Mapping[str, str]
-
-
-def versions() -> dict[str, str]:
-    """The libraries that decide the result."""
-    names = ("lapilli", "torch", "ray", "deepspeed", "transformers", "pyarrow", "pillow")
-    return {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
-    }
-
-
-def describe_hardware() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs of this machine."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(memory / 1e9, 1),
-        "gpus": gpus,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 def write_report(path: Path, story: Story, datasets: Path, *, view: str) -> None:

@@ -15,7 +15,8 @@ from lapilli.train.inference.evaluate import Answer
 from pipelines.quickstart import QuickstartConfig, judge
 from pipelines.quickstart_data.easy_vqa import KINDS, caption, write_easy_vqa
 from pipelines.quickstart_data.majority_baseline import blind_answers
-from pipelines.reports.quickstart_report import Story, describe_hardware, versions, write_report
+from pipelines.reports.machine import describe_hardware, versions
+from pipelines.reports.quickstart_report import Story, write_report
 from tests.browser import Chromium
 from tests.factories import Mixture, build_dataset, make_tokenizer
 from tests.train.small_run import made_step
