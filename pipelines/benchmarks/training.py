@@ -61,6 +61,13 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
          "max_position_embeddings": 4096},
     ),
+    "1b": (
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
+         "max_position_embeddings": 4096},
+    ),
     "small": (
         {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3,
          "num_attention_heads": 4, "image_size": 112, "patch_size": 14},
@@ -81,9 +88,10 @@ class TrainBenchmark:
     """What is measured.
 
     Attributes:
-        size: `7b`, `tiny`, or `auto`: 7b on a GPU.
+        size: `7b`, `1b` (TinyLlama's sizes), `tiny`, or `auto`: 7b on a GPU.
         modes: Of stage1, lora, full; one that does not fit in memory says so and has no row.
         micro_batch_size: Rows with an image each.
+        accumulation: Micro-batches of a step.
         text_tokens: Text of a row; half of it is trained.
         steps: Timed steps, after two that are not.
         checkpointing: Gradient checkpointing.
@@ -95,9 +103,10 @@ class TrainBenchmark:
         save: Add rows to `results/train.csv`.
     """
 
-    size: Literal["auto", "7b", "tiny"] = "auto"
+    size: Literal["auto", "7b", "1b", "tiny"] = "auto"
     modes: tuple[Mode, ...] = field(default=("stage1", "lora", "full"))
     micro_batch_size: int = 8
+    accumulation: int = 1
     text_tokens: int = 224
     steps: int = 10
     checkpointing: bool = False
@@ -199,11 +208,12 @@ def _ours(
     set_modes(model)
     batch = make_batch(model, config.micro_batch_size, config.text_tokens)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-5), fused=device.type == "cuda")
-    engine = PlainEngine(model, optimizer, grad_clip=1.0)
-    on_device = [to_device(batch, device)]
+    engine = PlainEngine(model, optimizer, accumulation=config.accumulation, grad_clip=1.0)
+    on_device = [to_device(batch, device)] * config.accumulation
+    tokens = batch.num_targets * config.accumulation
 
     def step() -> None:
-        train_step(engine, on_device, global_tokens=batch.num_targets, world_size=1)
+        train_step(engine, on_device, global_tokens=tokens, world_size=1)
 
     seconds = _median_seconds(step, config.steps, device)
     return OurStep(
@@ -253,11 +263,11 @@ def _measure(
     _forget(device)
     folder = config.trace or tempfile.gettempdir()
     share = {
-        name: round(getattr(ours.flops, kind).total / ours.seconds / peak, 4) if peak else ""
+        name: round(getattr(ours.flops, kind).total * config.accumulation / ours.seconds / peak, 4) if peak else ""
         for name, kind in (("mfu", "model"), ("hfu", "hardware"))
     }
     figures: dict[str, Any] = {
-        "size": size, "mode": mode, "rows": config.micro_batch_size,
+        "size": size, "mode": mode, "rows": config.micro_batch_size, "accumulation": config.accumulation,
         "length": ours.batch.input_ids.shape[1], "checkpointing": config.checkpointing,
         "seconds": round(ours.seconds, 4), **share,
         "peak_tflops": round(peak / 1e12, 3) if peak else "",
@@ -266,7 +276,9 @@ def _measure(
         "host_reads": ours.host_reads, "kernels": ours.kernels,
     }  # fmt: skip
     if config.trainer:
-        theirs = trainer_seconds(shapes, ours.batch, config.steps, device, folder=folder)
+        theirs = trainer_seconds(
+            shapes, ours.batch, config.steps, device, config.accumulation, folder=folder
+        )
         figures |= {
             "trainer_seconds": round(theirs.seconds, 4),
             "trainer_memory_gb": round(theirs.memory / 1e9, 2),

@@ -46,7 +46,8 @@ class WholeRun:
         folder: Where photos, dataset and run are made; photos and dataset are kept.
         tokenizer: Hub name or folder of a tokenizer.
         mode: stage1, lora or full; full saves 12 bytes a parameter.
-        size: `7b`, `tiny`, or `auto`: 7b on a GPU.
+        size: `7b`, `1b` (TinyLlama's sizes), `tiny`, or `auto`: 1b on a GPU. The random weights of 7b
+            take minutes to draw.
         records: Conversations, of which each has one of the photos or none.
         images: Photos of 640 x 480.
         steps: Optimizer steps, the first three of which are not counted.
@@ -60,7 +61,7 @@ class WholeRun:
     folder: str
     tokenizer: str
     mode: Mode = "lora"
-    size: Literal["auto", "7b", "tiny"] = "auto"
+    size: Literal["auto", "7b", "1b", "tiny"] = "auto"
     records: int = 2000
     images: int = 400
     steps: int = 12
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     if config.steps <= WARM_UP:
         raise UsageError(f"steps: {config.steps}; expected more than {WARM_UP}, which warm up")
     on_gpu = torch.cuda.is_available()
-    size = ("7b" if on_gpu else "tiny") if config.size == "auto" else config.size
+    size = ("1b" if on_gpu else "tiny") if config.size == "auto" else config.size
     head = provenance(PACKAGES, "run", argv)
     head |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     started = time.perf_counter()

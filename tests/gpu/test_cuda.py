@@ -68,7 +68,8 @@ def test_the_merge_never_waits_for_the_device() -> None:
 
 def ready_for(engine: Any, config: Any) -> Setup:
     feed: Any = SimpleNamespace(total_steps=9)
-    return Setup(config, CUDA, feed, engine, 0, {}, 0, 1)
+    state: Any = None  # nothing is saved
+    return Setup(config, CUDA, feed, engine, 0, state, 0, 1)
 
 
 def take_steps(ready: Setup, mode: Literal["warn", "error"]) -> list[float]:

@@ -25,7 +25,13 @@ class TrainerStep:
 
 
 def trainer_seconds(
-    shapes: ModelConfig, batch: Batch, steps: int, device: torch.device, *, folder: str
+    shapes: ModelConfig,
+    batch: Batch,
+    steps: int,
+    device: torch.device,
+    accumulation: int = 1,
+    *,
+    folder: str,
 ) -> TrainerStep:
     """Time `steps` steps of one batch over and over, after two that are not timed."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -49,7 +55,7 @@ def trainer_seconds(
         {"gradient_checkpointing": True} if shapes.gradient_checkpointing else {}
     )
     arguments = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=1, max_steps=steps + 2, report_to=[],
+        output_dir=folder, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, max_steps=steps + 2, report_to=[],
         remove_unused_columns=False, save_strategy="no", learning_rate=1e-5, max_grad_norm=1.0,
         optim="adamw_torch", disable_tqdm=True, logging_strategy="no",
         use_cpu=device.type == "cpu", bf16=device.type == "cuda",
@@ -57,7 +63,7 @@ def trainer_seconds(
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, data_collator=lambda rows: rows[0],
-        train_dataset=[row] * (steps + 2), callbacks=[Clock()],  # type: ignore[arg-type]
+        train_dataset=[row] * (steps + 2) * accumulation, callbacks=[Clock()],  # type: ignore[arg-type]
     )  # fmt: skip
     trainer.train()
     return TrainerStep(statistics.median(found[2:]), peak_memory(device))
