@@ -102,7 +102,7 @@ def test_a_built_model_names_it_and_takes_it_again_by_that_name() -> None:
 def test_a_mask_of_padding_is_refused_but_inside_with_masks(family: str) -> None:
     model = build_language(LanguageConfig(family, settings=decoders.settings(family))).eval()
     ids, mask = torch.arange(1, 7).view(1, 6), torch.tensor([[0, 0, 1, 1, 1, 1]])
-    with pytest.raises(ModelError, match="attention_mask: lapilli attention takes none"):
+    with pytest.raises(ModelError, match=r"language.attention: lapilli takes no attention_mask"):
         model(ids, attention_mask=mask)
     places = torch.tensor([[0, 0, 0, 1, 2, 3]])
     with with_masks(model):

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lapilli.model.attention.backend import attention_kernel
     from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
     from lapilli.model.errors import ModelError
     from lapilli.model.generate import generate_greedy
+    from lapilli.model.kernels.choice import choose_kernels
     from lapilli.model.loss import trained_loss
     from lapilli.model.merging import merge
     from lapilli.model.parts.trainable import freeze, trainable_parameters
@@ -21,7 +23,9 @@ __all__ = [
     "ModelError",
     "VisionConfig",
     "VisionLanguageModel",
+    "attention_kernel",
     "build_model",
+    "choose_kernels",
     "freeze",
     "generate_greedy",
     "merge",
@@ -36,7 +40,9 @@ _MODULES = {
     "ModelError": "errors",
     "VisionConfig": "config",
     "VisionLanguageModel": "vlm",
+    "attention_kernel": "attention.backend",
     "build_model": "vlm",
+    "choose_kernels": "kernels.choice",
     "freeze": "parts.trainable",
     "generate_greedy": "generate",
     "merge": "merging",

@@ -115,8 +115,7 @@ def generate(
         embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
     keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
     answers = _Answers(len(prompts), end_ids, watch)
-    language = model.language
-    with with_masks(language), uncompiled(model.config), _own_settings(language) as run:
+    with with_masks(model.language), uncompiled(model.config), _own_settings(model.language) as run:
         run(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),

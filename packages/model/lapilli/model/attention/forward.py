@@ -63,9 +63,8 @@ def _refuse_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     del args
     if kwargs.get("attention_mask") is not None and attention_of(module) == NAME:
         raise ModelError(
-            f"attention_mask: {NAME} attention takes none, rows are padded on the right; call the "
-            "model inside lapilli.model.attention.forward.with_masks, or set language.attention "
-            "sdpa"
+            f"language.attention: {NAME} takes no attention_mask, rows are padded on the right; "
+            "call the model inside lapilli.model.attention.forward.with_masks, or set sdpa"
         )
 
 
