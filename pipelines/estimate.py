@@ -24,6 +24,7 @@ from lapilli.model.peak import peak_flops
 from lapilli.model.vlm import read_outline
 from lapilli.train.config import RunConfig
 from lapilli.train.device import device_memory
+from lapilli.train.driver.communication import communication_seconds
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
 from lapilli.train.worker.compatibility import check_model
@@ -68,6 +69,13 @@ def estimate(config: RunConfig) -> None:
     if every := config.checkpoint.archive_every:
         size = bytes_text(estimate.checkpoint_bytes // 3)
         say(f"disk: {size} more every {every:,} steps, for a milestone")
+    if config.num_workers > 1:
+        link = config.communication.link_gbps or 100.0
+        seconds = communication_seconds(config, estimate.parameters, link)
+        say(
+            f"communication: {seconds:.2g} s a step where a worker sends {link:g} Gbit/s "
+            "(communication.link_gbps), unless computing hides it"
+        )
     if dataset:
         _tell_time(config, sketch, dataset)
 

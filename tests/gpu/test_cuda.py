@@ -102,8 +102,12 @@ def test_a_step_never_waits_for_the_device(dtype: Literal["fp32", "bf16"]) -> No
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_only_deepspeed_waits_for_the_device_under_its_engine(stage: int, tmp_path: Path) -> None:
+def test_only_deepspeed_waits_for_the_device_under_its_engine(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is absent")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
     from lapilli.train.engine import deepspeed_engine
 
     config = run_config(

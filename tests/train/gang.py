@@ -64,8 +64,8 @@ def _work(config: RunConfig, rank: int, store: str, cuts_all: bool) -> None:
     if cuts_all:
         small = {"stage3_param_persistence_threshold": 0}
 
-        def cutting(config: RunConfig) -> dict[str, Any]:
-            found = settings(config)
+        def cutting(config: RunConfig, communication: Any = None) -> dict[str, Any]:
+            found = settings(config, communication)
             return {**found, "zero_optimization": found["zero_optimization"] | small}
 
         engine.deepspeed_settings = cutting

@@ -13,6 +13,7 @@ from lapilli.train.renamed import RUN_NAMES
 
 __all__ = [
     "CheckpointConfig",
+    "CommunicationConfig",
     "DeviceChoice",
     "LoggerName",
     "OffloadConfig",
@@ -181,6 +182,33 @@ class OffloadConfig:
 
 
 @dataclass(frozen=True)
+class CommunicationConfig:
+    """How ZeRO's collectives are cut, by DeepSpeed's names; null or 0 follows the model's size.
+
+    Attributes:
+        overlap_comm: Reduce gradients while backward goes on.
+        reduce_bucket_size: Numbers reduced at once.
+        allgather_bucket_size: Numbers gathered at once after an update (stages 1 and 2).
+        stage3_prefetch_bucket_size: Numbers fetched ahead of the layer that needs them.
+        stage3_param_persistence_threshold: Weights of up to so many numbers stay whole.
+        zero_hpz_partition_size: Workers that share a copy of stage 3's weights (arXiv 2306.10209).
+        link_gbps: Gigabits a second that a worker sends, for `estimate`.
+    """
+
+    overlap_comm: bool | None = None
+    reduce_bucket_size: int = 0
+    allgather_bucket_size: int = 0
+    stage3_prefetch_bucket_size: int = 0
+    stage3_param_persistence_threshold: int = 0
+    zero_hpz_partition_size: int = 0
+    link_gbps: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        _check_numbers("communication", self, (), tuple(vars(self).keys() - {"overlap_comm"}))
+
+
+@dataclass(frozen=True)
 class ProfileConfig:
     """What of a run is profiled.
 
@@ -265,6 +293,7 @@ class RunConfig:
         validation: Loss and answers on held-out samples.
         recovery: What to do when something goes wrong.
         profile: What of it is profiled.
+        communication: How ZeRO's collectives are cut.
         max_shapes: Shapes (sequence length, with or without images) that batches may have in all.
         loggers: What the metrics are also sent to, of `tensorboard`, `wandb` and `mlflow`.
     """
@@ -300,6 +329,9 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=RESUMABLE)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig, metadata=RESUMABLE)
     profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=RESUMABLE)
+    communication: CommunicationConfig = field(
+        default_factory=CommunicationConfig, metadata=RESUMABLE
+    )
     loggers: tuple[LoggerName, ...] = field(default=(), metadata=RESUMABLE)
 
     def __post_init__(self) -> None:
@@ -316,6 +348,7 @@ class RunConfig:
                 "which the micro-batches belong; set it"
             )
         _check_weights(self)
+        _check_hpz(self)
         _check_workers(self)
         _check_order(self)
 
@@ -377,6 +410,19 @@ def _check_weights(config: RunConfig) -> None:
         raise TrainError(
             f"model.dtype: bf16 with precision {config.precision} would compute with weights "
             "rounded to bf16; set precision bf16, or model.dtype fp32"
+        )
+
+
+def _check_hpz(config: RunConfig) -> None:
+    """Groups of workers that hold all weights among them are of stage 3, and cut the workers."""
+    size, fewest = config.communication.zero_hpz_partition_size, config.recovery.min_workers
+    if not size:
+        return
+    if config.zero_stage != 3 or config.num_workers % size or fewest not in (0, config.num_workers):
+        raise TrainError(
+            f"communication.zero_hpz_partition_size: {size} with zero_stage {config.zero_stage}, "
+            f"num_workers {config.num_workers} and recovery.min_workers {fewest}; expected stage "
+            "3, a size that divides num_workers, and no other number of workers; or leave it out"
         )
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -60,14 +60,23 @@ SCALING = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1
 SUB_GROUP = 2 * 10**7  # numbers that are read from a disk and written to it at once
 
 
-def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
-    """A run's settings as DeepSpeed spells them."""
+def deepspeed_settings(
+    config: RunConfig, communication: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A run's settings as DeepSpeed spells them; `communication` as `communication_settings`."""
+    hpz = config.communication.zero_hpz_partition_size
+    zero = {"zero_hpz_partition_size": hpz} if hpz else {}  # `zero.Init` looks for it too
     return {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage, **_offloading(config)},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            **zero,
+            **(communication or {}),
+            **_offloading(config),
+        },
         # whether a gradient is a number is seen a step later (`StepGuard`), without asking here
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": config.precision == "fp16", **SCALING},

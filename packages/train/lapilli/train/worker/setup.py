@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lapilli.data.batches.collate import blank_batches
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.versions import installed_versions
+from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
@@ -20,10 +21,12 @@ from lapilli.train.checkpoint.init_from import Built
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, check_precision, prepare_process
 from lapilli.train.engine import deepspeed_engine as engine
+from lapilli.train.engine.communication import communication_line, communication_settings
 from lapilli.train.engine.deepspeed_internals import restore_scale
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.dataset_files import training_data
+from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import WEIGHTS
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer
@@ -76,7 +79,11 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     feed = Feed(dataset, config, rank=rank, world_size=world_size)
     is_on_gpu = torch_device.type == "cuda" and config.offload.to == "none"
     optimizer = build_optimizer(model, config.optim, fused=is_on_gpu)
-    built = engine.initialize(model, optimizer, engine.deepspeed_settings(config))
+    hidden_size = shape_of(model.language.get_input_embeddings().weight)[1]
+    communication = communication_settings(config, hidden_size, device)
+    if rank == 0 and world_size > 1:
+        note(Path(config.output), communication_line(communication))
+    built = engine.initialize(model, optimizer, engine.deepspeed_settings(config, communication))
     if found:
         checkpoint.load_into(built, found)
         restore_scale(built, found.state.loss_scale)

@@ -1,0 +1,53 @@
+"""How ZeRO's collectives are cut: DeepSpeed's settings by the model's size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from lapilli.train.config import RunConfig
+from lapilli.train.device import Device
+
+__all__ = ["communication_line", "communication_settings"]
+
+LAYER = 12  # times the square of the hidden size: about the weights of a decoder's layer
+MOST = 5 * 10**8  # numbers in a bucket: DeepSpeed's own default
+
+
+def communication_settings(config: RunConfig, hidden_size: int, device: Device) -> dict[str, Any]:
+    """Settings of DeepSpeed's `zero_optimization` for a run.
+
+    What the run does not set follows the decoder's hidden size h where workers compute on GPUs or
+    HPUs. At stage 3 the formulas that DeepSpeed's integration in transformers documents: gradients
+    are reduced in buckets of h^2 numbers, 0.9 h^2 are fetched ahead, weights of up to 10 h numbers
+    stay whole. At stages 1 and 2 a bucket is a decoder's layer, about 12 h^2, at most DeepSpeed's
+    default. On a CPU DeepSpeed's defaults stay.
+
+    Args:
+        config: The run.
+        hidden_size: Of its decoder.
+        device: What its workers compute on.
+    """
+    if not config.zero_stage:
+        return {}
+    square = hidden_size**2
+    found: dict[str, Any] = {}
+    if device != "cpu":
+        found = {"overlap_comm": config.num_workers > 1, "contiguous_gradients": True}
+        if config.zero_stage == 3:
+            found["reduce_bucket_size"] = square
+            found["stage3_prefetch_bucket_size"] = int(0.9 * square)
+            found["stage3_param_persistence_threshold"] = 10 * hidden_size
+        else:
+            bucket = min(LAYER * square, MOST)
+            found |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    overlap, *sizes = asdict(config.communication).items()
+    own = [overlap] if overlap[1] is not None else []
+    own += [(name, value) for name, value in sizes if value and name != "link_gbps"]
+    return found | dict(own)
+
+
+def communication_line(settings: dict[str, Any]) -> str:
+    """What a run notes of them."""
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"communication: {told or 'as DeepSpeed has it'}"
