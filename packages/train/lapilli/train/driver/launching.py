@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from lapilli.data.io.writer_lock import only_writer
@@ -94,58 +94,49 @@ def launch(
     """
     run = Path(ready.config.output)
     with only_trainer(ready.config):
-        return _launch(run, ready, on_step, on_stop, on_note)
-
-
-def _launch(
-    run: Path,
-    ready: Preflight,
-    on_step: Progress,
-    on_stop: Callable[[], None],
-    on_note: Callable[[str], None],
-) -> list[StepMetrics]:
-    write_run_config(run, ready.config)
-    write_run_info(run, ready.info())
-    keep_data(run, Path(ready.config.dataset), ready.config.view, anew=not ready.start)
-    if not ready.is_done:
+        write_run_config(run, ready.config)
+        write_run_info(run, ready.info())
+        keep_data(run, Path(ready.config.dataset), ready.config.view, anew=not ready.start)
+        if ready.is_done:
+            return read_metrics(run)
         if ready.config.checkpoint.upload:
             store_config(run, ready.config.checkpoint.upload)
         forget_stop(run)
-        stop = threading.Event()
-        follower = threading.Thread(
-            target=_follow, args=(run, ready, on_step, on_note, stop), name="follow", daemon=True
-        )
-        follower.start()
-        try:
-            with stops_on_signals(run, on_stop):
-                fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
-                fit_on(ready.config, ready.device)
-        finally:
-            stop.set()
-            follower.join()
+        with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
+            fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
+            fit_on(ready.config, ready.device)
         if is_stop_asked(run):
-            found = latest_checkpoint(run)
-            raise KeyboardInterrupt(f"saved at step {found.step}" if found else "")
-    return read_metrics(run)
+            newest = latest_checkpoint(run)
+            raise KeyboardInterrupt(f"saved at step {newest.step}" if newest else "")
+        return read_metrics(run)
 
 
-def _follow(
-    run: Path,
-    ready: Preflight,
-    on_step: Progress,
-    on_note: Callable[[str], None],
-    stop: threading.Event,
-) -> None:
+@contextmanager
+def _followed(
+    run: Path, ready: Preflight, on_step: Progress, on_note: Callable[[str], None]
+) -> Generator[None]:
     """Pass new metrics and notes on to the person who waits; workers only write the files."""
-    seen, position, ended = ready.start - 1, 0, False
-    noted = notes_end(run)
-    while not ended:
-        ended = stop.wait(0.5)
-        lines, noted = notes_from(run, noted)
-        for line in lines:
-            on_note(line)
-        rows, position = read_new(run, position)
-        for row in rows:
-            if row.step > seen:
-                seen = row.step
-                on_step(row, ready.total_steps)
+    stop = threading.Event()
+    seen, position, noted = ready.start - 1, 0, notes_end(run)
+
+    def follow() -> None:
+        nonlocal seen, position, noted
+        ended = False
+        while not ended:
+            ended = stop.wait(0.5)
+            lines, noted = notes_from(run, noted)
+            for line in lines:
+                on_note(line)
+            rows, position = read_new(run, position)
+            for row in rows:
+                if row.step > seen:
+                    seen = row.step
+                    on_step(row, ready.total_steps)
+
+    follower = threading.Thread(target=follow, name="follow", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()

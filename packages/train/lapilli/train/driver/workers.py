@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,18 @@ def _worker(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     config = replace(config, num_workers=world_size)  # fewer where `recovery.min_workers` allows it
     try:
-        _train(config, settings["device"], rank, world_size)
+        with _blaming(config, rank):
+            fit(setup(config, settings["device"], rank=rank, world_size=world_size))
     except (DataError, ModelError, TrainError) as error:
         _write_mistake(mistake, error)
         raise
 
 
-def _train(config: RunConfig, device: Device, rank: int, world_size: int) -> None:
-    """One worker's part of a run; a full disk, or rights that are missing, are a user's mistake."""
+@contextlib.contextmanager
+def _blaming(config: RunConfig, rank: int) -> Generator[None]:
+    """Around a worker's part of a run: a full disk, or missing rights, are a user's mistake."""
     try:
-        fit(setup(config, device, rank=rank, world_size=world_size))
+        yield
     except OSError as error:
         if (line := blame(error, config.output)) is None:
             raise
@@ -161,7 +164,8 @@ def fit_here(config: RunConfig, device: Device) -> None:
     same process would find.
     """
     join_alone(device)
-    _train(config, device, rank=0, world_size=1)
+    with _blaming(config, rank=0):
+        fit(setup(config, device, rank=0, world_size=1))
 
 
 def join_alone(device: Device) -> None:
