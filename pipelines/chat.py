@@ -8,24 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.printable import one_line
 from lapilli.model.errors import ModelError
-from lapilli.model.generate import Decoding
-from lapilli.train.config import DeviceChoice
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, open_assistant
-from pipelines.chat_page.request import MIB, ChatLimits, read_question
+from pipelines.chat_page.request import MIB, read_question
 from pipelines.chat_page.server import listen, make_server, require_server
 from pipelines.chat_page.worker import Busy, ChatWorker
 from pipelines.cli.command import first_as, parse, run, say
-from pipelines.cli.trust_flags import TrustFlags
+from pipelines.cli.settings import ChatConfig, ChatLimits
 
-__all__ = ["ChatConfig", "chat", "main", "make_app"]
+__all__ = ["chat", "main", "make_app"]
 
 Found = TypeVar("Found")
 PAGE = Path(__file__).parent / "chat_page" / "chat.html"
@@ -39,34 +36,6 @@ HEADERS = {
 CLOSE = {"Connection": "close"}  # what is still being sent is not read
 LATER = {"Retry-After": "5"}
 OVERRUN = 4  # times as much as is taken is read and passed over before a connection is closed
-
-
-@dataclass(frozen=True)
-class ChatConfig(TrustFlags):
-    """Who is talked with, and where.
-
-    Attributes:
-        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
-            LLaVA, or PEFT adapters for either with their base model on this machine.
-        template: How a published model's conversations are written down, by name or file, where its
-            folder does not say.
-        view: How its images are made square, where its folder does not say: `pad`, `crop`,
-            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
-        host: Address to listen on; another than this machine's own lets the network in.
-        port: 0 takes a free one.
-        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        decoding: How answers are written.
-        limits: What requests may ask for.
-    """
-
-    model: str
-    template: str = ""
-    view: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8080
-    device: DeviceChoice = "auto"
-    decoding: Decoding = field(default_factory=Decoding)
-    limits: ChatLimits = field(default_factory=ChatLimits)
 
 
 class _Refused(Exception):

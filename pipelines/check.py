@@ -90,7 +90,7 @@ class CheckConfig(BuildConfig):
 
 
 def check(config: CheckConfig) -> Survey:
-    """Look, and tell what there is."""
+    """Check the mixture and print a summary."""
     root = Path(config.root)
     if not is_folder(root):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
@@ -107,7 +107,7 @@ def check(config: CheckConfig) -> Survey:
     notes: Counter[Note] = Counter()
     if config.decode:
         found = _look(config, rules, decoded=_decode(config, found, notes), last=True)
-    tell(config, found)
+    print_summary(config, found)
     for note, count in sorted(notes.items()):
         say(f"  {count:,} images {note}: {IMAGE_NOTES[note]}")
     say(f"\n{time.monotonic() - started:.1f} s")
@@ -184,7 +184,7 @@ def find_published(config: CheckConfig) -> CheckConfig:
 
 
 def _rules(config: CheckConfig) -> Rules:
-    """How a build takes records: by the template, where the recipe or a flag names one."""
+    """The validation rules of a build with the template that is named, if any."""
     if not config.template:
         return plain_rules
     template, tokenizer = get_template(config.template), None
@@ -265,8 +265,8 @@ def _rows_to(path: Path) -> Generator[Callable[[Entry], None]]:
             temporary.unlink(missing_ok=True)
 
 
-def tell(config: CheckConfig, found: Survey) -> None:
-    """The summary: records, images, what to get, what a build needs."""
+def print_summary(config: CheckConfig, found: Survey) -> None:
+    """Print records, images, missing files, and what a build needs."""
     total, bad = found.read.total(), found.bad.total()
     say_title(f"{total:,} records: {total - bad:,} good, {bad:,} with a problem")
     for source, count in found.read.items():
@@ -287,7 +287,7 @@ def tell(config: CheckConfig, found: Survey) -> None:
             f"  {number:,} keys mended ({kind}), "
             f"first '{excerpt(key)}' read from '{excerpt(image)}'"
         )
-    tell_needs(config, found)
+    print_needs(config, found)
     if config.output:
         say(f"records with a problem: {config.output}")
     if not config.decode:
@@ -300,7 +300,7 @@ def _some(keys: set[str]) -> str:
     return ", ".join(sorted(keys)[:NAMED]) + more
 
 
-def tell_needs(config: CheckConfig, found: Survey) -> None:
+def print_needs(config: CheckConfig, found: Survey) -> None:
     """Disk and time of a build."""
     sizes = [
         place.size if place.member is None else place.member.stored

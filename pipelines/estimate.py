@@ -39,7 +39,7 @@ LOOKED_AT = 2000  # samples
 
 
 def estimate(config: RunConfig) -> None:
-    """Say memory by part and ZeRO stage, what a micro-batch adds, disk, and time."""
+    """Print memory by part and ZeRO stage, activations, disk and time."""
     dataset = _open(config)
     language = config.model.language
     if note := choose_attention(language.attention, language_settings(language)).note:
@@ -77,10 +77,10 @@ def estimate(config: RunConfig) -> None:
             "(communication.link_gbps), unless computing hides it"
         )
     if dataset:
-        _tell_time(config, sketch, dataset)
+        _print_time(config, sketch, dataset)
 
 
-def _tell_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
+def _print_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
     """Steps, operations, and the hours that these take at a rate."""
     samples = len(dataset)
     steps = -(-samples // config.global_batch_size) * config.epochs

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lapilli.data.io.access import cannot_read, is_denied, is_folder
 from lapilli.data.io.atomic import write_json, write_text
@@ -18,7 +18,6 @@ from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.train.checkpoint.find import newest_weights
-from lapilli.train.config import DeviceChoice
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import open_trained
@@ -34,39 +33,9 @@ from lapilli.train.inference.evaluate import (
 from lapilli.train.run_folder.jsonl import parse_lines
 from lapilli.train.run_folder.names import WEIGHTS
 from pipelines.cli.command import parse, progress_bar, run, say
-from pipelines.cli.trust_flags import TrustFlags
+from pipelines.cli.settings import EvaluateConfig
 
-__all__ = ["EvaluateConfig", "evaluate", "evaluate_once", "main", "what_was_asked"]
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(TrustFlags):
-    """What is asked of which model.
-
-    Attributes:
-        run: Folder of a run, an export or a published model. A published model's template and view
-            are taken to be the dataset's.
-        dataset: Folder of a dataset of questions; each record's first answer is expected.
-        view: The dataset's view; empty for its only one.
-        split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
-            what is held out, where there is any.
-        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        shuffle_images: Show each question the images of another record: what is left is what the
-            model knows without looking.
-        output: File for the answers, one JSON object a line, written by one process at a time;
-            empty for none.
-        template: How a published model's conversations were written down, by name or file; a
-            dataset of another template is then refused.
-    """
-
-    run: str
-    dataset: str
-    view: str = ""
-    split: Literal["auto", "train", "held_out"] = "auto"
-    device: DeviceChoice = "auto"
-    shuffle_images: bool = False
-    output: str = ""
-    template: str = ""
+__all__ = ["evaluate", "evaluate_once", "main", "what_was_asked"]
 
 
 def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
@@ -134,7 +103,7 @@ def evaluate_once(config: EvaluateConfig) -> list[Answer]:
 
 
 def _asked(config: EvaluateConfig) -> dict[str, Any]:
-    """What decides the answers."""
+    """The settings and weights that determine the answers."""
     found = newest_weights(Path(config.run))
     manifest = read_manifest(Path(config.dataset))
     return {

@@ -27,11 +27,17 @@ from lapilli.model.interop.hf_files import oldest_reader
 from pipelines.cli.command import first_as, parse, progress_bar, run, say
 from pipelines.exports.config import ExportConfig
 from pipelines.exports.llava import to_llava, to_peft
-from pipelines.exports.output import filled, open_run, tokenizer_bytes, told, weight_bytes
+from pipelines.exports.output import (
+    filled,
+    open_run,
+    tokenizer_bytes,
+    weight_bytes,
+    writing_progress,
+)
 
 
 def to_webdataset(config: ExportConfig) -> None:
-    """Write tars and tell what came of it."""
+    """Write tars and print how many samples they hold."""
     dataset, output = Path(config.dataset), Path(config.output)
     if not config.dataset:
         raise DataError("dataset: nothing named; pass --dataset with a dataset's folder")
@@ -78,7 +84,7 @@ def to_hf(config: ExportConfig) -> None:
                 "template_name": asked.template.name,
             },
         }
-        with told() as on_progress:
+        with writing_progress() as on_progress:
             write_hf(
                 asked.model,
                 folder,

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -22,8 +22,7 @@ from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts.places import EXTENSIONS, LARGEST_FILE
-from lapilli.model.generate import Decoding
-from lapilli.train.config import DeviceChoice
+from lapilli.model.config import Decoding
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
 from pipelines.cli.command import (
@@ -36,47 +35,7 @@ from pipelines.cli.command import (
     stream_text,
 )
 from pipelines.cli.question_file import Asked, existing, read_questions
-from pipelines.cli.trust_flags import TrustFlags
-
-
-@dataclass(frozen=True)
-class GenerateConfig(TrustFlags):
-    """What is asked of which model.
-
-    Attributes:
-        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
-            LLaVA, or PEFT adapters for either with their base model on this machine.
-        template: How a published model's conversations are written down, by name or file, where its
-            folder does not say.
-        view: How its images are made square, where its folder does not say: `pad`, `crop`,
-            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
-        image: An image, or a folder of images of which each is shown with the question.
-        question: What is asked; empty with a template of captions. `<image>` in it is the image's
-            place.
-        questions: JSONL with `question_id`, `text` and, where there are images, `image` or
-            `images`, a file or a list of files each. `<image>` in a text is an image's place;
-            without it images stand in front.
-        images: Folder that the images of `questions` are in.
-        output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
-            answers. Questions that it answers already are not asked again. One process at a time
-            writes it.
-        batch: Questions at once.
-        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        decoding: How answers are written. With a temperature above 0 the same question, images and
-            seed give the same answer, whatever the batch.
-    """
-
-    model: str
-    template: str = ""
-    view: str = ""
-    image: str = ""
-    question: str = ""
-    questions: str = ""
-    images: str = "."
-    output: str = ""
-    batch: int = 16
-    device: DeviceChoice = "auto"
-    decoding: Decoding = field(default_factory=Decoding)
+from pipelines.cli.settings import GenerateConfig
 
 
 def collect(config: GenerateConfig) -> list[Asked]:

@@ -31,7 +31,7 @@ from pipelines.reports.dataset_report import IMAGE_NOTES, BuildTime, write_datas
 
 
 def preprocess(config: BuildConfig) -> BuildReport:
-    """Plan, build and tell what came of it."""
+    """Plan and build a dataset, print what was made, and write its report."""
     if not is_address(config.output):
         require_writable("output", Path(config.output))
     config = replace(config, views=filled_views(config.views))
@@ -39,31 +39,31 @@ def preprocess(config: BuildConfig) -> BuildReport:
     with progress_bar() as bar:
         task = bar.add_task("records", total=None)
         plan = plan_build(config, lambda done: bar.update(task, completed=done))
-    tell_plan(plan)
+    print_plan(plan)
     with build_line() as runner:
         report = build(plan, runner=runner)
-    tell_report(report)
+    print_report(report)
     if not is_address(config.output):
         time = BuildTime(report.seconds, report.shards_built, report.shards_reused)
         say(f"report: {write_dataset_report(Path(config.output), plan.config, time=time)}")
     return report
 
 
-def tell_plan(plan: BuildPlan) -> None:
-    """What is about to be done."""
+def print_plan(plan: BuildPlan) -> None:
+    """Print records, images, disk and codecs of the plan."""
     bad = sum(not entry.verdict.kept for entry in plan.entries)
     codecs = ", ".join(f"{name}: {view.codecs.describe()}" for name, view in plan.views.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
     for source, tally in plan.tallies.items():
         for line in describe_tally(tally):
             say(f"  {source}: {line}")
-    tell_disk(plan)
+    print_disk(plan)
     say(codecs)
     if replaced := replaced_simd():
         say(f"warning: {replaced}")
 
 
-def tell_disk(plan: BuildPlan) -> None:
+def print_disk(plan: BuildPlan) -> None:
     """The disk that the dataset takes, part by part; what an earlier run has left is in it."""
     needed = {name: sum(map(task_bytes, view.tasks())) for name, view in plan.views.items()}
     parts = ", ".join(
@@ -75,8 +75,8 @@ def tell_disk(plan: BuildPlan) -> None:
     say(f"{bytes_text(total)} of shards: {parts}, tokens {bytes_text(tokens)}")
 
 
-def tell_report(report: BuildReport) -> None:
-    """What has been done."""
+def print_report(report: BuildReport) -> None:
+    """Print what was built and quarantined."""
     counts = report.manifest.counts
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts["reasons"].items())
     repairs = ", ".join(f"{kind} {count}" for kind, count in counts["repairs"].items())
@@ -88,11 +88,11 @@ def tell_report(report: BuildReport) -> None:
     for note, count in counts["image_notes"].items():
         say(f"{count} images {note}: {IMAGE_NOTES[note]}")
     if report.manifest.mixture["records"] != counts["kept"]:
-        tell_blend(report.manifest.mixture)
+        print_blend(report.manifest.mixture)
     for view, facts in report.manifest.views.items():
         if facts.encoding["kind"] == "jpeg":
-            tell_error(f"{view} as jpeg {facts.encoding['quality']}", facts.encoding["error"])
-        tell_error(f"{view} decoded fast", facts.fast_error)
+            print_error(f"{view} as jpeg {facts.encoding['quality']}", facts.encoding["error"])
+        print_error(f"{view} decoded fast", facts.fast_error)
     unused = counts["unused_images"]
     if unused:
         say(f"{unused} images of an earlier build are used no more; a fresh --output leaves them")
@@ -101,7 +101,7 @@ def tell_report(report: BuildReport) -> None:
     )
 
 
-def tell_error(made: str, error: dict[str, float]) -> None:
+def print_error(made: str, error: dict[str, float]) -> None:
     """What JPEG or fast decoding has changed of a view's pixels."""
     if error:
         say(
@@ -110,7 +110,7 @@ def tell_error(made: str, error: dict[str, float]) -> None:
         )
 
 
-def tell_blend(mixture: dict[str, Any]) -> None:
+def print_blend(mixture: dict[str, Any]) -> None:
     """What an epoch consists of, where that is not simply every record kept."""
     held_out = f", {mixture['held_out']} held out" if mixture["held_out"] else ""
     say(f"an epoch: {mixture['records']} records, {mixture['tokens']} tokens{held_out}")

@@ -16,7 +16,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,9 +30,11 @@ from lapilli.data.text.encode import train_tokenizer
 from lapilli.train.config import RunConfig
 from lapilli.train.inference.evaluate import Answer, Scores, score
 from lapilli.train.run_folder.metrics_file import StepMetrics
+from lapilli.train.run_folder.names import REPORT
 from pipelines.cli.command import parse, run, say, say_text, say_title
 from pipelines.cli.conversation import print_transcript, read_transcript
-from pipelines.evaluate import EvaluateConfig, evaluate_once
+from pipelines.cli.settings import EvaluateConfig, QuickstartConfig
+from pipelines.evaluate import evaluate_once
 from pipelines.preprocess import preprocess
 from pipelines.quickstart_data.easy_vqa import write_easy_vqa
 from pipelines.quickstart_data.majority_baseline import blind_answers
@@ -40,7 +42,7 @@ from pipelines.reports.machine import describe_hardware, versions
 from pipelines.reports.quickstart_report import Story, write_report
 from pipelines.train import train
 
-__all__ = ["QuickstartConfig", "judge", "main", "quickstart"]
+__all__ = ["judge", "main", "quickstart"]
 
 RECIPES = Path(__file__).parent / "recipes" / "tiny"
 VOCABULARY = 512
@@ -48,28 +50,6 @@ VIEW = "square64"
 VALIDATION_IMAGES = 500
 DATASETS = ("pretrain", "finetune", "test")
 SUMMARY = "summary.json"
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """How long and where to.
-
-    Attributes:
-        output: Folder for everything the quickstart makes; one process at a time.
-        epochs: Passes over the data in each stage; 0 takes the recipes'.
-        questions: What the model is asked: the `test` questions, or, for choosing settings, those
-            of training images that are then held out (`validation`).
-        min_accuracy: Exit with 1 if the model answers fewer of the questions right.
-        min_gain: Exit with 1 if it gains less by seeing the right images.
-        device: `auto` takes GPUs when there are any.
-    """
-
-    output: str = "outputs/quickstart"
-    epochs: int = 0
-    questions: Literal["test", "validation"] = "test"
-    min_accuracy: float = 0.9
-    min_gain: float = 0.15
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass
@@ -126,7 +106,7 @@ def _quickstart(config: QuickstartConfig, output: Path) -> dict[str, Any]:
             answers=answers,
             recipes=_settings(),
         )
-        write_report(output / "report.html", story, output / "datasets", view=VIEW)
+        write_report(output / REPORT, story, output / "datasets", view=VIEW)
         write_json(output / SUMMARY, summary)
     return summary
 

@@ -25,7 +25,7 @@ MOST_SAMPLES = 20  # that are named
 
 
 def replay(path: Path, trust: Trust = NOTHING) -> Finding:
-    """Run a kept step again in this process and say what is wrong in it.
+    """Run a saved step again in this process and print what is not finite in it.
 
     Args:
         path: The step's folder.

@@ -33,7 +33,7 @@ from pipelines.cli.terminal import print_table
 from pipelines.reports.run_report import write_run_report
 from pipelines.reports.ticks import duration_text
 
-__all__ = ["follow", "live_fields", "log_line", "tell_preflight", "train"]
+__all__ = ["follow", "live_fields", "log_line", "print_preflight", "train"]
 
 RECENT = 20  # steps the live line's figures are of
 STOPPING = "saving a checkpoint, then exiting; press Ctrl-C again to exit now"
@@ -45,27 +45,27 @@ def train(config: RunConfig) -> list[StepMetrics]:
     if steps := finished_steps(config):
         for line in copy_rest(config, steps) if config.checkpoint.upload else ():
             say(line)
-        say(f"{config.output}: finished already, at step {steps}; nothing to do")
+        say(f"{config.output}: already finished at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
     # Ray is started after the lock is taken: a second command is told at once.
     session = ray_session() if config.launcher == "ray" else contextlib.nullcontext()
     with only_trainer(config), session:
         ready = preflight(config, say)
-        tell_preflight(config, ready)
+        print_preflight(config, ready)
         run_folder = Path(ready.config.output)
         try:
             metrics = read_metrics(run_folder) if ready.is_done else follow(ready)
         except BaseException:
             with contextlib.suppress(Exception):  # why the run ended is what is told
-                _tell_report(run_folder)
+                _print_report(run_folder)
             raise
-        _tell_report(run_folder)
+        _print_report(run_folder)
     last = metrics[-1]
     say(f"loss {metrics[0].loss:.4f} at step 1, {last.loss:.4f} at step {last.done}")
     return metrics
 
 
-def _tell_report(run_folder: Path) -> None:
+def _print_report(run_folder: Path) -> None:
     """Write the run's page, also of a run that was stopped; no page is no reason to fail."""
     try:
         say(f"report: {write_run_report(run_folder)}")
@@ -126,8 +126,8 @@ def live_fields(recent: Sequence[StepMetrics]) -> list[str]:
     return [*found, bytes_text(recent[-1].memory_bytes or 0)]
 
 
-def tell_preflight(config: RunConfig, ready: Preflight) -> None:
-    """What is about to be done: parts, memory, batch arithmetic, time."""
+def print_preflight(config: RunConfig, ready: Preflight) -> None:
+    """Print parts, memory, batch sizes and time before the start."""
     print_table(_parts_table(ready))
     config = ready.config  # its micro-batch may have followed
     say(
@@ -150,10 +150,10 @@ def tell_preflight(config: RunConfig, ready: Preflight) -> None:
     if config.init_from:
         say(f"starts from the weights of {config.init_from}")
     if ready.is_done:
-        say(f"finished already, at step {ready.start}: nothing to do")
+        say(f"already finished at step {ready.start}: nothing to do")
         return
     if ready.start:
-        say(f"goes on from step {ready.start}: the steps before it are reused")
+        say(f"resumes from step {ready.start}: the steps before it are reused")
     if ready.step_seconds is not None:
         seconds = ready.step_seconds * (ready.total_steps - ready.start)
         say(

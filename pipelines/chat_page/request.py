@@ -5,56 +5,19 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, cast
 
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, TextPart, Turn, excerpt, is_unicode
 from lapilli.train.inference.assistant import Question
+from pipelines.cli.settings import ChatLimits
 
-__all__ = ["ChatLimits", "read_question"]
+__all__ = ["read_question"]
 
 MIB = 1 << 20
 STRUCTURE = (b"{", b"[", b",", b'"')  # each value and each string of JSON begins behind one
 MOST_VALUES = 300_000  # 200 turns of text with many commas stay below; made of them: some 40 MB
 ROLES: dict[str, Literal["user", "assistant"]] = {"user": "user", "assistant": "assistant"}
-
-
-@dataclass(frozen=True)
-class ChatLimits:
-    """Bounds of a chat server.
-
-    Attributes:
-        body_mib: A conversation with its images as base64, in MiB.
-        buffered_mib: Of all requests whose images are not prepared yet, in MiB.
-        images: Of a conversation.
-        turns: Of a conversation.
-        pixels: Of an image.
-        decode_seconds: Processor time for an image.
-        decode_mib: Memory for decoding an image, in MiB.
-        waiting: Conversations that are read, wait or are answered; more get 503.
-        connections: Open connections; more get 503.
-        header_seconds: From a connection's start, or its next request's, to the header's end.
-        body_seconds: From there to the body's end.
-    """
-
-    body_mib: int = 32
-    buffered_mib: int = 128
-    images: int = 16
-    turns: int = 200
-    pixels: int = 50_000_000
-    decode_seconds: int = 10
-    decode_mib: int = 700
-    waiting: int = 64
-    connections: int = 256
-    header_seconds: float = 10.0
-    body_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        for item in fields(self):
-            if not getattr(self, item.name) > 0:
-                raise DataError(f"limits.{item.name}: {getattr(self, item.name)}; expected above 0")
 
 
 def read_question(body: bytes, limits: ChatLimits) -> Question:

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 from lapilli.train.errors import TrainError
-from pipelines.chat_page.request import ChatLimits
+from pipelines.cli.settings import ChatLimits
 
 __all__ = ["listen", "make_server", "require_server"]
 

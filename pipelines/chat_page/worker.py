@@ -21,10 +21,11 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.decode_worker import DecodeLimits, DecoderProcess, OverLimit
 from lapilli.data.images.view import BadImage
 from lapilli.data.record import Reason, TextPart, Turn
-from lapilli.model.generate import Decoding, expanded_length
+from lapilli.model.config import Decoding
+from lapilli.model.generate import expanded_length
 from lapilli.model.parts.positions import positions_of
 from lapilli.train.inference.assistant import Assistant, Question, bad_image
-from pipelines.chat_page.request import ChatLimits
+from pipelines.cli.settings import ChatLimits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -126,7 +126,7 @@ def first_as(name: str, argv: Sequence[str] | None) -> list[str]:
 def read_arguments(
     parser: ArgumentParser, argv: Sequence[str] | None, addresses: Sequence[str] = ()
 ) -> Any:
-    """What a parser (made with `exit_on_error=False`) makes of the arguments.
+    """Parse arguments with a parser made with `exit_on_error=False`.
 
     Raises:
         UsageError, DataError: As `parse`.
@@ -249,30 +249,30 @@ def _short(text: str) -> str:
 
 
 def warning_line(message: Warning | str, *where: object, **line: object) -> str:
-    """A warning as a reader wants it: what it says, without the place in the code."""
+    """Format a warning without the line of code."""
     del where, line
     return f"warning: {hide_secrets(' '.join(str(message).split()))}\n"
 
 
 def say(text: str) -> None:
-    """One line of narration; brackets in it are text. Newlines in front are empty lines."""
+    """Print one line, without markup. Leading newlines are empty lines."""
     line = text.lstrip("\n")
     say_text("\n" * (len(text) - len(line)) + one_line(line))
 
 
 def say_text(text: str) -> None:
-    """Text of several lines, such as an answer; brackets in it are text."""
+    """Print text of several lines, without markup."""
     console.print(text, markup=False, soft_wrap=True)
 
 
 def stream_text(piece: str) -> None:
-    """A piece of a text as it comes, without an end of line."""
+    """Print a piece of streamed text, without a newline."""
     sys.stdout.write(spell_out(piece))
     sys.stdout.flush()
 
 
 def say_title(text: str) -> None:
-    """The line a phase begins with."""
+    """Print the title of a phase."""
     console.print(f"\n{one_line(text)}", style="bold", markup=False)
 
 

@@ -7,6 +7,8 @@ import importlib.metadata
 import sys
 from typing import Any
 
+from pipelines.cli.help_text import SETTINGS, short_help
+
 __all__ = ["VERBS", "main", "usage"]
 
 BARE = ("doctor", "simd")  # verbs that run where packages are missing
@@ -49,7 +51,10 @@ def main() -> None:
     elif verb not in VERBS:
         print(f"error: {verb!r} is no verb; expected one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
+    elif verb in SETTINGS and {"-h", "--help"} & {*rest}:
+        print(short_help(verb, VERBS[verb]))
     else:
+        rest = ["--help" if word == "--help_all" else word for word in rest]
         sys.argv = [f"lapilli {verb}", *rest]  # the first is the name in usage lines
         if verb in BARE:
             sys.exit(_module(verb).main(rest))

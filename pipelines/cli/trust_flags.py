@@ -12,7 +12,7 @@ __all__ = ["TrustFlags", "trusted_names"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrustFlags:
-    """What is allowed of what the folder's own files ask for; by default nothing.
+    """What a run's or dataset's own files may execute; nothing by default.
 
     Attributes:
         trust_remote_code: Run the code that comes with the weights that a run names.

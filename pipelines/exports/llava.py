@@ -41,7 +41,13 @@ from lapilli.train.checkpoint.init_from import keeps_language
 from lapilli.train.inference.assistant import Assistant
 from pipelines.cli.command import say
 from pipelines.exports.config import ExportConfig
-from pipelines.exports.output import filled, open_run, tokenizer_bytes, told, weight_bytes
+from pipelines.exports.output import (
+    filled,
+    open_run,
+    tokenizer_bytes,
+    weight_bytes,
+    writing_progress,
+)
 from pipelines.exports.tokenizer import put_tokenizer, put_tokenizer_for_llava
 
 __all__ = ["to_llava", "to_peft"]
@@ -62,7 +68,7 @@ def to_llava(config: ExportConfig) -> None:
     needed += 0 if form.tower else tower_bytes(asked.model, form.dtype)
     with filled(output, needed) as folder:
         reader = put_tokenizer_for_llava(asked.tokenizer, folder)
-        with told() as on_progress:
+        with writing_progress() as on_progress:
             write_llava(asked.model, folder, form, on_progress)
         (folder / "generation_config.json").write_text(_generation(asked), encoding="utf-8")
         _write_json(folder / FACTS, _facts(asked))
@@ -147,7 +153,7 @@ def to_peft(config: ExportConfig) -> None:
     needed = _adapter_bytes(model) + tokenizer_bytes(asked.tokenizer) * (2 if writes_base else 1)
     needed += weight_bytes(model.language, form.dtype.itemsize) if writes_base else 0
     needed += tower_bytes(model, form.dtype) if writes_tower else 0
-    with filled(output, needed) as folder, told() as on_progress:
+    with filled(output, needed) as folder, writing_progress() as on_progress:
         place = str((output / BASE_FOLDER).absolute()) if writes_base else base
         found = write_lora_run(model, folder, base=place, rows=rows)
         if not unfit:

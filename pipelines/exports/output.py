@@ -21,7 +21,7 @@ from lapilli.train.inference.assistant import Assistant, open_assistant
 from lapilli.train.inference.published import is_published
 from pipelines.cli.command import progress_bar
 
-__all__ = ["filled", "open_run", "tokenizer_bytes", "told", "weight_bytes"]
+__all__ = ["filled", "open_run", "tokenizer_bytes", "weight_bytes", "writing_progress"]
 
 SETTINGS_BYTES = 64 << 10  # the JSON files of an export, generously
 
@@ -59,7 +59,7 @@ def tokenizer_bytes(tokenizer: Any) -> int:
 
 
 @contextmanager
-def told() -> Generator[Progress]:
+def writing_progress() -> Generator[Progress]:
     """Show the bytes of weights that are written."""
     with progress_bar() as bar:
         task = bar.add_task("MB written", total=None)

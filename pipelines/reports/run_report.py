@@ -22,7 +22,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.generations import Generation, read_generations
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
-from lapilli.train.run_folder.names import PROFILE, WORKERS
+from lapilli.train.run_folder.names import PROFILE, REPORT, WORKERS
 from lapilli.train.run_folder.restarts import Start, read_starts
 from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst
 from lapilli.train.run_folder.settings import (
@@ -33,9 +33,8 @@ from lapilli.train.run_folder.settings import (
 )
 from pipelines.reports.page import Figure, GalleryItem, Page
 
-__all__ = ["REPORT", "curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
+__all__ = ["curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
 
-REPORT = "report.html"
 SHOWN = 8  # of the worst samples, with their conversation
 MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
 ASKED_STEPS = 5  # times at which answers to held-out questions are shown

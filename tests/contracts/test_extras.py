@@ -119,7 +119,7 @@ def test_a_dataset_is_made_checked_verified_repaired_and_reported_without_traini
 
 def test_a_verb_that_needs_torch_says_so_in_one_line(hidden: dict[str, str]) -> None:
     verbs = ["train", "estimate", "evaluate", "generate", "chat", "export", "replay", "quickstart"]
-    ends, errors, _ = run(*([verb, "--help"] for verb in verbs), env=hidden)
+    ends, errors, _ = run(*([verb, "--help_all"] for verb in verbs), env=hidden)
     assert ends == [f"{verb} 2" for verb in verbs]
     assert errors == [f"error: {missing_extra(f'lapilli {verb}', 'torch')}" for verb in verbs]
     assert "pip install 'lapilli[train]'" in errors[0]

@@ -227,3 +227,20 @@ def test_no_class_name_stands_for_two_things() -> None:
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(name_of(path))
     assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+def test_file_names_of_a_run_are_written_in_one_module() -> None:
+    """`config.json` is excepted, which is also a file of published models."""
+    names = ROOT / "packages/train/lapilli/train/run_folder/names.py"
+
+    def literals(path: Path) -> set[str]:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+    files = {name for name in literals(names) if re.fullmatch(r"\w+\.\w+", name)} - {"config.json"}
+    assert "metrics.jsonl" in files
+    rooms = [ROOT / "packages/train", ROOT / "pipelines"]
+    users = [path for path in ALL if any(map(path.is_relative_to, rooms)) and path != names]
+    found = {name_of(path): literals(path) & files for path in users}
+    allowed = {"pipelines/reports/dataset_report.py"}  # of a dataset's folder
+    assert {path: used for path, used in found.items() if used and path not in allowed} == {}

@@ -40,12 +40,13 @@ OWNERS = {
     "pipelines/chat_page": {"chat"},
     "pipelines/exports": {"export"},
     "pipelines/cli/question_file": {"generate"},
+    "pipelines/cli/help_text": {"train"},
 }
 # Options of other programs.
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
     "--require-hashes", "--pretrain_mm_mlp_adapter", "--model_max_length", "--help", "--version",
-    "--concatenate",
+    "--concatenate", "--help_all",
 }  # fmt: skip
 VERB = re.compile(
     r"\b(preprocess|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate)\b"

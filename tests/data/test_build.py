@@ -407,7 +407,7 @@ def test_a_small_disk_is_noticed_before_the_work(
         return type("Usage", (), {"free": pixels - 1})
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(DataError, match=r"GB free, the shards need .* GB; free space"):
+    with pytest.raises(DataError, match=r"kB free, the shards need .* kB; free space"):
         build(plan, runner=run_here)
     assert not (tmp_path / "out").exists()
     check_disk(tmp_path / "out", plan.image_tasks()[1:])

@@ -12,7 +12,14 @@ import PIL
 import pytest
 
 from lapilli.data.errors import DataError
-from lapilli.data.images.codecs import note_simd, replaced_simd, resolve_codecs, resolve_resizer
+from lapilli.data.images import node_codecs
+from lapilli.data.images.codecs import (
+    available_codecs,
+    note_simd,
+    replaced_simd,
+    resolve_codecs,
+    resolve_resizer,
+)
 
 
 @pytest.fixture
@@ -87,3 +94,13 @@ def test_a_replaced_pillow_simd_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(PIL, "__version__", "13.0.0")
     assert "pillow-simd 12.1.1.post0 was built here, Pillow 13.0.0 is loaded" in replaced_simd()
     assert replaced_simd().endswith("run make simd again")
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_nodes_of_a_cluster_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RAY_ADDRESS` is set in a job; here the cluster is the test's own Ray of one node."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    (found,) = node_codecs.ask_nodes().values()
+    assert found == available_codecs()
+    assert node_codecs.resolve_for_nodes("auto") == available_codecs()[0]
+    assert node_codecs.resolve_for_nodes("torch").resizer == "torch"

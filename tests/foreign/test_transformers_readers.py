@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lapilli.data.images.view import prepare
-from lapilli.model.generate import Decoding
+from lapilli.model.config import Decoding
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
 from tests.factories import image_bytes
 from tests.foreign.environments import ROOT, SCRIPTS, run_in

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pipelines.export
 import pipelines.train
 from lapilli.data.images.view import ImageSpec, prepare
-from lapilli.model.generate import Decoding
+from lapilli.model.config import Decoding
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
 from tests.factories import (
     CLIP_MEAN,

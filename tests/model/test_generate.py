@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from lapilli.model.config import LanguageConfig
+from lapilli.model.config import Decoding, LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.generate import Decoding, Draws, generate, generate_greedy
+from lapilli.model.generate import Draws, generate, generate_greedy
 from lapilli.model.parts.positions import Positions, positions_of
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model.test_vlm import CONFIG, samples

@@ -16,12 +16,12 @@ from typing import Any
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.text.encode import bind_template, load_tokenizer
 from lapilli.data.text.templates import get_template
-from lapilli.model.generate import Decoding
+from lapilli.model.config import Decoding
 from lapilli.model.vlm import build_model
 from lapilli.train.inference.assistant import Assistant
-from pipelines.chat import ChatConfig, make_app
-from pipelines.chat_page.request import ChatLimits
+from pipelines.chat import make_app
 from pipelines.chat_page.server import listen, make_server
+from pipelines.cli.settings import ChatConfig, ChatLimits
 from tests.factories import make_tokenizer
 from tests.train.small_run import small_run
 

@@ -25,6 +25,7 @@ from lapilli.model.interop.hf import FACTS
 from lapilli.model.parts.language import build_language
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import Question, open_assistant
+from pipelines.cli.settings import EvaluateConfig
 from pipelines.exports import output as export_output
 from tests.pipelines.test_export_runs import DECODER, LORA, Runs
 from tests.pipelines.test_generate import one_line
@@ -82,9 +83,7 @@ def test_an_export_is_evaluated_as_its_run(
     runs: Runs, run: Path, exports: dict[str, Path], form: str
 ) -> None:
     def answers(model: Path) -> list[str]:
-        config = pipelines.evaluate.EvaluateConfig(
-            str(model), str(runs.dataset("clip")), device="cpu"
-        )
+        config = EvaluateConfig(str(model), str(runs.dataset("clip")), device="cpu")
         return [answer.given for answer in pipelines.evaluate.evaluate(config)[1]]
 
     assert answers(exports[form]) == answers(run)

@@ -129,7 +129,7 @@ def test_more_epochs_are_said_and_the_run_is_finished_after_them(
     assert f"epochs: 1 before, now 2: the {done} steps that are taken keep their learning" in said
     assert [row.step for row in read_metrics(place / "longer")] == list(range(2 * done))
     assert train(place, "longer", "--epochs=2") == 0
-    assert f"finished already, at step {2 * done}" in words(capsys)
+    assert f"already finished at step {2 * done}" in words(capsys)
     line = one_line(pipelines.train.main, arguments(place, "longer", "--epochs=1"), capsys)
     assert f"epochs: 1 makes {done} steps" in line
     assert json.loads((place / "longer" / "config.json").read_text())["epochs"] == 2

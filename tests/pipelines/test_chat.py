@@ -12,8 +12,8 @@ import pytest
 from lapilli.data.record import ImagePart, TextPart, Turn
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import Question
-from pipelines.chat_page.request import ChatLimits
 from pipelines.chat_page.server import listen
+from pipelines.cli.settings import ChatLimits
 from tests.browser import DESK, FLAGS, PHONE, SCHEMES, Chromium, find_chromium
 from tests.factories import bad_image, image_bytes
 from tests.pipelines.served import DECODING, Served, asked, encoded, serve

@@ -20,7 +20,7 @@ import pytest
 
 from lapilli.model.parts.positions import positions_of
 from lapilli.train.inference.assistant import Assistant, Question
-from pipelines.chat_page.request import ChatLimits
+from pipelines.cli.settings import ChatLimits
 from tests.browser import FLAGS, Chromium, find_chromium
 from tests.factories import image_bytes
 from tests.pipelines.served import Served, asked, encoded, serve

@@ -25,7 +25,7 @@ import pipelines.verify
 from lapilli.data.errors import DataError
 from lapilli.train.config import RunConfig
 from pipelines.cli.command import parse, run, say
-from pipelines.quickstart import QuickstartConfig
+from pipelines.cli.settings import QuickstartConfig
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny" / "pretrain.yaml"
 

@@ -12,7 +12,8 @@ import pipelines.evaluate
 import pipelines.train
 from lapilli.data.config import MixtureConfig
 from pipelines.cli.command import run
-from pipelines.evaluate import EvaluateConfig, evaluate_once
+from pipelines.cli.settings import EvaluateConfig
+from pipelines.evaluate import evaluate_once
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.pipelines.test_train import RECIPE
 from tests.train.small_run import VIEW, small_dataset

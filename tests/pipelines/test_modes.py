@@ -18,6 +18,7 @@ import pipelines.report
 import pipelines.train
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.model.parts.weight_files import save_tensors
+from pipelines.cli.settings import EvaluateConfig
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.pipelines.test_train import RECIPE
 from tests.train.small_run import VIEW
@@ -80,7 +81,7 @@ def write_everything(folder: Path) -> None:
     (folder / "q.jsonl").write_text('{"question_id": 1, "text": "What?"}\n', encoding="utf-8")
     arguments = [str(run), f"--questions={folder / 'q.jsonl'}", f"--output={folder / 'a.jsonl'}"]
     assert pipelines.generate.main([*arguments, "--decoding.max_new_tokens=3"]) == 0
-    config = pipelines.evaluate.EvaluateConfig(
+    config = EvaluateConfig(
         str(run), str(dataset), VIEW, output=str(folder / "e.jsonl"), device="cpu"
     )
     pipelines.evaluate.evaluate_once(config)

@@ -14,7 +14,7 @@ import pytest
 
 from lapilli.data.config import MixtureConfig
 from pipelines.cli.command import run
-from pipelines.preprocess import main, tell_report
+from pipelines.preprocess import main, print_report
 from tests.factories import CLIP_MEAN, Mixture, build_dataset, make_mixture, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -263,11 +263,11 @@ def test_a_blend_is_told_with_its_true_shares(
     settings = MixtureConfig(epochs={"made_up": 0.5}, held_out=4)
     tokenizer = command.folder / "tokenizer"
     report = build_dataset(command.mixture, tmp_path / "out", tokenizer, mixture=settings)
-    tell_report(report)
+    print_report(report)
     facts = report.manifest.mixture["sources"]["made_up"]
     told = capsys.readouterr().out
     assert f"an epoch: {facts['records']} records, {facts['tokens']} tokens, 4 held out" in told
     assert f"made_up: 100.00% of the records, {facts['records']} records (0.5" in told
     whole = build_dataset(command.mixture, tmp_path / "whole", tokenizer)
-    tell_report(whole)
+    print_report(whole)
     assert "an epoch" not in capsys.readouterr().out

@@ -14,7 +14,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec, prepare
 from lapilli.data.text.encode import bind_template, load_tokenizer
 from lapilli.data.text.templates import get_template
-from lapilli.model.generate import Decoding
+from lapilli.model.config import Decoding
 from lapilli.model.vlm import build_model
 from lapilli.train.inference.assistant import Assistant, Question
 from pipelines.cli.command import run

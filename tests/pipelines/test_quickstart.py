@@ -12,7 +12,8 @@ import pytest
 
 from lapilli.data.config import SourceConfig
 from lapilli.train.inference.evaluate import Answer
-from pipelines.quickstart import QuickstartConfig, judge
+from pipelines.cli.settings import QuickstartConfig
+from pipelines.quickstart import judge
 from pipelines.quickstart_data.easy_vqa import KINDS, caption, write_easy_vqa
 from pipelines.quickstart_data.majority_baseline import blind_answers
 from pipelines.reports.machine import describe_hardware, versions

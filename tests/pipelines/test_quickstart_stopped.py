@@ -80,7 +80,7 @@ def goes_on(run: Path) -> str:
     assert found is not None
     total = json.loads((run / RUN_INFO).read_text(encoding="utf-8"))["total_steps"]
     is_done = found.step == total
-    return f"finished already, at step {total}" if is_done else f"goes on from step {found.step}"
+    return f"already finished at step {total}" if is_done else f"resumes from step {found.step}"
 
 
 def wait_until_none_trains(leader: int) -> None:
@@ -118,7 +118,7 @@ def test_stopped_at_every_turn_it_goes_on_and_repeats_nothing(tmp_path: Path) ->
     assert "Traceback" not in text
     wait_until_none_trains(process.pid)
     expected = goes_on(second)
-    assert expected.startswith("goes on from step")
+    assert expected.startswith("resumes from step")
 
     process = start(output, log)
     assert process.wait(timeout=400) == 0

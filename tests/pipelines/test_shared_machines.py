@@ -31,6 +31,7 @@ from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.writer_lock import LOCK
 from lapilli.train.errors import TrainError
 from lapilli.train.metrics.step_log import StepLog
+from pipelines.cli.settings import EvaluateConfig
 from tests.factories import image_bytes
 from tests.open_directory import open_directory
 from tests.pipelines.test_train import RECIPE, one_line
@@ -312,7 +313,7 @@ def test_an_evaluation_is_not_made_again_over_one_that_may_not_be_read(
 ) -> None:
     open_folder.chmod(0o777)
     output = open_folder / "a.jsonl"
-    config = pipelines.evaluate.EvaluateConfig(
+    config = EvaluateConfig(
         str(trained.run), str(trained.dataset), VIEW, output=str(output), device="cpu"
     )
     pipelines.evaluate.evaluate_once(config)

@@ -18,7 +18,8 @@ from lapilli.data.record import Record, TextPart, Turn
 from lapilli.data.text.encode import bind_template, encode_batch
 from lapilli.data.text.questions import Frames, find_frames, first_question
 from lapilli.data.text.templates import TEMPLATES, Template
-from lapilli.model.generate import Decoding, Watch
+from lapilli.model.config import Decoding
+from lapilli.model.generate import Watch
 from lapilli.train.inference.assistant import Assistant, Question
 from lapilli.train.validation.answer_text import AnswerReader, Decoder, expected_text
 from tests.factories import image_bytes

@@ -64,7 +64,7 @@ def test_the_raylet_is_killed_and_the_same_command_goes_on(
     assert len(read_metrics(Path(config.output))) < STEPS
     code, said, errors = ends(config)
     assert code == 0, errors
-    assert "goes on from step" in said
+    assert "resumes from step" in said
     assert column(config, "loss") == column(finished, "loss")
     assert column(config, "batch") == column(finished, "batch")
 

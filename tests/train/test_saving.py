@@ -100,7 +100,7 @@ def test_kills_in_the_middle_of_saving_leave_the_checkpoint_before(tmp_path: Pat
         for line in lines:
             assert line == (
                 f"checkpoints/step-{step + 1:08d}: cut short while it was saved; removed, the run "
-                f"goes on from step {step}"
+                f"resumes from step {step}"
             )
         cut += len(lines)
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -182,7 +182,7 @@ def test_names_are_flushed_after_the_rename_and_bytes_before(
 
 @pytest.mark.faults
 def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """Kill -9 at random points of random saves; each start goes on from the newest whole one."""
+    """Kill -9 at random points of random saves; each start resumes from the newest whole one."""
     dataset = small_dataset(tmp_path)
     whole = run_of(dataset, tmp_path / "whole")
     started(whole).join()

@@ -118,7 +118,7 @@ def test_a_killed_worker_is_in_the_runs_own_account(tmp_path: Path) -> None:
     assert (second.step, second.reason, second.repeated) == (4, "restart", len(seen) - 4)
     assert second.repeated_seconds == pytest.approx(sum(row.seconds for row in seen[4:]))
     assert second.seconds > 0
-    assert "the workers were started again; the run goes on from step 4 with 2" in (
+    assert "the workers were started again; the run resumes from step 4 with 2" in (
         tmp_path / "run" / NOTES
     ).read_text(encoding="utf-8")
     shown = describe_run(tmp_path / "run").facts["starts"]

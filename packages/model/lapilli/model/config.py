@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 from lapilli.model.errors import ModelError
 
-__all__ = ["GROUPS", "LanguageConfig", "LoraConfig", "ModelConfig", "Part", "VisionConfig"]
+__all__ = [
+    "GROUPS",
+    "Decoding",
+    "LanguageConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Part",
+    "VisionConfig",
+]
 
 Part = Literal["vision", "projector", "language"]
 GROUPS = ("projector", "language", "vision", "adapters")  # of parameters that learn
@@ -182,3 +190,31 @@ class ModelConfig:
             )
         if self.head_chunk < 1:
             raise ModelError(f"head_chunk: {self.head_chunk}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is written.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token; above, tokens are drawn, and the higher the
+            flatter.
+        top_p: Drawn from the likeliest tokens that hold this share of the probability.
+        seed: Of what is drawn. The same prompt, images and seed draw the same answer, in whatever
+            batch and place.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
+        if self.temperature < 0:
+            raise ModelError(f"temperature: {self.temperature}; expected 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ModelError(f"top_p: {self.top_p}; expected above 0, at most 1")

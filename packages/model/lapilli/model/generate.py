@@ -10,7 +10,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from lapilli.model.attention.forward import with_masks
+from lapilli.model.config import Decoding
 from lapilli.model.errors import ModelError
 from lapilli.model.kernels.compiled import uncompiled
 from lapilli.model.parts.positions import positions_of
@@ -27,41 +27,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "Decoding", "Draws", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
+    "Draws", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
     "generate_greedy",
 ]  # fmt: skip
 
 Gathering: TypeAlias = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
 Watch: TypeAlias = Callable[[int, int], bool]
 """Called with a prompt's number and its newest id; True ends that answer."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How an answer is written.
-
-    Attributes:
-        max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token; above, tokens are drawn, and the higher the
-            flatter.
-        top_p: Drawn from the likeliest tokens that hold this share of the probability.
-        seed: Of what is drawn. The same prompt, images and seed draw the same answer, in whatever
-            batch and place.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        if self.max_new_tokens < 1:
-            raise ModelError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
-        if self.temperature < 0:
-            raise ModelError(f"temperature: {self.temperature}; expected 0 or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ModelError(f"top_p: {self.top_p}; expected above 0, at most 1")
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import Codecs, available_codecs, resolve_codecs
 from lapilli.data.ray_session import ray_session
 
-__all__ = ["choose_common", "resolve_for_nodes"]
+__all__ = ["ask_nodes", "choose_common", "resolve_for_nodes"]
 
 ANSWER_WITHIN = 120.0  # seconds; a node may have to unpack a job's files first
 
@@ -26,7 +26,7 @@ def resolve_for_nodes(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Cod
     """
     if wanted != "auto" or "RAY_ADDRESS" not in os.environ:
         return resolve_codecs(wanted)
-    return choose_common(_ask_nodes())
+    return choose_common(ask_nodes())
 
 
 def choose_common(by_node: Mapping[str, Sequence[Codecs]]) -> Codecs:
@@ -52,7 +52,12 @@ def choose_common(by_node: Mapping[str, Sequence[Codecs]]) -> Codecs:
     )
 
 
-def _ask_nodes() -> dict[str, list[Codecs]]:
+def ask_nodes() -> dict[str, list[Codecs]]:
+    """What each node with CPUs can use, the preferred first, by address and a number.
+
+    Raises:
+        DataError: A node does not answer.
+    """
     with ray_session():
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def is_run(run: Path) -> bool:
-    """Whether a folder is that of a run that has saved, or one of its checkpoints."""
+    """Whether a folder is a run with checkpoints, or a checkpoint."""
     return is_folder(run / FOLDER) or is_file(run / STATE)
 
 
@@ -75,7 +75,7 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def newest_weights(path: Path) -> Checkpoint | None:
-    """What a model's weights are taken from: the newest checkpoint of a run, or None.
+    """The newest checkpoint of a run to load weights from, or None.
 
     `path` may also be the folder of one checkpoint or milestone.
     """
@@ -85,7 +85,7 @@ def newest_weights(path: Path) -> Checkpoint | None:
 
 
 def at_step(run: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step, which another rank has found whole.
+    """The checkpoint of a step that rank 0 has verified.
 
     Raises:
         TrainError: It is not here: the run's folder is not shared by all nodes.

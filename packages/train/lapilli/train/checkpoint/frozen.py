@@ -116,7 +116,7 @@ def changed(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
 def check_frozen(
     state: CheckpointState, here: Mapping[str, str], *, run: object, what: str = ""
 ) -> None:
-    """Compare what lies beside a run's weights with what lay there when they learnt.
+    """Compare frozen weights with those the run was trained beside.
 
     Args:
         state: Of the run's checkpoint: its `frozen` and `config`.
@@ -164,7 +164,7 @@ class _Frozen(TypedDict):
 
 
 def _base(state: CheckpointState, name: str) -> str:
-    """What a part's frozen weights are, in a recipe's words."""
+    """Name a part's frozen weights by the setting they come from."""
     model: Any = state.config.get("model", {})
     part = name.partition(".")[0]
     named = model.get(part) if isinstance(model, dict) else None

@@ -42,7 +42,7 @@ A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 @dataclass(frozen=True)
 class Chain:
-    """What a model's weights are put together from, above its base.
+    """The runs and foreign weights that are loaded over a model's base weights.
 
     Attributes:
         foreign: Weights of another project that the first run started from, or this one does.
@@ -57,13 +57,13 @@ class Chain:
 
     @property
     def start(self) -> Checkpoint | None:
-        """The run that this one starts from itself."""
+        """The run that this one is initialized from directly."""
         return self.stages[-1] if self.stages else None
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model as its run begins.
+    """A model at step 0 of its run.
 
     Attributes:
         model: The model.
@@ -136,7 +136,7 @@ def keeps_language(run: Path) -> bool:
     """
     state = recorded(run)
     if state is None:
-        raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
+        raise TrainError(f"{run}: no whole checkpoint; run train again to resume")
     chain = find_chain(state.settings(run).init_from, state.start, by=run)
     if chain.foreign is not None and has_language(chain.foreign):
         return False
@@ -154,7 +154,7 @@ def build_on(
     chain: Chain,
     loading: Callable[[], Any] | Loading = whole,
 ) -> Built:
-    """Build a model on what its run starts from.
+    """Build a model and load what its run is initialized from.
 
     Args:
         config: What the model is made of.
@@ -202,7 +202,7 @@ def _load_foreign(path: Path, model: VisionLanguageModel) -> None:
 def _check_start(
     chain: Chain, digests: Mapping[str, str], trained: set[str], model: VisionLanguageModel
 ) -> None:
-    """What the start learnt beside is here, and nothing else is."""
+    """Require the frozen weights that the initial run was trained beside, and no others."""
     assert chain.start is not None
     state, path = chain.start.state, chain.start.path
     check_frozen(state, digests, run=path, what="init_from")
@@ -217,7 +217,7 @@ def _check_start(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What one earlier run does to the weights below it.
+    """The changes of one earlier run to the weights it started from.
 
     Attributes:
         path: Its checkpoint.
@@ -274,7 +274,7 @@ class _Stage:
         return tuple(self.file.get_slice(name).get_shape())
 
     def check(self, model: VisionLanguageModel) -> None:
-        """Whatever it trained has its place in a model.
+        """Require that the model has every weight of this stage.
 
         Raises:
             TrainError: Names the first that has none.
@@ -317,7 +317,7 @@ class _Stage:
         )
 
     def apply(self, name: str, value: Tensor, place: _Place) -> Tensor:
-        """A weight, fp32, as it is after this run."""
+        """A weight after this run, fp32."""
         if name in self.whole:
             found = self.file.get_tensor(self.whole[name]).float()
             missing = len(value) - len(found) if place.table else 0
@@ -339,7 +339,7 @@ class _Stage:
         return value
 
     def touches(self, name: str, place: _Place) -> bool:
-        """Whether a weight is another after this run."""
+        """Whether this run changed a weight."""
         is_layer = name.removesuffix(".weight") in self.layers
         is_requantized = place.is_linear and self.is_quantized and place.is_whole
         has_rows = bool(place.table) and self.rows("embedding") is not None
@@ -367,7 +367,7 @@ class _Place:
 
 @torch.no_grad()
 def _put(stages: Sequence[_Stage], model: VisionLanguageModel) -> None:
-    """Put what the stages trained into a model, one weight at a time.
+    """Load the stages' trained weights into a model, one at a time.
 
     A weight passes through all of them in fp32 and is rounded once, to the type it is held in.
     Collective where ZeRO-3 has shared it out.

@@ -67,7 +67,7 @@ def _remove(path: Path) -> None:
 
 
 def outdated(names: Iterable[str], step: int, keep: int) -> set[str]:
-    """Which checkpoints' names go: all but the newest up to `step`.
+    """Names of checkpoints to remove: all but the newest `keep` up to `step`.
 
     A later one is damaged, or the run had not gone back.
     """
@@ -87,7 +87,7 @@ def forget_old(run: Path, step: int, keep: int, *, held: Collection[Path] = ()) 
 
 
 def tidy(run: Path, step: int) -> list[str]:
-    """Remove what a kill left half written, and tell what the run does not go on from.
+    """Remove incomplete folders, and list checkpoints that the run cannot resume from.
 
     Args:
         run: The run's folder, to which nobody else writes.
@@ -97,7 +97,7 @@ def tidy(run: Path, step: int) -> list[str]:
         One line for each checkpoint that is not what it should be.
     """
     said: list[str] = []
-    goes_on = f"the run goes on from step {step}" if step else "the run starts at step 0"
+    goes_on = f"the run resumes from step {step}" if step else "the run starts at step 0"
     for folder in (FOLDER, MILESTONES):
         for path in subpaths(run / folder, ".step-"):
             removed = _clear(path)
@@ -120,7 +120,7 @@ def tidy(run: Path, step: int) -> list[str]:
 
 
 def _clear(path: Path) -> str:
-    """Remove what a kill left; what became of it."""
+    """Remove an incomplete folder; returns what was done."""
     try:
         shutil.rmtree(path)
     except OSError as error:

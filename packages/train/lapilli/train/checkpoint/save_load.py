@@ -53,7 +53,7 @@ __all__ = [
 
 
 class Writer:
-    """Writes one checkpoint at a time behind the training. A context: its end waits for the last.
+    """Writes checkpoints in the background, one at a time. Leaving the context waits.
 
     What is written was copied to the host before, so that training may go on.
     """
@@ -63,7 +63,7 @@ class Writer:
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Write behind the caller's back, after waiting for the write before.
+        """Write in the background, after the previous write.
 
         Raises:
             TrainError: The write before failed.
@@ -91,7 +91,7 @@ class Writer:
         self.check()
 
     def check(self) -> None:
-        """Raise at once what a write has met, without waiting for one.
+        """Raise the error of a finished write, without waiting.
 
         Raises:
             TrainError: It could not be written.
@@ -161,7 +161,7 @@ def save(
     tensors = {MILESTONES: {WEIGHTS: weights}, FOLDER: {WEIGHTS: weights, MOMENTS: moments}}
 
     def write() -> None:
-        # The milestone first: a run goes on from the checkpoint, and would not come back for it.
+        # The milestone first: a run resumes from the checkpoint, and would not come back for it.
         for form, held in tensors.items():
             if form in forms:
                 path = run / form / step_name(step)
@@ -216,7 +216,7 @@ def write_checkpoint(
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that was whole a moment ago."""
+    """Read a file of a verified checkpoint."""
     try:
         return read_safetensors(file)
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model that is not in an engine yet.
+    """Load a checkpoint's weights into a model without an engine.
 
     Raises:
         TrainError: Other parameters than the model's trainable ones, or other shapes.
@@ -251,7 +251,7 @@ def load_into(engine: Any, checkpoint: Checkpoint) -> None:
         if name not in moments or value.shape != weights[name].shape:
             raise TrainError(
                 f"{checkpoint.path / MOMENTS}: {key} of shape {tuple(value.shape)} is no moment of "
-                "its weights; remove this checkpoint, the run goes on from the one before"
+                "its weights; remove this checkpoint, the run resumes from the previous one"
             )
         moments[name][moment] = value
     deepspeed_engine.restore(engine, weights, moments, checkpoint.step)

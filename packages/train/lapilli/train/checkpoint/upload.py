@@ -59,7 +59,7 @@ class Uploads:
         run: The run's folder.
         address: Where its copies go.
         keep: Newest checkpoints kept there.
-        start: Step the run goes on from: what an earlier start did not copy is copied now.
+        start: Step the run resumes from: what an earlier start did not copy is copied now.
     """
 
     def __init__(self, run: Path, address: str, *, keep: int, start: int) -> None:
@@ -161,7 +161,7 @@ class Uploads:
                 note(
                     self._run,
                     f"checkpoint.upload: {path.parent.name}/{path.name} cannot be stored "
-                    f"({excerpt(str(error), 300)}); it is tried again, the run goes on",
+                    f"({excerpt(str(error), 300)}); it is tried again, training continues",
                 )
 
     def _copy(self, path: Path) -> None:
@@ -245,7 +245,7 @@ def stored_config(address: str) -> RunConfig | None:
 
 
 def store_config(run: Path, address: str) -> None:
-    """Store the settings: says before the first step if nothing can be stored.
+    """Upload the settings; fails before the first step if the store cannot be written.
 
     Raises:
         DataError: The address cannot be written.
@@ -256,7 +256,7 @@ def store_config(run: Path, address: str) -> None:
 def fetch_newest(
     run: Path, address: str, step: int, on_note: Callable[[str], None] = lambda line: None
 ) -> int:
-    """Bring the newest whole checkpoint from the store, if it is newer than the one here.
+    """Download the newest whole checkpoint if it is newer than the local one.
 
     Args:
         run: The run's folder.
@@ -289,7 +289,7 @@ def fetch_newest(
 
 
 def _fetch_data(run: Path, address: str) -> None:
-    """Bring what the run keeps of its dataset, where this machine has not got it."""
+    """Download the run's `data` if it is missing here."""
     source, temporary = RemotePath(address) / DATA, run / f".{DATA}{CUT}"
     if (run / DATA).exists():
         return

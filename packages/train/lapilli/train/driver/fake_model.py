@@ -28,7 +28,7 @@ __all__ = ["ActivationBytes", "Sketch", "sketch_model"]
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """What forward keeps for backward.
+    """Bytes that the forward pass keeps for the backward pass.
 
     Attributes:
         kept: With everything kept.

@@ -75,7 +75,7 @@ def launch(
 ) -> list[StepMetrics]:
     """Run to the end, on Ray Train (which needs a running Ray) or in this process.
 
-    A worker of Ray's that is lost is replaced and the run goes on from its last checkpoint, up to
+    A worker of Ray's that is lost is replaced and the run resumes from its last checkpoint, up to
     `recovery.max_failures` times. At Ctrl-C and SIGTERM the run saves and ends.
 
     Args:
@@ -115,7 +115,7 @@ def launch(
 def _followed(
     run: Path, ready: Preflight, on_step: Progress, on_note: Callable[[str], None]
 ) -> Generator[None]:
-    """Pass new metrics and notes on to the person who waits; workers only write the files."""
+    """Report new metrics and messages, which workers write to files."""
     stop = threading.Event()
     seen, position, noted = ready.start - 1, 0, notes_end(run)
 

@@ -130,7 +130,7 @@ def _swapped(held: StateBytes, trained: int, *, workers: int) -> StateBytes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes, from its settings and the longest sequence alone.
+    """Memory and disk of a run, from its settings and longest sequence.
 
     Attributes:
         parameters: Parameters by part: all, and those that learn.

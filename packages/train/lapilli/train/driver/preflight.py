@@ -79,7 +79,7 @@ MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is known before anything starts.
+    """The results of all checks before a run starts.
 
     Attributes:
         config: The run's settings, its local paths absolute: workers have folders of their own.
@@ -219,7 +219,7 @@ def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, Checkpoint | None]
 
 
 def _find_device(config: RunConfig) -> Device:
-    """What the workers compute on, of which there must be enough."""
+    """The device type of the workers; requires enough devices."""
     if config.launcher == "process":
         return choose_device(config.device, visible_devices())
     import ray
@@ -253,7 +253,7 @@ def _find_device(config: RunConfig) -> Device:
 
 
 def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:
-    """The step a run goes on with, on this dataset; what is newer in its copy is here then."""
+    """The step to resume from; downloads a newer checkpoint from the run's copy."""
     run = Path(config.output)
     found = latest_checkpoint(run)
     _check_dataset(found, dataset)
@@ -306,7 +306,7 @@ def finished_steps(config: RunConfig) -> int | None:
 
 
 def _check_dataset(found: Checkpoint | None, fingerprint: str) -> None:
-    """A run goes on, or has ended, with the dataset that it began with."""
+    """Require the dataset that the run was started with."""
     if found and (before := found.state.dataset) != fingerprint:
         raise TrainError(
             f"{found.path}: was saved with another dataset (fingerprint "
@@ -373,7 +373,7 @@ def _check_config(run: Path, config: RunConfig) -> None:
 
 
 def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int:
-    """Bring what this machine has not got of a run from its copy; the step it goes on from."""
+    """Download a newer checkpoint from the copy; returns the step to resume from."""
     run, before = Path(config.output), stored_config(config.checkpoint.upload)
     if before is None:
         return start

@@ -75,7 +75,7 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
         # In the main thread Ray would take Ctrl-C for itself.
         list(watched(lambda: [trainer.fit()], leave=0))
     except RayDied as error:
-        raise TrainError(f"{error}, it goes on from the last checkpoint") from None
+        raise TrainError(f"{error}, it resumes from the last checkpoint") from None
     except Exception as error:
         if mistake.exists():
             raise TrainError(_read_mistake(mistake)) from None
@@ -85,7 +85,7 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
             raise
         raise TrainError(
             "workers were lost more than recovery.max_failures = "
-            f"{config.recovery.max_failures} times; the same command goes on from the last "
+            f"{config.recovery.max_failures} times; the same command resumes from the last "
             f"checkpoint; Ray says: {error}"
         ) from error
 

@@ -174,6 +174,6 @@ def hang_line(run: Path, since: float) -> str | None:
     places = "; ".join(f"{p.stem.replace('-', ' ')} at {where(p.read_text())}" for p in new)
     return (
         f"a step took longer than recovery.step_timeout: {places}; all stacks are in "
-        f"{run / STACKS}; the same command goes on from the last checkpoint, a larger "
+        f"{run / STACKS}; the same command resumes from the last checkpoint, a larger "
         "recovery.step_timeout waits longer"
     )

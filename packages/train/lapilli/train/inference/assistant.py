@@ -27,7 +27,8 @@ from lapilli.data.text.questions import Frames, find_frames
 from lapilli.data.text.rendering import mark_images
 from lapilli.data.text.templates import TEMPLATES, Template
 from lapilli.data.trust import NOTHING, Trust
-from lapilli.model.generate import Decoding, check_positions, expanded_length, generate
+from lapilli.model.config import Decoding
+from lapilli.model.generate import check_positions, expanded_length, generate
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint.token_ids import extends
 from lapilli.train.errors import TrainError

@@ -108,7 +108,7 @@ def load_trained(run: Path, device: str | torch.device = "cpu", trust: Trust = N
     require_trust(config.model, trust, run / CONFIG)
     found = newest_weights(run)
     if found is None:
-        raise TrainError(f"{run}: no whole checkpoint; run train again, it goes on")
+        raise TrainError(f"{run}: no whole checkpoint; run train again to resume")
     chain = find_chain(config.init_from, found.state.start, by=run)
     built = build_on(config.model, chain)
     check_frozen(found.state, built.frozen, run=run)

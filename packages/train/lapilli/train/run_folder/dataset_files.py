@@ -62,7 +62,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run's training data were like.
+    """The tokenizer, template and view a run was trained with.
 
     Attributes:
         tokenizer: transformers' tokenizer.
@@ -122,7 +122,7 @@ def _shown(data: TrainingData, name: str) -> str:
 
 
 def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
-    """Put what a run needs of its dataset into its folder, whole or not at all.
+    """Copy tokenizer, template and view into the run's folder, atomically.
 
     Args:
         run: The run's folder.
@@ -168,7 +168,7 @@ def keep_data(run: Path, dataset: Path, view: str, *, anew: bool) -> None:
 
 
 def _tokenizer_files(dataset: Path, manifest: Manifest) -> list[Path]:
-    """What is copied of a dataset's tokenizer: the files that its manifest knows by their SHA-256.
+    """The tokenizer's files to copy: those in the manifest, with their SHA-256.
 
     Of one from before manifests had them, no link: it may lead to any file of this machine.
     """
@@ -178,7 +178,7 @@ def _tokenizer_files(dataset: Path, manifest: Manifest) -> list[Path]:
 
 
 def run_data_files(run: Path) -> list[str]:
-    """The files that a run keeps of its dataset, relative to its folder; none before it starts."""
+    """Paths below the run's folder of its `data`; empty before the run starts."""
     names = sorted(_files(run / DATA), key=lambda name: (name == DATA_INFO, name))  # that one last
     return [f"{DATA}/{name}" for name in names]
 
@@ -190,7 +190,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def read_data(run: Path, trained: TrainingData) -> RunData:
-    """What a run, or a milestone wherever it was copied to, keeps of its dataset.
+    """Read the data of a run, or of a milestone copied anywhere.
 
     A run that was started before runs kept anything is read from its dataset.
 
@@ -206,7 +206,7 @@ def read_data(run: Path, trained: TrainingData) -> RunData:
         return _of_dataset(run, trained)
     remedy = (
         f"bring {folder} back from a copy of the run, or remove it and run the same train again "
-        "with the run's dataset, which writes it anew"
+        "with the run's dataset, which writes it again"
     )
     kept = _read(folder / DATA_INFO, DataInfo, remedy)
     template = _read(folder / TEMPLATE, Template, remedy)
@@ -231,7 +231,7 @@ def read_data(run: Path, trained: TrainingData) -> RunData:
 
 
 def check_data(run: Path, trained: TrainingData) -> None:
-    """Compare what a run keeps with what it was; one from before runs kept anything has nothing.
+    """Compare a run's data with its checkpoint; runs of earlier versions have none.
 
     Raises:
         TrainError, DataError: A file that is missing or not what it was; names it.
@@ -246,7 +246,7 @@ def _fingerprint(value: Any) -> str:
 
 
 def _check_files(folder: Path, files: Mapping[str, str], remedy: str) -> None:
-    """The tokenizer's files, byte for byte: its settings take part in what it writes and reads."""
+    """Compare the tokenizer's files byte for byte, settings included."""
     found = {name for name in _files(folder) if name.startswith(f"{TOKENIZER}/")}
     expected = {name for name in files if name.startswith(f"{TOKENIZER}/")}
     for name in sorted(expected | found):
@@ -260,7 +260,7 @@ def _check_files(folder: Path, files: Mapping[str, str], remedy: str) -> None:
 
 
 def _of_dataset(run: Path, trained: TrainingData) -> RunData:
-    """The same from the dataset that a run's settings name."""
+    """Read the data from the dataset that the run's settings name."""
     lacks = f"{run}: keeps no template, view and tokenizer (no {DATA}/)"
     config = read_run_config(run)
     dataset = Path(config.dataset)

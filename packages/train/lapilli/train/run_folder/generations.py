@@ -20,7 +20,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """A sample's first question and what became of it.
+    """A sample's first question with its expected and generated answer.
 
     Attributes:
         sample_id: The sample.
@@ -37,7 +37,7 @@ class QuestionAnswer:
 
 @dataclass(frozen=True)
 class Generation(QuestionAnswer):
-    """An answer at some step.
+    """An answer generated after a step.
 
     Attributes:
         step: The step after which it was asked.
@@ -49,7 +49,7 @@ class Generation(QuestionAnswer):
 
 
 def forget_generations(run: Path, start: int) -> None:
-    """Forget what an earlier try wrote of a step and later ones."""
+    """Remove the answers of a step and of later ones, before they are written again."""
     found = read_generations(run)
     if found and found[-1].step >= start:
         write_generations(run, [one for one in found if one.step < start])
@@ -61,5 +61,5 @@ def write_generations(run: Path, generations: Sequence[Generation]) -> None:
 
 
 def read_generations(run: Path) -> list[Generation]:
-    """What `generations.jsonl` holds, first steps first; nothing where there is none."""
+    """Read `generations.jsonl` in order of steps; empty without the file."""
     return read_lines(run / GENERATIONS, Generation)

@@ -16,18 +16,18 @@ __all__ = [
 
 
 def note(run: Path, text: str) -> None:
-    """Say one line. Lines of several workers do not mix: each is one append."""
+    """Append one line. Lines of several workers do not mix, as each is one write."""
     with contextlib.suppress(OSError), (run / NOTES).open("a", encoding="utf-8") as file:
         file.write(" ".join(text.split()) + "\n")
 
 
 def notes_end(run: Path) -> int:
-    """The byte position behind what has been said so far."""
+    """The byte position of the end of the file."""
     return (run / NOTES).stat().st_size if (run / NOTES).exists() else 0
 
 
 def notes_from(run: Path, position: int) -> tuple[list[str], int]:
-    """The whole lines from a byte position on, and the position behind them."""
+    """Read the whole lines from a byte position on; also returns the next position."""
     try:
         data = read_whole(run / NOTES, MOST_LINES)[position:]
     except FileNotFoundError:

@@ -105,7 +105,7 @@ class StepMetrics(StepResult):
     )
 
     def row(self) -> dict[str, Any]:
-        """The values that are known, by name, in order."""
+        """The fields that have a value, in order."""
         return {
             name: value
             for name, value in vars(self).items()
@@ -117,7 +117,7 @@ NAMES = {one.name for one in fields(StepMetrics)}
 
 
 class MetricsFile:
-    """Appends steps; opened at a resumed step it first forgets that step and later ones."""
+    """Appends rows; on resume it first removes the rows of the steps to be repeated."""
 
     def __init__(self, run: Path, start: int) -> None:
         self.path = run / METRICS
@@ -139,7 +139,7 @@ class MetricsFile:
 
 
 def read_metrics(run: Path) -> list[StepMetrics]:
-    """All whole lines so far; a last line cut short by a kill is left out.
+    """Read all complete rows; an incomplete last line is skipped.
 
     Raises:
         TrainError: A line that no run wrote; names it.
@@ -176,7 +176,7 @@ def _whole_lines(run: Path, position: int) -> tuple[bytes, int]:
 
 
 def _parse(data: bytes, path: Path) -> list[StepMetrics]:
-    """The rows of whole lines; what a row has besides, a later version wrote."""
+    """Parse complete lines; unknown fields, written by a later version, are skipped."""
     found: list[StepMetrics] = []
     for number, row in enumerate(parse_lines(data, dict[str, Any], path), 1):
         try:

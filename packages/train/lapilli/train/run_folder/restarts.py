@@ -40,7 +40,7 @@ class Start:
 
 
 def record_start(run: Path, step: int, workers: int) -> Start:
-    """Write down that a run starts now with a step; called before its metrics are cut there."""
+    """Record a start at a step; call it before the metrics of repeated steps are removed."""
     before = read_starts(run)
     (run / STARTS).touch()
     now = _changed(run / STARTS)  # by the clock of the other files' disk
@@ -65,5 +65,5 @@ def _changed(path: Path) -> float:
 
 
 def read_starts(run: Path) -> list[Start]:
-    """All starts so far; nothing where there is no such file."""
+    """Read all starts; empty without the file."""
     return read_lines(run / STARTS, Start)

@@ -16,7 +16,7 @@ __all__ = ["SampleLoss", "read_worst", "write_worst"]
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """A sample's part of a step's loss.
+    """The loss of one sample in a step.
 
     Attributes:
         step: The step.
@@ -41,7 +41,7 @@ class SampleLoss:
 
     @property
     def source(self) -> str:
-        """Where it is from."""
+        """Name of the source."""
         return self.sample_id.partition("/")[0]
 
     @property
@@ -67,7 +67,7 @@ def write_worst(run: Path, samples: Sequence[SampleLoss]) -> None:
 
 
 def read_worst(run: Path) -> list[SampleLoss]:
-    """What `worst.jsonl` holds, highest first; nothing where there is none."""
+    """Read `worst.jsonl`, highest loss first; empty without the file."""
     return [
         SampleLoss(
             step=r["step"],

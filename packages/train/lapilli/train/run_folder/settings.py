@@ -71,7 +71,7 @@ class RunInfo:
 
 
 def read_run_config(run: Path) -> RunConfig:
-    """The settings of a run, or of a checkpoint's folder, as its own file has them.
+    """Read the settings of a run, or of a checkpoint's folder.
 
     Raises:
         TrainError: No run, or settings that are none.
@@ -85,7 +85,7 @@ def read_run_config(run: Path) -> RunConfig:
 
 
 def settings_of(found: bytes | Mapping[str, Any], where: object) -> RunConfig:
-    """A run's settings out of JSON, or out of what a checkpoint says; of earlier versions too.
+    """Parse a run's settings from JSON, under today's names or earlier ones.
 
     Raises:
         TrainError: They are none; names the field.
@@ -121,7 +121,7 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings after a way through JSON, which has no tuples."""
+    """Settings as JSON reads them back: lists in place of tuples."""
     return json.loads(json.dumps(settings))
 
 
@@ -141,7 +141,7 @@ def read_run_info(run: Path) -> RunInfo | None:
         return None
     except JsonError as error:
         raise TrainError(
-            f"{path}: damaged ({error}); run the same train again, it writes it anew"
+            f"{path}: damaged ({error}); run the same train again, it writes it again"
         ) from None
 
 
@@ -156,7 +156,7 @@ def write_run_info(run: Path, info: RunInfo) -> None:
 
 
 def require_trust(config: ModelConfig, trust: Trust, where: object) -> None:
-    """Refuse a model out of a run's own file that would run code which the command does not allow.
+    """Reject a model from a run's own file that runs code the command does not allow.
 
     Args:
         config: The model's settings.
@@ -193,7 +193,7 @@ def require_trust(config: ModelConfig, trust: Trust, where: object) -> None:
 
 
 def require_missing(path: Path, error: OSError) -> None:
-    """Let an error pass that says that nothing is there, and no other.
+    """Raise unless the error says that the file is missing.
 
     Raises:
         TrainError: The file is there, or may be, and cannot be read.

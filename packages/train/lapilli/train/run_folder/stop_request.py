@@ -13,10 +13,10 @@ __all__ = [
 
 
 def is_stop_asked(run: Path) -> bool:
-    """Whether somebody wants the run to save and end."""
+    """Whether the run was asked to save and exit."""
     return (run / STOP).exists()
 
 
 def forget_stop(run: Path) -> None:
-    """What an earlier start was asked does not hold for this one."""
+    """Remove a stop request made to an earlier start."""
     (run / STOP).unlink(missing_ok=True)

@@ -11,7 +11,8 @@ import numpy as np
 from lapilli.data.dataset.dataset import Dataset, Sample
 from lapilli.data.text.questions import FirstQuestion, Frames, find_frames, first_question
 from lapilli.data.text.templates import Template
-from lapilli.model.generate import Decoding, Gathering, check_positions, expanded_length, generate
+from lapilli.model.config import Decoding
+from lapilli.model.generate import Gathering, check_positions, expanded_length, generate
 from lapilli.model.parts.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.run_folder.generations import QuestionAnswer

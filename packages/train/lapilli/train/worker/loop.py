@@ -160,7 +160,7 @@ def _open_journal(ready: Setup) -> StepLog:
     if start.reason == "restart":
         note(
             Path(config.output),
-            f"the workers were started again; the run goes on from step {start.step} with "
+            f"the workers were started again; the run resumes from step {start.step} with "
             f"{start.workers} after {start.seconds:.0f} s; {start.repeated} steps are repeated",
         )
     meter = StepMeter(ready.feed, ready.engine.module, ready.device)

@@ -1,0 +1,176 @@
+"""Settings of the verbs that use a model, in a module that loads none, so that help is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from lapilli.data.errors import DataError
+from lapilli.model.config import Decoding
+from lapilli.train.config import DeviceChoice
+from pipelines.cli.trust_flags import TrustFlags
+
+__all__ = [
+    "ChatConfig",
+    "ChatLimits",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "QuickstartConfig",
+]
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Length, output and success criteria of the quickstart.
+
+    Attributes:
+        output: Folder for everything the quickstart makes; one process at a time.
+        epochs: Passes over the data in each stage; 0 takes the recipes'.
+        questions: What the model is asked: the `test` questions, or, for choosing settings, those
+            of training images that are then held out (`validation`).
+        min_accuracy: Exit with 1 if the model answers fewer of the questions right.
+        min_gain: Exit with 1 if it gains less by seeing the right images.
+        device: `auto` takes GPUs when there are any.
+    """
+
+    output: str = "outputs/quickstart"
+    epochs: int = 0
+    questions: Literal["test", "validation"] = "test"
+    min_accuracy: float = 0.9
+    min_gain: float = 0.15
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(TrustFlags):
+    """The model, the dataset of questions and the output of `evaluate`.
+
+    Attributes:
+        run: Folder of a run, an export or a published model. A published model's template and view
+            are taken to be the dataset's.
+        dataset: Folder of a dataset of questions; each record's first answer is expected.
+        view: The dataset's view; empty for its only one.
+        split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
+            what is held out, where there is any.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
+        shuffle_images: Show each question the images of another record: what is left is what the
+            model knows without looking.
+        output: File for the answers, one JSON object a line, written by one process at a time;
+            empty for none.
+        template: How a published model's conversations were written down, by name or file; a
+            dataset of another template is then refused.
+    """
+
+    run: str
+    dataset: str
+    view: str = ""
+    split: Literal["auto", "train", "held_out"] = "auto"
+    device: DeviceChoice = "auto"
+    shuffle_images: bool = False
+    output: str = ""
+    template: str = ""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(TrustFlags):
+    """The model, the questions and the output of `generate`.
+
+    Attributes:
+        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
+            LLaVA, or PEFT adapters for either with their base model on this machine.
+        template: How a published model's conversations are written down, by name or file, where its
+            folder does not say.
+        view: How its images are made square, where its folder does not say: `pad`, `crop`,
+            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
+        image: An image, or a folder of images of which each is shown with the question.
+        question: What is asked; empty with a template of captions. `<image>` in it is the image's
+            place.
+        questions: JSONL with `question_id`, `text` and, where there are images, `image` or
+            `images`, a file or a list of files each. `<image>` in a text is an image's place;
+            without it images stand in front.
+        images: Folder that the images of `questions` are in.
+        output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
+            answers. Questions that it answers already are not asked again. One process at a time
+            writes it.
+        batch: Questions at once.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
+        decoding: How answers are written. With a temperature above 0 the same question, images and
+            seed give the same answer, whatever the batch.
+    """
+
+    model: str
+    template: str = ""
+    view: str = ""
+    image: str = ""
+    question: str = ""
+    questions: str = ""
+    images: str = "."
+    output: str = ""
+    batch: int = 16
+    device: DeviceChoice = "auto"
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass(frozen=True)
+class ChatLimits:
+    """Bounds of a chat server.
+
+    Attributes:
+        body_mib: A conversation with its images as base64, in MiB.
+        buffered_mib: Of all requests whose images are not prepared yet, in MiB.
+        images: Of a conversation.
+        turns: Of a conversation.
+        pixels: Of an image.
+        decode_seconds: Processor time for an image.
+        decode_mib: Memory for decoding an image, in MiB.
+        waiting: Conversations that are read, wait or are answered; more get 503.
+        connections: Open connections; more get 503.
+        header_seconds: From a connection's start, or its next request's, to the header's end.
+        body_seconds: From there to the body's end.
+    """
+
+    body_mib: int = 32
+    buffered_mib: int = 128
+    images: int = 16
+    turns: int = 200
+    pixels: int = 50_000_000
+    decode_seconds: int = 10
+    decode_mib: int = 700
+    waiting: int = 64
+    connections: int = 256
+    header_seconds: float = 10.0
+    body_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for item in fields(self):
+            if not getattr(self, item.name) > 0:
+                raise DataError(f"limits.{item.name}: {getattr(self, item.name)}; expected above 0")
+
+
+@dataclass(frozen=True)
+class ChatConfig(TrustFlags):
+    """The model, address and limits of the chat server.
+
+    Attributes:
+        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
+            LLaVA, or PEFT adapters for either with their base model on this machine.
+        template: How a published model's conversations are written down, by name or file, where its
+            folder does not say.
+        view: How its images are made square, where its folder does not say: `pad`, `crop`,
+            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
+        host: Address to listen on; another than this machine's own lets the network in.
+        port: 0 takes a free one.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
+        decoding: How answers are written.
+        limits: What requests may ask for.
+    """
+
+    model: str
+    template: str = ""
+    view: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    device: DeviceChoice = "auto"
+    decoding: Decoding = field(default_factory=Decoding)
+    limits: ChatLimits = field(default_factory=ChatLimits)
