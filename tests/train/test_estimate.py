@@ -122,7 +122,7 @@ def test_the_micro_batch_follows_from_memory() -> None:
     for device, rows in ((sizes[5], 4), (sizes[12], 12), (sizes[12] * 9, 12), (sizes[1], 1)):
         chosen = follow(config, int(device / 0.9) + 1, lambda: estimate)
         assert (chosen.micro_batch_size, chosen.accumulation) == (rows, 12 // rows)
-    with pytest.raises(TrainError, match=r"one row of 32 tokens needs .* GB .*zero_stage 3 or"):
+    with pytest.raises(TrainError, match=r"one row of 32 tokens needs .* kB .*zero_stage 3 or"):
         follow(config, int(sizes[1] / 0.9) - 1000, lambda: estimate)
 
 
