@@ -38,7 +38,7 @@ FUSED = {
     "all fused": ALL,
     "all fused, layers compiled": ALL | {"compile"},
 }
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 
 
 @dataclass(frozen=True)

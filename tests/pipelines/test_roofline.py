@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -23,12 +24,16 @@ ROWS, TEXT, LENGTH, HIDDEN, INNER, LAYERS = 2, 48, 64, 128, 256, 2
 
 @cache
 def count(
-    mode: Mode, *, recomputed: bool = False, attention: str = "auto"
+    mode: Mode,
+    *,
+    recomputed: bool = False,
+    attention: str = "auto",
+    dtype: Literal["fp32", "bf16"] = "bf16",
 ) -> tuple[list[Kernel], int]:
-    """Kernels of a tiny step in bf16, and the operations that `step_flops` says run."""
+    """Kernels of a tiny step, and the operations that `step_flops` says run."""
     shapes = model_config("tiny", mode, torch.device("cpu"), checkpointing=False)
     language = replace(shapes.language, attention=attention)
-    sketch = sketch_model(replace(shapes, language=language, dtype="bf16"))
+    sketch = sketch_model(replace(shapes, language=language, dtype=dtype))
     batch = make_batch(sketch.model, ROWS, TEXT)
     kernels = count_step(sketch, batch, checkpointing=recomputed)
     sketch.model.config = replace(sketch.model.config, gradient_checkpointing=recomputed)
@@ -50,6 +55,11 @@ def test_operations_are_those_that_step_flops_counts(mode: Mode, recomputed: boo
     kernels, expected = count(mode, recomputed=recomputed)
     assert sum(kernel.flops for kernel in kernels) == expected
     assert any(kernel.phase == "recompute" for kernel in kernels) == recomputed
+
+
+def test_operations_do_not_depend_on_the_type() -> None:
+    kernels, expected = count("full", dtype="fp32")
+    assert sum(kernel.flops for kernel in kernels) == expected
 
 
 def test_each_part_of_a_full_step_has_the_operations_of_its_formula() -> None:

@@ -239,7 +239,7 @@ def _flops(name: str, given: Sequence[Tensor], made: Sequence[Tensor], *, is_cau
         return int(4 * batch * heads * size * pairs * (2.5 if is_backward else 1))
     if name == "convolution":
         return 2 * made[0].numel() * given[1][0].numel()
-    if name in PRODUCTS:
+    if name.rstrip("_") in PRODUCTS:
         return 2 * made[0].numel() * given[-1].shape[-2]
     return 0
 
