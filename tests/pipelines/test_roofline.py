@@ -39,8 +39,9 @@ def count(
     sketch.model.config = replace(sketch.model.config, gradient_checkpointing=recomputed)
     rows, length = batch.input_ids.shape
     numbers = BatchNumbers(
-        batch.row_lengths.tolist(), batch.num_images, batch.num_targets, rows, length,
-        len(batch.pixels), len(batch.targets),
+        row_lengths=batch.row_lengths.tolist(), images=batch.num_images,
+        targets=batch.num_targets, padded_rows=rows, padded_length=length,
+        padded_images=len(batch.pixels), padded_targets=len(batch.targets),
     )  # fmt: skip
     return kernels, step_flops(model_numbers(sketch.model), numbers).hardware.total
 
@@ -122,8 +123,12 @@ def test_fusing_takes_time_away_and_eager_attention_adds_some() -> None:
 
 
 def test_a_kernel_takes_the_longer_of_its_operations_and_its_bytes() -> None:
-    product = Kernel("mm", "forward", "mlp", "a", 100, {1: 3}, {2: 2})
-    copy = Kernel("copy_", "forward", "merge", "b", 0, {2: 4}, {3: 4})
+    product = Kernel(
+        name="mm", phase="forward", part="mlp", owner="a", flops=100, reads={1: 3}, writes={2: 2}
+    )
+    copy = Kernel(
+        name="copy_", phase="forward", part="merge", owner="b", flops=0, reads={2: 4}, writes={3: 4}
+    )
     found = floor_by_part([product, copy], Ceilings(flops=10.0, bytes=1.0))
     assert found == {"mlp": 10.0, "merge": 8.0}
 

@@ -197,7 +197,11 @@ class _Counter(TorchDispatchMode):
             phase = "recompute"  # a checkpointed layer's second forward
         if phase == "update":
             part = "optimizer"
-        self.kernels.append(Kernel(name, phase, part, self._owner, flops, reads, writes))
+        kernel = Kernel(
+            name=name, phase=phase, part=part, owner=self._owner,
+            flops=flops, reads=reads, writes=writes,
+        )  # fmt: skip
+        self.kernels.append(kernel)
         return result
 
     @property
