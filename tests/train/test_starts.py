@@ -15,6 +15,7 @@ from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
 from lapilli.train.run_folder.names import METRICS, NOTES, RUN_INFO
 from lapilli.train.run_folder.restarts import Start, read_starts, record_start
+from lapilli.train.run_folder.settings import RunInfo, write_run_info
 from pipelines.reports.describe import describe_run
 from pipelines.reports.run_report import time_parts
 from tests.train.gang import train_together
@@ -109,7 +110,8 @@ def test_a_killed_worker_is_in_the_runs_own_account(tmp_path: Path) -> None:
     dataset = small_dataset(tmp_path)
     config = small_run(dataset, tmp_path / "run", max_steps=9)
     write_json(tmp_path / "run" / "config.json", asdict(config))
-    write_json(tmp_path / "run" / RUN_INFO, {"total_steps": 9})
+    info = RunInfo(total_steps=9, samples=36, too_long=0, parameters={}, image_tokens=4)
+    write_run_info(tmp_path / "run", info)
     train_together(config, kill_at=6)
     seen = read_metrics(tmp_path / "run")
     assert train_together(config) == [0, 0]
