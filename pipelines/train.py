@@ -137,6 +137,8 @@ def print_preflight(config: RunConfig, ready: Preflight) -> None:
     )
     if ready.attention.note:
         say(ready.attention.note)
+    if ready.kernels:
+        say(ready.kernels.note)
     if host := sum(memory.host for memory in ready.memory.values()):
         say(f"offload: {bytes_text(host)} a worker lie in the host's memory")
     if disk := sum(memory.disk for memory in ready.memory.values()):

@@ -15,8 +15,6 @@ from tests.train.engine_reads import Case, cases, read_worker
 
 # Reads inside a step, by owner and function.
 ALLOWED = {
-    # Asks position ids whether rows are packed; goes with attention of our own, and so does this.
-    ("transformers", "find_packed_sequence_indices"),
     # Whether the norm that it clips by is a number: stages 1 and 2 once a parameter group, 3 once.
     ("deepspeed", "is_invalid_grad_norm"),
     # Stage 3 compares the order of modules among ranks, once an order.

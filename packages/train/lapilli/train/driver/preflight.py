@@ -16,6 +16,7 @@ from lapilli.data.io.writer_lock import LOCK
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
 from lapilli.model.attention.choice import Attention, choose_attention
+from lapilli.model.kernels.choice import KernelChoice, choose_kernels
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
 from lapilli.model.parts.quantized import packed_numbers
@@ -95,6 +96,7 @@ class Preflight:
         image_tokens: Tokens an image takes in the sequence.
         attention: The language model's attention implementation.
         num_cut: Samples whose text is cut at `max_length`.
+        kernels: What computes merge, layers and loss on the device.
     """
 
     config: RunConfig
@@ -109,6 +111,7 @@ class Preflight:
     image_tokens: int
     attention: Attention
     num_cut: int = 0
+    kernels: KernelChoice | None = None
 
     @property
     def is_done(self) -> bool:
@@ -129,6 +132,15 @@ def _check_loggers(config: RunConfig) -> None:
             )
 
 
+def _choose_kernels(config: RunConfig, family: str, device: Device) -> KernelChoice:
+    if config.model.compile != "none" and config.zero_stage == 3:
+        raise TrainError(
+            f"model.compile: {config.model.compile} with zero_stage 3, whose hooks fetch weights "
+            "inside the layers that are compiled; set zero_stage 2 or model.compile: none"
+        )
+    return choose_kernels(config.model, family, device)
+
+
 def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: None) -> Preflight:
     """Check everything that can be checked before workers start; launcher `ray` needs a Ray.
 
@@ -146,9 +158,9 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     # No weight is read before dataset, view and sizes are known to fit.
     outline = read_outline(config.model)
     opened = _open_datasets(outline, config, on_note) if outline else None
-    attention = choose_attention(
-        config.model.language.attention, language_settings(config.model.language)
-    )
+    language = language_settings(config.model.language)
+    kernels = _choose_kernels(config, str(language.model_type), device)
+    attention = choose_attention(config.model.language.attention, language)
     model, start_weights = _look_at(config)
     dataset, held_out = opened or _open_datasets(model, config, on_note)
     check_model(model, dataset)
@@ -186,7 +198,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         config=config, total_steps=feed.total_steps, start=start, samples=len(dataset),
         too_long=dataset.too_long, parameters=parameters, memory=memory, device=device,
         step_seconds=step_seconds, image_tokens=dataset.image_tokens, attention=attention,
-        num_cut=dataset.num_cut,
+        num_cut=dataset.num_cut, kernels=kernels,
     )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class RunInfo:
         step_seconds: Forward and backward of a step, measured on a core of the driver's machine.
         memory: Bytes a worker holds, by part and kind; activations come on top.
         attention: The attention implementation and why it was chosen.
+        kernels: What computes merge, layers and loss, and why it is not what it could be.
     """
 
     total_steps: Natural
@@ -68,6 +69,7 @@ class RunInfo:
     step_seconds: float | None = None
     memory: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     attention: dict[str, Any] = field(default_factory=dict[str, Any])
+    kernels: dict[str, str] | None = None
 
 
 def read_run_config(run: Path) -> RunConfig:
