@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lapilli.data.batches.collate import blank_batches
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.versions import installed_versions
+from lapilli.model.attention.backend import attention_kernel
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint import save_load as checkpoint
@@ -90,6 +91,10 @@ def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> S
     if torch_device.type != "cpu":  # whose shapes cost nothing the first time
         blank = blank_batches(feed.shape, dataset.image_size)
         warm_up(built, (to_device(batch, torch_device) for batch in blank))
+    if rank == 0 and torch_device.type == "cuda":
+        dtype = model.language.get_input_embeddings().weight.dtype
+        kernel = attention_kernel(model.language, feed.shape.buckets[-1], dtype, torch_device)
+        note(Path(config.output), f"attention: {kernel} on {torch.cuda.get_device_name()}")
     start = found.step if found else 0
     ready = Setup(
         config=config,
