@@ -122,6 +122,26 @@ def test_a_readmes_modules_are_those_of_its_folder(readme: Path) -> None:
     assert named == {path.name for path in readme.parent.glob("*.py")} - {"__init__.py"}
 
 
+MODULE_NAME = re.compile(r"(?<![\w/.])[a-z_]\w*(?:/\w+)*\.py\b")
+PAGES = sorted(
+    path
+    for folder in ("packages", "pipelines", "tests")
+    for path in (ROOT / folder).rglob("*.md")
+    if path.name != "LOG.md" and not {"vendor", "recipes"} & {*path.parts}
+)
+
+
+def test_a_module_that_a_page_names_exists() -> None:
+    names = {path.name for path in ROOT.rglob("*.py") if ".venv" not in str(path)}
+    gone = [
+        f"{page.relative_to(ROOT)}: {name}"
+        for page in PAGES
+        for name in MODULE_NAME.findall(page.read_text(encoding="utf-8"))
+        if Path(name).name not in names
+    ]
+    assert gone == []
+
+
 CONSTRAINTS = [f"constraints{which}.txt" for which in ("", "-cpu", "-cuda", "-real-weights")]
 
 

@@ -92,7 +92,7 @@ def encode(
     """Ids and labels of one record, in LLaVA's convention.
 
     Args:
-        record: A well-formed record (see `checks`).
+        record: A record that `sources.validation.check_record` has kept.
         tokenizer: A fast transformers tokenizer or its backend; it is not changed.
         template: A template, its name or the path of its YAML file.
 

@@ -72,7 +72,8 @@ def render(record: Record, template: Template, eaten: Eaten | None = None) -> li
 
     Args:
         record: A well-formed record.
-        template: The template; one with a `chat` is written by `chat.ChatWriter` instead.
+        template: The template; one with a `chat` is written by
+            `chat_template.rendering.ChatWriter` instead.
         eaten: The special tokens that swallow white space, as their tokenizer has it.
 
     Raises:
@@ -177,7 +178,7 @@ def _user_parts(turn: Turn, template: Template) -> tuple[Part, ...]:
 class SegmentWriter:
     """Collects segments, joining neighbouring text and its trained ranges.
 
-    `trained` is None for text that is not trained even where the template trains everything.
+    A segment's `trained` is None where even a template that trains everything trains nothing.
     """
 
     def __init__(self, *, train_all: bool = False, eaten: Eaten) -> None:
