@@ -21,14 +21,12 @@ from pipelines.benchmarks import (
     opening,
     planning,
     reading,
-    roofline,
     scaling,
     tokens,
-    training,
     whole,
-    whole_run,
 )
 from pipelines.benchmarks.harness import RESULTS
+from pipelines.benchmarks.step import roofline, training, whole_run
 from pipelines.cli.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.

@@ -14,11 +14,12 @@ from PIL import Image
 
 from lapilli.data.sources.validation import check_record
 from pipelines.benchmarks import __main__ as figures
-from pipelines.benchmarks import harness, tokens, training
+from pipelines.benchmarks import harness, tokens
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.material import photos
 from pipelines.benchmarks.material.corpus import KINDS, conversations
 from pipelines.benchmarks.material.photos import photo_name, write_photos
+from pipelines.benchmarks.step import training
 from pipelines.benchmarks.whole import watch
 from pipelines.cli.command import UsageError
 from tests.factories import make_tokenizer

@@ -13,11 +13,12 @@ import torch
 
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.train.driver.fake_model import sketch_model
-from pipelines.benchmarks import harness, roofline
+from pipelines.benchmarks import harness
 from pipelines.benchmarks.__main__ import main
-from pipelines.benchmarks.roofline import ALL, Ceilings, floor_by_part
 from pipelines.benchmarks.sides.counting import Kernel, count_step, fused_bytes
-from pipelines.benchmarks.training import Mode, make_batch, model_config
+from pipelines.benchmarks.step import roofline
+from pipelines.benchmarks.step.roofline import ALL, Ceilings, floor_by_part
+from pipelines.benchmarks.step.training import Mode, make_batch, model_config
 
 ROWS, TEXT, LENGTH, HIDDEN, INNER, LAYERS = 2, 48, 64, 128, 256, 2
 

@@ -72,7 +72,7 @@ def count_step(sketch: Sketch, batch: Batch, *, checkpointing: bool = False) -> 
     if checkpointing:
         checkpoint_activations(sketch.model)
         set_modes(sketch.model)
-    counter = _Counter(below="adapters" if sketch.model.config.lora else "residual")
+    counter = _KernelCounter(below="adapters" if sketch.model.config.lora else "residual")
     names = ("input_ids", "position_ids", "merge_index", "pixels", "predict_positions", "targets")
     arrays = {name: getattr(batch, name) for name in names}
     with sketch.mode, without_stacks(), counter.owners(sketch.model):
@@ -92,7 +92,7 @@ def count_step(sketch: Sketch, batch: Batch, *, checkpointing: bool = False) -> 
     return counter.kernels
 
 
-def _update(counter: _Counter, parameters: Sequence[Tensor]) -> None:
+def _update(counter: _KernelCounter, parameters: Sequence[Tensor]) -> None:
     """The engine's update on tensors without storage."""
     masters = [torch.empty(p.shape, dtype=torch.float32, device="meta") for p in parameters]
     weights = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in parameters]
@@ -113,7 +113,7 @@ def _update(counter: _Counter, parameters: Sequence[Tensor]) -> None:
             weight.copy_(master)
 
 
-class _Counter(TorchDispatchMode):
+class _KernelCounter(TorchDispatchMode):
     """Records kernels with the module that they belong to."""
 
     def __init__(self, below: Part) -> None:

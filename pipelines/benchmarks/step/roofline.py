@@ -26,7 +26,7 @@ from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, provenance, table
 from pipelines.benchmarks.sides.counting import ADAMW, Kernel, count_step, fused_bytes
-from pipelines.benchmarks.training import Mode, make_batch, model_config, operations
+from pipelines.benchmarks.step.training import Mode, make_batch, model_config, operations
 from pipelines.cli.command import parse, say
 
 __all__ = ["CARDS", "Ceilings", "RooflineConfig", "floor_by_part", "main"]

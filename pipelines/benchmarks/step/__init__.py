@@ -1,0 +1,1 @@
+"""A training step: measured, counted, and inside a whole run."""
