@@ -123,7 +123,10 @@ def _tried(root: Path, name: str, annotations: str, kind: str) -> Guess:
         name=name, annotations=annotations, format=kind, prompts=_needed(prompts, records),
         images=images, path_prefix=prefix,
     )  # fmt: skip
-    return Guess(root, placed, len(entries), len(records), len(keys), found)
+    return Guess(
+        root=root, source=placed, looked_at=len(entries), good=len(records), images=len(keys),
+        found=found,
+    )  # fmt: skip
 
 
 def _needed(prompts: list[str], records: Sequence[Record]) -> list[str]:

@@ -41,7 +41,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     add_row = harness.add_row
     for module in (harness, planning, scaling):
-        monkeypatch.setattr(module, "add_row", lambda topic, row: add_row(topic, row, folder))
+        monkeypatch.setattr(
+            module, "add_row", lambda topic, row, where=folder: add_row(topic, row, where)
+        )
     return folder
 
 

@@ -41,7 +41,7 @@ SAME = RunConfig(
             vision_feature_select_strategy="full", mean=(0.9, 0.9, 0.9), std=(2.0, 2.0, 2.0),
         ),
         LanguageConfig(settings=OLD_MODEL["language"]["settings"]),
-        trainable=("vision", "projector"), head_chunk=128, kernels="torch",
+        trainable=("vision", "projector"), head_chunk=128, merge="torch", kernels="torch",
     ),
     optim=OptimConfig(
         0.0015, lr_by_part={"projector": 0.01}, weight_decay=0.01, betas=(0.9, 0.98)

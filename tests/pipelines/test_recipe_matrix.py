@@ -168,7 +168,7 @@ def test_a_step_is_taken(
     assert 0 < rows[0]["loss"] < 20
     assert rows[0]["grad_norm"] > 0
     facts: dict[str, Any] = json.loads((output / "facts.json").read_text())
-    assert facts["attention"]["name"] == "sdpa"
+    assert facts["attention"]["name"] == "lapilli"
     assert list((output / "checkpoints").glob("step-*/state.json"))
 
 
@@ -176,17 +176,19 @@ def test_a_family_without_sdpa_starts_with_eager_and_says_so(
     material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    arguments = material.arguments("tiny/pretrain", output, "--model.language.model_type=gemma2")
+    sizes = '{"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "vocab_size": 512}'
+    other_family = ["--model.language.model_type=codegen", f"--model.language.settings={sizes}"]
+    arguments = material.arguments("tiny/pretrain", output, *other_family)
     for verb in (pipelines.estimate, pipelines.train):
         assert verb.main(arguments) == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert "attention: eager; gemma2 cannot be built with sdpa, only with eager" in said
+        assert "attention: eager; codegen cannot be built with sdpa, only with eager" in said
     assert "fp32, eager attention" in said
     facts: dict[str, Any] = json.loads((output / "facts.json").read_text())
     assert facts["attention"]["name"] == "eager"
     other = [*arguments, f"--output={tmp_path / 'other'}", "--model.language.attention=sdpa"]
     refused = one_line(pipelines.train.main, other, capsys)
-    assert "language.attention: 'sdpa' is nothing gemma2 supports; expected auto" in refused
+    assert "language.attention: 'sdpa' is nothing codegen supports; expected auto" in refused
 
 
 @pytest.mark.parametrize("main", [pipelines.estimate.main, pipelines.train.main])

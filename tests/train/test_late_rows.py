@@ -57,12 +57,12 @@ def test_no_checkpoint_holds_a_bad_step_and_the_bad_step_is_kept(
 ) -> None:
     ready = prepared(dataset, tmp_path / "run")
     at_step(ready, step, lambda hidden: hidden * BAD)
-    with pytest.raises(TrainError, match=f"^step {step}: loss nan"):
+    with pytest.raises(TrainError, match=f"^step {step + 1}: loss nan"):
         loop.fit(ready)
     assert [row.step for row in read_metrics(tmp_path / "run")] == list(range(step))
     newest = latest_checkpoint(tmp_path / "run")
     assert (newest.step if newest else 0) == (step // 4) * 4
-    kept = read_kept(tmp_path / "run" / "replay" / f"step-{step:08d}")
+    kept = read_kept(tmp_path / "run" / "replay" / f"step-{step + 1:08d}")
     expected = ready.feed.make(step)
     assert kept.sample_indices == expected.sample_indices.tolist()
     assert kept.sample_ids == [[list(batch.sample_ids) for batch in expected.batches]]

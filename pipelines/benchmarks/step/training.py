@@ -217,7 +217,7 @@ def _ours(
 
     seconds = _median_seconds(step, config.steps, device)
     return OurStep(
-        seconds, peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
+        seconds=seconds, memory=peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
         host_reads=_host_reads(step, device),
         kernels=_kernels(model, batch, shapes, device), flops=operations(model, batch), batch=batch,
     )  # fmt: skip
