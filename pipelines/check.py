@@ -26,7 +26,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import resolve_codecs
 from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, square
 from lapilli.data.io.access import is_folder, require_writable
-from lapilli.data.io.atomic import write_atomic
+from lapilli.data.io.atomic import write_atomic, write_text
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.writer_lock import only_writer
@@ -131,13 +131,13 @@ def write_recipe(config: CheckConfig) -> CheckConfig:
     guess = guess_source(place.resolve())
     path = Path(config.recipe or f"{guess.source.name}_data.yaml")
     text = recipe_text(guess, f"lapilli check {config.data}")
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         raise UsageError(
             f"recipe: {path} exists and differs; use it with --config {path}, remove it, or name "
             "another with --recipe"
         )
     require_writable("recipe", path.absolute().parent)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     say(
         f"{path}: format {guess.source.format}; of the first {guess.looked_at} records "
         f"{guess.good} can be read, {guess.found} of their {guess.images} images are there"

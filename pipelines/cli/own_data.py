@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def _images_folder(root: Path, keys: Sequence[str]) -> tuple[str, str, int]:
     """The folder below the root in which most keys are files, and what to take off the keys."""
     if not keys:
         return ".", "", 0
-    folders = [".", *_folders_with_images(root)]
+    folders = [".", *_folders_below(root)]
     hits = Counter(
         {folder: sum(_is_there(root / folder, key) for key in keys) for folder in folders}
     )
@@ -157,13 +158,16 @@ def _images_folder(root: Path, keys: Sequence[str]) -> tuple[str, str, int]:
 
 
 def _is_there(folder: Path, key: str) -> bool:
-    container, inside, _ = key.partition(".tar/")
-    if inside:
-        return (folder / f"{container}.tar").is_file()
-    container, inside, _ = key.partition(".parquet/")
-    if inside:
-        return (folder / f"{container}.parquet").is_file()
-    return not key.startswith("/") and (folder / key).is_file()
+    """Whether a key is a file below a folder, or a member of an archive that is there."""
+    for suffix in (".tar", ".parquet"):
+        container, inside, _ = key.partition(f"{suffix}/")
+        key = container + suffix if inside else key
+    if key.startswith("/") or ".." in key.split("/"):
+        return False
+    try:
+        return (folder / key).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -173,14 +177,17 @@ def _prefixes(key: str) -> Iterator[str]:
         yield "/".join(parts[:count]) + "/"
 
 
-def _folders_with_images(root: Path) -> list[str]:
-    """Folders up to two levels below the root, by name."""
-    return [
-        path.relative_to(root).as_posix()
-        for pattern in ("*", "*/*")
-        for path in sorted(root.glob(pattern))
-        if path.is_dir() and not path.name.startswith(".")
-    ]
+def _folders_below(root: Path) -> list[str]:
+    """Folders up to two levels below the root, by name; no file is looked at."""
+    found: list[str] = []
+    for first in _subfolders(root):
+        found += [first, *(f"{first}/{second}" for second in _subfolders(root / first))]
+    return found
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

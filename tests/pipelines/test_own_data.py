@@ -186,6 +186,19 @@ def test_what_cannot_be_guessed_is_one_line(
     assert not list(tmp_path.glob("*.yaml"))
 
 
+def test_keys_that_name_no_file_are_said_and_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "outside.jpg").write_bytes(jpeg(1))
+    keys = ["../outside.jpg", "x" * 400 + ".jpg", "gone.jpg"]
+    (folder / "mine.json").write_text(json.dumps([llava(key) for key in keys]))
+    monkeypatch.chdir(tmp_path)
+    assert main([str(folder / "mine.json")]) == 1
+    assert "0 of their 3 images are there" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
