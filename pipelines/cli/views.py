@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lapilli.data.images.view import ImageSpec
+from lapilli.model.config import IMAGE_MEANS
 
 __all__ = ["filled_views"]
 
@@ -22,7 +23,13 @@ def filled_views(views: Mapping[str, ImageSpec]) -> dict[str, ImageSpec]:
 def _filled(spec: ImageSpec) -> ImageSpec:
     if spec.fill != "mean":
         return spec
-    from lapilli.model.parts.vision import tower_mean  # torch, which a build may do without
-
-    red, green, blue = (int(255 * value) for value in tower_mean(spec.tower))
+    red, green, blue = (int(255 * value) for value in _mean(spec.tower))
     return replace(spec, fill=(red, green, blue), tower="")
+
+
+def _mean(tower: str) -> tuple[float, float, float]:
+    if tower in IMAGE_MEANS:
+        return IMAGE_MEANS[tower]
+    from lapilli.model.parts.vision import tower_mean  # torch: a model's own files are read
+
+    return tower_mean(tower)

@@ -100,6 +100,8 @@ def test_a_dataset_is_made_checked_verified_repaired_and_reported_without_traini
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     output = tmp_path / "dataset"
     config: Any = asdict(build_config(mixture, output, tokenizer))
+    for view in config["views"].values():
+        view |= {"fill": "mean", "tower": "clip"}  # a number that is a tower's
     (tmp_path / "recipe.json").write_text(json.dumps(config))
     recipe = f"--config={tmp_path / 'recipe.json'}"
     ends, errors, said = run(["preprocess", recipe], env=hidden)

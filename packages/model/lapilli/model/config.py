@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from lapilli.model.errors import ModelError
 
 __all__ = [
     "GROUPS",
+    "IMAGE_MEANS",
     "Decoding",
     "LanguageConfig",
     "LoraConfig",
@@ -20,6 +22,12 @@ __all__ = [
 
 Part = Literal["vision", "projector", "language"]
 GROUPS = ("projector", "language", "vision", "adapters")  # of parameters that learn
+# Per channel of 0 to 1, what the weights of a family of towers were trained with.
+IMAGE_MEANS: Mapping[str, tuple[float, float, float]] = {
+    "clip": (0.48145466, 0.4578275, 0.40821073),
+    "siglip": (0.5, 0.5, 0.5),
+    "dinov2": (0.485, 0.456, 0.406),
+}
 
 
 @dataclass(frozen=True)

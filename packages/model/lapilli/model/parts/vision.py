@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lapilli.model.config import VisionConfig
+from lapilli.model.config import IMAGE_MEANS, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.pretrained import (
     check_memory,
@@ -64,7 +64,7 @@ FAMILIES = {
         norm="post_layernorm",
         positions="position_embedding.weight",
         class_tokens=1,
-        mean=(0.48145466, 0.4578275, 0.40821073),
+        mean=IMAGE_MEANS["clip"],
         std=(0.26862954, 0.26130258, 0.27577711),
     ),
     # also SigLIP 2 of fixed resolution, which is the same architecture
@@ -74,7 +74,7 @@ FAMILIES = {
         norm="post_layernorm",
         positions="position_embedding.weight",
         class_tokens=0,
-        mean=(0.5, 0.5, 0.5),
+        mean=IMAGE_MEANS["siglip"],
         std=(0.5, 0.5, 0.5),
     ),
     "dinov2": Family(
@@ -83,7 +83,7 @@ FAMILIES = {
         norm="layernorm",
         positions="position_embeddings",
         class_tokens=1,
-        mean=(0.485, 0.456, 0.406),
+        mean=IMAGE_MEANS["dinov2"],
         std=(0.229, 0.224, 0.225),
     ),
 }
