@@ -3,10 +3,12 @@
 #   VENV    where the virtual environment lies
 #   TORCH   cpu, cuda, or auto: the CPU build where the package index offers one
 #   JOBS    processes that share the files of tests
+#   FAULTS  folders whose fault tests are run
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= auto
 JOBS ?= 2
+FAULTS ?= tests
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 # What versions decide: private names, models, files, images, tokenizers, settings, engines, a run.
@@ -52,7 +54,7 @@ test: lint  ## lint, then all tests that need minutes at most and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-faults: install  ## tests that kill processes, cut files or take a minute each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(JOBS) --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAULTS) -m faults -n $(JOBS) --dist loadfile --durations=10
 
 test-long: install  ## tests that take minutes each or need the extra real-weights
 	$(BIN)/python -m pytest -m long

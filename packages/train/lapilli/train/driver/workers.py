@@ -93,7 +93,10 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
 def _read_mistake(path: Path) -> str:
     """The line a worker left; on a full disk there was no room for it and the file is empty."""
     said = path.read_text(encoding="utf-8")
-    return said or f"output: {path.parent} is on a full disk; free space and run the same again"
+    return (
+        said
+        or f"output: {path.parent} is on a full disk; free space and run the same command again"
+    )
 
 
 def _write_mistake(path: Path, error: Exception) -> None:
