@@ -46,24 +46,25 @@ __all__ = ["TrainBenchmark", "main"]
 
 Mode = Literal["stage1", "lora", "full"]
 PACKAGES = ("torch", "transformers", "peft")
+CLIP_L = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+}  # fmt: skip
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "7b": (
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        CLIP_L,
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
          "max_position_embeddings": 4096},
     ),
     "13b": (
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        CLIP_L,
         {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
          "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
          "max_position_embeddings": 4096},
     ),
     "1b": (
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        CLIP_L,
         {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
          "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
          "max_position_embeddings": 4096},

@@ -46,8 +46,8 @@ class WholeRun:
         folder: Where photos, dataset and run are made; photos and dataset are kept.
         tokenizer: Hub name or folder of a tokenizer.
         mode: stage1, lora or full; full saves 12 bytes a parameter.
-        size: `7b`, `1b` (TinyLlama's sizes), `tiny`, or `auto`: 1b on a GPU. The random weights of 7b
-            take minutes to draw.
+        size: `7b`, `1b` (TinyLlama's sizes), `tiny`, or `auto`: 1b on a GPU. On an H200 the first
+            step of 7b came after minutes.
         records: Conversations, of which each has one of the photos or none.
         images: Photos of 640 x 480.
         steps: Optimizer steps, the first three of which are not counted.
