@@ -39,6 +39,7 @@ from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, provenance
+from pipelines.benchmarks.sides.products import product_seconds
 from pipelines.benchmarks.sides.trainer_way import trainer_seconds
 from pipelines.cli.command import parse, say
 
@@ -198,11 +199,10 @@ class OurStep:
     kernels: str
     flops: StepFlops
     batch: Batch
+    products: float | str
 
 
-def _ours(
-    config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch.device
-) -> OurStep:
+def _ours(config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch.device) -> OurStep:
     """Our step; its model is gone afterwards."""
     with device:
         model = build_model(shapes)
@@ -221,7 +221,17 @@ def _ours(
         seconds=seconds, memory=peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
         host_reads=_host_reads(step, device),
         kernels=_kernels(model, batch, shapes, device), flops=operations(model, batch), batch=batch,
+        products=_products(step, config, device),
     )  # fmt: skip
+
+
+def _products(
+    step: Callable[[], None], config: TrainBenchmark, device: torch.device
+) -> float | str:
+    """Seconds of a step's matrix products; nothing on a GPU or where layers are compiled."""
+    if device.type != "cpu" or config.compile != "none":
+        return ""
+    return product_seconds(step, config.steps)
 
 
 def _kernels(
@@ -264,7 +274,9 @@ def _measure(
     _forget(device)
     folder = config.trace or tempfile.gettempdir()
     share = {
-        name: round(getattr(ours.flops, kind).total * config.accumulation / ours.seconds / peak, 4) if peak else ""
+        name: round(getattr(ours.flops, kind).total * config.accumulation / ours.seconds / peak, 4)
+        if peak
+        else ""
         for name, kind in (("mfu", "model"), ("hfu", "hardware"))
     }
     figures: dict[str, Any] = {
@@ -275,6 +287,7 @@ def _measure(
         "memory_gb": round(ours.memory / 1e9, 2), "trainer_seconds": "",
         "trainer_memory_gb": "", "of_trainer": "", "costs": ours.costs,
         "host_reads": ours.host_reads, "kernels": ours.kernels,
+        "products_seconds": round(ours.products, 4) if isinstance(ours.products, float) else "",
     }  # fmt: skip
     if config.trainer:
         theirs = trainer_seconds(
