@@ -88,11 +88,16 @@ public-names: install  ## accept the public names as they are now
 constraints:  ## renew the pins and hashes: newest versions that pyproject.toml allows, tests not run
 	$(PYTHON) .ci/constraints.py
 
-wheel: install  ## dist/lapilli-*.whl
-	$(BIN)/python -m hatchling build -t wheel -d dist
+docs: install  ## these pages as a site with search: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: install  ## wheel and source distribution in dist/, checked as an index checks them
+	rm -rf dist
+	$(BIN)/python -m hatchling build -t sdist -t wheel -d dist
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove caches and built wheels; the virtual environment and outputs stay
-	rm -rf dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers test-lowest gpu-test lint format public-names constraints wheel clean
+.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers test-lowest gpu-test lint format public-names constraints docs dist clean

@@ -1,4 +1,4 @@
-"""One distribution from three folders: the namespace, the wheel and its package data."""
+"""One distribution from three folders: the namespace, wheel and source distribution, their data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,63 @@ print(json.dumps(found))
 """
 
 
+LARGEST = 500_000  # bytes of a file in the source distribution
+LARGEST_SDIST = 2_000_000
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    kinds = ["-t", "wheel", "-t", "sdist"]
+    command = [sys.executable, "-m", "hatchling", "build", *kinds, "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (path,) = folder.glob("lapilli-*-py3-none-any.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> zipfile.ZipFile:
+    (path,) = dist.glob("lapilli-*-py3-none-any.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def sources(dist: Path) -> dict[str, int]:
+    """Bytes of each file of the source distribution, by its path in it."""
+    (path,) = dist.glob("lapilli-*.tar.gz")
+    assert path.stat().st_size < LARGEST_SDIST
+    with tarfile.open(path) as tar:
+        return {one.name.partition("/")[2]: one.size for one in tar if one.isfile()}
+
+
+def test_an_index_would_take_both(dist: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_sources_build_the_same_wheel(
+    dist: Path, tmp_path: Path, wheel: zipfile.ZipFile
+) -> None:
+    (path,) = dist.glob("lapilli-*.tar.gz")
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "made"]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    (again,) = (root / "made").glob("*.whl")
+    files = {one.filename: one.CRC for one in zipfile.ZipFile(again).infolist()}
+    assert files == {one.filename: one.CRC for one in wheel.infolist()}
+
+
+def test_the_sources_hold_what_a_reader_needs_and_no_material_of_tests(
+    sources: dict[str, int],
+) -> None:
+    needed = {"README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "docs/start.md"}
+    assert needed | {"constraints.txt", "pyproject.toml", "docs/assets/report.png"} <= {*sources}
+    assert [name for name in sources if name.startswith(("tests/", ".ci/", "outputs/"))] == []
+    assert {name: size for name, size in sources.items() if size > LARGEST} == {}
 
 
 def test_namespace_has_no_init() -> None:

@@ -47,6 +47,7 @@ class ImagePart:
 
 
 Part: TypeAlias = TextPart | ImagePart
+"""A piece of a turn: text, or the place of an image."""
 
 
 class Turn(NamedTuple):

@@ -119,7 +119,7 @@ def plan_epoch(
             in an epoch. `auto` is `llava` for sampler `llava`, else `pad`.
 
     Raises:
-        DataError: an argument that no plan can be made of.
+        DataError: an argument that allows no plan.
     """
     counts, kinds = _checked_samples(np.asarray(lengths), np.asarray(modalities), global_batch_size)
     _check_at_least("seed", seed, 0)
@@ -213,7 +213,8 @@ def assign(
         micro_batch_size: slots of one rank's micro-batch.
 
     Returns:
-        [rank][micro-step] -> int64 [micro_batch_size] sample indices, -1 = empty slot.
+        For each rank, for each micro-step: int64 [micro_batch_size] sample indices, -1 = empty
+        slot.
 
     Raises:
         DataError: the global batch cannot be cut that way; names numbers that fit.

@@ -27,7 +27,7 @@ CHAT_WAY = 2  # 1 wrote every text into the frames of its order of roles, whatev
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a conversation is written down.
+    """How a conversation is rendered.
 
     A record becomes `opening`, then `before_system` + system text + `after_system` where there is
     a system text, then each turn in its frame. Frames may name special tokens in braces; a token
@@ -222,6 +222,7 @@ TEMPLATES: dict[str, Template] = {
     **{template.name: template for template in _TEMPLATES},
     "vicuna_v1": _V1,
 }
+"""The conversation templates by name."""
 
 
 def template_facts(template: Template) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""The Markdown pages of the project, and what the tests of pages read from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["PAGES", "ROOT", "blocks", "name_of", "prose"]
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("docs", "packages", "pipelines", "tests", ".ci")
+PAGES = sorted(
+    {*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))}
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    """The fenced blocks of a page in a language; "" for those that name none."""
+    for named, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if named == language:
+            yield text
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
