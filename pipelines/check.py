@@ -284,7 +284,7 @@ def print_summary(config: CheckConfig, found: Survey) -> None:
     for kind, number in found.repairs.most_common():
         key, image = found.mended[kind]
         say(
-            f"  {number:,} keys mended ({kind}), "
+            f"  {number:,} keys repaired ({kind}), "
             f"first '{excerpt(key)}' read from '{excerpt(image)}'"
         )
     print_needs(config, found)

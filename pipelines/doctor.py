@@ -453,7 +453,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     else:
         console.print(table)
     if commands:
-        print("What would mend it:")
+        print("To fix it:")
     for row in commands:
         print(f"  {row.what}: {row.remedy}")
     if exit_code(rows):

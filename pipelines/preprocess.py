@@ -95,7 +95,7 @@ def print_report(report: BuildReport) -> None:
         print_error(f"{view} decoded fast", facts.fast_error)
     unused = counts["unused_images"]
     if unused:
-        say(f"{unused} images of an earlier build are used no more; a fresh --output leaves them")
+        say(f"{unused} images of an earlier build are no longer used; a new --output omits them")
     say(
         f"{report.shards_built} shards built, {report.shards_reused} reused, {report.seconds:.1f} s"
     )

@@ -3,8 +3,8 @@
 lapilli quickstart        (or: make quickstart)
 
 easy-vqa's images and questions go through Ray Data into Arrow shards, through Ray Train and
-DeepSpeed into a small vision-language model, which is then asked questions it has not seen, with
-the right images and with other questions' images. What an earlier run finished is reused.
+DeepSpeed into a small vision-language model. The model is then asked questions about images it has
+not seen, with the right images and with other questions' images. Finished steps are reused.
 """
 
 from __future__ import annotations
@@ -87,13 +87,11 @@ def _quickstart(config: QuickstartConfig, output: Path) -> dict[str, Any]:
         title = "2/6  Ray Data: decode each image once, write Arrow shards"
         with phases.phase("preprocess", title):
             builds = {name: preprocess(_build_config(name, output)) for name in DATASETS}
-        with phases.phase(
-            "pretrain", "3/6  stage 1: tower and projector learn to name what they see"
-        ):
+        with phases.phase("pretrain", "3/6  stage 1: tower and projector are trained on captions"):
             first = _stage(config, output, "pretrain")
-        with phases.phase("finetune", "4/6  stage 2: all parts learn to answer questions"):
+        with phases.phase("finetune", "4/6  stage 2: all parts are trained on questions"):
             second = _stage(config, output, "finetune")
-    with phases.phase("evaluate", "5/6  questions it has not seen"):
+    with phases.phase("evaluate", "5/6  questions about images it has not seen"):
         answers, shuffled = (_ask(config, output, shuffle_images=s) for s in (False, True))
         blind = score(blind_answers(output / "easy_vqa" / "finetune.json", answers))
     with phases.phase("report", "6/6  report"):
@@ -238,7 +236,7 @@ Your own data next, in LLaVA's format:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(QuickstartConfig, argv, "Data, shards, training, evaluation: the whole way.")
+    config = parse(QuickstartConfig, argv, "Data, shards, training and evaluation, end to end.")
     return judge(quickstart(config), config)
 
 

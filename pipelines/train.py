@@ -140,7 +140,7 @@ def print_preflight(config: RunConfig, ready: Preflight) -> None:
     if ready.kernels:
         say(ready.kernels.note)
     if host := sum(memory.host for memory in ready.memory.values()):
-        say(f"offload: {bytes_text(host)} a worker lie in the host's memory")
+        say(f"offload: {bytes_text(host)} a worker are in the host's memory")
     if disk := sum(memory.disk for memory in ready.memory.values()):
         say(f"offload: {bytes_text(disk)} a worker lie in {config.offload.nvme_path}")
     left_out = (

@@ -15,7 +15,7 @@ BARE = ("doctor", "simd")  # verbs that run where packages are missing
 # In the order they are used.
 VERBS = {
     "doctor": "what this machine has, what is missing, and how to add it",
-    "quickstart": "the whole way on a CPU: data, shards, training, evaluation, report",
+    "quickstart": "end to end on a CPU: data, shards, training, evaluation, report",
     "check": "read annotations and images, report every record that cannot be used",
     "preprocess": "annotations and images to a dataset of Arrow shards",
     "estimate": "a run's memory, disk and time, before it starts",
@@ -49,7 +49,7 @@ def main() -> None:
     elif verb == "--version":
         print(f"lapilli {importlib.metadata.version('lapilli')}")
     elif verb not in VERBS:
-        print(f"error: {verb!r} is no verb; expected one of {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: {verb!r} is not a verb; expected one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
     elif verb in SETTINGS and {"-h", "--help"} & {*rest}:
         print(short_help(verb, VERBS[verb]))

@@ -92,7 +92,7 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
         raise DataError(f"questions: {path} is empty; expected a question a line")
     if unused:
         counts = ", ".join(f"{name} ({count} lines)" for name, count in sorted(unused.items()))
-        say(f"{path}: of no use here, and not asked: {counts}")
+        say(f"{path}: not used: {counts}")
     return asked
 
 

@@ -118,7 +118,7 @@ def _say_tower(output: Path, tower: str, asked: Assistant) -> None:
     """What LLaVA will load as the tower, and where its images differ."""
     if not tower:
         place = (output / TOWER_FOLDER).absolute()
-        say(f"{place}: the tower as trained; config.json names this place, mend it after a move")
+        say(f"{place}: the tower as trained; config.json names this place, change it after a move")
     mean = asked.model.config.vision.mean
     grey = tuple(int(255 * value) for value in mean or ())
     if asked.spec.aspect == "pad" and grey != asked.spec.colour:
@@ -174,7 +174,7 @@ def to_peft(config: ExportConfig) -> None:
     for path in places:
         say(f"{path}: PeftModel.from_pretrained loads it onto its base model")
     _say_base(output, asked, base, rows, config.run)
-    say(f"{output / LEFT_OVER}: what learnt beside; LLaVA's loader takes the whole folder")
+    say(f"{output / LEFT_OVER}: the other trained weights; LLaVA's loader takes the whole folder")
     if unfit:
         say(f"no config.json for LLaVA's loader: {unfit}")
     else:

@@ -62,7 +62,7 @@ REMEDIES = {
     "image_marker_count": "mark each image once, in order, with <image> in a question",
     "image_unreadable": "give the user that builds the right to read it, or see to its disk",
     "image_missing": "put the file where its key says, or set `images` or `aliases`",
-    "ambiguous_image": "name the file as it is called: another key, or another file, is as near",
+    "ambiguous_image": "give the file's exact name: another key, or another file, is just as close",
     "image_outside_root": "use a key below the root, or name the folder in `extra_roots`",
     "image_undecodable": "get the file again; it is damaged or no image",
     "image_too_large": "scale the file down, or raise `max_pixels`",
@@ -323,12 +323,12 @@ def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildCo
     page.section("Repairs")
     if repairs:
         page.table(
-            ["image keys mended", "times"],
+            ["image keys repaired", "times"],
             [[kind, times] for kind, times in repairs.items()],
         )
         page.text("Every key with the file it is read from is in repairs.parquet.")
     else:
-        page.text("No image key had to be mended.")
+        page.text("No image key was repaired.")
 
 
 def _tell_tallies(page: Page, manifest: Manifest) -> None:

@@ -62,7 +62,7 @@ def write_report(path: Path, story: Story, datasets: Path, *, view: str) -> None
             Figure(
                 "without looking",
                 f"{summary['accuracy_without_looking']:.1%}",
-                "commonest answer to the question",
+                "most common answer to the question",
             ),
             Figure("time", f"{seconds['total'] / 60:.1f} min", summary["hardware"]["processor"]),
         ]

@@ -86,7 +86,7 @@ def write_run_report(run: Path) -> Path:
     config, info = read_run_config(run), read_run_info(run)
     rows = read_metrics(run)
     if not rows or info is None:
-        raise TrainError(f"{run}: not a step done; nothing to report yet")
+        raise TrainError(f"{run}: no step done yet; nothing to report")
     page = Page(f"Run {run.name}", f"{config.dataset}, view {config.view}")
     page.figures(_figures(rows, info))
     _add_loss(page, rows)

@@ -113,7 +113,7 @@ def test_sources_that_have_changed_are_named_and_nothing_is_touched(
     victim = next((root / "images" / "0").iterdir())
     victim.write_bytes(victim.read_bytes() + b"\0")
     before = hashes(copy)
-    with pytest.raises(DataError, match="cannot be repaired: other than when it was built: images"):
+    with pytest.raises(DataError, match="cannot be repaired: not as when it was built: images"):
         repair_dataset(copy, replace(made[1], root=str(root)), runner=run_here)
     assert hashes(copy) == before
     assert verify_dataset(copy).damaged == [Damage(str(shard.relative_to(copy)), "missing")]

@@ -62,7 +62,7 @@ def test_what_is_no_verb_is_one_line(
 ) -> None:
     assert typed(monkeypatch, verb) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {verb!r} is no verb; expected one of ")
+    assert line.startswith(f"error: {verb!r} is not a verb; expected one of ")
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - set(BARE)))

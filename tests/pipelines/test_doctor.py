@@ -148,7 +148,7 @@ def test_the_command_here() -> None:
                  "deepspeed", "ray", "images", "torch build", "GPUs", "HPUs", "triton", "merge",
                  "C compiler", "Chromium", "[quickstart]"):  # fmt: skip
         assert name in names, done.stdout
-    assert max(map(len, done.stdout.split("What would mend it")[0].splitlines())) <= 80
+    assert max(map(len, done.stdout.split("To fix it")[0].splitlines())) <= 80
 
 
 def test_the_command_where_torch_is_broken_and_the_folder_is_long(tmp_path: Path) -> None:

@@ -150,9 +150,9 @@ class ModelConfig:
         projector: `linear`, `mlpNx_gelu`, `identity`, or `package.module:name`.
         projector_std: Standard deviation of the projector's first weights, normal, its biases
             zero; None leaves torch's own (uniform, +-1 / sqrt(inputs)), as LLaVA does.
-        trainable: Parts that learn; the others are frozen.
-        lora: Adapters, through which alone the parts learn that have any; None for none.
-        gradient_checkpointing: Run each layer again in backward instead of keeping what it made.
+        trainable: Parts that are trained; the others are frozen.
+        lora: Adapters; parts that have any are trained through them alone. None for none.
+        gradient_checkpointing: Run each layer again in backward instead of keeping its activations.
         merge: How image features are put among the text's embeddings (`lapilli.model.merging`);
             `auto` takes Triton on CUDA and torch elsewhere.
         kernels: Fused kernels of the decoder's norms, rotary embeddings and gated MLPs: `auto`
@@ -202,15 +202,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is written.
+    """How an answer is decoded.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; above, tokens are drawn, and the higher the
             flatter.
         top_p: Drawn from the likeliest tokens that hold this share of the probability.
-        seed: Of what is drawn. The same prompt, images and seed draw the same answer, in whatever
-            batch and place.
+        seed: Seed of sampling. The same prompt, images and seed give the same answer, in any batch
+            and at any position.
     """
 
     max_new_tokens: int = 256

@@ -15,7 +15,7 @@ def is_shared_out(value: Tensor) -> bool:
     """Whether ZeRO-3 has shared a tensor out.
 
     Used: `ds_id`. If it were renamed, parameters would be taken for whole and found empty; the
-    contract test tells before.
+        contract test fails first.
     """
     return hasattr(value, "ds_id")
 

@@ -16,7 +16,7 @@ class ModelError(Exception):
 
 
 def require_missing(path: Path, error: OSError) -> None:
-    """Let an error pass that says that nothing is there, and no other.
+    """Re-raise an error unless it says that the file is missing.
 
     Raises:
         ModelError: The file is there, or may be, and cannot be read.

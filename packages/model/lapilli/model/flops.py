@@ -1,7 +1,7 @@
 """Count a training step's floating-point operations from model sizes and batch lengths.
 
-A multiplication and an addition are two. Counted is what is a matrix product or a convolution;
-norms, activations, softmax, rotary positions and the optimizer are not, as everywhere.
+A multiplication and an addition count as two operations. Only matrix products and convolutions are
+counted; norms, activations, softmax, rotary positions and the optimizer are not, as is usual.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ModelNumbers:
 
 @dataclass(frozen=True)
 class BatchNumbers:
-    """What a micro-batch holds, and what it is padded to.
+    """The contents of a micro-batch, and the sizes that it is padded to.
 
     Attributes:
         row_lengths: Tokens of each row.

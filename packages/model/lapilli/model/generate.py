@@ -1,7 +1,7 @@
 """Generate after prompts with images: greedy or sampled, in batches, streaming tokens.
 
-The weights and `Decoding` alone decide an answer. What a base model says of its own generation
-(`generation_config.json`, old keys of `config.json`, a `generate` of its own) plays no part.
+Only the weights and `Decoding` decide an answer. A base model's own generation settings
+(`generation_config.json`, old keys of `config.json`, a `generate` method) are ignored.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def generate(
         pixels: uint8 [images, H, W, 3] each, in the order of the places.
         decoding: Greedy or drawn, and how long.
         end_ids: Tokens each of which ends an answer.
-        watch: Sees every id of every answer that has not ended, as it comes; not one of `end_ids`.
-            It is how answers are streamed, and how a text of several tokens ends one.
-        gathered: For weights that the ranks of a process group have shared out: makes some whole
-            inside. All ranks call this, and take as many steps as the last of them.
+        watch: Called with every new id of every running answer, except `end_ids`. Used to stream
+            answers, and to end one at a text of several tokens.
+        gathered: For weights that are partitioned over the ranks of a process group: makes some
+            whole inside. All ranks call this, and take as many steps as the last of them.
 
     Returns:
         The new ids of each prompt: without one of `end_ids`, with the id at which `watch` ended it.
@@ -140,7 +140,7 @@ def generate_greedy(
 
 
 class _Answers:
-    """A stopping criterion that keeps the answers: it sees every step, of every prompt."""
+    """A stopping criterion that collects the answers of all prompts, step by step."""
 
     def __init__(self, count: int, end_ids: Sequence[int], watch: Watch | None) -> None:
         self.ids: list[list[int]] = [[] for _ in range(count)]
@@ -225,7 +225,7 @@ def check_positions(
 
     Args:
         model: The model.
-        lengths: What each prompt is called, and its tokens with those of its images.
+        lengths: Name of each prompt, and its tokens with those of its images.
         decoding: How long answers may be.
         strict: Whether a model that can go beyond its positions may not.
 

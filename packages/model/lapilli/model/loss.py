@@ -22,7 +22,7 @@ LossImplementation = Literal["auto", "torch", "liger"]
 
 
 def choose_loss(wanted: LossImplementation, device: str) -> Literal["torch", "liger"]:
-    """What a setting stands for on a device type.
+    """Resolve an implementation of the loss for a device type.
 
     `auto` is `torch`: Liger reads the number of targets back to the host, which the rest of a step
     never does. What it saves on a GPU has not been measured.
@@ -81,8 +81,8 @@ def trained_loss(
             Granite's `logits_scaling`).
         implementation: `torch`, `liger` (a CUDA device and the extra `liger`), or `auto`
             (`choose_loss`).
-        each: fp32 [P], filled with the summands, detached; with no number where Liger computes,
-            which keeps its sum alone.
+        each: fp32 [P], filled with the loss of each position, detached; NaN with Liger, which
+            returns the sum only.
         added: [R, D], what stands for the head's last R rows and learns beside a frozen head.
 
     Returns:

@@ -24,8 +24,8 @@ Part = TypeVar("Part", bound=nn.Module)
 def build_own(build: Callable[[], Part]) -> Part:
     """Build a part of one's own, within a model of fake tensors too.
 
-    What its code does with numbers (a schedule, weights that it reads) takes real tensors. Where
-    fake ones are made, it gets those, and its tensors are then replaced by fake ones.
+    Its code may compute with real tensors (a schedule, weights that it reads). Under fake tensors
+    it runs with real ones, which are then replaced by fake ones.
     """
     with unset_fake_temporarily() as active:
         part = build()

@@ -37,10 +37,10 @@ class OptimConfig:
     Attributes:
         lr: Peak learning rate.
         lr_by_part: Another peak rate for `projector`, `language`, `vision` or `adapters`.
-        schedule: What follows the warm-up: `cosine` or `linear` to 0, or `constant`.
+        schedule: Decay after the warm-up: `cosine` or `linear` to 0, or `constant`.
         warmup_ratio: Share of the steps over which the rate rises from 0.
         warmup_steps: Their number instead; 0 leaves it to `warmup_ratio`.
-        weight_decay: On matrices; biases and norms get none.
+        weight_decay: Applied to matrices; not to biases and norms.
         betas: AdamW's decay rates of the moments.
         grad_clip: Largest norm of the whole gradient; 0 leaves it.
     """
@@ -131,7 +131,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """What to do when something goes wrong; none of it decides the loss.
+    """Reactions to failures; none of them decides the loss.
 
     Attributes:
         max_failures: How often lost workers are replaced before the run gives up.
@@ -139,8 +139,8 @@ class RecoveryConfig:
             the most); 0 waits until there are `num_workers` again.
         step_timeout: Seconds; a step that takes longer ends every worker, after it has written its
             stacks. 0 waits for ever.
-        loss_spike_factor: Stop at a loss of more than so many times the median of the last 100
-            steps; 0 takes any.
+        loss_spike_factor: Stop at a loss above this multiple of the median of the last 100 steps; 0
+            never stops.
     """
 
     max_failures: int = 3
@@ -183,7 +183,7 @@ class OffloadConfig:
 
 @dataclass(frozen=True)
 class CommunicationConfig:
-    """How ZeRO's collectives are cut, by DeepSpeed's names; null or 0 follows the model's size.
+    """Sizes of ZeRO's collectives, by DeepSpeed's names; null or 0 follows the model's size.
 
     Attributes:
         overlap_comm: Reduce gradients while backward goes on.
@@ -210,7 +210,7 @@ class CommunicationConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What of a run is profiled.
+    """Which steps and ranks are profiled.
 
     Attributes:
         steps: Steps, counted from 0, of which a trace for Chrome or Perfetto is written to
@@ -291,11 +291,11 @@ class RunConfig:
             for a profiler, a debugger or a machine that has no Ray.
         checkpoint: What is saved, and how much of it is kept.
         validation: Loss and answers on held-out samples.
-        recovery: What to do when something goes wrong.
-        profile: What of it is profiled.
-        communication: How ZeRO's collectives are cut.
+        recovery: Reactions to failures.
+        profile: Which steps and ranks are profiled.
+        communication: Sizes of ZeRO's collectives.
         max_shapes: Shapes (sequence length, with or without images) that batches may have in all.
-        loggers: What the metrics are also sent to, of `tensorboard`, `wandb` and `mlflow`.
+        loggers: Where metrics are also sent: `tensorboard`, `wandb`, `mlflow`.
     """
 
     old_names: ClassVar[Renamed] = RUN_NAMES
@@ -481,7 +481,7 @@ def _check_workers(config: RunConfig) -> None:
 
 
 def _check_batch(global_batch_size: int, num_workers: int, micro_batch_size: int) -> None:
-    """The global batch can be cut; else say which numbers fit."""
+    """Check that the global batch can be divided; the error names numbers that fit."""
     rows = num_workers * max(1, micro_batch_size)
     if global_batch_size % rows == 0:
         return

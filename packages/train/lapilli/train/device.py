@@ -1,6 +1,6 @@
 """Choose the device of a worker, and prepare the process before DeepSpeed is imported.
 
-Intel Gaudi (`hpu`) has its names here; no step has been taken on one.
+Intel Gaudi (`hpu`) is supported here by name; no step has run on one yet.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ NO_HABANA = (
 
 
 def choose_device(wanted: DeviceChoice, there: Mapping[Device, int]) -> Device:
-    """The device a setting stands for.
+    """Resolve the setting `device`.
 
     Args:
         wanted: `auto` takes GPUs, else HPUs, else the CPU.
-        there: How many of each Ray or torch sees.
+        there: Number of each kind that Ray or torch sees.
 
     Raises:
-        TrainError: What is asked for is not there.
+        TrainError: The requested device is not available.
     """
     if wanted == "auto":
         return "cuda" if there.get("cuda") else "hpu" if there.get("hpu") else "cpu"
@@ -67,7 +67,7 @@ def choose_device(wanted: DeviceChoice, there: Mapping[Device, int]) -> Device:
 
 
 def has_habana() -> bool:
-    """Whether this machine's torch can be told of Gaudi."""
+    """Whether Gaudi's torch bridge is installed."""
     return importlib.util.find_spec(HABANA) is not None
 
 
@@ -81,7 +81,7 @@ def visible_devices() -> dict[Device, int]:
 
 
 def torch_device(device: Device) -> torch.device:
-    """Torch's device, after what makes it known.
+    """The torch device, after importing what registers it.
 
     Raises:
         TrainError: Gaudi's software is not there.
@@ -102,7 +102,7 @@ def prepare_process(device: Device) -> torch.device:
 
 
 def know_collectives(device: Device) -> None:
-    """Make torch know the device's backend, which Gaudi's is not by itself; Ray does it too."""
+    """Register the device's collective backend with torch, as Gaudi needs; Ray does the same."""
     if device == "hpu":
         torch_device(device)
         importlib.import_module(f"{HABANA}.torch.distributed.hccl")
@@ -114,7 +114,7 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given; a CPU always has."""
+    """Wait for a device to finish; returns at once on a CPU."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 

@@ -1,7 +1,7 @@
 """Collate samples into a `Batch` of numpy arrays whose shape comes from a small fixed set.
 
-The collator knows every count, so that the device is never asked for one: no data-dependent shape
-and no host synchronisation between here and the end of backward.
+The collator computes every count on the host: no data-dependent shape and no synchronization with
+the device until the end of backward.
 
 Shape suffix legend: B rows, S tokens, N images, F feature rows in all (N x tokens an image),
 P trained positions, padded to one of a few sizes.
@@ -42,7 +42,7 @@ class BatchShape:
         rows: Rows B of a micro-batch; what is not filled is padding.
         buckets: Sequence lengths S, ascending; a batch takes the first that holds it.
         image_tokens: Tokens an image takes.
-        predict_chunk: P is padded to a multiple of this where `target_sizes` hold it not.
+        predict_chunk: P is padded to a multiple of this if it exceeds all `target_sizes`.
         text_buckets: The same as `buckets` for batches without images; empty for `buckets`.
         target_sizes: Numbers P of trained positions, ascending; a batch takes the first that holds
             it.
@@ -56,7 +56,7 @@ class BatchShape:
     target_sizes: tuple[int, ...] = ()
 
     def padded_targets(self, count: int) -> int:
-        """P of a batch with so many trained positions; at least one: the head always has work."""
+        """Padded P for this many trained positions; at least one, so that the head always runs."""
         chunk = self.predict_chunk
         whole_chunks = max(chunk, -(-count // chunk) * chunk)
         return next((size for size in self.target_sizes if size >= count), whole_chunks)
@@ -77,8 +77,8 @@ class Batch:
         predict_positions: int64 [P], flattened positions in B x S whose next token is trained.
         targets: int64 [P], that next token; -100 where P is padded.
         sample_ids: The rows' samples.
-        num_images: Images that are no padding.
-        num_targets: Targets that are no padding.
+        num_images: Number of images without padding.
+        num_targets: Number of targets without padding.
     """
 
     input_ids: NDArray[np.int64]

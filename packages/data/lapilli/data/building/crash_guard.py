@@ -2,8 +2,8 @@
 
 An attempt at a shard writes down which image it decodes. Where the process dies, Ray starts the
 task again somewhere; that attempt finds the row, has it decoded twice in processes of its own, and
-leaves the image out if both end as well. What the system kills (SIGKILL: out of memory) convicts
-no image.
+leaves the image out if both end as well. A SIGKILL by the system (out of memory) is not blamed on
+an image.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class CrashGuard:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def close(self) -> None:
-        """The shard is made, or an error of Python's has ended the attempt: nothing is in doubt."""
+        """The shard is finished, or a Python error ended the attempt: no image is suspect."""
         os.close(self._file)
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -55,7 +55,7 @@ def _try_once(task: ImageTask) -> Outcome:
 
 @contextlib.contextmanager
 def _told(row: int) -> Generator[None]:
-    """Say on stdout when decoding begins and when it is over, with an error of Python's too."""
+    """Report on stdout when decoding begins and ends, or a Python error."""
     del row
     os.write(1, BEGUN)
     signal.setitimer(signal.ITIMER_REAL, DECODE_SECONDS)

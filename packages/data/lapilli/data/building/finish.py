@@ -99,10 +99,7 @@ def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Man
 
 
 def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
-    """Every image could be read when the build was planned; one that cannot is not quarantined.
-
-    Its shard is made again by the next run.
-    """
+    """Stop if an image became unreadable after planning; the next run rebuilds its shard."""
     lost = [v.detail for v in bad_images.values() if v.reason == Reason.IMAGE_MISSING]
     if lost:
         raise DataError(
@@ -155,7 +152,7 @@ def _write_config(plan: BuildPlan, output: Output) -> None:
 
 
 def tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
-    """What follows a new manifest: fixed names stand for its files, files of no use go."""
+    """Clean up after a new manifest: link the fixed names to its files, remove unused files."""
     _write_config(plan, output)
     for facts, name in (
         (manifest.selection, "selection.arrow"),

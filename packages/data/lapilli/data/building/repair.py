@@ -31,8 +31,8 @@ def repair_dataset(
 ) -> int:
     """Make again, from the sources, the shards that are missing or damaged; the others stay.
 
-    It is the dataset's own build, run again and held to the manifest: what comes out must have the
-    SHA-256 that is recorded there.
+    The dataset's own build is run again; every shard must have the SHA-256 that the manifest
+    records.
 
     Args:
         path: The dataset's folder.
@@ -57,8 +57,8 @@ def repair_dataset(
     ]
     if changed:
         raise DataError(
-            f"{path}: cannot be repaired: other than when it was built: {', '.join(changed)}; "
-            "bring these back as they were, or preprocess into another --output"
+            f"{path}: cannot be repaired: not as when it was built: {', '.join(changed)}; "
+            "restore these, or preprocess into another --output"
         )
     expected = {shard.path: shard for shard in checksummed(manifest)}
     _check_links(path, expected)
@@ -67,7 +67,7 @@ def repair_dataset(
         for made in runner(tasks, output, workers):
             if made != expected.get(made.path):
                 raise DataError(
-                    f"{path}: {made.path} made again is not what it was: an image or a library has "
+                    f"{path}: {made.path} differs after rebuilding: an image or a library has "
                     "changed since; bring it back, or preprocess into another --output"
                 )
             yield made
@@ -75,7 +75,7 @@ def repair_dataset(
     report = build(plan, on_progress, runner=held_to_manifest)
     if report.manifest.fingerprint != manifest.fingerprint:
         raise DataError(
-            f"{path}: made again it is another dataset (fingerprint "
+            f"{path}: rebuilt, it is another dataset (fingerprint "
             f"{report.manifest.fingerprint[:12]}, it was {manifest.fingerprint[:12]}); runs that "
             "used it cannot go on"
         )

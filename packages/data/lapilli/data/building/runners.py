@@ -50,8 +50,8 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         workers: Tasks at the same time; 0 takes every core.
 
     Raises:
-        DataError: A task met a user's mistake, such as a node with other libraries; a task's
-            process ended too often; Ray died.
+        DataError: A task failed for a reason that the user can fix, such as a node with other
+            libraries; a task's process died too often; Ray died.
     """
     _clear(output, tasks)
     if not tasks:
@@ -78,7 +78,7 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
 
 
 def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
-    """The dataset of the tasks' results."""
+    """A Ray Data dataset that yields the tasks' results."""
     import ray
     import ray.data
 
@@ -136,7 +136,7 @@ def _block(result: Result) -> dict[str, list[Any]]:
 
 
 def _clear(output: Output, tasks: list[Task]) -> None:
-    """Remove what only a build that runs needs, of this one or of one that was killed."""
+    """Remove the working files of this build, or of one that was killed."""
     if isinstance(output, Path):
         shutil.rmtree(output / WORK, ignore_errors=True)
     elif tasks:
@@ -146,7 +146,7 @@ def _clear(output: Output, tasks: list[Task]) -> None:
 def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
     """Make a shard's rows; the returned function finishes the shard.
 
-    In both halves errors become values, since one exception ends a dataset.
+    Both halves return errors as values, since one exception would end the Ray Data dataset.
     """
     try:
         output = open_output(row["output"])
@@ -185,7 +185,7 @@ def _failed(row: dict[str, Any], error: Exception) -> Result:
 def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
     """Run tasks one after the other in this process: a runner without Ray, for small things.
 
-    An image whose decoding ends its process ends this one.
+    An image that crashes its decoder crashes this process.
     """
     del workers
     for task in tasks:

@@ -60,7 +60,7 @@ def read_task(output: Output, place: TaskLocation) -> Task:
             data = read(file)
     if _digest(data) != place["sha256"]:
         raise DataError(
-            f"{path}: changed since this build wrote it; see that nothing else writes there and "
+            f"{path}: changed since this build wrote it; check that nothing else writes there and "
             "run the same command again"
         )
     return pickle.loads(data)

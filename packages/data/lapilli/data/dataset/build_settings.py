@@ -38,12 +38,10 @@ def read_build_config(dataset: Path, trust: Trust) -> BuildConfig:
     except OSError as error:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None
-        raise DataError(
-            f"{path}: missing; run the same preprocess again, it writes it anew"
-        ) from None
+        raise DataError(f"{path}: missing; run the same preprocess again, to rewrite it") from None
     except JsonError as error:
         raise DataError(
-            f"{path}: damaged ({error}); run the same preprocess again, it writes it anew"
+            f"{path}: damaged ({error}); run the same preprocess again, to rewrite it"
         ) from None
     require_readers(config, trust, path)
     return config

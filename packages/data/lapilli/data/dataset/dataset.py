@@ -57,14 +57,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The kept records of a dataset as one view and one number of tokens an image see them.
+    """The kept records of a dataset, opened for one view and one number of tokens per image.
 
     Attributes:
         path: The dataset's folder.
         manifest: Its facts.
         view: Name of the view.
         image_tokens: Tokens an image takes in the sequence.
-        rows: Rows of the selection that fit, as often as the mixture says; sample i is row
+        rows: Row of the selection for each sample, repeated as the mixture says; sample i is row
             `rows[i]`.
         lengths: int64 [len], tokens of a sample with its images' tokens.
         num_trained: int64 [len], tokens that the loss counts.
@@ -73,7 +73,7 @@ class Dataset:
         cut_at: Most tokens of a sample, images' tokens included; the rest of its text is cut off.
             0 cuts nothing.
         num_cut: Samples that are cut.
-        mirror: Where shards of a remote dataset are copied from; None for a local one.
+        mirror: Cache of a remote dataset; None for a local one.
     """
 
     path: Path
@@ -362,7 +362,7 @@ def open_dataset(
 
 
 def _check_files(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
-    """The selection's table, once the files it points to are seen to be whole."""
+    """The selection's table, after checking the files that it refers to."""
     shards = [*manifest.tokens, *manifest.views[view].shards]
     if mirror:
         mirror.check_sizes([*shards, manifest.selection])
@@ -373,7 +373,7 @@ def _check_files(path: Path, manifest: Manifest, view: str, mirror: Mirror | Non
 
 @contextmanager
 def _held(path: Path, mirror: Mirror | None, facts: ShardFacts) -> Generator[Path]:
-    """The folder that a file is in; one of a remote dataset is copied there first."""
+    """The folder that holds a file; a file of a remote dataset is copied there first."""
     with mirror.held(facts) if mirror else nullcontext(path) as folder:
         yield folder
 

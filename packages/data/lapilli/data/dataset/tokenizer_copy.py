@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 COMPARED = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")
-REMEDY = "run the same preprocess again, it writes the copy anew"
+REMEDY = "run the same preprocess again, to rewrite the copy"
 
 
 def write_copy(tokenizer: Any, folder: Path) -> None:

@@ -31,7 +31,7 @@ class Room:
         self._memory = np.empty(0, np.uint8)
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """uint8 [size]; what was taken before is overwritten."""
+        """uint8 [size], reusing the memory of the previous call."""
         if self._memory.size < size:
             self._memory = np.empty(size, np.uint8)
         return self._memory[:size]
@@ -39,10 +39,10 @@ class Room:
 
 @functools.cache
 def keep_freed() -> bool:
-    """Have glibc keep what this process frees: blocks to `KEPT_BLOCK`, `KEPT_BYTES` in all.
+    """Make glibc keep freed memory: blocks up to `KEPT_BLOCK`, `KEPT_BYTES` in all.
 
-    Left alone it gives the canvas of every photo back to the system and asks for the next one, 600
-    pages an image of 640x480, in one run and not in another. Other allocators are left as they are.
+    By default it may return the canvas of every photo to the system and request it again, 600 pages
+    an image of 640x480, in some runs and not in others. Other allocators are left as they are.
 
     Returns:
         Whether this process has glibc's.
@@ -54,10 +54,9 @@ def keep_freed() -> bool:
 
 
 def peak_resident() -> int:
-    """Most bytes of memory that this process has held.
+    """Peak resident memory of this process in bytes.
 
-    Linux has it as VmHWM; getrusage's figure begins there with the peak of the process that started
-    this one.
+    Read from VmHWM on Linux, where getrusage starts from the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -61,7 +61,7 @@ def is_simd() -> bool:
 
 
 def note_simd() -> None:
-    """Write down, in this environment, that pillow-simd was built for it."""
+    """Record in this environment that pillow-simd was built for it."""
     (Path(sys.prefix) / SIMD_NOTE).write_text(PIL.__version__, encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Decode untrusted images in child processes with bounded time and memory.
 
-A decoder written in C can be stopped in no other way. A helper process that has everything loaded
+Only ending its process stops a decoder written in C. A helper process that has everything loaded
 forks one child an image, so starting one takes milliseconds.
 """
 
@@ -77,7 +77,7 @@ class DecoderProcess:
         Args:
             data: An image file's bytes.
             limits: What it may take.
-            is_over: Asked ten times a second; once True, the work is ended.
+            is_over: Called ten times a second; True ends the work.
 
         Returns:
             uint8 [size, size, 3].
@@ -145,7 +145,7 @@ class DecoderProcess:
 
 
 def _read_all(reader: int, is_over: Callable[[], bool]) -> bytes:
-    """What a child writes behind its process id, up to its end; ends it if `is_over`."""
+    """Read what a child writes after its process id until it exits; end it if `is_over`."""
     found = bytearray()
     process: int | None = None
     try:
@@ -173,7 +173,7 @@ def _read_all(reader: int, is_over: Callable[[], bool]) -> bytes:
 
 
 def _serve(channel: socket.socket, spec: ImageSpec) -> None:
-    """Fork a child for each message, until nobody sends any more."""
+    """Fork a child for each message until the pipe is closed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this
     channel.sendall(STARTED)
@@ -228,7 +228,7 @@ def _main() -> None:
 
 
 def _load(spec: ImageSpec) -> None:
-    """Prepare an image, so that every child finds loaded what it needs."""
+    """Prepare one image, so that the libraries are loaded before the first fork."""
     import io
 
     from PIL import Image

@@ -32,7 +32,7 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the pixels of a view lie in its shards.
+    """How the pixels of a view are stored in its shards.
 
     Attributes:
         kind: `raw` is uint8 height x width x RGB, read without any work; `jpeg` takes a tenth of
@@ -82,7 +82,7 @@ def encode_pixels(pixels: NDArray[np.uint8], encoding: Encoding) -> dict[str, An
 
 
 def pixel_error(pixels: NDArray[np.uint8], exact: NDArray[np.uint8]) -> dict[str, int]:
-    """How far off pixels are: `absolute_error`, `squared_error` (both summed), `worst_error`."""
+    """The error of pixels: `absolute_error`, `squared_error` (both summed), `worst_error`."""
     flat = np.abs(pixels.astype(np.int16) - exact).ravel().astype(np.int64)
     return {
         "absolute_error": int(flat.sum()),
@@ -97,11 +97,10 @@ def decode_pixels(data: Any, kind: str, side: int = 0) -> NDArray[np.uint8]:
     Args:
         data: The bytes.
         kind: How they are encoded.
-        side: Pixels of the square that they must be, looked at before they are decoded; 0 for any.
+        side: Expected side of the square in pixels, checked before decoding; 0 for any.
 
     Raises:
-        DataError: Another encoding; raw pixels need no decoding, source bytes make no square. Or
-            bytes that are no JPEG of that side.
+        DataError: `kind` is not `jpeg`, or the bytes are not a JPEG of that side.
     """
     if kind != "jpeg":
         raise DataError(f"encoding: {kind!r} holds no squares of pixels; open another view")
@@ -115,10 +114,11 @@ def decode_pixels(data: Any, kind: str, side: int = 0) -> NDArray[np.uint8]:
 
 
 def estimated_bytes(values: int, encoding: Encoding) -> int:
-    """Bytes that an image of so many values will take, to say before the work what disk it needs.
+    """Estimate the bytes of an image with this many values, for the disk check before a build.
 
     Padded photos of 336 px (75 pieces of scikit-image's) took 0.06, 0.09 and 0.13 of their raw
-    bytes at qualities 80, 90 and 95, the largest 0.18. Detail takes more; too little room is worse.
+    bytes at qualities 80, 90 and 95, the largest 0.18. Detailed images take more; the estimate is
+    high on purpose.
     """
     if encoding.kind != "jpeg":
         return values
@@ -126,7 +126,7 @@ def estimated_bytes(values: int, encoding: Encoding) -> int:
 
 
 def encoding_error(rows: Iterable[tuple[int, int, int]], values: int) -> dict[str, float]:
-    """The error of a view stored as JPEG or decoded fast, over all images it is known of.
+    """The error of a view stored as JPEG or decoded fast, over all images that have one.
 
     Args:
         rows: Absolute, squared and worst error of each image, as `pixel_error` has them.

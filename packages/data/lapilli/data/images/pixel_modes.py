@@ -29,7 +29,7 @@ def to_rgb(
     Args:
         image: Any mode.
         alpha: `ignore` transparency, or put the image on `white` or on `fill` (`mean`).
-        depth: What becomes of values of more than 8 bits: `clip` to 0 to 255, or `scale`, 16 bits
+        depth: How values of more than 8 bits are converted: `clip` to 0 to 255, or `scale`, 16 bits
             from their whole range, other integers and floats from their lowest and highest value.
         fill: RGB, 0 to 255.
 

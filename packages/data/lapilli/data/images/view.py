@@ -107,14 +107,14 @@ class ImageSpec:
         """RGB of the padding.
 
         Raises:
-            DataError: It is a tower's `mean` still.
+            DataError: The fill is still a tower's `mean`.
         """
         if self.fill == "mean":
             raise DataError(f"fill: mean of {self.tower}; expected its numbers, as preprocess sets")
         return self.fill
 
     def facts(self) -> dict[str, Any]:
-        """The settings as a dataset keeps them: those of `LATER` only where they are set.
+        """The settings as a dataset stores them; those in `LATER` only if they are set.
 
         Raises:
             DataError: As `colour`.
@@ -149,7 +149,7 @@ LATER = {"alpha": "ignore", "depth": "clip", "tower": ""}
 
 
 class Note(StrEnum):
-    """What was odd about an image that is used. The list is closed: a report can count on it."""
+    """What was unusual about an image that is used; a closed list, which reports rely on."""
 
     FLAT = "flat_after_conversion"  # all pixels or nearly all alike in RGB, and not in the file
     SIDE_DATA = "side_data_ignored"  # damaged or overlong data beside the pixels
@@ -166,7 +166,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """RGB pixels and the size of their source before any scaling.
+    """Decoded RGB pixels, and the size of the source before any scaling.
 
     `image` is uint8 [height, width, 3], or [height, width, 4] as Pillow has it in memory.
     """
@@ -178,16 +178,16 @@ class Decoded:
 
 
 def decode(data: bytes, spec: ImageSpec, resizer: Resizer = "torch") -> Decoded:
-    """Decode `data` to RGB, whatever its extension said.
+    """Decode `data` to RGB; the format is found by content.
 
     The pixel count is checked from the header, before anything is decoded. Pillow reads the header
-    and has the last word: what libjpeg-turbo does not decode without a complaint, Pillow decodes.
-    What it refuses is tried once more without its side data.
+    and decides whether it is an image. JPEGs that libjpeg-turbo warns about, and all other formats,
+    are decoded by Pillow; what Pillow rejects is tried once more without its side data.
 
     Args:
         data: A file's bytes.
         spec: The view; its size and aspect bound the scaling of mode `fast`.
-        resizer: Who goes on with the pixels: `torch` wants three bytes of each, Pillow four.
+        resizer: Which resizer takes the pixels: `torch` takes three bytes each, Pillow four.
 
     Raises:
         BadImage: `image_too_large` or `image_undecodable`.
@@ -259,7 +259,7 @@ def _decode_with_pillow(image: Image.Image, spec: ImageSpec) -> tuple[Image.Imag
 
 @contextmanager
 def _pillow_bound(spec: ImageSpec) -> Generator[None]:
-    """Let Pillow open what the view allows; its own bound is one for the whole process."""
+    """Raise Pillow's process-wide bound on pixels to what the view allows."""
     if spec.max_pixels <= PILLOW_LIMIT:
         yield
         return
@@ -283,7 +283,7 @@ def _formats() -> list[str]:
 
 
 def _describe(error: Exception) -> str:
-    """An error of Pillow's as text that is the same in every process: it goes into a shard."""
+    """A Pillow error as text that is equal in every process, since it is stored in a shard."""
     if isinstance(error, UnidentifiedImageError):
         return "no image format that is known"
     message = re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", " ".join(str(error).split()))
@@ -306,7 +306,7 @@ def _check_size(width: int, height: int, spec: ImageSpec) -> None:
 
 
 def _least_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
-    """The width and height that a scaled decoding must keep: never fewer than the view needs."""
+    """The least width and height of a scaled decoding: what the view needs."""
     if spec.aspect != "pad":
         return spec.size, spec.size
     longest = max(width, height)
@@ -385,7 +385,7 @@ def _by_bands(
     spec: ImageSpec,
     across: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
 ) -> NDArray[np.uint8]:
-    """A pass across, which knows no row of another, over so many rows at a time as are bounded."""
+    """Resize horizontally in bands of rows, whose number is bounded."""
     # a multiple of the 4 rows that SIMD code takes at once
     rows = max(4, min(BAND_PIXELS, spec.max_pixels) // row_pixels // 4 * 4)
     if len(image) <= rows:
@@ -491,7 +491,7 @@ def prepare(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
         uint8 [size, size, 3], RGB.
 
     Raises:
-        BadImage: The bytes are no image, a damaged or a too large one.
+        BadImage: The bytes are not an image, or a damaged or too large one.
         DataError: The resizer asked for is not installed.
     """
     resizer = resolve_resizer(spec.resizer)

@@ -48,15 +48,15 @@ REMEDIES = {
 
 
 def is_missing(error: OSError) -> bool:
-    """Whether nothing is there, as far as the system could look."""
+    """Whether an error says that the path does not exist."""
     return isinstance(error, FileNotFoundError) or error.errno in MISSING
 
 
 def is_denied(error: BaseException) -> TypeGuard[OSError]:
-    """Whether the system kept a path back or could not reach it: rights, a disk, a server.
+    """Whether an error says that a path is inaccessible: rights, a disk, a server.
 
-    What it keeps back may be whole: it is neither missing nor damaged. A library's own OSError for
-    bytes that make no sense has no number.
+    The file may be intact: it is neither missing nor damaged. A library's own OSError for bytes
+    that make no sense has no number.
     """
     if not isinstance(error, OSError) or error.errno is None:
         return False
@@ -64,7 +64,7 @@ def is_denied(error: BaseException) -> TypeGuard[OSError]:
 
 
 def blame(error: OSError, path: object = None) -> str | None:
-    """The line for an error of the machine's: path, cause and remedy; None for any other error.
+    """The message for a system error: path, cause and remedy; None for any other error.
 
     Args:
         error: What the system raised.
@@ -100,7 +100,7 @@ def cannot_read(path: object, error: OSError) -> str:
 
 
 class AnyPath(Protocol):
-    """What may be there: a `Path`, or a place in a store, which has errors of its own."""
+    """A `Path`, or a location in a store, which raises its own errors."""
 
     def exists(self) -> bool: ...
 
@@ -111,7 +111,7 @@ def exists(path: AnyPath) -> bool:
     """Whether a path is there.
 
     Raises:
-        DataError: It cannot be known: a folder above may not be searched, or the disk fails.
+        DataError: It cannot be determined: a folder above is not searchable, or the disk fails.
     """
     return path.exists() if not isinstance(path, Path) else _mode(path) is not None
 
@@ -142,7 +142,7 @@ def _mode(path: Path) -> int | None:
 
 
 def subpaths(folder: Path, prefix: str = "") -> list[Path]:
-    """What lies in a folder under names with this prefix, sorted; nothing where there is no folder.
+    """Paths in a folder whose names have this prefix, sorted; empty if there is no folder.
 
     Raises:
         DataError: The folder may not be listed, or the disk fails.
@@ -159,8 +159,7 @@ def subpaths(folder: Path, prefix: str = "") -> list[Path]:
 def require_readable(path: Path) -> None:
     """Open a file, or every file directly in a folder, before a library reads it.
 
-    Libraries take a file that may not be read for one that is not there, or say so without its
-    name.
+    Libraries report an unreadable file as missing, or without its name.
 
     Raises:
         DataError: Names the first that cannot be read, and the cause.
@@ -273,7 +272,7 @@ def require_writable(setting: str, folder: Path, remedy: str = "") -> None:
 
 @contextmanager
 def naming(path: Path) -> Generator[None]:
-    """Let errors of the system that name no file, as those of `write` are, name this one.
+    """Add this path to system errors that name no file, such as those of `write`.
 
     So do those of libraries in Rust, which come as bare exceptions (see `system_error`).
     """

@@ -36,7 +36,7 @@ TEMPORARY = ".tmp"
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What the manifest says of one file: enough to notice that it is missing or damaged."""
+    """The manifest's entry for one file: enough to detect that it is missing or damaged."""
 
     path: FilePath
     rows: Natural
@@ -129,7 +129,7 @@ def _flush_and_hash(path: Path) -> str:
 
 
 def drop_page_cache(path: Path) -> None:
-    """Leave the page cache to the photos and to the next shard: it takes the same pages."""
+    """Drop a written file from the page cache, which photos and the next shard need."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

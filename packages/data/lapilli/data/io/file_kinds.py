@@ -1,6 +1,6 @@
 """Identify unexpected files from their first bytes, and say what to do about them.
 
-Asked by whoever could not read a file: an image, annotations, an archive or a tokenizer's file.
+Used after a failure to read an image, annotations, an archive or a tokenizer's file.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _ABSOLUTE = re.compile(
 
 
 def relative_names(text: str) -> str:
-    """Each absolute path by its last name: what leaves the machine does not tell its folders."""
+    """Shorten each absolute path to its last name, so that reports do not reveal folders."""
     if text.startswith("/") and "\n" not in text and ": " not in text:  # a path as a whole
         return text.rstrip("/").rpartition("/")[2] or text
     return _ABSOLUTE.sub(lambda found: found[1] or found[0].rstrip("/").rpartition("/")[2], text)

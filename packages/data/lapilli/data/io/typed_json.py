@@ -42,7 +42,7 @@ _FILE_PATH = re.compile(r"[^/\\\x00-\x1f\x7f]+(/[^/\\\x00-\x1f\x7f]+)*")
 
 
 class JsonError(ValueError):
-    """What is wrong with a JSON text, and where in it: `tokens[3].rows: 'x'; expected ...`."""
+    """What is wrong in a JSON text, with its path: `tokens[3].rows: 'x'; expected ...`."""
 
 
 def from_json(text: bytes | str, kind: type[T]) -> T:

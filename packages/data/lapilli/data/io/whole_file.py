@@ -1,7 +1,6 @@
 """Read a whole file that may be somebody else's: a plain one, of bounded size.
 
-A pipe in its place would be waited for without end, a device or a file with a hole of a terabyte
-read until the memory is gone.
+Reading a pipe would never return; a device or a sparse file of a terabyte would fill the memory.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def read_whole(path: Readable, most: int = MOST_JSON) -> bytes:
 
 
 def require_plain(path: Path, most: int) -> None:
-    """Refuse what has no end or too many bytes, for a library that reads all of a file.
+    """Reject a file that is endless or too large, before a library reads all of it.
 
     Raises:
         OSError, DataError: As `read_whole`.

@@ -32,10 +32,10 @@ _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 def only_writer(output: Output, doing: str, *, beside: bool = False) -> Generator[None]:
     """Hold an output for this process, from before the first write to the end.
 
-    The kernel lets go of the lock when its process ends, however it ends, on NFS too. Where a file
-    system has no locks, the process named in the file decides. Nobody who only reads is held up. A
-    store needs no lock for a build: two builds of one plan put the same bytes, and another plan is
-    refused by `plan.json`.
+    The kernel releases the lock when the process ends in any way, on NFS too. Where a file system
+    has no locks, the process named in the file decides. Readers are not blocked. A store needs no
+    lock for a build: two builds of one plan put the same bytes, and another plan is refused by
+    `plan.json`.
 
     Args:
         output: A folder, made if it is not there, and removed if left empty; or with `beside` a
@@ -45,7 +45,7 @@ def only_writer(output: Output, doing: str, *, beside: bool = False) -> Generato
         beside: Whether the lock lies beside the output, as `.NAME.lock`, and not in it.
 
     Raises:
-        DataError: Somebody else holds it (host and process), or it cannot be written.
+        DataError: Another process holds it (names host and process), or it cannot be written.
     """
     if not isinstance(output, Path) or (not beside and exists(output) and not is_folder(output)):
         yield

@@ -1,7 +1,6 @@
 """Parse YAML with bounds on size, depth and alias expansion.
 
-A few lines of aliases of aliases stand for more values than there is memory, and whatever walks or
-prints what was loaded meets each of them.
+A few lines of nested aliases can expand to more values than fit in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NUMBER = re.compile(r"[-+]?[0-9][0-9_:.]*")
 
 
 class UnusableYaml(yaml.YAMLError):
-    """A text that is no YAML, or more than is read; one line."""
+    """A text that is not YAML, or exceeds the bounds; one line."""
 
 
 @dataclass
@@ -45,7 +44,7 @@ def load_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
         load: Reads it once it is known to be small.
 
     Raises:
-        UnusableYaml: It is no YAML, or too large, too deep, or unfolds to too many values.
+        UnusableYaml: It is not YAML, or is too large, too deep, or expands to too many values.
     """
     try:
         _check(text)

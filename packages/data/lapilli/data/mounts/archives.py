@@ -30,7 +30,7 @@ DEEPEST = 512  # folders of a member; no key goes as deep
 
 
 class BadArchive(Exception):
-    """An archive whose members cannot be reached: one line why, and what to do."""
+    """An archive whose members cannot be read: one line with the reason and what to do."""
 
     def __init__(self, detail: str, reason: Reason = Reason.IMAGE_MISSING) -> None:
         super().__init__(detail)

@@ -56,10 +56,10 @@ class _Candidate:
 class Mount:
     """The images of a source: a folder below the dataset's root, or one elsewhere.
 
-    `locate` mends what mixtures get wrong: keys that are encoded, another extension on disk than
-    in the file, another case, a folder spelt otherwise. A path goes on inside an archive that it
-    names (`shards/0.tar/1.jpg`), and where a folder is missing but its archive is there
-    (`coco/train2017` and `coco/train2017.zip`) the archive is read in its place.
+    `locate` repairs common errors of mixtures: encoded keys, another extension or case on disk, a
+    folder with another spelling. A path goes on inside an archive that it names
+    (`shards/0.tar/1.jpg`), and where a folder is missing but its archive is there (`coco/train2017`
+    and `coco/train2017.zip`) the archive is read in its place.
 
     Attributes:
         root: The dataset's root, which no image may lie outside of.
@@ -134,7 +134,7 @@ class Mount:
         return place
 
     def settle(self) -> dict[str, Verdict]:
-        """When every key was asked for: take back the repairs that contradict each other.
+        """Revoke the repairs that contradict each other, once every key was located.
 
         Returns:
             By key the verdict `ambiguous_image`, which `locate` has from now on.
@@ -149,7 +149,7 @@ class Mount:
 
     @property
     def repairs(self) -> Counter[str]:
-        """How many keys were mended so far, by kind."""
+        """Number of repaired keys so far, by kind."""
         counts: Counter[str] = Counter()
         for repair in self._repaired.values():
             counts[repair.kind] += repair.times

@@ -1,7 +1,7 @@
 """What a Parquet file's footer says of its row groups, checked before it is used.
 
-pyarrow's own view of a column chunk ends the process where the footer holds statistics that do not
-fit their column. Arrow parses the footer; the numbers are taken from the Thrift that it writes.
+pyarrow's view of a column chunk crashes the process if statistics in the footer do not fit their
+column. Arrow parses the footer; the numbers are taken from the Thrift that it writes.
 """
 
 from __future__ import annotations

@@ -87,13 +87,13 @@ def published(folder: str) -> PublishedArchive | None:
 
 @dataclass(frozen=True)
 class Hole:
-    """Images that everybody misses, told by folder, reason and a part of the detail.
+    """Images that are missing for everybody, by folder, reason and part of the detail.
 
     Attributes:
         name: What they are.
         folder: Where their keys lie.
         reason: What is wrong with them.
-        published: How many there are where the data was got as published.
+        published: How many there are in the data as published.
         remedy: Who has counted them, and what to do.
         detail: A part of the verdict's detail, where the reason alone does not tell.
     """

@@ -1,7 +1,7 @@
 """Kinds of repaired keys, and repairs that contradict each other.
 
-A repair is listed and counted. Where two keys of a source that differ in more than case would be
-read from one file, neither is; one that names the file as it is called stays.
+Every repair is listed and counted. If two keys of a source that differ in more than case lead to
+one file, neither is repaired; a key that is the file's own name stays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Read the headers of an untrusted tar in bounded memory.
 
-`tarfile` reads a header again and again where a size leads backwards, and takes whatever a header
-says of its own length for a length.
+`tarfile` loops if a size leads backwards, and trusts the length that a header states for itself.
 """
 
 from __future__ import annotations

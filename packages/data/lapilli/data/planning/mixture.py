@@ -1,7 +1,7 @@
 """Split off held-out records and compute how often each record occurs in an epoch.
 
-Pure. Chance comes from `draw`, by a record's name and not by its place, so a record's lot stays as
-it is when records are added around it, and a smaller share is a part of a larger one.
+Pure. Draws come from `draw` of a record's name, not of its position, so they do not change when
+records are added, and a smaller share is a subset of a larger one.
 """
 
 from __future__ import annotations

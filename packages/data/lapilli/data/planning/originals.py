@@ -31,7 +31,7 @@ def original_row(
 ) -> dict[str, Any]:
     """An image's bytes as they are, with a status that says whether they can be decoded.
 
-    Bytes that cannot be decoded are stored too: another view finds the same wrong with them.
+    Bytes that cannot be decoded are stored too, so that every view has the same verdict.
     """
     row: dict[str, Any] = dict.fromkeys(("source_width", "source_height", "pixels"))
     try:

@@ -9,7 +9,7 @@ __all__ = ["paced"]
 
 
 def paced(on_progress: Callable[[int], None], seconds: float = 1.0) -> Callable[[int], None]:
-    """A function to be called after every record that passes on one call in `seconds`.
+    """A function to call after every record, which forwards at most one call in `seconds`.
 
     Args:
         on_progress: Called with the number it is given.

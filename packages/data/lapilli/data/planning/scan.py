@@ -1,7 +1,6 @@
 """Scan a mixture without converting it: verdicts of records, locations of images.
 
-Records pass through one at a time; what stays in memory is counts, ids and the places of the
-distinct images.
+Records are streamed; counts, ids and locations of distinct images stay in memory.
 """
 
 from __future__ import annotations

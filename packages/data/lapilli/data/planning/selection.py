@@ -41,7 +41,7 @@ CHANGED = '"the annotation file has changed since this build was planned"'
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of every element.
+    """The final verdict of every element.
 
     Attributes:
         entries: All of them with their final verdicts, in the plan's order.
@@ -68,7 +68,7 @@ class Selection:
 def select(
     plan: BuildPlan, token_rows: Iterable[Mapping[str, Any]], bad_images: Mapping[str, Verdict]
 ) -> Selection:
-    """Join the plan's verdicts with what decoding and tokenising found.
+    """Join the plan's verdicts with the results of decoding and tokenizing.
 
     Args:
         plan: The plan; it is not changed.

@@ -143,9 +143,9 @@ class Manifest:
         tokenizer_files: The tokenizer's own files, kept in `tokenizer/`.
         image_token: The placeholder in `input_ids`.
         counts: `read` = `kept` + `quarantined` records; records by `reasons` and by `sources`;
-            distinct `images`; keys mended, by kind (`repairs`); images that are used in spite of
+            distinct `images`; keys repaired, by kind (`repairs`); images that are used in spite of
             something odd, by `images.Note` (`image_notes`, absent in older datasets).
-            distinct `images`; keys mended, by kind (`repairs`); by source, records by the
+            distinct `images`; keys repaired, by kind (`repairs`); by source, records by the
             name of a field that nothing reads (`fields`), and `members` of archives.
         mixture: The blend as it came out: by source `kept`, `held_out`, distinct records `used`,
             `records` and `tokens` of an epoch, `epochs`, and its true `share`.
@@ -254,7 +254,7 @@ def read_manifest(output: Output) -> Manifest:
         raise DataError(f"{path}: {error.strerror}; check the path") from None
     except JsonError as error:
         raise DataError(
-            f"{path}: no manifest ({error}); run the same preprocess again, it writes it anew"
+            f"{path}: no manifest ({error}); run the same preprocess again, to rewrite it"
         ) from None
     return manifest
 

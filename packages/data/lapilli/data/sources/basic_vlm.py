@@ -1,9 +1,9 @@
 """Basic-VLM's pair of files: `image_map` {name: {image_file, ID, path}}, `captions` {ID: {q, a}}.
 
 Each answer of each entry is an element, so nothing of the pair is left out. Its preparation gives
-one ID to several images where its offsets overlap: which of them the answers belong to cannot be
-known any more, so such an image is an element that says so. So are an image without captions and
-captions without an image. `annotations` names the two files in this order.
+one ID to several images where its offsets overlap: which of them the answers belong to is lost, so
+such an image is an element with a defect; so are an image without captions and captions without an
+image. `annotations` names the two files in this order.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ _EMPTY_TEXTS = frozenset({"", "[]", "{}", "null", "None"})
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the fields of one element come to.
+    """What the fields of one element amount to.
 
     Attributes:
         unsupported: What changes its meaning and cannot be expressed, for a verdict; "" if nothing.

@@ -299,7 +299,7 @@ def _writer(tokenizer: AnyTokenizer, template: Template) -> _Writer:
 
 
 def template_refusal(tokenizer: AnyTokenizer, template: Template) -> Callable[[Record], str]:
-    """What says why a chat template cannot write a record down, "" where it can.
+    """A function that returns why a chat template cannot render a record, or "".
 
     A template made of frames writes every well-formed record.
 

@@ -64,7 +64,7 @@ _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "
 
 
 def render(record: Record, template: Template, eaten: Eaten | None = None) -> list[Segment]:
-    """Write the record down: text, special tokens and image slots in their order.
+    """Render a record: text, special tokens and image slots in order.
 
     A leading system turn replaces the template's system text (LLaVA knows no system turn, this is
     our choice). An answer before the first question is left out, as LLaVA does: nothing asks for

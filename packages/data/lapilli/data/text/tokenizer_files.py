@@ -1,6 +1,6 @@
 """Read, convert, compare and train tokenizer files.
 
-`tokenize` re-exports what callers need.
+Public names are re-exported by `encode`.
 """
 
 from __future__ import annotations

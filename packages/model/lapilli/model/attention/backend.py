@@ -15,17 +15,17 @@ __all__ = ["attention_kernel", "sdpa_backend"]
 
 
 def attention_kernel(language: Any, length: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Name of the attention of a language model, and of the kernels below it.
+    """Name a language model's attention and the kernels that run it.
 
     Args:
         language: A causal language model of transformers.
         length: Tokens of a row.
-        dtype: What is computed in.
+        dtype: The dtype of the computation.
         device: Where.
 
     Returns:
         For example `lapilli (flash_attention)`; with a second kernel for the layers that have a
-        sliding window shorter than the row. Without kernels for what is not torch's.
+        sliding window shorter than the row. Attention that is not torch's is named without kernels.
     """
     name, config = attention_of(language), language.config
     heads = int(config.num_attention_heads)
@@ -58,7 +58,7 @@ def sdpa_backend(
 ) -> str:
     """The kernel that torch takes for our attention, by torch's own choice.
 
-    Empty tensors of one row are made for the question, and freed.
+    Empty tensors of one row are allocated to ask torch, and freed.
 
     Args:
         query: [B, H, S, E].

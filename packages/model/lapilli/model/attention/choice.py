@@ -29,11 +29,10 @@ DECODERS = (
 
 @dataclass(frozen=True)
 class Attention:
-    """What was chosen.
+    """The chosen attention.
 
     Attributes:
-        name: Ours, `lapilli`, or transformers' name of it; `auto` where only the model's own code
-            can tell.
+        name: `lapilli`, or transformers' name; `auto` if only the model's own code can resolve it.
         family: The architecture.
         supported: What the architecture can be built with.
     """
@@ -44,7 +43,7 @@ class Attention:
 
     @property
     def note(self) -> str:
-        """One line for the person who waits, where it is not what most architectures get."""
+        """One line for the user if the choice differs from that of most architectures."""
         if self.name == NAME or NAME in self.supported or not self.supported:
             return ""
         if self.name == "eager" and "sdpa" not in self.supported:
@@ -59,7 +58,7 @@ class Attention:
 
 
 def choose_attention(wanted: str, settings: PreTrainedConfig) -> Attention:
-    """What `language.attention` stands for with an architecture; its own check is asked.
+    """Resolve `language.attention` for an architecture, using transformers' own check.
 
     `auto` is ours where the architecture is one of `DECODERS`, else `sdpa`, else `eager`.
 

@@ -1,9 +1,9 @@
 """The attention that transformers' decoders call by our name.
 
-transformers makes no mask for a name that its mask interface does not know, and so does not look
-into the positions for packed sequences, which would read the device once a forward. What a mask
-would have said is done here: causality, sliding windows; and soft-capping, which torch's fused
-attention does not know.
+transformers builds no mask for an attention name that its mask interface does not know, and so does
+not inspect the positions for packed sequences, which would read the device in every forward.
+Causality and sliding windows are applied here instead, and soft-capping, which torch's fused
+attention lacks.
 
 Shape suffix legend: B rows, H heads, Q queries, K keys, E size of a head.
 """
@@ -44,7 +44,7 @@ WIDEST_GROUPED = 256  # of a head, for kernels that share keys and values among 
 
 
 def register() -> None:
-    """Let transformers find the attention by its name; again changes nothing."""
+    """Register the attention with transformers under its name. Idempotent."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -119,13 +119,13 @@ def attend(
         is_causal: True; None for what the module says.
         sliding_window: Newest keys that a query sees, its own among them.
         softcap: Scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118).
-        unused: What else transformers hands to an attention.
+        unused: Other arguments that transformers passes to an attention.
 
     Returns:
         [B, Q, H, E], and no weights.
 
     Raises:
-        ModelError: Something that would change the result and is not known here.
+        ModelError: An argument that would change the result and is not supported.
     """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     _check(query, key, attention_mask, is_causal=causal, unused=unused)

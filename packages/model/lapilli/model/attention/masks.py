@@ -12,7 +12,7 @@ __all__ = ["visible", "visible_square"]
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
-    """Whether each query sees each key; a pure function of device tensors, and never read.
+    """Whether each query sees each key; a pure function of device tensors, which are not read back.
 
     Args:
         query_positions: int64 [..., Q], places in the row.

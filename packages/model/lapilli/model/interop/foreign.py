@@ -83,7 +83,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def load_foreign(path: Path, model: VisionLanguageModel) -> list[str]:
-    """Put weights of other projects into a model, below its adapters.
+    """Load weights of other projects into a model, below its adapters.
 
     Args:
         path: What `load_llava` takes, a folder of transformers' LlavaForConditionalGeneration, or
@@ -91,7 +91,7 @@ def load_foreign(path: Path, model: VisionLanguageModel) -> list[str]:
         model: A model of the same parts.
 
     Returns:
-        The parts that were loaded; none where the path is nothing of the kind.
+        The parts that were loaded; empty if the path is not such a file or folder.
 
     Raises:
         ModelError: A tensor is missing, unknown, or of another shape; a base model is not here.

@@ -40,7 +40,7 @@ LAYER = re.compile(r"\.layers?\.\d+\.")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become the model's input; `lapilli.data` decides, as plain values.
+    """Preprocessing of images, as plain values from `lapilli.data`.
 
     Attributes:
         size: Side of the square images, in pixels.
@@ -70,7 +70,7 @@ def write_processor(model: VisionLanguageModel, how: Preprocessing, output: Path
     transformers 5 reads them too.
 
     Returns:
-        What transformers does otherwise than training did, a sentence each.
+        Differences between transformers and training, one sentence each.
 
     Raises:
         ModelError: A part that transformers' LLaVA does not have.
@@ -144,7 +144,7 @@ def write_hf(
         dtype: Of the written weights.
         facts: JSON values kept beside, for `read_facts`.
         shard_size: Most bytes in one file, as transformers spells it.
-        on_progress: Told after each file of weights.
+        on_progress: Called after each file of weights.
 
     Raises:
         ModelError: A part that transformers' LLaVA does not have.

@@ -70,7 +70,7 @@ def is_llava(path: Path) -> bool:
 
 
 def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
-    """Put LLaVA's weights into a model: a projector file, a checkpoint's or a LoRA run's folder.
+    """Load LLaVA's weights into a model: a projector file, a checkpoint's or a LoRA run's folder.
 
     Weights go into the layers below a model's own adapters, which stay as they are.
 
@@ -178,7 +178,7 @@ def write_llava(
         model: The model.
         output: Folder to write.
         form: How.
-        on_progress: Told after each file of weights.
+        on_progress: Called after each file of weights.
 
     Raises:
         ModelError: A part that LLaVA does not have.

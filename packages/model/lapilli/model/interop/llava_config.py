@@ -74,7 +74,7 @@ def is_llava_config(config: Mapping[str, Any]) -> bool:
 
 
 def check_llava(model: VisionLanguageModel) -> None:
-    """Refuse a model that LLaVA has no words for.
+    """Reject a model that LLaVA's config cannot express.
 
     Raises:
         ModelError: Names the part.

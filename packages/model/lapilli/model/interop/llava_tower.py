@@ -44,7 +44,7 @@ class TowerImages:
 def published_tower(
     model: VisionLanguageModel, images: TowerImages, *, for_llava: bool = True
 ) -> str:
-    """What can be named for the tower: a hub name or an absolute path; empty if nothing.
+    """Name of the tower as published: a hub name or an absolute path; empty if there is none.
 
     Nothing where the weights are others than those published (they learnt, in this run or in an
     earlier one), or where the image processor beside them makes other input.

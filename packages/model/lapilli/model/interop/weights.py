@@ -31,7 +31,7 @@ NAMES = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffi
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is not there yet.
+    """A tensor that is made on demand.
 
     Attributes:
         shape: Its shape.
@@ -150,7 +150,7 @@ def write_weights(
         dtype: Of the written tensors.
         shard_size: Most bytes in one file (`5GB`); one tensor is never split.
         form: `safetensors`, or `bin`: pickles of tensors as older programs read them.
-        on_progress: Told after each file.
+        on_progress: Called after each file.
 
     Raises:
         ModelError: A size that is none.

@@ -17,7 +17,7 @@ __all__ = ["KernelChoice", "choose_kernels", "choose_merge", "wants_liger"]
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What the settings `merge`, `kernels` and `compile` come to.
+    """The kernels chosen from the settings `merge`, `kernels` and `compile`.
 
     Attributes:
         merge: Implementation of the merge.
@@ -33,7 +33,7 @@ class KernelChoice:
 
     @property
     def note(self) -> str:
-        """One line for a run's first lines."""
+        """One line that names the choice, printed when a run starts."""
         why = f" ({self.reason})" if self.reason else ""
         return f"kernels: merge {self.merge}, layers {self.layers}{why}, loss {self.loss}"
 
@@ -48,7 +48,7 @@ def choose_merge(wanted: str, device: str) -> Literal["torch", "triton"]:
 
 
 def choose_kernels(config: ModelConfig, family: str, device: str) -> KernelChoice:
-    """What a model's settings stand for on a device type; no weight is read.
+    """Resolve a model's kernel settings for a device type; no weight is read.
 
     Args:
         config: The model's settings.

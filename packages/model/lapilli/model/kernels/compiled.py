@@ -34,7 +34,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
 
 
 def uncompiled(config: ModelConfig) -> AbstractContextManager[object]:
-    """Run compiled layers as they were: a cache of keys grows by a token a call."""
+    """Run layers without compilation: a key cache grows by one token a call."""
     if config.compile == "none":
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

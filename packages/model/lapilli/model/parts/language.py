@@ -53,7 +53,7 @@ def build_language(
     Args:
         config: The language model's settings.
         dtype: Of its weights.
-        loading: Stands around the reading of pretrained weights.
+        loading: Context manager around the reading of pretrained weights.
         weights: Whether pretrained weights are read; without, the model has their shapes and
             random numbers, and layers in 4 bits have the shapes alone.
 
@@ -112,7 +112,7 @@ def vocabulary_size(config: LanguageConfig) -> int:
 
 @contextmanager
 def _naming_padding(field: str, settings: PreTrainedConfig) -> Generator[None]:
-    """Say it where an embedding asserts: its padding token must be a row (Phi-3's is 32000)."""
+    """Report a padding token outside the vocabulary (Phi-3's is 32000), which torch asserts."""
     try:
         yield
     except AssertionError:

@@ -100,10 +100,11 @@ def local_folder(name: str) -> Path | None:
 
 
 def check_memory(name: str, settings: PreTrainedConfig) -> None:
-    """Refuse random weights that this machine has no room for, before any is drawn.
+    """Reject random weights that exceed this machine's memory, before any is drawn.
 
     Settings come from a recipe, or from a run that somebody else made. The size is that of a
-    transformer of these dimensions, in fp32, roughly: a system out of memory ends processes.
+    transformer of these dimensions, in fp32, roughly: the system kills processes when memory is
+    full.
 
     Args:
         name: The settings' full name in a recipe.

@@ -60,7 +60,8 @@ def build_projector(name: str, inputs: int, outputs: int) -> nn.Module:
 def set_scale(projector: nn.Module, std: float) -> None:
     """Draw its linear layers' weights anew, normal with deviation `std`; biases become zero.
 
-    With a small one an image begins as nearly nothing, and a trained language model as it was.
+    With a small deviation an image contributes almost nothing at first, so a trained language model
+    behaves as before.
     """
     for module in projector.modules():
         if isinstance(module, nn.Linear):

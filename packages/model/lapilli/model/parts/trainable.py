@@ -23,7 +23,7 @@ ADAPTED = ("language", "vision")
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
-    """Let the named parts (direct children of `model`) learn and freeze the others.
+    """Train the named parts (direct children of `model`) and freeze the others.
 
     Weights in 4 bits are bytes, which have no gradient.
     """
@@ -33,7 +33,7 @@ def freeze(model: nn.Module, trainable: Collection[str]) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name; one shared by two modules stands once."""
+    """The trained parameters by name; one shared by two modules is listed once."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 

@@ -90,7 +90,7 @@ FAMILIES = {
 
 
 class Tower(nn.Module):
-    """What a tower of one's own must be: these three numbers and a forward.
+    """Protocol of a custom tower: three sizes and a forward.
 
     Attributes:
         image_size: Side of the images, in pixels.
@@ -190,10 +190,10 @@ class TowerShape:
 
 
 def tower_shape(config: VisionConfig) -> TowerShape | None:
-    """What images a tower takes and how many feature rows it gives; no weight is read.
+    """Image size and number of feature rows of a tower; no weight is read.
 
     Returns:
-        None for a tower of one's own, which has to be built to be asked.
+        None for a custom tower, which must be built first.
 
     Raises:
         ModelError: No config that can be read, wrong settings, or an image size that the patch
@@ -325,7 +325,7 @@ def with_normalisation(config: VisionConfig) -> VisionConfig:
 
 
 def tower_mean(name: str) -> tuple[float, float, float]:
-    """What a tower takes off its pixels in 0 to 1, per channel.
+    """The mean that a tower subtracts from pixels in 0 to 1, per channel.
 
     Args:
         name: A family in `FAMILIES`, or the hub name or folder of a vision model.

@@ -124,7 +124,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def require_plain(path: Path) -> None:
-    """Refuse what is no file, which may have no end, and JSON that is more than is read.
+    """Reject paths that are not files (a pipe never ends), and JSON above the bound.
 
     Raises:
         OSError: It is not there or cannot be read.

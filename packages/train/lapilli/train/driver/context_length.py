@@ -23,8 +23,8 @@ def check_context(
 
     Args:
         model: The run's model; its shapes are enough.
-        dataset: What is trained on.
-        held_out: What the run is measured on, if anything.
+        dataset: The training data.
+        held_out: The validation data, if any.
         on_note: Called with a line for a model that goes beyond its positions untrained.
 
     Raises:

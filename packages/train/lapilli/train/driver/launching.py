@@ -30,9 +30,10 @@ Progress = Callable[[StepMetrics, int], None]
 
 
 def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
-    """Hold a run's folder for this process; `launch` does, and who looks before it starts may.
+    """Lock a run's folder for this process.
 
-    Two in one folder would remove each other's checkpoints. Who only reads the run is not held up.
+    `launch` does this itself; a caller that inspects the folder first may do it earlier. Two
+    processes would remove each other's checkpoints. Readers are not blocked.
 
     Raises:
         DataError: On entering, where another process trains there, or the folder cannot be written.
@@ -41,14 +42,14 @@ def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
 
 
 def copy_rest(config: RunConfig, step: int) -> list[str]:
-    """Copy to `checkpoint.upload` what a run that has ended could not; what is there already stays.
+    """Upload what a finished run could not copy to `checkpoint.upload`; existing copies stay.
 
     Args:
         config: The run's settings.
         step: Its newest checkpoint.
 
     Returns:
-        What there is to say.
+        Lines for the user.
 
     Raises:
         DataError: The address cannot be read or written.
@@ -89,7 +90,7 @@ def launch(
 
     Raises:
         DataError: Another process trains in the run's folder.
-        TrainError: A user's mistake that a worker came to, or too many workers lost.
+        TrainError: An error of the user found by a worker, or too many workers were lost.
         KeyboardInterrupt: The run was stopped; says at which step it was saved.
     """
     run = Path(ready.config.output)

@@ -85,7 +85,7 @@ class Preflight:
     Attributes:
         config: The run's settings, its local paths absolute: workers have folders of their own.
         total_steps: Optimizer steps of the run.
-        start: Step it goes on with.
+        start: Step at which it continues.
         samples: Samples of the dataset that are used.
         too_long: Samples left out because they exceed `max_length`.
         parameters: Parameters by part: total and trained.
@@ -115,11 +115,11 @@ class Preflight:
 
     @property
     def is_done(self) -> bool:
-        """Whether an earlier run came to the end."""
+        """Whether an earlier run is complete."""
         return self.start >= self.total_steps
 
     def info(self) -> RunInfo:
-        """What the run's folder keeps of it."""
+        """The part that is stored in the run's folder."""
         known = asdict(self)
         return RunInfo(**{one.name: known[one.name] for one in fields(RunInfo)})
 

@@ -31,13 +31,13 @@ __all__ = ["Finding", "examine", "rerun"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a step showed.
+    """Findings about a replayed step.
 
     Attributes:
         start: Step of the checkpoint it was approached from.
         loss: Mean over the global batch's trained tokens.
         samples: Sample ids with the mean loss of their trained tokens, highest first.
-        weight: The first parameter that holds a number that is none; "" if all are numbers.
+        weight: The first parameter with a NaN or Inf; "" if all are finite.
         output: The first module whose output does, in the order of execution.
         gradient: The first module at whose output the gradient does, from the loss backwards.
         operation: The operation whose backward made it, as autograd's anomaly detection names it.
@@ -55,7 +55,7 @@ class Finding:
 def rerun(
     config: RunConfig, kept: KeptStep, on_step: Callable[[int], None] = lambda step: None
 ) -> Finding:
-    """Go from the last checkpoint before a kept step to it, and look into it.
+    """Run from the last checkpoint before a saved step to it, and examine it.
 
     Args:
         config: The run's settings.
@@ -110,7 +110,7 @@ def _step_to(ready: Setup, step: int, on_step: Callable[[int], None]) -> None:
 def _sample_losses(
     model: nn.Module, feed: Feed, kept: KeptStep, device: torch.device
 ) -> list[tuple[str, float]]:
-    """Each sample alone in a batch; what is no number comes first."""
+    """Loss of each sample alone in a batch; NaN and Inf first."""
     found: list[tuple[str, float]] = []
     for index in kept.sample_indices:
         if index < 0:

@@ -24,7 +24,7 @@ def check_length(
     total: int,
     on_note: Callable[[str], None],
 ) -> None:
-    """A run may be made longer, or shorter down to where it is; say what that does to the rate.
+    """Check a changed length, which may not be below the steps done; note what it does to the rate.
 
     Args:
         before: The settings under which the newest checkpoint was made.

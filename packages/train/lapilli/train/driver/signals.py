@@ -1,7 +1,7 @@
 """Save and exit on Ctrl-C or SIGTERM; exit at once on the second.
 
-The driver asks by a file in the run's folder. Rank 0 looks for it at every step and tells the
-others with the loss, so that all save after the same step.
+The driver requests a stop by a file in the run's folder. Rank 0 checks for it at every step and
+shares it with the loss, so that all ranks save after the same step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def stops_on_signals(run: Path, on_stop: Callable[[], None]) -> Generator[None]:
     """Ask the run to save and end at the first Ctrl-C or SIGTERM; a second one is an exception.
 
-    Outside of the main thread signals are somebody else's and stay as they are.
+    Outside of the main thread, signal handlers are left unchanged.
 
     Args:
         run: The run's folder.

@@ -39,7 +39,7 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
     """Ray Train's workers; lost ones are replaced, up to `recovery.max_failures` times.
 
     Raises:
-        TrainError: A user's mistake that a worker came to, a hang, or too many workers lost.
+        TrainError: An error of the user found by a worker, a hang, or too many workers were lost.
     """
     import ray.train
     from ray.train.torch import TorchConfig

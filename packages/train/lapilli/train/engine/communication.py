@@ -1,4 +1,4 @@
-"""How ZeRO's collectives are cut: DeepSpeed's settings by the model's size."""
+"""Sizes of ZeRO's collectives: DeepSpeed's settings by the model's size."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def communication_settings(config: RunConfig, hidden_size: int, device: Device) 
 
 
 def communication_line(settings: dict[str, Any]) -> str:
-    """What a run notes of them."""
+    """One line about them for the run's notes."""
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
     return f"communication: {told or 'as DeepSpeed has it'}"

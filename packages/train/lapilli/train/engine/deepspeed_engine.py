@@ -123,7 +123,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
 
 
 def _quieten() -> None:
-    """What DeepSpeed must be told before it does anything: compile nothing, say little."""
+    """Set DeepSpeed up before first use: compile nothing, log little."""
     import deepspeed
 
     forgo_shared_memory()
@@ -234,7 +234,7 @@ def _shared(config: RunConfig) -> Generator[None]:
 
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter], *, changes: bool = False) -> Generator[None]:
-    """Have whole weights inside, also of parameters that ZeRO-3 has shared out. Collective.
+    """Gather whole weights inside the context, also where ZeRO-3 partitions them. Collective.
 
     Args:
         parameters: Those needed; others are whole anyway.

@@ -40,7 +40,7 @@ ARRAYS = (
 def is_wrong(
     loss: float, norm: float | None, recent: Iterable[float], spike_factor: float
 ) -> str | None:
-    """Why a step must not be taken for granted; None if it may.
+    """Why a step is wrong; None if it is fine.
 
     Args:
         loss: The step's loss.
@@ -120,7 +120,7 @@ def keep_step(
     facts: tuple[int, Sequence[int]],
     place: tuple[int, int],
 ) -> Path:
-    """Write down a step. Collective: every rank writes its micro-batches, rank 0 the rest.
+    """Save a step. Collective: every rank writes its micro-batches, rank 0 the rest.
 
     Args:
         run: The run's folder.

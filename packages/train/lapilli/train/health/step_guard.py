@@ -101,7 +101,7 @@ class StepGuard:
     def check(
         self, batches: StepBatches, result: StepResult, timing: StepTiming, busy: Sequence[float]
     ) -> None:
-        """Look at a step that all ranks know. Collective.
+        """Check a step whose results all ranks have. Collective.
 
         Args:
             batches: This rank's share of it.
@@ -110,7 +110,7 @@ class StepGuard:
             busy: By rank the seconds that `busy` had when it was taken.
 
         Raises:
-            TrainError: It is no number, or a spike; the step has been kept.
+            TrainError: The loss or norm is not finite, or the loss spiked; the step was saved.
         """
         why = self.why_wrong(result)
         if why is not None:
@@ -125,7 +125,7 @@ class StepGuard:
                 self._tell_disk()
 
     def why_wrong(self, result: StepResult) -> str | None:
-        """Why a step must not be taken for granted; None if it may."""
+        """Why a step is wrong; None if it is fine."""
         factor = self._config.recovery.loss_spike_factor
         return is_wrong(result.loss, result.grad_norm, self._losses, factor)
 

@@ -1,9 +1,9 @@
 """Find ranks that are steadily slower than the others.
 
-In a step all ranks wait for each other, so its length says nothing of one of them. What a rank
-spends alone does: its wait for data and its forwards, which under ZeRO-0 to 2 meet no other rank.
-(ZeRO-3 gathers weights in the forward: there all ranks take a slow one's time, and only a slow feed
-is seen.)
+All ranks wait for each other in a step, so its length does not identify a slow one. The time that a
+rank spends alone does: its wait for data and its forwards, which under ZeRO 0 to 2 involve no other
+rank. (ZeRO-3 gathers weights in the forward: there all ranks take a slow one's time, and only a
+slow feed is seen.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def slow_ranks(busy: Sequence[float], step_seconds: float) -> list[int]:
 
 
 def slow_line(busy: Sequence[float], rank: int, host: str) -> str:
-    """What is said of a slow rank."""
+    """The message about a slow rank."""
     rest = median([*busy[:rank], *busy[rank + 1 :]])
     return (
         f"rank {rank} on {host} is slow: {busy[rank] * 1e3:.0f} ms of its own a step, the others "

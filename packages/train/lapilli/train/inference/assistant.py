@@ -87,7 +87,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Assistant:
-    """A model with what its training data were like.
+    """A model with the properties of its training data.
 
     Attributes:
         model: The model.
@@ -123,7 +123,7 @@ class Assistant:
             decoding: How answers are written.
             on_text: Called with each new piece of the first answer's text.
             pixels: uint8 [images, size, size, 3] of each question, where they are prepared already.
-            is_over: Asked at each token; once True, the answers end there.
+            is_over: Called at each token; True ends the answers.
 
         Returns:
             The answers, without the template's end and white space around them.

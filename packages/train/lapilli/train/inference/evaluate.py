@@ -73,7 +73,7 @@ class Answer(QuestionAnswer):
 
 @dataclass(frozen=True)
 class Scores:
-    """Share of right answers, over all and by source, and what was asked."""
+    """Share of correct answers, in total and by source, and the number of questions."""
 
     accuracy: float
     by_source: dict[str, float]
@@ -222,7 +222,7 @@ def _batches(lengths: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64
 
 
 def score(answers: list[Answer]) -> Scores:
-    """Count what is right."""
+    """Count correct answers."""
     by_source: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
         by_source[answer.source].append(answer.right)

@@ -34,7 +34,7 @@ PATIENCE = 30.0  # seconds a sink has to take what is left when the run ends
 
 
 class Sink(Protocol):
-    """Where figures go."""
+    """A destination of metrics."""
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Take one step's figures."""

@@ -18,7 +18,7 @@ __all__ = ["StepLog", "Validated"]
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """What was done aside after a step, where it was due.
+    """Results of validation after a step, if it was due.
 
     Attributes:
         held_out_loss: The held-out loss.

@@ -99,7 +99,7 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpeed:
-    """How much a step did.
+    """Throughput and utilization of a step.
 
     Attributes:
         tokens: Of the global batch, the images' own included.
@@ -117,7 +117,7 @@ class StepSpeed:
 
 
 class StepMeter:
-    """What rank 0 adds to a step's row. Asks the device for nothing.
+    """Computes rank 0's part of a metrics row. Never reads the device.
 
     Args:
         feed: The run's data, the shapes of its batches, and the number of devices.

@@ -1,7 +1,7 @@
 """Read and write a run's settings and what was computed when it was started.
 
-Its `config.json` describes the run. It is nobody's command: what in it would run code counts only
-where the command allows it (`lapilli.data.trust`).
+Its `config.json` describes the run. It may come from somebody else: settings in it that would run
+code count only if the command allows them (`lapilli.data.trust`).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def require_current(run: Path) -> None:
     """Refuse to resume a run of an earlier version, whose settings have other names.
 
     Raises:
-        TrainError: It is one; says how to go on from its weights.
+        TrainError: It is such a run; says how to continue from its weights.
     """
     found = from_json(read_whole(run / CONFIG), dict[str, Any])
     if RUN_NAMES.found_in(found):

@@ -243,7 +243,7 @@ def host_bytes(step: StepBatches) -> int:
 
 
 def mock_steps(feed: Feed, start: int = 0) -> Iterator[StepBatches]:
-    """As many steps of the same shapes as one of the feed has, at no cost: a bound for any feed."""
+    """Yield steps of the shapes of one of the feed at no cost: an upper bound for any feed."""
     middle = feed.make(feed.total_steps // 2)
     for step in range(start, feed.total_steps):
         yield replace(middle, step=step)

@@ -51,7 +51,7 @@ def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> Device
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what is random in the model (dropout) from the step itself.
+    """Seed the model's randomness (dropout) from the step.
 
     A resumed run draws what the uninterrupted one would have; no random state needs saving.
     """

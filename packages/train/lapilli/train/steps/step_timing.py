@@ -1,4 +1,4 @@
-"""How long a step took, known once the device has come past it."""
+"""The duration of a step, known once the device has passed its end."""
 
 from __future__ import annotations
 

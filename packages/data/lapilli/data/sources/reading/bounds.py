@@ -1,6 +1,6 @@
 """Bounds on the size of one record and of one unpacked file.
 
-A record that cannot be read within these bounds is quarantined; those behind it are read.
+A record that exceeds a bound is quarantined; reading continues with the next.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Render untrusted chat templates with bounds on steps, time and memory.
 
-The sandbox of transformers keeps a template from files and code. It does not keep it from loops in
-loops, from texts that double at each step, or from numbers with a billion digits.
+The sandbox of transformers blocks access to files and code. It does not bound nested loops, texts
+that double at each step, or numbers with a billion digits.
 """
 
 from __future__ import annotations
