@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PAGES", "ROOT", "blocks", "name_of", "prose"]
+__all__ = ["PAGES", "ROOT", "blocks", "files", "name_of", "prose"]
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "packages", "pipelines", "tests", ".ci")
 PAGES = sorted(
     {*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))}
 )
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TITLE = re.compile(r"title=\"([^\"]+)\"")
 
 
 def name_of(path: Path) -> str:
@@ -21,10 +22,17 @@ def name_of(path: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
-    """The fenced blocks of a page in a language; "" for those that name none."""
-    for named, text in FENCE.findall(page.read_text(encoding="utf-8")):
-        if named == language:
+    """The fenced blocks of a page in a language ("" for none), but for those that show a file."""
+    for named, info, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if named == language and not TITLE.search(info):
             yield text
+
+
+def files(page: Path) -> Iterator[tuple[str, str]]:
+    """The blocks of a page that show a file, `title="NAME"`: its name and its text."""
+    for _, info, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if named := TITLE.search(info):
+            yield named[1], text
 
 
 def prose(page: Path) -> str:

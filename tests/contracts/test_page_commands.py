@@ -106,7 +106,8 @@ def checked(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = [
     pytest.param(words, id=f"{name_of(page)}-{' '.join(words)[:60]}")
     for page in PAGES
-    for block in blocks(page, "bash")
+    for language in ("bash", "sh")
+    for block in blocks(page, language)
     for words in commands(block)
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contracts.pages import PAGES, ROOT, blocks, name_of, prose
+from tests.contracts.pages import PAGES, ROOT, blocks, files, name_of, prose
 
 MOST_WORDS = 1200
 MOST_IN_A_PARAGRAPH = 90
@@ -33,7 +33,8 @@ def paragraphs(text: str) -> list[str]:
 def test_a_page_is_read_in_minutes(page: Path) -> None:
     if page.name in RECORDS:
         return
-    assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS
+    if page.name == "README.md":
+        assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS
     if name_of(page) in LONG:
         return
     long = {
@@ -92,15 +93,33 @@ def test_every_external_link_is_listed() -> None:
 
 
 def test_folders_of_several_files_have_a_readme() -> None:
-    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
-    sizes = Counter(str(Path(file).parent) for file in files)
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    sizes = Counter(str(Path(name).parent) for name in names)
     large = {folder for folder, count in sizes.items() if count > MOST_FILES} - EXPLAINED
     kept_as_found = {folder for folder in large if {"vendor", "goldens"} & {*Path(folder).parts}}
-    bare = {folder for folder in large - kept_as_found if f"{folder}/README.md" not in files}
-    assert {folder for folder in bare if not (ROOT / folder / "README.md").exists()} == set()
+    bare = {one for one in large - kept_as_found if str(Path(one) / "README.md") not in names}
+    # or a page of the folder's name beside it
+    assert {one for one in bare if not (ROOT / f"{one}.md").exists()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_block_says_what_it_is(page: Path) -> None:
     """`bash` is parsed and `python` is run by tests; everything else is `text`, or data."""
     assert [*blocks(page, "")] == []
+
+
+def test_a_program_that_a_page_shows_is_a_file_that_tests_run() -> None:
+    """It lies below the page's folder; data that a page shows are written by the reader."""
+    for page in PAGES:
+        for name, text in files(page):
+            found = [*page.parent.rglob(name)]
+            assert found or not name.endswith(".py"), f"{name_of(page)}: {name}"
+            assert [one for one in found if one.read_text(encoding="utf-8") != text] == []
+
+
+def test_a_block_with_a_title_is_a_file_and_no_block(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text('```python title="a.py"\nx = 1\n```\n\n```python\ny = 2\n```\n')
+    assert [*files(page)] == [("a.py", "x = 1\n")]
+    assert [*blocks(page, "python")] == ["y = 2\n"]
+    assert prose(page).strip() == ""
