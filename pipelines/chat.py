@@ -47,11 +47,11 @@ class _Refused(Exception):
 
 
 class _Left(Exception):
-    """Who asked does not listen any more."""
+    """The client has disconnected."""
 
 
 class _Load:
-    """What is held for all requests at once, in numbers that are bounded."""
+    """Bounded counts of what all requests hold at once."""
 
     def __init__(self, limits: ChatLimits) -> None:
         self._limits = limits
@@ -107,7 +107,7 @@ class _Load:
 
 
 class _Answer:
-    """A response as it is written; `done` is called when it is sent or nobody listens."""
+    """A streamed response; `done` is called when it is sent or the client has gone."""
 
     def __init__(
         self, first: str, pieces: AsyncGenerator[str], done: Callable[[], Awaitable[None]]
@@ -125,7 +125,7 @@ class _Answer:
 
 
 class _Chat:
-    """What the server answers: the page, and its questions."""
+    """The request handlers: the page, and its questions."""
 
     def __init__(self, assistant: Assistant, config: ChatConfig) -> None:
         self.worker = ChatWorker(assistant, config.decoding, config.limits)
@@ -217,7 +217,7 @@ async def _after(first: str, pieces: AsyncGenerator[str]) -> AsyncGenerator[str]
 
 
 async def _unless_left(request: Any, work: Awaitable[Found]) -> Found:
-    """What `work` gives; it is cancelled if who asked has gone.
+    """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
         _Left: Nobody listens.

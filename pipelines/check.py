@@ -3,8 +3,8 @@
 lapilli check photos.json
 lapilli check --root playground/data
 
-The first looks at a file or folder of one's own and writes a recipe for it. Without --config the
-second finds out which of LLaVA's published annotation files lie in the root.
+The first inspects your own file or folder and writes a recipe for it. Without --config the second
+finds which of LLaVA's published annotation files are in the root.
 """
 
 from __future__ import annotations

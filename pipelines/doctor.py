@@ -254,7 +254,7 @@ def read_requirements(root: Path, *, training: bool = True) -> list[tuple[str, s
 
 
 def find_library(name: str, wanted: str, tested: str) -> Library:
-    """What is installed of a library, and whether it imports."""
+    """The installed version of a library, and whether it imports."""
     plain = _plain(name)
     version = _version(plain)
     if plain == "pillow" and version is None:
@@ -388,7 +388,7 @@ def torch_rows() -> Iterator[Row]:
 
 
 def optional_rows(*, trains: bool) -> Iterator[Row]:
-    """What the main job does without."""
+    """Optional packages."""
     hpus = [str(device) for device in Path("/dev/accel").glob("accel*[0-9]")]
     habana = importlib.util.find_spec("habana_frameworks") is not None
     if hpus or habana:

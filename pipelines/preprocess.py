@@ -3,8 +3,8 @@
 lapilli preprocess --config llava15/finetune_data \
     --root playground/data --output datasets/llava15 --tokenizer lmsys/vicuna-7b-v1.5
 
-The same command again goes on where it was stopped; with --incremental it brings a dataset to
-inputs or settings that have changed and makes only what these touch.
+The same command again continues where it stopped; with --incremental it brings a dataset to inputs
+or settings that have changed and makes only what these touch.
 """
 
 from __future__ import annotations

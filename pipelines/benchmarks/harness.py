@@ -1,4 +1,4 @@
-"""What every measurement shares: where it ran, clocks that take turns, one row in a CSV.
+"""Shared by all measurements: provenance, clocks that take turns, one row in a CSV.
 
 Two things are compared only within one run, by turns, so that a machine that slows down slows
 both.

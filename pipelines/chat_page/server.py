@@ -46,7 +46,7 @@ def make_server(app: Any, limits: ChatLimits) -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Timed(H11Protocol):
-        """HTTP whose headers have a time to arrive in; uvicorn itself waits for ever."""
+        """HTTP with a time limit for headers, for which uvicorn waits forever."""
 
         _timer: asyncio.TimerHandle | None = None
 

@@ -1,7 +1,7 @@
 """Answer chat requests: prepare images apart, bound prompts, generate one by one.
 
-Work that nobody waits for any more is ended: a decoder's process is killed, a question in the queue
-is passed over, an answer ends with its next token.
+Work for a client that has gone is ended: a decoder's process is killed, a queued question is
+skipped, an answer ends with its next token.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Found = TypeVar("Found")
 
 
 class Busy(Exception):
-    """Too much is being done at once; the same may be asked later."""
+    """Too many requests at once; the client may retry."""
 
 
 @dataclass
@@ -155,7 +155,7 @@ class ChatWorker:
         return made
 
     async def _image(self, data: bytes, is_over: threading.Event) -> NDArray[np.uint8]:
-        """An image, tried shortly first, so that one that takes long stops no other."""
+        """Prepare an image, with a short limit first, so that a slow one does not block others."""
         take = self._decoder.prepare
         try:
             return await _in(self._quick, partial(take, data, QUICK, is_over.is_set))

@@ -189,8 +189,8 @@ def with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[], int]) -> None:
     """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one.
 
-    So does what rights, a disk or a server refuse; any other error keeps its traceback. A closed
-    pipe ends the command without a word, with the exit code of SIGPIPE.
+    So do errors of permissions, disks and servers; any other error keeps its traceback. A closed
+    pipe ends the command silently, with the exit code of SIGPIPE.
     """
     warnings.formatwarning = warning_line
     sys.excepthook = _spelt_traceback

@@ -60,7 +60,7 @@ def short_help(verb: str, purpose: str) -> str:
 
 
 def described(kind: type[Any]) -> dict[str, str]:
-    """What a dataclass's docstring, and those of its bases, say of its attributes."""
+    """Descriptions of a dataclass's attributes, from its docstring and those of its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         _, _, section = (base.__doc__ or "").partition("Attributes:\n")

@@ -28,7 +28,7 @@ PROMPTS = ("Describe the image.", "What is in the picture?")
 
 @dataclass(frozen=True)
 class Guess:
-    """A source that reads what lies there.
+    """A source that reads the user's data.
 
     Attributes:
         root: The folder that its paths are relative to.

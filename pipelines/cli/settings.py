@@ -53,8 +53,8 @@ class EvaluateConfig(TrustFlags):
         split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
             what is held out, where there is any.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        shuffle_images: Show each question the images of another record: what is left is what the
-            model knows without looking.
+        shuffle_images: Show each question the images of another record, which measures what the
+            model answers without looking.
         output: File for the answers, one JSON object a line, written by one process at a time;
             empty for none.
         template: How a published model's conversations were written down, by name or file; a
@@ -163,7 +163,7 @@ class ChatConfig(TrustFlags):
         port: 0 takes a free one.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
         decoding: How answers are written.
-        limits: What requests may ask for.
+        limits: Bounds on requests.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """Write to terminals, files and pipes safely.
 
-Characters that could steer a terminal are spelt out, what an encoding lacks is replaced, and a pipe
-that its reader has closed ends the command quietly.
+Control characters are escaped, characters that the encoding lacks are replaced, and a closed pipe
+ends the command quietly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flags that allow what a folder's own files ask for."""
+"""Flags that allow what a folder's own files request."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ REMEDIES = {
     "unknown_role": "use the roles human, gpt and system, or those of messages",
     "empty_answer": "write the answer, or delete the record",
     "image_marker_count": "mark each image once, in order, with <image> in a question",
-    "image_unreadable": "give the user that builds the right to read it, or see to its disk",
+    "image_unreadable": "give the user that builds permission to read it, or check its disk",
     "image_missing": "put the file where its key says, or set `images` or `aliases`",
     "ambiguous_image": "give the file's exact name: another key, or another file, is just as close",
     "image_outside_root": "use a key below the root, or name the folder in `extra_roots`",

@@ -99,10 +99,10 @@ def test_a_link_in_a_circle_and_a_name_too_long_are_not_there(tmp_path: Path) ->
     ("number", "remedy"),
     [
         (errno.EROFS, "read-only disk; choose another folder"),
-        (errno.EACCES, "ask its owner for the right"),
+        (errno.EACCES, "ask its owner for permission"),
         (errno.ENOSPC, "free space and run the same command again"),
         (errno.EDQUOT, "free space and run the same command again"),
-        (errno.EIO, "see to the disk or its server"),
+        (errno.EIO, "check the disk or its server"),
     ],
 )
 def test_an_error_of_the_machine_names_path_cause_and_remedy(number: int, remedy: str) -> None:

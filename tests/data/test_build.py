@@ -430,7 +430,7 @@ def test_when_no_image_can_be_decoded_nothing_is_kept(tmp_path: Path, tokenizer:
     mixture = make_mixture(tmp_path / "root", images=len(BAD_KINDS), text_only=0)
     for path, kind in zip((tmp_path / "root" / "images").rglob("*.*"), BAD_KINDS, strict=True):
         path.write_bytes(bad_image(kind))
-    with pytest.raises(DataError, match=r"7 of 7 records quarantined, nothing is kept.*mend the i"):
+    with pytest.raises(DataError, match=r"7 of 7 records quarantined, nothing is kept.*fix the i"):
         build_dataset(mixture, tmp_path / "out", tokenizer)
 
 

@@ -53,13 +53,13 @@ def test_a_late_ray_is_tried_once_more_and_a_second_time_is_one_line(
     starts: Callable[..., list[Any]], late: Exception
 ) -> None:
     calls = starts(late)
-    said = "^Ray did not come up in time; it is tried once more"
+    said = "^Ray did not come up in time; trying once more"
     with pytest.warns(UserWarning, match=said), ray_session():
         assert calls == [("local",), ("local",)]
     calls = starts(late, late)
     said = r"^Ray did not come up in time on this machine \(.+\); it may be busy: run the same"
     with (
-        pytest.warns(UserWarning, match="tried once more"),
+        pytest.warns(UserWarning, match="trying once more"),
         pytest.raises(DataError, match=said),
         ray_session(),
     ):
@@ -99,7 +99,7 @@ def test_a_named_cluster_is_named_in_the_line(
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     said = "^RAY_ADDRESS: no Ray came up at '10.0.0.1:6379' in time"
     with (
-        pytest.warns(UserWarning, match="tried once more"),
+        pytest.warns(UserWarning, match="trying once more"),
         pytest.raises(DataError, match=said),
         ray_session(),
     ):

@@ -117,7 +117,7 @@ def test_a_dead_raylet_is_one_line_and_no_hang(build: Build, undisturbed: dict[s
         running.raylet().kill()
         said = one_line(running.end())
     assert "Ray has died" in said
-    assert "run the same command again, it goes on with the" in said
+    assert "run the same command again, it continues with the" in said
     code, _, err = build.run()
     assert code == 0, err
     assert named_files(build.output) == undisturbed

@@ -166,7 +166,7 @@ MISTAKES: dict[str, tuple[Callable[[Command], dict[str, object]], list[str]]] = 
     "empty array": (annotation_file("[]"), ["mixture.json holds no record", "check the file"]),
     "nothing kept": (
         annotation_file(json.dumps([{"id": "only"}])),
-        ["1 of 1 records quarantined, nothing is kept", "first made_up/only", "mend the input"],
+        ["1 of 1 records quarantined, nothing is kept", "first made_up/only", "fix the input"],
     ),
     "over max_quarantined": (
         lambda _: {"max_quarantined": 0.01},

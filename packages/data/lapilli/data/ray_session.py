@@ -88,7 +88,7 @@ def _start(folder: Path | None) -> None:
             line = _why_not(error)
             if is_last or not _may_be_late(error):
                 raise line from error
-            warnings.warn("Ray did not come up in time; it is tried once more", stacklevel=2)
+            warnings.warn("Ray did not come up in time; trying once more", stacklevel=2)
 
 
 def _why_not(error: Exception) -> DataError:
@@ -103,12 +103,12 @@ def _why_not(error: Exception) -> DataError:
         raise error
     if address is not None:
         return DataError(
-            f"RAY_ADDRESS: no Ray came up at {address!r} in time ({why}); see that its head runs "
+            f"RAY_ADDRESS: no Ray came up at {address!r} in time ({why}); check that its head runs "
             "and can be reached"
         )
     return DataError(
         f"Ray did not come up in time on this machine ({why}); it may be busy: run the same "
-        "command again when there is less to do"
+        "command again later"
     )
 
 
@@ -224,6 +224,5 @@ class _Alive:
             return
         if self.is_dead:
             raise RayDied(
-                "Ray has died on this machine, perhaps for want of memory; run the same command "
-                "again"
+                "Ray has died on this machine, perhaps out of memory; run the same command again"
             )

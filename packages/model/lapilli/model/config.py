@@ -103,7 +103,7 @@ class LanguageConfig:
         if self.quantize != "none" and not self.pretrained:
             raise ModelError(
                 f"language.quantize: {self.quantize} without language.pretrained; random weights "
-                "cannot learn in 4 bits, name a folder or set quantize none"
+                "cannot be trained in 4 bits, name a folder or set quantize none"
             )
 
 

@@ -23,6 +23,6 @@ def require_missing(path: Path, error: OSError) -> None:
     """
     if error.errno not in (errno.ENOENT, errno.ENOTDIR):
         raise ModelError(
-            f"{path}: cannot be read ({error.strerror}); give this user the right to read it, or "
-            "see to the disk"
+            f"{path}: cannot be read ({error.strerror}); give this user permission to read it, or "
+            "check the disk"
         ) from None

@@ -250,7 +250,7 @@ def check_positions(
             raise ModelError(f"{said}; ask something shorter or lower max_new_tokens")
         if model not in _TOLD:
             _TOLD.add(model)
-            warnings.warn(f"{said}; what it writes beyond them may be worthless", stacklevel=2)
+            warnings.warn(f"{said}; what it writes beyond them may be meaningless", stacklevel=2)
 
 
 def _left_pad(

@@ -392,7 +392,7 @@ def _check_weights(config: RunConfig) -> None:
         )
     if config.offload.to != "none" and config.zero_stage == 0:
         raise TrainError(
-            f"offload.to: {config.offload.to} with zero_stage 0, which keeps all where it is; set "
+            f"offload.to: {config.offload.to} with zero_stage 0, which partitions nothing; set "
             "zero_stage 1 to 3"
         )
     if config.offload.to == "nvme" and config.zero_stage != 3:
@@ -402,7 +402,7 @@ def _check_weights(config: RunConfig) -> None:
         )
     if config.zero_stage == 3 and config.model.language.quantize != "none":
         raise TrainError(
-            "zero_stage: 3 with model.language.quantize nf4: what stage 3 cuts in pieces are "
+            "zero_stage: 3 with model.language.quantize nf4: stage 3 partitions "
             "numbers, and 4-bit weights are packed bytes with tables beside them; set "
             "zero_stage 2"
         )

@@ -111,7 +111,7 @@ def _check_unchanged(bad_images: Mapping[str, Verdict]) -> None:
     if kept_back:
         raise DataError(
             f"{len(kept_back)} images could not be read while the build ran, first {kept_back[0]}; "
-            "see to their rights or their disk and run the same command again"
+            "check their rights or their disk and run the same command again"
         )
 
 

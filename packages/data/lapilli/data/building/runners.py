@@ -72,7 +72,7 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
                 left -= 1
                 yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
     except RayDied as error:
-        raise DataError(f"{error}, it goes on with the {left} shards that are missing") from None
+        raise DataError(f"{error}, it continues with the {left} shards that are missing") from None
     finally:
         _clear(output, tasks)
 

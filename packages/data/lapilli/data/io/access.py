@@ -41,8 +41,8 @@ TRIED_BYTES = 4096  # the least that a page or a manifest takes
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 REMEDIES = {
     errno.EROFS: "it is on a read-only disk; choose another folder",
-    errno.EACCES: "ask its owner for the right, or choose another folder",
-    errno.EPERM: "ask its owner for the right, or choose another folder",
+    errno.EACCES: "ask its owner for permission, or choose another folder",
+    errno.EPERM: "ask its owner for permission, or choose another folder",
     **dict.fromkeys(FULL, "free space and run the same command again"),
 }
 
@@ -72,7 +72,7 @@ def blame(error: OSError, path: object = None) -> str | None:
     """
     if error.errno not in MACHINE and error.errno not in FULL:
         return None
-    remedy = REMEDIES.get(error.errno, "see to the disk or its server and run the same again")
+    remedy = REMEDIES.get(error.errno, "check the disk or its server and run the same again")
     named = error.filename2 or error.filename or path
     cause = _cause(error)
     if isinstance(named, int) or not named:  # a descriptor says nothing to a reader
@@ -95,7 +95,7 @@ def system_error(error: Exception) -> OSError | None:
 
 def cannot_read(path: object, error: OSError) -> str:
     """One line for a file that is there, or may be, and cannot be read."""
-    remedy = "nothing was changed; give this user the right to read it, or see to the disk"
+    remedy = "nothing was changed; give this user permission to read it, or check the disk"
     return f"{path}: cannot be read ({_cause(error)}); {remedy}"
 
 

@@ -88,4 +88,4 @@ def _check(text: str) -> None:
                 raise UnusableYaml(f"'{excerpt(anchor)}' holds itself")
             nodes += sizes.get(anchor, 1)
         if nodes > MOST_NODES:
-            raise UnusableYaml(f"its aliases unfold to more than {MOST_NODES} values")
+            raise UnusableYaml(f"its aliases expand to more than {MOST_NODES} values")

@@ -440,7 +440,7 @@ def _preferred(name: str, names: list[str]) -> list[str]:
 def _ambiguous(key: str, one: str, other: str) -> Verdict:
     return Verdict(
         Reason.AMBIGUOUS_IMAGE,
-        f"'{excerpt(key)}' may be '{excerpt(one)}' or '{excerpt(other)}'; name it as it is called",
+        f"'{excerpt(key)}' may be '{excerpt(one)}' or '{excerpt(other)}'; use its exact name",
     )
 
 

@@ -125,7 +125,7 @@ def contradictions(
             found[key] = Verdict(
                 Reason.AMBIGUOUS_IMAGE,
                 f"'{excerpt(key)}' and '{excerpt(others[0])}' would both be read from "
-                f"'{excerpt(repair.file)}'; name the file as it is called",
+                f"'{excerpt(repair.file)}'; use the file's exact name",
             )
     return found
 

@@ -242,5 +242,5 @@ def _facts(
 def _nothing_in(name: str) -> DataError:
     return DataError(
         f"mixture: no record of source {name} is kept and free to train on; expected at least "
-        "one; mend the source or take its share away"
+        "one; fix the source or remove its share"
     )

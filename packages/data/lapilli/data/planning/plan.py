@@ -283,7 +283,7 @@ def quarantine_error(bad: Sequence[Entry | PackedEntry], total: int, why: str) -
     reasons = Counter(str(entry.verdict.reason) for entry in bad).most_common()
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons)
     first = next(entry for entry in bad if str(entry.verdict.reason) == reasons[0][0])
-    remedy = "mend the input" if len(bad) == total else "mend the input or raise --max_quarantined"
+    remedy = "fix the input" if len(bad) == total else "fix the input or raise --max_quarantined"
     return DataError(
         f"{len(bad)} of {total} records quarantined, {why}: {counts}; first "
         f"{excerpt(first.sample_id)}: {first.verdict.detail}; {remedy}"

@@ -119,7 +119,7 @@ def _late_verdict(
         if image_id in bad_images:
             return bad_images[image_id]
     if row["num_trained"] == 0 and compat != "llava":
-        detail = "no token of this record is trained, or an image stands behind max_text_length"
+        detail = "no token of this record is trained, or an image lies beyond max_text_length"
         return Verdict(Reason.NO_TRAINED_TOKEN, detail)
     return Verdict()
 

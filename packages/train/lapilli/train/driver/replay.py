@@ -68,8 +68,8 @@ def rerun(
     newest = latest_checkpoint(kept.run)
     if newest and newest.step > kept.step:
         raise TrainError(
-            f"replay: {kept.run} has gone on to step {newest.step}; expected a checkpoint of step "
-            f"{kept.step} or before, to run step {kept.step + 1} from"
+            f"replay: {kept.run} has continued to step {newest.step}; expected a checkpoint of "
+            f"step {kept.step} or before, to run step {kept.step + 1} from"
         )
     config = replace(
         config,

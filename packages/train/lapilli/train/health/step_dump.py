@@ -49,7 +49,7 @@ def is_wrong(
         spike_factor: Largest loss in medians of `recent`; 0 takes any.
     """
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
-        return "expected numbers; lower optim.lr"
+        return "expected finite numbers; lower optim.lr"
     before = [*recent]
     if spike_factor and len(before) >= ENOUGH and loss > spike_factor * median(before):
         return (

@@ -1,7 +1,7 @@
 """Log metrics to TensorBoard, Weights & Biases and MLflow.
 
 Each has a thread and a bounded queue of its own, so that neither a network nor a disk holds up
-training; one that fails says so in one line and the run goes on without it.
+training; one that fails says so in one line and the run continues without it.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class SinkThread:
             self._failed.set()
             note(
                 self._run,
-                f"{self._name}: {type(error).__name__}: {str(error)[:200]}; the run goes on "
+                f"{self._name}: {type(error).__name__}: {str(error)[:200]}; the run continues "
                 "without it, metrics.jsonl has every step",
             )
 

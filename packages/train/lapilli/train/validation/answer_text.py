@@ -162,6 +162,6 @@ def warn_without_end(template: str, frames: Frames) -> None:
     """Say that nothing ends an answer of this template."""
     if not frames.has_end:
         warnings.warn(
-            f"template {template}: nothing ends an answer; each goes on to the most tokens allowed",
+            f"template {template}: nothing ends an answer; each has the most tokens allowed",
             stacklevel=2,
         )

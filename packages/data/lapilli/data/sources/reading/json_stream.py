@@ -210,7 +210,7 @@ def _parsed_line(path: Output, number: int, line: bytes) -> Any:
             return Unreadable(why, _begin(line))
         raise DataError(
             f"annotations: {path} line {number} is no valid JSON ({_reason(error)}); "
-            "expected a JSON array or one record a line; mend or remove the line"
+            "expected a JSON array or one record a line; fix or remove the line"
         ) from None
 
 

@@ -38,7 +38,7 @@ _TAG_REACH = 80  # characters to look for a tag in, white space included
 _PROBES = (("user", "assistant"), ("system", "user", "assistant"))
 _DATE = "strftime_now"
 _NO_DATE = "it writes today's date, so the same input would give other tokens tomorrow"
-_USELESS = "cannot be used: {}; mend it or take another template"
+_USELESS = "cannot be used: {}; fix it or take another template"
 MOST_ORDERS = 8192  # orders of roles whose frames are kept: each number of turns is one
 MOST_ENDLESS = 8  # conversations that a template may take too long for
 _NO_DATE_MACRO = f"{{% macro {_DATE}(f) %}}{{{{ raise_exception({_NO_DATE!r}) }}}}{{% endmacro %}}"
@@ -122,7 +122,7 @@ class TemplateRunner:
             self._run([Said("user", "a").message(), Said("assistant", "b").message()])
         except TemplateRefusal as error:
             if isinstance(error.__cause__, TemplateSyntaxError):
-                return f"is not valid Jinja ({error}); mend it or take another template"
+                return f"is not valid Jinja ({error}); fix it or take another template"
             if _is_endless(error.__cause__):
                 return _USELESS.format(error)
             if _NO_DATE in str(error):
