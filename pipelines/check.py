@@ -261,7 +261,7 @@ def _rows_to(path: Path) -> Generator[Callable[[Entry], None]]:
         writer.close()
         write_atomic(path, move)
     finally:
-        with suppress(OSError):  # what went wrong first is what is told
+        with suppress(OSError):  # report the first error
             temporary.unlink(missing_ok=True)
 
 

@@ -236,7 +236,7 @@ def read_requirements(root: Path, *, training: bool = True) -> list[tuple[str, s
         root: The checkout.
         training: With those of training, else of preprocessing alone.
     """
-    import tomllib  # not in a Python that is too old, which is to be told so
+    import tomllib  # missing in a Python that is too old, which must be reported
 
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     names = ("constraints.txt", "constraints-cuda.txt")

@@ -47,7 +47,7 @@ def train(config: RunConfig) -> list[StepMetrics]:
             say(line)
         say(f"{config.output}: already finished at step {steps}; nothing to do")
         return read_metrics(Path(config.output))
-    # Ray is started after the lock is taken: a second command is told at once.
+    # Ray is started after the lock is taken: a second command fails at once.
     session = ray_session() if config.launcher == "ray" else contextlib.nullcontext()
     with only_trainer(config), session:
         ready = preflight(config, say)
@@ -56,7 +56,7 @@ def train(config: RunConfig) -> list[StepMetrics]:
         try:
             metrics = read_metrics(run_folder) if ready.is_done else follow(ready)
         except BaseException:
-            with contextlib.suppress(Exception):  # why the run ended is what is told
+            with contextlib.suppress(Exception):  # report why the run ended
                 _print_report(run_folder)
             raise
         _print_report(run_folder)
@@ -66,7 +66,7 @@ def train(config: RunConfig) -> list[StepMetrics]:
 
 
 def _print_report(run_folder: Path) -> None:
-    """Write the run's page, also of a run that was stopped; no page is no reason to fail."""
+    """Write the run's report, of a stopped run too; a failure here does not fail the run."""
     try:
         say(f"report: {write_run_report(run_folder)}")
     except (DataError, TrainError, OSError) as error:

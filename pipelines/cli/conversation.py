@@ -55,7 +55,7 @@ def print_transcript(
 
 
 def has_colour(console: Console) -> bool:
-    """Whether what is trained can be told by its colour."""
+    """Whether trained text can be shown by color."""
     return console.color_system is not None and not console.no_color
 
 

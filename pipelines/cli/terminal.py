@@ -40,7 +40,7 @@ class SafeConsole(Console):
     """A rich console whose texts cannot steer a terminal; its own colours and cursor moves stay."""
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Text of a title or a cell, spelt out before widths are measured."""
+        """Text of a title or a cell, escaped before widths are measured."""
         return super().render_str(spell_out(text), **settings)
 
     def render(
@@ -66,7 +66,7 @@ class SafeStream(io.TextIOWrapper):
         self._is_closed = False
 
     def write(self, text: str, /) -> int:
-        """Write a piece, spelt out."""
+        """Write a piece, escaped."""
         begin = "\r" if text.startswith("\r") else ""
         self.write_as_is(begin + spell_out(text[len(begin) :]))
         return len(text)
@@ -100,7 +100,7 @@ class SafeStream(io.TextIOWrapper):
 
 
 class _Past:
-    """The file that rich writes to: the stream itself, but nothing is spelt out twice."""
+    """The file that rich writes to: the stream, without escaping twice."""
 
     def __init__(self, stream: SafeStream) -> None:
         self._stream = stream

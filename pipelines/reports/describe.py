@@ -348,7 +348,7 @@ def _versions(versions: Mapping[str, str]) -> Lines:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none.
+    """A JSON object; empty if the file is missing.
 
     Raises:
         DataError: It cannot be read.

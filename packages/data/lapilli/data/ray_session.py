@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 ASK_EVERY = 1.0  # seconds
 REAP = 5.0  # seconds that a process that was killed has to be gone
-LEAVE = 30.0  # seconds that what waits for Ray has to take notice that nobody listens
+LEAVE = 30.0  # seconds for a thread that waits for Ray to notice that it is abandoned
 
 
 class RayDied(DataError):
@@ -181,7 +181,7 @@ def _pull(
     answers: queue.Queue[tuple[str, Any]],
     stop: threading.Event,
 ) -> None:
-    """Pass on what comes, until it ends or nobody waits any more."""
+    """Forward items until they end or the consumer has stopped."""
 
     def put(kind: str, value: Any) -> None:
         while not stop.is_set():

@@ -179,7 +179,7 @@ class PackedEntry:
 
     @property
     def record(self) -> Record | None:
-        """The record, made anew at each call."""
+        """The record, unpacked at each call."""
         return None if self.packed is None else unpack(self.packed)
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def load_named(name: str, registry: Mapping[str, T], kind: type[T], *, what: str) -> T:
-    """Look `name` up in `registry`, or import it if it is spelt `package.module:name`.
+    """Look `name` up in `registry`, or import it if it has the form `package.module:name`.
 
     The working folder is not searched, unless PYTHONPATH names it.
 

@@ -35,7 +35,7 @@ ALLOW_CODE = "--allow_code"
 
 
 def is_own_code(name: str) -> bool:
-    """Whether a name is spelt `package.module:name`, and is not one that the packages know."""
+    """Whether a name has the form `package.module:name`, and is not one that the packages know."""
     return ":" in name
 
 

@@ -43,7 +43,7 @@ def build_own(build: Callable[[], Part]) -> Part:
 def load_builder(
     name: str, registry: Mapping[str, Callable[..., Any]], *, what: str
 ) -> Callable[..., Any]:
-    """Look a builder up in `registry`, or import it if it is spelt `package.module:name`.
+    """Look a builder up in `registry`, or import it if it has the form `package.module:name`.
 
     The working folder is not searched, unless PYTHONPATH names it.
 

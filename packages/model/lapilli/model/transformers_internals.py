@@ -49,7 +49,7 @@ def supported_attention(model_class: Any) -> tuple[str, ...]:
 
 
 def check_attention(model_class: Any, settings: PreTrainedConfig, wanted: str) -> str:
-    """The implementation that a setting comes to, by transformers' own check.
+    """Resolve an attention setting by transformers' own check.
 
     Used: `_check_and_adjust_attn_implementation`, on an instance without weights; it reads the
     class's flags and the config. The public way builds the model first, which takes minutes. If it

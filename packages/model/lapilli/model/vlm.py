@@ -202,7 +202,7 @@ def build_model(
     *,
     weights: bool = True,
 ) -> VisionLanguageModel:
-    """Build a model with `config.seed`'s random weights where there are no others, and freeze.
+    """Build a model, with random weights from `config.seed` where none are pretrained, and freeze.
 
     Args:
         config: The model's settings.

@@ -159,7 +159,7 @@ def _own_batches(
 
 
 def _checked_remainder(remainder: Remainder, sampler: Sampler) -> Remainder:
-    """What `auto` stands for; anything but a name that the sampler takes is refused."""
+    """Resolve `auto`; reject names that the sampler does not take."""
     if remainder not in get_args(Remainder):
         raise DataError(
             f"remainder is {remainder!r}; choose one of {', '.join(get_args(Remainder))}"

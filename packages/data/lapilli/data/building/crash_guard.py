@@ -120,7 +120,7 @@ class CrashGuard:
 
 
 def _noted(attempt: Path) -> int | None:
-    """The row that an attempt decoded last; None where it came to none."""
+    """The row that an attempt decoded last; None if it decoded none."""
     try:
         return int(attempt.read_bytes())
     except (OSError, ValueError):

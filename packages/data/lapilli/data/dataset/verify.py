@@ -130,7 +130,7 @@ def _quarantine_problem(path: Path, manifest: Manifest) -> Problem | None:
     file = path / QUARANTINE
     try:
         table = pq.read_table(file, page_checksum_verification=True)
-    except OSError as error:  # pyarrow's own, for bytes that make no sense, has no number
+    except OSError as error:  # pyarrow's own error for invalid bytes has no errno
         return _why_not(file, error)
     except pa.ArrowException:
         return "damaged"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodeLimits", "DecoderProcess", "OverLimit"]
 
-POLL_SECONDS = 0.1  # how soon a child ends of which nobody wants to know any more
+POLL_SECONDS = 0.1  # seconds until an abandoned child is ended
 STARTED = b"ready"
 MEMORY_WORDS = ("MemoryError", "memory")  # of what Pillow and numpy raise where none is left
 

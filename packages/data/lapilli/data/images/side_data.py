@@ -23,7 +23,7 @@ _SIDE_MARKERS = frozenset([*range(0xE1, 0xF0), 0xFE]) - {_ADOBE}
 
 
 def without_side_data(data: bytes) -> bytes | None:
-    """The file without it; None where there is none, or the format is another."""
+    """The file without side data; None if it has none or is not a PNG or JPEG."""
     if data.startswith(_PNG):
         kept = b"".join(_png_chunks(data))
     elif data.startswith(_JPEG):

@@ -238,7 +238,7 @@ def _begins_with_a_line(text: str) -> tuple[bool, bool]:
 
 
 def _over_lines(start: bytes) -> FileKind | None:
-    """An object that goes on behind its first line, as jq writes it."""
+    """An object over several lines, as jq writes it."""
     text = start.decode("utf-8-sig", "replace").lstrip()
     if not text.startswith("{") or _begins_with_a_line(text)[0] or not _top_fields(text):
         return None

@@ -60,7 +60,7 @@ class RemotePath:
 
     @property
     def size(self) -> int | None:
-        """Bytes of the object; None where there is none."""
+        """Bytes of the object; None if it does not exist."""
         try:
             found: dict[str, Any] = self._call("looked up", lambda fs, path: fs.info(path))
         except FileNotFoundError:

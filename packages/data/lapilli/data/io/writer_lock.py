@@ -22,7 +22,7 @@ from lapilli.data.record import excerpt
 
 __all__ = ["LOCK", "only_writer"]
 
-LOCK = ".lock"  # in a folder while somebody writes there, with host and process in it
+LOCK = ".lock"  # in a folder while a process writes there; holds host and process
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # What the callers of this thread hold: a command's lock is also that of the steps it consists of.
 _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
@@ -70,7 +70,7 @@ def only_writer(output: Output, doing: str, *, beside: bool = False) -> Generato
         yield
     finally:
         _HELD.reset(token)
-        with contextlib.suppress(OSError):  # on a disk that has become read-only: it holds nobody
+        with contextlib.suppress(OSError):  # a read-only disk by now: the file locks nothing
             path.unlink(missing_ok=True)
         os.close(descriptor)
         _remove_empty(made)
@@ -157,7 +157,7 @@ class _Owner(TypedDict):
 
 
 def _is_gone(host: str, pid: int) -> bool:
-    """Whether a process of this machine has ended; of another machine nobody knows."""
+    """Whether a process of this machine has ended; False for one of another machine."""
     if host != socket.gethostname():
         return False
     try:

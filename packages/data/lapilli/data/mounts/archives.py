@@ -167,7 +167,7 @@ def read_index(file: IO[bytes], name: str) -> Index:
 
 
 def _instead(file: IO[bytes]) -> str:
-    """What a file is that is no archive, with what to do; "" if unknown."""
+    """The kind of a file that is not an archive, with what to do; "" if unknown."""
     try:
         file.seek(0)
         return what_it_is_instead(file.read(SNIFFED), "archive")

@@ -114,7 +114,7 @@ def _chunk(fields: dict[int, Any], schema: Any) -> Chunk:
 
 
 def _count(fields: dict[int, Any], number: int, otherwise: Any = -1) -> Any:
-    """A field that is no less than 0."""
+    """A field that must be 0 or more."""
     value = fields.get(number, otherwise)
     if value is not None and value < 0:
         raise pa.ArrowInvalid(f"a count or place of {value}")

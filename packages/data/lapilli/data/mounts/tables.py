@@ -79,7 +79,7 @@ class Table:
 
 
 class Rows(Mapping[str, int]):
-    """The numbers below `count` as names: none is spelt in two ways, and they are never listed."""
+    """The numbers below `count` as names, each with one spelling; never listed."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -132,7 +132,7 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether values are bytes that are no text."""
+    """Whether values are bytes and not text."""
     checks = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     return any(check(kind) for check in checks) or str(kind) == "binary_view"
 

@@ -98,7 +98,7 @@ def verify_images(
 def _run(
     batches: Iterator[Places], root: Path, specs: list[ImageSpec], workers: int
 ) -> Iterator[tuple[int, Found]]:
-    """Batches through a pool; where one kills its worker, a new pool goes on with the rest."""
+    """Run batches in a pool; if one kills its worker, a new pool continues with the rest."""
     exhausted = False
     while not exhausted:
         pending: dict[Future[Found], Places] = {}

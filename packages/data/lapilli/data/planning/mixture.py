@@ -213,7 +213,7 @@ def _facts(
     repeats: NDArray[np.int32],
     tokens: NDArray[np.int64],
 ) -> dict[str, Any]:
-    """What the blend came to. `share` is in the mixture's unit, `epochs` in records."""
+    """The resulting blend. `share` is in the mixture's unit, `epochs` in records."""
     used = np.where(held, 0, repeats).astype(np.int64)
     by_source: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names):

@@ -233,7 +233,7 @@ def _address(part: Mapping[str, Any]) -> Any:
 
 
 def _key(address: Any) -> str | Verdict:
-    """The image key an address is, or why it is none."""
+    """The image key of an address, or why it has none."""
     if not isinstance(address, str):
         return Verdict(Reason.SCHEMA, "an image without a path; expected image_url with a path")
     if address.startswith("data:"):

@@ -162,7 +162,7 @@ class _Reading:
             return ""
 
     def _parsed(self, text: str) -> Any:
-        """The value of the json member, or its text where it is none."""
+        """The value of the json member, or its text if it is not JSON."""
         name = excerpt(self._sample.members["json"].name)
         if holds_too_much(text):
             self._defects.append(f"'{name}': {TOO_MANY}")

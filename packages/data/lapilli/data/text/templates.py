@@ -284,7 +284,7 @@ def _base(path: Path, name: object) -> Template:
 
 
 def _check_setting(path: Path, key: str, value: object) -> None:
-    """Refuse a key that is no field, and a value that is not of the field's type."""
+    """Reject an unknown key, and a value of another type than the field's."""
     known: dict[str, object] = {field.name: field.default for field in fields(Template)}
     if key not in known:
         raise DataError(

@@ -305,7 +305,7 @@ def train_tokenizer(texts: Iterable[str], directory: str | Path, *, vocab_size: 
 
 
 def _check_folder(name_or_dir: str | Path) -> None:
-    """Refuse a path that is no tokenizer's folder before the hub is asked about it."""
+    """Reject a path that is not a tokenizer's folder before the hub is asked about it."""
     _check_folder_exists(name_or_dir)
     path = Path(name_or_dir)
     if not is_folder(path):

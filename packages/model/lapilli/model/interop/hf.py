@@ -360,7 +360,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _unknown(config: Any) -> dict[str, Any]:
-    """The keys of a config that its class does not have; those of transformers 4 are no such."""
+    """The keys of a config that its class does not have, except those of transformers 4."""
     older = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
     other = {*type(config)().to_dict(), *older, "torch_dtype", "dtype"}
     return {key: value for key, value in config.to_dict().items() if key not in other}

@@ -58,7 +58,7 @@ def build_projector(name: str, inputs: int, outputs: int) -> nn.Module:
 
 
 def set_scale(projector: nn.Module, std: float) -> None:
-    """Draw its linear layers' weights anew, normal with deviation `std`; biases become zero.
+    """Redraw the weights of its linear layers, normal with deviation `std`; biases become zero.
 
     With a small deviation an image contributes almost nothing at first, so a trained language model
     behaves as before.

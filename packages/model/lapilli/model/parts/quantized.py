@@ -115,7 +115,7 @@ def round_linear_layers(language: Any, dtype: torch.dtype) -> None:
 
 
 def numbers_of(parameter: nn.Parameter) -> int:
-    """Numbers a parameter stands for: packed in 4 bits it has half as many elements."""
+    """Numbers that a parameter represents: packed in 4 bits it has half as many elements."""
     state: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 

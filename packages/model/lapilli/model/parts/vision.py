@@ -357,7 +357,7 @@ def _channels(values: Any) -> tuple[float, float, float]:
 
 
 def _preprocessing(pretrained: str) -> dict[str, Any]:
-    """What `preprocessor_config.json` beside the weights says; nothing, if there is none."""
+    """The contents of `preprocessor_config.json` beside the weights; empty if missing."""
     if not pretrained:
         return {}
     from transformers.image_processing_base import ImageProcessingMixin

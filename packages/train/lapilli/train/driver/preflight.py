@@ -291,7 +291,7 @@ def _time_step(model: VisionLanguageModel, feed: Feed) -> float:
 
 
 def finished_steps(config: RunConfig) -> int | None:
-    """Steps of the run, if an earlier one with the same settings and data came to its end.
+    """Steps of the run, if an earlier run with the same settings and data is complete.
 
     Needs neither Ray nor the model. One from before runs kept what they need of their dataset gets
     it.
@@ -327,7 +327,7 @@ def _check_dataset(found: Checkpoint | None, fingerprint: str) -> None:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make every path of this machine absolute; a name that is no folder here may be a hub's.
+    """Make every local path absolute; a name that is not a folder here may be one on the hub.
 
     Raises:
         DataError: An address where a path is expected.
@@ -390,7 +390,7 @@ def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int
     if before is None:
         return start
     check_same_settings(before, config, config.checkpoint.upload)
-    # the folder is this run's, whatever comes of it; its length changes when it goes on
+    # from here on the folder belongs to this run; its length changes on resume
     write_run_config(run, replace(config, **{key: getattr(before, key) for key in LENGTH}))
     return fetch_newest(run, config.checkpoint.upload, start, on_note)
 

@@ -143,7 +143,7 @@ def _write(run: Path) -> float:
                 os.fsync(file.fileno())
         return written / (time.monotonic() - start)
     except OSError:
-        return 0.0  # a full disk; what it stops is told where it stops it
+        return 0.0  # a full disk; reported where it stops something
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)

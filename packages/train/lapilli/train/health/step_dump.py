@@ -29,7 +29,7 @@ from lapilli.train.run_folder.settings import require_missing
 
 __all__ = ["KeptStep", "is_wrong", "keep_step", "read_kept"]
 
-ENOUGH = 10  # losses before a spike can be told
+ENOUGH = 10  # losses before a spike can be detected
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error)  # an npz
 ARRAYS = (
     "input_ids", "position_ids", "segment_ids", "row_lengths", "merge_index", "pixels",

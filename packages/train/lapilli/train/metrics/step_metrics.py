@@ -162,7 +162,7 @@ class StepMeter:
         )
 
     def samples(self, step: StepBatches, losses: Sequence[float]) -> list[SampleLoss]:
-        """Each sample's loss; none where the loss cannot be told apart (Liger).
+        """Each sample's loss; empty if the loss has no parts (Liger).
 
         Args:
             step: The step.

@@ -107,7 +107,7 @@ class AnswerReader:
         return at >= 0
 
     def _start(self) -> int | None:
-        """Where the answer's own words begin; None if that cannot be told yet."""
+        """Where the answer's own words begin; None if not known yet."""
         frame = self._frames.answer_start
         if self._text.startswith(frame):
             return len(frame)

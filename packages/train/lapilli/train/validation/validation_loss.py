@@ -45,7 +45,7 @@ def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
 
 
 def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
-    """Other ids, another template or another view are no measure of what has been learnt.
+    """Reject validation data with another tokenizer, template or view than the training data.
 
     Raises:
         TrainError: Names what differs, with both values.

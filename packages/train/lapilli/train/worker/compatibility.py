@@ -142,7 +142,7 @@ def check_start(
     dataset: Dataset,
     on_note: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """An embedding that has learnt other ids is no start; tokens may have been added.
+    """Reject an initial checkpoint trained with another tokenizer; added tokens are allowed.
 
     Another template is one, as LLaVA's second stage has it; `on_note` is called with a line where
     it has the same name.

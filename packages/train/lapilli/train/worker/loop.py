@@ -111,7 +111,7 @@ class _Rows:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or self._last is None:
             return
-        with contextlib.suppress(Exception):  # what ended the training is what is told
+        with contextlib.suppress(Exception):  # report the error that ended the training
             known = self._last[0].known()
             if self._guard.why_wrong(known.result) is None:
                 self._write(*self._last, known, Validated())
@@ -129,7 +129,7 @@ class _Rows:
 
 @contextlib.contextmanager
 def _closed(journal: StepLog | None) -> Generator[None]:
-    """Close a journal at the end; what ended the training is what is told."""
+    """Close the step log; an error of closing does not hide the one that ended the training."""
     if journal is None:
         yield
         return
@@ -205,7 +205,7 @@ def _wants_stop(ready: Setup) -> bool:
 def _save(
     ready: Setup, done: int, writer: checkpoint.Writer, uploads: Uploads | None, *, now: bool
 ) -> None:
-    """Save where it is time to; the disk works while training goes on."""
+    """Save if a checkpoint is due; it is written while training continues."""
     config = ready.config
     is_last = done == ready.feed.total_steps
     forms = [FOLDER] if now or is_last or done % config.checkpoint.every == 0 else []

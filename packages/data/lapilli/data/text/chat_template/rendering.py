@@ -163,7 +163,7 @@ class _Pen:
         self._pictures = pictures
 
     def frame(self, text: str, *, trained: bool | None = False) -> None:
-        """The template's own text: a special token spelt in it is one."""
+        """The template's own text: special tokens in it count as such."""
         # Splitting on one group alternates: text, special, text, ..., text.
         for number, piece in enumerate(self._specials.split(text)):
             if number % 2:

@@ -45,7 +45,7 @@ _NO_DATE_MACRO = f"{{% macro {_DATE}(f) %}}{{{{ raise_exception({_NO_DATE!r}) }}
 
 
 class TemplateRefusal(Exception):
-    """The template does not write a conversation, or not so that its turns can be told apart."""
+    """The template does not render a conversation, or its turns cannot be located."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class TemplateRunner:
 
     @cached_property
     def _known_strips(self) -> dict[str, tuple[str, str]]:
-        """By role the white space that the template takes off a text's start and its end."""
+        """By role the white space that the template strips from the start and end of a text."""
         strips: dict[str, tuple[str, str]] = {}
         for roles in _PROBES:
             frames = self._frames(roles)
@@ -448,7 +448,7 @@ def _is_bare(said: Sequence[Said]) -> bool:
 
 
 def _strip(text: str, start: str, end: str) -> str:
-    """A text without the white space its template takes off."""
+    """A text without the white space that its template strips."""
     # A template that takes off all four takes off what Python calls white space.
     text = text.lstrip(None if start == _SPACES else start) if start else text
     return text.rstrip(None if end == _SPACES else end) if end else text
