@@ -311,10 +311,10 @@ def print_needs(config: CheckConfig, found: Survey) -> None:
     for view, spec in config.views.items():
         disk = len(sizes) * spec.size**2 * 3
         rate = _images_per_second(list(found.images.values()), Path(config.root), spec)
-        minutes = (
-            f", about {len(sizes) / rate / cores / 60:.0f} min on {cores} cores" if rate else ""
-        )
-        say(f"a build of {view}: {bytes_text(disk)} of disk{minutes}")
+        minutes = len(sizes) / rate / cores / 60 if rate else 0.0
+        wording = f"about {minutes:.0f} min" if minutes >= 1 else "under a minute"
+        time_text = f", {wording} on {cores} cores" if rate else ""
+        say(f"a build of {view}: {bytes_text(disk)} of disk{time_text}")
 
 
 def _images_per_second(places: list[Located], root: Path, spec: ImageSpec) -> float:

@@ -13,6 +13,7 @@ __all__ = ["SETTINGS", "short_help"]
 # The settings of each verb that reads recipes and flags: module and class.
 SETTINGS = {
     "quickstart": ("pipelines.cli.settings", "QuickstartConfig"),
+    "tokenizer": ("pipelines.tokenizer", "TokenizerConfig"),
     "preprocess": ("lapilli.data.config", "BuildConfig"),
     "estimate": ("lapilli.train.config", "RunConfig"),
     "train": ("lapilli.train.config", "RunConfig"),

@@ -17,6 +17,7 @@ VERBS = {
     "doctor": "what this machine has, what is missing, and how to add it",
     "quickstart": "end to end on a CPU: data, shards, training, evaluation, report",
     "check": "read annotations and images, report every record that cannot be used",
+    "tokenizer": "train a small tokenizer on a mixture's own texts",
     "preprocess": "annotations and images to a dataset of Arrow shards",
     "estimate": "a run's memory, disk and time, before it starts",
     "train": "a dataset to a trained model",

@@ -198,9 +198,9 @@ def recipe_text(guess: Guess, command: str) -> str:
     """A recipe for `preprocess` with a comment a line, as YAML."""
     source = guess.source
     lines = [
-        f"# Written by `{excerpt(command)}`: what its first {guess.looked_at} records look like.",
-        f"# {guess.good} of them are read as format {source.format}; "
-        f"{guess.found} of their {guess.images} images were found.",
+        f"# Written by `{excerpt(command)}`, by its first {LOOKED_AT} records.",
+        f"# Change first: {'prompts, ' if source.prompts else ''}held_out, and with another model "
+        "than LLaVA-1.5 template and views.",
         "template: v1  # the conversation format that the language model was tuned with",
         "# tokenizer: lmsys/vicuna-7b-v1.5   the language model's; or preprocess --tokenizer",
         "sources:",

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
     "preprocess": "lapilli.data.config:BuildConfig",
+    "tokenizer": "pipelines.tokenizer:TokenizerConfig",
     "train": "lapilli.train.config:RunConfig",
     "estimate": "lapilli.train.config:RunConfig",
     "check": "pipelines.check:CheckConfig",
@@ -49,7 +50,7 @@ FOREIGN = {
     "--concatenate", "--help_all",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate)\b"
+    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 

@@ -51,6 +51,10 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
     if "sources" in values:
         # flags win over the file: a recipe may leave the tokenizer to the user
         return Recipe(BuildConfig, ("--root=in", "--output=out", "--tokenizer=name"))
+    if "views" in values and "sources" not in values:
+        # a layer on a recipe of one's own
+        base = RECIPES / "own_data" / "data.yaml"
+        return Recipe(BuildConfig, ("--root=in", "--output=out", "--tokenizer=name"), base)
     if "sampler" in values and "model" not in values:
         # a layer on any run's recipe
         base = RECIPES / "tiny" / "pretrain.yaml"

@@ -162,6 +162,8 @@ def test_a_recipe_that_was_changed_stays(tmp_path: Path, monkeypatch: pytest.Mon
     assert recipe.read_text() == "template: vicuna\n"
     assert main([str(place), "--recipe=other.yaml"]) == 0
     assert main([str(place), "--recipe=other.yaml"]) == 0, "the same text may be written again"
+    (tmp_path / "data" / "images" / "photo1.jpg").unlink()
+    assert main([str(place), "--recipe=other.yaml"]) == 1, "with other photos it is the same recipe"
 
 
 @pytest.mark.parametrize(
