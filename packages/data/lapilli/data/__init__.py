@@ -2,6 +2,7 @@
 
 from lapilli.data.batches.collate import Batch, BatchShape, choose_buckets, collate
 from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.batches.torch_loader import torch_loader
 from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.building.runners import run_here
 from lapilli.data.config import BuildConfig, MixtureConfig, SourceConfig
@@ -12,6 +13,7 @@ from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.plan import plan_build
 from lapilli.data.record import Entry, ImagePart, Part, Reason, Record, TextPart, Turn, Verdict
 from lapilli.data.shards.manifest import Manifest, read_manifest
+from lapilli.data.sources import Source
 from lapilli.data.text.encode import encode, load_tokenizer
 from lapilli.data.text.templates import TEMPLATES, Template, get_template
 from lapilli.data.text.tokenizer_files import train_tokenizer
@@ -35,6 +37,7 @@ __all__ = [
     "Reason",
     "Record",
     "Sample",
+    "Source",
     "SourceConfig",
     "Template",
     "TextPart",
@@ -53,5 +56,6 @@ __all__ = [
     "prepare",
     "read_manifest",
     "run_here",
+    "torch_loader",
     "train_tokenizer",
 ]

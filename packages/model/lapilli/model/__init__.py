@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lapilli.model.loss import trained_loss
     from lapilli.model.merging import merge
     from lapilli.model.parts.trainable import freeze, trainable_parameters
+    from lapilli.model.parts.vision import Tower
     from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "ModelError",
+    "Tower",
     "VisionConfig",
     "VisionLanguageModel",
     "attention_kernel",
@@ -38,6 +40,7 @@ _MODULES = {
     "LoraConfig": "config",
     "ModelConfig": "config",
     "ModelError": "errors",
+    "Tower": "parts.vision",
     "VisionConfig": "config",
     "VisionLanguageModel": "vlm",
     "attention_kernel": "attention.backend",

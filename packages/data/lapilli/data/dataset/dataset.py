@@ -97,6 +97,16 @@ class Dataset:
         """Number of samples."""
         return len(self.rows)
 
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, counted from the end where it is negative; as `sample`.
+
+        Raises:
+            IndexError: There is none, which ends a `for` loop over the dataset.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a dataset with {len(self)} samples")
+        return self.sample(index % len(self))
+
     @property
     def has_images(self) -> NDArray[np.bool_]:
         """Bool [len]: the modality of each sample."""
