@@ -31,7 +31,6 @@ from lapilli.train.inference.evaluate import (
     score,
 )
 from lapilli.train.run_folder.jsonl import parse_lines
-from lapilli.train.run_folder.names import WEIGHTS
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.settings import EvaluateConfig
 
@@ -108,7 +107,7 @@ def _asked(config: EvaluateConfig) -> dict[str, Any]:
     manifest = read_manifest(Path(config.dataset))
     return {
         "columns": [field.name for field in fields(Answer)],
-        "weights": found.state.files[WEIGHTS].sha256 if found else "",
+        "weights": found.state.weights_id if found else "",
         "dataset": manifest.fingerprint,
         "view": config.view,
         "split": chosen_split(manifest, config.split),

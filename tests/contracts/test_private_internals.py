@@ -291,6 +291,14 @@ internals.forgo_shared_memory()
 import deepspeed
 
 deepspeed.logger.setLevel("ERROR")
+def held(weight, stage):
+    if stage == 0:
+        return None
+    if stage < 3:
+        start, moment = internals.own_part(weight, "exp_avg")
+        return [start, moment.numel(), internals.own_part(weight, None)[1].numel()]
+    assert hasattr(weight, "ds_secondary_tensor")
+    return [*internals.own_range_of_shared(weight)[:2], internals.own_weights(weight).numel()]
 found = {}
 for stage in (0, 1, 2, 3):
     model = nn.Sequential(nn.Linear(4, 4))
@@ -314,6 +322,7 @@ for stage in (0, 1, 2, 3):
         "shared": leaves.is_shared_out(weight),
         "shape": list(leaves.shape_of(weight)),
         "names": dir(engine.optimizer),
+        "own": held(weight, stage),
     }
 print(json.dumps(found))
 """
@@ -335,6 +344,7 @@ def test_zero_holds_state_where_it_is_looked_for(
     assert found["partitioned"] == (stage > 0)
     assert found["shared"] == (stage == 3)
     assert found["shape"] == [4, 4]
+    assert found["own"] == (None if stage == 0 else [0, 16, 16])
 
 
 def test_zero_has_the_names_that_tell_its_stages_apart(engines: dict[str, dict[str, Any]]) -> None:

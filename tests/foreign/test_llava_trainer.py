@@ -27,6 +27,7 @@ from lapilli.train.worker.compatibility import build_start, open_for
 from pipelines.cli.command import parse
 from tests.foreign.environments import HERE, ROOT, run_in
 from tests.foreign.llava_material import LIMIT, RECIPES, Material, make_models, make_records
+from tests.train.saved import saved_weights
 
 pytestmark = [pytest.mark.llava, pytest.mark.timeout(1200)]
 
@@ -214,10 +215,7 @@ def moved_apart(case: Case, config: RunConfig, llava: Path) -> float:
     start = {n.replace(".default.", "."): p.detach() for n, p in model.named_parameters()}
     kept = newest_weights(Path(config.output))
     assert kept is not None
-    ours = {
-        n.replace(".default.", "."): v
-        for n, v in load_file(kept.path / "weights.safetensors").items()
-    }
+    ours = {n.replace(".default.", "."): v for n, v in saved_weights(kept.path).items()}
     theirs = llava_weights(llava)
     assert ours.keys() <= theirs.keys()
     worst = 0.0

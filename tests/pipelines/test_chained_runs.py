@@ -17,6 +17,7 @@ from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.pipelines.test_train import RECIPE, one_line
+from tests.train.saved import saved_weights
 from tests.train.small_run import VIEW, small_dataset
 from tests.train.tiny import model_config
 
@@ -76,7 +77,7 @@ def test_adapters_after_adapters_begin_where_the_first_ended(place: Path) -> Non
     assert losses["rows"] == pytest.approx(losses["whole"], rel=1e-2)  # eight more to choose from
     found = latest_checkpoint(place / "rows")
     assert found is not None
-    rows = load_file(found.path / "weights.safetensors")["language.added_rows.head"]
+    rows = saved_weights(found.path)["language.added_rows.head"]
     mean = load_file(place / "base" / "model.safetensors")["lm_head.weight"].mean(0)
     assert rows.shape == (8, len(mean))
     assert (rows - mean).abs().max() > 1e-4  # each was the mean, and has learnt

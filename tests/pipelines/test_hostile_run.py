@@ -40,6 +40,7 @@ from tests.hostile import is_one_line, refuses, replaced
 from tests.pipelines.test_train import RECIPE
 
 STEP = "step-00000002"
+PART = "part-00000-of-00001.safetensors"
 STATE = f"checkpoints/{STEP}/state.json"
 
 
@@ -203,10 +204,10 @@ def test_a_wild_header_of_weights_is_one_line(tmp_path: Path, data: bytes) -> No
 
 @pytest.mark.parametrize("data", [HEADERS[3], HEADERS[7], HEADERS[9]])
 def test_a_checkpoint_with_a_wild_header_is_one_line(run: Path, data: bytes) -> None:
-    (run / "checkpoints" / STEP / "weights.safetensors").write_bytes(data)
+    (run / "checkpoints" / STEP / PART).write_bytes(data)
     state = json.loads((run / STATE).read_text())
     now = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    state["files"]["weights.safetensors"] = now
+    state["files"][PART] = now
     (run / STATE).write_text(json.dumps(state))
     assert refuses(lambda: open_assistant(run), data)
 

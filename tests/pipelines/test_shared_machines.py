@@ -49,6 +49,8 @@ with only_writer(Path(sys.argv[1]), "written", beside=sys.argv[2] == "beside"):
     sys.stdin.read()
 """
 
+PART = "part-00000-of-00001.safetensors"
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -234,8 +236,7 @@ def all_that_open(trained: Trained, run: Path) -> list[tuple[Callable[..., int],
 @pytest.mark.parametrize(
     "kept_back",
     [
-        "checkpoints/step-00000002/weights.safetensors",
-        "checkpoints/step-00000002/moments.safetensors",
+        f"checkpoints/step-00000002/{PART}",
         "checkpoints/step-00000002/state.json",
         "checkpoints/step-00000002",
         "checkpoints",
@@ -271,7 +272,7 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint(
     opened = Path.open
 
     def failing(self: Path, *given: Any, **more: Any) -> Any:
-        if self.name == "weights.safetensors" and "step-00000002" in self.parts:
+        if self.name == PART and "step-00000002" in self.parts:
             raise OSError(number, os.strerror(number), str(self))
         return opened(self, *given, **more)
 
@@ -279,7 +280,7 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint(
         patched.setattr(Path, "open", failing)
         for main, arguments in all_that_open(trained, run):
             said = one_line(main, arguments, capsys)
-            assert f"weights.safetensors: cannot be read ({os.strerror(number)})" in said
+            assert f"{PART}: cannot be read ({os.strerror(number)})" in said
     assert state_of(run) == before
 
 
@@ -299,12 +300,12 @@ def test_a_run_whose_records_may_not_be_read_is_still_a_run(
 def test_a_damaged_checkpoint_still_is_passed_over(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
-    weights = run / "checkpoints" / "step-00000002" / "weights.safetensors"
+    weights = run / "checkpoints" / "step-00000002" / PART
     weights.write_bytes(weights.read_bytes()[:-1])
     assert pipelines.train.main([*trained.train, f"--output={run}"]) == 0
     assert (
-        state_of(run)["checkpoints/step-00000002/weights.safetensors"]
-        == (state_of(trained.run)["checkpoints/step-00000002/weights.safetensors"])
+        state_of(run)[f"checkpoints/step-00000002/{PART}"]
+        == (state_of(trained.run)[f"checkpoints/step-00000002/{PART}"])
     )
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from lapilli.train.run_folder.names import CONFIG
 
-__all__ = ["SETTINGS", "make_earlier"]
+__all__ = ["SETTINGS", "make_earlier", "write_earlier"]
 
 SETTINGS: dict[str, Any] = json.loads("""{
  "dataset": "in", "output": "out", "view": "pad32",
@@ -53,3 +59,25 @@ def make_earlier(run: Path, settings: dict[str, Any]) -> None:
     for path in run.rglob("state.json"):
         state = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**state, "config": settings}, indent=1), encoding="utf-8")
+
+
+def write_earlier(
+    checkpoint: Path, weights: Mapping[str, torch.Tensor], *, moments: bool = True
+) -> None:
+    """Write a checkpoint's files over as the version before parts did: all weights in one file."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    for name in ("layout", "shapes", "weights"):
+        state.pop(name)
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    state["files"] = {}
+    tensors = {"weights": dict(weights)}
+    if moments:
+        both = [(n, v, m) for n, v in weights.items() for m in ("exp_avg", "exp_avg_sq")]
+        tensors["moments"] = {f"{name}/{moment}": value.square() for name, value, moment in both}
+    for name, values in tensors.items():
+        path = checkpoint / f"{name}.safetensors"
+        save_file(values, path)
+        data = path.read_bytes()
+        state["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")

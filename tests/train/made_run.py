@@ -16,12 +16,12 @@ from lapilli.model.config import LoraConfig, ModelConfig, Part
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint.frozen import FORM
-from lapilli.train.checkpoint.save_load import write_checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
-from lapilli.train.run_folder.names import CONFIG, FOLDER, MOMENTS, WEIGHTS, step_name
+from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.steps.step import to_device
 from lapilli.train.worker.compatibility import build_run
+from tests.train.saved import write_small
 from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config
 
 __all__ = ["configured", "made_run", "moved", "one_batch", "summed_loss"]
@@ -67,11 +67,10 @@ def save_made(config: RunConfig, model: Any, frozen: Any, start: Any, step: int)
         step=step,
         config=asdict(config),
         frozen={"form": FORM, "weights": frozen},
-        start=start.state.files[WEIGHTS].sha256 if start else "",
+        start=start.state.weights_id if start else "",
         files={},
     )
-    tensors = {WEIGHTS: weights, MOMENTS: {"none": torch.zeros(1)}}
-    write_checkpoint(run / FOLDER / step_name(step), tensors, state)
+    write_small(run, weights, state)
     write_json(run / CONFIG, asdict(config))
 
 

@@ -14,11 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from lapilli.model.config import LoraConfig, Part
 from lapilli.model.interop.weights import plain_weights
+from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.worker.compatibility import build_run
+from tests.train.earlier_run import write_earlier
 from tests.train.made_run import configured, made_run, summed_loss
 from tests.train.tiny import VOCABULARY, model_config
 
@@ -260,3 +264,21 @@ def test_a_start_that_went_on_is_still_found(base: Path, tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000001")
     assert summed_loss(load_trained(tmp_path / "b").model) == ended
     assert build_run(second).start is not None
+
+
+def test_a_run_of_the_layout_before_is_started_from_and_not_resumed(tmp_path: Path) -> None:
+    first = configured(tmp_path / "first", "projector")
+    trained = made_run(first)
+    weights = {n: v.detach().clone() for n, v in trainable_parameters(trained).items()}
+    write_earlier(tmp_path / "first" / "checkpoints" / "step-00000001", weights)
+    second = build_run(configured(tmp_path / "second", "language", init_from=tmp_path / "first"))
+    found = dict(second.model.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    loaded = load_trained(tmp_path / "first").model
+    assert summed_loss(loaded) == summed_loss(trained)
+    newest = latest_checkpoint(tmp_path / "first")
+    assert newest is not None
+    with pytest.raises(
+        TrainError, match=r"has layout 1, this version resumes from layout 2; --init_from=.*first"
+    ):
+        checkpoint.load_into(None, newest)

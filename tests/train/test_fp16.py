@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
@@ -23,6 +22,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from tests.train.gang import train_together
+from tests.train.saved import saved_weights
 from tests.train.small_run import small_dataset, small_run
 
 Rows = list[StepMetrics]
@@ -91,7 +91,7 @@ def test_losses_are_near_those_of_fp32_and_weights_are_kept_in_it(
         assert whole == pytest.approx(row.grad_norm, rel=1e-4)
     newest = latest_checkpoint(Path(config.output))
     assert newest is not None
-    for name, value in load_file(newest.path / "weights.safetensors").items():
+    for name, value in saved_weights(newest.path).items():
         assert value.dtype == torch.float32
         assert not torch.equal(value, value.half().float()), name
 

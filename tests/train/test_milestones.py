@@ -19,9 +19,11 @@ from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import open_assistant
 from lapilli.train.inference.evaluate import load_trained
-from lapilli.train.run_folder.names import MOMENTS, WEIGHTS
+from lapilli.train.run_folder.names import WEIGHTS
 from lapilli.train.worker.compatibility import build_start
 from pipelines.reports.describe import describe_run
+from tests.train.earlier_run import write_earlier
+from tests.train.saved import parts, saved_weights
 from tests.train.small_run import small_dataset, small_run
 
 
@@ -61,9 +63,9 @@ def test_milestones_are_the_weights_of_their_steps_and_are_not_pruned(
     whole = alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(every=1, keep_last=10))
     launch(preflight(whole))
     for step in (2, 4, 6):
-        assert not (milestone(finished, step) / MOMENTS).exists()
+        assert not parts(milestone(finished, step))
         weights = load_file(milestone(finished, step) / WEIGHTS)
-        expected = load_file(Path(whole.output) / "checkpoints" / f"step-{step:08d}" / WEIGHTS)
+        expected = saved_weights(Path(whole.output) / "checkpoints" / f"step-{step:08d}")
         assert weights.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(weights[name], value), name
@@ -94,7 +96,9 @@ def test_no_run_goes_on_from_a_milestone_and_it_says_why(
     assert ready.start == 0
     told: list[str] = []
     launch(ready, on_note=told.append)
-    assert any("checkpoints/step-00000004: damaged, or without optimizer" in s for s in told)
+    assert any(
+        "checkpoints/step-00000004: has no optimizer moments; passed over" in s for s in told
+    )
     assert any("a milestone has weights and no optimizer moments; init_from" in s for s in told)
     assert [c.step for c in find_checkpoints(run)] == [6]
 
@@ -106,3 +110,21 @@ def test_milestones_count_in_the_room_a_run_needs(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(TrainError, match=r"and 3 milestones need .*checkpoint\.archive_every"):
         preflight(alone(dataset, tmp_path / "run", checkpoint=CheckpointConfig(archive_every=2)))
+
+
+def test_a_checkpoint_of_the_layout_before_is_not_resumed_and_the_line_says_how_to_go_on(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    newest = run / "checkpoints" / "step-00000006"
+    write_earlier(newest, saved_weights(newest))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        TrainError, match=rf"layout 1, this version resumes from layout 2; --init_from={run} starts"
+    ):
+        preflight(replace(finished, output=str(run)))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    started, _ = build_start(replace(finished, init_from=str(run)))
+    found = trainable_parameters(started)
+    expected = load_file(newest / WEIGHTS)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -54,7 +54,7 @@ def worker(rank: int, place: str) -> None:
     found["pieces"] = sum(map(zero._swappable_optimizer_subgroup, range(len(zero.fp16_groups))))
     first = go_on(probe, rank, range(SAVED))
     state = CheckpointState(files={})
-    checkpoint.save(probe.engine, folder / "run", SAVED, state, keep=1, is_writer=rank == 0)
+    checkpoint.save(probe.engine, folder / "run", SAVED, state, keep=1)
     found["swapped"] = first + go_on(probe, rank, range(SAVED, STEPS))
     own = deepspeed_engine.swap_folder(swapped) / "zero_stage_3" / "optimizer" / f"rank{rank}"
     found["bytes"] = sum(path.stat().st_size for path in own.iterdir())

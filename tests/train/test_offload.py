@@ -95,7 +95,7 @@ def worker(rank: int, place: str) -> None:
         if rank == 0:
             torch.save(host_bytes(probe.engine), f"{place}/held-{stage}.pt")
         state = CheckpointState(files={})
-        checkpoint.save(probe.engine, run, SAVED, state, keep=1, is_writer=rank == 0)
+        checkpoint.save(probe.engine, run, SAVED, state, keep=1)
         found["offloaded"] = first + go_on(probe, rank, range(SAVED, STEPS))
         dist.barrier()
         newest = latest_checkpoint(run)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.driver.workers import join_alone
 from lapilli.train.engine import deepspeed_engine
+from lapilli.train.engine.fragments import held_fragments
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.optim import build_optimizer, learning_rate
 from lapilli.train.steps.step import to_device, train_step
@@ -91,12 +91,7 @@ def test_the_fused_kernel_updates_alike_and_its_moments_have_the_same_names(stag
         for ranks in random_steps(3, seed=2):
             batches = [to_device(batch, torch.device("cpu")) for batch in ranks[0]]
             train_step(built, batches, global_tokens=global_tokens(ranks), world_size=1)
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in trainable_parameters(built.module).items():
-            state[name] = deepspeed_engine.read_weight(parameter).clone()
-            for moment, value in deepspeed_engine.read_moments(built, parameter).items():
-                state[f"{name} {moment}"] = value.clone()
-        found.append(state)
+        found.append({f"{f.name} {f.kind}": f.get().clone() for f in held_fragments(built)})
     plain, fused = found
     assert plain.keys() == fused.keys()
     for name, value in plain.items():

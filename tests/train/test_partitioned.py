@@ -109,7 +109,7 @@ def worker(rank: int, place: str) -> None:
             frozen={"form": FORM, "weights": built.frozen}, config=plain_settings(config), files={}
         )
         saved = folder / f"{case}-run"
-        checkpoint.save(engine, saved, 2, state, keep=1, is_writer=rank == 0)
+        checkpoint.save(engine, saved, 2, state, keep=1)
         dist.barrier()
         newest = latest_checkpoint(saved)
         assert newest is not None

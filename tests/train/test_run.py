@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
@@ -26,6 +25,7 @@ from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import MetricsFile, read_metrics
+from tests.train.saved import saved_weights
 from tests.train.small_run import made_step, small_dataset, small_run
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -195,7 +195,7 @@ def test_weights_loaded_in_bf16_train(dataset: Path, tmp_path: Path) -> None:
     launch(preflight(config))
     newest = latest_checkpoint(Path(config.output))
     assert newest is not None
-    saved = load_file(newest.path / "weights.safetensors")
+    saved = saved_weights(newest.path)
     assert {value.dtype for value in saved.values()} == {torch.float32}
     for name, before in trainable_parameters(build_model(config.model)).items():
         assert not torch.equal(saved[name], before.float()), name
@@ -237,7 +237,7 @@ def test_bf16_trains_and_keeps_fp32_weights(stage: int, dataset: Path, tmp_path:
     assert sum(found[-4:]) < 0.8 * sum(found[:4])
     newest = latest_checkpoint(Path(config.output))
     assert newest is not None
-    for name, value in load_file(newest.path / "weights.safetensors").items():
+    for name, value in saved_weights(newest.path).items():
         assert value.dtype == torch.float32
         assert not torch.equal(value, value.bfloat16().float()), name
 
@@ -283,7 +283,9 @@ def cut_short(finished: RunConfig, run: Path, *, to_step: int) -> None:
     MetricsFile(run, to_step).close()
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "moments.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "file", ["part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
     file: str, damage: str, finished: RunConfig, tmp_path: Path

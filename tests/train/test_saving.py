@@ -6,29 +6,30 @@ import multiprocessing
 import os
 import random
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lapilli.train.checkpoint import find
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.find import latest_checkpoint
-from lapilli.train.checkpoint.layout import forget_old, tidy
 from lapilli.train.checkpoint.save_load import write_checkpoint
+from lapilli.train.checkpoint.tidy import tidy
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.run_folder.names import MOMENTS, WEIGHTS
+from tests.train.earlier_run import write_earlier
+from tests.train.saved import parts, pieces, saved_tensors, write_small
 from tests.train.small_run import small_dataset, small_run
 
-SIZE = 1_500_000  # numbers in each of two tensors of a checkpoint: writing takes some 30 ms
+SIZE = 1_500_000  # numbers in each of two weights: writing takes some 50 ms
 KILLS = 8
 
 
@@ -46,14 +47,10 @@ def save_on_and_on(run: Path, step: int, told: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         step += 1
-        weights = values(step)
+        made = pieces(values(step))
         told.send(("saving", step))
-        write_checkpoint(
-            run / "checkpoints" / f"step-{step:08d}",
-            {WEIGHTS: weights, MOMENTS: {f"{name}/exp_avg": -v for name, v in weights.items()}},
-            state(step),
-        )
-        forget_old(run, step, keep=2)
+        shapes = {name: [SIZE] for name in ("a", "b")}
+        write_checkpoint(made, run, replace(state(step), shapes=shapes), keep=2)
         told.send(("saved", step))
 
 
@@ -92,10 +89,10 @@ def test_kills_in_the_middle_of_saving_leave_the_checkpoint_before(tmp_path: Pat
         assert found.step in (saved, saved + 1), wait  # renamed, and killed before it said so
         step = found.step
         assert found.path.name == f"step-{step:08d}"
-        for name, sign in ((WEIGHTS, 1), (MOMENTS, -1)):
-            loaded = load_file(found.path / name)
-            for key, value in values(step).items():
-                assert torch.equal(loaded[key if sign > 0 else f"{key}/exp_avg"], sign * value)
+        loaded = saved_tensors(found.path)
+        for name, value in values(step).items():
+            assert torch.equal(loaded[f"{name}/weight"], value)
+            assert torch.equal(loaded[f"{name}/exp_avg"], -value)
         lines = tidy(run, step)
         for line in lines:
             assert line == (
@@ -112,40 +109,38 @@ def test_kills_in_the_middle_of_saving_leave_the_checkpoint_before(tmp_path: Pat
 
 def test_what_no_run_goes_on_from_is_passed_over_and_said(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    small = {"a": torch.ones(3)}
-    for step in (1, 2, 3):
-        moments = {MOMENTS: {"a/exp_avg": torch.ones(3)}} if step < 3 else {}
-        path = folder / f"step-{step:08d}"
-        write_checkpoint(path, {WEIGHTS: small, **moments}, state(step))
-    (folder / "step-00000002" / WEIGHTS).write_bytes(b"other")
+    for step in (1, 2, 3, 4, 5):
+        write_small(tmp_path, {"a": torch.ones(3)}, state(step))
+    (part,) = parts(folder / "step-00000002")
+    part.write_bytes(part.read_bytes()[:-1] + b"!")
+    (part,) = parts(folder / "step-00000003")
+    part.write_bytes(part.read_bytes()[:-1])
+    (part,) = parts(folder / "step-00000004")
+    part.unlink()
+    write_earlier(folder / "step-00000005", {"a": torch.ones(3)}, moments=False)
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    lines = tidy(tmp_path, 1)
-    assert [line.partition(":")[0] for line in lines] == [
-        "checkpoints/step-00000002",
-        "checkpoints/step-00000003",
+    size = parts(folder / "step-00000002")[0].stat().st_size
+    whys = [
+        f"{part.name} has changed since it was written (SHA-256 ",
+        f"{part.name} has {size - 1} bytes of {size}; ",
+        f"{part.name} is missing; ",
+        "has no optimizer moments; ",
     ]
-    assert all("damaged, or without optimizer moments" in line for line in lines)
+    for step, line, why in zip(range(2, 6), tidy(tmp_path, 1), whys, strict=True):
+        assert line.startswith(f"checkpoints/step-{step:08d}: {why}")
+        assert line.endswith("the run resumes from step 1 and removes it at the next save")
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tiny_disk: Path) -> None:
-    folder = tiny_disk / "run" / "checkpoints"
-    small, large = {"a": torch.ones(3)}, {"a": torch.ones(6_000_000)}
-    write_checkpoint(
-        folder / "step-00000001",
-        {WEIGHTS: small, MOMENTS: small},
-        state(1),
-    )
+    run = tiny_disk / "run"
+    write_small(run, {"a": torch.ones(3)}, state(1))
     with pytest.raises(TrainError, match=r"cannot be written .* free space and resume"):
-        write_checkpoint(
-            folder / "step-00000002",
-            {WEIGHTS: large, MOMENTS: small},
-            state(2),
-        )
-    found = latest_checkpoint(tiny_disk / "run")
+        write_small(run, {"a": torch.ones(6_000_000)}, state(2))
+    found = latest_checkpoint(run)
     assert found is not None
-    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_names_are_flushed_after_the_rename_and_bytes_before(
@@ -166,15 +161,10 @@ def test_names_are_flushed_after_the_rename_and_bytes_before(
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
     folder = tmp_path / "run" / "checkpoints"
-    small = {"a": torch.ones(3)}
-    write_checkpoint(
-        folder / "step-00000001",
-        {WEIGHTS: small, MOMENTS: small},
-        state(1),
-    )
+    write_small(tmp_path / "run", {"a": torch.ones(3)}, state(1))
     temporary = folder / ".step-00000001.tmp"
     *before, last = calls[: calls.index("rename")]
-    files = ("state.json", WEIGHTS, MOMENTS)
+    files = ("state.json", "part-00000-of-00001.safetensors")
     assert {*before} == {str(temporary / name) for name in files}
     assert last == str(temporary)
     assert calls[calls.index("rename") + 1 :] == [str(folder), str(folder.parent)]
@@ -239,9 +229,7 @@ def test_a_reader_of_a_run_that_goes_on_finds_what_has_replaced_the_checkpoint_i
     weights = {"a": torch.zeros(2)}
 
     def save(step: int) -> None:
-        path = tmp_path / "checkpoints" / f"step-{step:08d}"
-        write_checkpoint(path, {WEIGHTS: weights, MOMENTS: weights}, state(step))
-        forget_old(tmp_path, step, keep=1)
+        write_small(tmp_path, weights, state(step), keep=1)
 
     save(1)
     hashed, later = find.sha256_file, [2, 3]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lapilli.model.config import LoraConfig, Part
 from lapilli.model.vlm import build_model
@@ -21,6 +20,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.worker.compatibility import build_start
 from tests.factories import build_dataset, make_mixture, make_tokenizer
+from tests.train.saved import saved_weights
 from tests.train.small_run import small_dataset, small_run
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -33,7 +33,7 @@ def with_trainable(config: RunConfig, *parts: Part) -> RunConfig:
 def weights_of(run: str) -> dict[str, torch.Tensor]:
     found = latest_checkpoint(Path(run))
     assert found is not None
-    return load_file(found.path / "weights.safetensors")
+    return saved_weights(found.path)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint.find import find_checkpoints
+from lapilli.train.checkpoint.parts import part_name
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
@@ -115,10 +116,10 @@ def test_a_fresh_machine_goes_on_from_the_newest_that_is_whole_at_the_store(
     there = RemotePath(STORE)
     for step in (2, 4):  # whatever was overtaken
         folder = Path(first.output) / "checkpoints" / f"step-{step:08d}"
-        for name in ("weights.safetensors", "moments.safetensors", "state.json"):
-            (there / f"checkpoints/{folder.name}/{name}").put(folder / name)
+        for path in folder.iterdir():
+            (there / f"checkpoints/{folder.name}/{path.name}").put(path)
     (there / "checkpoints/step-00000006/state.json").unlink()
-    (there / "checkpoints/step-00000004/moments.safetensors").put(dataset / "manifest.json")
+    (there / f"checkpoints/step-00000004/{part_name(0, 1)}").put(dataset / "manifest.json")
     fresh = replace(first, output=str(tmp_path / "fresh"))
     told: list[str] = []
     ready = preflight(fresh, told.append)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,18 @@ from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.typed_json import JsonError
 from lapilli.train.checkpoint.layout import steps_in
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.checkpoint_state import CheckpointState, read_state
-from lapilli.train.run_folder.names import FILES, FOLDER, STATE, WEIGHTS, step_name
+from lapilli.train.run_folder.checkpoint_state import LAYOUT, CheckpointState, read_state
+from lapilli.train.run_folder.names import FOLDER, STATE, WEIGHTS, step_name
 
 __all__ = [
     "Checkpoint",
     "at_step",
+    "damage",
     "find_checkpoints",
     "is_run",
     "latest_checkpoint",
     "newest_weights",
+    "require_layout",
 ]
 
 
@@ -80,7 +82,7 @@ def newest_weights(path: Path) -> Checkpoint | None:
     `path` may also be the folder of one checkpoint or milestone.
     """
     if is_file(path / STATE):
-        return _read(path, needed=(WEIGHTS,))
+        return _read(path, resumable=False)
     return latest_checkpoint(path)
 
 
@@ -103,18 +105,60 @@ def at_step(run: Path, step: int) -> Checkpoint:
     return Checkpoint(path, step, state)
 
 
-def _read(path: Path, *, hashed: bool = True, needed: Collection[str] = FILES) -> Checkpoint | None:
+def require_layout(checkpoint: Checkpoint) -> None:
+    """Refuse to go on from a checkpoint of another layout than this version writes.
+
+    Raises:
+        TrainError: Names both layouts.
+    """
+    if (found := checkpoint.state.layout) != LAYOUT:
+        run = checkpoint.path.parent.parent
+        raise TrainError(
+            f"{checkpoint.path}: has layout {found}, this version resumes from layout {LAYOUT}; "
+            f"--init_from={run} starts another run with its weights, or resume with the version "
+            "that wrote it"
+        )
+
+
+def damage(path: Path, *, hashed: bool = True, resumable: bool = True) -> str:
+    """What a checkpoint is not whole for; empty where it is.
+
+    Args:
+        path: Its folder.
+        hashed: Compare checksums and not sizes alone.
+        resumable: Whether weights alone are not enough.
+
+    Raises:
+        TrainError: It cannot be read: it may be whole.
+    """
+    found = _look(path, hashed=hashed, resumable=resumable)
+    return found if isinstance(found, str) else ""
+
+
+def _read(path: Path, *, hashed: bool = True, resumable: bool = True) -> Checkpoint | None:
+    found = _look(path, hashed=hashed, resumable=resumable)
+    return found if isinstance(found, Checkpoint) else None
+
+
+def _look(path: Path, *, hashed: bool, resumable: bool) -> Checkpoint | str:
+    """A checkpoint, or what is wrong with it."""
     try:
         state = read_state(path)
-        if not {*needed} <= {*state.files}:
-            return None
+        if not state.files or (resumable and {*state.files} == {WEIGHTS}):
+            return "has no optimizer moments"
         for name, file in state.files.items():
-            if (path / name).stat().st_size != file.bytes:
-                return None
-            if hashed and sha256_file(path / name) != file.sha256:
-                return None
+            if (size := (path / name).stat().st_size) != file.bytes:
+                return f"{name} has {size} bytes of {file.bytes}"
+        if hashed:
+            with ThreadPoolExecutor() as pool:
+                found = pool.map(sha256_file, [path / name for name in state.files])
+            for (name, file), sha256 in zip(state.files.items(), found, strict=True):
+                if sha256 != file.sha256:
+                    return f"{name} has changed since it was written (SHA-256 {sha256[:12]})"
         return Checkpoint(path, state.step, state)
     except (OSError, JsonError) as error:
         if is_denied(error):  # it may be whole: nothing is removed and nothing begun anew
             raise TrainError(cannot_read(error.filename or path, error)) from None
-        return None
+        if isinstance(error, FileNotFoundError):
+            return f"{Path(error.filename or STATE).name} is missing"
+        return f"{STATE} is damaged" if isinstance(error, JsonError) else str(error)

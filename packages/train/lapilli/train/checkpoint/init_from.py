@@ -24,15 +24,15 @@ from lapilli.model.parts.added_rows import ADDED, source_rows, table_names
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.quantized import quantized_layers, round_trip
 from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
-from lapilli.model.parts.weight_files import open_safetensors
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 from lapilli.train.checkpoint.find import Checkpoint, find_checkpoints, newest_weights
 from lapilli.train.checkpoint.frozen import check_frozen, source_digests
 from lapilli.train.checkpoint.layout import steps_in
+from lapilli.train.checkpoint.parts import Saved, open_saved
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
-from lapilli.train.run_folder.names import FOLDER, MILESTONES, STATE, WEIGHTS
+from lapilli.train.run_folder.names import FOLDER, MILESTONES, STATE
 
 __all__ = ["Built", "Chain", "build_on", "find_chain", "keeps_language", "recorded"]
 
@@ -88,8 +88,8 @@ def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
 
     Args:
         init_from: Folder of the run that comes before, or of another project's weights.
-        wanted: SHA-256 of the weights that were started from (`start` of what is `recorded`); empty
-            takes the newest checkpoint's.
+        wanted: The weights that were started from (`start` of what is `recorded`); empty takes the
+            newest checkpoint's.
         by: The run that starts from it, for a message.
 
     Raises:
@@ -116,7 +116,7 @@ def _find_stage(run: Path, wanted: str, by: object) -> Checkpoint | None:
     paths = [run, *(p for folder in (FOLDER, MILESTONES) for p in steps_in(run / folder))]
     for path in reversed(paths):
         found = newest_weights(path) if is_file(path / STATE) else None
-        if found and found.state.files[WEIGHTS].sha256 == wanted:
+        if found and found.state.weights_id == wanted:
             return found
     newest = newest_weights(run)
     has = f"has others now (step {newest.step})" if newest else "has no whole checkpoint any more"
@@ -221,14 +221,14 @@ class _Stage:
 
     Attributes:
         path: Its checkpoint.
-        file: Its open weights, of which one tensor is read at a time.
+        saved: Its open weights, of which one tensor is read at a time.
         model: The `model` of its config.
         whole: Names of tensors that it trained whole, as the file has them, by plain name.
         layers: Layers that it has adapters for.
     """
 
     path: Path
-    file: Any
+    saved: Saved
     model: ModelConfig
     whole: Mapping[str, str] = field(default_factory=dict[str, str])
     layers: frozenset[str] = frozenset()
@@ -236,11 +236,11 @@ class _Stage:
     @staticmethod
     def open(found: Checkpoint, files: ExitStack) -> _Stage:
         """Open its weights for as long as `files`."""
-        file = files.enter_context(open_safetensors(found.path / WEIGHTS))
-        names: list[str] = list(file.keys())
+        saved = files.enter_context(open_saved(found))
+        names = saved.shapes
         return _Stage(
             path=found.path,
-            file=file,
+            saved=saved,
             model=found.state.settings(found.path / STATE).model,
             whole={base_name(name): name for name in names if not is_adapter(name)},
             layers=frozenset(name.removesuffix(A) for name in names if name.endswith(A)),
@@ -266,12 +266,7 @@ class _Stage:
     def rows(self, kind: str) -> Tensor | None:
         """The added rows that it trained beside a frozen table."""
         names = [f"language.{ADDED}.{kind}", f"language.{ADDED}.embedding"]  # a tied head has none
-        there = {*self.file.keys()}
-        return next((self.file.get_tensor(name) for name in names if name in there), None)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of the file."""
-        return tuple(self.file.get_slice(name).get_shape())
+        return next((self.saved.whole(name) for name in names if name in self.saved.shapes), None)
 
     def check(self, model: VisionLanguageModel) -> None:
         """Require that the model has every weight of this stage.
@@ -282,9 +277,10 @@ class _Stage:
         parameters = {name: shape_of(value) for name, value in model.named_parameters()}
         tables = _tables(model)
         for plain, name in self.whole.items():
-            self._check(plain, self.shape(name), parameters.get(plain), plain in tables)
+            self._check(plain, self.saved.shapes[name], parameters.get(plain), plain in tables)
         for layer in sorted(self.layers):
-            made = self.shape(layer + B)[0], self.shape(layer + A)[1]
+            shapes = self.saved.shapes
+            made = shapes[layer + B][0], shapes[layer + A][1]
             there = parameters.get(f"{layer}.weight")
             if there is not None and _is_transposed(model, f"{layer}.weight"):
                 made = made[::-1]
@@ -319,7 +315,7 @@ class _Stage:
     def apply(self, name: str, value: Tensor, place: _Place) -> Tensor:
         """A weight after this run, fp32."""
         if name in self.whole:
-            found = self.file.get_tensor(self.whole[name]).float()
+            found = self.saved.whole(self.whole[name])
             missing = len(value) - len(found) if place.table else 0
             return torch.cat([found, found.mean(0).expand(missing, *found.shape[1:])])
         layer = name.removesuffix(".weight")
@@ -328,14 +324,14 @@ class _Stage:
             held = round_trip(turned, self.dtype)
             value = (held.T if place.is_transposed else held).float()
         if layer in self.layers:
-            pair = self.file.get_tensor(layer + A), self.file.get_tensor(layer + B)
+            pair = self.saved.whole(layer + A), self.saved.whole(layer + B)
             scale = self.scale
             made = low_rank(*pair, scale, is_transposed=place.is_transposed)
             value = value.to(self.dtype).float() + made
         rows = self.rows(place.table) if place.table else None
         if rows is not None:
             first = place.source_rows
-            value = torch.cat([value[:first], rows.float(), value[first + len(rows) :]])
+            value = torch.cat([value[:first], rows, value[first + len(rows) :]])
         return value
 
     def touches(self, name: str, place: _Place) -> bool:

@@ -1,4 +1,4 @@
-"""Folders of checkpoints: moved into place, pruned, cleaned up.
+"""Folders of checkpoints: moved into place and pruned.
 
 What is read here is either whole or not there, whenever the process was killed.
 """
@@ -14,13 +14,7 @@ from pathlib import Path
 
 from lapilli.data.io.access import exists, subpaths
 from lapilli.train.run_folder.messages import note
-from lapilli.train.run_folder.names import (
-    CUT,
-    FOLDER,
-    GONE,
-    MILESTONES,
-    step_name,
-)
+from lapilli.train.run_folder.names import FOLDER, GONE, step_name
 
 __all__ = [
     "folder_bytes",
@@ -29,7 +23,6 @@ __all__ = [
     "outdated",
     "put_in_place",
     "steps_in",
-    "tidy",
 ]
 
 
@@ -84,48 +77,6 @@ def forget_old(run: Path, step: int, keep: int, *, held: Collection[Path] = ()) 
             _remove(path)
         except OSError as error:
             note(run, f"{FOLDER}/{path.name}: cannot be removed ({error.strerror}); it takes room")
-
-
-def tidy(run: Path, step: int) -> list[str]:
-    """Remove incomplete folders, and list checkpoints that the run cannot resume from.
-
-    Args:
-        run: The run's folder, to which nobody else writes.
-        step: The newest whole checkpoint's, or 0.
-
-    Returns:
-        One line for each checkpoint that is not what it should be.
-    """
-    said: list[str] = []
-    goes_on = f"the run resumes from step {step}" if step else "the run starts at step 0"
-    for folder in (FOLDER, MILESTONES):
-        for path in subpaths(run / folder, ".step-"):
-            removed = _clear(path)
-            if path.name.endswith(CUT):
-                name = path.name.removeprefix(".").removesuffix(CUT)
-                said.append(f"{folder}/{name}: cut short while it was saved; {removed}, {goes_on}")
-    for path in steps_in(run / FOLDER):
-        if path.name > step_name(step):
-            said.append(
-                f"{FOLDER}/{path.name}: damaged, or without optimizer moments; passed over, "
-                f"{goes_on} and removes it at the next save"
-            )
-    milestones = steps_in(run / MILESTONES)
-    if milestones and not step:
-        said.append(
-            f"no checkpoint to go on from, {goes_on}: a milestone has weights and no optimizer "
-            f"moments; init_from: {milestones[-1]} starts another run with the newest one's"
-        )
-    return said
-
-
-def _clear(path: Path) -> str:
-    """Remove an incomplete folder; returns what was done."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        return f"cannot be removed ({error.strerror})"
-    return "removed"
 
 
 def is_step(name: str) -> bool:

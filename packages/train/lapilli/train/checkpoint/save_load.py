@@ -1,42 +1,57 @@
 """Save and load checkpoints in a layout independent of world size and ZeRO stage.
 
-`checkpoints/step-00000100/` holds `weights.safetensors` (fp32, what learns), `moments.safetensors`
-(fp32, `name/exp_avg`, `name/exp_avg_sq`) and `state.json` with the sizes and checksums of the other
-two. `milestones/step-00000100/` has no moments: weights to keep, and no point to go on from.
+`checkpoints/step-00000100/` holds a part from each worker (`lapilli.train.checkpoint.parts`) and
+`state.json` with sizes and checksums of the parts. `milestones/step-00000100/` holds whole
+`weights.safetensors` and no moments: weights to keep, and no point to go on from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
-from lapilli.data.io.access import FULL, cannot_read, exists
-from lapilli.data.io.atomic import sha256_file
+from lapilli.data.io.access import FULL, exists
 from lapilli.data.io.printable import bytes_text
 from lapilli.model.deepspeed_internals import shape_of
-from lapilli.model.errors import ModelError
 from lapilli.model.parts.trainable import trainable_parameters
-from lapilli.model.parts.weight_files import read_safetensors, save_tensors
-from lapilli.train.checkpoint.find import Checkpoint
+from lapilli.train.checkpoint.find import Checkpoint, require_layout
 from lapilli.train.checkpoint.layout import folder_bytes, forget_old, put_in_place
-from lapilli.train.engine import deepspeed_engine
+from lapilli.train.checkpoint.parts import Saved, open_saved, write_whole
+from lapilli.train.checkpoint.staging import StagedFragment, Staging
+from lapilli.train.engine.fragments import (
+    KINDS,
+    WEIGHT,
+    Fragment,
+    checkpoint_share,
+    held_fragments,
+    set_steps,
+    this_rank,
+    working_fragments,
+)
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.checkpoint_state import CheckpointFile, CheckpointState, write_state
+from lapilli.train.run_folder.checkpoint_state import (
+    LAYOUT,
+    CheckpointFile,
+    CheckpointState,
+    write_state,
+)
 from lapilli.train.run_folder.names import (
     CONFIG,
     CUT,
     DATA,
     FOLDER,
     MILESTONES,
-    MOMENTS,
     WEIGHTS,
     step_name,
 )
@@ -55,20 +70,21 @@ __all__ = [
 class Writer:
     """Writes checkpoints in the background, one at a time. Leaving the context waits.
 
-    What is written was copied to the host before, so that training may go on.
+    What is written was copied to the host before, so that training may go on. Every worker has one;
+    they agree in a process group of their own, beside that of the training. Making one is
+    collective.
     """
 
     def __init__(self) -> None:
+        self.staging = Staging()
+        self.group: Any = None
+        if this_rank()[1] > 1:
+            self.group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Write in the background, after the previous write.
-
-        Raises:
-            TrainError: The write before failed.
-        """
-        self.wait()
+        """Write in the background; the write before has ended (`wait`)."""
 
         def work() -> None:
             try:
@@ -104,10 +120,13 @@ class Writer:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if raised[0] is None:
-            self.wait()
-        elif self._thread is not None:
-            self._thread.join()  # what stopped the training is what is told
+        try:
+            if raised[0] is None:
+                self.wait()
+            elif self._thread is not None:
+                self._thread.join()  # what stopped the training is what is told
+        finally:
+            self.staging.free()
 
 
 class Copies(Protocol):
@@ -122,6 +141,73 @@ class Copies(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Finish:
+    """What rank 0 does when all parts are on the disk.
+
+    Attributes:
+        run: The run's folder.
+        state: What `state.json` says, but for the files.
+        forms: As of `save`.
+        keep: As of `save`.
+        copies: As of `save`.
+    """
+
+    run: Path
+    state: CheckpointState
+    forms: Collection[str]
+    keep: int
+    copies: Copies | None
+
+    def place(self, form: str) -> Path:
+        """Where a folder of the step will lie."""
+        return self.run / form / step_name(self.state.step)
+
+    @property
+    def parts(self) -> Path:
+        """The folder that parts are written into."""
+        return _cut(self.place(FOLDER if FOLDER in self.forms else MILESTONES))
+
+    def __call__(self, files: Mapping[str, CheckpointFile]) -> None:
+        """Move what is whole into place: first the milestone, which a resumed run would not save.
+
+        Of a milestone alone the parts are removed when its file is written.
+        """
+        content = json.dumps({name: file.sha256 for name, file in sorted(files.items())})
+        weights = hashlib.sha256(content.encode()).hexdigest()
+        state = replace(self.state, files={**files}, weights=weights)
+        if MILESTONES in self.forms:
+            self._finish_milestone(state)
+        if FOLDER in self.forms:
+            write_state(state, self.parts)
+            self._put(FOLDER)
+            held = self.copies.held() if self.copies else ()
+            forget_old(self.run, state.step, self.keep, held=held)
+
+    def _finish_milestone(self, state: CheckpointState) -> None:
+        folder = _cut(self.place(MILESTONES))
+        if folder != self.parts:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        with open_saved(Checkpoint(self.parts, state.step, state)) as saved:
+            file = write_whole(folder / WEIGHTS, saved)
+        if folder == self.parts:
+            for name in state.files:
+                (folder / name).unlink()
+        write_state(replace(state, files={WEIGHTS: file}), folder)
+        config = json.dumps(state.config, indent=1)  # so that it can be named where a run can
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+        if (self.run / DATA).is_dir():
+            shutil.copytree(self.run / DATA, folder / DATA)
+        self._put(MILESTONES)
+
+    def _put(self, form: str) -> None:
+        path = self.place(form)
+        put_in_place(_cut(path), path)
+        if self.copies:
+            self.copies.offer(path)
+
+
 def save(
     engine: Any,
     run: Path,
@@ -129,12 +215,11 @@ def save(
     state: CheckpointState,
     *,
     keep: int,
-    is_writer: bool,
     writer: Writer | None = None,
     forms: Collection[str] = (FOLDER,),
     copies: Copies | None = None,
 ) -> Path:
-    """Gather what learns and its moments on every rank; one of them writes.
+    """Copy this worker's share to the host; all workers write theirs. Collective.
 
     Args:
         engine: DeepSpeed's engine.
@@ -142,137 +227,134 @@ def save(
         step: Optimizer steps taken.
         state: What `state.json` says beside step and files.
         keep: Newest checkpoints to keep, this one included.
-        is_writer: Whether this rank writes.
         writer: Writes behind the training; None writes now.
         forms: `checkpoints` for one to go on from, `milestones` for weights that are kept for ever.
-        copies: Takes what is written elsewhere.
+        copies: On rank 0, takes what is written elsewhere.
 
     Returns:
         The checkpoint's folder.
     """
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, parameter in trainable_parameters(engine.module).items():
-        weight = deepspeed_engine.read_weight(parameter)
-        found = deepspeed_engine.read_moments(engine, parameter) if FOLDER in forms else {}
-        if is_writer:
-            weights[name] = weight.cpu().clone()
-            moments.update({f"{name}/{key}": value.cpu().clone() for key, value in found.items()})
-    tensors = {MILESTONES: {WEIGHTS: weights}, FOLDER: {WEIGHTS: weights, MOMENTS: moments}}
+    if writer:
+        writer.wait()  # its memory is used again
+    kinds = KINDS if FOLDER in forms else (WEIGHT,)
+    staging = writer.staging if writer else Staging()
+    pieces = staging.copy(held_fragments(engine, kinds, divided=True))
+    shapes = {n: [*shape_of(p)] for n, p in trainable_parameters(engine.module).items()}
+    made = replace(state, step=step, layout=LAYOUT, shapes=shapes)
+    finish = _Finish(run=run, state=made, forms=forms, keep=keep, copies=copies)
 
     def write() -> None:
-        # The milestone first: a run resumes from the checkpoint, and would not come back for it.
-        for form, held in tensors.items():
-            if form in forms:
-                path = run / form / step_name(step)
-                write_checkpoint(path, held, replace(state, step=step))
-                if copies:
-                    copies.offer(path)
-        if FOLDER in forms:
-            forget_old(run, step, keep, held=copies.held() if copies else ())
+        _write(pieces, kinds, finish, writer.group if writer else None)
 
-    if is_writer and writer:
+    if writer:
         writer.start(write)
-    elif is_writer:
+    else:
         write()
     return run / FOLDER / step_name(step)
 
 
 def write_checkpoint(
-    path: Path, tensors: Mapping[str, dict[str, Tensor]], state: CheckpointState
+    pieces: Iterable[StagedFragment], run: Path, state: CheckpointState, *, keep: int = 1
 ) -> None:
-    """Write a checkpoint's folder: it is whole or not there, also after a power cut.
+    """Write the checkpoint of a worker that is alone: whole or not there, also after a power cut.
 
     Args:
-        path: The folder; one that is there already is replaced.
-        tensors: What each file holds.
-        state: What `state.json` says, without the files.
+        pieces: All of it.
+        run: The run's folder.
+        state: With step and shapes.
+        keep: Newest checkpoints to keep, this one included.
 
     Raises:
         TrainError: The disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}{CUT}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    made = replace(state, layout=LAYOUT)
+    finish = _Finish(run=run, state=made, forms=(FOLDER,), keep=keep, copies=None)
+    _write([*pieces], KINDS, finish, None)
+
+
+def _write(
+    pieces: list[StagedFragment], kinds: Collection[str], finish: _Finish, group: Any
+) -> None:
+    # torch's distributed checkpoint, which who only reads a checkpoint does not wait for
+    from lapilli.train.checkpoint.protocol import save_pieces
+
+    sizes = {
+        f"{name}/{kind}": math.prod(shape)
+        for name, shape in finish.state.shapes.items()
+        for kind in kinds
+    }
+    form = FOLDER if FOLDER in finish.forms else MILESTONES
+    with _told(finish.place(form)):
+        save_pieces(pieces, sizes, finish.parts, finish, group)
+
+
+@contextmanager
+def _told(path: Path) -> Generator[None]:
+    """A write that fails is one line, and leaves nothing."""
     try:
-        temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_tensors(values, temporary / name)
-        files = {
-            name: CheckpointFile((temporary / name).stat().st_size, sha256_file(temporary / name))
-            for name in tensors
-        }
-        write_state(replace(state, files=files), temporary)
-        if MOMENTS not in tensors:  # so that the folder can be named where a run can
-            config = json.dumps(state.config, indent=1)
-            (temporary / CONFIG).write_text(config, encoding="utf-8")
-            if (path.parent.parent / DATA).is_dir():
-                shutil.copytree(path.parent.parent / DATA, temporary / DATA)
-        put_in_place(temporary, path)
+        yield
     except OSError as error:
         remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
+        if isinstance(error, FileNotFoundError):
+            remedy = "the folder must be on a file system that all workers share; choose such a one"
         raise TrainError(f"{path}: cannot be written ({error}); {remedy} and resume") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if this_rank()[0] == 0:
+            for form in (FOLDER, MILESTONES):
+                temporary = _cut(path.parent.parent / form / path.name)
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    """Read a file of a verified checkpoint."""
-    try:
-        return read_safetensors(file)
-    except FileNotFoundError:
-        raise TrainError(
-            f"{file}: was replaced by a newer one while it was read; run the same again"
-        ) from None
-    except OSError as error:
-        raise TrainError(cannot_read(file, error)) from None
-    except ModelError as error:
-        raise TrainError(str(error)) from None
+def _cut(path: Path) -> Path:
+    return path.with_name(f".{path.name}{CUT}")
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load a checkpoint's weights into a model without an engine.
+    """Load a checkpoint's weights into a model without an engine: what this worker holds of them.
 
     Raises:
         TrainError: Other parameters than the model's trainable ones, or other shapes.
     """
-    weights = _load(checkpoint.path / WEIGHTS)
-    _check_names(checkpoint, model, weights)
-    deepspeed_engine.assign(model, weights)
+    with open_saved(checkpoint) as saved:
+        _check_names(saved, model)
+        _load(saved, working_fragments(model))
 
 
 def load_into(engine: Any, checkpoint: Checkpoint) -> None:
-    """Set an engine's weights, moments and step count to a checkpoint's. All ranks call it."""
-    weights = _load(checkpoint.path / WEIGHTS)
-    flat = _load(checkpoint.path / MOMENTS)
-    _check_names(checkpoint, engine.module, weights)
-    moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
-    for key, value in flat.items():
-        name, _, moment = key.rpartition("/")
-        if name not in moments or value.shape != weights[name].shape:
-            raise TrainError(
-                f"{checkpoint.path / MOMENTS}: {key} of shape {tuple(value.shape)} is no moment of "
-                "its weights; remove this checkpoint, the run resumes from the previous one"
-            )
-        moments[name][moment] = value
-    deepspeed_engine.restore(engine, weights, moments, checkpoint.step)
+    """Set an engine's fp32 weights, moments and step count to a checkpoint's.
+
+    A worker reads what it holds, and needs no other. The model must have been given the same
+    weights before `initialize`: that is where its working copies (bf16, or partitioned) come from.
+
+    Raises:
+        TrainError: It is of the layout before, or of another model.
+    """
+    require_layout(checkpoint)
+    set_steps(engine, checkpoint.step)
+    with open_saved(checkpoint, KINDS) as saved:
+        _check_names(saved, engine.module)
+        _load(saved, held_fragments(engine))
 
 
-def _check_names(checkpoint: Checkpoint, model: nn.Module, weights: dict[str, Tensor]) -> None:
+def _load(saved: Saved, fragments: Iterable[Fragment]) -> None:
+    for one in fragments:
+        one.set(saved.read(one.name, one.kind, one.start, one.length))
+
+
+def _check_names(saved: Saved, model: nn.Module) -> None:
     expected = trainable_parameters(model)
-    if expected.keys() != weights.keys():
-        different = sorted(expected.keys() ^ weights.keys())
+    if expected.keys() != saved.shapes.keys():
+        different = sorted(expected.keys() ^ saved.shapes.keys())
         raise TrainError(
-            f"{checkpoint.path}: parameters differ from the model's ({different[0]} and "
+            f"{saved.path}: parameters differ from the model's ({different[0]} and "
             f"{len(different) - 1} more); expected the same model config and trainable parts"
         )
     for name, parameter in expected.items():
         shape = shape_of(parameter)
-        if not weights[name].is_floating_point():
-            raise TrainError(f"{checkpoint.path}: {name} is {weights[name].dtype}; expected floats")
-        if shape != tuple(weights[name].shape):
+        if shape != saved.shapes[name]:
             raise TrainError(
-                f"{checkpoint.path}: {name} has shape {tuple(weights[name].shape)}, the model's "
-                f"has {shape}; expected the same model config"
+                f"{saved.path}: {name} has shape {saved.shapes[name]}, the model's has {shape}; "
+                "expected the same model config"
             )
 
 
@@ -289,7 +371,8 @@ def check_disk(run: Path, model: nn.Module, keep: int, milestones: int = 0) -> N
         TrainError: Names the bytes needed and free.
     """
     numbers = sum(math.prod(shape_of(p)) for p in trainable_parameters(model).values())
-    needed = 12 * numbers * (keep + 1) + 4 * numbers * milestones  # fp32, with two moments or none
+    needed = checkpoint_share(numbers, 1) * (keep + 1)
+    needed += checkpoint_share(numbers, 1, milestone=True) * milestones
     there = sum(folder_bytes(run / form) for form in (FOLDER, MILESTONES))  # of a resumed run
     existing = next(folder for folder in (run, *run.parents) if exists(folder))
     free = shutil.disk_usage(existing).free

@@ -32,7 +32,6 @@ from lapilli.train.run_folder.names import (
     CONFIG,
     CUT,
     DATA,
-    FILES,
     FOLDER,
     GENERATIONS,
     METRICS,
@@ -315,10 +314,9 @@ def _fetch(source: RemotePath, path: Path) -> bool:
         temporary.mkdir(parents=True)
         state = source / STATE
         _download(state, temporary / STATE)
-        files = read_state(temporary).files
-        for name in FILES:
+        for name, file in read_state(temporary).files.items():
             _download(source / name, temporary / name)
-            if sha256_file(temporary / name) != files[name].sha256:
+            if sha256_file(temporary / name) != file.sha256:
                 return False
         put_in_place(temporary, path)
         return True

@@ -23,7 +23,7 @@ from lapilli.model.parts.quantized import packed_numbers
 from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
+from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint, require_layout
 from lapilli.train.checkpoint.upload import fetch_newest, stored_config
 from lapilli.train.config import RunConfig, fixed_settings
 from lapilli.train.device import (
@@ -274,6 +274,7 @@ def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[
         start = _fetch(config, start, on_note)
     if start:
         found = at_step(run, start)
+        require_layout(found)
         before = found.state.settings(found.path / STATE)
         check_length(before, config, start, total, on_note)
     return start

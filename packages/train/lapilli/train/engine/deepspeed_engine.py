@@ -23,24 +23,18 @@ from lapilli.data.record import excerpt
 from lapilli.model.config import GROUPS
 from lapilli.model.deepspeed_internals import is_shared_out, shape_of
 from lapilli.model.parts.pretrained import Loading
-from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.config import RunConfig
 from lapilli.train.engine.deepspeed_internals import (
-    MOMENTS,
     allow_least_scale,
     create_moments,
     forgo_shared_memory,
-    inner_optimizer,
-    is_partitioned,
     loss_scale,
-    optimized_tensors,
     own_norms,
     swapped_optimizer,
 )
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "assign",
     "deepspeed_settings",
     "forget_swapped",
     "gathered",
@@ -48,9 +42,6 @@ __all__ = [
     "loading_of",
     "part_squares",
     "read_gradient",
-    "read_moments",
-    "read_weight",
-    "restore",
     "set_learning_rate",
     "swap_folder",
 ]
@@ -250,26 +241,10 @@ def gathered(parameters: Sequence[nn.Parameter], *, changes: bool = False) -> Ge
         yield
 
 
-def assign(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put weights into a model's parameters by name, shared out or not. Collective."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, value in weights.items():
-        with torch.no_grad(), gathered([parameters[name]], changes=True):
-            parameters[name].copy_(value)
-
-
 def set_learning_rate(engine: Any, rate: float) -> None:
     """Set every group's learning rate for the next step, each by its own factor."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
-
-
-def read_weight(parameter: nn.Parameter) -> Tensor:
-    """The whole fp32 weight, on every rank. Collective: all ranks call it in the same order."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    found = safe_get_full_fp32_param(parameter)
-    return (parameter.detach() if found is None else found).float()
 
 
 def read_gradient(parameter: nn.Parameter) -> Tensor:
@@ -299,43 +274,3 @@ def part_squares(engine: Any) -> Tensor:
         if norms:
             sums[GROUPS.index(part)] += torch.stack([*norms]).to(sums.device).square().sum()
     return sums / loss_scale(engine) ** 2
-
-
-def read_moments(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The whole fp32 moments of a parameter by name. Collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    if is_partitioned(parameter):
-        read: Any = safe_get_full_optimizer_state
-        return {name: read(parameter, name) for name in MOMENTS}
-    state = engine.optimizer.state[parameter]
-    return {name: state[name] for name in MOMENTS}
-
-
-def restore(
-    engine: Any, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], step: int
-) -> None:
-    """Set fp32 weights, moments and the step count, whatever the ZeRO stage and world size.
-
-    The model must have been given the same weights before `initialize`: that is where its working
-    copies (bf16, or partitioned) come from. Collective.
-
-    Args:
-        engine: The engine.
-        weights: fp32 weight by parameter name.
-        moments: Moments by parameter name and moment.
-        step: Optimizer steps taken so far.
-    """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    for tensor in optimized_tensors(engine):
-        inner_optimizer(engine).state[tensor]["step"].fill_(step)
-    for name, parameter in trainable_parameters(engine.module).items():
-        if not is_partitioned(parameter):
-            parameter.data.copy_(weights[name])
-            for moment, value in moments[name].items():
-                engine.optimizer.state[parameter][moment].copy_(value)
-            continue
-        safe_set_full_fp32_param(parameter, weights[name])
-        for moment, value in moments[name].items():
-            safe_set_full_optimizer_state(parameter, value, moment)

@@ -9,6 +9,7 @@ are said below. What a parameter carries is in `lapilli.model.deepspeed_internal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lapilli.model.deepspeed_internals import is_shared_out
+from lapilli.model.deepspeed_internals import is_shared_out, shape_of
 from lapilli.model.parts.trainable import parameter_groups, trainable_parameters
 
 __all__ = [
     "MOMENTS", "SCALE_STATE", "allow_least_scale", "create_moments", "forgo_shared_memory",
     "inner_optimizer", "is_partitioned", "loss_scale", "optimized_tensors", "own_norms",
-    "restore_scale", "scale_state", "swapped_optimizer",
+    "own_part", "own_range_of_shared", "own_weights", "restore_scale", "scale_state",
+    "swapped_optimizer",
 ]  # fmt: skip
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -130,6 +132,45 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     saved: KeyError.
     """
     return is_shared_out(parameter) or hasattr(parameter, "_hp_mapping")
+
+
+def own_part(parameter: Any, moment: str | None) -> tuple[int, Tensor] | None:
+    """What this rank updates of a parameter's fp32 weight or moment, under stages 1 and 2.
+
+    Used: `_hp_mapping`, its `get_hp_fragment` and `lp_fragment_address`; public functions gather
+    the whole. If they were renamed, a checkpoint could not be saved.
+
+    Returns:
+        The place of its first number in the flat parameter, and the numbers; None for nothing.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)
+
+
+def own_range_of_shared(parameter: Any) -> tuple[int, int, int]:
+    """Which numbers of a parameter this rank holds under stage 3.
+
+    Used: `ds_tensor`; public functions tell the numbers and not their places.
+
+    Returns:
+        Start, length, and length with what pads the last ranks' shares.
+    """
+    size, numbers = parameter.ds_tensor.numel(), math.prod(shape_of(parameter))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    start = min(rank * size, numbers)
+    return start, min(size, numbers - start), size
+
+
+def own_weights(parameter: Any) -> Tensor:
+    """The numbers that this rank computes with of a parameter under stage 3, to be overwritten.
+
+    Used: `ds_tensor`, and `ds_secondary_tensor` of hpZ, which is forgotten as after each step. If
+    the latter were renamed, a resumed run with hpZ would compute its first step with old weights.
+    """
+    parameter.ds_secondary_tensor = None
+    return parameter.ds_tensor.data
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -11,10 +11,19 @@ from typing import Any
 from lapilli.data.io.typed_json import Digest, FilePath, Natural, as_type, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.train.config import RunConfig
-from lapilli.train.run_folder.names import STATE
+from lapilli.train.run_folder.names import STATE, WEIGHTS
 from lapilli.train.run_folder.settings import settings_of
 
-__all__ = ["CheckpointFile", "CheckpointState", "TrainingData", "read_state", "write_state"]
+__all__ = [
+    "LAYOUT",
+    "CheckpointFile",
+    "CheckpointState",
+    "TrainingData",
+    "read_state",
+    "write_state",
+]
+
+LAYOUT = 2  # parts by worker; 1 had all weights in one file and all moments in another
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ class CheckpointState:
         config: The run's settings as written, maybe under earlier names; see `settings`.
         versions: Installed libraries.
         loss_scale: The state of fp16's loss scaling.
+        layout: How its files are laid out; 1 where an earlier version wrote it.
+        shapes: Shape of each parameter that learns, by name; of layout 1 its file tells them.
+        weights: What the weights are known by: the same for a checkpoint and its step's milestone.
         files: The checkpoint's files.
     """
 
@@ -71,7 +83,16 @@ class CheckpointState:
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     versions: dict[str, str] = field(default_factory=dict[str, str])
     loss_scale: dict[str, float] = field(default_factory=dict[str, float])
+    layout: Natural = 1
+    shapes: dict[str, list[Natural]] = field(default_factory=dict[str, list[Natural]])
+    weights: str = ""
     files: dict[FilePath, CheckpointFile]
+
+    @property
+    def weights_id(self) -> str:
+        """What the weights are known by to the runs that start from them."""
+        file = self.files.get(WEIGHTS)
+        return self.weights or (file.sha256 if file else "")
 
     def settings(self, where: object) -> RunConfig:
         """The run's settings.

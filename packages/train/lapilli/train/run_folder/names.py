@@ -7,14 +7,12 @@ __all__ = [
     "CUT",
     "DATA",
     "DATA_INFO",
-    "FILES",
     "FOLDER",
     "GENERATIONS",
     "GONE",
     "METRICS",
     "MILESTONES",
     "MISTAKE",
-    "MOMENTS",
     "NOTES",
     "PROFILE",
     "REPLAY",
@@ -61,7 +59,7 @@ MISTAKE = "mistake.txt"  # what a worker says before it stops for a user's mista
 FOLDER, MILESTONES = "checkpoints", "milestones"
 
 
-WEIGHTS, MOMENTS = FILES = ("weights.safetensors", "moments.safetensors")
+WEIGHTS = "weights.safetensors"  # of a milestone
 
 
 STATE, CONFIG = "state.json", "config.json"

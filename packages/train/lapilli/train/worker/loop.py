@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.layout import tidy
+from lapilli.train.checkpoint.tidy import tidy
 from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.device import peak_memory
 from lapilli.train.engine.deepspeed_internals import scale_state
@@ -216,6 +216,6 @@ def _save(
         state = replace(ready.state, loss_scale=scale)
         checkpoint.save(
             ready.engine, Path(config.output), done, state,
-            keep=config.checkpoint.keep_last, is_writer=ready.is_writer, writer=writer, forms=forms,
+            keep=config.checkpoint.keep_last, writer=writer, forms=forms,
             copies=uploads,
         )  # fmt: skip

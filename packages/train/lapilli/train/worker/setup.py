@@ -28,7 +28,6 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.dataset_files import training_data
 from lapilli.train.run_folder.messages import note
-from lapilli.train.run_folder.names import WEIGHTS
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, warm_up
@@ -59,7 +58,7 @@ class Setup:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this worker writes metrics and checkpoints."""
+        """Whether this worker writes metrics and messages, and finishes checkpoints."""
         return self.rank == 0
 
 
@@ -118,7 +117,7 @@ def _state(built: Built, dataset: Dataset, config: RunConfig) -> CheckpointState
     """What all checkpoints of the run say; step and files are added when one is saved."""
     start = built.start
     return CheckpointState(
-        start=start.state.files[WEIGHTS].sha256 if start else "",
+        start=start.state.weights_id if start else "",
         dataset=dataset.manifest.fingerprint,
         data=training_data(dataset),
         frozen={"form": FORM, "weights": built.frozen},
