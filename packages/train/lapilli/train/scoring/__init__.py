@@ -1,0 +1,1 @@
+"""Scores of an answers file by name, and the forms that benchmarks' servers take."""
