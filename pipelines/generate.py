@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -22,6 +23,7 @@ from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts.places import EXTENSIONS, LARGEST_FILE
+from lapilli.data.record import TextPart, Turn
 from lapilli.model.config import Decoding
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
@@ -53,30 +55,47 @@ def collect(config: GenerateConfig) -> list[Asked]:
     if not (config.image or config.question):
         raise DataError("nothing asked; pass --image, --question, or --questions FILE.jsonl")
     if not config.image:
-        return [Asked(0, config.question, (), "question")]
+        return [Asked(question_id=0, text=config.question, images=(), name="question")]
     image = Path(config.image)
     if not is_folder(image):
-        return [Asked(image.name, config.question, (existing(image, "image"),), str(image))]
+        return [_asked(config, image.name, existing(image, "image"))]
     require_listable(image)
     found = sorted(path for path in image.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not found:
         raise DataError(
             f"image: no image in {image}; expected files such as a.jpg, b.png or c.webp"
         )
-    return [
-        Asked(str(path.relative_to(image)), config.question, (path,), str(path)) for path in found
-    ]
+    return [_asked(config, str(path.relative_to(image)), path) for path in found]
 
 
-def _question(asked: Asked, marker: str) -> Question:
-    """What the model is asked; files are read at the last moment."""
+def _asked(config: GenerateConfig, question_id: str, image: Path) -> Asked:
+    return Asked(question_id=question_id, text=config.question, images=(image,), name=str(image))
+
+
+def _question(
+    asked: Sequence[Asked], number: int, known: Mapping[int, str], marker: str
+) -> Question:
+    """What the model is asked, behind the conversation so far; files are read at the last moment.
+
+    Args:
+        asked: All questions.
+        number: Of the one.
+        known: Answers by number, those of its conversation among them.
+        marker: The template's own mark of an image's place.
+    """
+    first, *later = asked[number - asked[number].turn : number + 1]
     images: list[bytes] = []
-    for path in asked.images:
+    for path in first.images:
         with naming(path):
             images.append(read_whole(path, LARGEST_FILE))
-    only = asked.images[0] if asked.images else asked.question_id
-    name = asked.name if len(images) > 1 else str(only)
-    return Question.of(asked.text, *images, name=name, marker=marker)
+    only = first.images[0] if first.images else first.question_id
+    name = first.name if len(images) > 1 else str(only)
+    found = Question.of(first.text, *images, name=name, marker=marker)
+    turns = [*found.turns]
+    for place, one in enumerate(later, number - len(later)):
+        turns.append(Turn("assistant", (TextPart(known[place]),)))
+        turns.append(Turn("user", (TextPart(one.text),)))
+    return replace(found, turns=tuple(turns))
 
 
 def _check(assistant: Assistant, asked: Sequence[Asked], decoding: Decoding) -> None:
@@ -118,16 +137,15 @@ def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -
     if output:
         return _to_file(assistant, asked, config, output)
     if len(asked) == 1:
-        question = _question(asked[0], assistant.template.image_marker)
+        question = _question(asked, 0, {}, assistant.template.image_marker)
         answers = assistant.answer([question], config.decoding, on_text=stream_text)
         print()
         return answers
-    answers: list[str] = []
-    for batch, texts in _batches(assistant, asked, config):
-        answers += texts
-        for one, text in zip(batch, texts, strict=True):
-            say_text(f"{one_line(str(one.question_id))}: {text}")
-    return answers
+    known: dict[int, str] = {}
+    for numbers in _batches(assistant, asked, known, config):
+        for number in numbers:
+            say_text(f"{one_line(str(asked[number].question_id))}: {known[number]}")
+    return [known[number] for number in range(len(asked))]
 
 
 def _to_file(
@@ -136,25 +154,24 @@ def _to_file(
     """Append a line an answer, as soon as there is one; go on after what is there."""
     how = {"model_id": assistant.name, "metadata": asdict(config.decoding)}
     keys = _keys([(one.question_id, one.text) for one in asked])
-    known = _read_answers(output, how)
-    if strange := sorted(known.keys() - {*keys}):
+    found = _read_answers(output, how)
+    if strange := sorted(found.keys() - {*keys}):
         raise DataError(
             f"output: {output} answers question {strange[0][0]}, which is not asked now; choose "
             "another file"
         )
-    missing = [number for number, key in enumerate(keys) if key not in known]
+    known = {number: found[key] for number, key in enumerate(keys) if key in found}
     if known:
         say(f"{len(known)} of {len(asked)} answers are in {output} already")
-    numbers = iter(missing)
     with naming(output), output.open("a", encoding="utf-8") as file:
-        for batch, texts in _batches(assistant, [asked[number] for number in missing], config):
-            for one, text in zip(batch, texts, strict=True):
-                known[keys[next(numbers)]] = text
-                row = {"question_id": one.question_id, "prompt": one.text, "text": text, **how}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for numbers in _batches(assistant, asked, known, config):
+            for number in numbers:
+                one = asked[number]
+                row = {"question_id": one.question_id, "prompt": one.text, "text": known[number]}
+                file.write(json.dumps({**row, **how}, ensure_ascii=False) + "\n")
             file.flush()
     say(f"{len(asked)} answers in {output}")
-    return [known[key] for key in keys]
+    return [known[number] for number in range(len(asked))]
 
 
 Key = tuple[str, str, int]
@@ -214,16 +231,30 @@ def _row(output: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _batches(
-    assistant: Assistant, asked: list[Asked], config: GenerateConfig
-) -> Iterator[tuple[list[Asked], list[str]]]:
+    assistant: Assistant, asked: list[Asked], known: dict[int, str], config: GenerateConfig
+) -> Iterator[list[int]]:
+    """Ask what has no answer, first questions first; yields the numbers of those that got one.
+
+    Args:
+        assistant: Who answers.
+        asked: The questions; later ones of a conversation stand behind its first.
+        known: Answers by number; new ones are added.
+        config: The batch and the decoding.
+    """
+    missing = [number for number in range(len(asked)) if number not in known]
+    missing.sort(key=lambda number: asked[number].turn)
+    marker = assistant.template.image_marker
     with progress_bar() as bar:
-        task = bar.add_task("questions", total=len(asked))
-        for start in range(0, len(asked), config.batch):
-            batch = asked[start : start + config.batch]
-            questions = [_question(one, assistant.template.image_marker) for one in batch]
-            texts = assistant.answer(questions, config.decoding)
-            yield batch, texts
-            bar.update(task, completed=start + len(batch))
+        task = bar.add_task("questions", total=len(missing))
+        for _, group in groupby(missing, key=lambda number: asked[number].turn):
+            rest = [*group]
+            for start in range(0, len(rest), config.batch):
+                numbers = rest[start : start + config.batch]
+                questions = [_question(asked, number, known, marker) for number in numbers]
+                texts = assistant.answer(questions, config.decoding)
+                known.update(zip(numbers, texts, strict=True))
+                yield numbers
+                bar.advance(task, len(numbers))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Read files of questions in LLaVA's JSON lines format.
+"""Read files of questions: LLaVA's JSON lines, and ICM-Assistant's lists.
 
 Every key of a line is used, known to be of no use here and counted, or refused by name.
 """
@@ -50,12 +50,14 @@ class Asked:
         text: What is asked, as the file has it.
         images: The image files that are shown, in their order.
         name: What an error calls it.
+        turn: How many questions of the same conversation come before it, in the same list.
     """
 
     question_id: str | int
     text: str
     images: tuple[Path, ...]
     name: str
+    turn: int = 0
 
 
 def existing(path: Path, what: str) -> Path:
@@ -73,13 +75,16 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
     """Read a file of questions; says which keys play no part.
 
     Args:
-        path: JSON lines.
+        path: JSON lines; or a list (`.txt`) as ICM-Assistant's `list_file.txt`: a line with an
+            image's path, then one with what is asked of it, turn after turn with tabs between.
         images: Folder that their images are in; links below it lead nowhere else.
 
     Raises:
         DataError: No such file, or a line that is no question or that names an image outside of
             the folder; says its number.
     """
+    if path.suffix == ".txt":
+        return _read_list(path, images)
     asked: list[Asked] = []
     unused: Counter[str] = Counter()
     for number, line in _lines(path):
@@ -87,12 +92,42 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
         row = _object(line, where)
         unused.update(row.keys() & {*UNUSED})
         files = tuple(_image_file(images, key, where) for key in _image_keys(row, where))
-        asked.append(Asked(_question_id(row, where), _text(row, where), files, where))
+        asked.append(
+            Asked(
+                question_id=_question_id(row, where),
+                text=_text(row, where),
+                images=files,
+                name=where,
+            )
+        )
     if not asked:
         raise DataError(f"questions: {path} is empty; expected a question a line")
     if unused:
         counts = ", ".join(f"{name} ({count} lines)" for name, count in sorted(unused.items()))
         say(f"{path}: not used: {counts}")
+    return asked
+
+
+def _read_list(path: Path, images: Path) -> list[Asked]:
+    lines = [*_lines(path)]
+    if len(lines) % 2 or not lines:
+        raise DataError(
+            f"questions: {path} has {len(lines)} lines; expected pairs of lines, an image's path "
+            "and what is asked of it, turns with tabs between"
+        )
+    asked: list[Asked] = []
+    for (number, key), (below, text) in zip(lines[::2], lines[1::2], strict=True):
+        file = _image_file(images, key, f"{path} line {number}")
+        for turn, question in enumerate(text.split("\t")):
+            asked.append(
+                Asked(
+                    question_id=key,
+                    text=question,
+                    images=(file,) if turn == 0 else (),
+                    name=f"{path} line {below}",
+                    turn=turn,
+                )
+            )
     return asked
 
 

@@ -12,6 +12,7 @@ import pytest
 import pipelines.generate
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec, prepare
+from lapilli.data.record import TextPart
 from lapilli.data.text.encode import bind_template, load_tokenizer
 from lapilli.data.text.templates import get_template
 from lapilli.model.config import Decoding
@@ -259,3 +260,35 @@ def test_the_stream_is_the_answer(assistant: Assistant, capsys: pytest.CaptureFi
     assert pipelines.generate.main(["made", "--question=Why?", FEW, "--device=cpu"]) == 0
     (said,) = assistant.answer([Question.of("Why?")], Decoding(4))
     assert capsys.readouterr().out == f"{said}\n"
+
+
+def test_a_list_of_icm_assistant_is_a_conversation_an_image(
+    tmp_path: Path, opened: list[Question], assistant: Assistant
+) -> None:
+    """Odd lines are images, even ones their turns; an answer stands before the next question."""
+    lines = ["0.png", "Describe it.\tIs it?", "1.png", "看"]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    output = tmp_path / "answers.jsonl"
+    arguments = [f"--questions={tmp_path / 'list.txt'}", f"--images={tmp_path}", FEW]
+    arguments += ["--model=made", f"--output={output}", "--device=cpu"]
+    assert pipelines.generate.main(arguments) == 0
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    said = [(row["question_id"], row["prompt"]) for row in rows]
+    assert said == [("0.png", "Describe it."), ("1.png", "看"), ("0.png", "Is it?")]
+    *_, last = opened
+    assert [turn.role for turn in last.turns] == ["user", "assistant", "user"]
+    assert last.turns[1].parts == (TextPart(rows[0]["text"]),)
+    # the second turn alone is asked again, behind the first's answer
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]), encoding="utf-8")
+    opened.clear()
+    assert pipelines.generate.main(arguments) == 0
+    assert [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] == rows
+    assert [len(question.turns) for question in opened] == [3]
+    assert assistant.template.name == "v1"
+
+
+@pytest.mark.parametrize("text", ["0.png\n", "", "0.png\nIs it?\n1.png\n"])
+def test_a_list_without_its_questions_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="expected pairs of lines"):
+        read_questions(tmp_path / "list.txt", tmp_path)
