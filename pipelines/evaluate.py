@@ -1,6 +1,6 @@
 """Answer a dataset's questions with a trained model, and score the answers.
 
-lapilli evaluate --run DIR --dataset DIR [--split train] [--shuffle_images true]
+lapilli evaluate --run DIR [--dataset DIR] [--scorers yes_no] [--choices Yes,No] [--num_workers 8]
 """
 
 from __future__ import annotations
@@ -11,28 +11,35 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.io.access import cannot_read, is_denied, is_folder
 from lapilli.data.io.atomic import write_json, write_text
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import read_manifest
+from lapilli.data.shards.schemas import HELD_OUT
 from lapilli.train.checkpoint.find import newest_weights
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
-from lapilli.train.inference.assistant import open_trained
 from lapilli.train.inference.evaluate import (
     Answer,
     Scores,
-    answer_dataset,
     chosen_split,
     is_trained_on,
-    open_test,
     score,
 )
+from lapilli.train.inference.published import is_published
+from lapilli.train.inference.ray_evaluation import Evaluation, answer_on_ray
 from lapilli.train.run_folder.jsonl import parse_lines
+from lapilli.train.run_folder.settings import read_run_config
+from lapilli.train.scoring.answers_file import response_of
+from lapilli.train.scoring.choices import parse_choices
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.settings import EvaluateConfig
+from pipelines.reports.score_report import Pictures, write_score_report
+from pipelines.score import check_scoring, say_tables, score_responses
 
 __all__ = ["evaluate", "evaluate_once", "main", "what_was_asked"]
 
@@ -55,28 +62,72 @@ def evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
 
 
 def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
-    device = torch_device(choose_device(config.device, visible_devices()))
-    trained = open_trained(
-        Path(config.run), Path(config.dataset), device, config.trust, template=config.template
-    )
+    check_scoring(config)
+    if min(config.num_workers, config.batch) < 1:
+        raise TrainError(
+            f"num_workers: {config.num_workers}, batch: {config.batch}; expected at least 1 each"
+        )
+    choices = parse_choices(config.choices) if config.choices else ()
+    config = _with_dataset(config)
     view = config.view or _only_view(Path(config.dataset))
     manifest = read_manifest(Path(config.dataset))
     split = chosen_split(manifest, config.split)
-    dataset = open_test(Path(config.dataset), view, trained, split)
+    evaluation = Evaluation(
+        run=Path(config.run).absolute(),
+        dataset=Path(config.dataset).absolute(),
+        view=view,
+        split=split,
+        template=config.template,
+        trust=config.trust,
+        shuffle_images=0 if config.shuffle_images else None,
+        turns=config.turns,
+        choices=choices,
+        threshold=config.threshold,
+        batch=config.batch,
+    )
+    answers = _answers(evaluation, config)
     is_known = is_trained_on(Path(config.run), manifest, split)
-    with progress_bar() as bar:
-        task = bar.add_task("questions", total=len(dataset))
-        answers = answer_dataset(
-            trained.model,
-            dataset,
-            shuffle_images=0 if config.shuffle_images else None,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
     answers = [replace(answer, split=split, trained_on=is_known) for answer in answers]
     if config.output:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
         write_text(Path(config.output), lines)
     return score(answers), answers
+
+
+def _answers(evaluation: Evaluation, config: EvaluateConfig) -> list[Answer]:
+    """In this process, or on Ray's workers."""
+    with progress_bar() as bar:
+        task = bar.add_task("questions", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if config.num_workers > 1:
+            return answer_on_ray(evaluation, config.num_workers, config.device, show)
+        device = torch_device(choose_device(config.device, visible_devices()))
+        return evaluation.open(device).answers(show)
+
+
+def _with_dataset(config: EvaluateConfig) -> EvaluateConfig:
+    """With the run's own held-out records where no dataset is named."""
+    if config.dataset:
+        return config
+    if is_published(Path(config.run)):
+        raise TrainError(
+            f"dataset: left out, and {config.run} is no run that holds records out; name a dataset "
+            "of questions with --dataset"
+        )
+    of_run = read_run_config(Path(config.run))
+    other = of_run.validation.dataset
+    if is_remote(other or of_run.dataset):
+        raise TrainError(
+            f"dataset: left out, and the run's is {other or of_run.dataset}; copy it here and name "
+            "it with --dataset"
+        )
+    split = config.split if other or config.split != "auto" else HELD_OUT
+    return replace(
+        config, dataset=other or of_run.dataset, view=config.view or of_run.view, split=split
+    )
 
 
 def evaluate_once(config: EvaluateConfig) -> list[Answer]:
@@ -112,6 +163,8 @@ def _asked(config: EvaluateConfig) -> dict[str, Any]:
         "view": config.view,
         "split": chosen_split(manifest, config.split),
         "shuffle_images": config.shuffle_images,
+        "turns": config.turns,
+        "choices": config.choices,
     }
 
 
@@ -133,11 +186,20 @@ def what_was_asked(dataset: str, scores: Scores) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(EvaluateConfig, argv, "Ask a trained model a dataset's questions.")
-    scores, _ = evaluate(config)
-    for source, share in scores.by_source.items():
-        say(f"  {source:<20} {share:.4f}")
-    say(f"accuracy {scores.accuracy:.4f} over {scores.questions} questions")
+    scores, answers = evaluate(config)
+    responses, tables = score_responses(
+        [one for answer in answers if (one := response_of(asdict(answer)))], config
+    )
+    say_tables(tables)
+    config = _with_dataset(config)
     say(what_was_asked(config.dataset, scores))
+    if config.html:
+        dataset = open_dataset(
+            config.dataset, view=config.view or _only_view(Path(config.dataset)), image_tokens=1,
+            split=scores.split,
+        )  # fmt: skip
+        write_score_report(Path(config.html), responses, tables, Pictures(dataset))
+        say(f"report: {config.html}")
     return 0
 
 

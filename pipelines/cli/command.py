@@ -58,9 +58,9 @@ USERS_MISTAKE = 2
 # Settings that name a file or folder of this machine. Those that may be addresses are checked where
 # they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
-    {"dataset", "extra_roots", "folders", "html", "image", "images", "init_from", "model",
-     "nvme_path", "output", "pretrained", "questions", "root", "run", "step", "template",
-     "tokenizer"}
+    {"answers", "dataset", "extra_roots", "folders", "html", "image", "images", "init_from",
+     "model", "nvme_path", "output", "pretrained", "questions", "root", "run", "step", "template",
+     "tokenizer", "truth", "upload_file"}
 )  # fmt: skip
 # The extra that brings a package; the ones that every install has are not here.
 EXTRAS = {

@@ -18,6 +18,7 @@ SETTINGS = {
     "estimate": ("lapilli.train.config", "RunConfig"),
     "train": ("lapilli.train.config", "RunConfig"),
     "evaluate": ("pipelines.cli.settings", "EvaluateConfig"),
+    "score": ("pipelines.cli.settings", "ScoreConfig"),
     "generate": ("pipelines.cli.settings", "GenerateConfig"),
     "chat": ("pipelines.cli.settings", "ChatConfig"),
     "export": ("pipelines.exports.config", "ExportConfig"),

@@ -23,6 +23,7 @@ VERBS = {
     "train": "a dataset to a trained model",
     "replay": "run a saved step again to find what went wrong in it",
     "evaluate": "a model's answers to a dataset of questions, scored",
+    "score": "an answers file scored, shown, or made ready for a benchmark's server",
     "generate": "a model's answers to images and questions",
     "chat": "a web page to talk with a model about images",
     "export": "a model for transformers, LLaVA or PEFT; a dataset as WebDataset",

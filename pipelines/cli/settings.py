@@ -16,6 +16,8 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "QuickstartConfig",
+    "ScoreConfig",
+    "ScoringFlags",
 ]
 
 
@@ -41,14 +43,39 @@ class QuickstartConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoringFlags:
+    """How answers are scored and shown.
+
+    Attributes:
+        scorers: Names, separated by commas: exact, first_letter, yes_no, vqa, anls, choice, logits.
+            Left out, `logits` for answers that have them, else `exact`.
+        threshold: Share of the first choice from which it is concluded.
+        truth_patterns: A regular expression by choice, `{No: not-sexy|normal}`: an image's file
+            name that it matches makes the choice true, one that none matches the only choice
+            without a pattern. Left out, the expected answer says it.
+        category_pattern: Regular expression; its first group, or what it matches of an image's
+            file name, is the category that accuracy is counted by. Left out, the source or the
+            category of the truth.
+        html: File for a report: scores, confusion, wrong answers with their images.
+    """
+
+    scorers: str = ""
+    threshold: float = 0.5
+    truth_patterns: dict[str, str] = field(default_factory=dict[str, str])
+    category_pattern: str = ""
+    html: str = ""
+
+
 @dataclass(frozen=True)
-class EvaluateConfig(TrustFlags):
+class EvaluateConfig(TrustFlags, ScoringFlags):
     """The model, the dataset of questions and the output of `evaluate`.
 
     Attributes:
         run: Folder of a run, an export or a published model. A published model's template and view
             are taken to be the dataset's.
-        dataset: Folder of a dataset of questions; each record's first answer is expected.
+        dataset: Folder of a dataset of questions; each record's own answers are expected. Left out,
+            what the run holds out of its own data, or its validation dataset.
         view: The dataset's view; empty for its only one.
         split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
             what is held out, where there is any.
@@ -59,16 +86,59 @@ class EvaluateConfig(TrustFlags):
             empty for none.
         template: How a published model's conversations were written down, by name or file; a
             dataset of another template is then refused.
+        num_workers: Ray workers, each with the model on a device of its own. 1 answers in this
+            process. The answers are the same on any number.
+        batch: Questions at once; workers share whole batches.
+        turns: The questions of a record that are asked, each behind the record's own conversation.
+        choices: Two or more words of one token each, separated by commas (`Yes,No`): their logits
+            are taken where the answer begins, and nothing is decoded.
     """
 
     run: str
-    dataset: str
+    dataset: str = ""
     view: str = ""
     split: Literal["auto", "train", "held_out"] = "auto"
     device: DeviceChoice = "auto"
     shuffle_images: bool = False
     output: str = ""
     template: str = ""
+    num_workers: int = 1
+    batch: int = 256
+    turns: Literal["first", "last", "all"] = "first"
+    choices: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreConfig(ScoringFlags):
+    """An answers file, the truth, and what is made of both.
+
+    Attributes:
+        answers: JSON lines as `evaluate` or `generate` writes them.
+        truth: What is expected, where the answers file does not say: JSON lines, a JSON list, or
+            an object with a list under `annotations`, `data` or `questions`; rows have
+            `question_id` and `answer`, `label` or `answers`.
+        output: JSON file for the scores; empty for none.
+        upload: Form of a benchmark's server: vqav2, gqa, mmbench, seed, vizwiz, mmvet. Needs no
+            truth.
+        upload_file: File for it.
+        questions: All questions of the split, as the benchmark publishes them (JSON, JSON lines,
+            or MMBench's .tsv), for the forms that have a row for each.
+        dataset: Dataset whose images the report shows, for `evaluate`'s answers.
+        view: Its view; empty for its first one.
+        split: The part of it that was asked, as `evaluate` takes it.
+        images: Folder of the images that the report shows, for `generate`'s answers.
+    """
+
+    answers: str
+    truth: str = ""
+    output: str = ""
+    upload: str = ""
+    upload_file: str = ""
+    questions: str = ""
+    dataset: str = ""
+    view: str = ""
+    split: Literal["auto", "train", "held_out"] = "auto"
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +157,8 @@ class GenerateConfig(TrustFlags):
             place.
         questions: JSONL with `question_id`, `text` and, where there are images, `image` or
             `images`, a file or a list of files each. `<image>` in a text is an image's place;
-            without it images stand in front.
+            without it images stand in front. Or a list (`.txt`): a line with an image's path, then
+            one with its questions, tabs between; each is asked behind the answers before it.
         images: Folder that the images of `questions` are in.
         output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
             answers. Questions that it answers already are not asked again. One process at a time

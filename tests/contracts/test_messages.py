@@ -24,6 +24,7 @@ CONFIGS = {
     "evaluate": "pipelines.evaluate:EvaluateConfig",
     "export": "pipelines.export:ExportConfig",
     "generate": "pipelines.generate:GenerateConfig",
+    "score": "pipelines.score:ScoreConfig",
     "quickstart": "pipelines.quickstart:QuickstartConfig",
 }
 # Whose message a module's is: the commands that come to it. The longest prefix counts.
@@ -38,6 +39,8 @@ OWNERS = {
     "packages/train": {"train"},
     "packages/train/lapilli/train/inference/assistant": {"generate", "chat"},
     "packages/train/lapilli/train/inference/evaluate": {"evaluate"},
+    "packages/train/lapilli/train/inference/ray_evaluation": {"evaluate"},
+    "packages/train/lapilli/train/scoring": {"score"},
     "pipelines/chat_page": {"chat"},
     "pipelines/exports": {"export"},
     "pipelines/cli/question_file": {"generate"},
@@ -50,7 +53,7 @@ FOREIGN = {
     "--concatenate", "--help_all",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate)\b"
+    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate|score)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 

@@ -12,7 +12,7 @@ import pytest
 from lapilli.data.errors import DataError
 from lapilli.data.record import ImagePart, Record, TextPart, Turn
 from lapilli.data.text.encode import bind_template, encode_batch
-from lapilli.data.text.questions import find_frames, first_question
+from lapilli.data.text.questions import choice_tokens, find_frames, row_questions
 from lapilli.data.text.templates import TEMPLATES, Template
 from tests.made_tokenizers import FAMILIES, made_tokenizer
 
@@ -53,7 +53,7 @@ def test_the_question_and_the_prompt_of_a_row(tokenizer: Any, name: str, system:
     made = record(QUESTION, ANSWER, system=system, turns=2 if frames.next_question else 1)
     ids, prompt = rows(tokenizer, template, made)
     spans = encode_batch([made], tokenizer, template, warn=False)[0].label_spans
-    found = first_question(
+    found, *later = row_questions(
         ids, np.array(spans, np.int32).reshape(-1, 2), tokenizer, template, frames
     )
     assert found.prompt.tolist() == prompt
@@ -63,6 +63,38 @@ def test_the_question_and_the_prompt_of_a_row(tokenizer: Any, name: str, system:
     if name == "phi_hf_pretrain" and system:
         return  # nothing stands between its system text and the question
     assert found.question == ("" if template.drops_user_text else QUESTION)
+    assert len(later) == bool(frames.next_question)
+    for second in later:
+        assert second.question == ("" if template.drops_user_text else "And?")
+        assert "No." in tokenizer.decode(second.answer, skip_special_tokens=True)
+        assert second.prompt.tolist()[: len(prompt)] == prompt
+        assert [*second.prompt, *second.answer] == ids[: len(second.prompt) + len(second.answer)]
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "vicuna_v1"])
+def test_a_choices_token_is_the_one_of_an_answer(tokenizer: Any, name: str) -> None:
+    """Y and N are one token of every tokenizer; what is written before them may be trained too."""
+    template = bind_template(TEMPLATES[name], tokenizer)
+    try:
+        found = choice_tokens(["Y", "N"], tokenizer, template)
+    except DataError as error:
+        assert "tokens of this tokenizer" in str(error)  # noqa: PT017
+        return
+    for choice, token_id in found.ids.items():
+        made = record("?", choice, turns=1)
+        row = encode_batch([made], tokenizer, replace(template, trains="answers"), warn=False)[0]
+        start, end = row.label_spans[-2:]
+        answer = row.input_ids[start:end]
+        assert answer[: len(found.prefix) + 1] == [*found.prefix, token_id]
+        assert choice in tokenizer.decode([token_id])
+
+
+def test_choices_that_cannot_be_told_apart_are_one_line(tokenizer: Any) -> None:
+    template = TEMPLATES["v1"]
+    with pytest.raises(DataError, match=r"choices: 'Incomprehensible' is [0-9]+ tokens"):
+        choice_tokens(["Y", "Incomprehensible"], tokenizer, template)
+    with pytest.raises(DataError, match=r"'Y' and 'Y' begin with the same token|is [0-9]+ tokens"):
+        choice_tokens(["Y", "Y "], tokenizer, template)
 
 
 def test_images_inside_a_question_are_shown_at_their_places(tokenizer: Any) -> None:
@@ -74,7 +106,7 @@ def test_images_inside_a_question_are_shown_at_their_places(tokenizer: Any) -> N
     made = Record("", "", "", (Turn("user", parts), Turn("assistant", (TextPart("No."),))))
     row = encode_batch([made], tokenizer, template, warn=False)[0]
     spans = np.array(row.label_spans, np.int32).reshape(-1, 2)
-    found = first_question(row.input_ids, spans, tokenizer, template, frames)
+    (found,) = row_questions(row.input_ids, spans, tokenizer, template, frames)
     assert found.question == "Is <image> as red?"
     assert (found.prompt < 0).sum() == 3
 
@@ -85,7 +117,7 @@ def test_a_row_without_its_templates_frames_is_one_line(tokenizer: Any) -> None:
     ids = tokenizer.encode("It is red.", add_special_tokens=False)
     spans = np.array([[0, len(ids)]], np.int32)
     with pytest.raises(DataError, match="template phi_hf: trains whole conversations") as said:
-        first_question(ids, spans, tokenizer, template, frames)
+        row_questions(ids, spans, tokenizer, template, frames)
     assert "\n" not in str(said.value)
 
 

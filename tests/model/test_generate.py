@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lapilli.model.config import Decoding, LanguageConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.generate import Draws, generate, generate_greedy
+from lapilli.model.generate import Draws, generate, generate_greedy, next_logits
 from lapilli.model.parts.positions import Positions, positions_of
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model.test_vlm import CONFIG, samples
@@ -44,15 +44,30 @@ def model() -> VisionLanguageModel:
 
 
 @torch.inference_mode()
-def argmax_by_hand(model: VisionLanguageModel, row: int, count: int, end: int = 63) -> list[int]:
-    """The likeliest token again and again, from whole sequences' logits, without a cache."""
+def embedded_by_hand(model: VisionLanguageModel, row: int) -> torch.Tensor:
+    """A prompt with its images' rows, alone and without padding."""
     ids, images = PROMPTS[row], torch.from_numpy(PIXELS[row])
     expanded = np.repeat(ids, np.where(ids < 0, model.vision.num_tokens, 1))
     slots = expanded < 0
     index = np.where(slots, np.cumsum(slots) - 1, -1).astype(np.int32)[None]
-    embedded = model.embed(
+    return model.embed(
         torch.from_numpy(np.where(slots, 0, expanded))[None], torch.from_numpy(index), images
     )
+
+
+def test_next_logits_are_those_of_each_prompt_alone(model: VisionLanguageModel) -> None:
+    found = next_logits(model, PROMPTS, PIXELS)
+    assert found.shape == (len(PROMPTS), 64)
+    for row in range(len(PROMPTS)):
+        with torch.inference_mode():
+            alone = model.language(inputs_embeds=embedded_by_hand(model, row)).logits[0, -1]
+        torch.testing.assert_close(found[row], alone.float(), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def argmax_by_hand(model: VisionLanguageModel, row: int, count: int, end: int = 63) -> list[int]:
+    """The likeliest token again and again, from whole sequences' logits, without a cache."""
+    embedded = embedded_by_hand(model, row)
     said: list[int] = []
     for _ in range(count):
         newest = int(model.language(inputs_embeds=embedded).logits[0, -1].argmax())

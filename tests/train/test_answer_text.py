@@ -16,7 +16,7 @@ import lapilli.train.inference.assistant
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.record import Record, TextPart, Turn
 from lapilli.data.text.encode import bind_template, encode_batch
-from lapilli.data.text.questions import Frames, find_frames, first_question
+from lapilli.data.text.questions import Frames, find_frames, row_questions
 from lapilli.data.text.templates import TEMPLATES, Template
 from lapilli.model.config import Decoding
 from lapilli.model.generate import Watch
@@ -101,9 +101,9 @@ def test_an_answer_is_what_the_record_says_and_its_prompt_is_the_rows(
     assert said.answer([question, question], Decoding(), on_text=shown) == [answer, answer]
     assert shown.text == answer
     spans = np.array(row.label_spans, np.int32).reshape(-1, 2)
-    found = first_question(
+    found = row_questions(
         row.input_ids, spans, tokenizer, replace(template, trains="answers"), frames
-    )
+    )[0]
     assert expected_text(found.answer, Decoder(tokenizer), frames) == answer
 
 

@@ -14,7 +14,7 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import RunConfig, ValidationConfig
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
-from lapilli.train.validation.decoding import QuestionReader, ask_first
+from lapilli.train.validation.decoding import QuestionReader, ask
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 
@@ -67,7 +67,11 @@ def test_samples_that_just_fit_are_answered(dataset: Dataset) -> None:
     model: VisionLanguageModel = build_model(replace(made, language=learnt(longest))).eval()
     reader = QuestionReader.of(dataset)
     samples = [dataset.sample(i) for i in range(len(dataset))]
-    together = ask_first(model, samples, reader, most_tokens=longest // 2)
-    alone = [ask_first(model, [one], reader, most_tokens=longest // 2)[0] for one in samples]
+    asked = [*map(reader.first, samples)]
+    together = ask(model, samples, asked, reader, most_tokens=longest // 2)
+    alone = [
+        ask(model, [one], [question], reader, most_tokens=longest // 2)[0]
+        for one, question in zip(samples, asked, strict=True)
+    ]
     assert together == alone
     assert all(one.question.startswith("What colour is") for one in together)

@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -22,7 +23,7 @@ from lapilli.data.record import excerpt
 if TYPE_CHECKING:
     import psutil
 
-__all__ = ["RayDied", "ray_session", "watched"]
+__all__ = ["RayDied", "leave_working_folder", "ray_session", "watched"]
 
 Item = TypeVar("Item")
 
@@ -136,6 +137,17 @@ def _end_left_over(before: set[psutil.Process]) -> None:
             if process not in before and any("/ray/" in word for word in process.cmdline()):
                 process.kill()
                 process.wait(REAP)
+
+
+def leave_working_folder(folder: str) -> None:
+    """Take the folder that the user's command stood in off a worker's import path.
+
+    Ray puts it there. Names `package.module:name` are not looked up in it (`load_builder`), unless
+    PYTHONPATH names it.
+    """
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in {str(Path(path).absolute()) for path in named if path} and folder in sys.path:
+        sys.path.remove(folder)
 
 
 def watched(results: Callable[[], Iterable[Item]], *, leave: float = LEAVE) -> Iterator[Item]:

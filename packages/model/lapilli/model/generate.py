@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Draws", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
-    "generate_greedy",
+    "generate_greedy", "next_logits",
 ]  # fmt: skip
 
 Gathering: TypeAlias = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
@@ -70,13 +70,66 @@ def generate(
     Warns:
         UserWarning: Once for a model, if a rotary one is taken beyond its positions.
     """
+    if not prompts:
+        return []
+    keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
+    draws = [Draws(keys, decoding)] if decoding.temperature > 0 else []
+    answers = _Answers(len(prompts), end_ids, watch)
+    _run(model, prompts, pixels, decoding, [*draws], answers, gathered)
+    return answers.ids
+
+
+@torch.inference_mode()
+def next_logits(
+    model: VisionLanguageModel,
+    prompts: Sequence[NDArray[np.int64]],
+    pixels: Sequence[NDArray[np.uint8]],
+) -> torch.Tensor:
+    """The logits of the token behind each prompt, of one forward of all of them.
+
+    Args:
+        model: The model.
+        prompts: As `generate` takes them.
+        pixels: Likewise.
+
+    Returns:
+        float32 [prompts, vocabulary], on the CPU.
+
+    Raises:
+        ModelError: As `generate`.
+    """
+    seen = _Logits()
+    answers = _Answers(len(prompts), (), None)
+    _run(model, prompts, pixels, Decoding(max_new_tokens=1), [seen], answers, None)
+    return seen.logits_BV
+
+
+class _Logits:
+    """A logits processor that keeps the scores of the first step."""
+
+    logits_BV: torch.Tensor
+
+    def __call__(self, ids_BS: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        del ids_BS
+        self.logits_BV = scores_BV.float().cpu()
+        return scores_BV
+
+
+def _run(
+    model: VisionLanguageModel,
+    prompts: Sequence[NDArray[np.int64]],
+    pixels: Sequence[NDArray[np.uint8]],
+    decoding: Decoding,
+    processors: list[Any],
+    answers: _Answers,
+    gathered: Gathering | None,
+) -> None:
+    """Continue the prompts; `answers` sees every step."""
     for number, (ids, images) in enumerate(zip(prompts, pixels, strict=True)):
         if int((ids < 0).sum()) != len(images):
             raise ModelError(
                 f"prompt {number}: {int((ids < 0).sum())} image places for {len(images)} images"
             )
-    if not prompts:
-        return []
     lengths = [(f"prompt {n}", expanded_length(model, ids)) for n, ids in enumerate(prompts)]
     check_positions(model, lengths, decoding)
     device = model.language.device
@@ -85,18 +138,15 @@ def generate(
     table = model.language.get_input_embeddings().weight  # `embed` reads it past its module
     with gathered([table]) if gathered else nullcontext():
         embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
-    keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
-    answers = _Answers(len(prompts), end_ids, watch)
     with with_masks(model.language), uncompiled(model.config), _own_settings(model.language) as run:
         run(
             inputs_embeds=embedded,
             attention_mask=mask.to(device),
             generation_config=_settings(decoding),
-            logits_processor=[Draws(keys, decoding)] if decoding.temperature > 0 else [],
+            logits_processor=processors,
             stopping_criteria=[answers],
             synced_gpus=gathered is not None,
         )
-    return answers.ids
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Build prompts from a template, and split a dataset row into question and answer.
+"""Build prompts from a template, and split a dataset row into questions and answers.
 
 A template renders placeholders; the text between them is frame. So a template of
 frames and a tokenizer's own chat template are told apart nowhere here.
@@ -15,7 +15,7 @@ import numpy as np
 from lapilli.data.errors import DataError
 from lapilli.data.record import Record, Role, TextPart, Turn
 from lapilli.data.sources.turns import IMAGE_MARKER
-from lapilli.data.text.encode import bind_template, segments_of
+from lapilli.data.text.encode import bind_template, encode_batch, segments_of
 from lapilli.data.text.rendering import SpecialToken, TextSegment, frame_pieces
 from lapilli.data.text.templates import Template
 from lapilli.data.text.token_text import transcript
@@ -24,7 +24,7 @@ from lapilli.data.text.tokenizer import AnyTokenizer, Backend, backend_for
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FirstQuestion", "Frames", "find_frames", "first_question"]
+__all__ = ["ChoiceTokens", "Frames", "RowQuestion", "choice_tokens", "find_frames", "row_questions"]
 
 # Private-use characters that no template strips, cuts or compares; chat.py uses two others.
 _SYSTEM, _QUESTION, _ANSWER = "\ue0b0", "\ue0b1", "\ue0b2"
@@ -67,11 +67,12 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class FirstQuestion:
-    """The first question of a row.
+class RowQuestion:
+    """A question of a row.
 
     Attributes:
-        prompt: int64 [n], the ids up to where the answer begins, -200 for each image.
+        prompt: int64 [n], the ids up to where the answer begins, -200 for each image; before a
+            later question those of the questions and answers before it.
         question: The user's own words; images in front or behind are left out, others are
             `<image>`. Empty for a template that drops them.
         answer: The ids of the expected answer with the trained tokens around it.
@@ -165,14 +166,14 @@ def _spelt(frame: str) -> str:
     return "".join(content for _, content in frame_pieces(frame))
 
 
-def first_question(
+def row_questions(
     input_ids: Sequence[int] | NDArray[np.int32],
     label_spans: NDArray[np.int32],
     tokenizer: AnyTokenizer,
     template: Template,
     frames: Frames,
-) -> FirstQuestion:
-    """Take a row apart.
+) -> list[RowQuestion]:
+    """Take a row apart: its questions whose answers are trained, in their order.
 
     Args:
         input_ids: The row's ids [n], -200 at an image's place.
@@ -181,32 +182,68 @@ def first_question(
         template: What the row was written by.
         frames: `find_frames` of both.
 
+    Returns:
+        One at least.
+
     Raises:
         DataError: The template trains whole conversations, and what it writes before an answer is
             not in the row.
     """
     ids = [int(i) for i in input_ids]
-    if template.trains == "answers":
-        start, end = (int(place) for place in label_spans[0])
-        pieces = _texts(ids[:end], tokenizer)
-        text, before = _joined(pieces), len(_joined(_texts(ids[:start], tokenizer)))
+    if template.trains != "answers":
+        return _whole_questions(ids, tokenizer, template, frames)
+    found: list[RowQuestion] = []
+    before = 0  # ids up to the end of the answer before
+    for start, end in label_spans.tolist():
+        text = _joined(_texts(ids[:end], tokenizer))
+        at = len(_joined(_texts(ids[:start], tokenizer)))
         # a header's last letters may lie in the answer's first token
-        found = text.rfind(frames.before_answer, 0, before + len(frames.before_answer))
-        question = _question(text[: before if found < 0 else found], frames)
-        return FirstQuestion(np.array(ids[:start], np.int64), question, ids[start:end])
+        header = text.rfind(frames.before_answer, 0, at + len(frames.before_answer))
+        asked = text[: at if header < 0 else header]
+        said = len(_joined(_texts(ids[:before], tokenizer)))
+        question = _later_question(asked[said:], frames) if before else _question(asked, frames)
+        found.append(RowQuestion(np.array(ids[:start], np.int64), question, ids[start:end]))
+        before = end
+    return found
+
+
+def _whole_questions(
+    ids: list[int], tokenizer: AnyTokenizer, template: Template, frames: Frames
+) -> list[RowQuestion]:
+    """The questions of a row that is trained whole, found by what is written around them."""
     pieces = _texts(ids, tokenizer)
     text = _joined(pieces)
-    found = -1
-    if frames.before_answer:
-        found = text.find(frames.before_answer, _question_start(text, frames))
-    if found < 0:
+    found: list[RowQuestion] = []
+    asked = _question_start(text, frames)
+    while True:
+        header = text.find(frames.before_answer, asked) if frames.before_answer else -1
+        if header < 0:
+            break
+        start = header + len(frames.before_answer)
+        next_one = text.find(frames.next_question, start) if frames.next_question else -1
+        end = len(text) if next_one < 0 else next_one + len(frames.end)
+        question = (
+            _later_question(text[asked:header], frames)
+            if found
+            else _question(text[:header], frames)
+        )
+        prompt, answer = _split(pieces, start, end)
+        found.append(RowQuestion(np.array(prompt, np.int64), question, answer))
+        if next_one < 0:
+            break
+        asked = end
+    if not found:
         raise DataError(
             f"template {template.name}: trains whole conversations, and {frames.before_answer!r} "
             "before an answer is not found in a row; ask with a template that trains answers"
         )
-    start = found + len(frames.before_answer)
-    end = text.find(frames.next_question, start) if frames.next_question else -1
-    end = len(text) if end < 0 else end + len(frames.end)
+    return found
+
+
+def _split(
+    pieces: list[tuple[str, tuple[int, ...]]], start: int, end: int
+) -> tuple[list[int], list[int]]:
+    """The ids before an answer and its own; its text is from `start` to `end`."""
     prompt: list[int] = []
     answer: list[int] = []
     place = 0
@@ -217,7 +254,74 @@ def first_question(
         elif place < end:
             answer += own
         place += len(piece)
-    return FirstQuestion(np.array(prompt, np.int64), _question(text[:found], frames), answer)
+    return prompt, answer
+
+
+@dataclass(frozen=True)
+class ChoiceTokens:
+    """What stands where an answer begins, for a few choices.
+
+    Attributes:
+        prefix: Ids between a prompt and the choice, the same for all.
+        ids: The one id of each choice.
+    """
+
+    prefix: tuple[int, ...]
+    ids: dict[str, int]
+
+
+def choice_tokens(
+    choices: Sequence[str], tokenizer: AnyTokenizer, template: Template
+) -> ChoiceTokens:
+    """The token of each choice, as the template's answers have it.
+
+    Raises:
+        DataError: A choice that is not one token, or two that are the same.
+    """
+    found = {choice: _choice_token(choice, tokenizer, template) for choice in choices}
+    by_id: dict[int, str] = {}
+    for choice, (_, token_id) in found.items():
+        if token_id in by_id:
+            raise DataError(
+                f"choices: {by_id[token_id]!r} and {choice!r} begin with the same token, "
+                f"{token_id}; expected choices that the tokenizer tells apart"
+            )
+        by_id[token_id] = choice
+    prefixes = {prefix for prefix, _ in found.values()}
+    if len(prefixes) > 1:
+        raise DataError(
+            f"choices: {', '.join(choices)}: other tokens stand before each; expected choices that "
+            "begin an answer in the same way"
+        )
+    return ChoiceTokens(prefixes.pop(), {choice: one for choice, (_, one) in found.items()})
+
+
+def _choice_token(
+    choice: str, tokenizer: AnyTokenizer, template: Template
+) -> tuple[tuple[int, ...], int]:
+    """The ids between prompt and choice, and the choice's own."""
+    template = replace(bind_template(template, tokenizer), trains="answers")
+    turns = (Turn("user", (TextPart(_QUESTION),)), Turn("assistant", (TextPart(choice),)))
+    record = Record(record_id="", sample_id="", source="", turns=turns)
+    row = encode_batch([record], tokenizer, template, warn=False)[0]
+    start, end = row.label_spans[-2:]
+    pieces = _texts(row.input_ids[:end], tokenizer)
+    at = _joined(pieces).find(choice, len(_joined(_texts(row.input_ids[:start], tokenizer))))
+    own: list[int] = []
+    prefix: list[int] = []
+    place, known = 0, 0  # letters and ids so far
+    for text, ids in pieces:
+        if place < at + len(choice) and place + len(text) > at:
+            own += ids
+        elif place < at:
+            prefix += ids[max(0, start - known) :]
+        place, known = place + len(text), known + len(ids)
+    if at < 0 or len(own) != 1:
+        raise DataError(
+            f"choices: {choice!r} is {len(own)} tokens of this tokenizer; expected choices of one "
+            "token each, such as Yes and No"
+        )
+    return tuple(prefix), own[0]
 
 
 def _texts(ids: Sequence[int], tokenizer: AnyTokenizer) -> list[tuple[str, tuple[int, ...]]]:
@@ -258,9 +362,22 @@ def _question(asked: str, frames: Frames) -> str:
     """The user's words in the text before an answer's header."""
     if frames.drops_question:
         return ""
-    words = asked[_question_start(asked, frames) :]
-    words = words.replace(f"{frames.image[0]}{_IMAGE}{frames.image[1]}", _IMAGE)
-    return words.strip(f"{_IMAGE} \t\r\n").replace(_IMAGE, IMAGE_MARKER)
+    return _words(asked[_question_start(asked, frames) :], frames)
+
+
+def _later_question(text: str, frames: Frames) -> str:
+    """The user's words between an answer's end and the next answer's header."""
+    if frames.drops_question:
+        return ""
+    header = frames.next_question.removeprefix(frames.end)
+    # its first letters may lie in the answer's last token
+    known = next((header[n:] for n in range(len(header)) if text.startswith(header[n:])), "")
+    return _words(text[len(known) :], frames)
+
+
+def _words(text: str, frames: Frames) -> str:
+    text = text.replace(f"{frames.image[0]}{_IMAGE}{frames.image[1]}", _IMAGE)
+    return text.strip(f"{_IMAGE} \t\r\n").replace(_IMAGE, IMAGE_MARKER)
 
 
 def _joined(pieces: list[tuple[str, tuple[int, ...]]]) -> str:

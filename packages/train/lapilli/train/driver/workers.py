@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Generator
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch.distributed as dist
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame
-from lapilli.data.ray_session import RayDied, watched
+from lapilli.data.ray_session import RayDied, leave_working_folder, watched
 from lapilli.model.errors import ModelError
 from lapilli.train.config import RunConfig
 from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
@@ -110,17 +109,6 @@ def _is_bug(error: Exception) -> bool:
 
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     return all(raised_by_worker(failure) for failure in failures.values())
-
-
-def leave_working_folder(folder: str) -> None:
-    """Take the folder that the user's command stood in off a worker's import path.
-
-    Ray puts it there. Names `package.module:name` are not looked up in it (`load_builder`), unless
-    PYTHONPATH names it.
-    """
-    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if folder not in {str(Path(path).absolute()) for path in named if path} and folder in sys.path:
-        sys.path.remove(folder)
 
 
 def _worker(settings: dict[str, Any]) -> None:

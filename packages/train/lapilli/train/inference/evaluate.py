@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.shards.manifest import Manifest
 from lapilli.data.shards.schemas import HELD_OUT, TRAIN
+from lapilli.data.text.questions import ChoiceTokens, RowQuestion, choice_tokens
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint import save_load as checkpoint
@@ -27,7 +28,9 @@ from lapilli.train.run_folder.dataset_files import check_same_data, training_dat
 from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.run_folder.settings import read_run_config, require_trust
-from lapilli.train.validation.decoding import QuestionReader, ask_first
+from lapilli.train.scoring.answer_forms import exact_text
+from lapilli.train.scoring.choices import conclude
+from lapilli.train.validation.decoding import QuestionReader, ask, ask_choices
 from lapilli.train.worker.compatibility import check_model
 
 if TYPE_CHECKING:
@@ -35,16 +38,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Asking",
     "Scores",
     "Trained",
+    "Turns",
     "answer_dataset",
     "chosen_split",
     "image_order",
+    "in_order",
     "is_trained_on",
     "load_trained",
     "open_test",
     "score",
 ]
+
+
+Turns: TypeAlias = Literal["first", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class Answer(QuestionAnswer):
         source: The record's source: the kind of the question.
         split: The part of the dataset it is of.
         trained_on: Whether the run was trained on that part of this dataset.
+        turn: Which question of its record it is, from 0.
+        image: The file that is shown first, as the dataset names it; empty for text alone.
+        logits: Of each choice, where the model chose among some.
+        score: The share of the first choice; None likewise.
     """
 
     index: int
@@ -64,11 +77,15 @@ class Answer(QuestionAnswer):
     source: str
     split: str = TRAIN
     trained_on: bool = False
+    turn: int = 0
+    image: str = ""
+    logits: dict[str, float] = field(default_factory=dict[str, float])
+    score: float | None = None
 
     @property
     def right(self) -> bool:
-        """Exact match; spaces around an answer, special tokens and its end do not count."""
-        return self.given == self.expected
+        """Whether it is the expected one, as the scorer `exact` compares them."""
+        return exact_text(self.given) == exact_text(self.expected)
 
 
 @dataclass(frozen=True)
@@ -135,47 +152,169 @@ def answer_dataset(
     dataset: Dataset,
     *,
     shuffle_images: int | None = None,
+    turns: Turns = "first",
+    choices: tuple[str, ...] = (),
+    threshold: float = 0.5,
     batch: int = 256,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Ask every record's first question and decode greedily, up to the template's end of answers.
+    """Ask records' questions and decode greedily, up to the template's end of answers.
 
     Args:
         model: The model.
-        dataset: The questions; each record's first answer is the expected one.
+        dataset: The questions; each record's own answers are the expected ones.
         shuffle_images: A seed: show each question the images of another record. None: its own.
+        turns: The questions of a record that are asked, each behind the record's own conversation.
+        choices: Take the logits of these where an answer begins, and decode nothing.
+        threshold: The share from which the first of them is concluded.
         batch: Questions at once.
         on_progress: Called with questions answered and all.
 
     Returns:
-        One answer a record, in the dataset's order.
+        In the dataset's order.
 
     Raises:
-        DataError: It cannot be told where a question ends.
+        DataError: It cannot be told where a question ends, or a choice is not one token.
         ModelError: A question is longer than the language model can take.
 
     Warns:
         UserWarning: With the number of expected answers that have the end in the middle.
     """
-    reader = QuestionReader.of(dataset)
-    longest = max(reader.answer_length(dataset.token_row(i)) for i in range(len(dataset)))
-    shown = image_order(dataset.num_images, shuffle_images)
-    answers: list[Answer | None] = [None] * len(dataset)
-    done = 0
-    for indices in _batches(dataset.lengths, batch):
-        samples = [dataset.sample(int(i)) for i in indices]
-        pixels = [dataset.sample(int(shown[i])).pixels for i in indices]
-        asked = ask_first(model, samples, reader, most_tokens=longest, pixels=pixels)
-        for index, one in zip(indices, asked, strict=True):
-            source = one.sample_id.partition("/")[0]
-            answers[index] = Answer(
-                **asdict(one), index=int(index), image_index=int(shown[index]), source=source
-            )
-        done += len(indices)
-        on_progress(done, len(dataset))
-    found = [answer for answer in answers if answer is not None]
+    asking = Asking.of(
+        model, dataset, shuffle_images=shuffle_images, turns=turns, choices=choices,
+        threshold=threshold, batch=batch,
+    )  # fmt: skip
+    return asking.answers(on_progress)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A dataset's questions cut into batches, which do not depend on who answers them.
+
+    So the answers are the same, to the last bit of a logit, on however many workers.
+
+    Attributes:
+        model: The model.
+        dataset: The questions.
+        reader: Of the dataset.
+        batches: Record and question of each, by the length of the record, longest first.
+        most_tokens: Longest answer.
+        shown: Whose images each record is shown.
+        tokens: Of the choices; None decodes.
+        threshold: The share from which the first choice is concluded.
+    """
+
+    model: VisionLanguageModel
+    dataset: Dataset
+    reader: QuestionReader
+    batches: list[list[tuple[int, int]]]
+    most_tokens: int
+    shown: NDArray[np.int64]
+    tokens: ChoiceTokens | None
+    threshold: float
+
+    @staticmethod
+    def of(
+        model: VisionLanguageModel,
+        dataset: Dataset,
+        *,
+        shuffle_images: int | None = None,
+        turns: Turns = "first",
+        choices: tuple[str, ...] = (),
+        threshold: float = 0.5,
+        batch: int = 256,
+    ) -> Asking:
+        """Arguments and errors are those of `answer_dataset`."""
+        reader = QuestionReader.of(dataset)
+        tokens = choice_tokens(choices, reader.tokenizer, reader.template) if choices else None
+        lengths = [reader.answer_lengths(dataset.token_row(i)) for i in range(len(dataset))]
+        asked = {index: _chosen_turns(len(found), turns) for index, found in enumerate(lengths)}
+        order = np.argsort(-dataset.lengths, kind="stable").tolist()
+        places = [(index, turn) for index in order for turn in asked[index]]
+        return Asking(
+            model=model,
+            dataset=dataset,
+            reader=reader,
+            batches=[places[start : start + batch] for start in range(0, len(places), batch)],
+            most_tokens=max(lengths[index][turn] for index, turn in places),
+            shown=image_order(dataset.num_images, shuffle_images),
+            tokens=tokens,
+            threshold=threshold,
+        )
+
+    def answers(self, on_progress: Callable[[int, int], None]) -> list[Answer]:
+        """All answers, in the dataset's order."""
+        total = sum(map(len, self.batches))
+        found: list[Answer] = []
+        for number in range(len(self.batches)):
+            found += self.answer(number)
+            on_progress(len(found), total)
+        return in_order(found, self.reader)
+
+    def answer(self, number: int) -> list[Answer]:
+        """The answers of a batch, in its order."""
+        places = self.batches[number]
+        samples = [self.dataset.sample(index) for index, _ in places]
+        pixels = [self.dataset.sample(int(self.shown[index])).pixels for index, _ in places]
+        questions = [
+            self.reader.questions(sample)[turn]
+            for sample, (_, turn) in zip(samples, places, strict=True)
+        ]
+        if self.tokens is None:
+            found = ask(
+                self.model, samples, questions, self.reader,
+                most_tokens=self.most_tokens, pixels=pixels,
+            )  # fmt: skip
+            logits = [dict[str, float]()] * len(found)
+        else:
+            logits = ask_choices(self.model, samples, questions, self.tokens, pixels=pixels)
+            found = [
+                self._concluded(sample.sample_id, question, row)
+                for sample, question, row in zip(samples, questions, logits, strict=True)
+            ]
+        return [
+            self._answer(index, turn, one, row)
+            for (index, turn), one, row in zip(places, found, logits, strict=True)
+        ]
+
+    def _concluded(
+        self, sample_id: str, question: RowQuestion, logits: dict[str, float]
+    ) -> QuestionAnswer:
+        _, conclusion = conclude(logits, self.threshold)
+        return QuestionAnswer(
+            sample_id, question.question, self.reader.expected(question), conclusion
+        )
+
+    def _answer(
+        self, index: int, turn: int, one: QuestionAnswer, logits: dict[str, float]
+    ) -> Answer:
+        shown = int(self.shown[index])
+        images: list[str] = self.dataset.token_row(shown)["image_ids"]
+        return Answer(
+            **asdict(one),
+            index=index,
+            image_index=shown,
+            source=one.sample_id.partition("/")[0],
+            turn=turn,
+            image=images[0] if images else "",
+            logits=logits,
+            score=conclude(logits, self.threshold)[0] if logits else None,
+        )
+
+
+def in_order(answers: Sequence[Answer], reader: QuestionReader) -> list[Answer]:
+    """All answers in the dataset's order.
+
+    Warns:
+        UserWarning: With the number of expected answers that have the end in the middle.
+    """
+    found = sorted(answers, key=lambda answer: (answer.index, answer.turn))
     _warn_of_ends(found, reader)
     return found
+
+
+def _chosen_turns(count: int, turns: Turns) -> Sequence[int]:
+    return {"first": range(1), "last": range(count - 1, count), "all": range(count)}[turns]
 
 
 def _warn_of_ends(answers: list[Answer], reader: QuestionReader) -> None:
@@ -212,13 +351,6 @@ def image_order(num_images: NDArray[np.int64], seed: int | None) -> NDArray[np.i
             cycle = generator.permutation(np.flatnonzero(num_images == count))
             order[cycle] = np.roll(cycle, 1)
     return order
-
-
-def _batches(lengths: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    """Indices by length, longest first: little padding, and the most memory at once."""
-    order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def score(answers: list[Answer]) -> Scores:

@@ -20,7 +20,7 @@ from lapilli.train.run_folder.generations import (
     read_generations,
     write_generations,
 )
-from lapilli.train.validation.decoding import QuestionReader, ask_first
+from lapilli.train.validation.decoding import QuestionReader, ask
 
 __all__ = [
     "Generations",
@@ -63,7 +63,7 @@ class Generations:
         self._indices = choose_questions(dataset, config.validation.answers)
         self._reader = QuestionReader.of(dataset)
         self._rows = config.micro_batch_size
-        longest = max(self._reader.answer_length(dataset.token_row(i)) for i in self._indices)
+        longest = max(self._reader.answer_lengths(dataset.token_row(i))[0] for i in self._indices)
         self._most_tokens = min(longest, config.validation.answer_tokens)
         self._gathered = gathered if config.zero_stage == 3 else None
         self._run = Path(config.output) if rank == 0 else None
@@ -73,9 +73,10 @@ class Generations:
         engine.module.eval()
         asked: list[QuestionAnswer] = []
         for start in range(0, len(self._indices), self._rows):
-            samples = map(self._dataset.sample, self._indices[start : start + self._rows])
-            asked += ask_first(
-                engine.module, [*samples], self._reader,
+            chosen = self._indices[start : start + self._rows]
+            samples = [self._dataset.sample(index) for index in chosen]
+            asked += ask(
+                engine.module, samples, [*map(self._reader.first, samples)], self._reader,
                 most_tokens=self._most_tokens, gathered=self._gathered,
             )  # fmt: skip
         set_modes(engine.module)
