@@ -161,10 +161,12 @@ def find_published(config: CheckConfig) -> CheckConfig:
     root = Path(config.root)
     sources: list[SourceConfig] = []
     views = dict(config.views)
+    looked_for: list[str] = []
     for name in PUBLISHED:
         recipe = parse(CheckConfig, [f"--config={RECIPES / name}", f"--root={root}"], "")
         for source in recipe.sources:
             (file,) = source.patterns  # the published ones are single files
+            looked_for.append(file)
             folder = next((f for f in FOLDERS if (root / f / file).is_file()), None)
             if folder is None:
                 continue
@@ -174,7 +176,7 @@ def find_published(config: CheckConfig) -> CheckConfig:
             sources.append(replace(source, annotations=path, images=images.removeprefix("/")))
             views.update(recipe.views)
     if not sources:
-        names = ", ".join(ANNOTATIONS)
+        names = ", ".join(looked_for)
         raise DataError(
             f"root: {root} holds none of {names}; expected one of them there or below "
             f"{' or '.join(FOLDERS[1:])}; give another --root, a --config for other files, or get "

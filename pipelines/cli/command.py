@@ -59,8 +59,8 @@ USERS_MISTAKE = 2
 # they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
     {"answers", "dataset", "extra_roots", "folders", "html", "image", "images", "init_from",
-     "model", "nvme_path", "output", "pretrained", "questions", "root", "run", "step", "template",
-     "tokenizer", "truth", "upload_file"}
+     "model", "nvme_path", "ocr_vqa_list", "output", "pretrained", "questions", "root", "run",
+     "step", "template", "tokenizer", "truth", "upload_file"}
 )  # fmt: skip
 # The extra that brings a package; the ones that every install has are not here.
 EXTRAS = {

@@ -16,6 +16,7 @@ BARE = ("doctor", "simd")  # verbs that run where packages are missing
 VERBS = {
     "doctor": "what this machine has, what is missing, and how to add it",
     "quickstart": "end to end on a CPU: data, shards, training, evaluation, report",
+    "download": "the published files that a recipe needs, resumed and checked",
     "check": "read annotations and images, report every record that cannot be used",
     "tokenizer": "train a small tokenizer on a mixture's own texts",
     "preprocess": "annotations and images to a dataset of Arrow shards",

@@ -24,6 +24,7 @@ CONFIGS = {
     "evaluate": "pipelines.evaluate:EvaluateConfig",
     "export": "pipelines.export:ExportConfig",
     "generate": "pipelines.generate:GenerateConfig",
+    "download": "pipelines.download:DownloadConfig",
     "score": "pipelines.score:ScoreConfig",
     "quickstart": "pipelines.quickstart:QuickstartConfig",
 }
@@ -42,6 +43,7 @@ OWNERS = {
     "packages/train/lapilli/train/inference/ray_evaluation": {"evaluate"},
     "packages/train/lapilli/train/scoring": {"score"},
     "pipelines/chat_page": {"chat"},
+    "pipelines/downloads": {"download"},
     "pipelines/exports": {"export"},
     "pipelines/cli/question_file": {"generate"},
     "pipelines/cli/help_text": {"train"},
@@ -53,7 +55,7 @@ FOREIGN = {
     "--concatenate", "--help_all",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate|score)\b"
+    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate|score|download)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 

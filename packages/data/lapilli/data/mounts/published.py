@@ -11,9 +11,19 @@ from dataclasses import dataclass
 
 from lapilli.data.record import Reason, Verdict
 
-__all__ = ["ANNOTATIONS", "ARCHIVES_BY_FOLDER", "HOLES", "Hole", "PublishedArchive", "published"]
+__all__ = [
+    "ANNOTATIONS",
+    "ARCHIVES_BY_FOLDER",
+    "HOLES",
+    "HUB",
+    "OCR_VQA",
+    "Hole",
+    "PublishedArchive",
+    "published",
+]
 
 HUB = "https://huggingface.co/datasets"
+OCR_VQA = "ocr_vqa/images"
 VG = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 
 
@@ -53,7 +63,7 @@ ARCHIVES_BY_FOLDER = {
     ),
     "vg/VG_100K": PublishedArchive("images.zip", f"{VG}/images.zip", 9.7),
     "vg/VG_100K_2": PublishedArchive("images2.zip", f"{VG}/images2.zip", 5.5),
-    "ocr_vqa/images": PublishedArchive(
+    OCR_VQA: PublishedArchive(
         "ocr_vqa_images_llava_v15.zip",
         f"{HUB}/weizhiwang/llava_v15_instruction_images/resolve/main/ocr_vqa_images_llava_v15.zip",
         9.0,
@@ -75,6 +85,10 @@ ANNOTATIONS = {
     ),
     "llava_v1_5_mix665k.json": (
         f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json"
+    ),
+    "detail_23k.json": f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/detail_23k.json",
+    "complex_reasoning_77k.json": (
+        f"{HUB}/liuhaotian/LLaVA-Instruct-150K/resolve/main/complex_reasoning_77k.json"
     ),
 }
 
@@ -119,7 +133,7 @@ HOLES = (
         reason=Reason.IMAGE_MISSING,
         published=355,
         remedy="355 of its 80,000 records, LLaVA issue 1618; a full set is published: "
-        + ARCHIVES_BY_FOLDER["ocr_vqa/images"].address,
+        + ARCHIVES_BY_FOLDER[OCR_VQA].address,
     ),
     Hole(
         name="Visual Genome images that are empty files",
