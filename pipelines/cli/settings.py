@@ -84,8 +84,8 @@ class EvaluateConfig(TrustFlags, ScoringFlags):
             model answers without looking.
         output: File for the answers, one JSON object a line, written by one process at a time;
             empty for none.
-        template: How a published model's conversations were written down, by name or file; a
-            dataset of another template is then refused.
+        template: Conversation template of a published model, by name or file; a dataset of another
+            template is then refused.
         num_workers: Ray workers, each with the model on a device of its own. 1 answers in this
             process. The answers are the same on any number.
         batch: Questions at once; workers share whole batches.
@@ -148,24 +148,23 @@ class GenerateConfig(TrustFlags):
     Attributes:
         model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
             LLaVA, or PEFT adapters for either with their base model on this machine.
-        template: How a published model's conversations are written down, by name or file, where its
-            folder does not say.
-        view: How its images are made square, where its folder does not say: `pad`, `crop`,
-            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
+        template: Conversation template of a published model, by name or file, if its folder does
+            not say.
+        view: How its images are made square, if its folder does not say: `pad`, `crop`, `stretch`,
+            or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
         image: An image, or a folder of images of which each is shown with the question.
-        question: What is asked; empty with a template of captions. `<image>` in it is the image's
-            place.
+        question: The question; empty with a caption template. `<image>` in it is the image's place.
         questions: JSONL with `question_id`, `text` and, where there are images, `image` or
             `images`, a file or a list of files each. `<image>` in a text is an image's place;
-            without it images stand in front. Or a list (`.txt`): a line with an image's path, then
-            one with its questions, tabs between; each is asked behind the answers before it.
+            without it images come first. Or a list (`.txt`): a line with an image's path, then one
+            with its questions, tabs between; each is asked behind the answers before it.
         images: Folder that the images of `questions` are in.
         output: JSONL with `question_id`, `prompt`, `text`, `model_id` to write; empty prints
             answers. Questions that it answers already are not asked again. One process at a time
             writes it.
         batch: Questions at once.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        decoding: How answers are written. With a temperature above 0 the same question, images and
+        decoding: How answers are decoded. With a temperature above 0 the same question, images and
             seed give the same answer, whatever the batch.
     """
 
@@ -226,14 +225,14 @@ class ChatConfig(TrustFlags):
     Attributes:
         model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
             LLaVA, or PEFT adapters for either with their base model on this machine.
-        template: How a published model's conversations are written down, by name or file, where its
-            folder does not say.
-        view: How its images are made square, where its folder does not say: `pad`, `crop`,
-            `stretch`, or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
+        template: Conversation template of a published model, by name or file, if its folder does
+            not say.
+        view: How its images are made square, if its folder does not say: `pad`, `crop`, `stretch`,
+            or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
         host: Address to listen on; another than this machine's own lets the network in.
         port: 0 takes a free one.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        decoding: How answers are written.
+        decoding: How answers are decoded.
         limits: Bounds on requests.
     """
 

@@ -257,32 +257,32 @@ class RunConfig:
         model: The model.
         optim: The optimizer.
         global_batch_size: Samples in one optimizer step, over all workers.
-        micro_batch_size: Samples on one worker at once; accumulation follows. 0 follows too: the
-            largest that the device's memory is estimated to hold, or on a CPU up to 8.
+        micro_batch_size: Samples in one forward pass of a worker; accumulation follows. 0 takes the
+            largest that the device's memory is estimated to hold, on a CPU up to 8.
         epochs: Passes over the dataset.
-        max_steps: End earlier, after so many steps; 0 for the whole epochs.
-        max_length: Longest sequence with its image tokens; longer samples are left out, counted.
-        truncate: Cut the text of longer samples instead. Left out, true under sampler `llava`.
+        max_steps: Stop after this many steps; 0 for all epochs.
+        max_length: Longest sequence with image tokens; longer samples are left out and counted.
+        truncate: Cut the text of longer samples instead; true by default with sampler `llava`.
         init_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
             stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA, whole
             or as PEFT adapters with their base.
         sampler: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's
             trainer, in which the micro-batches are part of the order; the learning rate then
             starts at 0 too.
-        group_by_modality_length: LLaVA's flag, for sampler `llava`; false for its order without it,
-            which its pretrain script has. Left out, true.
-        llava_processes: For sampler `llava`, how many processes the LLaVA run has whose order and
-            end of an epoch are taken; 0 for `num_workers`. Set it to go on with other workers.
-        remainder: What becomes of a global batch that the samples do not fill: `pad` with empty
-            slots, `short` with fewer micro-steps, or `drop` until another epoch. Sampler `llava`
-            takes `pad`, or `llava`: what LLaVA's trainer does, which repeats or drops samples.
-            `auto` is `llava` for that sampler and `pad` for the others.
+        group_by_modality_length: LLaVA's flag, for sampler `llava`, true by default; false as in
+            its pretrain script.
+        llava_processes: For sampler `llava`, the processes of the LLaVA run that is reproduced; 0
+            for `num_workers`. Set it to resume with other workers.
+        remainder: An incomplete global batch: `pad` with empty slots, `short` with fewer
+            micro-steps, or `drop` until another epoch. Sampler `llava` takes `pad`, or `llava`,
+            which repeats or drops samples as LLaVA's trainer does. `auto` is `llava` for that
+            sampler and `pad` for the others.
         loss_reduction: `token_mean`, over all trained tokens of the global batch, or
             `micro_batch_mean`, over the means of its micro-batches, as LLaVA's trainer does. With
             the latter, or sampler `llava`, a resumed run keeps its `micro_batch_size`.
-        seed: Seed of the order and of whatever is random in the model.
+        seed: Seed of the order and of all randomness in the model.
         zero_stage: DeepSpeed's ZeRO stage.
-        offload: Where what the device has no room for lies.
+        offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
         num_workers: Processes, one a device; on a CPU, one a core or fewer.
