@@ -1,4 +1,7 @@
-"""The Markdown pages of the project, and what the tests of pages read from them."""
+"""The Markdown pages of the project, and what the tests of pages read from them.
+
+`python -m tests.contracts.pages` writes `docs/external_links.md`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PAGES", "ROOT", "blocks", "files", "name_of", "prose"]
+__all__ = [
+    "EXTERNAL",
+    "PAGES",
+    "ROOT",
+    "addresses",
+    "blocks",
+    "files",
+    "links_page",
+    "name_of",
+    "prose",
+]
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "packages", "pipelines", "tests", ".ci")
@@ -14,6 +27,8 @@ PAGES = sorted(
     {*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))}
 )
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ADDRESS = re.compile(r"https?://[^\s)`<>\"']+")
+EXTERNAL = ROOT / "docs" / "external_links.md"
 TITLE = re.compile(r"title=\"([^\"]+)\"")
 
 
@@ -38,3 +53,22 @@ def files(page: Path) -> Iterator[tuple[str, str]]:
 def prose(page: Path) -> str:
     """A page without its fenced blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def addresses() -> list[str]:
+    """The addresses that pages link to."""
+    used: set[str] = set()
+    for page in {*PAGES} - {EXTERNAL}:
+        used |= {one.rstrip(".,;:") for one in ADDRESS.findall(prose(page))}
+    return sorted(used)
+
+
+def links_page() -> str:
+    """The page that lists them: what may change without us."""
+    lines = "".join(f"- <{one}>\n" for one in addresses())
+    head = "Every address that a page links to, as `python -m tests.contracts.pages` writes them."
+    return f"# External links\n\n{head}\n\n{lines}"
+
+
+if __name__ == "__main__":
+    EXTERNAL.write_text(links_page(), encoding="utf-8")

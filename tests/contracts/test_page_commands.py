@@ -106,8 +106,7 @@ def checked(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = [
     pytest.param(words, id=f"{name_of(page)}-{' '.join(words)[:60]}")
     for page in PAGES
-    for language in ("bash", "sh")
-    for block in blocks(page, language)
+    for block in blocks(page, "bash")
     for words in commands(block)
 ]
 
@@ -117,6 +116,14 @@ def test_a_command_is_one_that_its_program_takes(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked(words, monkeypatch)
+
+
+def test_a_page_whose_commands_are_run_has_a_test() -> None:
+    """`sh` says so: they go on from each other, on files that the page makes."""
+    tests = {path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    for page in PAGES:
+        if any(blocks(page, "sh")):
+            assert any(page.name in test for test in tests), name_of(page)
 
 
 @pytest.mark.parametrize(
