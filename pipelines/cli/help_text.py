@@ -21,6 +21,7 @@ SETTINGS = {
     "score": ("pipelines.cli.settings", "ScoreConfig"),
     "generate": ("pipelines.cli.settings", "GenerateConfig"),
     "chat": ("pipelines.cli.settings", "ChatConfig"),
+    "import-flags": ("pipelines.import_flags", "ImportConfig"),
     "export": ("pipelines.exports.config", "ExportConfig"),
 }
 WIDTH = 100

@@ -32,6 +32,7 @@ VERBS = {
     "report": "write report.html of datasets and runs",
     "verify": "hash a dataset and compare it with its manifest",
     "repair": "make damaged shards of a dataset again",
+    "import-flags": "recipes of a script that starts LLaVA's trainer",
     "simd": "build pillow-simd for this processor",
 }
 
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def _module(verb: str) -> Any:
-    return importlib.import_module(f"pipelines.{verb}")
+    return importlib.import_module(f"pipelines.{verb.replace('-', '_')}")
 
 
 if __name__ == "__main__":

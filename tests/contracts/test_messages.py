@@ -26,6 +26,7 @@ CONFIGS = {
     "generate": "pipelines.generate:GenerateConfig",
     "download": "pipelines.download:DownloadConfig",
     "score": "pipelines.score:ScoreConfig",
+    "import_flags": "pipelines.import_flags:ImportConfig",
     "quickstart": "pipelines.quickstart:QuickstartConfig",
 }
 # Whose message a module's is: the commands that come to it. The longest prefix counts.
@@ -45,6 +46,8 @@ OWNERS = {
     "pipelines/chat_page": {"chat"},
     "pipelines/downloads": {"download"},
     "pipelines/exports": {"export"},
+    "pipelines/launch_scripts": {"import_flags"},
+    "pipelines/import_flags": {"import_flags", "train"},
     "pipelines/cli/question_file": {"generate"},
     "pipelines/cli/help_text": {"train"},
 }
@@ -52,7 +55,7 @@ OWNERS = {
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
     "--require-hashes", "--pretrain_mm_mlp_adapter", "--model_max_length", "--help", "--version",
-    "--concatenate", "--help_all",
+    "--concatenate", "--help_all", "--local-dir",
 }  # fmt: skip
 VERB = re.compile(
     r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate|score|download)\b"

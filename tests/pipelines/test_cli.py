@@ -30,14 +30,14 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_a_module_with_an_entry(verb: str) -> None:
-    module = importlib.import_module(f"pipelines.{verb}")
+    module = importlib.import_module(f"pipelines.{verb.replace('-', '_')}")
     assert callable(module.main)
     assert module.__doc__
 
 
 def test_every_module_with_an_entry_is_a_verb() -> None:
     modules = {path.stem for path in RECIPES.parent.glob("*.py")} - {"__init__"}
-    assert set(VERBS) == modules
+    assert {verb.replace("-", "_") for verb in VERBS} == modules
 
 
 def test_without_a_verb_they_are_listed(

@@ -1,0 +1,1 @@
+"""Launch scripts of other trainers: their flags, and ours for them."""

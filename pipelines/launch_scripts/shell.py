@@ -1,0 +1,147 @@
+"""Parse a launch script, executing nothing: comments, variables, continued lines, one command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pipelines.cli.command import UsageError
+
+__all__ = ["Launch", "parse_script"]
+
+LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "python", "python3", "srun")
+ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+# Flags of launchers that say how many processes there are on a machine, and how many machines.
+PROCESSES = ("num_gpus", "nproc_per_node", "nproc-per-node", "num_processes")
+MACHINES = ("num_nodes", "nnodes")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The command of a script.
+
+    Attributes:
+        flags: The trainer's flags as they are written, without dashes; one without a value is
+            `True`. The last of several counts.
+        processes: What the launcher starts, over all machines; 0 where the script does not say.
+    """
+
+    flags: dict[str, str]
+    processes: int
+
+
+def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
+    """The one command of a script that starts a trainer.
+
+    Args:
+        text: The script.
+        variables: Values that win over the script's own.
+
+    Raises:
+        UsageError: No such command or several, a variable without a value, a substitution by a
+            command, a quote that does not end, or a word that is no flag.
+    """
+    known: dict[str, str] = {}
+    launches: list[list[str]] = []
+    for line in _lines(text):
+        if found := ASSIGNMENT.fullmatch(line.strip()):
+            words = _words(found[2], known, variables)
+            if len(words) <= 1:
+                known[found[1]] = words[0] if words else ""
+                continue
+        words = _words(line, known, variables, whole=_starts(line))
+        while words and ASSIGNMENT.fullmatch(words[0]):
+            name, _, value = words.pop(0).partition("=")
+            known[name] = value
+        if words and words[0].rpartition("/")[2] in LAUNCHERS:
+            launches.append(words)
+    if len(launches) != 1:
+        raise UsageError(
+            f"{len(launches)} commands begin with one of {', '.join(LAUNCHERS)}; expected one"
+        )
+    return _launch(launches[0], variables.get("CUDA_VISIBLE_DEVICES") or known.get(
+        "CUDA_VISIBLE_DEVICES", ""
+    ))  # fmt: skip
+
+
+def _starts(line: str) -> bool:
+    """Whether a line is a command that is read, and its variables must have values."""
+    return any(word.rpartition("/")[2] in LAUNCHERS for word in line.split()[:6])
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Logical lines: continued ones joined, comments and empty ones left out."""
+    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield line
+
+
+def _words(
+    line: str, known: Mapping[str, str], variables: Mapping[str, str], *, whole: bool = False
+) -> list[str]:
+    """A line's words, its variables replaced."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[3]
+        if name in variables:
+            return variables[name]
+        if name in known:
+            return known[name]
+        if found[2] is not None:
+            return found[2]
+        if whole:
+            raise UsageError(
+                f"${name} has no value in the script; give one: --variables '{{{name}: VALUE}}'"
+            )
+        return ""
+
+    if whole and ("$(" in line or "`" in line):
+        raise UsageError(
+            "the command holds $(...) or a backquote, which is not executed; write its value"
+        )
+    try:
+        return shlex.split(VARIABLE.sub(value, line), comments=True)
+    except ValueError as error:
+        if whole:
+            raise UsageError(f"the command cannot be parsed ({error}): {line[:80]!r}") from None
+        return []
+
+
+def _launch(words: list[str], devices: str) -> Launch:
+    """Split a command at the trainer's file or module, and read what is on both sides."""
+    place = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
+    if place is None and "-m" in words:  # python -m torch.distributed.launch train.py, or a module
+        place = len(words) - 1 - words[::-1].index("-m") + 1
+    if place is None:
+        raise UsageError(f"{words[0]}: the command names no file.py and no -m MODULE; expected one")
+    before = _flags(words[1:place], strict=False)
+    count = next((before[name] for name in PROCESSES if name in before), "")
+    if not count and (chosen := before.get("include", "").partition(":")[2] or devices):
+        count = str(len(chosen.split(",")))
+    machines = next((before[name] for name in MACHINES if name in before), "1")
+    for name, text in (("processes", count or "0"), ("machines", machines)):
+        if not text.isdecimal():
+            raise UsageError(f"{words[0]}: {text!r} {name}; expected a whole number")
+    per_machine = 1 if "num_processes" in before else int(machines)  # accelerate counts all
+    return Launch(_flags(words[place + 1 :], strict=True), int(count or 0) * per_machine)
+
+
+def _flags(words: list[str], *, strict: bool) -> dict[str, str]:
+    """`--name value`, `--name=value` and `--name`."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            name, has_value, value = word.lstrip("-").partition("=")
+            found[name] = value if has_value else "True"
+            name = "" if has_value else name
+        elif name:
+            found[name], name = word, ""
+        elif strict and word not in (";", "&", "&&", "|"):
+            raise UsageError(f"{word!r} stands where a flag is expected; quote values with spaces")
+        elif strict:
+            break
+    return found
