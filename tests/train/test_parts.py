@@ -29,7 +29,8 @@ from lapilli.train.engine.fragments import checkpoint_share, own_range
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointFile, CheckpointState
 from lapilli.train.steps.optim import build_optimizer
-from tests.train.saved import parts, saved_tensors
+from tests.hostile import is_one_line
+from tests.train.saved import parts, saved_tensors, write_small
 from tests.train.tiny import model_config, run_config
 
 STEP = 3
@@ -301,3 +302,22 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
     for step, same in ((1, False), (2, True)):
         weight = saved_tensors(tmp_path / "checkpoints" / f"step-{step:08d}")
         assert bool((weight["language.0.weight/weight"] == 7.0).all()) is same
+
+
+def test_a_checkpoint_of_another_model_is_one_line_with_what_differs(tmp_path: Path) -> None:
+    model = Odd(0)
+    write_small(tmp_path, dict(model.named_parameters()), EMPTY)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    wider, shorter = Odd(0), Odd(0)
+    wider.language[1] = nn.Linear(23, 2)
+    del shorter.language[2]
+    for other, words in (
+        (wider, r"language.1.weight has shape \(1, 23\), the model's has \(2, 23\)"),
+        (shorter, r"parameters differ from the model's \(language.2.bias and 1 more\)"),
+    ):
+        before = {name: value.clone() for name, value in other.named_parameters()}
+        with pytest.raises(TrainError, match=words) as caught:
+            checkpoint.load_weights(found, other)
+        assert is_one_line(caught.value)
+        assert all(torch.equal(value, before[n]) for n, value in other.named_parameters())

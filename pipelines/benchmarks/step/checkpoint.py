@@ -43,6 +43,7 @@ from pipelines.cli.command import parse
 __all__ = ["CheckpointCost", "Side", "Stopwatch", "main", "measure", "ours"]
 
 WIDTH = 2048
+TARGET = 2**27  # numbers that a plain copy has room for, far above any cache
 SAMPLED = 0.002  # seconds between two looks at the memory
 SHOWN = {
     "way": "way", "stage": "stage", "workers": "workers", "stall, s": "stall_s",
@@ -237,7 +238,10 @@ def make_engine(config: CheckpointCost) -> Any:
         micro_batch_size=1,
     )  # fmt: skip
     settings = deepspeed_engine.deepspeed_settings(run)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    settings["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": WIDTH * WIDTH,  # no gradient is computed here
+    }
     engine = deepspeed_engine.initialize(model, build_optimizer(model, OptimConfig()), settings)
     for tensor in optimized_tensors(engine):
         for moment in MOMENTS:
@@ -286,11 +290,12 @@ def measure_rank(
 def _copy(engine: Any) -> float:
     """Seconds of one plain copy of this worker's share to memory that it has touched before."""
     fragments = [one.get() for one in held_fragments(engine, divided=True)]
-    target = torch.zeros(sum(map(len, fragments)))
+    target = torch.zeros(max(TARGET, *map(len, fragments)))
     target.fill_(1.0)
     dist.barrier()
     started, used = time.perf_counter(), 0
     for one in fragments:
+        used = 0 if used + len(one) > len(target) else used
         target[used : used + len(one)].copy_(one)
         used += len(one)
     return time.perf_counter() - started
