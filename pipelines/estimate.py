@@ -18,6 +18,7 @@ from lapilli.data.io.access import exists
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.model.attention.choice import choose_attention
+from lapilli.model.config import ActivationPolicy
 from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.parts.language import language_settings
 from lapilli.model.peak import peak_flops
@@ -26,7 +27,13 @@ from lapilli.train.config import RunConfig
 from lapilli.train.device import device_memory
 from lapilli.train.driver.communication import communication_seconds
 from lapilli.train.driver.fake_model import Sketch
-from lapilli.train.driver.memory_estimate import Estimate, estimate_run, follow, sketch_run
+from lapilli.train.driver.memory_estimate import (
+    Estimate,
+    checkpoint_host_bytes,
+    estimate_run,
+    sketch_run,
+)
+from lapilli.train.driver.memory_policy import choose_memory, memory_budget
 from lapilli.train.worker.compatibility import check_model
 from pipelines.cli.command import parse, run, say
 from pipelines.cli.terminal import print_table
@@ -48,18 +55,31 @@ def estimate(config: RunConfig) -> None:
     length = int(dataset.lengths.max()) if dataset else config.max_length
     trained = int(dataset.num_trained.max()) if dataset else None
     estimate = estimate_run(config, sketch, length=length, trained=trained)
-    has_gpu = config.device != "cpu" and torch.cuda.is_available()
-    device_bytes = device_memory("cuda") if has_gpu and not config.micro_batch_size else None
-    config = follow(config, device_bytes, lambda: estimate)
-    print_table(_stages(config, estimate))
-    kept = "each layer's input kept" if config.model.gradient_checkpointing else "everything kept"
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+    def estimator(changed: RunConfig) -> Estimate:
+        model = sketch if changed.model == config.model else sketch_run(changed)
+        return estimate_run(changed, model, length=length, trained=trained)
+
+    budget = memory_budget(config, device, device_memory)
+    config, memory = choose_memory(config, device, budget, estimator)
+    policy = memory.activations
+    print_table(_stages(config, estimate, policy))
+    say(memory.note)
+    rows = [estimate.batch_bytes(n, policy) for n in (1, 2)]
     say(
-        f"a row of {length} tokens keeps {bytes_text(estimate.row_bytes)} for backward ({kept}), "
-        f"any micro-batch {bytes_text(estimate.fixed_bytes)} for the head"
+        f"a row of {length} tokens takes {bytes_text(rows[1] - rows[0])} until its backward, any "
+        f"micro-batch {bytes_text(2 * rows[0] - rows[1])} more"
     )
     say(
         f"global batch {config.global_batch_size} = {config.num_workers} workers x micro-batch "
         f"{config.micro_batch_size} x accumulation {config.accumulation}"
+    )
+    learning = sum(trained for _, trained in estimate.parameters.values())
+    held = checkpoint_host_bytes(learning, stage=config.zero_stage, workers=config.num_workers)
+    say(
+        f"host memory: {bytes_text(held)} a worker while a checkpoint is saved, and as much while "
+        f"one is restored: a copy of its share of {bytes_text(estimate.checkpoint_bytes)}"
     )
     disk = estimate.checkpoint_bytes * (config.checkpoint.keep_last + 1)
     say(
@@ -141,7 +161,7 @@ def _open(config: RunConfig) -> Dataset | None:
     return dataset
 
 
-def _stages(config: RunConfig, estimate: Estimate) -> Table:
+def _stages(config: RunConfig, estimate: Estimate, policy: ActivationPolicy) -> Table:
     """A row a part, a column a ZeRO stage; then activations and the sum."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "parameters", "trained"):
@@ -152,10 +172,10 @@ def _stages(config: RunConfig, estimate: Estimate) -> Table:
     for part, (total, trained) in estimate.parameters.items():
         held = [bytes_text(states[part].total) for states in estimate.states.values()]
         table.add_row(part, f"{total / 1e6:,.1f} M", f"{trained / 1e6:,.1f} M", *held)
-    rows = config.micro_batch_size * estimate.row_bytes + estimate.fixed_bytes
+    rows = estimate.batch_bytes(config.micro_batch_size, policy)
     table.add_row(f"activations of {config.micro_batch_size}", "", "", *[bytes_text(rows)] * 4)
     sums = [
-        bytes_text(estimate.worker_bytes(stage, config.micro_batch_size))
+        bytes_text(estimate.worker_bytes(stage, config.micro_batch_size, policy))
         for stage in estimate.states
     ]
     table.add_row("a worker", "", "", *sums, style="bold")

@@ -135,6 +135,7 @@ def print_preflight(config: RunConfig, ready: Preflight) -> None:
         f"{config.micro_batch_size} x accumulation {config.accumulation} on {ready.device}, "
         f"ZeRO-{config.zero_stage}, {config.precision}, {ready.attention.name} attention"
     )
+    say(ready.memory_policy.note)
     if ready.attention.note:
         say(ready.attention.note)
     if ready.kernels:

@@ -233,6 +233,14 @@ def test_an_architecture_tells_what_it_keeps_in_fp32() -> None:
     assert not transformers_internals.kept_in_fp32(tiny_llama())
 
 
+def test_a_layer_of_transformers_runs_by_the_function_that_it_is_given() -> None:
+    model, ran = tiny_llama().train(), list[int]()
+    for run in (lambda forward, *given: ran.append(1) or forward(*given), None):
+        transformers_internals.set_recomputation(model.model.layers[0], run)
+        model(torch.ones(1, 3, dtype=torch.long))
+        assert len(ran) == 1
+
+
 def test_experts_are_computed_without_the_grouped_product() -> None:
     module, _, name = transformers_internals.GROUPED_MM.rpartition(".")
     moe = importlib.import_module(module)

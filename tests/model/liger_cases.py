@@ -19,6 +19,7 @@ from lapilli.data.batches.collate import BatchShape, collate
 from lapilli.model.attention.forward import NAME, register
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.kernels.liger import FAMILIES, INTERPRETED, apply_liger
+from lapilli.model.parts.recomputation import recompute_all
 from lapilli.model.parts.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import build_model
 from tests.model import decoders, twins
@@ -110,9 +111,10 @@ def test_a_whole_model_with_adapters_and_checkpointing(lora: LoraConfig | None) 
         language = LanguageConfig("qwen2", settings=decoders.settings("qwen2"))
         made = ModelConfig(
             VisionConfig(settings=twins.TOWER), language, trainable=("projector", "language"),
-            lora=lora, gradient_checkpointing=True, kernels=kernels, merge="torch", head_chunk=4,
+            lora=lora, kernels=kernels, merge="torch", head_chunk=4,
         )  # fmt: skip
         model = build_model(made)
+        recompute_all(model)
         model.to(DEVICE)
         set_modes(model)
         loss = twins.forward(model, batch)

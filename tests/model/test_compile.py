@@ -16,6 +16,7 @@ from lapilli.model.attention.forward import NAME, register
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.generate import generate_greedy
 from lapilli.model.kernels.compiled import compile_blocks
+from lapilli.model.parts.recomputation import recompute_all
 from lapilli.model.parts.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import decoders, twins
@@ -70,12 +71,15 @@ def losses(model: VisionLanguageModel) -> Iterator[tuple[torch.Tensor, dict[str,
         yield loss.detach(), {n: None if g is None else g.clone() for n, g in found.items()}
 
 
-def compare(backend: str, **values: Any) -> None:
+def compare(backend: str, *, recomputes: bool = False, **values: Any) -> None:
     language = LanguageConfig(settings=decoders.settings("llama"))
     config = ModelConfig(
         VisionConfig(settings=twins.TOWER), language, head_chunk=4, kernels="torch", **values
     )
     plain, compiled = build_model(config), build_model(config)
+    if recomputes:
+        recompute_all(plain)
+        recompute_all(compiled)
     compile_blocks(compiled, backend)
     after_warm_up = 0
     for (wanted, gradients), (found, computed) in zip(losses(plain), losses(compiled), strict=True):
@@ -89,7 +93,7 @@ def compare(backend: str, **values: Any) -> None:
 
 
 def test_a_model_with_adapters_and_checkpointing() -> None:
-    compare("aot_eager", lora=LoraConfig(rank=2, dropout=0.0), gradient_checkpointing=True)
+    compare("aot_eager", lora=LoraConfig(rank=2, dropout=0.0), recomputes=True)
 
 
 def test_a_model_that_learns_whole() -> None:
@@ -98,7 +102,7 @@ def test_a_model_that_learns_whole() -> None:
 
 @pytest.mark.long
 def test_with_torchs_own_compiler() -> None:
-    compare("inductor", lora=LoraConfig(rank=2, dropout=0.0), gradient_checkpointing=True)
+    compare("inductor", lora=LoraConfig(rank=2, dropout=0.0), recomputes=True)
 
 
 def test_generation_runs_layers_as_they_were() -> None:

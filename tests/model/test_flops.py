@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from lapilli.data.batches.collate import Batch, BatchShape, collate
-from lapilli.model.config import LoraConfig
+from lapilli.model.config import ActivationPolicy, LoraConfig
 from lapilli.model.flops import (
     BatchNumbers,
     Matmul,
@@ -21,6 +21,7 @@ from lapilli.model.flops import (
     part_numbers,
     step_flops,
 )
+from lapilli.model.parts.recomputation import apply_policy
 from lapilli.model.parts.trainable import set_modes
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel, build_model
@@ -114,18 +115,21 @@ def test_models_figure_leaves_padding_future_and_recomputation_out() -> None:
     whole = language("llama")
     decoder = whole.get_decoder()
     tower, projector = clip().requires_grad_(False), nn.Linear(16, SIZE)
-    made = [
-        ModelNumbers(
-            part_numbers(tower, tower.config),
-            part_numbers(projector),
-            part_numbers(decoder, whole.config, recomputed=again),
-            Matmul(SIZE, VOCABULARY, True),
-            9,
-            10,
-            9,
+    made: list[ModelNumbers] = []
+    for again in (False, True):
+        for layer in decoder.layers:
+            layer.gradient_checkpointing = again
+        made.append(
+            ModelNumbers(
+                part_numbers(tower, tower.config),
+                part_numbers(projector),
+                part_numbers(decoder, whole.config),
+                Matmul(SIZE, VOCABULARY, True),
+                9,
+                10,
+                9,
+            )
         )
-        for again in (False, True)
-    ]
     padded = BatchNumbers([5, 7], 1, 4, 3, 16, 2, 8)
     plain, again = (step_flops(numbers, padded) for numbers in made)
     assert plain.model == again.model
@@ -200,12 +204,14 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.0)
         ("clip", "llama", {"trainable": BOTH, "strategy": "full"}),
         ("clip", "llama", {"trainable": ("projector",)}),
         ("clip", "llama", {"trainable": ("language",)}),
-        ("clip", "llama", {"trainable": BOTH, "gradient_checkpointing": True}),
-        ("clip", "llama", {"trainable": ALL, "gradient_checkpointing": True}),
-        ("clip", "llama", {"trainable": ("projector",), "gradient_checkpointing": True}),
-        ("clip", "gemma2", {"trainable": BOTH, "gradient_checkpointing": True}),
-        ("clip", "phi", {"trainable": BOTH, "gradient_checkpointing": True, "lora": LORA}),
-        ("dinov2", "llama", {"trainable": ALL, "gradient_checkpointing": True}),
+        ("clip", "llama", {"trainable": BOTH, "again": (0, 2)}),
+        ("clip", "llama", {"trainable": ALL, "again": (2, 2)}),
+        ("clip", "llama", {"trainable": ALL, "again": (1, 0)}),
+        ("siglip", "qwen2", {"trainable": ALL, "again": (1, 1)}),
+        ("clip", "llama", {"trainable": ("projector",), "again": (0, 2)}),
+        ("clip", "gemma2", {"trainable": BOTH, "again": (0, 2)}),
+        ("clip", "phi", {"trainable": BOTH, "again": (0, 1), "lora": LORA}),
+        ("dinov2", "llama", {"trainable": ALL, "again": (2, 2)}),
         ("siglip", "qwen2", {"trainable": ALL}),
         ("siglip", "qwen2", {"trainable": BOTH, "lora": LORA}),
         ("clip", "phi", {"trainable": BOTH}),
@@ -219,8 +225,11 @@ def test_a_built_models_step_equals_torchs_counter(
     tower: str, name: str, values: dict[str, Any], images: tuple[int, ...]
 ) -> None:
     grown = {key: value for key, value in values.items() if key == "vocab_size"}
-    config = twins.config(tower, name, **{k: v for k, v in values.items() if k not in grown})
+    given = {key: value for key, value in values.items() if key not in ("vocab_size", "again")}
+    config = twins.config(tower, name, **given)
     model = build_model(replace(config, language=replace(config.language, **grown)))
+    again: dict[str, int] = dict(zip(("vision", "language"), values.get("again", ()), strict=False))
+    apply_policy(model, ActivationPolicy(again))
     set_modes(model)
     vision: Any = model.vision
     vision.encoder.set_attn_implementation("eager")

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from lapilli.model.attention.choice import DECODERS
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from lapilli.model.parts.recomputation import recompute_all
 from lapilli.model.parts.trainable import set_modes
 from lapilli.model.transformers_internals import without_grouped_mm
 from lapilli.model.vlm import VisionLanguageModel, build_model
@@ -23,7 +24,7 @@ BATCHES = {"images": WITH_IMAGES, "text": WITHOUT}
 STAGES: dict[str, dict[str, Any]] = {
     "projector": {"trainable": ("projector",)},
     "adapters": {"trainable": ("projector", "language"), "lora": LoraConfig(rank=2)},
-    "whole": {"trainable": ("vision", "projector", "language"), "gradient_checkpointing": True},
+    "whole": {"trainable": ("vision", "projector", "language")},
 }
 PAIRS = [
     *(("clip", family) for family in DECODERS),
@@ -40,6 +41,8 @@ def built(tower: str, family: str, **values: Any) -> VisionLanguageModel:
             **values,
         )
     )
+    if "vision" in model.config.trainable:
+        recompute_all(model)
     set_modes(model)
     return model
 

@@ -20,6 +20,7 @@ from lapilli.data.dataset.dataset import Sample
 from lapilli.data.images.buffers import peak_resident
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.generate import generate_greedy
+from lapilli.model.parts.recomputation import recompute_all
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
@@ -134,9 +135,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
         LanguageConfig(pretrained=str(folder / "language")),
         trainable=("projector", "language"),
         head_chunk=8,
-        gradient_checkpointing=True,
     )
     model = build_model(config)
+    recompute_all(model)
     return Real(tokenizer, language, tower, model)
 
 

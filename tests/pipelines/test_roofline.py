@@ -32,12 +32,11 @@ def count(
     dtype: Literal["fp32", "bf16"] = "bf16",
 ) -> tuple[list[Kernel], int]:
     """Kernels of a tiny step, and the operations that `step_flops` says run."""
-    shapes = model_config("tiny", mode, torch.device("cpu"), checkpointing=False)
+    shapes = model_config("tiny", mode, torch.device("cpu"))
     language = replace(shapes.language, attention=attention)
     sketch = sketch_model(replace(shapes, language=language, dtype=dtype))
     batch = make_batch(sketch.model, ROWS, TEXT)
     kernels = count_step(sketch, batch, checkpointing=recomputed)
-    sketch.model.config = replace(sketch.model.config, gradient_checkpointing=recomputed)
     rows, length = batch.input_ids.shape
     numbers = BatchNumbers(
         row_lengths=batch.row_lengths.tolist(), images=batch.num_images,
@@ -98,7 +97,7 @@ def test_bytes_of_fused_kernels_are_those_of_their_formulas() -> None:
 
 def test_the_update_reads_and_writes_what_adamw_keeps() -> None:
     kernels, _ = count("full")
-    shapes = model_config("tiny", "full", torch.device("cpu"), checkpointing=False)
+    shapes = model_config("tiny", "full", torch.device("cpu"))
     trained = sketch_model(shapes).parameters()
     numbers = sum(learning for _, learning in trained.values())
     groups = [k.owner if k.owner == "adamw" else None for k in kernels]

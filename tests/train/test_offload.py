@@ -18,7 +18,9 @@ from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.find import Checkpoint, latest_checkpoint
 from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import prepare_process
-from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
+from lapilli.train.driver.activation_memory import leanest
+from lapilli.train.driver.memory_estimate import estimate_run, sketch_run, state_bytes
+from lapilli.train.driver.memory_policy import choose_memory
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.engine.deepspeed_internals import MOMENTS
@@ -153,11 +155,16 @@ def test_a_run_that_does_not_fit_is_told_to_offload() -> None:
     needed = estimate_run(
         replace(config, offload=OffloadConfig("cpu")), sketch_run(config), length=32
     )
-    device = int(needed.worker_bytes(2, 1) / 0.9) + 1
-    with pytest.raises(TrainError, match=r"set offload\.to: cpu with zero_stage 2"):
-        follow(config, device, lambda: estimate)
+    lean = leanest(needed.one, offload=True)
+    budget = needed.worker_bytes(2, 1, lean)
+    assert budget < estimate.worker_bytes(2, 1, lean)
+    with pytest.raises(TrainError, match=r"needs at least .* with offload\.to: cpu \d"):
+        choose_memory(
+            config, "cuda", budget, lambda c: needed if c.offload.to == "cpu" else estimate
+        )
     offloaded = replace(config, offload=OffloadConfig("cpu"))
-    assert follow(offloaded, device, lambda: needed).micro_batch_size == 1
+    chosen, policy = choose_memory(offloaded, "cuda", budget, lambda _: needed)
+    assert (chosen.micro_batch_size, policy.estimated) == (1, budget)
 
 
 @pytest.mark.parametrize(

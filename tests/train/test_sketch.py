@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from lapilli.data.batches.collate import Batch, BatchShape, collate
-from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from lapilli.model.config import KEEP_ALL, LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.flops import model_numbers
 from lapilli.model.parts.language import build_language
@@ -22,8 +22,10 @@ from lapilli.model.parts.trainable import parameter_counts, set_modes
 from lapilli.model.parts.vision import FAMILIES, Tower
 from lapilli.model.vlm import build_model
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.activation_memory import leanest
 from lapilli.train.driver.fake_model import sketch_model
-from lapilli.train.driver.memory_estimate import estimate_run, follow, sketch_run, state_bytes
+from lapilli.train.driver.memory_estimate import estimate_run, sketch_run, state_bytes
+from lapilli.train.driver.memory_policy import choose_memory
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.step import to_device
 from tests.model import twins
@@ -86,7 +88,7 @@ def assert_same(config: ModelConfig) -> None:
     )
     assert model_numbers(fake.model) == model_numbers(real)
     batch = shapes_of_a_batch(real.vision.num_tokens, real.vision.image_size)
-    assert fake.activations(batch).kept > 0
+    assert fake.activations(batch).held(KEEP_ALL) > 0
 
 
 @pytest.mark.parametrize("tower", list(twins.TOWERS))
@@ -117,7 +119,7 @@ def test_of_experts(kind: str, dtype: Literal["fp32", "bf16"]) -> None:
     config = ModelConfig(VisionConfig(settings=twins.TOWER), language, head_chunk=4, dtype=dtype)
     fake, real = sketch_model(config), build_model(config)
     assert facts_of(fake.model) == facts_of(real)
-    assert fake.activations(shapes_of_a_batch(9)).kept > 0
+    assert fake.activations(shapes_of_a_batch(9)).held(KEEP_ALL) > 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2"])
@@ -195,7 +197,7 @@ def test_what_it_keeps_for_backward_is_what_autograd_keeps(
     vision = VisionConfig(settings=twins.TOWER)
     config = ModelConfig(vision, made, lora=lora, trainable=trainable, head_chunk=4)
     batch = shapes_of_a_batch(9)
-    found = sketch_model(config).activations(batch).kept
+    found = sketch_model(config).activations(batch).held(KEEP_ALL)
     assert found == pytest.approx(really_kept(config, batch), rel=0.01)
 
 
@@ -284,8 +286,9 @@ def test_4_bits_that_do_not_fit_are_told_what_would(folders: Path) -> None:
     model = ModelConfig(VisionConfig(settings=twins.TOWER), language, lora=LORA, head_chunk=4)
     config = RunConfig("in", "out", "view", model, global_batch_size=4, zero_stage=2)
     estimate = estimate_run(config, sketch_run(config), length=48)
-    room = int(estimate.worker_bytes(2, 2) / 0.9) + 1
-    assert follow(config, room, lambda: estimate).micro_batch_size == 2
-    with pytest.raises(TrainError, match=r"micro_batch_size: one row of 48 tokens") as refused:
-        follow(config, 1000, lambda: estimate)
-    assert "zero_stage 3" not in str(refused.value)
+    lean = leanest(estimate.one, offload=False)
+    chosen, _ = choose_memory(config, "cuda", estimate.worker_bytes(2, 2, lean), lambda _: estimate)
+    assert chosen.micro_batch_size == 2
+    with pytest.raises(TrainError, match=r"a micro-batch of 1 x 48 tokens") as refused:
+        choose_memory(config, "cuda", 1000, lambda _: estimate)
+    assert "ZeRO-3" not in str(refused.value)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.data.batches.collate import Batch
-from lapilli.model.parts.trainable import checkpoint_activations, set_modes, trainable_parameters
+from lapilli.model.parts.recomputation import recompute_all
+from lapilli.model.parts.trainable import set_modes, trainable_parameters
 from lapilli.model.torch_internals import TorchDispatchMode, without_stacks
 from lapilli.train.driver.fake_model import Sketch
 
@@ -70,7 +71,7 @@ def count_step(sketch: Sketch, batch: Batch, *, checkpointing: bool = False) -> 
     that skips later tokens.
     """
     if checkpointing:
-        checkpoint_activations(sketch.model)
+        recompute_all(sketch.model)
         set_modes(sketch.model)
     counter = _KernelCounter(below="adapters" if sketch.model.config.lora else "residual")
     names = ("input_ids", "position_ids", "merge_index", "pixels", "predict_positions", "targets")

@@ -32,6 +32,7 @@ def trainer_seconds(
     accumulation: int = 1,
     *,
     folder: str,
+    recomputes: bool = False,
 ) -> TrainerStep:
     """Time `steps` steps of one batch over and over, after two that are not timed."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -51,9 +52,7 @@ def trainer_seconds(
                 torch.cuda.synchronize(device)
             found.append(time.perf_counter() - self.started)
 
-    recompute: dict[str, Any] = (
-        {"gradient_checkpointing": True} if shapes.gradient_checkpointing else {}
-    )
+    recompute: dict[str, Any] = {"gradient_checkpointing": True} if recomputes else {}
     arguments = TrainingArguments(
         output_dir=folder, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, max_steps=steps + 2, report_to=[],
         remove_unused_columns=False, save_strategy="no", learning_rate=1e-5, max_grad_norm=1.0,

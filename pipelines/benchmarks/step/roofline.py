@@ -138,7 +138,7 @@ def _count(
     checkpointing: bool = False, attention: str = "auto",
 ) -> tuple[list[Kernel], int]:  # fmt: skip
     """A step's kernels, and the operations that its mathematics needs."""
-    shapes = model_config(size, mode, torch.device("cpu"), checkpointing=False)
+    shapes = model_config(size, mode, torch.device("cpu"))
     language = replace(shapes.language, attention=attention)
     sketch = sketch_model(replace(shapes, language=language, dtype=dtype))
     batch = make_batch(sketch.model, rows, config.text_tokens)
@@ -195,7 +195,7 @@ def _check(config: RooflineConfig, mode: Mode) -> None:
     kernels, _ = _count(config, "small", mode, rows=2, dtype="fp32")
     products = [kernel for kernel in kernels if f"aten::{kernel.name}" in PRODUCTS]
     device = torch.device("cpu")
-    model = build_model(model_config("small", mode, device, checkpointing=False))
+    model = build_model(model_config("small", mode, device))
     set_modes(model)
     batch = make_batch(model, 2, config.text_tokens)
     engine = PlainEngine(model, build_optimizer(model, OptimConfig(lr=1e-5)), grad_clip=1.0)

@@ -30,6 +30,7 @@ from lapilli.model.attention.backend import attention_kernel
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from lapilli.model.flops import BatchNumbers, StepFlops, model_numbers, step_flops
 from lapilli.model.kernels.choice import choose_kernels
+from lapilli.model.parts.recomputation import recompute_all
 from lapilli.model.parts.trainable import set_modes
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
@@ -96,7 +97,7 @@ class TrainBenchmark:
         accumulation: Micro-batches of a step.
         text_tokens: Text of a row; half of it is trained.
         steps: Timed steps, after two that are not.
-        checkpointing: Gradient checkpointing.
+        checkpointing: Run every layer again in backward.
         kernels: As in a recipe; `torch` fuses nothing but the merge.
         compile: As in a recipe.
         attention: As in a recipe.
@@ -143,9 +144,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def model_config(
-    size: str, mode: Mode, device: torch.device, *, checkpointing: bool
-) -> ModelConfig:
+def model_config(size: str, mode: Mode, device: torch.device) -> ModelConfig:
     """LLaVA-1.5's sizes, or tiny ones, with random weights."""
     vision, language = SIZES[size]
     return ModelConfig(
@@ -153,7 +152,6 @@ def model_config(
         language=LanguageConfig(settings=language),
         trainable=("projector",) if mode == "stage1" else ("projector", "language"),
         lora=LoraConfig(rank=128, alpha=256, dropout=0.0) if mode == "lora" else None,
-        gradient_checkpointing=checkpointing,
         dtype="bf16" if device.type == "cuda" else "fp32",
     )
 
@@ -206,6 +204,8 @@ def _ours(config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch
     """Our step; its model is gone afterwards."""
     with device:
         model = build_model(shapes)
+    if config.checkpointing:
+        recompute_all(model)
     set_modes(model)
     batch = make_batch(model, config.micro_batch_size, config.text_tokens)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-5), fused=device.type == "cuda")
@@ -264,7 +264,7 @@ def _measure(
     config: TrainBenchmark, size: str, mode: Mode, device: torch.device, peak: float | None
 ) -> dict[str, Any]:
     """One mode: ours, its costs, then transformers' Trainer."""
-    shapes = model_config(size, mode, device, checkpointing=config.checkpointing)
+    shapes = model_config(size, mode, device)
     shapes = replace(
         shapes, kernels=config.kernels, compile=config.compile,
         language=replace(shapes.language, attention=config.attention),
@@ -291,7 +291,8 @@ def _measure(
     }  # fmt: skip
     if config.trainer:
         theirs = trainer_seconds(
-            shapes, ours.batch, config.steps, device, config.accumulation, folder=folder
+            shapes, ours.batch, config.steps, device, config.accumulation, folder=folder,
+            recomputes=config.checkpointing,
         )
         figures |= {
             "trainer_seconds": round(theirs.seconds, 4),

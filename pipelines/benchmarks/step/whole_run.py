@@ -53,7 +53,7 @@ class WholeRun:
         steps: Optimizer steps, the first three of which are not counted.
         global_batch_size: Samples of a step.
         micro_batch_size: Samples at once.
-        checkpointing: Gradient checkpointing.
+        memory: As in a recipe.
         zero_stage: DeepSpeed's ZeRO stage.
         save: Add a row to `results/whole_run.csv`.
     """
@@ -67,7 +67,7 @@ class WholeRun:
     steps: int = 12
     global_batch_size: int = 32
     micro_batch_size: int = 8
-    checkpointing: bool = False
+    memory: Literal["auto"] | float = "auto"
     zero_stage: Literal[1, 2, 3] = 2
     save: bool = True
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     figures = {
         "size": size, "mode": config.mode, "zero_stage": config.zero_stage,
         "micro_batch_size": config.micro_batch_size,
-        "global_batch_size": config.global_batch_size, "checkpointing": config.checkpointing,
+        "global_batch_size": config.global_batch_size, "memory": config.memory,
         **_figures(rows, built - started, time.perf_counter() - built),
     }  # fmt: skip
     say(", ".join(f"{name} {value}" for name, value in figures.items()))
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 def run_config(config: WholeRun, size: str, *, on_gpu: bool) -> RunConfig:
     """The recipe's settings on one device; the vocabulary is LLaMA's at every size."""
     device = torch.device("cuda" if on_gpu else "cpu")
-    model = model_config(size, config.mode, device, checkpointing=config.checkpointing)
+    model = model_config(size, config.mode, device)
     settings = model.language.settings | {"vocab_size": 32_000, "max_position_embeddings": 4096}
     is_stage1 = config.mode == "stage1"
     return RunConfig(
@@ -110,7 +110,7 @@ def run_config(config: WholeRun, size: str, *, on_gpu: bool) -> RunConfig:
         view=VIEW, model=replace(model, language=replace(model.language, settings=settings)),
         global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size,
         max_steps=config.steps, epochs=1000, zero_stage=config.zero_stage,
-        precision="bf16" if on_gpu else "fp32", launcher="process",
+        memory=config.memory, precision="bf16" if on_gpu else "fp32", launcher="process",
         optim=OptimConfig(lr=1e-3 if is_stage1 else 2e-5),
         checkpoint=CheckpointConfig(every=10 * config.steps),
     )  # fmt: skip

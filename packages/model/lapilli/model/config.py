@@ -12,6 +12,8 @@ from lapilli.model.errors import ModelError
 __all__ = [
     "GROUPS",
     "IMAGE_MEANS",
+    "KEEP_ALL",
+    "ActivationPolicy",
     "Decoding",
     "LanguageConfig",
     "LoraConfig",
@@ -152,7 +154,6 @@ class ModelConfig:
             zero; None leaves torch's own (uniform, +-1 / sqrt(inputs)), as LLaVA does.
         trainable: Parts that are trained; the others are frozen.
         lora: Adapters; parts that have any are trained through them alone. None for none.
-        gradient_checkpointing: Run each layer again in backward instead of keeping its activations.
         merge: How image features are put among the text's embeddings (`lapilli.model.merging`);
             `auto` takes Triton on CUDA and torch elsewhere.
         kernels: Fused kernels of the decoder's norms, rotary embeddings and gated MLPs: `auto`
@@ -171,7 +172,6 @@ class ModelConfig:
     projector_std: float | None = None
     trainable: tuple[Part, ...] = ("projector", "language")
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
     merge: Literal["auto", "torch", "triton"] = "auto"
     kernels: Literal["auto", "torch", "liger"] = "auto"
     compile: Literal["none", "blocks"] = "none"
@@ -198,6 +198,24 @@ class ModelConfig:
             )
         if self.head_chunk < 1:
             raise ModelError(f"head_chunk: {self.head_chunk}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class ActivationPolicy:
+    """What of the forward pass is kept for the backward pass, and where. No value changes by it.
+
+    Attributes:
+        recompute: By part (`vision`, `language`), how many layers, from the first on, keep their
+            input alone and run again in backward. The first ones: when backward comes to them, what
+            all others have kept is free.
+        offload: Whether those inputs lie in the host's memory meanwhile.
+    """
+
+    recompute: Mapping[str, int] = field(default_factory=dict[str, int])
+    offload: bool = False
+
+
+KEEP_ALL = ActivationPolicy()
 
 
 @dataclass(frozen=True)

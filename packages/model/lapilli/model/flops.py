@@ -14,6 +14,7 @@ from torch import nn
 
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.added_rows import added_rows
+from lapilli.model.parts.recomputation import is_recomputed
 from lapilli.model.parts.vision import TransformersTower
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionNumbers", "BatchNumbers", "Flops", "Matmul", "ModelNumbers", "PartNumbers",
-    "StepFlops", "model_numbers", "part_numbers", "step_flops",
+    "StepFlops", "model_numbers", "part_numbers", "recomputation_flops", "step_flops",
 ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ class Matmul:
         inputs: Numbers that go in, per token.
         outputs: Numbers that come out, per token.
         trained: Whether its weight learns.
-        again: Whether backward runs it once more (gradient checkpointing).
+        again: Whether backward runs it once more (recomputation).
     """
 
     inputs: int
@@ -58,12 +59,12 @@ class PartNumbers:
     Attributes:
         matmuls: In the order data passes through.
         attention: Its attention, if it has any.
-        recomputed: Whether backward runs its attention again (gradient checkpointing).
+        recomputed: In how many layers backward runs its attention again.
     """
 
     matmuls: tuple[Matmul, ...]
     attention: AttentionNumbers | None = None
-    recomputed: bool = False
+    recomputed: int = 0
 
     @property
     def learns(self) -> bool:
@@ -240,8 +241,8 @@ def _attention(part: PartNumbers, pairs: int, backward: float, recompute: bool) 
     if part.attention is None:
         return 0
     sizes = part.attention
-    passes = 1 + backward + (recompute and part.recomputed)
-    return int(4 * sizes.layers * sizes.heads * sizes.head_dim * pairs * passes)
+    passes = sizes.layers * (1 + backward) + recompute * part.recomputed
+    return int(4 * sizes.heads * sizes.head_dim * pairs * passes)
 
 
 def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
@@ -254,8 +255,7 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
     Of adapters in the first layer of all that learns, the gradient of an input that they share is
     counted where order alone tells: at most one layer's too much.
     """
-    config, tower = model.config, model.vision
-    again = config.gradient_checkpointing
+    tower = model.vision
     sizes, patches, classes = None, tower.num_tokens, 0
     if isinstance(tower, TransformersTower):
         sizes, patches, classes = tower.encoder.config, tower.num_patches, tower.class_tokens
@@ -268,9 +268,9 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
         head = replace(head, outputs=head.outputs - count)
     decoder = model.language.get_decoder()
     return ModelNumbers(
-        tower=part_numbers(tower, sizes, recomputed=again and "vision" in config.trainable),
+        tower=part_numbers(tower, sizes),
         projector=part_numbers(model.projector),
-        language=part_numbers(decoder, model.language.config, recomputed=again),
+        language=part_numbers(decoder, model.language.config),
         head=head,
         patches=patches,
         tower_tokens=patches + classes,
@@ -279,41 +279,50 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
     )
 
 
-def part_numbers(part: nn.Module, config: Any = None, *, recomputed: bool = False) -> PartNumbers:
+def part_numbers(part: nn.Module, config: Any = None) -> PartNumbers:
     """Sizes of a built part, read from its layers: exact for every architecture and for LoRA.
 
     Args:
         part: A tower, a projector, or a decoder without its head.
         config: transformers' config of a part that has attention.
-        recomputed: Whether it is trained with gradient checkpointing.
     """
-    again: set[nn.Module] = set()
-    for layer in part.modules() if recomputed else ():
-        again.update(_computed_again(layer))
+    recomputed = [layer for layer in part.modules() if is_recomputed(layer)]
+    again = {module for layer in recomputed for module in _computed_again(layer)}
     matmuls = tuple(
         replace(found, again=module in again)
         for module in part.modules()
         if (found := _matmul_of(module)) is not None
     )
     if config is None:
-        return PartNumbers(matmuls, None, recomputed)
+        return PartNumbers(matmuls)
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     layers = max((len(m) for m in part.modules() if isinstance(m, nn.ModuleList)), default=0)
-    return PartNumbers(matmuls, AttentionNumbers(layers, heads, head_dim), recomputed)
+    return PartNumbers(matmuls, AttentionNumbers(layers, heads, head_dim), len(recomputed))
+
+
+def recomputation_flops(layer: nn.Module, config: Any, *, tokens: int, pairs: int) -> int:
+    """Operations that a decoder's or tower's layer costs more where backward runs it again.
+
+    Args:
+        layer: The layer.
+        config: transformers' config of its part; None for one without, whose attention is not told.
+        tokens: Tokens that pass it.
+        pairs: Pairs of tokens that its attention computes.
+    """
+    products = (_matmul_of(module) for module in _computed_again(layer))
+    flops = sum(2 * tokens * found.inputs * found.outputs for found in products if found)
+    sizes = part_numbers(layer, config).attention
+    return flops + (4 * sizes.heads * sizes.head_dim * pairs if sizes else 0)
 
 
 def _computed_again(layer: nn.Module) -> list[nn.Module]:
-    """The products that a checkpointed layer runs once more, if it is such a layer.
+    """The products that a recomputed layer runs once more.
 
     Torch ends the second forward when it has the last tensor that backward asks for. That is the
     last product's input, so that product does not run, unless a norm or a scale that learns
     follows it.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    if not isinstance(layer, GradientCheckpointingLayer):
-        return []
     products = [module for module in layer.modules() if _matmul_of(module) is not None]
     scale = getattr(layer, "layer_scale2", None)
     follows = hasattr(layer, "post_feedforward_layernorm") or (

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_FLAGS", "GROUPED_MM", "attention_of", "check_attention", "kept_in_fp32",
-    "model_class_of", "rotary_function", "supported_attention", "with_rotary_function",
-    "without_grouped_mm",
+    "model_class_of", "rotary_function", "set_recomputation", "supported_attention",
+    "with_rotary_function", "without_grouped_mm",
 ]  # fmt: skip
 
 ATTENTION_FLAGS = {
@@ -127,3 +127,14 @@ def with_rotary_function(module: Any, rotate: Callable[..., Any]) -> Callable[..
     )  # fmt: skip
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
+
+
+def set_recomputation(layer: Any, run: Callable[..., Any] | None) -> None:
+    """What a decoder's or tower's layer runs its forward by in training; None for nothing.
+
+    Used: `_gradient_checkpointing_func`, which the layer calls with its forward and its inputs
+    where `gradient_checkpointing` is true. `activation_checkpointing_enable` sets whole models, and
+    its offloading waits for the device. If it went, AttributeError is raised in the first forward.
+    """
+    layer.gradient_checkpointing = run is not None
+    layer._gradient_checkpointing_func = run

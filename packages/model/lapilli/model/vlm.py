@@ -35,12 +35,7 @@ from lapilli.model.parts.language import (
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.projector import build_projector, set_scale
 from lapilli.model.parts.quantized import pack_shapes, quantize
-from lapilli.model.parts.trainable import (
-    add_adapters,
-    checkpoint_activations,
-    freeze,
-    trainable_parameters,
-)
+from lapilli.model.parts.trainable import add_adapters, freeze, trainable_parameters
 from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
 from lapilli.model.transformers_internals import attention_of
 
@@ -227,8 +222,6 @@ def build_model(
         if config.lora:
             add_adapters(model, config.lora)
             fuse_adapters(model)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
     if config.compile == "blocks":
         compile_blocks(model)
     if not trainable_parameters(model):

@@ -8,6 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from lapilli.data.renamed import Renamed
 from lapilli.model.config import GROUPS, ModelConfig
+from lapilli.train.config_groups import (
+    CommunicationConfig,
+    OffloadConfig,
+    ProfileConfig,
+    check_numbers,
+)
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
 
@@ -94,7 +100,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        _check_numbers("checkpoint", self, ("every", "keep_last"), ("archive_every",))
+        check_numbers("checkpoint", self, ("every", "keep_last"), ("archive_every",))
         if self.upload and "://" not in self.upload:
             raise TrainError(
                 f"checkpoint.upload: {self.upload!r}; expected an address like s3://bucket/run"
@@ -124,7 +130,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        _check_numbers(
+        check_numbers(
             "validation", self, ("samples", "answers", "answer_tokens"), ("every", "answers_every")
         )
 
@@ -151,96 +157,11 @@ class RecoveryConfig:
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         names = ("max_failures", "min_workers", "step_timeout", "loss_spike_factor")
-        _check_numbers("recovery", self, (), names)
+        check_numbers("recovery", self, (), names)
         if 0 < self.loss_spike_factor <= 1:
             raise TrainError(
                 f"recovery.loss_spike_factor: {self.loss_spike_factor}; expected 0, or more than 1"
             )
-
-
-@dataclass(frozen=True)
-class OffloadConfig:
-    """Where what the device has no room for lies.
-
-    Attributes:
-        to: `cpu` keeps the optimizer's state in the host's memory, and at ZeRO stage 3 the weights
-            too. Needs ZeRO stage 1 to 3. `nvme` keeps the optimizer's state on a disk and the
-            weights in the host's memory, at stage 3.
-        nvme_path: Where on a disk: a folder that every worker's machine has for itself.
-    """
-
-    to: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str = ""
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        if (self.to == "nvme") != bool(self.nvme_path):
-            raise TrainError(
-                f"offload.to: {self.to} with offload.nvme_path {self.nvme_path!r}; nvme needs a "
-                "folder on a disk of the worker's machine, the others take none"
-            )
-
-
-@dataclass(frozen=True)
-class CommunicationConfig:
-    """Sizes of ZeRO's collectives, by DeepSpeed's names; null or 0 follows the model's size.
-
-    Attributes:
-        overlap_comm: Reduce gradients while backward goes on.
-        reduce_bucket_size: Numbers reduced at once.
-        allgather_bucket_size: Numbers gathered at once after an update (stages 1 and 2).
-        stage3_prefetch_bucket_size: Numbers fetched ahead of the layer that needs them.
-        stage3_param_persistence_threshold: Weights of up to so many numbers stay whole.
-        zero_hpz_partition_size: Workers that share a copy of stage 3's weights (arXiv 2306.10209).
-        link_gbps: Gigabits a second that a worker sends, for `estimate`.
-    """
-
-    overlap_comm: bool | None = None
-    reduce_bucket_size: int = 0
-    allgather_bucket_size: int = 0
-    stage3_prefetch_bucket_size: int = 0
-    stage3_param_persistence_threshold: int = 0
-    zero_hpz_partition_size: int = 0
-    link_gbps: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        _check_numbers("communication", self, (), tuple(vars(self).keys() - {"overlap_comm"}))
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """Which steps and ranks are profiled.
-
-    Attributes:
-        steps: Steps, counted from 0, of which a trace for Chrome or Perfetto is written to
-            `profile/`.
-        ranks: Workers that write one.
-        memory: Write a snapshot of torch's allocator too; CUDA alone.
-    """
-
-    steps: tuple[int, ...] = ()
-    ranks: tuple[int, ...] = (0,)
-    memory: bool = False
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        for name in ("steps", "ranks"):
-            for value in getattr(self, name):
-                if value < 0:
-                    raise TrainError(f"profile.{name}: {value}; expected 0 or more")
-        if self.memory and not self.steps:
-            raise TrainError("profile.memory: true without profile.steps; name steps")
-
-
-def _check_numbers(
-    group: str, config: object, positive: tuple[str, ...], natural: tuple[str, ...]
-) -> None:
-    for names, least, expected in ((positive, 1, "at least 1"), (natural, 0, "0 or more")):
-        for name in names:
-            if getattr(config, name) < least:
-                full = f"{group}.{name}" if group else name
-                raise TrainError(f"{full}: {getattr(config, name)}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -258,7 +179,7 @@ class RunConfig:
         optim: The optimizer.
         global_batch_size: Samples in one optimizer step, over all workers.
         micro_batch_size: Samples in one forward pass of a worker; accumulation follows. 0 takes the
-            largest that the device's memory is estimated to hold, on a CPU up to 8.
+            largest that `memory` is estimated to hold, on a CPU up to 8.
         epochs: Passes over the dataset.
         max_steps: Stop after this many steps; 0 for all epochs.
         max_length: Longest sequence with image tokens; longer samples are left out and counted.
@@ -282,6 +203,9 @@ class RunConfig:
             the latter, or sampler `llava`, a resumed run keeps its `micro_batch_size`.
         seed: Seed of the order and of all randomness in the model.
         zero_stage: DeepSpeed's ZeRO stage.
+        memory: GiB that a worker may use on its device. As many layers are recomputed in backward as
+            that takes; where it is not enough, their inputs are kept in host memory. `auto` is 90 %
+            of a GPU's memory, on a CPU unlimited.
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
@@ -319,6 +243,7 @@ class RunConfig:
     loss_reduction: Literal["token_mean", "micro_batch_mean"] = "token_mean"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = field(default=2, metadata=RESUMABLE)
+    memory: Literal["auto"] | float = field(default="auto", metadata=RESUMABLE)
     offload: OffloadConfig = field(default_factory=OffloadConfig, metadata=RESUMABLE)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     num_workers: int = field(default=1, metadata=RESUMABLE)
@@ -336,10 +261,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        _check_numbers(
+        check_numbers(
             "", self, ("global_batch_size", "epochs", "num_workers", "max_length", "max_shapes"),
             ("micro_batch_size", "max_steps", "seed", "llava_processes"),
         )  # fmt: skip
+        if self.memory != "auto" and not 0 < self.memory < float("inf"):
+            raise TrainError(f"memory: {self.memory:g}; expected auto, or more than 0 GiB")
         if not self.micro_batch_size and (
             self.sampler == "llava" or self.loss_reduction == "micro_batch_mean"
         ):

@@ -141,11 +141,9 @@ def device_memory(device: Device) -> int | None:
     if device == "cpu":
         return None
     if device == "hpu":
-        raise TrainError("micro_batch_size: 0 follows the memory of a GPU, not of an HPU; set it")
+        raise TrainError("memory: auto asks a GPU and no HPU for its memory; set memory in GiB")
     if not torch.cuda.is_available():
-        raise TrainError(
-            "micro_batch_size: 0 follows the memory of a GPU, and this machine has none; set it"
-        )
+        raise TrainError("memory: auto asks a GPU, and this machine has none; set memory in GiB")
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 

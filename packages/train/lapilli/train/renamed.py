@@ -17,6 +17,7 @@ RUN_NAMES = Renamed(
         "loss": "loss_reduction",
         "optim.lrs": "optim.lr_by_part",
         "model.loss": "model.kernels",
+        "model.gradient_checkpointing": "memory",
         "model.vision.layer": "model.vision.vision_feature_layer",
         "model.vision.features": "model.vision.vision_feature_select_strategy",
         "save_every": "checkpoint.every",
@@ -39,5 +40,6 @@ RUN_NAMES = Renamed(
     {
         "loss": {"tokens": "token_mean", "means": "micro_batch_mean"},
         "model.vision.features": {"patch": "default", "cls_patch": "full"},
+        "model.gradient_checkpointing": {"True": "auto", "False": "auto"},
     },
 )

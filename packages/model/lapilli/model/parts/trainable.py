@@ -1,4 +1,4 @@
-"""Freeze parts, add adapters, group parameters, and enable activation checkpointing."""
+"""Freeze parts, add adapters, group parameters, and set training modes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.added_rows import ADDED, add_rows
 from lapilli.model.parts.quantized import numbers_of
+from lapilli.model.parts.recomputation import is_recomputed
 
 __all__ = [
-    "add_adapters", "base_name", "checkpoint_activations", "freeze", "group_of",
-    "is_adapter", "parameter_counts", "parameter_groups", "set_modes", "trainable_parameters",
+    "add_adapters", "base_name", "freeze", "group_of", "is_adapter", "parameter_counts",
+    "parameter_groups", "set_modes", "trainable_parameters",
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
@@ -143,26 +144,12 @@ def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:
     )
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep each layer's input only and run the layer again in backward (arXiv 1604.06174)."""
-    from transformers import PreTrainedModel
-
-    parts = ["language", *(["vision"] if "vision" in _trainable_parts(model) else [])]
-    for part in parts:
-        for module in model.get_submodule(part).modules():
-            if isinstance(module, PreTrainedModel):
-                module.activation_checkpointing_enable({"use_reentrant": False})
-                break
-
-
 def set_modes(model: nn.Module) -> None:
     """Dropout for what learns and for nothing else; loaded and random parts come in other modes."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     trainable = _trainable_parts(model)
     for name, part in model.named_children():
         part.train(name in trainable)
         for module in part.modules():
-            # transformers checkpoints a layer only in training mode; its parts stay as they are
-            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            # transformers recomputes a layer only in training mode; its parts stay as they are
+            if is_recomputed(module):
                 module.training = True

@@ -16,28 +16,17 @@ from torch import Tensor, nn
 from lapilli.data.batches.collate import Batch
 from lapilli.model.attention.choice import AUTO, choose_attention
 from lapilli.model.config import ModelConfig
+from lapilli.model.flops import recomputation_flops
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
+from lapilli.model.parts.recomputation import recomputable_layers
 from lapilli.model.parts.trainable import parameter_counts, set_modes
 from lapilli.model.torch_internals import FakeTensorMode, set_tensor_data, without_stacks
 from lapilli.model.transformers_internals import without_grouped_mm
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.driver.activation_memory import ActivationBytes, LayerBytes
 
-__all__ = ["ActivationBytes", "Sketch", "sketch_model"]
-
-
-@dataclass(frozen=True)
-class ActivationBytes:
-    """Bytes that the forward pass keeps for the backward pass.
-
-    Attributes:
-        kept: With everything kept.
-        checkpointed: With gradient checkpointing: each layer's input, and one whole layer while it
-            runs again.
-    """
-
-    kept: int
-    checkpointed: int
+__all__ = ["Sketch", "sketch_model"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class Sketch:
         return parameter_counts(self.model)
 
     def activations(self, batch: Batch) -> ActivationBytes:
-        """Bytes that autograd keeps for a batch of these shapes, each storage once.
+        """Bytes that autograd keeps for a batch of these shapes.
 
         Counted by running forward on fake tensors, as a CPU would run it: attention without the
         scores, the head's chunked loss with the gradients it keeps.
@@ -83,27 +72,32 @@ class Sketch:
 
 
 class _Counter:
-    """Saved tensors by the layer that saved them."""
+    """Saved tensors by the layer that made them."""
 
     def __init__(self, model: VisionLanguageModel, length: int) -> None:
-        self._length = length
-        self._layers = [layer for part in _recomputable(model) for layer in part]
+        self._model, self._length = model, length
+        self._parts = recomputable_layers(model)
         weights = [parameter.untyped_storage() for parameter in model.parameters()]
         # kept, so that no other storage takes an id
         self._seen: dict[int, torch.UntypedStorage] = {id(kept): kept for kept in weights}
-        self._inside: int | None = None
-        self._by_layer: dict[int | None, int] = {None: 0}
-        self._inputs = 0
+        self._inside: nn.Module | None = None
+        self._outside = 0
+        self._kept: dict[nn.Module, int] = {}
+        self._inputs: dict[nn.Module, dict[int, torch.UntypedStorage]] = {}
+        self._keeps_input: set[nn.Module] = set()
+        self._shared: dict[int, torch.UntypedStorage] = {}  # made outside and given to layers
+        self._tokens: dict[nn.Module, tuple[int, int]] = {}
 
     @contextmanager
     def counting(self) -> Generator[None]:
         """Count what is saved meanwhile."""
         handles = [
             handle
-            for number, layer in enumerate(self._layers)
+            for layers in self._parts.values()
+            for layer in layers
             for handle in (
-                layer.register_forward_pre_hook(self._entering(number)),
-                layer.register_forward_hook(self._leaving),
+                layer.register_forward_pre_hook(self._enter, with_kwargs=True),
+                layer.register_forward_hook(self._leave),
             )
         ]
         try:
@@ -115,43 +109,69 @@ class _Counter:
 
     def bytes(self) -> ActivationBytes:
         """The sums."""
-        outside = self._by_layer[None]
-        layers = [size for layer, size in self._by_layer.items() if layer is not None]
-        return ActivationBytes(
-            outside + sum(layers), outside + self._inputs + max(layers, default=0)
-        )
+        layers = [
+            LayerBytes(
+                part=part,
+                kept=self._kept[layer],
+                input=sum(storage.nbytes() for storage in self._inputs[layer].values()),
+                keeps_input=layer in self._keeps_input,
+                flops=self._flops(part, layer),
+            )
+            for part, layers in self._parts.items()
+            for layer in layers
+            if layer in self._kept
+        ]
+        called = sum(s.nbytes() for key, s in self._shared.items() if key not in self._seen)
+        return ActivationBytes(self._outside + called, tuple(layers))
 
-    def _entering(self, number: int) -> Any:
-        def enter(layer: nn.Module, given: tuple[Any, ...]) -> None:
-            del layer
-            self._inside = number
-            if given and isinstance(given[0], Tensor) and given[0].requires_grad:
-                self._inputs += given[0].nbytes
+    def _flops(self, part: str, layer: nn.Module) -> int:
+        rows, tokens = self._tokens[layer]
+        configs = (getattr(m, "config", None) for m in self._model.get_submodule(part).modules())
+        config = next((found for found in configs if hasattr(found, "num_attention_heads")), None)
+        pairs = tokens**2 if part == "vision" else tokens * (tokens + 1) // 2
+        return recomputation_flops(layer, config, tokens=rows * tokens, pairs=rows * pairs)
 
-        return enter
+    def _enter(self, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._inside = layer
+        self._kept[layer] = 0
+        hidden = [*_tensors(given)] or [each for each in _tensors(named) if each.requires_grad]
+        storages = [each.untyped_storage() for each in hidden]
+        self._inputs[layer] = {id(s): s for s in storages if id(s) not in self._seen}
+        self._tokens[layer] = (hidden[0].shape[0], hidden[0].shape[1])
+        held = [t for t in _tensors(named) if t.is_floating_point() and not self._is_mask(t)]
+        self._shared |= {id(s): s for s in (each.untyped_storage() for each in held)}
 
-    def _leaving(self, *_: Any) -> None:
+    def _is_mask(self, tensor: Tensor) -> bool:
+        """Fake tensors cannot be asked whether a mask is needed, so one is made; a run has none."""
+        return tensor.dim() == 4 and tensor.shape[1:] == (1, self._length, self._length)
+
+    def _leave(self, *_: Any) -> None:
         self._inside = None
 
     def _pack(self, saved: Tensor) -> Tensor:
         storage = saved.untyped_storage()
-        # Fake tensors cannot be asked whether a mask is needed, so one is made; a run has none.
-        is_mask = saved.dim() == 4 and saved.shape[1:] == (1, self._length, self._length)
-        if id(storage) not in self._seen and not is_mask:
-            self._seen[id(storage)] = storage
-            size = self._by_layer.get(self._inside, 0) + storage.nbytes()
-            self._by_layer[self._inside] = size
+        key, layer = id(storage), self._inside
+        if self._is_mask(saved) or key in self._seen:
+            return saved
+        self._seen[key] = storage
+        if layer is not None and key in self._inputs[layer]:
+            self._keeps_input.add(layer)
+        elif layer is not None and key not in self._shared:
+            self._kept[layer] += storage.nbytes()
+        else:
+            self._outside += storage.nbytes()
         return saved
 
 
-def _recomputable(model: VisionLanguageModel) -> Iterator[list[nn.Module]]:
-    """The layers that gradient checkpointing would run again (`checkpoint_activations`)."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for part in ("vision", "language"):
-        if part == "language" or part in model.config.trainable:
-            modules = model.get_submodule(part).modules()
-            yield [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(tuple(values.values()))  # pyright: ignore
+    elif isinstance(values, tuple | list):
+        for value in values:  # pyright: ignore
+            yield from _tensors(value)
 
 
 def sketch_model(config: ModelConfig) -> Sketch:
@@ -172,7 +192,6 @@ def sketch_model(config: ModelConfig) -> Sketch:
     on_cpu = replace(
         config,
         language=replace(config.language, attention=attention),
-        gradient_checkpointing=False,
         merge="torch",
         kernels="torch",
         compile="none",

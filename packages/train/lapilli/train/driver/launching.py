@@ -105,7 +105,7 @@ def launch(
         forget_stop(run)
         with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
             fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
-            fit_on(ready.config, ready.device)
+            fit_on(ready.config, ready.device, ready.memory_policy)
         if is_stop_asked(run):
             newest = latest_checkpoint(run)
             raise KeyboardInterrupt(f"saved at step {newest.step}" if newest else "")

@@ -1,9 +1,8 @@
-"""Estimate a run before it starts: memory by part, disk, the largest micro-batch."""
+"""Estimate a run before it starts: memory by part, activations, disk."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,24 +10,23 @@ import torch
 from torch import nn
 
 from lapilli.data.batches.collate import BatchShape, collate
-from lapilli.data.io.printable import bytes_text
+from lapilli.model.config import KEEP_ALL, ActivationPolicy
 from lapilli.model.parts.quantized import PACKED_BYTES, packed_numbers
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.activation_memory import ActivationBytes
 from lapilli.train.driver.fake_model import Sketch, sketch_model
-from lapilli.train.errors import TrainError
 from lapilli.train.steps.step import DeviceBatch
 
 __all__ = [
-    "Estimate", "StateBytes", "estimate_run", "follow", "sketch_run", "state_bytes",
-    "time_micro_batch",
+    "Estimate", "StateBytes", "checkpoint_host_bytes", "estimate_run", "sketch_run",
+    "state_bytes", "time_micro_batch",
 ]  # fmt: skip
 
 MOMENTS_BYTES = 8  # AdamW's two, fp32
 MASTER_BYTES = 4  # the fp32 copy that is updated
-MOST_ON_CPU = 8  # rows of a micro-batch that follows; more make a core no faster
+SAVED_BYTES = MASTER_BYTES + MOMENTS_BYTES  # of a parameter, in a checkpoint
 BUCKETS = 10**9  # gradients that DeepSpeed has on the device at most when they go to the host
 FETCHED = 10**9  # weights that it has fetched from there at most
-USABLE = 0.9  # of a device's memory: the rest is the context, buffers of collectives, fragments
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,9 @@ class Estimate:
         packed: By part, how many of all are held in 4 bits.
         states: By ZeRO stage and part: what one worker holds beside activations.
         length: Tokens of the longest sequence.
-        row_bytes: What a row of that length with one image keeps for backward.
-        fixed_bytes: What any micro-batch keeps: the head's gradient, logits of one chunk.
+        one: What a micro-batch of one row of that length with one image keeps for backward.
+        two: The same of two rows; what more rows keep follows.
+        logits_bytes: Logits of one chunk, and their gradient.
         checkpoint_bytes: One checkpoint on the disk.
     """
 
@@ -146,14 +145,24 @@ class Estimate:
     packed: dict[str, int]
     states: dict[int, dict[str, StateBytes]]
     length: int
-    row_bytes: int
-    fixed_bytes: int
+    one: ActivationBytes
+    two: ActivationBytes
+    logits_bytes: int
     checkpoint_bytes: int
 
-    def worker_bytes(self, stage: int, micro_batch_size: int) -> int:
+    def activations(self, rows: int) -> ActivationBytes:
+        """What a micro-batch of so many rows keeps for backward."""
+        return self.one.grown(self.two, rows)
+
+    def batch_bytes(self, rows: int, policy: ActivationPolicy = KEEP_ALL) -> int:
+        """What a micro-batch takes at its peak: the head's logits, or a layer that runs again."""
+        kept = self.activations(rows)
+        return max(kept.held(policy) + self.logits_bytes, kept.peak(policy))
+
+    def worker_bytes(self, stage: int, rows: int, policy: ActivationPolicy = KEEP_ALL) -> int:
         """Everything one worker holds on its device at its peak."""
         held = sum(part.total for part in self.states[stage].values())
-        return held + self.fixed_bytes + micro_batch_size * self.row_bytes
+        return held + self.batch_bytes(rows, policy)
 
 
 def sketch_run(config: RunConfig) -> Sketch:
@@ -178,99 +187,61 @@ def estimate_run(
         trained: Most trained tokens of a sequence; None for all of the longest.
     """
     tokens = sketch.model.vision.num_tokens
-    sizes: list[int] = []
+    kept: list[ActivationBytes] = []
     for rows in (1, 2):
         shape = BatchShape(
             rows=rows, buckets=(length,), image_tokens=tokens,
             target_sizes=(max(1, rows * (length if trained is None else trained)),),
         )  # fmt: skip
         batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
-        found = sketch.activations(batch)
-        is_short = config.model.gradient_checkpointing
-        sizes.append(found.checkpointed if is_short else found.kept)
+        kept.append(sketch.activations(batch))
     parameters = sketch.parameters()
     packed = {name: packed_numbers(part) for name, part in sketch.model.named_children()}
-    row = sizes[1] - sizes[0]
-    logits = 8 * config.model.head_chunk * sketch.model.vocab_size  # fp32, and their slope
     return Estimate(
         parameters=parameters,
         packed=packed,
         states=_states(config, parameters, packed),
         length=length,
-        row_bytes=row,
-        fixed_bytes=sizes[0] - row + logits,
-        checkpoint_bytes=12 * sum(trained for _, trained in parameters.values()),
+        one=kept[0],
+        two=kept[1],
+        logits_bytes=8 * config.model.head_chunk * sketch.model.vocab_size,  # fp32, and their slope
+        checkpoint_bytes=SAVED_BYTES * sum(trained for _, trained in parameters.values()),
     )
 
 
+def checkpoint_host_bytes(trained: int, *, stage: int, workers: int) -> int:
+    """Host memory that a worker takes while a checkpoint is saved, and while one is restored.
+
+    It is one copy of the fp32 weights and moments that the worker's optimizer holds: all of them
+    without ZeRO, else its partition.
+
+    Args:
+        trained: Parameters that learn.
+        stage: DeepSpeed's ZeRO stage.
+        workers: Among whom the state is shared.
+    """
+    return SAVED_BYTES * -(-trained // (workers if stage else 1))
+
+
 def _states(
-    config: RunConfig,
-    parameters: dict[str, tuple[int, int]],
-    packed: dict[str, int],
-    offload: Literal["none", "cpu", "nvme"] | None = None,
+    config: RunConfig, parameters: dict[str, tuple[int, int]], packed: dict[str, int]
 ) -> dict[int, dict[str, StateBytes]]:
-    """What a worker holds, by ZeRO stage and part; `offload` in place of the run's own."""
+    """What a worker holds, by ZeRO stage and part, with as few workers as the run goes on with."""
     stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     return {
         stage: {
             name: state_bytes(
                 *counts,
                 stage=stage,
-                workers=config.num_workers,
+                workers=config.recovery.min_workers or config.num_workers,
                 precision=config.precision,
-                offload=offload or config.offload.to,
+                offload=config.offload.to,
                 packed=packed[name],
             )
             for name, counts in parameters.items()
         }
         for stage in stages
     }
-
-
-def follow(
-    config: RunConfig, device_bytes: int | None, estimate: Callable[[], Estimate]
-) -> RunConfig:
-    """The run with a micro-batch: its own, or where that is 0 the largest that fits.
-
-    Args:
-        config: The run.
-        device_bytes: Memory of a worker's device; None on a CPU, where a row more saves nothing.
-        estimate: Says what the run takes; called where it matters.
-
-    Raises:
-        TrainError: Not even one row fits; names the numbers.
-    """
-    if config.micro_batch_size:
-        return config
-    share = config.global_batch_size // config.num_workers
-    fitting = [size for size in range(1, share + 1) if share % size == 0]
-    if device_bytes is None:
-        return replace(config, micro_batch_size=max(n for n in fitting if n <= MOST_ON_CPU))
-    usable = int(device_bytes * USABLE)
-    stage, found = config.zero_stage, estimate()
-    sizes = [n for n in fitting if found.worker_bytes(stage, n) <= usable]
-    if sizes:
-        return replace(config, micro_batch_size=max(sizes))
-    stages = range(stage + 1, 3 if any(found.packed.values()) else 4)  # QLoRA has no stage 3
-    remedies = [
-        f"zero_stage {higher}" for higher in stages if found.worker_bytes(higher, 1) <= usable
-    ]
-    if config.offload.to == "none":
-        states = _states(config, found.parameters, found.packed, offload="cpu")
-        elsewhere = replace(found, states=states)
-        remedies += [
-            f"offload.to: cpu with zero_stage {higher}"
-            for higher in range(max(1, stage), stages.stop)
-            if elsewhere.worker_bytes(higher, 1) <= usable
-        ][:1]
-    if not config.model.gradient_checkpointing:
-        remedies.append("model.gradient_checkpointing: true")
-    raise TrainError(
-        f"micro_batch_size: one row of {found.length} tokens needs "
-        f"{bytes_text(found.worker_bytes(stage, 1))} a worker under zero_stage {stage}, "
-        f"{bytes_text(usable)} of {bytes_text(device_bytes)} can be used; set "
-        f"{' or '.join([*remedies, 'a smaller max_length, more workers or lora'])}"
-    )
 
 
 def time_micro_batch(model: nn.Module, batch: DeviceBatch) -> float:

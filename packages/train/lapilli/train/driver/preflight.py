@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,11 +42,11 @@ from lapilli.train.driver.fake_model import sketch_model
 from lapilli.train.driver.memory_estimate import (
     StateBytes,
     estimate_run,
-    follow,
     sketch_run,
     state_bytes,
     time_micro_batch,
 )
+from lapilli.train.driver.memory_policy import MemoryPolicy, choose_memory, memory_budget
 from lapilli.train.driver.run_length import LENGTH, changed_length, check_length
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import keep_data
@@ -77,6 +79,8 @@ FREE_WITHIN = 60.0  # seconds to wait for an HPU that can be asked for its softw
 
 MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
 
+Answer = TypeVar("Answer")
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -97,6 +101,7 @@ class Preflight:
         attention: The language model's attention implementation.
         num_cut: Samples whose text is cut at `max_length`.
         kernels: What computes merge, layers and loss on the device.
+        memory_policy: What is recomputed and offloaded so that a worker fits in its memory.
     """
 
     config: RunConfig
@@ -112,6 +117,7 @@ class Preflight:
     attention: Attention
     num_cut: int = 0
     kernels: KernelChoice | None = None
+    memory_policy: MemoryPolicy = field(default_factory=MemoryPolicy)
 
     @property
     def is_done(self) -> bool:
@@ -120,7 +126,9 @@ class Preflight:
 
     def info(self) -> RunInfo:
         """The part that is stored in the run's folder."""
-        known = asdict(self)
+        policy = self.memory_policy
+        known: dict[str, Any] = asdict(self)
+        known |= {"activations": policy.activations, "memory_note": policy.note}
         return RunInfo(**{one.name: known[one.name] for one in fields(RunInfo)})
 
 
@@ -167,10 +175,11 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     check_start(start_weights, dataset, on_note)
     check_context(model, dataset, held_out, on_note)
     longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
-    config = follow(
+    config, policy = choose_memory(
         config,
-        None if config.micro_batch_size else device_memory(device),
-        lambda: estimate_run(config, sketch_run(config), length=longest, trained=most),
+        device,
+        memory_budget(config, device, partial(_device_memory, config)),
+        lambda changed: estimate_run(changed, sketch_run(changed), length=longest, trained=most),
     )
     feed = Feed(dataset, config, rank=0, world_size=config.num_workers)
     saved = config.checkpoint
@@ -198,7 +207,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         config=config, total_steps=feed.total_steps, start=start, samples=len(dataset),
         too_long=dataset.too_long, parameters=parameters, memory=memory, device=device,
         step_seconds=step_seconds, image_tokens=dataset.image_tokens, attention=attention,
-        num_cut=dataset.num_cut, kernels=kernels,
+        num_cut=dataset.num_cut, kernels=kernels, memory_policy=policy,
     )  # fmt: skip
 
 
@@ -235,7 +244,6 @@ def _find_device(config: RunConfig) -> Device:
     if config.launcher == "process":
         return choose_device(config.device, visible_devices())
     import ray
-    from ray.exceptions import GetTimeoutError
 
     resources = ray.cluster_resources()
     available: dict[Device, int] = {
@@ -250,18 +258,36 @@ def _find_device(config: RunConfig) -> Device:
             f"{setting}: {fewest}; Ray has {slots} "
             f"{'cores' if device == 'cpu' else f'{RESOURCE[device]}s'}; lower it or add nodes"
         )
-    if device == "hpu":
-        asked = ray.remote(num_cpus=0, resources={RESOURCE[device]: 1})(has_habana)
-        try:
-            has_software = ray.get(asked.remote(), timeout=FREE_WITHIN)
-        except GetTimeoutError:
-            raise TrainError(
-                f"device: hpu; no HPU of {slots} was free within {FREE_WITHIN:.0f} s; wait for "
-                "what runs there, or set device: cpu"
-            ) from None
-        if not has_software:
-            raise TrainError(NO_HABANA)
+    if device == "hpu" and not _ask_one(device, has_habana):
+        raise TrainError(NO_HABANA)
     return device
+
+
+def _ask_one(device: Device, question: Callable[[], Answer]) -> Answer:
+    """What a machine of Ray's with a free device answers."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    name = RESOURCE[device]
+    needs: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"resources": {name: 1}}
+    asked: Any = ray.remote(num_cpus=0, **needs)(question)
+    try:
+        return ray.get(asked.remote(), timeout=FREE_WITHIN)
+    except GetTimeoutError:
+        raise TrainError(
+            f"device: {device}; no {name} was free within {FREE_WITHIN:.0f} s; wait for what runs "
+            "there, or set device: cpu"
+        ) from None
+
+
+def _device_memory(config: RunConfig, device: Device) -> int | None:
+    """Bytes of a worker's device, which may be on another machine than the driver."""
+    is_elsewhere = device == "cuda" and not torch.cuda.is_available()
+    if is_elsewhere and config.launcher == "ray":
+        found = _ask_one(device, lambda: torch.cuda.is_available() and device_memory(device))
+        if found:
+            return found
+    return device_memory(device)
 
 
 def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.data.batches.collate import Batch, collate
+from lapilli.model.config import KEEP_ALL
+from lapilli.model.parts.recomputation import apply_policy
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.config import OffloadConfig, RunConfig
@@ -19,6 +21,7 @@ from lapilli.train.device import choose_device, visible_devices
 from lapilli.train.driver.workers import join_alone
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import KeptStep
+from lapilli.train.run_folder.settings import read_run_info
 from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import seed_step, to_device
@@ -82,11 +85,14 @@ def rerun(
     )
     device = choose_device(config.device, visible_devices())
     join_alone(device)
-    ready = setup(config, device, rank=0, world_size=1)
+    info = read_run_info(kept.run)
+    activations = info.activations if info else KEEP_ALL
+    ready = setup(config, device, rank=0, world_size=1, activations=activations)
     _step_to(ready, kept.step, on_step)
     # DeepSpeed's hooks stay with its own copy.
     model, _ = build_start(config)
     model.to(ready.device).load_state_dict(ready.engine.module.state_dict())
+    apply_policy(model, activations)
     set_modes(model)
     losses = _sample_losses(model, ready.feed, kept, ready.device)
     finding = examine(model, kept.batches(), ready.device, config.seed, kept.step)

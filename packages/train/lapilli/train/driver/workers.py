@@ -20,10 +20,13 @@ from lapilli.data.ray_session import RayDied, leave_working_folder, watched
 from lapilli.model.errors import ModelError
 from lapilli.train.config import RunConfig
 from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
+from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_run
+from lapilli.train.driver.memory_policy import MemoryPolicy, shortage_line
 from lapilli.train.engine.deepspeed_engine import forget_swapped
 from lapilli.train.errors import TrainError
 from lapilli.train.health.watchdog import hang_line
 from lapilli.train.run_folder.names import MISTAKE
+from lapilli.train.steps.step import OutOfMemory
 from lapilli.train.worker.loop import fit
 from lapilli.train.worker.setup import setup
 
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 
-def fit_on_ray(config: RunConfig, device: Device) -> None:
+def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
     """Ray Train's workers; lost ones are replaced, up to `recovery.max_failures` times.
 
     Raises:
@@ -53,6 +56,7 @@ def fit_on_ray(config: RunConfig, device: Device) -> None:
         train_loop_config={
             "config": config,
             "device": device,
+            "memory": memory,
             "working_folder": str(Path.cwd()),
         },
         torch_config=TorchConfig(backend=BACKEND[device]),
@@ -127,19 +131,31 @@ def _worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     config = replace(config, num_workers=world_size)  # fewer where `recovery.min_workers` allows it
+    device, memory = settings["device"], settings["memory"]
     try:
-        with _blaming(config, rank):
-            fit(setup(config, settings["device"], rank=rank, world_size=world_size))
+        with _blaming(config, rank, memory):
+            fit(
+                setup(
+                    config, device, rank=rank, world_size=world_size, activations=memory.activations
+                )
+            )
     except (DataError, ModelError, TrainError) as error:
         _write_mistake(mistake, error)
         raise
 
 
 @contextlib.contextmanager
-def _blaming(config: RunConfig, rank: int) -> Generator[None]:
-    """Around a worker's part of a run: a full disk, or missing rights, are a user's mistake."""
+def _blaming(config: RunConfig, rank: int, memory: MemoryPolicy) -> Generator[None]:
+    """Around a worker's part of a run: a full disk, missing rights, no memory are one line."""
+
+    def estimate(config: RunConfig) -> Estimate:
+        return estimate_run(config, sketch_run(config), length=shortage.tokens)
+
     try:
         yield
+    except OutOfMemory as error:
+        shortage = error
+        raise TrainError(shortage_line(config, memory, error, estimate)) from None
     except OSError as error:
         if (line := blame(error, config.output)) is None:
             raise
@@ -148,15 +164,15 @@ def _blaming(config: RunConfig, rank: int) -> Generator[None]:
         forget_swapped(config, rank)
 
 
-def fit_here(config: RunConfig, device: Device) -> None:
+def fit_here(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
     """The only worker, in this process; DeepSpeed wants a process group even of one.
 
     The group stays until the process ends: DeepSpeed keeps it in places that a second run of the
     same process would find.
     """
     join_alone(device)
-    with _blaming(config, rank=0):
-        fit(setup(config, device, rank=0, world_size=1))
+    with _blaming(config, 0, memory):
+        fit(setup(config, device, rank=0, world_size=1, activations=memory.activations))
 
 
 def join_alone(device: Device) -> None:

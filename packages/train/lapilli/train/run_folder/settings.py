@@ -18,7 +18,7 @@ from lapilli.data.io.typed_json import JsonError, Natural, as_type, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 from lapilli.data.trust import Trust, is_own_code
-from lapilli.model.config import ModelConfig
+from lapilli.model.config import KEEP_ALL, ActivationPolicy, ModelConfig
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
@@ -56,6 +56,8 @@ class RunInfo:
         memory: Bytes a worker holds, by part and kind; activations come on top.
         attention: The attention implementation and why it was chosen.
         kernels: What computes merge, layers and loss, and why it is not what it could be.
+        activations: Layers that run again in backward, and where their inputs lie.
+        memory_note: That policy in words, with the estimate and the budget.
     """
 
     total_steps: Natural
@@ -70,6 +72,8 @@ class RunInfo:
     memory: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     attention: dict[str, Any] = field(default_factory=dict[str, Any])
     kernels: dict[str, str] | None = None
+    activations: ActivationPolicy = KEEP_ALL
+    memory_note: str = ""
 
 
 def read_run_config(run: Path) -> RunConfig:

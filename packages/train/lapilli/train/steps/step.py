@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lapilli.data.batches.collate import Batch
 from lapilli.model.parts.trainable import trainable_parameters
 
-__all__ = ["DeviceBatch", "seed_step", "to_device", "train_step", "warm_up"]
+__all__ = ["DeviceBatch", "OutOfMemory", "seed_step", "to_device", "train_step", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,35 @@ def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> Device
     return DeviceBatch(moved, weight)
 
 
+class OutOfMemory(Exception):
+    """The device, or on a CPU the host, had no room for a micro-batch.
+
+    Attributes:
+        rows: Its rows.
+        tokens: Tokens of a row.
+        images: Its images.
+        said: What torch says, in one line.
+    """
+
+    def __init__(self, batch: DeviceBatch, error: RuntimeError) -> None:
+        self.rows, self.tokens = batch.inputs["input_ids"].shape
+        self.images = len(batch.inputs["pixels"])
+        self.said = ". ".join(str(error).split(". ")[:2])
+        super().__init__(f"out of memory at {self.rows} x {self.tokens} tokens: {self.said}")
+
+
+@contextmanager
+def _naming(batch: DeviceBatch) -> Generator[None]:
+    """Name a micro-batch whose work finds no memory; torch's CPU allocator has no error class."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_host = "DefaultCPUAllocator" in str(error)
+        if not (is_host or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        raise OutOfMemory(batch, error) from None
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the model's randomness (dropout) from the step.
 
@@ -67,8 +97,10 @@ def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
     """
     learning = list(trainable_parameters(engine.module).values())
     for batch in batches:
-        loss = engine.module(**batch.inputs)  # the engine's own call would expect its `backward`
-        torch.autograd.grad(loss, learning, allow_unused=True)
+        with _naming(batch):
+            # the engine's own call would expect its `backward`
+            loss = engine.module(**batch.inputs)
+            torch.autograd.grad(loss, learning, allow_unused=True)
 
 
 def train_step(
@@ -95,6 +127,9 @@ def train_step(
 
     Returns:
         This worker's summed loss, weighted, fp32 scalar, detached.
+
+    Raises:
+        OutOfMemory: No room for a micro-batch; says which.
     """
     scale = world_size * engine.gradient_accumulation_steps() / max(1, global_tokens)
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
@@ -102,10 +137,11 @@ def train_step(
         # said and not counted by DeepSpeed: a short batch has fewer micro-steps
         is_last = number == len(batches)
         engine.set_gradient_accumulation_boundary(is_last)
-        loss = engine(**batch.inputs) * batch.weight
-        engine.backward(loss * scale)
-        if is_last:
-            before_update()
-        engine.step()
+        with _naming(batch):
+            loss = engine(**batch.inputs) * batch.weight
+            engine.backward(loss * scale)
+            if is_last:
+                before_update()
+            engine.step()
         total += loss.detach()
     return total

@@ -13,7 +13,9 @@ from lapilli.data.batches.collate import blank_batches
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.versions import installed_versions
 from lapilli.model.attention.backend import attention_kernel
+from lapilli.model.config import KEEP_ALL, ActivationPolicy
 from lapilli.model.deepspeed_internals import shape_of
+from lapilli.model.parts.recomputation import apply_policy
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
@@ -62,12 +64,16 @@ class Setup:
         return self.rank == 0
 
 
-def setup(config: RunConfig, device: Device, *, rank: int, world_size: int) -> Setup:
+def setup(
+    config: RunConfig, device: Device, *, rank: int, world_size: int,
+    activations: ActivationPolicy = KEEP_ALL,
+) -> Setup:  # fmt: skip
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
     check_precision(device, config.precision)
     built_on = build_run(config, engine.loading_of(config))
     model = built_on.model
+    apply_policy(model, activations)
     set_modes(model)
     dataset = open_for(model, config)
     check_start(built_on.start, dataset)

@@ -1,0 +1,96 @@
+"""Groups of a run's settings that decide memory, speed or what is traced, and never the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lapilli.train.errors import TrainError
+
+__all__ = ["CommunicationConfig", "OffloadConfig", "ProfileConfig", "check_numbers"]
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where what the device has no room for lies.
+
+    Attributes:
+        to: `cpu` keeps the optimizer's state in the host's memory, and at ZeRO stage 3 the weights
+            too. Needs ZeRO stage 1 to 3. `nvme` keeps the optimizer's state on a disk and the
+            weights in the host's memory, at stage 3.
+        nvme_path: Where on a disk: a folder that every worker's machine has for itself.
+    """
+
+    to: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str = ""
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if (self.to == "nvme") != bool(self.nvme_path):
+            raise TrainError(
+                f"offload.to: {self.to} with offload.nvme_path {self.nvme_path!r}; nvme needs a "
+                "folder on a disk of the worker's machine, the others take none"
+            )
+
+
+@dataclass(frozen=True)
+class CommunicationConfig:
+    """Sizes of ZeRO's collectives, by DeepSpeed's names; null or 0 follows the model's size.
+
+    Attributes:
+        overlap_comm: Reduce gradients while backward goes on.
+        reduce_bucket_size: Numbers reduced at once.
+        allgather_bucket_size: Numbers gathered at once after an update (stages 1 and 2).
+        stage3_prefetch_bucket_size: Numbers fetched ahead of the layer that needs them.
+        stage3_param_persistence_threshold: Weights of up to so many numbers stay whole.
+        zero_hpz_partition_size: Workers that share a copy of stage 3's weights (arXiv 2306.10209).
+        link_gbps: Gigabits a second that a worker sends, for `estimate`.
+    """
+
+    overlap_comm: bool | None = None
+    reduce_bucket_size: int = 0
+    allgather_bucket_size: int = 0
+    stage3_prefetch_bucket_size: int = 0
+    stage3_param_persistence_threshold: int = 0
+    zero_hpz_partition_size: int = 0
+    link_gbps: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        check_numbers("communication", self, (), tuple(vars(self).keys() - {"overlap_comm"}))
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps and ranks are profiled.
+
+    Attributes:
+        steps: Steps, counted from 0, of which a trace for Chrome or Perfetto is written to
+            `profile/`.
+        ranks: Workers that write one.
+        memory: Write a snapshot of torch's allocator too; CUDA alone.
+    """
+
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for name in ("steps", "ranks"):
+            for value in getattr(self, name):
+                if value < 0:
+                    raise TrainError(f"profile.{name}: {value}; expected 0 or more")
+        if self.memory and not self.steps:
+            raise TrainError("profile.memory: true without profile.steps; name steps")
+
+
+def check_numbers(
+    group: str, config: object, positive: tuple[str, ...], natural: tuple[str, ...]
+) -> None:
+    """Require at least 1 of the positive fields, 0 or more of the natural ones."""
+    for names, least, expected in ((positive, 1, "at least 1"), (natural, 0, "0 or more")):
+        for name in names:
+            if getattr(config, name) < least:
+                full = f"{group}.{name}" if group else name
+                raise TrainError(f"{full}: {getattr(config, name)}; expected {expected}")
