@@ -180,7 +180,13 @@ def conversation(
 
 
 def make_mixture(
-    root: Path, *, images: int = 12, text_only: int = 4, defects: bool = False, seed: int = 0
+    root: Path,
+    *,
+    images: int = 12,
+    text_only: int = 4,
+    asked: int = 1,
+    defects: bool = False,
+    seed: int = 0,
 ) -> Mixture:
     """Write `mixture.json` and `images/` below `root`.
 
@@ -188,11 +194,18 @@ def make_mixture(
         root: Folder to fill; made if it is not there.
         images: Records with one image each, every kind of `IMAGE_KINDS` in turn.
         text_only: Records without an image.
+        asked: Records about each image.
         defects: Plant a record for every reason there is, and records that need a repair.
         seed: Draws pictures, sizes, words and the order.
     """
     rng = random.Random(seed)
-    good = [_with_image(root, number, rng) for number in range(images)] + [
+    about = [_with_image(root, number, rng) for number in range(images)]
+    about += [
+        conversation(f"{one['id']}-{again}", one["image"], seed=again)
+        for again in range(1, asked)
+        for one in about[:images]
+    ]
+    good = about + [
         conversation(f"text-{n}", turns=rng.randint(1, 3), seed=seed) for n in range(text_only)
     ]
     rng.shuffle(good)

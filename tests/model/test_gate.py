@@ -49,7 +49,7 @@ def built(tower: str, family: str, **values: Any) -> VisionLanguageModel:
 
 def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     loss = model(
-        **inputs, row_losses=torch.zeros_like(inputs["input_ids"][:, 0], dtype=torch.float)
+        **inputs, sample_losses=torch.zeros_like(inputs["input_ids"][:, 0], dtype=torch.float)
     )
     loss.backward()
     return loss

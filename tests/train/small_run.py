@@ -14,9 +14,9 @@ from tests.train.tiny import model_config
 VIEW = "pad32"
 
 
-def small_dataset(folder: Path, *, images: int = 30, text_only: int = 20) -> Path:
-    """Records with and without images, built in this process."""
-    mixture = make_mixture(folder / "raw", images=images, text_only=text_only)
+def small_dataset(folder: Path, *, images: int = 30, text_only: int = 20, asked: int = 1) -> Path:
+    """Records with and without images, built in this process; `asked` about each image."""
+    mixture = make_mixture(folder / "raw", images=images, text_only=text_only, asked=asked)
     build_dataset(mixture, folder / "dataset", make_tokenizer(folder / "tokenizer"))
     return folder / "dataset"
 

@@ -268,7 +268,7 @@ def test_sent_ahead_they_are_the_same_steps(dataset: Dataset) -> None:
         assert [moved.weight for moved in other.on_device] == one.weights
         for batch, moved in zip(one.batches, other.on_device, strict=True):
             for name, tensor in moved.inputs.items():
-                if name == "row_losses":
+                if name == "sample_losses":
                     assert not tensor.any()  # the model fills it
                     continue
                 np.testing.assert_array_equal(tensor.numpy(), getattr(batch, name))

@@ -60,8 +60,8 @@ def test_each_rows_loss_is_torchs_own() -> None:
             total = model(**inputs)
             with torch.no_grad():
                 expected = plain_losses(model, batch)
-            torch.testing.assert_close(inputs["row_losses"], expected, atol=1e-4, rtol=1e-5)
-            torch.testing.assert_close(inputs["row_losses"].sum(), total.detach())
+            torch.testing.assert_close(inputs["sample_losses"], expected, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(inputs["sample_losses"].sum(), total.detach())
 
 
 @pytest.fixture(scope="module")

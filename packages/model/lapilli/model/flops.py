@@ -109,6 +109,8 @@ class BatchNumbers:
         padded_length: S.
         padded_images: N.
         padded_targets: P.
+        pairs: Pairs of a query and a key that it sees, where rows hold several samples; None for
+            rows of one.
     """
 
     row_lengths: Sequence[int]
@@ -118,6 +120,7 @@ class BatchNumbers:
     padded_length: int
     padded_images: int
     padded_targets: int
+    pairs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,10 @@ def step_flops(
         projector on one row and a trained tower on one image; only the hardware's figure has that.
     """
     lengths = batch.row_lengths
+    pairs = sum(n * (n + 1) // 2 for n in lengths) if batch.pairs is None else batch.pairs
     real = _flops(
         numbers, images=batch.images, projected=batch.images * numbers.image_tokens,
-        tokens=sum(lengths), pairs=sum(n * (n + 1) // 2 for n in lengths), targets=batch.targets,
+        tokens=sum(lengths), pairs=pairs, targets=batch.targets,
         backward=2, recompute=False,
     )  # fmt: skip
     images, projected = batch.padded_images, batch.padded_images * numbers.image_tokens

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.model.attention.choice import choose_attention
+from lapilli.model.attention.trees import Trees, check_trees
 from lapilli.model.config import ModelConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.kernels.adapters import fuse_adapters
@@ -125,22 +126,34 @@ class VisionLanguageModel(nn.Module):
         pixels: Tensor,
         predict_positions: Tensor,
         targets: Tensor,
-        row_losses: Tensor | None = None,
+        tree_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+        target_samples: Tensor | None = None,
+        sample_losses: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy of the trained positions of a batch (`lapilli.data.Batch`).
 
-        Padding stands on the right and attention is causal, so no mask is needed. `row_losses`,
-        fp32 [B], is filled with each row's share of the sum, on the device and detached.
+        Padding stands on the right and attention is causal, so rows of one sample need no mask.
+        `tree_ids` and `branch_ids`, int32 [B, S], say which tokens of rows that hold several see
+        each other. `sample_losses`, fp32 [samples], is filled with each sample's share of the sum,
+        on the device and detached; `target_samples`, int64 [P], says whose each target is.
 
         Returns:
             fp32 scalar.
+
+        Raises:
+            ModelError: Ids of trees, and attention that cannot honour them.
         """
         embedded_BSD = self.embed(input_ids, merge_index, pixels)
         decoder = self.language.get_decoder()
-        output = decoder(inputs_embeds=embedded_BSD, position_ids=position_ids, use_cache=False)
+        inputs: dict[str, Any] = {"inputs_embeds": embedded_BSD, "position_ids": position_ids}
+        if tree_ids is not None and branch_ids is not None:
+            check_trees(self.language.config.model_type, attention_of(self.language))
+            inputs["trees"] = Trees(tree_ids, branch_ids, position_ids)
+        output = decoder(use_cache=False, **inputs)
         head = self.language.get_output_embeddings()
         rows = added_rows(self.language)
-        each_P = None if row_losses is None else row_losses.new_zeros(len(targets))
+        each_P = None if sample_losses is None else sample_losses.new_zeros(len(targets))
         loss = trained_loss(
             output.last_hidden_state,
             predict_positions,
@@ -154,11 +167,13 @@ class VisionLanguageModel(nn.Module):
             each=each_P,
             added=None if rows is None else rows.head_rows,
         )
-        if row_losses is not None and each_P is not None:
+        if sample_losses is not None and each_P is not None:
+            if target_samples is None:  # a sample a row
+                target_samples = predict_positions // input_ids.shape[1]
             # masked sums and no index_add: on a GPU that one's order, and so its result, varies
-            rows_B1 = torch.arange(len(input_ids), device=each_P.device).unsqueeze(1)
-            is_here_BP = rows_B1 == predict_positions // input_ids.shape[1]
-            row_losses.copy_(torch.where(is_here_BP, each_P, 0.0).sum(1))
+            samples_N1 = torch.arange(len(sample_losses), device=each_P.device).unsqueeze(1)
+            is_here_NP = samples_N1 == target_samples
+            sample_losses.copy_(torch.where(is_here_NP, each_P, 0.0).sum(1))
         return loss
 
 

@@ -198,6 +198,12 @@ class RunConfig:
             micro-steps, or `drop` until another epoch. Sampler `llava` takes `pad`, or `llava`,
             which repeats or drops samples as LLaVA's trainer does. `auto` is `llava` for that
             sampler and `pad` for the others.
+        share_images: Put samples of one image that begin alike into one row: their common prefix
+            is computed once, and none sees another. The order is then drawn over images, and an
+            epoch's last global batches are `short`.
+        pack: Fill rows of `row_length` tokens with several samples, which do not see each other.
+        row_length: Longest row that holds several samples, in tokens; 0 for `max_length`.
+        max_branches: Most samples that share an image in a row.
         loss_reduction: `token_mean`, over all trained tokens of the global batch, or
             `micro_batch_mean`, over the means of its micro-batches, as LLaVA's trainer does. With
             the latter, or sampler `llava`, a resumed run keeps its `micro_batch_size`.
@@ -240,6 +246,10 @@ class RunConfig:
     group_by_modality_length: bool | None = None
     llava_processes: int = 0
     remainder: Literal["auto", "pad", "short", "drop", "llava"] = "auto"
+    share_images: bool = False
+    pack: bool = False
+    row_length: int = 0
+    max_branches: int = 8
     loss_reduction: Literal["token_mean", "micro_batch_mean"] = "token_mean"
     seed: int = 42
     zero_stage: Literal[0, 1, 2, 3] = field(default=2, metadata=RESUMABLE)
@@ -262,8 +272,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         check_numbers(
-            "", self, ("global_batch_size", "epochs", "num_workers", "max_length", "max_shapes"),
-            ("micro_batch_size", "max_steps", "seed", "llava_processes"),
+            "", self,
+            ("global_batch_size", "epochs", "num_workers", "max_length", "max_shapes",
+             "max_branches"),
+            ("micro_batch_size", "max_steps", "seed", "llava_processes", "row_length"),
         )  # fmt: skip
         if self.memory != "auto" and not 0 < self.memory < float("inf"):
             raise TrainError(f"memory: {self.memory:g}; expected auto, or more than 0 GiB")
@@ -278,6 +290,12 @@ class RunConfig:
         _check_hpz(self)
         _check_workers(self)
         _check_order(self)
+        _check_rows(self)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether a row may hold several samples."""
+        return self.share_images or self.pack
 
     @property
     def truncates(self) -> bool:
@@ -425,3 +443,34 @@ def _check_batch(global_batch_size: int, num_workers: int, micro_batch_size: int
 
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+def _check_rows(config: RunConfig) -> None:
+    """Rows of several samples and what cannot be with them."""
+    chosen = " and ".join(name for name in ("share_images", "pack") if getattr(config, name))
+    if not chosen:
+        if config.row_length:
+            raise TrainError(
+                f"row_length: {config.row_length} without share_images or pack; set one of them, "
+                "or max_length for rows of one sample"
+            )
+        return
+    if config.sampler != "grouped":
+        raise TrainError(
+            f"{chosen}: true with sampler {config.sampler}, whose order is one of single samples; "
+            "set sampler grouped"
+        )
+    if config.loss_reduction != "token_mean":
+        raise TrainError(
+            f"{chosen}: true with loss_reduction {config.loss_reduction}, which weighs "
+            "micro-batches of as many samples as rows; set token_mean"
+        )
+    if config.remainder not in ("auto", "short", "drop"):
+        raise TrainError(
+            f"{chosen}: true with remainder {config.remainder}; expected auto, short or drop"
+        )
+    if 0 < config.row_length < config.max_length and config.pack:
+        raise TrainError(
+            f"row_length: {config.row_length} with pack is below max_length {config.max_length}; "
+            "a row must hold the longest sample: raise it, or lower max_length"
+        )

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lapilli.data.batches.tree_rows import Row, RowTokens, lay_out
 from lapilli.data.dataset.dataset import Sample
 from lapilli.data.errors import DataError
-from lapilli.data.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from lapilli.data.text.encode import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,6 +30,7 @@ __all__ = [
     "choose_buckets",
     "choose_target_sizes",
     "collate",
+    "collate_rows",
 ]
 
 CANDIDATES = 512  # lengths that buckets are chosen from: 10 ms for 16 of them
@@ -46,6 +48,7 @@ class BatchShape:
         text_buckets: The same as `buckets` for batches without images; empty for `buckets`.
         target_sizes: Numbers P of trained positions, ascending; a batch takes the first that holds
             it.
+        has_trees: Whether rows may hold several samples.
     """
 
     rows: int
@@ -54,6 +57,7 @@ class BatchShape:
     predict_chunk: int = 1024
     text_buckets: tuple[int, ...] = ()
     target_sizes: tuple[int, ...] = ()
+    has_trees: bool = False
 
     def padded_targets(self, count: int) -> int:
         """Padded P for this many trained positions; at least one, so that the head always runs."""
@@ -68,15 +72,23 @@ class Batch:
 
     Attributes:
         input_ids: int64 [B, S]; 0, a safe id, at image slots and padding.
-        position_ids: int64 [B, S], 0 to S - 1 in every row: padding is on the right.
+        position_ids: int64 [B, S], each sample's own, 0 to S - 1 in a row of one: padding is on
+            the right.
         segment_ids: int32 [B, S]; 1 for a row's own tokens, 0 for padding.
+        tree_ids: int32 [B, S], from 1 in every row; 0 for padding. Tokens of other trees do not see
+            each other.
+        branch_ids: int32 [B, S]; 0 for what a tree's samples share, their images among it, from 1
+            for what each has behind it. Other branches do not see each other.
         row_lengths: int64 [B], tokens of each row.
         merge_index: int32 [B, S]; the feature row that stands there, -1 for text.
         pixels: uint8 [N, H, W, 3].
         image_tokens: int64 [N], feature rows of each image; 0 for one that pads N.
         predict_positions: int64 [P], flattened positions in B x S whose next token is trained.
         targets: int64 [P], that next token; -100 where P is padded.
-        sample_ids: The rows' samples.
+        target_samples: int64 [P], index in `sample_ids` of the sample each target belongs to.
+        sample_ids: The samples, row by row.
+        sample_slots: Their number padded: B, or with several samples a row a multiple of it.
+        has_trees: Whether rows may hold several samples.
         num_images: Number of images without padding.
         num_targets: Number of targets without padding.
     """
@@ -84,13 +96,18 @@ class Batch:
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     segment_ids: NDArray[np.int32]
+    tree_ids: NDArray[np.int32]
+    branch_ids: NDArray[np.int32]
     row_lengths: NDArray[np.int64]
     merge_index: NDArray[np.int32]
     pixels: NDArray[np.uint8]
     image_tokens: NDArray[np.int64]
     predict_positions: NDArray[np.int64]
     targets: NDArray[np.int64]
+    target_samples: NDArray[np.int64]
     sample_ids: tuple[str, ...]
+    sample_slots: int
+    has_trees: bool
     num_images: int
     num_targets: int
 
@@ -186,7 +203,7 @@ def choose_target_sizes(
 def collate(
     samples: Sequence[Sample], shape: BatchShape, image_size: int, *, with_images: bool = False
 ) -> Batch:
-    """Put samples into one batch; missing rows are padding.
+    """Put samples into one batch, one a row; missing rows are padding.
 
     Args:
         samples: At most `shape.rows` samples.
@@ -200,48 +217,71 @@ def collate(
         DataError: Too many samples; a sample longer than the longest bucket, whose placeholders
             and images differ in number, or whose images are of another size; names it.
     """
-    if len(samples) > shape.rows:
-        raise DataError(
-            f"batch: {len(samples)} samples from {samples[0].sample_id} on for {shape.rows} rows; "
-            "expected no more than rows"
-        )
-    expanded = [_expand(sample, shape.image_tokens) for sample in samples]
-    pixels, image_tokens = _images(samples, shape, image_size, with_images)
+    rows = [[[sample]] for sample in samples]
+    return collate_rows(rows, shape, image_size, with_images=with_images)
+
+
+def collate_rows(
+    rows: Sequence[Row], shape: BatchShape, image_size: int, *, with_images: bool = False
+) -> Batch:
+    """Put rows of trees into one batch; missing rows are padding.
+
+    Args:
+        rows: At most `shape.rows`, each of trees, each of samples that begin alike.
+        shape: The shapes allowed.
+        image_size: As for `collate`.
+        with_images: Likewise.
+
+    Raises:
+        DataError: As for `collate`; or samples of one tree that do not begin alike.
+    """
+    samples = [sample for row in rows for tree in row for sample in tree]
+    _check_counts(rows, samples, shape)
+    laid_out = [lay_out(row, shape.image_tokens) for row in rows]
+    pixels, image_tokens = _images(
+        [sample for row in laid_out for sample in row.images], shape, image_size, with_images
+    )
     of_kind = shape.buckets if len(pixels) else shape.text_buckets or shape.buckets
-    length = _bucket(samples, expanded, of_kind)
-    ids_BS = np.zeros((shape.rows, length), np.int64)
+    length = _bucket(rows, laid_out, of_kind)
+    text: dict[str, NDArray[np.int64]] = {
+        name: np.zeros((shape.rows, length), np.int64) for name in ("ids", "trees", "branches")
+    }
+    positions_BS = np.broadcast_to(np.arange(length, dtype=np.int64), text["ids"].shape).copy()
     merge_BS = np.full((shape.rows, length), -1, np.int32)
-    segment_BS = np.zeros((shape.rows, length), np.int32)
     row_lengths = np.zeros(shape.rows, np.int64)
-    positions: list[NDArray[np.int64]] = []
-    targets: list[NDArray[np.int64]] = []
-    features = 0
-    for row, (sample, (ids, feature_rank, trained)) in enumerate(
-        zip(samples, expanded, strict=True)
-    ):
-        size = len(ids)
-        is_image = feature_rank >= 0
-        ids_BS[row, :size] = np.where(is_image, 0, ids)
-        merge_BS[row, :size] = np.where(is_image, feature_rank + features, -1)
-        segment_BS[row, :size] = 1
-        row_lengths[row] = size
-        features += len(sample.pixels) * shape.image_tokens
-        positions.append(trained - 1 + row * length)
-        targets.append(ids[trained])
-    positions_P, targets_P, num_targets = _pad_targets(positions, targets, shape)
+    features = number = 0
+    targets = _Targets()
+    for place, (row, tokens) in enumerate(zip(rows, laid_out, strict=True)):
+        size = len(tokens.ids)
+        is_image = tokens.feature_rank >= 0
+        text["ids"][place, :size] = np.where(is_image, 0, tokens.ids)
+        text["trees"][place, :size] = tokens.tree_ids
+        text["branches"][place, :size] = tokens.branch_ids
+        positions_BS[place, :size] = tokens.positions
+        merge_BS[place, :size] = np.where(is_image, tokens.feature_rank + features, -1)
+        row_lengths[place] = size
+        targets.add(tokens, first=place * length, sample=number)
+        features += int(is_image.sum())
+        number += sum(map(len, row))
+    padded = shape.padded_targets(targets.count)
     return Batch(
-        input_ids=ids_BS,
-        position_ids=np.broadcast_to(np.arange(length, dtype=np.int64), ids_BS.shape).copy(),
-        segment_ids=segment_BS,
+        input_ids=text["ids"],
+        position_ids=positions_BS,
+        segment_ids=(text["trees"] > 0).astype(np.int32),
+        tree_ids=text["trees"].astype(np.int32),
+        branch_ids=text["branches"].astype(np.int32),
         row_lengths=row_lengths,
         merge_index=merge_BS,
         pixels=pixels,
         image_tokens=image_tokens,
-        predict_positions=positions_P,
-        targets=targets_P,
+        predict_positions=targets.padded(targets.positions, padded, 0),
+        targets=targets.padded(targets.ids, padded, IGNORE_INDEX),
+        target_samples=targets.padded(targets.samples, padded, 0),
         sample_ids=tuple(sample.sample_id for sample in samples),
+        sample_slots=max(1, -(-len(samples) // shape.rows)) * shape.rows,
+        has_trees=shape.has_trees,
         num_images=int((image_tokens > 0).sum()),
-        num_targets=num_targets,
+        num_targets=targets.count,
     )
 
 
@@ -265,61 +305,61 @@ def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:
         yield collate([], replace(shape, target_sizes=(size,)), image_size, with_images=True)
 
 
-def _expand(
-    sample: Sample, image_tokens: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Give every placeholder its image's tokens.
-
-    Returns:
-        ids int64 [n]; feature_rank int64 [n], the feature row within the sample or -1;
-        trained int64 [t], the places of the trained ids. The first id has nothing before it that
-        could predict it, so it is never among them.
-    """
-    is_image = sample.input_ids == IMAGE_TOKEN_INDEX
-    if int(is_image.sum()) != len(sample.pixels):
+def _check_counts(rows: Sequence[Row], samples: Sequence[Sample], shape: BatchShape) -> None:
+    if len(rows) > shape.rows:
         raise DataError(
-            f"{sample.sample_id}: {int(is_image.sum())} image places for {len(sample.pixels)} "
-            "images; expected one each; preprocess again"
+            f"batch: {len(rows)} samples from {samples[0].sample_id} on for {shape.rows} rows; "
+            "expected no more than rows"
         )
-    repeats = np.where(is_image, image_tokens, 1)
-    ids = np.repeat(sample.input_ids.astype(np.int64), repeats)
-    slots = np.repeat(is_image, repeats)
-    feature_rank = np.where(slots, np.cumsum(slots) - 1, -1)
-    is_trained = np.zeros(len(sample.input_ids), np.bool_)
-    for start, end in sample.label_spans:
-        is_trained[start:end] = True
-    trained = np.flatnonzero(np.repeat(is_trained, repeats) & ~slots)
-    return ids, feature_rank, trained[trained > 0]
+    if len(samples) > len(rows) and not shape.has_trees:
+        raise DataError(
+            f"batch: {len(samples)} samples from {samples[0].sample_id} on in {len(rows)} rows; "
+            "expected one a row, or a BatchShape that has_trees"
+        )
 
 
-def _bucket(
-    samples: Sequence[Sample],
-    expanded: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
-    buckets: tuple[int, ...],
-) -> int:
-    lengths = [len(ids) for ids, _, _ in expanded] or [0]
+def _bucket(rows: Sequence[Row], laid_out: Sequence[RowTokens], buckets: tuple[int, ...]) -> int:
+    lengths = [len(tokens.ids) for tokens in laid_out] or [0]
     longest = max(lengths)
     for bucket in buckets:
         if longest <= bucket:
             return bucket
-    name = samples[lengths.index(longest)].sample_id
+    name = rows[lengths.index(longest)][0][0].sample_id
     raise DataError(
         f"{name}: {longest} tokens; the longest bucket has {buckets[-1]}; lower max_length"
     )
 
 
-def _pad_targets(
-    positions: list[NDArray[np.int64]], targets: list[NDArray[np.int64]], shape: BatchShape
-) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Join and pad to one of the shape's sizes."""
-    count = sum(map(len, targets))
-    padded = shape.padded_targets(count)
-    positions_P = np.zeros(padded, np.int64)
-    targets_P = np.full(padded, IGNORE_INDEX, np.int64)
-    if count:
-        positions_P[:count] = np.concatenate(positions)
-        targets_P[:count] = np.concatenate(targets)
-    return positions_P, targets_P, count
+class _Targets:
+    """Trained positions of a batch, row after row."""
+
+    def __init__(self) -> None:
+        self.positions: list[NDArray[np.int64]] = []
+        self.ids: list[NDArray[np.int64]] = []
+        self.samples: list[NDArray[np.int64]] = []
+
+    def add(self, tokens: RowTokens, *, first: int, sample: int) -> None:
+        """Add a row's.
+
+        Args:
+            tokens: The row.
+            first: Flattened position of its first token.
+            sample: Place of its first sample.
+        """
+        self.positions.append(tokens.predict_positions + first)
+        self.ids.append(tokens.targets)
+        self.samples.append(tokens.target_samples + sample)
+
+    @property
+    def count(self) -> int:
+        """Trained positions so far."""
+        return sum(map(len, self.ids))
+
+    @staticmethod
+    def padded(arrays: list[NDArray[np.int64]], size: int, rest: int) -> NDArray[np.int64]:
+        """One of the three lists joined, int64 [size]."""
+        joined = np.concatenate([np.zeros(0, np.int64), *arrays])
+        return np.concatenate([joined, np.full(size - len(joined), rest, np.int64)])
 
 
 def _images(

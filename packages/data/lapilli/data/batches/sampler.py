@@ -150,9 +150,9 @@ def _own_batches(
     epoch: int,
 ) -> Ids:
     """Global batches [steps, G] of sampler `grouped` or `random`."""
-    bits = _bits(seed, epoch)
+    bits = random_bits(seed, epoch)
     if sampler == "random":
-        return _filled_batches(_permutation(kinds.size, bits), global_batch_size)
+        return _filled_batches(permutation(kinds.size, bits), global_batch_size)
     if window is None:
         window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch_size * LEAST_WINDOWS)))
     return _grouped(lengths, kinds, global_batch_size, window, bits)
@@ -222,7 +222,7 @@ def assign(
     batch = plan.global_batch(step)
     _check_geometry(plan.whole or batch.size, world_size, micro_batch_size, plan.fixed_micro_batch)
     if plan.fixed_micro_batch is None:
-        chunks = _balanced_chunks(batch, np.asarray(lengths), world_size, micro_batch_size)
+        chunks = balanced_chunks(batch, np.asarray(lengths), world_size, micro_batch_size)
     else:
         chunks = batch.reshape(-1, world_size, micro_batch_size)
     return [list(chunks[:, rank]) for rank in range(world_size)]
@@ -290,11 +290,11 @@ def trained_counts(
 # ---- grouped and random ------------------------------------------------------------------------
 
 
-def _bits(seed: int, epoch: int) -> np.random.PCG64:
+def random_bits(seed: int, epoch: int) -> np.random.PCG64:
     return np.random.PCG64(np.random.SeedSequence([seed, epoch]))
 
 
-def _permutation(count: int, bits: np.random.PCG64) -> Ids:
+def permutation(count: int, bits: np.random.PCG64) -> Ids:
     """A permutation of [0, count): the ranks of random 64-bit keys, ties in order.
 
     Not `Generator.permutation`: numpy promises the raw stream of PCG64 and the hashing of
@@ -318,11 +318,11 @@ def _grouped(
     of_each_kind: list[Ids] = []
     for kind in np.unique(kinds):
         ids = np.flatnonzero(kinds == kind)
-        ids = ids[_permutation(ids.size, bits)]
+        ids = ids[permutation(ids.size, bits)]
         ids = ids[_sorted_in_windows(lengths[ids], global_batch_size, window)]
         of_each_kind.append(_filled_batches(ids, global_batch_size))
     batches = np.concatenate(of_each_kind)
-    batches = batches[_permutation(len(batches), bits)]
+    batches = batches[permutation(len(batches), bits)]
     return _longest_first(batches, lengths)
 
 
@@ -360,7 +360,7 @@ def _assert_each_sample_once(batches: Ids, count: int) -> None:
 # ---- sharing a batch ---------------------------------------------------------------------------
 
 
-def _balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch_size: int) -> Ids:
+def balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch_size: int) -> Ids:
     """Micro-batches [micro-steps, ranks, b] of similar lengths, see `assign`."""
     samples = batch[batch != EMPTY]
     samples = samples[np.argsort(-lengths[samples].astype(np.int64), kind="stable")]

@@ -132,7 +132,7 @@ class Dataset:
         return _selection(self.path, self.manifest, self.view, self.mirror)
 
     @cached_property
-    def _places(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Column]:
+    def places(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Column]:
         """Token shard, token row and image slots of each row of the selection."""
         table = self._selected
         shard, row = (table[name].to_numpy() for name in ("token_shard", "token_row"))
@@ -143,7 +143,8 @@ class Dataset:
         return lru_cache(MOST_MAPS)(self._open_tokens)
 
     @cached_property
-    def _token_columns(self) -> Callable[[int], tuple[Column, Column, Column]]:
+    def token_columns(self) -> Callable[[int], tuple[Column, Column, Column]]:
+        """Ids, token ids and trained spans of a token shard: offsets and values, in place."""
         return lru_cache(MOST_MAPS)(self._map_tokens)
 
     @cached_property
@@ -191,24 +192,24 @@ class Dataset:
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` alone: `source/record`."""
-        shards, rows, _ = self._places
+        shards, rows, _ = self.places
         selected = int(self.rows[index])
-        names, _, _ = self._token_columns(int(shards[selected]))
+        names, _, _ = self.token_columns(int(shards[selected]))
         return _at(names, int(rows[selected])).tobytes().decode()
 
     def token_row(self, index: int) -> dict[str, Any]:
         """The token row of sample `index`, as Python values."""
-        shards, rows, _ = self._places
+        shards, rows, _ = self.places
         selected = self.rows[index]
         table = self._token_tables(int(shards[selected]))
         return table.slice(int(rows[selected]), 1).to_pylist()[0]
 
     def sample(self, index: int) -> Sample:
         """Read one sample; pages come from the disk as they are touched."""
-        shards, rows, slots = self._places
+        shards, rows, slots = self.places
         selected = int(self.rows[index])
         row = int(rows[selected])
-        names, input_ids, label_spans = self._token_columns(int(shards[selected]))
+        names, input_ids, label_spans = self.token_columns(int(shards[selected]))
         images = [self._pixels(slot) for slot in _at(slots, selected).tolist()]
         ids, spans = _at(input_ids, row), _at(label_spans, row).reshape(-1, 2)
         self._check_length(index, ids, len(images))
@@ -241,12 +242,12 @@ class Dataset:
         Raises:
             DataError: Nothing is left.
         """
-        shards, places, _ = self._places
+        shards, places, _ = self.places
         num_trained, fits = self.num_trained.copy(), np.ones(len(self), np.bool_)
         long = np.flatnonzero(self.lengths > most)
         for index in long:
             selected = int(self.rows[index])
-            _, input_ids, label_spans = self._token_columns(int(shards[selected]))
+            _, input_ids, label_spans = self.token_columns(int(shards[selected]))
             ids = _at(input_ids, int(places[selected]))
             kept = len(ids) - int(self.lengths[index]) + most
             fits[index] = kept > np.flatnonzero(ids < 0).max(initial=0)

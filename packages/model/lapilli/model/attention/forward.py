@@ -10,14 +10,16 @@ Shape suffix legend: B rows, H heads, Q queries, K keys, E size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lapilli.model.attention.masks import visible_square
+from lapilli.model.attention.trees import NAME, Trees
 from lapilli.model.errors import ModelError
 from lapilli.model.transformers_internals import attention_of, supported_attention
 
@@ -31,7 +33,6 @@ __all__ = [
     "with_masks",
 ]
 
-NAME = "lapilli"
 # What transformers hands through that does not change what is computed here: rows are whole, and
 # positions count from 0 in each.
 WITHOUT_EFFECT = frozenset(
@@ -104,9 +105,13 @@ def attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    trees: Trees | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of whole rows, padded on the right.
+    """Causal attention of rows padded on the right, each one sample or several (`trees`).
+
+    Several samples run through a dense mask, on CUDA through FlexAttention, which skips what no
+    query sees.
 
     Args:
         module: The layer's attention module.
@@ -119,6 +124,7 @@ def attend(
         is_causal: True; None for what the module says.
         sliding_window: Newest keys that a query sees, its own among them.
         softcap: Scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118).
+        trees: The samples of each row; None for one a row.
         unused: Other arguments that transformers passes to an attention.
 
     Returns:
@@ -133,9 +139,12 @@ def attend(
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     groups = query.shape[1] // key.shape[1]
     if softcap is not None:
-        result = _capped(query, key, value, groups, dropout, scaling, window, softcap)
+        seen = visible_square(length, window, query.device) if trees is None else trees.seen(window)
+        result = _capped(query, key, value, groups, dropout, scaling, seen, softcap)
         return result.transpose(1, 2).contiguous(), None
-    seen = None if window is None else visible_square(length, window, query.device)
+    if trees is not None and query.device.type == "cuda" and not dropout:
+        return _flex(query, key, value, scaling, trees.blocks(window)), None
+    seen = _seen(length, window, trees, query.device)
     shares = groups > 1 and shares_keys(query, value, seen)
     if groups > 1 and not shares:
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
@@ -144,6 +153,32 @@ def attend(
         dropout_p=dropout, is_causal=seen is None, scale=scaling, enable_gqa=shares,
     )  # fmt: skip
     return result.transpose(1, 2).contiguous(), None
+
+
+def _seen(
+    length: int, window: int | None, trees: Trees | None, device: torch.device
+) -> Tensor | None:
+    """What a query sees, bool, for all heads; None where that is all before it."""
+    if trees is not None:
+        return trees.seen(window)
+    return None if window is None else visible_square(length, window, device)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, blocks: Any) -> Tensor:
+    """[B, Q, H, E] by torch's FlexAttention, compiled once for all layers of a shape."""
+    result = flex_attention()(
+        query, key, value, block_mask=blocks, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return result.transpose(1, 2).contiguous()
+
+
+@cache
+def flex_attention() -> Callable[..., Tensor]:
+    """Torch's FlexAttention, compiled; without compiling it would hold all scores."""
+    from torch.nn.attention import flex_attention as flex
+
+    return torch.compile(flex.flex_attention, dynamic=False)
 
 
 def shares_keys(query: Tensor, value: Tensor, seen: Tensor | None) -> bool:
@@ -164,7 +199,7 @@ def _capped(
     groups: int,
     dropout: float,
     scaling: float | None,
-    window: int | None,
+    seen: Tensor,
     softcap: float,
 ) -> Tensor:
     """[B, H, Q, E] through all scores, as no fused kernel of torch bounds them."""
@@ -172,8 +207,7 @@ def _capped(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHQK = torch.matmul(query, key.transpose(2, 3)) * factor
     scores_BHQK = torch.tanh(scores_BHQK / softcap) * softcap
-    seen_QK = visible_square(query.shape[2], window, query.device)
-    scores_BHQK = scores_BHQK.masked_fill(~seen_QK, -torch.inf)
+    scores_BHQK = scores_BHQK.masked_fill(~seen, -torch.inf)
     weights_BHQK = torch.softmax(scores_BHQK, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(nn.functional.dropout(weights_BHQK, dropout), value)
 

@@ -18,6 +18,7 @@ from lapilli.data.io.writer_lock import LOCK
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
 from lapilli.model.attention.choice import Attention, choose_attention
+from lapilli.model.attention.trees import check_trees
 from lapilli.model.kernels.choice import KernelChoice, choose_kernels
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
@@ -169,6 +170,8 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     language = language_settings(config.model.language)
     kernels = _choose_kernels(config, str(language.model_type), device)
     attention = choose_attention(config.model.language.attention, language)
+    if config.shares_rows:
+        check_trees(attention.family, attention.name)
     model, start_weights = _look_at(config)
     dataset, held_out = opened or _open_datasets(model, config, on_note)
     check_model(model, dataset)

@@ -32,8 +32,8 @@ __all__ = ["KeptStep", "is_wrong", "keep_step", "read_kept"]
 ENOUGH = 10  # losses before a spike can be detected
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error)  # an npz
 ARRAYS = (
-    "input_ids", "position_ids", "segment_ids", "row_lengths", "merge_index", "pixels",
-    "image_tokens", "predict_positions", "targets",
+    "input_ids", "position_ids", "segment_ids", "tree_ids", "branch_ids", "row_lengths",
+    "merge_index", "pixels", "image_tokens", "predict_positions", "targets", "target_samples",
 )  # fmt: skip
 
 
@@ -100,9 +100,10 @@ class KeptStep:
             with np.load(file, allow_pickle=False) as arrays:
                 for micro, ids in enumerate(micros):
                     values: dict[str, Any] = {n: arrays[f"{micro}/{n}"] for n in ARRAYS}
-                    images, targets = (int(count) for count in arrays[f"{micro}/counts"])
+                    images, targets, slots, has_trees = arrays[f"{micro}/counts"].tolist()
                     found.append(Batch(
-                        **values, sample_ids=tuple(ids), num_images=images, num_targets=targets
+                        **values, sample_ids=tuple(ids), num_images=images, num_targets=targets,
+                        sample_slots=slots, has_trees=bool(has_trees),
                     ))  # fmt: skip
         except UNREADABLE as error:
             raise TrainError(
@@ -142,7 +143,8 @@ def keep_step(
         for name in ARRAYS
     }
     for micro, batch in enumerate(batches):
-        arrays[f"{micro}/counts"] = np.array([batch.num_images, batch.num_targets])
+        counts = batch.num_images, batch.num_targets, batch.sample_slots, int(batch.has_trees)
+        arrays[f"{micro}/counts"] = np.array(counts)
     np.savez(path / f"rank-{rank}.npz", **arrays)  # type: ignore[arg-type]
     ids: list[Any] = [[list(batch.sample_ids) for batch in batches]]
     if world_size > 1:

@@ -21,6 +21,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.device import device_name
 from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst, write_worst
 from lapilli.train.steps.feed import Feed, StepBatches
+from lapilli.train.steps.rows import MicroRows, row_pairs, row_tokens
 from lapilli.train.steps.step import DeviceBatch
 
 __all__ = [
@@ -45,18 +46,18 @@ def slot_losses(
     The sum over ranks has every sample's loss unrounded: one rank's number and zeros.
 
     Args:
-        slots: The place of each row (`StepBatches.slots`).
-        batches: The micro-batches, after the model has filled `row_losses`.
+        slots: The place of each sample (`StepBatches.slots`).
+        batches: The micro-batches, after the model has filled `sample_losses`.
         size: Samples of a global batch.
 
     Returns:
         fp32 [size].
     """
-    losses = batches[0].inputs["row_losses"].new_zeros(size)
+    losses = batches[0].inputs["sample_losses"].new_zeros(size)
     for places, batch in zip(slots, batches, strict=True):
         if len(places):  # consecutive: empty slots of a micro-batch are its last
             start = int(places[0])
-            losses[start : start + len(places)] = batch.inputs["row_losses"][: len(places)]
+            losses[start : start + len(places)] = batch.inputs["sample_losses"][: len(places)]
     return losses
 
 
@@ -73,28 +74,36 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
     Returns:
         One a micro-batch, rank by rank.
     """
-    dataset, shape = feed.dataset, feed.shape
-    rows = shape.rows
-    micros = step.placed.reshape(feed.world_size, -1, rows)
-    is_filled = micros >= 0
-    counts = np.where(is_filled, dataset.num_images[micros], 0).sum(axis=2)
-    together = counts.any(axis=0)  # a micro-step's ranks all have images or none
     found: list[BatchNumbers] = []
-    for rank, of_rank in enumerate(micros):
-        for micro, slots in enumerate(of_rank):
-            ids = slots[slots >= 0]
-            lengths, images = dataset.lengths[ids], int(counts[rank, micro])
-            padded_images = max(rows * bool(together[micro]), -(-images // rows) * rows)
+    shape = feed.shape
+    sized = [[_real_sizes(micro, feed) for micro in micros] for micros in step.rows]
+    for micros in sized:
+        for number, (lengths, pairs, images, targets) in enumerate(micros):
+            together = any(rank[number][2] for rank in sized)  # all ranks have images or none
+            padded_images = max(shape.rows * together, -(-images // shape.rows) * shape.rows)
             kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
-            targets = int(dataset.num_trained[ids].sum())
+            longest = max(lengths, default=0)
             found.append(BatchNumbers(
-                row_lengths=lengths.tolist(), images=images, targets=targets,
-                padded_rows=rows,
-                padded_length=next(n for n in kind if n >= lengths.max(initial=0)),
+                row_lengths=lengths, images=images, targets=targets,
+                padded_rows=shape.rows,
+                padded_length=next(size for size in kind if size >= longest),
                 padded_images=padded_images,
                 padded_targets=shape.padded_targets(targets),
+                pairs=pairs,
             ))  # fmt: skip
     return found
+
+
+def _real_sizes(micro: MicroRows, feed: Feed) -> tuple[list[int], int, int, int]:
+    """Tokens of each row, pairs that see each other, images, trained positions."""
+    dataset, prefixes = feed.dataset, feed.shared_tokens
+    trees = [tree for row in micro for tree in row]
+    return (
+        [row_tokens(row, dataset.lengths, prefixes) for row in micro],
+        sum(row_pairs(row, dataset.lengths, prefixes) for row in micro),
+        sum(int(dataset.num_images[tree[0]]) for tree in trees),
+        sum(int(dataset.num_trained[tree].sum()) for tree in trees),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +151,19 @@ class StepMeter:
             step: The step.
             seconds: How long it took, with waiting for data.
         """
+        counted = padded_numbers(step, self._feed)
         micros = [
             step_flops(
-                self._numbers, numbers, attention=self._attention,
-                skips_future=self._attention == "flash",
+                self._numbers,
+                numbers,
+                attention=self._attention,
+                skips_future=self._attention == "flash" and not self._feed.shape.has_trees,
             )
-            for numbers in padded_numbers(step, self._feed)
-        ]  # fmt: skip
+            for numbers in counted
+        ]
         flops = sum(micro.model.total for micro in micros)
         executed = sum(micro.hardware.total for micro in micros)
-        tokens = int(self._dataset.lengths[step.placed[step.placed >= 0]].sum())
+        tokens = sum(sum(numbers.row_lengths) for numbers in counted)
         possible = seconds * self._peak if self._peak else None
         return StepSpeed(
             tokens=tokens,

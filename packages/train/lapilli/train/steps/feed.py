@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -17,17 +18,15 @@ from lapilli.data.batches.collate import (
     BatchShape,
     choose_buckets,
     choose_target_sizes,
-    collate,
+    collate_rows,
 )
-from lapilli.data.batches.sampler import (
-    EpochPlan,
-    assign,
-    longest_rows,
-    plan_epoch,
-    trained_counts,
-)
+from lapilli.data.batches.sampler import EpochPlan, longest_rows, trained_counts
+from lapilli.data.batches.tree_plan import TreePlan, micro_sums
+from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.dataset.prefixes import shared_prefixes
 from lapilli.train.config import RunConfig
+from lapilli.train.steps.rows import MicroRows, RowSamples, StepRows, plan_rows, share_rows
 
 __all__ = ["Feed", "StepBatches", "batch_shape", "host_bytes", "mean_weights", "mock_steps"]
 
@@ -48,8 +47,9 @@ class StepBatches:
         sample_indices: The global batch's samples, -1 for empty slots.
         weights: What each micro-batch's summed loss is multiplied by before it is divided by
             `global_tokens`.
-        placed: The same samples in the order in which ranks and micro-batches hold them.
-        slots: Of each row of each of this worker's micro-batches, its place in `placed`.
+        rows: Samples of the whole global batch by rank, micro-step, row and tree.
+        placed: The same samples in that order, -1 for empty slots.
+        slots: Of each sample of each of this worker's micro-batches, its place in `placed`.
     """
 
     step: int
@@ -58,20 +58,18 @@ class StepBatches:
     global_samples: int
     sample_indices: NDArray[np.int64]
     weights: list[float]
+    rows: StepRows
     placed: NDArray[np.int64]
     slots: list[NDArray[np.int64]]
 
 
-def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchShape:
+def batch_shape(
+    dataset: Dataset,
+    config: RunConfig,
+    plan: EpochPlan | TreePlan,
+) -> BatchShape:
     """The few shapes a run's batches have, chosen for its first epoch; the others are like it."""
-    lengths, has_images = dataset.lengths, dataset.has_images
-    images, text = longest_rows(plan, lengths, has_images, micro_batch_size=config.micro_batch_size)
-    # Whatever the other epochs put together: the longest sample has a place. Where a text-only
-    # micro-batch may stand beside another rank's images, it has one among theirs.
-    is_apart = config.sampler == "grouped"
-    with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
-    images = np.append(images, with_images.max(initial=0))
-    text = np.append(text, lengths[~has_images].max(initial=0))
+    images, text = _longest(dataset, config, plan)
     buckets, text_buckets = choose_buckets(
         images[images > 0], text[text > 0], count=config.max_shapes
     )
@@ -82,13 +80,44 @@ def batch_shape(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> BatchSh
         predict_chunk=config.model.head_chunk,
         text_buckets=text_buckets,
         target_sizes=_target_sizes(dataset, config, plan),
+        has_trees=config.shares_rows,
     )
 
 
-def _target_sizes(dataset: Dataset, config: RunConfig, plan: EpochPlan) -> tuple[int, ...]:
-    """The few numbers of trained positions; a single one holds whatever may come together."""
+def _longest(
+    dataset: Dataset, config: RunConfig, plan: EpochPlan | TreePlan
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens of the longest row of each micro-batch that has images, and of each that has none.
+
+    Whatever the other epochs put together: the longest sample has a place, and where rows hold
+    several, the longest row. Where a text-only micro-batch may stand beside another rank's images,
+    it has one among theirs.
+    """
+    lengths, has_images = dataset.lengths, dataset.has_images
+    if isinstance(plan, TreePlan):
+        most = max(config.row_length or config.max_length, int(lengths.max()))
+        longest = micro_sums(plan, micro_batch_size=config.micro_batch_size).longest
+        return np.array([most]) if config.pack else np.append(longest, most), longest[:0]
+    images, text = longest_rows(plan, lengths, has_images, micro_batch_size=config.micro_batch_size)
+    is_apart = config.sampler == "grouped"
+    with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
+    images = np.append(images, with_images.max(initial=0))
+    return images, np.append(text, lengths[~has_images].max(initial=0))
+
+
+def _target_sizes(
+    dataset: Dataset, config: RunConfig, plan: EpochPlan | TreePlan
+) -> tuple[int, ...]:
+    """The few numbers of trained positions; a single one holds whatever may come together.
+
+    Where rows hold several samples a later epoch may have a larger sum than the first: a quarter
+    more has a place, and what is larger still is padded to `head_chunk`.
+    """
     trained = dataset.num_trained
-    if config.max_shapes == 1:
+    if isinstance(plan, TreePlan):
+        counts = micro_sums(plan, trained, micro_batch_size=config.micro_batch_size).sums
+        counts = np.append(counts, counts.max() * 5 // 4)
+    elif config.max_shapes == 1:
         rows = min(config.micro_batch_size, len(trained))
         counts = np.partition(trained, -rows)[-rows:].sum(keepdims=True)
     else:
@@ -126,29 +155,25 @@ class Feed:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self._prefixes = shared_prefixes(dataset) if config.share_images else None
         first = self._plan_epoch(0)
-        self._plan: tuple[int, EpochPlan] = 0, first
+        self._plan: tuple[int, EpochPlan | TreePlan] = 0, first
         self._planning = threading.Lock()
         self.shape = batch_shape(dataset, config, first)
         steps = first.num_steps * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 
-    def _plan_epoch(self, epoch: int) -> EpochPlan:
-        is_llava = self.config.sampler == "llava"
-        return plan_epoch(
-            self.dataset.llava_lengths if is_llava else self.dataset.lengths,
-            self.dataset.has_images,
-            global_batch_size=self.config.global_batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            sampler=self.config.sampler,
-            remainder=self.config.remainder,
-            llava_micro_batch=self.config.micro_batch_size if is_llava else None,
-            llava_processes=self.config.llava_processes or self.config.num_workers,
-            group_by_modality_length=self.config.group_by_modality_length is not False,
-        )
+    @cached_property
+    def shared_tokens(self) -> NDArray[np.int64]:
+        """int64 [len], tokens that a sample shares with the others of its tree."""
+        if self._prefixes is None:
+            return np.zeros(len(self.dataset), np.int64)
+        return self._prefixes.prefixes
 
-    def _locate(self, step: int) -> tuple[EpochPlan, int]:
+    def _plan_epoch(self, epoch: int) -> EpochPlan | TreePlan:
+        return plan_rows(self.dataset, self._prefixes, self.config, epoch)
+
+    def _locate(self, step: int) -> tuple[EpochPlan | TreePlan, int]:
         with self._planning:
             # every epoch has as many steps as the first
             epoch, inside = divmod(step, self._plan[1].num_steps)
@@ -159,46 +184,46 @@ class Feed:
     def make(self, step: int) -> StepBatches:
         """This worker's micro-batches of one step."""
         plan, inside = self._locate(step)
-        ranks = assign(
+        rows, placed = share_rows(
             plan, inside, self.dataset.lengths,
             world_size=self.world_size, micro_batch_size=self.config.micro_batch_size,
         )  # fmt: skip
         batches = [
-            collate(
-                [self.dataset.sample(int(i)) for i in ids if i >= 0],
+            collate_rows(
+                [self._read(row) for row in micro],
                 self.shape,
                 self.dataset.image_size,
-                with_images=self._has_images([rank[micro] for rank in ranks]),
+                with_images=any(self._has_images(rank[number]) for rank in rows),
             )
-            for micro, ids in enumerate(ranks[self.rank])
+            for number, micro in enumerate(rows[self.rank])
         ]
         indices = plan.global_batch(inside)
         filled = indices[indices >= 0]
-        tokens = self._trained(indices)
         weights = [1.0] * len(batches)
         if self.config.loss_reduction == "micro_batch_mean":
-            trained = [[self._trained(ids) for ids in rank] for rank in ranks]
+            trained = [[self._trained(micro) for micro in rank] for rank in rows]
             weights = mean_weights(trained, self.rank)
-        placed, slots = _slots(ranks, self.rank)
         return StepBatches(
             step=step,
             batches=batches,
-            global_tokens=tokens,
+            global_tokens=int(self.dataset.num_trained[filled].sum()),
             global_samples=len(filled),
             sample_indices=indices,
             weights=weights,
+            rows=rows,
             placed=placed,
-            slots=slots,
+            slots=_slots(rows, placed, self.rank),
         )
 
-    def _trained(self, ids: NDArray[np.int64]) -> int:
-        """Trained tokens of a micro-batch."""
-        return int(self.dataset.num_trained[ids[ids >= 0]].sum())
+    def _read(self, row: RowSamples) -> Row:
+        return [[self.dataset.sample(int(one)) for one in tree] for tree in row]
 
-    def _has_images(self, ranks: list[NDArray[np.int64]]) -> bool:
-        """Whether any rank has an image in a micro-step."""
-        ids = np.concatenate(ranks)
-        return bool(self.dataset.num_images[ids[ids >= 0]].any())
+    def _trained(self, micro: MicroRows) -> int:
+        """Trained tokens of a micro-batch."""
+        return sum(int(self.dataset.num_trained[tree].sum()) for row in micro for tree in row)
+
+    def _has_images(self, micro: MicroRows) -> bool:
+        return any(self.dataset.num_images[tree].any() for row in micro for tree in row)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """Steps from `start` on, in order, made ahead by `THREADS` threads.
@@ -223,17 +248,16 @@ class Feed:
             pool.shutdown(cancel_futures=True)
 
 
-def _slots(
-    ranks: Sequence[Sequence[NDArray[np.int64]]], rank: int
-) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
-    """All samples by rank and micro-batch, and where in them this rank's rows are."""
-    placed = np.concatenate([ids for micros in ranks for ids in micros])
-    start = sum(len(ids) for micros in ranks[:rank] for ids in micros)
+def _slots(rows: StepRows, placed: NDArray[np.int64], rank: int) -> list[NDArray[np.int64]]:
+    """Where in `placed` the samples of each of a rank's micro-batches are."""
+    counts = [[sum(len(tree) for row in micro for tree in row) for micro in of] for of in rows]
+    filled = np.flatnonzero(placed >= 0)
+    start = sum(map(sum, counts[:rank]))
     slots: list[NDArray[np.int64]] = []
-    for ids in ranks[rank]:
-        slots.append(start + np.flatnonzero(ids >= 0))  # a batch's rows have no gaps
-        start += len(ids)
-    return placed, slots
+    for count in counts[rank]:
+        slots.append(filled[start : start + count])  # a batch's rows have no gaps
+        start += count
+    return slots
 
 
 def host_bytes(step: StepBatches) -> int:

@@ -42,8 +42,11 @@ def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> Device
         "pixels": batch.pixels,
         "predict_positions": batch.predict_positions,
         "targets": batch.targets,
-        "row_losses": np.zeros(len(batch.input_ids), np.float32),  # the model fills it
+        "target_samples": batch.target_samples,
+        "sample_losses": np.zeros(batch.sample_slots, np.float32),  # the model fills it
     }
+    if batch.has_trees:
+        arrays |= {"tree_ids": batch.tree_ids, "branch_ids": batch.branch_ids}
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     if device.type == "cuda":
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}

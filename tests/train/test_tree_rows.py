@@ -1,0 +1,180 @@
+"""Runs whose rows hold several samples: the same batches and losses as rows of one sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lapilli.data.batches.collate import BatchShape, collate
+from lapilli.data.dataset.dataset import Dataset, open_dataset
+from lapilli.data.dataset.prefixes import shared_prefixes
+from lapilli.model.parts.trainable import set_modes
+from lapilli.model.vlm import build_model
+from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.engine.torch_engine import PlainEngine
+from lapilli.train.errors import TrainError
+from lapilli.train.metrics.step_metrics import padded_numbers
+from lapilli.train.steps.feed import Feed, StepBatches
+from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.step import to_device, train_step
+from tests.train.small_run import VIEW, small_dataset, small_run
+
+CPU = torch.device("cpu")
+KINDS: list[dict[str, Any]] = [
+    {"share_images": True},
+    {"pack": True, "row_length": 1024},
+    {"share_images": True, "pack": True, "row_length": 1024},
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Three records about each of twelve images, and six without."""
+    path = small_dataset(tmp_path_factory.mktemp("trees"), images=12, text_only=6, asked=3)
+    return open_dataset(path, view=VIEW, image_tokens=4, max_length=640)
+
+
+def config_for(**values: Any) -> RunConfig:
+    given = {"num_workers": 1, "max_length": 640, "epochs": 2, **values}
+    return small_run(Path("unused"), Path("unused"), **given)
+
+
+def feeds_of(dataset: Dataset, world_size: int, **values: Any) -> list[Feed]:
+    config = config_for(num_workers=world_size, **values)
+    return [Feed(dataset, config, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+
+def test_groups_are_the_records_of_an_image(dataset: Dataset) -> None:
+    found = shared_prefixes(dataset)
+    images = [dataset.sample(index).pixels.tobytes() for index in range(len(dataset))]
+    for one in range(len(dataset)):
+        ids = dataset.sample(one).input_ids
+        before = ids[: np.argmin(ids)]  # an image's place is -200
+        alike = [
+            other
+            for other in range(len(dataset))
+            if images[one]
+            and images[other] == images[one]
+            and np.array_equal(dataset.sample(other).input_ids[: len(before)], before)
+        ]
+        assert (found.prefixes[one] > 0) == (len(alike) > 1)
+        if alike:
+            assert np.flatnonzero(found.groups == found.groups[one]).tolist() == alike
+            assert found.prefixes[one] in (0, len(before) + dataset.image_tokens)
+    assert (found.prefixes > 0).sum() == 36
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_world_size_has_the_same_steps_and_each_record_once(
+    dataset: Dataset, kind: dict[str, Any]
+) -> None:
+    steps: dict[int, list[list[str]]] = {}
+    for world_size in (1, 2, 4):
+        feeds = feeds_of(dataset, world_size, micro_batch_size=2, **kind)
+        steps[world_size] = [
+            sorted(name for feed in feeds for b in feed.make(step).batches for name in b.sample_ids)
+            for step in range(feeds[0].total_steps)
+        ]
+    assert steps[1] == steps[2] == steps[4]
+    epoch = [name for names in steps[1][: len(steps[1]) // 2] for name in names]
+    assert sorted(epoch) == sorted(dataset.sample_id(index) for index in range(len(dataset)))
+    assert all(len(names) <= 8 for names in steps[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_meter_knows_what_the_collator_makes(dataset: Dataset, kind: dict[str, Any]) -> None:
+    feeds = feeds_of(dataset, 2, micro_batch_size=2, **kind)
+    for step in range(feeds[0].total_steps):
+        made = [feed.make(step) for feed in feeds]
+        batches = [batch for rank in made for batch in rank.batches]
+        for found, batch in zip(padded_numbers(made[0], feeds[0]), batches, strict=True):
+            assert list(found.row_lengths) == [n for n in batch.row_lengths.tolist() if n]
+            assert (found.images, found.targets) == (batch.num_images, batch.num_targets)
+            assert found.padded_length == batch.input_ids.shape[1]
+            assert found.padded_images == len(batch.pixels)
+            assert found.padded_targets == len(batch.targets)
+            assert found.pairs == pairs_by_loop(batch.tree_ids, batch.branch_ids)
+
+
+def pairs_by_loop(trees: Any, branches: Any) -> int:
+    """Pairs that see each other, counted from the ids alone."""
+    pairs = 0
+    for tree, branch in zip(trees, branches, strict=True):
+        for query in range(len(tree)):
+            if tree[query]:
+                keys = slice(0, query + 1)
+                same = tree[keys] == tree[query]
+                pairs += int((same & np.isin(branch[keys], (0, branch[query]))).sum())
+    return pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_has_the_losses_of_its_batches_one_sample_a_row(
+    dataset: Dataset, kind: dict[str, Any]
+) -> None:
+    (feed,) = feeds_of(dataset, 1, micro_batch_size=2, **kind)
+    shared, apart = engine_of(feed.config), engine_of(feed.config)
+    rows = 0
+    for step in range(feed.total_steps):
+        made = feed.make(step)
+        rows += sum(int((batch.row_lengths > 0).sum()) for batch in made.batches)
+        found = take(shared, made)
+        expected = take_apart(apart, dataset, made)
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert rows < 2 * len(dataset)
+    named = dict(apart.module.named_parameters())
+    for name, parameter in shared.module.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def engine_of(config: RunConfig) -> PlainEngine:
+    model = build_model(config.model)
+    set_modes(model)
+    return PlainEngine(model, build_optimizer(model, OptimConfig(lr=1e-3)))
+
+
+def take(engine: PlainEngine, made: StepBatches) -> float:
+    sent = [to_device(batch, CPU) for batch in made.batches]
+    total = train_step(engine, sent, global_tokens=made.global_tokens, world_size=1)
+    return float(total) / made.global_tokens
+
+
+def take_apart(engine: PlainEngine, dataset: Dataset, made: StepBatches) -> float:
+    """The same samples in one batch of a row each."""
+    samples = [dataset.sample(int(index)) for index in made.sample_indices]
+    shape = BatchShape(len(samples), (640,), dataset.image_tokens, predict_chunk=64)
+    sent = [to_device(collate(samples, shape, dataset.image_size), CPU)]
+    total = train_step(engine, sent, global_tokens=made.global_tokens, world_size=1)
+    return float(total) / made.global_tokens
+
+
+def test_with_all_records_in_one_batch_shared_and_separate_runs_agree(dataset: Dataset) -> None:
+    """Packed rows mix modalities, so that all of them are one step, as of sampler `random`."""
+    everything = {"global_batch_size": len(dataset), "micro_batch_size": 1, "epochs": 5}
+    losses: list[list[float]] = []
+    for kind in ({"sampler": "random", "remainder": "short"}, *KINDS[1:]):
+        (feed,) = feeds_of(dataset, 1, **everything, **kind)
+        engine = engine_of(feed.config)
+        losses.append([take(engine, feed.make(step)) for step in range(feed.total_steps)])
+    assert len(losses[0]) == 5
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share_images": True, "sampler": "random"}, "share_images: true with sampler random"),
+        ({"pack": True, "loss_reduction": "micro_batch_mean"}, "pack: true with loss_reduction"),
+        ({"share_images": True, "remainder": "pad"}, "with remainder pad; expected auto, short"),
+        ({"pack": True, "row_length": 100}, "row_length: 100 with pack is below max_length 640"),
+        ({"row_length": 512}, "row_length: 512 without share_images or pack"),
+    ],
+)
+def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        config_for(**values)
