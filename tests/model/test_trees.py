@@ -20,7 +20,8 @@ from lapilli.model.attention.forward import NAME, attend, register
 from lapilli.model.attention.trees import WITHOUT_TREES, Trees, check_trees
 from lapilli.model.config import LoraConfig, ModelConfig
 from lapilli.model.errors import ModelError
-from lapilli.model.parts.trainable import trainable_parameters
+from lapilli.model.parts.recomputation import recompute_all
+from lapilli.model.parts.trainable import set_modes, trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train.steps.step import to_device
 from tests.model import decoders, twins
@@ -164,15 +165,18 @@ def assert_equal(model: Any, rows: list[Row]) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=near, msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.0)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_losses_and_gradients_of_a_model_are_the_samples(
-    family: str, lora: LoraConfig | None, checkpointing: bool
+    family: str, lora: LoraConfig | None, recomputes: bool
 ) -> None:
     trainable = ("projector", "language") if lora else ("vision", "projector", "language")
-    config = ours(family, trainable=trainable, lora=lora, gradient_checkpointing=checkpointing)
-    assert_equal(build_model(config), made_rows())
+    model = build_model(ours(family, trainable=trainable, lora=lora))
+    if recomputes:
+        recompute_all(model)
+    set_modes(model)
+    assert_equal(model, made_rows())
 
 
 @st.composite

@@ -209,9 +209,9 @@ class RunConfig:
             the latter, or sampler `llava`, a resumed run keeps its `micro_batch_size`.
         seed: Seed of the order and of all randomness in the model.
         zero_stage: DeepSpeed's ZeRO stage.
-        memory: GiB that a worker may use on its device. As many layers are recomputed in backward as
-            that takes; where it is not enough, their inputs are kept in host memory. `auto` is 90 %
-            of a GPU's memory, on a CPU unlimited.
+        memory: GiB that a worker may use on its device. As many layers are recomputed in backward
+            as that takes; where it is not enough, their inputs are kept in host memory. `auto` is
+            90 % of a GPU's memory, on a CPU unlimited.
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
