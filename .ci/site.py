@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 FIRST = "README.md"
 TOP = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 PACKAGES = ("data", "model", "train")
-AWAITED = ("own_data.md", "examples.md", "llava_flags.md")
 FOLDERS = ("packages", "pipelines", "tests")
 PICTURES = (".png", ".svg", ".webp")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
@@ -89,14 +88,8 @@ def filled(nav: Any, lists: dict[str, list[str]]) -> Any:
             for name, entry in nav.items()
         }
     if isinstance(nav, list):
-        return [filled(entry, lists) for entry in nav if entry_path(entry) not in AWAITED]
+        return [filled(entry, lists) for entry in nav]
     return nav
-
-
-def entry_path(entry: Any) -> str:
-    """The page of an entry of the navigation; "" for a section."""
-    value = next(iter(entry.values())) if isinstance(entry, dict) else entry
-    return value if isinstance(value, str) and not (ROOT / "docs" / value).exists() else ""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lapilli.model.torch_internals import TorchDispatchMode
 
@@ -62,13 +61,15 @@ class Recorder(TorchDispatchMode):
     ) -> object:
         kwargs = kwargs or {}
         if func.name().split(".")[0] in PRODUCTS:
-            copied_args, copied_kwargs = tree_map_only(Tensor, _copy, (args, kwargs))
-            self.calls.append(lambda: func(*copied_args, **copied_kwargs))
+            copies = [_copy(operand) for operand in args]
+            self.calls.append(lambda: func(*copies, **kwargs))
         return func(*args, **kwargs)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """The same numbers in memory of their own, laid out alike."""
-    memory = tensor.untyped_storage().clone()
-    copied = torch.empty(0, dtype=tensor.dtype)
-    return copied.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+def _copy(operand: Any) -> Any:
+    """A tensor's numbers in memory of their own, laid out alike; anything else as it is."""
+    if not isinstance(operand, Tensor):
+        return operand
+    memory = operand.untyped_storage().clone()
+    copied = torch.empty(0, dtype=operand.dtype)
+    return copied.set_(memory, operand.storage_offset(), operand.shape, operand.stride())
