@@ -25,7 +25,6 @@ MOST_WORDS = 1200
 MOST_IN_A_PARAGRAPH = 90
 MOST_FILES = 3  # of a folder without a README
 RECORDS = {"LOG.md", "CHANGELOG.md"}  # they grow
-LONG = {"packages/train/lapilli/train/checkpoint/README.md"}  # paragraphs still to be cut
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 # Packages and rooms whose modules their package's README lists.
 EXPLAINED = {f"packages/{one}/lapilli/{one}" for one in ("data", "model", "train")}
@@ -43,8 +42,6 @@ def test_a_page_is_read_in_minutes(page: Path) -> None:
         return
     if page.name == "README.md":
         assert len(page.read_text(encoding="utf-8").split()) <= MOST_WORDS
-    if name_of(page) in LONG:
-        return
     long = {
         one[:60]: n
         for one in paragraphs(prose(page))
