@@ -133,6 +133,7 @@ def ours(engine: Any, run: Path, step: int) -> tuple[Callable[[], None], Callabl
     """What begins a save, and what waits for it."""
     if not hasattr(engine, "checkpoint_writer"):
         engine.checkpoint_writer = save_load.Writer()
+        engine.checkpoint_writer.reserve(engine)
     writer = engine.checkpoint_writer
     state = CheckpointState(files={})
 
@@ -263,14 +264,15 @@ def measure_rank(
         }  # fmt: skip
         run = folder / name
         for step in range(1, config.rounds + 1):
-            begin, wait = side(engine, run, step)
             watch = Stopwatch()
             with watch.running():
+                begin, wait = side(engine, run, step)  # which takes its memory before the first
+                dist.barrier()
                 started = time.perf_counter()
                 begin()
                 seen["stall"].append(time.perf_counter() - started)
                 wait()
-            seen["wall"].append(watch.seconds)
+                seen["wall"].append(time.perf_counter() - started)
             seen["added"].append(watch.added)
             dist.barrier()
             if dist.get_rank() == 0:

@@ -83,6 +83,10 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def reserve(self, engine: Any) -> None:
+        """Take the memory for this worker's share before the first step."""
+        self.staging.reserve(sum(one.length for one in held_fragments(engine, divided=True)))
+
     def start(self, write: Callable[[], None]) -> None:
         """Write in the background; the write before has ended (`wait`)."""
 

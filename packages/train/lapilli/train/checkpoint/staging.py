@@ -43,7 +43,7 @@ class Staging:
     def copy(self, fragments: Iterable[Fragment]) -> list[StagedFragment]:
         """Copy fragments; what was copied before is overwritten."""
         listed = list(fragments)
-        self._resize(sum(fragment.length for fragment in listed))
+        self.reserve(sum(fragment.length for fragment in listed))
         pieces, used, devices = list[StagedFragment](), 0, set[torch.device]()
         for fragment in listed:
             numbers = self._buffer[used : used + fragment.length]
@@ -58,11 +58,12 @@ class Staging:
             torch.cuda.synchronize()
         return pieces
 
-    def _resize(self, numbers: int) -> None:
+    def reserve(self, numbers: int) -> None:
+        """Have room for so many numbers, in pages that are there before the first copy."""
         if numbers <= len(self._buffer):
             return
         self.free()
-        self._buffer = torch.empty(numbers)
+        self._buffer = torch.empty(numbers).fill_(0.0)
         if torch.cuda.is_available():
             cudart: Any = torch.cuda.cudart()
             place, size = self._buffer.data_ptr(), self._buffer.nbytes

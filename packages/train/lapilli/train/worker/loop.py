@@ -51,6 +51,7 @@ def fit(ready: Setup) -> None:
     rows = _Rows(ready, guard, journal)
     copied = uploads or contextlib.nullcontext()
     with copied, _closed(journal), checkpoint.Writer() as writer, guard, rows:
+        writer.reserve(ready.engine)
         start = asked = Mark(ready.device)
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
             given = Mark(ready.device)
