@@ -26,7 +26,7 @@ from pipelines.benchmarks import (
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
-from pipelines.benchmarks.step import checkpoint, roofline, training, whole_run
+from pipelines.benchmarks.step import checkpoint, memory, roofline, training, whole_run
 from pipelines.cli.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -47,6 +47,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": whole_run.main,
     "roofline": roofline.main,
     "checkpoint": checkpoint.main,
+    "memory": memory.main,
 }
 
 

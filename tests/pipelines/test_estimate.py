@@ -11,6 +11,7 @@ from lapilli.data.dataset.dataset import open_dataset
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.memory_estimate import sketch_run
 from lapilli.train.driver.preflight import preflight
+from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import read_metrics
 from pipelines.estimate import estimate, main, sample_operations
 from tests.train.small_run import small_dataset, small_run
@@ -30,6 +31,13 @@ def test_it_tells_memory_and_disk_and_starts_nothing(
     assert "ZeRO-0 ZeRO-1 ZeRO-2 ZeRO-3" in said
     assert "global batch 32 = 2 workers x micro-batch 8 x accumulation 2" in said
     assert "a checkpoint" in said
+    assert "memory: auto sets no bound on a CPU; no layer is recomputed" in said
+    assert "while a checkpoint is saved, and as much while one is restored" in said
+    assert main([*flags, "--memory=0.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0 of 3 language layers recomputed; estimated 0." in said
+    with pytest.raises(TrainError, match=r"^memory: 0\.001 gives 0\.001 GiB a worker; .* needs at"):
+        main([*flags, "--memory=0.001"])
     assert not list(tmp_path.iterdir())
 
 

@@ -151,12 +151,15 @@ def _refusal(config: RunConfig, budget: int, found: Estimate, estimate: Estimato
     fitting = [f"with {name} {gib(size)}" for size, name in named if size <= budget]
     if not fitting:
         fitting = [f"with {name} {gib(size)}" for size, name in sorted(named)[:2]]
+    remedies = [*_least_devices(fitting), "or less with a smaller max_length"]
+    if not fitting:
+        remedies = ["a smaller max_length needs less"]
     wanted = "auto" if config.memory == "auto" else f"{config.memory:g}"
     return (
         f"memory: {wanted} gives {gib(budget)} a worker; a micro-batch of {rows} x {found.length} "
         f"tokens under zero_stage {config.zero_stage} needs at least "
         f"{gib(_least(config, found, rows))}, all layers recomputed and offloaded: "
-        f"{', '.join([*_least_devices(fitting), 'or less with a smaller max_length'])}"
+        f"{', '.join(remedies)}"
     )
 
 

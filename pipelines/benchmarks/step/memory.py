@@ -1,0 +1,127 @@
+"""What `memory: auto` chooses for the published recipes on cards, estimated without a weight.
+
+Rows of a recipe's longest sequence, each with an image; parts have the published models' shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lapilli.model.config import LanguageConfig
+from lapilli.train.config import RunConfig
+from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_run
+from lapilli.train.driver.memory_policy import GIB, USABLE, choose_memory
+from lapilli.train.errors import TrainError
+from pipelines.benchmarks.harness import add_row, provenance, table
+from pipelines.benchmarks.step.training import SIZES
+from pipelines.cli.command import parse
+
+__all__ = ["CARDS", "main"]
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PACKAGES = ("torch", "transformers", "peft")
+# GiB that torch reports for a card.
+CARDS = {"RTX 4090": 23.5, "A100 40 GB": 39.4, "A100 80 GB": 79.1, "H200": 139.8}
+CLIP: dict[str, Any] = SIZES["7b"][0]
+SIGLIP: dict[str, Any] = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+}  # fmt: skip
+LLAMA3: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+QWEN: dict[str, Any] = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+PHI: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 51200,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The published models behind a recipe: the tower's and the decoder's settings."""
+
+    name: str
+    vision: dict[str, Any]
+    model_type: str
+    language: dict[str, Any]
+
+
+VICUNA = [Shapes(f"Vicuna {size}", CLIP, "llama", SIZES[size.lower()][1]) for size in ("7B", "13B")]
+CASES: dict[str, list[Shapes]] = {
+    "llava15/pretrain": VICUNA,
+    "llava15/finetune_lora": VICUNA,
+    "llava15/finetune": VICUNA,
+    "visper_lm/finetune": [Shapes("Llama 3 8B", CLIP, "llama", LLAMA3)],
+    "basic_vlm/train": [Shapes("Qwen 2.5 7B", SIGLIP, "qwen2", QWEN)],
+    "vlm_training/finetune_lora": [Shapes("Phi 1.5", CLIP | {"image_size": 224}, "phi", PHI)],
+}
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """The table.
+
+    Attributes:
+        recipes: Recipes, by folder and name.
+        save: Add rows to `results/memory.csv`.
+    """
+
+    recipes: tuple[str, ...] = field(default=(*CASES,))
+    save: bool = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a line for each recipe, model and card, and add rows."""
+    config = parse(MemoryTable, argv, "What memory: auto chooses for the recipes on cards.")
+    head = provenance(PACKAGES, "memory", argv)
+    for recipe in config.recipes:
+        for shapes in CASES[recipe]:
+            for row in _choose(recipe, shapes):
+                if config.save:
+                    add_row("memory", head | row)
+    return 0
+
+
+def _choose(recipe: str, shapes: Shapes) -> list[dict[str, Any]]:
+    run = parse(
+        RunConfig, [f"--config={RECIPES / recipe}.yaml", "--dataset=in", "--output=out"], ""
+    )
+    vision = replace(run.model.vision, pretrained="", settings=shapes.vision)
+    language = LanguageConfig(model_type=shapes.model_type, settings=shapes.language)
+    run = replace(run, model=replace(run.model, vision=vision, language=language))
+    found = estimate_run(run, sketch_run(run), length=run.max_length)
+
+    def estimate(config: RunConfig) -> Estimate:
+        if config != run:
+            raise TrainError("another model, which is not built here")
+        return found
+
+    rows: list[dict[str, Any]] = []
+    for card, size in CARDS.items():
+        row: dict[str, Any] = {"recipe": recipe, "model": shapes.name, "card": card}
+        row |= {"devices": run.num_workers, "rows": run.micro_batch_size, "tokens": run.max_length}
+        try:
+            _, policy = choose_memory(run, "cuda", int(size * GIB * USABLE), estimate)
+        except TrainError as error:
+            row |= {"recomputed": "", "host_gib": "", "estimated_gib": "", "said": str(error)}
+        else:
+            assert policy.estimated is not None
+            again = policy.activations.recompute
+            layers = [f"{again[part]} of {n} {part}" for part, n in policy.layers.items()]
+            row |= {"recomputed": ", ".join(layers), "host_gib": round(policy.host / GIB, 1)}
+            row |= {"estimated_gib": round(policy.estimated / GIB, 1), "said": ""}
+        rows.append(row)
+    columns = ("card", "recomputed", "host_gib", "estimated_gib", "said")
+    table(
+        f"{recipe}, {shapes.name}: {run.num_workers} x {run.micro_batch_size} rows", columns,
+        [[row[column] for column in columns] for row in rows],
+    )  # fmt: skip
+    return rows
