@@ -33,6 +33,7 @@ from lapilli.model.parts.language import (
     text_scale,
     vocabulary_size,
 )
+from lapilli.model.parts.llava_folder import llava_projector
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.projector import build_projector, set_scale
 from lapilli.model.parts.quantized import pack_shapes, quantize
@@ -230,6 +231,8 @@ def build_model(
         model = VisionLanguageModel(
             replace(config, vision=with_normalisation(config.vision)), loading, weights=weights
         )
+        if weights:
+            _read_projector(model, config.language.pretrained)
         prepare(model)
         if config.language.quantize != "none":
             (quantize if weights else pack_shapes)(model.language, DTYPES[config.dtype])
@@ -245,3 +248,21 @@ def build_model(
             "parameter; expected a part that learns"
         )
     return model
+
+
+def _read_projector(model: VisionLanguageModel, name: str) -> None:
+    """Take the projector of a LLaVA folder that the language model is read from.
+
+    Raises:
+        ModelError: It is another projector.
+    """
+    found = llava_projector(name)
+    held = model.projector.state_dict()
+    if found and {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in held.items()}:
+        shapes = ", ".join(f"{n} {tuple(v.shape)}" for n, v in sorted(found.items()))
+        raise ModelError(
+            f"projector: {model.config.projector}, and {name} has one of {shapes}; set that of its "
+            "config.json (mm_projector_type), and its tower"
+        )
+    if found:
+        model.projector.load_state_dict(found)

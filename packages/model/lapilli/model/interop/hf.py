@@ -7,10 +7,8 @@ layers behind the taken one, so its `vision_feature_layer` is -1.
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from lapilli.model.errors import ModelError, require_missing
 from lapilli.model.interop.hf_files import base_end_ids, config_text, generation_text
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.parts.language import logit_scale, logit_softcap
-from lapilli.model.parts.pretrained import check_readable, one_line
+from lapilli.model.parts.pretrained import check_readable, one_line, without_report
 from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.parts.weight_files import read_object
 from lapilli.model.vlm import VisionLanguageModel, build_model
@@ -233,7 +231,7 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
 
     check_readable(folder)
     with (
-        _without_report(),
+        without_report(),
         one_line(
             f"{str(folder)!r} cannot be loaded; expected a folder that transformers' "
             "LlavaForConditionalGeneration wrote"
@@ -275,21 +273,6 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
             setattr(ours, name, value)
     _load(model, twin, rows)
     return model.eval()
-
-
-@contextmanager
-def _without_report() -> Generator[None]:
-    """Without transformers' table of tensors that do not fit; `_check_loaded` says it in a line."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def _check_loaded(folder: Path | str, info: Mapping[str, Any]) -> None:

@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
-from lapilli.model.errors import ModelError, require_missing
-from lapilli.model.parts.pretrained import local_folder, one_line
+from lapilli.model.errors import ModelError
+from lapilli.model.parts.llava_folder import (
+    CONFIG,
+    LANGUAGES,
+    decoder_kind,
+    decoder_settings,
+    is_llava_config,
+    read_config,
+)
+from lapilli.model.parts.pretrained import local_folder
 from lapilli.model.parts.vision import FAMILIES, TransformersTower
-from lapilli.model.parts.weight_files import read_object
 from lapilli.model.vlm import VisionLanguageModel
 
 __all__ = [
@@ -24,12 +31,9 @@ __all__ = [
     "llava_config", "llava_model", "read_config",
 ]  # fmt: skip
 
-CONFIG = "config.json"
-LANGUAGES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
 TOWER_FOLDER = "mm_vision_tower"
 """In an export: the tower as it was trained, for LLaVA to load in the original's place."""
 
-OLD_NAMES = {"llava": "llama"}  # `model_type` before LLaVA 1.2
 SCALINGS = ("linear", "dynamic")
 
 FEATURES: dict[Literal["default", "full"], str] = {"default": "patch", "full": "cls_patch"}
@@ -51,26 +55,6 @@ class LlavaSettings:
     layer: int
     aspect: Literal["pad", "square"]
     dtype: str
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json`; empty where it has none.
-
-    Raises:
-        ModelError: It cannot be read, or is no JSON object.
-    """
-    path = folder / CONFIG
-    try:
-        path.stat()
-    except OSError as error:
-        require_missing(path, error)
-        return {}
-    return read_object(path)
-
-
-def is_llava_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config is LLaVA's own: transformers' `llava` has its parts in `vision_config`."""
-    return "mm_vision_tower" in config or "mm_projector_type" in config
 
 
 def check_llava(model: VisionLanguageModel) -> None:
@@ -163,13 +147,7 @@ def llava_model(folder: Path, config: Mapping[str, Any], base: str = "") -> Mode
     Raises:
         ModelError: A part that this package does not have, or a tower that is not here.
     """
-    kind = str(config.get("model_type")).removeprefix("llava_")
-    kind = OLD_NAMES.get(kind, kind)
-    if kind not in LANGUAGES:
-        raise ModelError(
-            f"{folder / CONFIG}: model_type {config.get('model_type')}; expected "
-            f"{' or '.join(f'llava_{name}' for name in LANGUAGES)}"
-        )
+    kind = decoder_kind(folder, config)
     merge, projector = config.get("mm_patch_merge_type", "flat"), config.get("mm_projector_type")
     aspect, projector = config.get("image_aspect_ratio"), projector or "linear"
     if merge != "flat" or aspect not in ("pad", "square", None):
@@ -202,20 +180,7 @@ def _based(base: str, config: Mapping[str, Any]) -> LanguageConfig:
 
 
 def _whole(folder: Path, kind: str, config: Mapping[str, Any]) -> LanguageConfig:
-    from transformers import AutoConfig
-
-    defaults: dict[str, Any] = AutoConfig.for_model(kind).to_dict()
-    left_out = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
-    settings = {n: v for n, v in config.items() if n in defaults and n not in left_out}
-    with one_line(f"{folder / CONFIG}: no {kind} has its rope_theta and rope_scaling"):
-        scaling: dict[str, Any] = dict(config.get("rope_scaling") or {})
-        if "rope_parameters" not in settings and ("rope_theta" in config or scaling):
-            given = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
-            theta = float(config.get("rope_theta") or 10000.0)
-            settings["rope_parameters"] = {"rope_theta": theta, "rope_type": given, **scaling}
-    settings.pop("rope_scaling", None)
-    with one_line(f"{folder / CONFIG}: no {kind} can be built of it"):
-        AutoConfig.for_model(kind, **settings)
+    settings = decoder_settings(folder, kind, config)
     return replace(LanguageConfig(model_type=kind), settings=settings)
 
 

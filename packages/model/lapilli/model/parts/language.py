@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from lapilli.model.attention.choice import AUTO, choose_attention
 from lapilli.model.attention.forward import refuse_masks, register
 from lapilli.model.config import LanguageConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.parts.llava_folder import llava_decoder
 from lapilli.model.parts.pretrained import (
     Loading,
     check_memory,
@@ -20,6 +21,7 @@ from lapilli.model.parts.pretrained import (
     one_line,
     settings_text,
     whole,
+    without_report,
 )
 from lapilli.model.parts.quantized import check_quantization
 
@@ -87,6 +89,8 @@ def language_settings(config: LanguageConfig) -> PreTrainedConfig:
     if config.pretrained:
         with one_line(NOT_LOADED.format(config.pretrained)):
             check_readable(config.pretrained)
+            if (of_llava := llava_decoder(config.pretrained)) is not None:
+                return of_llava
             return AutoConfig.from_pretrained(
                 config.pretrained, trust_remote_code=config.trust_remote_code
             )
@@ -133,9 +137,13 @@ def _load(
 
     if config.quantize != "none":
         check_quantization()  # before gigabytes are read
+    of_llava = llava_decoder(config.pretrained)
+    if of_llava is not None:
+        kind = {**kind, "config": of_llava}
     with (
         one_line(NOT_LOADED.format(config.pretrained)),
         _naming_padding("language.pretrained", settings),
+        without_report() if of_llava is not None else nullcontext(),  # of the projector and tower
     ):
         return AutoModelForCausalLM.from_pretrained(
             config.pretrained,

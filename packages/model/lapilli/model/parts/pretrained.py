@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "one_line",
     "settings_text",
     "whole",
+    "without_report",
 ]  # fmt: skip
 
 # What a language model's weights are loaded in: nothing, or what shares them among processes while
@@ -159,3 +161,18 @@ def one_line(what: str) -> Generator[None]:
         if type(error) in (AssertionError, KeyError, IndexError, ZeroDivisionError) or not reason:
             reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
         raise ModelError(f"{what} ({reason})") from None
+
+
+@contextmanager
+def without_report() -> Generator[None]:
+    """Without transformers' table of tensors that do not fit, of which the caller tells."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -31,15 +31,20 @@ MOST_JSON = 256 << 20  # bytes; a tokenizer's file, the largest, has up to 40 MB
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The tensors of one `.bin`/`.pt` or `.safetensors` file, or of a folder of shards.
+
+    Args:
+        path: The file or folder.
+        wanted: Which of them, by name; of a `.safetensors` file the others are not read. None
+            takes all.
 
     Raises:
         ModelError: Not there, no weights in it, cut short, or a pickle with more than tensors.
     """
     tensors: dict[str, Tensor] = {}
     for file in _files(path):
-        tensors.update(_read_file(file))
+        tensors.update(_read_file(file, wanted))
     return tensors
 
 
@@ -137,10 +142,10 @@ def require_plain(path: Path) -> None:
         raise ModelError(f"{path}: {facts.st_size} bytes; at most {MOST_JSON} are read")
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
+def _read_file(file: Path, wanted: Callable[[str], bool] | None) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            return read_safetensors(file)
+            return read_safetensors(file) if wanted is None else _read_some(file, wanted)
         found = _read_pickle(file)
     except OSError as error:
         why = error.strerror or _first_line(error)
@@ -156,7 +161,14 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(found, dict):
         raise ModelError(f"{file}: a {type(found).__name__}; expected tensors by name")
-    return {str(n): v for n, v in found.items() if isinstance(v, Tensor)}  # pyright: ignore
+    named = {str(n): v for n, v in found.items() if isinstance(v, Tensor)}  # pyright: ignore
+    return {name: value for name, value in named.items() if wanted is None or wanted(name)}
+
+
+def _read_some(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    with open_safetensors(file) as opened, _one_file(file):
+        names: list[str] = [*opened.keys()]
+        return {name: opened.get_tensor(name) for name in names if wanted(name)}
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
