@@ -16,6 +16,7 @@ __all__ = ["RECIPES", "RecipeError", "find_recipe", "read_recipe", "recipe_names
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FLAG = "--config"
+ONE_SOURCE = "--sources."
 # Settings that name a file or folder, and those that may also name something else.
 PATHS = ("root", "output", "dataset", "init_from", "validation.dataset")
 PATHS_OR_NAMES = ("tokenizer", "template", "model.vision.pretrained", "model.language.pretrained")
@@ -103,16 +104,60 @@ def with_recipes(
 ) -> list[str]:
     """Arguments with the settings of each `--config` in the place of its name.
 
+    `--sources.NAME.FIELD VALUE` changes one field of the recipe's source of that name.
+
     Raises:
-        RecipeError: As `read_recipe`.
+        RecipeError: As `read_recipe`, or a source that no recipe has.
     """
     words: list[str] = []
+    sources: list[dict[str, Any]] = []
+    changes: list[tuple[str, str]] = []
+    recipes: list[tuple[int, dict[str, Any]]] = []
     rest = iter(argv)
     for word in rest:
         flag, has_value, value = word.partition("=")
-        if flag != FLAG:
+        if flag.startswith(ONE_SOURCE) and "sources" in fields:
+            changes.append((flag.removeprefix(ONE_SOURCE), value if has_value else next(rest, "")))
+        elif flag == FLAG:
+            name = value if has_value else next(rest, "")
+            settings = read_recipe(name, load, fields)
+            recipes.append((len(words), settings))
+            sources = _sources_of(settings) or sources
+            words.append("")
+        else:
             words.append(word)
-            continue
-        name = value if has_value else next(rest, "")
-        words.append(f"{FLAG}={json.dumps(read_recipe(name, load, fields))}")
+    for place, text in changes:
+        _change(sources, place, load(text))
+    for number, settings in recipes:
+        words[number] = f"{FLAG}={json.dumps(settings)}"
     return words
+
+
+def _sources_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    found: object = settings.get("sources")
+    listed = cast("list[object]", found) if isinstance(found, list) else []
+    return [cast("dict[str, Any]", one) for one in listed if isinstance(one, dict)]
+
+
+def _change(sources: Sequence[dict[str, Any]], place: str, value: Any) -> None:
+    """Set a field, `NAME.FIELD` or `NAME.FIELD.KEY`, of one of the sources."""
+    for source in sources:
+        name = str(source.get("name"))
+        field = place.removeprefix(f"{name}.")
+        if field == place or not field:
+            continue
+        *outer, last = field.split(".")
+        inner = source
+        for key in outer:
+            inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                break
+        else:
+            inner[last] = value
+            return
+        raise RecipeError(f"sources.{excerpt(place)}: {outer[-1]} has no fields; set it whole")
+    names = ", ".join(str(source.get("name")) for source in sources) or "none; name a recipe first"
+    raise RecipeError(
+        f"sources.{excerpt(place)}: expected the name of a source and a field; the sources are "
+        f"{names}"
+    )

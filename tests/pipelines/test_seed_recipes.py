@@ -13,7 +13,7 @@ import yaml
 from lapilli.data.config import BuildConfig
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.plan import plan_build
-from pipelines.cli.command import parse
+from pipelines.cli.command import UsageError, parse
 from tests.factories import conversation, image_bytes, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
@@ -181,3 +181,53 @@ def test_a_weight_can_be_given_on_the_command_line(tmp_path: Path, tokenizer: Pa
     weights = "{icm_instruct: 0.2, llava_v1_5_mix665k: 0.8}"
     found = plan("icm_instruct/msft_data", tmp_path, tokenizer, f"--mixture.weights={weights}")
     assert found.config.mixture.weights == {"icm_instruct": 0.2, "llava_v1_5_mix665k": 0.8}
+
+
+def test_paths_of_another_machine_and_of_this_one(tmp_path: Path, tokenizer: Path) -> None:
+    """The pair's paths begin with what `path_prefix` says, or lie in the root as they are."""
+    put(tmp_path, "coco/1.jpg", "aic/2.jpg")
+    captions = {str(n): {"q": "看<|extra_0|>", "a": ["一"]} for n in range(2)}
+    put_json(tmp_path, "captions_b.json", captions)
+    for prefix, flags in (
+        (str(tmp_path), []),
+        ("/elsewhere", ["--sources.basic_vlm.path_prefix", "/elsewhere"]),
+        ("/elsewhere", ["--sources.basic_vlm.path_prefix=/elsewhere"]),
+    ):
+        entries = {
+            name: {"path": f"{prefix}/{folder}/", "image_file": name, "ID": number}
+            for number, (folder, name) in enumerate([("coco", "1.jpg"), ("aic", "2.jpg")])
+        }
+        put_json(tmp_path, "image_map_b.json", entries)
+        found = plan("basic_vlm/prepared_data", tmp_path, tokenizer, *flags)
+        assert all(entry.verdict.kept for entry in found.entries)
+        assert len(found.entries) == 2
+
+
+def test_one_field_of_one_source_is_given_on_the_command_line(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    icm_mixed(tmp_path)
+    flags = ["--sources.icm_instruct.seed=7", "--sources.llava_v1_5_mix665k.aliases.a=b"]
+    first, second = plan("icm_instruct/msft_data", tmp_path, tokenizer, *flags).config.sources
+    assert (first.seed, second.seed) == (7, 0)
+    assert second.aliases == {"text_vqa": "textvqa", "a": "b"}
+    assert first.aliases == {}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--sources.nobody.seed=1", "the sources are icm_instruct, llava_v1_5_mix665k"),
+        ("--sources.icm_instruct=1", "expected the name of a source and a field"),
+        ("--sources.icm_instruct.nothing=1", "nothing"),
+        ("--sources.icm_instruct.name.x=1", "name has no fields"),
+        ("--sources.icm_instruct.seed=many", "seed"),
+    ],
+)
+def test_a_field_or_source_that_is_not_there_is_named(
+    flag: str, words: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    icm_mixed(tmp_path)
+    with pytest.raises(UsageError, match=words) as said:
+        plan("icm_instruct/msft_data", tmp_path, tokenizer, flag)
+    assert "\n" not in str(said.value)

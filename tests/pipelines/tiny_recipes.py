@@ -17,6 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from lapilli.data.config import MixtureConfig
 from lapilli.data.images.view import ImageSpec
 from lapilli.train.config import RunConfig
 from pipelines.cli.command import parse
@@ -32,6 +33,7 @@ TOWERS = {
 }
 LANGUAGES = {
     "lmsys/vicuna-7b-v1.5": "llama",
+    "liuhaotian/llava-v1.5-7b": "llama",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
     "mistralai/Mistral-7B-v0.1": "mistral",
     "microsoft/phi-1_5": "phi",
@@ -122,5 +124,6 @@ def make_material(folder: Path) -> Material:
     mixture = make_mixture(folder / "raw", images=6, text_only=2)
     views = {name: ImageSpec(SIDE, CLIP_MEAN, max_pixels=10_000_000) for name in VIEWS}
     views["square64"] = ImageSpec(TINY_SIDE, CLIP_MEAN, max_pixels=10_000_000)
-    build_dataset(mixture, folder / "dataset", tokenizer, views=views)
+    held_out = MixtureConfig(held_out=2)  # which some recipes look at
+    build_dataset(mixture, folder / "dataset", tokenizer, views=views, mixture=held_out)
     return Material(folder / "dataset", models)
