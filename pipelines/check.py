@@ -146,6 +146,9 @@ def write_recipe(config: CheckConfig) -> CheckConfig:
         f"next: lapilli preprocess --config {quote(str(path))} --root {quote(str(guess.root))} "
         "--tokenizer NAME --output DIR"
     )
+    say(
+        "NAME is the language model's tokenizer; without one, `lapilli tokenizer` makes a small one"
+    )
     written = parse(CheckConfig, [f"--config={path}", f"--root={guess.root}"], "")
     return replace(
         written, output=config.output, decode=config.decode, num_workers=config.num_workers
