@@ -33,6 +33,7 @@ from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts import Located, read_image
 from lapilli.data.mounts.published import ANNOTATIONS
 from lapilli.data.planning.decode_check import verify_images
+from lapilli.data.planning.mixture import num_held_out
 from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.scan import Survey, survey
 from lapilli.data.planning.selection import quarantine_table
@@ -104,6 +105,7 @@ def check(config: CheckConfig) -> Survey:
         say(f"reading {files}, images below {root / source.images}")
     rules = _rules(config)
     found = _look(config, rules, decoded=None, last=not config.decode)
+    num_held_out(config.mixture, found.read.total() - found.bad.total())
     notes: Counter[Note] = Counter()
     if config.decode:
         found = _look(config, rules, decoded=_decode(config, found, notes), last=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+import pipelines.check
 from lapilli.data.config import BuildConfig
+from lapilli.data.errors import DataError
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.plan import plan_build
 from pipelines.cli.command import UsageError, parse
@@ -148,6 +152,7 @@ def plan(name: str, root: Path, tokenizer: Path, *flags: str) -> BuildPlan:
         f"--output={root / 'out'}",
         f"--tokenizer={tokenizer}",
         "--template=v1",
+        "--mixture.held_out=0",  # 5,000 are more than there are here
         *flags,
     ]
     return plan_build(parse(BuildConfig, argv, ""))
@@ -231,3 +236,50 @@ def test_a_field_or_source_that_is_not_there_is_named(
     with pytest.raises(UsageError, match=words) as said:
         plan("icm_instruct/msft_data", tmp_path, tokenizer, flag)
     assert "\n" not in str(said.value)
+
+
+def test_more_held_out_than_there_is_is_found_before_an_image_is_decoded(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object, **__: object) -> None:
+        raise AssertionError("an image was decoded")
+
+    captions558k(tmp_path)
+    monkeypatch.setattr(pipelines.check, "verify_images", decode)
+    words = r"mixture.held_out: 5000 of 2 kept records"
+    with pytest.raises(DataError, match=words):
+        plan("vlm_training/pretrain_data", tmp_path, tokenizer, "--mixture.held_out=5000")
+    recipe = f"--config={RECIPES / 'vlm_training/pretrain_data'}.yaml"
+    with pytest.raises(DataError, match=words):
+        pipelines.check.main([recipe, f"--root={tmp_path}", "--decode"])
+
+
+@pytest.mark.parametrize("place", ["textvqa", "text_vqa"])
+def test_the_archive_of_an_aliased_folder_is_read_and_named(
+    place: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    """Under the name of the published layout or under the folder's own."""
+    mix665k("text_vqa")(tmp_path)
+    shutil.rmtree(tmp_path / "text_vqa")
+    name = "vlm_training/finetune_data"
+    with pytest.raises(DataError, match=r"get it: mkdir -p .*text_vqa/train_val_images\.zip"):
+        plan(name, tmp_path, tokenizer)
+    (tmp_path / place).mkdir()
+    with zipfile.ZipFile(tmp_path / place / "train_val_images.zip", "w") as archive:
+        archive.writestr("train_images/1.jpg", PNG)
+    assert all(entry.verdict.kept for entry in plan(name, tmp_path, tokenizer).entries)
+
+
+def test_a_folder_that_is_not_there_is_no_known_hole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix665k("textvqa")(tmp_path)
+    arguments = [f"--config={RECIPES / 'llava15/finetune_data'}.yaml", f"--root={tmp_path}"]
+    (tmp_path / "ocr_vqa/images/1.jpg").rename(tmp_path / "ocr_vqa/images/other.jpg")
+    assert pipelines.check.main(arguments) == 1
+    assert "known, 1 OCR-VQA images whose addresses are dead" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "ocr_vqa")
+    assert pipelines.check.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "known" not in said
+    assert "ocr_vqa_images_llava_v15.zip" in said

@@ -387,7 +387,11 @@ class Mount:
         return archive.folder_at(path) or archive.folder_at(path.removeprefix(f"{self._below}/"))
 
     def _published(self, path: str) -> PublishedArchive | None:
-        return published(path if "/" in path else f"{self.root.name}/{path}")
+        """The archive of a folder, by its published name where aliases have another."""
+        names = {disk: name for name, disk in self.aliases.items()}
+        original = "/".join(names.get(part, part) for part in path.split("/"))
+        found = published(path if "/" in path else f"{self.root.name}/{path}")
+        return found or (published(original) if original != path else None)
 
     def _shown(self, path: str) -> str:
         """The folder above `path`, as a command may name it."""

@@ -120,8 +120,12 @@ class Hole:
     detail: str = ""
 
     def holds(self, key: str, verdict: Verdict) -> bool:
-        """Whether a record with this image and verdict is one of them."""
+        """Whether a record with this image and verdict is one of them.
+
+        Where the whole folder is missing, none is: it has not been got.
+        """
         mine = verdict.reason == self.reason and self.detail in verdict.detail
+        mine = mine and not verdict.detail.startswith("no folder ")
         return mine and f"/{self.folder}" in f"/{key}"
 
 

@@ -21,12 +21,7 @@ from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "Blend",
-    "Pool",
-    "blend",
-    "check_sources",
-]
+__all__ = ["Blend", "Pool", "blend", "check_sources", "num_held_out"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,22 @@ def check_sources(config: MixtureConfig, kept: Mapping[str, int]) -> None:
     empty = next((name for name, much in asked.items() if much > 0 and not kept.get(name)), None)
     if empty is not None:
         raise _nothing_in(empty)
+
+
+def num_held_out(config: MixtureConfig, kept: int) -> int:
+    """Records that are held out, of so many that are kept.
+
+    Raises:
+        DataError: All of them or more.
+    """
+    asked = config.held_out
+    found = round(asked * kept) if asked < 1 else int(asked)
+    if found and found >= kept:
+        raise DataError(
+            f"mixture.held_out: {asked:g} of {kept} kept records; expected fewer, so that some "
+            "are left to train on"
+        )
+    return found
 
 
 def blend(pool: Pool, config: MixtureConfig, names: Sequence[str]) -> Blend:
@@ -161,13 +172,7 @@ def _repeats(
 def _hold_out(pool: Pool, config: MixtureConfig) -> NDArray[np.bool_]:
     """Bool [n]: the groups of records drawn first, as long as they fit into `held_out`."""
     number = len(pool.sample_ids)
-    asked = config.held_out
-    left = round(asked * number) if asked < 1 else int(asked)
-    if left >= number:
-        raise DataError(
-            f"mixture.held_out: {asked:g} of {number} kept records; expected fewer, so that some "
-            "are left to train on"
-        )
+    left = num_held_out(config, number)
     if not left:
         return np.zeros(number, np.bool_)
     groups = _groups(pool)

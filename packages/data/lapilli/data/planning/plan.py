@@ -38,7 +38,7 @@ from lapilli.data.planning.incremental import (
     row_stamp,
 )
 from lapilli.data.planning.located_entries import entries_of, locate_images, open_mount, take_back
-from lapilli.data.planning.mixture import check_sources
+from lapilli.data.planning.mixture import check_sources, num_held_out
 from lapilli.data.planning.originals import Originals
 from lapilli.data.planning.progress import paced
 from lapilli.data.planning.rules import record_rules
@@ -107,7 +107,9 @@ def plan_build(
     rules = record_rules(template, loaded, config.compat)
     read = _read_sources(config, root, rules, originals, on_progress)
     check_quarantined(read.entries, config.max_quarantined)
-    check_sources(config.mixture, Counter(e.source for e in read.entries if e.verdict.kept))
+    kept = Counter(entry.source for entry in read.entries if entry.verdict.kept)
+    check_sources(config.mixture, kept)
+    num_held_out(config.mixture, kept.total())  # now, and not when every image is decoded
     check_agreement(loaded, _first_texts(read.entries))
     stamps = {
         name: originals.stamp(place) or image_stamp(place) for name, place in read.located.items()
