@@ -159,9 +159,7 @@ def test_a_run_that_does_not_fit_is_told_to_offload() -> None:
     budget = needed.worker_bytes(2, 1, lean)
     assert budget < estimate.worker_bytes(2, 1, lean)
     with pytest.raises(TrainError, match=r"needs at least .* with offload\.to: cpu \d"):
-        choose_memory(
-            config, "cuda", budget, lambda c: needed if c.offload.to == "cpu" else estimate
-        )
+        choose_memory(config, "cuda", budget, lambda _: estimate)
     offloaded = replace(config, offload=OffloadConfig("cpu"))
     chosen, policy = choose_memory(offloaded, "cuda", budget, lambda _: needed)
     assert (chosen.micro_batch_size, policy.estimated) == (1, budget)

@@ -154,6 +154,10 @@ class Estimate:
         """What a micro-batch of so many rows keeps for backward."""
         return self.one.grown(self.two, rows)
 
+    def under(self, config: RunConfig) -> Estimate:
+        """The estimate of the same model with another run's ZeRO stage, workers and offloading."""
+        return replace(self, states=_states(config, self.parameters, self.packed))
+
     def batch_bytes(self, rows: int, policy: ActivationPolicy = KEEP_ALL) -> int:
         """What a micro-batch takes at its peak: the head's logits, or a layer that runs again."""
         kept = self.activations(rows)

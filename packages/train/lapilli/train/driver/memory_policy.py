@@ -147,7 +147,8 @@ def _refusal(config: RunConfig, budget: int, found: Estimate, estimate: Estimato
         named.append((_least(config, found, smaller), f"micro_batch_size {smaller}"))
     for name, changed in _alternatives(config):
         with contextlib.suppress(ModelError, TrainError):
-            named.append((_least(changed, estimate(changed), rows), name))
+            other = found.under(changed) if changed.model == config.model else estimate(changed)
+            named.append((_least(changed, other, rows), name))
     fitting = [f"with {name} {gib(size)}" for size, name in named if size <= budget]
     if not fitting:
         fitting = [f"with {name} {gib(size)}" for size, name in sorted(named)[:2]]
