@@ -28,6 +28,7 @@ from lapilli.train.inference.evaluate import (
     Scores,
     chosen_split,
     is_trained_on,
+    only_view,
     score,
 )
 from lapilli.train.inference.published import is_published
@@ -69,13 +70,12 @@ def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         )
     choices = parse_choices(config.choices) if config.choices else ()
     config = _with_dataset(config)
-    view = config.view or _only_view(Path(config.dataset))
     manifest = read_manifest(Path(config.dataset))
     split = chosen_split(manifest, config.split)
     evaluation = Evaluation(
         run=Path(config.run).absolute(),
         dataset=Path(config.dataset).absolute(),
-        view=view,
+        view=config.view,
         split=split,
         template=config.template,
         trust=config.trust,
@@ -168,13 +168,6 @@ def _asked(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _only_view(dataset: Path) -> str:
-    views = list(read_manifest(dataset).views)
-    if len(views) != 1:
-        raise TrainError(f"view: {dataset} has {', '.join(views)}; choose one with --view")
-    return views[0]
-
-
 def what_was_asked(dataset: str, scores: Scores) -> str:
     """One line: which split, and whether the run has seen its answers."""
     known = "the run was trained on them, answers included" if scores.trained_on else ""
@@ -195,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(what_was_asked(config.dataset, scores))
     if config.html:
         dataset = open_dataset(
-            config.dataset, view=config.view or _only_view(Path(config.dataset)), image_tokens=1,
+            config.dataset, view=config.view or only_view(Path(config.dataset)), image_tokens=1,
             split=scores.split,
         )  # fmt: skip
         write_score_report(Path(config.html), responses, tables, Pictures(dataset))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
-from lapilli.data.shards.manifest import Manifest
+from lapilli.data.shards.manifest import Manifest, read_manifest
 from lapilli.data.shards.schemas import HELD_OUT, TRAIN
 from lapilli.data.text.questions import ChoiceTokens, RowQuestion, choice_tokens
 from lapilli.data.trust import NOTHING, Trust
@@ -48,6 +48,7 @@ __all__ = [
     "in_order",
     "is_trained_on",
     "load_trained",
+    "only_view",
     "open_test",
     "score",
 ]
@@ -334,6 +335,18 @@ def chosen_split(manifest: Manifest, asked: Literal["auto", "train", "held_out"]
     if asked != "auto":
         return asked
     return HELD_OUT if manifest.mixture.get("held_out") else TRAIN
+
+
+def only_view(dataset: Path) -> str:
+    """The view of a dataset that has one.
+
+    Raises:
+        TrainError: It has several.
+    """
+    views = list(read_manifest(dataset).views)
+    if len(views) != 1:
+        raise TrainError(f"view: {dataset} has {', '.join(views)}; choose one with --view")
+    return views[0]
 
 
 def is_trained_on(run: Path, manifest: Manifest, split: str) -> bool:

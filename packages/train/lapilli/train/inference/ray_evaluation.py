@@ -24,7 +24,7 @@ from lapilli.train.config import DeviceChoice
 from lapilli.train.device import RESOURCE, Device, choose_device, torch_device
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import open_trained
-from lapilli.train.inference.evaluate import Answer, Asking, Turns, in_order, open_test
+from lapilli.train.inference.evaluate import Answer, Asking, Turns, in_order, only_view, open_test
 from lapilli.train.validation.decoding import QuestionReader
 
 __all__ = ["Evaluation", "answer_on_ray"]
@@ -37,7 +37,7 @@ class Evaluation:
     Attributes:
         run: The model's folder.
         dataset: The dataset's folder.
-        view: Its view.
+        view: Its view; empty for its only one.
         split: Of the dataset.
         template: Of a published model, as `open_trained` takes it.
         trust: What the command allows.
@@ -67,7 +67,7 @@ class Evaluation:
             DataError, ModelError, TrainError: As `open_trained`, `open_test` and `answer_dataset`.
         """
         trained = open_trained(self.run, self.dataset, device, self.trust, template=self.template)
-        dataset = open_test(self.dataset, self.view, trained, self.split)
+        dataset = open_test(self.dataset, self.view or only_view(self.dataset), trained, self.split)
         return Asking.of(
             trained.model, dataset, shuffle_images=self.shuffle_images, turns=self.turns,
             choices=self.choices, threshold=self.threshold, batch=self.batch,
@@ -113,9 +113,8 @@ def _answer(
 ) -> list[Answer]:
     import ray
 
-    dataset = open_dataset(
-        evaluation.dataset, view=evaluation.view, image_tokens=1, split=evaluation.split
-    )
+    view = evaluation.view or only_view(evaluation.dataset)
+    dataset = open_dataset(evaluation.dataset, view=view, image_tokens=1, split=evaluation.split)
     reader = QuestionReader.of(dataset)  # here, where its warnings are seen
     needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
     if device == "hpu":
