@@ -29,11 +29,11 @@ from lapilli.train.driver.communication import communication_seconds
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import (
     Estimate,
-    checkpoint_host_bytes,
     estimate_run,
     sketch_run,
 )
 from lapilli.train.driver.memory_policy import choose_memory, memory_budget
+from lapilli.train.engine.fragments import checkpoint_share
 from lapilli.train.worker.compatibility import check_model
 from pipelines.cli.command import parse, run, say
 from pipelines.cli.terminal import print_table
@@ -76,7 +76,7 @@ def estimate(config: RunConfig) -> None:
         f"{config.micro_batch_size} x accumulation {config.accumulation}"
     )
     learning = sum(trained for _, trained in estimate.parameters.values())
-    held = checkpoint_host_bytes(learning, stage=config.zero_stage, workers=config.num_workers)
+    held = checkpoint_share(learning, config.num_workers)
     say(
         f"host memory: {bytes_text(held)} a worker while a checkpoint is saved, and as much while "
         f"one is restored: a copy of its share of {bytes_text(estimate.checkpoint_bytes)}"

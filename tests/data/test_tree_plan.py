@@ -99,7 +99,7 @@ def test_the_same_again_and_another_epoch_another_order(epoch: dict[str, Any]) -
 
 
 def test_epochs_differ() -> None:
-    many = {
+    many: dict[str, Any] = {
         "lengths": np.full(200, 10), "modalities": np.ones(200), "groups": np.arange(200) // 3,
         "prefixes": np.full(200, 5), "limits": TreeLimits(True, False, 64),
         "global_batch_size": 8, "seed": 0,

@@ -99,9 +99,10 @@ def sent_step(
         for micro in (0, 1)
     ]
     batches = [collate(some, shape, side) for some in samples]
+    rows = [[[[np.array([2 * micro + row])] for row in (0, 1)] for micro in (0, 1)]]
     return SentStep(
         step=step, batches=batches, global_tokens=24, global_samples=8,
-        sample_indices=np.arange(8), weights=[1.0, 1.0], placed=np.arange(8),
+        sample_indices=np.arange(8), weights=[1.0, 1.0], rows=rows, placed=np.arange(8),
         slots=[np.arange(2), np.arange(2, 4)],
         on_device=[to_device(batch, device) for batch in batches],
     )  # fmt: skip

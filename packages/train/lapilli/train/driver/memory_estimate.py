@@ -18,7 +18,7 @@ from lapilli.train.driver.fake_model import Sketch, sketch_model
 from lapilli.train.steps.step import DeviceBatch
 
 __all__ = [
-    "Estimate", "StateBytes", "checkpoint_host_bytes", "estimate_run", "sketch_run",
+    "Estimate", "StateBytes", "estimate_run", "sketch_run",
     "state_bytes", "time_micro_batch",
 ]  # fmt: skip
 
@@ -211,20 +211,6 @@ def estimate_run(
         logits_bytes=8 * config.model.head_chunk * sketch.model.vocab_size,  # fp32, and their slope
         checkpoint_bytes=SAVED_BYTES * sum(trained for _, trained in parameters.values()),
     )
-
-
-def checkpoint_host_bytes(trained: int, *, stage: int, workers: int) -> int:
-    """Host memory that a worker takes while a checkpoint is saved, and while one is restored.
-
-    It is one copy of the fp32 weights and moments that the worker's optimizer holds: all of them
-    without ZeRO, else its partition.
-
-    Args:
-        trained: Parameters that learn.
-        stage: DeepSpeed's ZeRO stage.
-        workers: Among whom the state is shared.
-    """
-    return SAVED_BYTES * -(-trained // (workers if stage else 1))
 
 
 def _states(
