@@ -12,15 +12,19 @@ import pytest
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
+from lapilli.train.checkpoint import upload
 from lapilli.train.checkpoint.find import find_checkpoints
 from lapilli.train.checkpoint.parts import part_name
+from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
+from tests.train.gang import train_together
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_saving import started
 
@@ -160,6 +164,56 @@ def test_a_run_is_made_longer_on_a_machine_that_has_only_its_store(
     assert losses(longer)[:done] == [row.loss for row in read_metrics(Path(first.output))]
     with pytest.raises(TrainError, match=r"^epochs: 1 makes 3 steps, .* has taken 6; raise it"):
         preflight(replace(first, output=str(tmp_path / "again")))
+
+
+def made_step(run: Path, step: int, workers: int) -> Path:
+    """A step's folder as so many workers leave it; a store's copies are not read."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    for rank in range(workers):
+        (folder / part_name(rank, workers)).write_bytes(bytes([rank]) * (100 + rank))
+    (folder / "state.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.usefixtures("port")
+def test_each_worker_copies_its_part_and_the_first_waits_for_all(
+    tmp_path: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "POLL", 0.01)
+    monkeypatch.setattr(upload, "RETRY", 0.05)
+    folder = made_step(tmp_path / "run", 4, 3)
+    there = bucket / "runs" / "one" / "checkpoints" / folder.name
+
+    def copy(rank: int, workers: int) -> list[str]:
+        place = (rank, workers)
+        with Uploads(tmp_path / "run", STORE, keep=2, start=4, rank=place):
+            pass
+        return sorted(path.name for path in there.iterdir())
+
+    assert copy(1, 2) == [part_name(1, 3)]
+    cut = tmp_path / "cut"
+    cut.write_bytes(b"cut")  # as of a worker that is still copying
+    (RemotePath(STORE) / "checkpoints" / folder.name / part_name(1, 3)).put(cut)
+    assert copy(0, 2) == [part_name(rank, 3) for rank in range(3)]
+    said, _ = notes_from(tmp_path / "run", 0)
+    assert any(f"{part_name(1, 3)} is not there yet" in line for line in said)
+    assert any("step-00000004 is not at s3://" in line for line in said)
+    copy(1, 2)
+    copy(0, 2)
+    assert files_below(there) == files_below(folder)
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("port")
+def test_two_workers_store_a_checkpoint_each_its_part(
+    dataset: Path, tmp_path: Path, bucket: Path
+) -> None:
+    config = replace(uploaded(dataset, tmp_path / "run"), num_workers=2, launcher="ray")
+    assert train_together(config) == [0, 0]
+    there = files_below(bucket / "runs" / "one" / "checkpoints" / "step-00000006")
+    assert there == files_below(Path(config.output) / "checkpoints" / "step-00000006")
+    assert {part_name(0, 2), part_name(1, 2)} < there.keys()
 
 
 @pytest.mark.faults  # for its length

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +31,19 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointFile
 from lapilli.train.run_folder.names import WEIGHTS
 
-__all__ = ["Saved", "is_part", "open_saved", "part_name", "write_part", "write_whole"]
+__all__ = [
+    "Saved",
+    "is_part",
+    "open_saved",
+    "part_name",
+    "part_number",
+    "write_part",
+    "write_whole",
+]
 
 AT = "@"  # between the name of a flat tensor and the place of a fragment's first number
 PART = "part-"
+PART_NAME = re.compile(r"part-(\d{5,})-of-\d{5,}\.safetensors")
 AT_ONCE = 2**23  # bytes that are hashed and written at once
 
 
@@ -45,6 +55,12 @@ def part_name(rank: int, workers: int) -> str:
 def is_part(name: str) -> bool:
     """Whether a file of a checkpoint holds fragments."""
     return name.startswith(PART)
+
+
+def part_number(name: str) -> int | None:
+    """The worker that wrote a file of a checkpoint; None for what is no part."""
+    found = PART_NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def write_part(path: Path, pieces: Sequence[StagedFragment]) -> CheckpointFile:

@@ -233,7 +233,7 @@ def save(
         keep: Newest checkpoints to keep, this one included.
         writer: Writes behind the training; None writes now.
         forms: `checkpoints` for one to go on from, `milestones` for weights that are kept for ever.
-        copies: On rank 0, takes what is written elsewhere.
+        copies: Takes what is written elsewhere: this worker's part, on rank 0 the rest too.
 
     Returns:
         The checkpoint's folder.
@@ -290,6 +290,8 @@ def _write(
     form = FOLDER if FOLDER in finish.forms else MILESTONES
     with _told(finish.place(form)):
         save_pieces(pieces, sizes, finish.parts, finish, group)
+    if finish.copies and this_rank()[0] and FOLDER in finish.forms:
+        finish.copies.offer(finish.place(FOLDER))  # whole now; rank 0 has offered it
 
 
 @contextmanager

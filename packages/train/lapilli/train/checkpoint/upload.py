@@ -1,8 +1,9 @@
 """Upload checkpoints to an object store during training, and fetch them from there.
 
 The store holds what the run's folder does: `checkpoints/step-.../`, `milestones/step-.../`,
-`config.json`, `data/` and the files of `RECORDS`. A step's `state.json` is stored last and removed
-first, so that a step is whole there or has none.
+`config.json`, `data/` and the files of `RECORDS`. Every worker copies the part that it wrote; rank
+0 copies the rest and, when all parts are there, a step's `state.json`. That is also removed first,
+so that a step is whole there or has none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lapilli.data.io.remote_path import COPY_BYTES, RemotePath
 from lapilli.data.io.typed_json import JsonError, as_type, from_json, is_file_path
 from lapilli.data.record import excerpt
 from lapilli.train.checkpoint.layout import forget_old, is_step, outdated, put_in_place, steps_in
+from lapilli.train.checkpoint.parts import part_number
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
@@ -44,6 +46,7 @@ from lapilli.train.run_folder.names import (
 __all__ = ["Uploads", "fetch_newest", "store_config", "stored_config"]
 
 RECORDS = (METRICS, STARTS, GENERATIONS)
+POLL = 1.0  # seconds between two looks for other workers' parts
 RETRY = 60.0  # seconds until an upload that failed is tried again; a new checkpoint is at once
 LAST_TRIES = 3  # of what is not there yet when the run ends, each with `RemotePath`'s own
 
@@ -59,10 +62,14 @@ class Uploads:
         address: Where its copies go.
         keep: Newest checkpoints kept there.
         start: Step the run resumes from: what an earlier start did not copy is copied now.
+        rank: This worker, and how many there are. Each copies its parts; rank 0 the rest, too.
     """
 
-    def __init__(self, run: Path, address: str, *, keep: int, start: int) -> None:
+    def __init__(
+        self, run: Path, address: str, *, keep: int, start: int, rank: tuple[int, int] = (0, 1)
+    ) -> None:
         self._run, self._address, self._keep = run, address, keep
+        self._rank, self._workers = rank
         self._changed = threading.Condition()
         self._pending: list[Path] = []
         self._current: Path | None = None
@@ -70,7 +77,7 @@ class Uploads:
         self._tries_left: int | None = None  # until the run ends, any number
         self._said = False
         self._data_stored = False
-        for path in steps_in(run / MILESTONES):
+        for path in steps_in(run / MILESTONES) if self._rank == 0 else ():
             self.offer(path)
         if start:
             self.offer(run / FOLDER / step_name(start))
@@ -100,9 +107,11 @@ class Uploads:
             self._tries_left = LAST_TRIES if raised[0] is None else 1
             self._retry_at = 0.0
             self._changed.notify()
-        if waiting:
+        if waiting and self._rank == 0:
             note(self._run, f"waiting for copies to {self._address}: {', '.join(waiting)}")
         self._thread.join()
+        if self._rank:
+            return  # rank 0 tells of what is not there
         for path in self._pending:
             note(
                 self._run,
@@ -147,7 +156,8 @@ class Uploads:
                 self._said = False
                 return
             if isinstance(error, FileNotFoundError) and not path.is_dir():  # nobody has it any more
-                note(self._run, f"{path}: removed before it was at {self._address}")
+                if self._rank == 0:
+                    note(self._run, f"{path}: removed before it was at {self._address}")
                 return
             is_newest = not any(p.parent == path.parent for p in self._pending)
             if is_newest or path.parent.name == MILESTONES:
@@ -167,11 +177,16 @@ class Uploads:
         target = RemotePath(self._address) / path.parent.name / path.name
         state = (path / STATE).read_bytes()
         if _bytes_at(target / STATE) != state:
-            (target / STATE).unlink(missing_ok=True)
+            if self._rank == 0:
+                (target / STATE).unlink(missing_ok=True)
             for file in sorted(path.rglob("*")):
-                if file.is_file() and file.name != STATE:
+                if file.is_file() and file.name != STATE and self._copies(file):
                     _put(file, target / file.relative_to(path).as_posix())
-            _put(path / STATE, target / STATE)
+            if self._rank == 0:
+                self._wait_for_parts(path, target)
+                _put(path / STATE, target / STATE)
+        if self._rank:
+            return
         if not self._data_stored:
             for name in run_data_files(self._run):
                 _put(self._run / name, RemotePath(self._address) / name)
@@ -181,6 +196,28 @@ class Uploads:
                 (RemotePath(self._address) / name).put(self._run / name)
         if path.parent.name == FOLDER:
             _prune(self._address, path.name, self._keep)
+
+    def _copies(self, file: Path) -> bool:
+        """Whether a file of a step is this worker's to copy; of an earlier world each has some."""
+        writer = part_number(file.name)
+        return self._rank == (0 if writer is None else writer % self._workers)
+
+    def _wait_for_parts(self, path: Path, target: RemotePath) -> None:
+        """Until the other workers' parts are at the store, whole.
+
+        Raises:
+            OSError: One is not there after `RETRY` seconds, or when the next checkpoint is whole.
+        """
+        give_up = time.monotonic() + RETRY
+        missing = [file for file in sorted(path.iterdir()) if not self._copies(file)]
+        while missing := [f for f in missing if (target / f.name).size != f.stat().st_size]:
+            if time.monotonic() > give_up or self._is_overtaken(path):
+                raise OSError(f"{missing[0].name} is not there yet, which another worker copies")
+            time.sleep(POLL)
+
+    def _is_overtaken(self, path: Path) -> bool:
+        with self._changed:
+            return any(one.parent == path.parent for one in self._pending)
 
 
 def _put(file: Path, target: RemotePath) -> None:

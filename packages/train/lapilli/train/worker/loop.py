@@ -145,13 +145,14 @@ def _closed(journal: StepLog | None) -> Generator[None]:
 
 def _open_uploads(ready: Setup) -> Uploads | None:
     config = ready.config
-    if not config.checkpoint.upload or not ready.is_writer:
+    if not config.checkpoint.upload:
         return None
     return Uploads(
         Path(config.output),
         config.checkpoint.upload,
         keep=config.checkpoint.keep_last,
         start=ready.start,
+        rank=(ready.rank, ready.world_size),
     )
 
 
