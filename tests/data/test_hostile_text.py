@@ -23,13 +23,13 @@ LAUGHS = "a0: &a0 [x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
 BAD_YAML = {
-    "aliases": (LAUGHS, "aliases unfold to more than"),
+    "aliases": (LAUGHS, "aliases expand to more than"),
     "merged": (
         "m0: &m0 {a: 1}\n"
         + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 12)),
-        "aliases unfold to more than",
+        "aliases expand to more than",
     ),
-    "long text": (f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1000)}]\n", "aliases unfold"),
+    "long text": (f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1000)}]\n", "aliases expand"),
     "deep": ("exclude: " + "[" * 100_000, "nested more than 64 deep"),
     "deep mappings": ("{a: " * 5000, "nested more than 64 deep"),
     "itself": ("exclude: &e [*e]\n", "'e' holds itself"),
@@ -87,7 +87,7 @@ def test_an_error_shows_little_of_a_value(
 
 def test_a_template_file_that_unfolds_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(LAUGHS)
-    with pytest.raises(DataError, match="is not YAML: its aliases unfold"):
+    with pytest.raises(DataError, match="is not YAML: its aliases expand"):
         get_template(tmp_path / "t.yaml")
 
 

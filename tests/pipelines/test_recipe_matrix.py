@@ -57,7 +57,7 @@ def refusal(recipe: str, way: str, stage: int | None) -> str:
     """What a cell that cannot be is told; empty for one that runs."""
     if way in ("lora", "qlora") and recipe in PROJECTOR_ALONE:
         return "lora: neither language nor vision is in trainable"
-    if way == "qlora" and recipe.startswith("tiny/"):
+    if way == "qlora" and recipe.startswith(("tiny/", "own_data/tiny")):
         return "language.quantize: nf4 without language.pretrained"
     if way == "qlora" and stage == 3:
         return "zero_stage: 3 with model.language.quantize nf4"
@@ -87,7 +87,7 @@ def cells(recipes: Sequence[str]) -> list[tuple[str, str, int | None]]:
 def test_the_models_that_recipes_name_are_of_known_families() -> None:
     for recipe in training_recipes():
         Material(Path(), Path()).arguments(recipe, Path("out"))  # KeyError: add it to the tables
-    assert {*TOWERS.values()} == {"clip", "siglip"}
+    assert {*TOWERS.values()} == {"clip", "dinov2", "siglip"}
     assert {*LANGUAGES.values()} == {"llama", "mistral", "phi", "qwen2"}
 
 

@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -30,6 +32,7 @@ TOWERS = {
     "openai/clip-vit-large-patch14-336": "clip",
     "openai/clip-vit-large-patch14": "clip",
     "google/siglip-so400m-patch14-384": "siglip",
+    "facebook/dinov2-small": "dinov2",
 }
 LANGUAGES = {
     "lmsys/vicuna-7b-v1.5": "llama",
@@ -38,6 +41,7 @@ LANGUAGES = {
     "mistralai/Mistral-7B-v0.1": "mistral",
     "microsoft/phi-1_5": "phi",
     "Qwen/Qwen2.5-7B-Instruct": "qwen2",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "llama",
 }
 VIEWS = ("clip336_pad", "clip336_crop", "clip224_crop", "siglip384")
 TOWER: dict[str, Any] = {
@@ -118,11 +122,13 @@ def make_material(folder: Path) -> Material:
     models = folder / "models"
     CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(models / "clip")
     SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(models / "siglip")
+    Dinov2Model(Dinov2Config(**TOWER)).save_pretrained(models / "dinov2")
     for kind in sorted({*LANGUAGES.values()}):
         config = AutoConfig.for_model(kind, **DECODER)
         AutoModelForCausalLM.from_config(config).save_pretrained(models / kind)
-    mixture = make_mixture(folder / "raw", images=6, text_only=2)
+    mixture = make_mixture(folder / "raw", images=14, text_only=2)
     views = {name: ImageSpec(SIDE, CLIP_MEAN, max_pixels=10_000_000) for name in VIEWS}
+    views["dinov2_112"] = ImageSpec(112, CLIP_MEAN, max_pixels=10_000_000)
     views["square64"] = ImageSpec(TINY_SIDE, CLIP_MEAN, max_pixels=10_000_000)
     held_out = MixtureConfig(held_out=2)  # which some recipes look at
     build_dataset(mixture, folder / "dataset", tokenizer, views=views, mixture=held_out)

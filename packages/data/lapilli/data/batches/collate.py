@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -243,35 +243,10 @@ def collate_rows(
     )
     of_kind = shape.buckets if len(pixels) else shape.text_buckets or shape.buckets
     length = _bucket(rows, laid_out, of_kind)
-    text: dict[str, NDArray[np.int64]] = {
-        name: np.zeros((shape.rows, length), np.int64) for name in ("ids", "trees", "branches")
-    }
-    positions_BS = np.broadcast_to(np.arange(length, dtype=np.int64), text["ids"].shape).copy()
-    merge_BS = np.full((shape.rows, length), -1, np.int32)
-    row_lengths = np.zeros(shape.rows, np.int64)
-    features = number = 0
-    targets = _Targets()
-    for place, (row, tokens) in enumerate(zip(rows, laid_out, strict=True)):
-        size = len(tokens.ids)
-        is_image = tokens.feature_rank >= 0
-        text["ids"][place, :size] = np.where(is_image, 0, tokens.ids)
-        text["trees"][place, :size] = tokens.tree_ids
-        text["branches"][place, :size] = tokens.branch_ids
-        positions_BS[place, :size] = tokens.positions
-        merge_BS[place, :size] = np.where(is_image, tokens.feature_rank + features, -1)
-        row_lengths[place] = size
-        targets.add(tokens, first=place * length, sample=number)
-        features += int(is_image.sum())
-        number += sum(map(len, row))
+    arrays, targets = _join(rows, laid_out, shape.rows, length)
     padded = shape.padded_targets(targets.count)
     return Batch(
-        input_ids=text["ids"],
-        position_ids=positions_BS,
-        segment_ids=(text["trees"] > 0).astype(np.int32),
-        tree_ids=text["trees"].astype(np.int32),
-        branch_ids=text["branches"].astype(np.int32),
-        row_lengths=row_lengths,
-        merge_index=merge_BS,
+        **arrays,
         pixels=pixels,
         image_tokens=image_tokens,
         predict_positions=targets.padded(targets.positions, padded, 0),
@@ -283,6 +258,36 @@ def collate_rows(
         num_images=int((image_tokens > 0).sum()),
         num_targets=targets.count,
     )
+
+
+def _join(
+    rows: Sequence[Row], laid_out: Sequence[RowTokens], count: int, length: int
+) -> tuple[dict[str, Any], _Targets]:
+    """The arrays [B, S] of a batch and its row lengths, by name, and its trained positions."""
+    ids, trees, branches = (np.zeros((count, length), np.int64) for _ in range(3))
+    positions = np.broadcast_to(np.arange(length, dtype=np.int64), ids.shape).copy()
+    merge_index = np.full((count, length), -1, np.int32)
+    row_lengths = np.zeros(count, np.int64)
+    features = number = 0
+    targets = _Targets()
+    for place, (row, tokens) in enumerate(zip(rows, laid_out, strict=True)):
+        size = len(tokens.ids)
+        is_image = tokens.feature_rank >= 0
+        ids[place, :size] = np.where(is_image, 0, tokens.ids)
+        trees[place, :size] = tokens.tree_ids
+        branches[place, :size] = tokens.branch_ids
+        positions[place, :size] = tokens.positions
+        merge_index[place, :size] = np.where(is_image, tokens.feature_rank + features, -1)
+        row_lengths[place] = size
+        targets.add(tokens, first=place * length, sample=number)
+        features += int(is_image.sum())
+        number += sum(map(len, row))
+    arrays = {
+        "input_ids": ids, "position_ids": positions, "segment_ids": (trees > 0).astype(np.int32),
+        "tree_ids": trees.astype(np.int32), "branch_ids": branches.astype(np.int32),
+        "row_lengths": row_lengths, "merge_index": merge_index,
+    }  # fmt: skip
+    return arrays, targets
 
 
 def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:

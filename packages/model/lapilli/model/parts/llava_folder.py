@@ -130,4 +130,9 @@ def llava_projector(name: str) -> dict[str, Tensor]:
 
 def _folder(name: str) -> Path | None:
     folder = local_folder(name) if name else None
-    return folder if folder is not None and is_llava_config(read_config(folder)) else None
+    if folder is None:
+        return None
+    try:
+        return folder if is_llava_config(read_config(folder)) else None
+    except ModelError as error:
+        raise ModelError(f"language.pretrained: {error}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.io.access import exists, is_folder, subpaths
@@ -141,6 +142,32 @@ def _check_loggers(config: RunConfig) -> None:
             )
 
 
+def _largest_row(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
+    """Most tokens of a row, and most of them that are trained."""
+    longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
+    if not config.shares_rows:
+        return longest, most
+    longest = max(longest, config.row_length or config.max_length)
+    return longest, longest
+
+
+def _state_by_part(
+    config: RunConfig, model: nn.Module, parameters: dict[str, tuple[int, int]]
+) -> dict[str, StateBytes]:
+    """What a worker holds of each part."""
+    return {
+        name: state_bytes(
+            *parameters[name],
+            stage=config.zero_stage,
+            workers=config.num_workers,
+            precision=config.precision,
+            offload=config.offload.to,
+            packed=packed_numbers(part),
+        )
+        for name, part in model.named_children()
+    }
+
+
 def _choose_kernels(config: RunConfig, family: str, device: Device) -> KernelChoice:
     if config.model.compile != "none" and config.zero_stage == 3:
         raise TrainError(
@@ -177,7 +204,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     check_model(model, dataset)
     check_start(start_weights, dataset, on_note)
     check_context(model, dataset, held_out, on_note)
-    longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
+    longest, most = _largest_row(config, dataset)
     config, policy = choose_memory(
         config,
         device,
@@ -191,24 +218,14 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     checkpoint.check_disk(run, model, kept, archived)
     start = _goes_on_at(config, dataset.manifest.fingerprint, feed.total_steps, on_note)
     parameters = parameter_counts(model)
-    memory = {
-        name: state_bytes(
-            *parameters[name],
-            stage=config.zero_stage,
-            workers=config.num_workers,
-            precision=config.precision,
-            offload=config.offload.to,
-            packed=packed_numbers(part),
-        )
-        for name, part in model.named_children()
-    }
     is_small = sum(total for total, _ in parameters.values()) < MEASURED
     step_seconds = None
     if device == "cpu" and is_small and start < feed.total_steps:
         step_seconds = _time_step(model, feed)
     return Preflight(
         config=config, total_steps=feed.total_steps, start=start, samples=len(dataset),
-        too_long=dataset.too_long, parameters=parameters, memory=memory, device=device,
+        too_long=dataset.too_long, parameters=parameters, device=device,
+        memory=_state_by_part(config, model, parameters),
         step_seconds=step_seconds, image_tokens=dataset.image_tokens, attention=attention,
         num_cut=dataset.num_cut, kernels=kernels, memory_policy=policy,
     )  # fmt: skip
