@@ -83,6 +83,8 @@ class Material:
             words.append(f"--model.vision.pretrained={self.tower(named.vision.pretrained)}")
         if named.language.pretrained:
             words.append(f"--model.language.pretrained={self.language(named.language.pretrained)}")
+        if recipe.startswith("own_data/"):
+            words.append("--max_length=512")  # the tokenizer here writes words letter by letter
         places = [f"--dataset={self.dataset}", f"--output={output}"]
         return [*words, *places, *SCALE, *flags]
 
