@@ -22,6 +22,7 @@ from pipelines.benchmarks import (
     planning,
     reading,
     scaling,
+    sharing,
     tokens,
     whole,
 )
@@ -36,6 +37,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "open": opening.main,
     "read": reading.main,
     "plan": planning.main,
+    "share": sharing.main,
     "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,

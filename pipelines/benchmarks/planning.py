@@ -38,7 +38,7 @@ from pipelines.benchmarks.harness import (
 from pipelines.benchmarks.sides.orders import ORDERS, Samples, Shape
 from pipelines.cli.command import parse, say
 
-__all__ = ["PlanConfig", "main", "waste"]
+__all__ = ["IMAGE_TOKENS", "TEMPLATE_TOKENS", "TEXT_ONLY", "PlanConfig", "drawn", "main", "waste"]
 
 TEXT_ONLY = 40_688
 IMAGE_TOKENS = 576
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure, tell, and add a row for each order."""
     config = parse(PlanConfig, argv, "The plan of an epoch: its time, its padding, its waiting.")
     head = provenance(("numpy",), "plan", argv)
-    samples = _of_dataset(config.dataset) if config.dataset else _drawn(config.samples)
+    samples = _of_dataset(config.dataset) if config.dataset else drawn(config.samples)
     rows = measure(config, samples)
     columns = ("order", "s", "share", "pad %", "bucket", "wait %", "shapes", "/llava", "/none")
     digits = {
@@ -204,7 +204,7 @@ def _distinct(lengths: NDArray[np.int64], with_image: NDArray[np.bool_]) -> int:
     return np.unique(np.where(with_image, lengths, -lengths)[lengths > 0]).size
 
 
-def _drawn(count: int) -> Samples:
+def drawn(count: int) -> Samples:
     draw = np.random.default_rng(0)
     has_image = draw.permutation(count) >= round(count * TEXT_ONLY / 665_298)
     text = np.where(has_image, draw.lognormal(5.4, 0.65, count), draw.lognormal(6.9, 0.7, count))
