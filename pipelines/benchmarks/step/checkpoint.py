@@ -290,17 +290,21 @@ def measure_rank(
 
 
 def _copy(engine: Any) -> float:
-    """Seconds of one plain copy of this worker's share to memory that it has touched before."""
+    """Seconds of one plain copy of this worker's share to memory that it has touched before.
+
+    Watched as a save is: the watching thread takes time of the same cores.
+    """
     fragments = [one.get() for one in held_fragments(engine, divided=True)]
     target = torch.zeros(max(TARGET, *map(len, fragments)))
     target.fill_(1.0)
-    dist.barrier()
-    started, used = time.perf_counter(), 0
-    for one in fragments:
-        used = 0 if used + len(one) > len(target) else used
-        target[used : used + len(one)].copy_(one)
-        used += len(one)
-    return time.perf_counter() - started
+    with Stopwatch().running():
+        dist.barrier()
+        started, used = time.perf_counter(), 0
+        for one in fragments:
+            used = 0 if used + len(one) > len(target) else used
+            target[used : used + len(one)].copy_(one)
+            used += len(one)
+        return time.perf_counter() - started
 
 
 def _newest_bytes(run: Path) -> int:
