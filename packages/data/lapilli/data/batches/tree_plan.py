@@ -154,7 +154,7 @@ def assign_rows(
         micro_batch_size: Rows of one rank's micro-batch.
 
     Returns:
-        [rank][micro-step] -> int64 [micro_batch_size] row numbers of the plan, -1 = empty slot.
+        By rank and micro-step, int64 [micro_batch_size] row numbers of the plan, -1 = empty slot.
         There are as many micro-steps as the rows need.
     """
     rows = np.arange(plan.steps[step], plan.steps[step + 1])
