@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
-from lapilli.model.errors import ModelError, require_missing
+from lapilli.model.errors import ModelError
 from lapilli.model.interop.hf_files import base_end_ids, config_text, generation_text
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.parts.language import logit_scale, logit_softcap
 from lapilli.model.parts.pretrained import check_readable, one_line, without_report
 from lapilli.model.parts.vision import FAMILIES
-from lapilli.model.parts.weight_files import read_object
+from lapilli.model.parts.weight_files import read_object_if_there
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
 __all__ = ["FACTS", "Preprocessing", "read_facts", "read_hf", "write_hf", "write_processor"]
@@ -212,13 +212,7 @@ def _on_disk(name: str, tower: str) -> str:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `write_hf` kept beside transformers' files; empty for a folder of others."""
-    path = folder / FACTS
-    try:
-        path.stat()
-    except OSError as error:
-        require_missing(path, error)
-        return {}
-    return read_object(path)
+    return read_object_if_there(folder / FACTS)
 
 
 def read_hf(folder: Path | str) -> VisionLanguageModel:

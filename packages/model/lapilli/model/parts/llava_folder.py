@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lapilli.model.errors import ModelError, require_missing
+from lapilli.model.errors import ModelError
 from lapilli.model.parts.pretrained import local_folder, one_line
-from lapilli.model.parts.weight_files import read_object, read_tensors
+from lapilli.model.parts.weight_files import read_object_if_there, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,13 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: It cannot be read, or is no JSON object.
     """
-    path = folder / CONFIG
-    try:
-        path.stat()
-    except OSError as error:
-        require_missing(path, error)
-        return {}
-    return read_object(path)
+    return read_object_if_there(folder / CONFIG)
 
 
 def is_llava_config(config: Mapping[str, Any]) -> bool:

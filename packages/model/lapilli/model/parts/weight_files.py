@@ -22,6 +22,7 @@ from lapilli.model.errors import ModelError, require_missing
 
 __all__ = [
     "INDICES", "PROJECTOR", "check_weights", "index_names", "open_safetensors", "read_object",
+    "read_object_if_there",
     "read_safetensors", "read_tensors", "require_plain", "save_tensors", "share_as_usual",
 ]  # fmt: skip
 
@@ -105,6 +106,20 @@ def _indexed(index: Path) -> list[Path]:
             "files too"
         )
     return found
+
+
+def read_object_if_there(path: Path) -> dict[str, Any]:
+    """`read_object`; empty where there is no such file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        require_missing(path, error)
+        return {}
+    return read_object(path)
 
 
 def read_object(path: Path) -> dict[str, Any]:
