@@ -15,6 +15,7 @@ from lapilli.data.dataset.prefixes import shared_prefixes
 from lapilli.model.parts.trainable import set_modes
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.errors import TrainError
 from lapilli.train.metrics.step_metrics import padded_numbers
@@ -163,6 +164,16 @@ def test_with_all_records_in_one_batch_shared_and_separate_runs_agree(dataset: D
     assert len(losses[0]) == 5
     for found in losses[1:]:
         assert found == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_how_many_samples_share_is_said_before_the_start(dataset: Dataset, tmp_path: Path) -> None:
+    told: list[str] = []
+    config = small_run(
+        dataset.path, tmp_path / "run", num_workers=1, launcher="process", max_length=640,
+        share_images=True,
+    )  # fmt: skip
+    preflight(config, told.append)
+    assert f"share_images: 36 of {len(dataset)} samples begin like another one" in told
 
 
 @pytest.mark.parametrize(

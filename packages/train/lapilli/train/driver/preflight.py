@@ -151,6 +151,13 @@ def _largest_row(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
     return longest, longest
 
 
+def _shared_note(feed: Feed) -> str:
+    """How many samples can share a row; none is a template or data that puts images last."""
+    shared, samples = int((feed.shared_tokens > 0).sum()), len(feed.dataset)
+    line = f"share_images: {shared:,} of {samples:,} samples begin like another one"
+    return line if shared else f"{line}; nothing is shared, see the template and share_images"
+
+
 def _state_by_part(
     config: RunConfig, model: nn.Module, parameters: dict[str, tuple[int, int]]
 ) -> dict[str, StateBytes]:
@@ -212,6 +219,8 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         lambda changed: estimate_run(changed, sketch_run(changed), length=longest, trained=most),
     )
     feed = Feed(dataset, config, rank=0, world_size=config.num_workers)
+    if config.share_images:
+        on_note(_shared_note(feed))
     saved = config.checkpoint
     kept = saved.keep_last + bool(saved.upload)  # one is being copied
     archived = feed.total_steps // saved.archive_every if saved.archive_every else 0
