@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lapilli.data.batches.sampler import longest_rows, plan_epoch
 from lapilli.data.batches.tree_plan import TreeLimits, TreePlan, micro_sums, plan_trees
 from pipelines.benchmarks.harness import add_row, provenance, table
-from pipelines.benchmarks.planning import IMAGE_TOKENS, TEMPLATE_TOKENS, TEXT_ONLY, drawn
+from pipelines.benchmarks.planning import IMAGE_TOKENS, TEMPLATE_TOKENS, drawn
 from pipelines.cli.command import parse, say
 
 __all__ = ["ShareConfig", "main", "made_samples"]
