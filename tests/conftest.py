@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.browser import Chromium, find_chromium
 from tests.open_directory import is_open, open_directory
@@ -27,6 +28,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [*(str(ROOT / "packages" / package) for package in ("data", "model", "train")), str(ROOT)]
 )
+
+# Property tests take the same examples every time, and as long as they need: what passes on one
+# machine passes on another. `pytest --hypothesis-profile random` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,8 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
     """
     step = _step(low, high, count, whole)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+    if last < first and not whole:  # all of it lies between two
+        return ticks(low, high, count + 1)
     return [k * step for k in range(first, last + 1)]
 
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -257,6 +257,7 @@ def test_thin_keeps_ends_and_peaks(values: list[float], limit: int) -> None:
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e12), st.integers(2, 10))
+@example(500_001.0, 400_000_000_401.0, 2)
 def test_ticks_are_round_few_and_told_apart(low: float, span: float, count: int) -> None:
     if span < abs(low) * 1e-9:
         return
