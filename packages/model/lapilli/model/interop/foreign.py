@@ -30,6 +30,7 @@ from lapilli.model.interop.peft import SETTINGS, Adapter, merge_adapter, read_ad
 from lapilli.model.parts.language import grow_vocabulary
 from lapilli.model.parts.pretrained import local_folder, one_line
 from lapilli.model.parts.quantized import check_quantization, round_linear_layers
+from lapilli.model.parts.qwen1 import refuse_minicpm
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.parts.weight_files import PROJECTOR, check_weights, read_tensors
@@ -155,7 +156,9 @@ def _check_whole(path: Path, model: VisionLanguageModel, loaded: Collection[str]
 
 
 def _no_model(path: Path) -> ModelError:
-    found = read_config(path).get("model_type") if path.is_dir() else None
+    config = read_config(path) if path.is_dir() else {}
+    refuse_minicpm(path, config)
+    found = config.get("model_type")
     what = f"a {found}" if found else "no model"
     return ModelError(
         f"{path}: {what}; expected a run, an export, LLaVA's or transformers' LLaVA (model_type "

@@ -24,6 +24,7 @@ from lapilli.model.parts.pretrained import (
     without_report,
 )
 from lapilli.model.parts.quantized import check_quantization
+from lapilli.model.parts.qwen1 import is_qwen1, qwen1_config, qwen1_weights, refuse_minicpm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -91,6 +92,10 @@ def language_settings(config: LanguageConfig) -> PreTrainedConfig:
             check_readable(config.pretrained)
             if (of_llava := llava_decoder(config.pretrained)) is not None:
                 return of_llava
+            found = _config_file(config.pretrained)
+            refuse_minicpm(f"language.pretrained: {config.pretrained}", found)
+            if is_qwen1(found):
+                return qwen1_config(f"language.pretrained: {config.pretrained}", found)
             return AutoConfig.from_pretrained(
                 config.pretrained, trust_remote_code=config.trust_remote_code
             )
@@ -102,6 +107,14 @@ def language_settings(config: LanguageConfig) -> PreTrainedConfig:
         f"{settings_text(config.settings)}"
     ):
         return AutoConfig.for_model(config.model_type, **config.settings)
+
+
+def _config_file(name: str) -> dict[str, Any]:
+    """The `config.json` of a folder or of a name on the hub."""
+    from transformers import PreTrainedConfig
+
+    found: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+    return found
 
 
 def vocabulary_size(config: LanguageConfig) -> int:
@@ -133,7 +146,7 @@ def _naming_padding(field: str, settings: PreTrainedConfig) -> Generator[None]:
 def _load(
     config: LanguageConfig, settings: PreTrainedConfig, kind: dict[str, Any]
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
     if config.quantize != "none":
         check_quantization()  # before gigabytes are read
@@ -145,6 +158,11 @@ def _load(
         _naming_padding("language.pretrained", settings),
         without_report() if of_llava is not None else nullcontext(),  # of the projector and tower
     ):
+        if of_llava is None and is_qwen1(_config_file(config.pretrained)):
+            weights = qwen1_weights(config.pretrained, settings, allow_pickle=config.allow_pickle)
+            return Qwen2ForCausalLM.from_pretrained(
+                None, config=settings, state_dict=weights, **kind
+            )
         return AutoModelForCausalLM.from_pretrained(
             config.pretrained,
             use_safetensors=None if config.allow_pickle else True,

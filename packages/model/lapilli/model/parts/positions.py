@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from lapilli.model.parts.qwen1 import SOURCE
+
 __all__ = ["Positions", "positions_of"]
 
 _TABLE = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")
@@ -20,7 +22,9 @@ class Positions:
     Attributes:
         limit: Number of positions the model was made for.
         is_fixed: The model looks each position up in a table of `limit` rows (GPT-2, OPT, GPT-J),
-            so that a longer sequence cannot be computed. Otherwise (rotary) it can, untrained.
+            so that a longer sequence cannot be computed; or beyond them it computes what is not
+            implemented (Qwen-1's log-n attention and dynamic NTK). Otherwise (rotary) it can,
+            untrained.
     """
 
     limit: int
@@ -36,7 +40,7 @@ def positions_of(language: nn.Module) -> Positions | None:
     limit: object = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    if _has_table(language, limit):
+    if getattr(config, SOURCE, "") == "qwen" or _has_table(language, limit):
         return Positions(limit, is_fixed=True)
     rope: object = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or not rope:
