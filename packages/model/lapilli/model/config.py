@@ -44,6 +44,9 @@ class VisionConfig:
             layer). Layers after it are not run.
         vision_feature_select_strategy: `default`, the patches alone, or `full`, with the class
             token before them. Both settings are named as in transformers.
+        norm: Take the state after the tower's last norm (SigLIP, DINOv2: `last_hidden_state` of
+            transformers' model) and not before it; with `vision_feature_layer: -1` alone.
+        skip: Feature rows left out at the beginning, behind those that the strategy leaves out.
         image_size: Side of the images in pixels, a multiple of the patch; 0 for the tower's own.
             The positions of pretrained weights are interpolated to it (bicubic), as transformers'
             `interpolate_pos_encoding` does.
@@ -58,6 +61,8 @@ class VisionConfig:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    norm: bool = False
+    skip: int = 0
     image_size: int = 0
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -70,6 +75,8 @@ class VisionConfig:
                 f"vision.image_size: {self.image_size}; expected a side in pixels, or 0 for the "
                 "tower's own"
             )
+        if self.skip < 0:
+            raise ModelError(f"vision.skip: {self.skip}; expected 0 or more rows")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lapilli.model.interop.hf_files import base_end_ids, config_text, generation
 from lapilli.model.interop.weights import Progress, Weight, plain_weights, write_weights
 from lapilli.model.parts.language import logit_scale, logit_softcap
 from lapilli.model.parts.pretrained import check_readable, one_line, without_report
-from lapilli.model.parts.vision import FAMILIES
+from lapilli.model.parts.vision import FAMILIES, skipped_rows
 from lapilli.model.parts.weight_files import read_object_if_there
 from lapilli.model.vlm import VisionLanguageModel, build_model
 
@@ -247,11 +247,6 @@ def read_hf(folder: Path | str) -> VisionLanguageModel:
         raise ModelError(
             f"{folder}: takes layers {config.vision_feature_layer}; expected a single one"
         )
-    taken = config.vision_feature_select_strategy
-    if taken == "default" and not FAMILIES[tower].class_tokens:
-        raise ModelError(
-            f"{folder}: takes {taken!r}, which drops a patch of a {tower} tower; expected 'full'"
-        )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ModelError(
             f"{folder}: projector {config.projector_hidden_act}; expected gelu, biased"
@@ -298,13 +293,16 @@ def _rows(folder: Path, most: int) -> int:
 def _our_config(config: Any, tower: str, rows: int, normalisation: dict[str, Any]) -> ModelConfig:
     text: dict[str, Any] = config.text_config.to_dict()
     kind = str(text.pop("model_type"))
-    whole = FAMILIES[tower].class_tokens and config.vision_feature_select_strategy == "full"
+    is_default = config.vision_feature_select_strategy == "default"
+    classes = FAMILIES[tower].class_tokens
+    whole = not is_default and classes
     return ModelConfig(
         vision=VisionConfig(
             tower=tower,
             settings=_settings(config.vision_config),
             vision_feature_layer=int(config.vision_feature_layer),
             vision_feature_select_strategy="full" if whole else "default",
+            skip=1 if is_default and not classes else 0,  # it drops a patch then
             **normalisation,
         ),
         language=replace(
@@ -393,11 +391,8 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
 
 
 def _strategy(vision: VisionConfig) -> Literal["default", "full"]:
-    """Transformers' word for the rows taken: `default` leaves out the first, the class token."""
-    has_class = (
-        FAMILIES[vision.tower].class_tokens and vision.vision_feature_select_strategy == "default"
-    )
-    return "default" if has_class else "full"
+    """Transformers' word for the rows taken: `default` leaves out the first, whatever it is."""
+    return "default" if skipped_rows(vision) else "full"
 
 
 def _to_hf(model: VisionLanguageModel, rows: int) -> dict[str, Weight]:
@@ -428,6 +423,13 @@ def _check_parts(model: VisionLanguageModel) -> None:
         raise ModelError(
             f"vision.tower: {tower} has no counterpart in transformers' LLaVA; expected one of "
             f"{', '.join(FAMILIES)}"
+        )
+    vision = model.config.vision
+    if vision.norm or skipped_rows(vision) > 1:
+        what = "norm: true" if vision.norm else f"skip: {vision.skip}"
+        raise ModelError(
+            f"vision.{what} has no counterpart in transformers' LLaVA, which takes rows before the "
+            "norm and leaves out one at most; generate from the run itself, or export to peft"
         )
     if projector != "mlp2x_gelu":
         raise ModelError(

@@ -66,6 +66,8 @@ def check_llava(model: VisionLanguageModel) -> None:
     vision, projector = model.config.vision, model.config.projector
     if vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
         raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
+    if vision.skip:
+        raise ModelError(f"vision.skip: {vision.skip}; LLaVA takes all of a tower's patches")
     if not _is_projector(projector):
         raise ModelError(f"projector: {projector}; LLaVA has linear, mlpNx_gelu and identity")
     _language(model)

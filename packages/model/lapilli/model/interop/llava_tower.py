@@ -139,7 +139,8 @@ def write_tower(
     below = "" if model.config.vision.tower == "dinov2" else "vision_model."
     weights = {below + name: weight for name, weight in plain_weights(tower.encoder).items()}
     for leaf, fill in (("weight", torch.ones), ("bias", torch.zeros)):
-        weights[f"{below}{family.norm}.{leaf}"] = Weight.of(fill(tower.hidden_size))
+        name = f"{below}{family.norm}.{leaf}"
+        weights.setdefault(name, Weight.of(fill(tower.hidden_size)))
     settings: dict[str, Any] = tower.encoder.config.to_dict()
     for name in ("dtype", "transformers_version", "_name_or_path", *COUNTS):
         settings.pop(name, None)

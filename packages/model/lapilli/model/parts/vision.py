@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES", "TOWERS", "Family", "Tower", "TowerShape", "TransformersTower", "build_tower",
-    "tower_mean", "tower_shape", "with_normalisation",
+    "skipped_rows", "tower_mean", "tower_shape", "with_normalisation",
 ]  # fmt: skip
 
 
@@ -42,6 +42,7 @@ class Family:
         prefix: Its classes are `{prefix}Config` and `{prefix}Model`.
         layers: Path of its list of layers.
         norm: Name of the norm after the last layer, which hidden states do not pass.
+        norms_rows: Whether all rows pass it at the end, and not the class token alone.
         positions: Name of the position embeddings below `embeddings`.
         class_tokens: Tokens before the patches.
         mean: Per channel, what its weights were trained with.
@@ -51,6 +52,7 @@ class Family:
     prefix: str
     layers: str
     norm: str
+    norms_rows: bool
     positions: str
     class_tokens: int
     mean: tuple[float, float, float]
@@ -62,6 +64,7 @@ FAMILIES = {
         prefix="CLIPVision",
         layers="encoder.layers",
         norm="post_layernorm",
+        norms_rows=False,
         positions="position_embedding.weight",
         class_tokens=1,
         mean=IMAGE_MEANS["clip"],
@@ -72,6 +75,7 @@ FAMILIES = {
         prefix="SiglipVision",
         layers="encoder.layers",
         norm="post_layernorm",
+        norms_rows=True,
         positions="position_embedding.weight",
         class_tokens=0,
         mean=IMAGE_MEANS["siglip"],
@@ -81,6 +85,7 @@ FAMILIES = {
         prefix="Dinov2",
         layers="encoder.layer",
         norm="layernorm",
+        norms_rows=True,
         positions="position_embeddings",
         class_tokens=1,
         mean=IMAGE_MEANS["dinov2"],
@@ -111,8 +116,8 @@ class Tower(nn.Module):
 class TransformersTower(Tower):
     """One hidden state of a vision model of transformers; the model is the child `name`.
 
-    Only the layers up to that state are kept, no norm and no pooling after it: what does not
-    reach the output would never get a gradient.
+    Only the layers up to that state are kept, the norm after it where `vision.norm` asks for it,
+    and no pooling: what does not reach the output would never get a gradient.
 
     Attributes:
         own_size: Side of the images that the weights were trained with, in pixels. Where
@@ -132,12 +137,10 @@ class TransformersTower(Tower):
         self.own_size = int(loaded.config.image_size)
         if self.own_size != shape.image_size:
             _resize(loaded, self._family, shape.image_size)
-        self._keep_layers(loaded, config.vision_feature_layer)
+        self._keep_layers(loaded, config)
         self.add_module(name, loaded)
         self.class_tokens = self._family.class_tokens
-        self._skipped = (
-            self.class_tokens if config.vision_feature_select_strategy == "default" else 0
-        )
+        self._skipped = skipped_rows(config)
         self.image_size, self.num_tokens = shape.image_size, shape.num_tokens
         self.num_patches = shape.num_tokens - self.class_tokens + self._skipped
         self.hidden_size = int(loaded.config.hidden_size)
@@ -145,12 +148,14 @@ class TransformersTower(Tower):
         # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
         self._scale = 255 * torch.tensor([mean, std], dtype=torch.float32, device="cpu")
 
-    def _keep_layers(self, loaded: Any, layer: int) -> None:
+    def _keep_layers(self, loaded: Any, config: VisionConfig) -> None:
         owner = loaded.get_submodule(self._family.layers.rpartition(".")[0])
         attribute = self._family.layers.rpartition(".")[2]
-        kept = _kept_layers(layer, int(loaded.config.num_hidden_layers))
+        layers = int(loaded.config.num_hidden_layers)
+        kept = _kept_layers(config.vision_feature_layer, layers)
         setattr(owner, attribute, getattr(owner, attribute)[:kept])
-        setattr(loaded, self._family.norm, nn.Identity())
+        if not config.norm:
+            setattr(loaded, self._family.norm, nn.Identity())
         if hasattr(loaded.embeddings, "mask_token"):
             loaded.embeddings.mask_token = None  # DINOv2's own training masks patches with it
 
@@ -174,6 +179,12 @@ def _kept_layers(layer: int, layers: int) -> int:
     if not 1 <= kept <= layers:
         raise ModelError(f"vision.vision_feature_layer: {layer}; the tower has {layers} layers")
     return kept
+
+
+def skipped_rows(config: VisionConfig) -> int:
+    """Rows at the beginning of a family's output that are no feature rows."""
+    is_default = config.vision_feature_select_strategy == "default"
+    return (FAMILIES[config.tower].class_tokens if is_default else 0) + config.skip
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,18 @@ def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> Tower
             f"vision.vision_feature_select_strategy: full, but {name} has no class token; expected "
             "default"
         )
-    _kept_layers(config.vision_feature_layer, int(sizes.num_hidden_layers))
+    layers = int(sizes.num_hidden_layers)
+    kept = _kept_layers(config.vision_feature_layer, layers)
+    if config.norm and not family.norms_rows:
+        raise ModelError(
+            f"vision.norm: true, but the last norm of {name} is for its class token alone; leave "
+            "it out"
+        )
+    if config.norm and kept != layers:
+        raise ModelError(
+            f"vision.norm: true with vision_feature_layer {config.vision_feature_layer}; the norm "
+            "comes after the last layer, set vision_feature_layer -1"
+        )
     heads = int(sizes.num_attention_heads)
     if heads < 1 or sizes.hidden_size % heads:
         raise ModelError(
@@ -235,8 +257,13 @@ def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> Tower
         )
     if size < patch:
         raise ModelError(f"vision: images of {size} px are smaller than the patch, {patch}")
-    skipped = 0 if config.vision_feature_select_strategy == "full" else family.class_tokens
-    return TowerShape(size, (size // patch) ** 2 + family.class_tokens - skipped)
+    rows = (size // patch) ** 2 + family.class_tokens - skipped_rows(config)
+    if rows < 1:
+        raise ModelError(
+            f"vision.skip: {config.skip} leaves none of an image's {rows + config.skip} rows; "
+            "expected fewer"
+        )
+    return TowerShape(size, rows)
 
 
 def _settings(name: str, family: Family, config: VisionConfig) -> PreTrainedConfig:
@@ -389,6 +416,11 @@ def build_tower(config: VisionConfig, *, weights: bool = True) -> Tower:
     if config.tower in FAMILIES:
         return builder(config, weights=weights)
     tower: Tower = build_own(lambda: builder(config))
+    if config.norm or config.skip:
+        raise ModelError(
+            f"vision.{'norm' if config.norm else 'skip'}: tower {config.tower} is one's own and "
+            "gives its rows itself; leave it out"
+        )
     if config.image_size not in (0, tower.image_size):
         raise ModelError(
             f"vision.image_size: {config.image_size}, but tower {config.tower} takes images of "
