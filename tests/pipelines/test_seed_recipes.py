@@ -17,6 +17,8 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.plan import plan_build
+from lapilli.data.record import ImagePart, TextPart
+from lapilli.data.sources.validation import read_entries
 from pipelines.cli.command import UsageError, parse
 from tests.factories import conversation, image_bytes, make_tokenizer
 
@@ -137,6 +139,25 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], int, int]] = {
     "llava15/pretrain_data": (captions558k, 2, 0),
     "llava15/finetune_data": (mix665k("textvqa"), 9, 0),
 }
+
+
+def test_cocos_questions_lose_their_line_breaks(tmp_path: Path) -> None:
+    """`question.replace("\\n", "")` in its preparation; answers keep theirs."""
+    basic_vlm(tmp_path)
+    said = [conversation("1", "1.jpg"), conversation("2", "1.jpg")]
+    for one, text in zip(said, ("<image>\nWhat is it?", "Where\n is it?\n<image>"), strict=True):
+        one["conversations"][0]["value"] = text
+        one["conversations"][1]["value"] = "A\nkite."
+    put_json(tmp_path, "detail_23k.json", said)
+    argv = [f"--config={RECIPES / 'basic_vlm/data'}.yaml", f"--root={tmp_path}", "--output=out"]
+    first = parse(BuildConfig, argv, "").sources[0]
+    records = [entry.record for entry in read_entries(first, tmp_path)]
+    turns = [record.turns for record in records if record is not None]
+    assert [one.parts for one, _ in turns] == [
+        (ImagePart(0), TextPart("What is it?")),
+        (TextPart("Where is it?"), ImagePart(0)),
+    ]
+    assert [two.text for _, two in turns] == ["A\nkite."] * 2
 
 
 @pytest.fixture(scope="module")

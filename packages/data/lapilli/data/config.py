@@ -40,6 +40,7 @@ class SourceConfig:
             `<image>` is the image's place, at the front where it is left out.
         seed: Draws captions and prompts; another epoch's choice is another seed.
         path_prefix: Where the paths in the file begin on the machine that wrote it; taken off.
+        drop_newlines: Take every line break out of users' turns, as Basic-VLM's preparation does.
         roles: Who speaks under a name that the format does not know, `user`, `assistant` or
             `system` by that name (`{bot: assistant}`).
         image_suffixes: Which members of a WebDataset sample are its images, in this order;
@@ -60,6 +61,7 @@ class SourceConfig:
     prompts: list[str] = field(default_factory=list[str])
     seed: int = 0
     path_prefix: str = ""
+    drop_newlines: bool = False
     roles: dict[str, Literal["user", "assistant", "system"]] = field(
         default_factory=dict[str, Literal["user", "assistant", "system"]]
     )
@@ -92,6 +94,7 @@ class SourceConfig:
         """The settings as a plan compares them: later ones only where they are set."""
         later: dict[str, Any] = {
             "max_record_bytes": MOST_RECORD, "max_unpacked_bytes": MOST_UNPACKED, "columns": {},
+            "drop_newlines": False,
         }  # fmt: skip
         return {name: v for name, v in asdict(self).items() if later.get(name) != v}
 

@@ -151,12 +151,27 @@ def _entry(
     turns, images = normalised
     if images and not any(images) and not any(_is_marked(turn) for turn in turns):
         images = ()  # an empty key means no image
+    if config.drop_newlines:
+        turns = tuple(map(_on_one_line, turns))
     if config.path_prefix:
         images = tuple(_below(config.path_prefix, key) for key in images)
     record, verdict = rules(
         Record(record_id=record_id, sample_id=sample_id, source=name, turns=turns, images=images)
     )
     return entry(raw=element, record=record, verdict=verdict)
+
+
+def _on_one_line(turn: Turn) -> Turn:
+    """A user's turn without its line breaks; what stood beside them is joined."""
+    if turn.role != "user":
+        return turn
+    parts = (
+        part._replace(text=part.text.replace("\n", "")) if isinstance(part, TextPart) else part
+        for part in turn.parts
+    )
+    return turn._replace(
+        parts=tuple(part for part in parts if not isinstance(part, TextPart) or part.text)
+    )
 
 
 def _is_marked(turn: Turn) -> bool:
