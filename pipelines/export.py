@@ -25,6 +25,7 @@ from lapilli.data.text.tokenizer_files import load_tokenizer
 from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
 from lapilli.model.interop.hf_files import oldest_reader
 from pipelines.cli.command import first_as, parse, progress_bar, run, say
+from pipelines.exports.basic_vlm import to_basic_vlm
 from pipelines.exports.config import ExportConfig
 from pipelines.exports.llava import to_llava, to_peft
 from pipelines.exports.output import (
@@ -146,6 +147,7 @@ FORMS: dict[str, Callable[[ExportConfig], None]] = {
     "hf": to_hf,
     "llava": to_llava,
     "peft": to_peft,
+    "basic_vlm": to_basic_vlm,
 }
 
 

@@ -21,7 +21,8 @@ class ExportConfig(TrustFlags):
             with a trained tower in `mm_vision_tower/`, and the projector as `mm_projector.bin`.
             Both have adapters merged into the weights. `peft`: the adapters by themselves, as
             PEFT and LLaVA load them, with whatever else learnt in `non_lora_trainables.bin`, and
-            their base model in `base/` where it lies nowhere else.
+            their base model in `base/` where it lies nowhere else. `basic_vlm`: adapters on a
+            Qwen-1 as Basic-VLM has them, `adapter_model.bin` and `other_params.bin`.
         output: Folder to write, by one process at a time; a model's must be empty or not there.
         run: Folder of a training run; its newest checkpoint is taken.
         dtype: Of a model's weights; an adapter's stay float32.

@@ -50,7 +50,7 @@ from pipelines.exports.output import (
 )
 from pipelines.exports.tokenizer import put_tokenizer, put_tokenizer_for_llava
 
-__all__ = ["to_llava", "to_peft"]
+__all__ = ["adapter_bytes", "facts_of", "made_of", "to_llava", "to_peft", "write_json_file"]
 
 FP32 = 4
 READS_NAMES = "LLaVA chooses its loader by the folder's name"
@@ -71,7 +71,7 @@ def to_llava(config: ExportConfig) -> None:
         with writing_progress() as on_progress:
             write_llava(asked.model, folder, form, on_progress)
         (folder / "generation_config.json").write_text(_generation(asked), encoding="utf-8")
-        _write_json(folder / FACTS, _facts(asked))
+        write_json_file(folder / FACTS, facts_of(asked))
         path = write_projector(asked.model, folder / "projector").relative_to(folder)
     say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
     if reader != "LlamaTokenizer":
@@ -92,7 +92,7 @@ def _form(config: ExportConfig, asked: Assistant) -> LlavaForm:
     )
 
 
-def _facts(asked: Assistant) -> dict[str, Any]:
+def facts_of(asked: Assistant) -> dict[str, Any]:
     """What the folder has no place for, for `generate`, `chat` and `evaluate`."""
     return {
         "template": asdict(asked.template),
@@ -110,7 +110,8 @@ def _generation(asked: Assistant) -> str:
     return generation_text(ends, config.pad_token_id, config.bos_token_id)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json_file(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object to be read by people too."""
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -150,7 +151,7 @@ def to_peft(config: ExportConfig) -> None:
     if not unfit and not form.tower:
         tower = ""
     writes_tower = not tower and model.config.vision.tower in FAMILIES
-    needed = _adapter_bytes(model) + tokenizer_bytes(asked.tokenizer) * (2 if writes_base else 1)
+    needed = adapter_bytes(model) + tokenizer_bytes(asked.tokenizer) * (2 if writes_base else 1)
     needed += weight_bytes(model.language, form.dtype.itemsize) if writes_base else 0
     needed += tower_bytes(model, form.dtype) if writes_tower else 0
     with filled(output, needed) as folder, writing_progress() as on_progress:
@@ -167,8 +168,8 @@ def to_peft(config: ExportConfig) -> None:
             write_base(
                 model, folder, form.dtype, shard_size=config.shard_size, on_progress=on_progress
             )
-        _write_json(
-            folder / FACTS, _facts(asked) | _made_of(model, rows, writes_base, writes_tower)
+        write_json_file(
+            folder / FACTS, facts_of(asked) | made_of(model, rows, writes_base, writes_tower)
         )
         places = [output / path.relative_to(folder) for path in found]
     for path in places:
@@ -182,7 +183,7 @@ def to_peft(config: ExportConfig) -> None:
         _say_name(output, asked, "llava", "lora")
 
 
-def _adapter_bytes(model: VisionLanguageModel) -> int:
+def adapter_bytes(model: VisionLanguageModel) -> int:
     """fp32, as it was trained; tables of a vocabulary that has grown are written whole."""
     learnt = sum(v.numel() for _, v in model.named_parameters() if v.requires_grad)
     projector = sum(v.numel() for v in model.projector.parameters() if not v.requires_grad)
@@ -209,9 +210,10 @@ def _unfit(asked: Assistant, rows: int, adapts_language: bool) -> str:
     return ""
 
 
-def _made_of(
+def made_of(
     model: VisionLanguageModel, rows: int, writes_base: bool, writes_tower: bool
 ) -> dict[str, Any]:
+    """What an export of adapters is put together of, for `generate`, `chat` and `evaluate`."""
     vision = model.config.vision
     if writes_tower:  # it is written up to that layer
         vision = replace(vision, vision_feature_layer=-1)

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tensors(seed: int = 0) -> dict[str, Tensor]:
+def tensors(seed: int = 0, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
     """Random weights by the names that Qwen-7B's files have."""
     made = torch.Generator().manual_seed(seed)
 
@@ -48,9 +48,9 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=made) * 0.2
 
     found = {
-        "transformer.wte.weight": drawn(VOCABULARY, HIDDEN),
+        "transformer.wte.weight": drawn(vocabulary, HIDDEN),
         "transformer.ln_f.weight": 1 + drawn(HIDDEN),
-        "lm_head.weight": drawn(VOCABULARY, HIDDEN),
+        "lm_head.weight": drawn(vocabulary, HIDDEN),
     }
     for layer in range(LAYERS):
         sizes = {
@@ -64,14 +64,17 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def write_qwen1(folder: Path, *, pickled: bool = False, **settings: Any) -> Path:
-    """A tiny Qwen-1 as it is published."""
+def write_qwen1(
+    folder: Path, *, pickled: bool = False, rows: int = VOCABULARY, **settings: Any
+) -> Path:
+    """A tiny Qwen-1 as it is published, with `rows` of vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SETTINGS | settings))
+    (folder / "config.json").write_text(json.dumps(SETTINGS | {"vocab_size": rows} | settings))
+    found = tensors(vocabulary=rows)
     if pickled:
-        torch.save(tensors(), folder / "pytorch_model.bin")
+        torch.save(found, folder / "pytorch_model.bin")
     else:
-        save_file(tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -62,7 +62,8 @@ SCRIPTS: dict[str, dict[str, Any]] = {
         "optim.lr_by_part.projector": 1e-4, "optim.schedule": "linear", "seed": 42,
         "checkpoint.every": 1000, "checkpoint.keep_last": 5, "model.lora.rank": 128,
         "model.lora.alpha": 32, "model.lora.dropout": 0.1, "model.projector_std": 0.01,
-        "model.language.pretrained": "Qwen/Qwen-7B-Chat",
+        "model.language.pretrained": "Qwen/Qwen-7B-Chat", "model.lora.target": "c_attn|w1|w2",
+        "model.vision.norm": True, "model.vision.skip": 1, "model.vision.vision_feature_layer": -1,
         "model.vision.pretrained": "google/siglip-so400m-patch14-384",
     },
 }  # fmt: skip

@@ -24,6 +24,7 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.train.config import RunConfig
 from pipelines.cli.command import parse
 from tests.factories import CLIP_MEAN, build_dataset, make_mixture, make_tokenizer
+from tests.model.test_qwen1 import write_qwen1
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 SIDE, TINY_SIDE = 28, 64  # of the pretrained towers; the recipe `tiny` has settings of its own
@@ -40,7 +41,7 @@ LANGUAGES = {
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
     "mistralai/Mistral-7B-v0.1": "mistral",
     "microsoft/phi-1_5": "phi",
-    "Qwen/Qwen2.5-7B-Instruct": "qwen2",
+    "Qwen/Qwen-7B-Chat": "qwen",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "llama",
 }
 VIEWS = ("clip336_pad", "clip336_crop", "clip224_crop", "siglip384")
@@ -125,7 +126,8 @@ def make_material(folder: Path) -> Material:
     CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(models / "clip")
     SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(models / "siglip")
     Dinov2Model(Dinov2Config(**TOWER)).save_pretrained(models / "dinov2")
-    for kind in sorted({*LANGUAGES.values()}):
+    write_qwen1(models / "qwen", rows=DECODER["vocab_size"], seq_length=2048)
+    for kind in sorted({*LANGUAGES.values()} - {"qwen"}):
         config = AutoConfig.for_model(kind, **DECODER)
         AutoModelForCausalLM.from_config(config).save_pretrained(models / kind)
     mixture = make_mixture(folder / "raw", images=14, text_only=2)

@@ -22,6 +22,7 @@ from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.evaluate import load_trained
 from lapilli.train.worker.compatibility import build_run
+from tests.model.test_qwen1 import write_qwen1
 from tests.train.earlier_run import write_earlier
 from tests.train.made_run import configured, made_run, summed_loss
 from tests.train.tiny import VOCABULARY, model_config
@@ -101,6 +102,20 @@ def test_a_chain_of_whole_and_adapted_stages_is_followed_to_its_beginning(
         config = configured(run, *parts, lora=lora, language=on_base(base), init_from=before)
         made = assert_goes_on(config, made) if made else made_run(config)
         before = str(run)
+
+
+@pytest.mark.parametrize("second", [FIRST, replace(FIRST, target="c_attn|w1|w2"), None])
+def test_one_a_of_three_layers_lies_merged_below_each(
+    second: LoraConfig | None, tmp_path: Path
+) -> None:
+    """Saved once, under the first layer's name: the others' product is made of it too."""
+    language = on_base(write_qwen1(tmp_path / "qwen"))
+    shared = replace(FIRST, target="c_attn|w1|w2")
+    first = made_run(configured(tmp_path / "a", *BOTH, lora=shared, language=language))
+    after = configured(
+        tmp_path / "b", *BOTH, lora=second, language=language, init_from=tmp_path / "a"
+    )
+    assert_goes_on(after, first)
 
 
 def test_gpt2s_transposed_layers_are_merged(tmp_path: Path) -> None:

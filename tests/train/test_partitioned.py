@@ -31,6 +31,7 @@ from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.settings import plain_settings
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
+from tests.model.test_qwen1 import write_qwen1
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_zero import Probe
 from tests.train.tiny import VOCABULARY, global_tokens, model_config, random_steps, run_config
@@ -45,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ids added": {"tied": False, "lora": None, "vocab_size": VOCABULARY + 8},
     "adapters and ids added": {"tied": False, "lora": LORA, "vocab_size": VOCABULARY + 8},
     "adapters and ids added, tied": {"tied": True, "lora": LORA, "vocab_size": VOCABULARY + 8},
+    "Qwen-1, adapters with one A": {"tied": False, "lora": replace(LORA, target="c_attn|w1|w2")},
 }
 
 
@@ -133,7 +135,10 @@ def worker(rank: int, place: str) -> None:
 def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     for case, made in CASES.items():
-        write_language(folder / case, model_config("language", tied=made["tied"]))
+        if case.startswith("Qwen-1"):
+            write_qwen1(folder / case)
+        else:
+            write_language(folder / case, model_config("language", tied=made["tied"]))
     spawn(worker, (str(folder),), nprocs=2)
     return folder
 

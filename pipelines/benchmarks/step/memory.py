@@ -5,6 +5,8 @@ Rows of a recipe's longest sequence, each with an image; parts have the publishe
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,8 +37,8 @@ LLAMA3: dict[str, Any] = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
 }  # fmt: skip
 QWEN: dict[str, Any] = {
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "kv_channels": 128, "seq_length": 8192, "vocab_size": 151936,
 }  # fmt: skip
 PHI: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
@@ -60,7 +62,7 @@ CASES: dict[str, list[Shapes]] = {
     "llava15/finetune_lora": VICUNA,
     "llava15/finetune": VICUNA,
     "visper_lm/finetune": [Shapes("Llama 3 8B", CLIP, "llama", LLAMA3)],
-    "basic_vlm/train": [Shapes("Qwen 2.5 7B", SIGLIP, "qwen2", QWEN)],
+    "basic_vlm/train": [Shapes("Qwen 7B", SIGLIP, "qwen", QWEN)],
     "vlm_training/finetune_lora": [Shapes("Phi 1.5", CLIP | {"image_size": 224}, "phi", PHI)],
 }
 
@@ -95,9 +97,12 @@ def _choose(recipe: str, shapes: Shapes) -> list[dict[str, Any]]:
         RunConfig, [f"--config={RECIPES / recipe}.yaml", "--dataset=in", "--output=out"], ""
     )
     vision = replace(run.model.vision, pretrained="", settings=shapes.vision)
-    language = LanguageConfig(model_type=shapes.model_type, settings=shapes.language)
-    run = replace(run, model=replace(run.model, vision=vision, language=language))
-    found = estimate_run(run, sketch_run(run), length=run.max_length)
+    with tempfile.TemporaryDirectory() as folder:  # a config alone; no weight is read
+        text = json.dumps({"model_type": shapes.model_type, **shapes.language})
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        language = LanguageConfig(pretrained=folder)
+        run = replace(run, model=replace(run.model, vision=vision, language=language))
+        found = estimate_run(run, sketch_run(run), length=run.max_length)
 
     def estimate(config: RunConfig) -> Estimate:
         if config != run:

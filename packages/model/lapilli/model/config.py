@@ -122,7 +122,8 @@ class LoraConfig:
 
     Attributes:
         target: `all-linear` (of the parts that learn, the head left out), or a regular expression
-            for the end of a layer's path: `q_proj|v_proj`, `c_attn|w1|w2`, `language\..*`.
+            for the end of a layer's path: `q_proj|v_proj`, `language\..*`. A Qwen-1's layers have
+            their own names too (`c_attn|w1|w2`); q, k and v found as `c_attn` share one A.
         rank: Rank of an adapter.
         alpha: What it adds is multiplied by `alpha / rank`.
         dropout: On its input, in training.

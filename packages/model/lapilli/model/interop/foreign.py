@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.basic_vlm import basic_vlm_model, is_for_qwen1
 from lapilli.model.interop.hf import read_facts, read_hf
 from lapilli.model.interop.llava import (
     BESIDE_ADAPTER,
@@ -197,6 +198,10 @@ def _read_adapted(path: Path) -> VisionLanguageModel:
         if rounded := facts.get(QUANTIZED):
             check_quantization()
             round_linear_layers(model.language, DTYPES[str(rounded)])
+    elif is_for_qwen1(adapter):
+        _check_beside(path)
+        base = base_folder(path, adapter.base)
+        model = build_model(basic_vlm_model(path, Path(TOWER_FOLDER), base))
     elif _is_llavas(path):
         if not is_llava_config(config):
             raise ModelError(f"{path}: no {CONFIG} of LLaVA's beside the adapter; copy it too")

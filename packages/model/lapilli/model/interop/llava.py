@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.basic_vlm import OTHER_PARAMS, from_qwen1, is_for_qwen1
 from lapilli.model.interop.llava_config import (
     CONFIG,
     TOWER_FOLDER,
@@ -36,7 +37,7 @@ __all__ = [
 
 LEFT_OVER = "non_lora_trainables.bin"
 VISION_FOLDER = "vision_tower"  # a tower's adapter, which LLaVA's layout has no place for
-BESIDE_ADAPTER = (LEFT_OVER, "other_params.bin")
+BESIDE_ADAPTER = (LEFT_OVER, OTHER_PARAMS)
 TOWER = "vision_tower.vision_tower."
 # every trainer wraps the model once more: PEFT, LLaVA, and DeepSpeed's gathered saves
 _WRAPPERS = ("base_model.model.", "module.", "model.")
@@ -91,7 +92,7 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
         adapter = read_adapter(path)
         beside = next((path / n for n in BESIDE_ADAPTER if (path / n).is_file()), None)
         loaded = load_llava(beside, model) if beside and _holds_any(beside) else []
-        merge_adapter(adapter, model.language)
+        merge_adapter(from_qwen1(adapter) if is_for_qwen1(adapter) else adapter, model.language)
         return _in_order([*loaded, "language", *_load_towers(path, model)])
     tensors = read_tensors(path)
     parts = {"projector": projector_state(tensors)}
@@ -216,8 +217,8 @@ def write_llava_config(model: VisionLanguageModel, output: Path, form: LlavaForm
 
 
 def _llava_projector(model: VisionLanguageModel) -> dict[str, Tensor]:
-    state = model.projector.state_dict()
-    return {f"model.mm_projector.{n}": v.detach().cpu().clone() for n, v in state.items()}
+    state = plain_weights(model.projector)
+    return {f"model.mm_projector.{n}": v.make().cpu().clone() for n, v in state.items()}
 
 
 def _load_part(path: Path, part: str, module: Any, found: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.weight_files import read_object, read_tensors, save_tensors
 
 __all__ = [
-    "PREFIX", "SETTINGS", "Adapter", "adapter_of", "merge_adapter", "read_adapter",
+    "PREFIX", "SETTINGS", "A", "Adapter", "B", "adapter_of", "merge_adapter", "read_adapter",
     "read_settings", "write_adapter",
 ]  # fmt: skip
 
@@ -184,7 +184,7 @@ def adapter_of(
         raise ModelError(f"{type(part).__name__}: trained without adapters; expected some in it")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[name + A] = layer.lora_A["default"].weight.detach().cpu()
+        tensors[name + A] = layer.lora_A["default"].weight.detach().cpu().clone()  # or shared
         tensors[name + B] = layer.lora_B["default"].weight.detach().cpu()
     for name, value in part.named_parameters():
         if value.requires_grad and not is_adapter(name):

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "FUSED", "SOURCE", "is_qwen1", "qwen1_config", "qwen1_layer", "qwen1_weights", "refuse_minicpm",
+    "SOURCE", "first_of_fused", "is_qwen1", "qwen1_config", "qwen1_layer", "qwen1_names",
+    "qwen1_weights", "refuse_minicpm",
 ]  # fmt: skip
 
 SOURCE = "source_model_type"
 """What a config's model was read from, where that is another architecture: `qwen`."""
-FUSED = "self_attn.{}_proj"
 THEIRS, OURS = "transformer.h.", "model.layers."
-# Below a layer; the fused `attn.c_attn` becomes three.
+# Below a layer.
 LAYERS = {
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
@@ -38,7 +38,7 @@ LAYERS = {
     "mlp.c_proj": "mlp.down_proj",
 }
 OUTSIDE = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm"}
-SPLIT = tuple(FUSED.format(name) for name in "qkv")
+SPLIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # of the fused `c_attn`
 COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "logn_tensor")  # of the config
 REQUIRED: Mapping[str, Any] = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
 FILES = ["*.safetensors", "*.bin", "*.json"]
@@ -152,6 +152,28 @@ def qwen1_layer(name: str) -> tuple[str, ...]:
             return tuple(f"{OURS}{number}.{one}" for one in inside if one)
     outside = name if name == "lm_head" else OUTSIDE.get(name)
     return (outside,) if outside else ()
+
+
+def first_of_fused(layer: str) -> str:
+    """The layer whose name stands for the queries, keys and values of one fused layer."""
+    ending = next((one for one in SPLIT if layer.endswith(one)), "")
+    return layer.removesuffix(ending) + SPLIT[0] if ending else layer
+
+
+def qwen1_names(language: Any) -> dict[str, str]:
+    """What the linear layers of a decoder were in the Qwen-1 that it was read from.
+
+    Returns:
+        By the layer's path; empty for a model that was none. Three layers are one `c_attn`.
+    """
+    if getattr(language.config, SOURCE, "") != "qwen":
+        return {}
+    return {
+        ours: f"{THEIRS}{number}.{theirs}"
+        for number in range(language.config.num_hidden_layers)
+        for theirs in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+        for ours in qwen1_layer(f"{THEIRS}{number}.{theirs}")
+    }
 
 
 def _renamed(name: str, key: str, value: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -13,6 +13,7 @@ from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.added_rows import ADDED, add_rows
 from lapilli.model.parts.quantized import numbers_of
+from lapilli.model.parts.qwen1 import qwen1_names
 from lapilli.model.parts.recomputation import is_recomputed
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 ADAPTED = ("language", "vision")
+ALL = "all-linear"
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
@@ -88,7 +90,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
 
     A part that gets any learns through them alone: its own weights freeze, but for biases by
     `lora.bias`. The head and the embeddings get none; rows that `language.vocab_size` adds to them
-    learn by themselves (`AddedRows`) where the language model gets adapters.
+    learn by themselves (`AddedRows`) where the language model gets adapters. Layers of a Qwen-1 are
+    matched by its own names too; q, k and v found as its fused `c_attn` share one A.
 
     Raises:
         ModelError: No layer is matched; lists the names there are.
@@ -100,8 +103,14 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     trainable = _trainable_parts(model)
     parts = [part for part in ADAPTED if part in trainable]
     layers = {part: _linear_layers(model, part) for part in parts}
+    language: Any = model.get_submodule("language")
+    fused = {n: theirs for n, theirs in qwen1_names(language).items() if _names(theirs, lora)}
     matched = {
-        part: [name for name in names if _is_target(f"{part}.{name}", lora.target)]
+        part: [
+            name
+            for name in names
+            if _is_target(f"{part}.{name}", lora.target) or (part == "language" and name in fused)
+        ]
         for part, names in layers.items()
     }
     if not any(matched.values()):
@@ -115,7 +124,21 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
             )  # fmt: skip
             inject_adapter_in_model(settings, model.get_submodule(part))
     if matched.get("language"):
-        add_rows(model.get_submodule("language"))
+        _share_inputs(language, fused)
+        add_rows(language)
+
+
+def _names(path: str, lora: LoraConfig) -> bool:
+    """Whether a target names a Qwen-1's layer by that model's own name."""
+    return lora.target != ALL and _is_target(path, lora.target)
+
+
+def _share_inputs(language: Any, fused: Mapping[str, str]) -> None:
+    """Give layers that were one the A of the first: an adapter of the fused layer has one."""
+    shared: dict[str, nn.Parameter] = {}
+    for name, theirs in fused.items():
+        first = language.get_submodule(name).lora_A["default"]
+        first.weight = shared.setdefault(theirs, first.weight)
 
 
 def _linear_layers(model: nn.Module, part: str) -> list[str]:
@@ -132,7 +155,7 @@ def _linear_layers(model: nn.Module, part: str) -> list[str]:
 
 
 def _is_target(path: str, target: str) -> bool:
-    return target == "all-linear" or bool(re.fullmatch(rf"(?:.*\.)?(?:{target})", path))
+    return target == ALL or bool(re.fullmatch(rf"(?:.*\.)?(?:{target})", path))
 
 
 def _nothing_matched(target: str, layers: dict[str, list[str]]) -> str:

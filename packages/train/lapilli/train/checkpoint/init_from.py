@@ -23,6 +23,7 @@ from lapilli.model.interop.weights import low_rank
 from lapilli.model.parts.added_rows import ADDED, source_rows, table_names
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.quantized import quantized_layers, round_trip
+from lapilli.model.parts.qwen1 import first_of_fused
 from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
 from lapilli.train.checkpoint.find import Checkpoint, find_checkpoints, newest_weights
@@ -243,7 +244,7 @@ class _Stage:
             saved=saved,
             model=found.state.settings(found.path / STATE).model,
             whole={base_name(name): name for name in names if not is_adapter(name)},
-            layers=frozenset(name.removesuffix(A) for name in names if name.endswith(A)),
+            layers=frozenset(name.removesuffix(B) for name in names if name.endswith(B)),
         )
 
     @property
@@ -263,6 +264,11 @@ class _Stage:
             raise TrainError(f"init_from: {self.path} has adapters, and no lora in its settings")
         return self.model.lora.alpha / self.model.lora.rank
 
+    def _input(self, layer: str) -> str:
+        """The name of a layer's A: a shared one is saved once, under the first layer's name."""
+        own = layer + A
+        return own if own in self.saved.shapes else first_of_fused(layer) + A
+
     def rows(self, kind: str) -> Tensor | None:
         """The added rows that it trained beside a frozen table."""
         names = [f"language.{ADDED}.{kind}", f"language.{ADDED}.embedding"]  # a tied head has none
@@ -280,7 +286,7 @@ class _Stage:
             self._check(plain, self.saved.shapes[name], parameters.get(plain), plain in tables)
         for layer in sorted(self.layers):
             shapes = self.saved.shapes
-            made = shapes[layer + B][0], shapes[layer + A][1]
+            made = shapes[layer + B][0], shapes[self._input(layer)][1]
             there = parameters.get(f"{layer}.weight")
             if there is not None and _is_transposed(model, f"{layer}.weight"):
                 made = made[::-1]
@@ -324,7 +330,7 @@ class _Stage:
             held = round_trip(turned, self.dtype)
             value = (held.T if place.is_transposed else held).float()
         if layer in self.layers:
-            pair = self.saved.whole(layer + A), self.saved.whole(layer + B)
+            pair = self.saved.whole(self._input(layer)), self.saved.whole(layer + B)
             scale = self.scale
             made = low_rank(*pair, scale, is_transposed=place.is_transposed)
             value = value.to(self.dtype).float() + made
