@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tests.model.test_qwen1 import write_qwen1
 
 SIDE = 28
 PREFIX = "用中文回答："  # what the original's test.py and webUI.py put before a question
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": SIDE, "patch_size": 14,
 }  # fmt: skip

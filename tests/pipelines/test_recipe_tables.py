@@ -55,7 +55,7 @@ SCRIPTS: dict[str, dict[str, Any]] = {
         "optim.schedule": "linear", "optim.warmup_ratio": 0.0, "precision": "fp16",
         "checkpoint.every": 500, "checkpoint.keep_last": "all", "validation.every": 0,
         "model.lora.rank": 64, "model.lora.alpha": 16, "model.lora.dropout": 0.0,
-        "model.lora.target": "all-linear",
+        "model.lora.target": "all-linear", "model.lora.projector": True,
     },
     "basic_vlm/train": {
         "global_batch_size": 4, "micro_batch_size": 4, "epochs": 2, "optim.lr": 3e-5,

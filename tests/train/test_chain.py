@@ -104,6 +104,18 @@ def test_a_chain_of_whole_and_adapted_stages_is_followed_to_its_beginning(
         before = str(run)
 
 
+@pytest.mark.parametrize("second", [replace(FIRST, projector=True, rank=3), FIRST, None])
+def test_adapters_of_the_projector_lie_merged_below(
+    second: LoraConfig | None, base: Path, tmp_path: Path
+) -> None:
+    language, lora = on_base(base), replace(FIRST, projector=True)
+    first = made_run(configured(tmp_path / "a", *BOTH, lora=lora, language=language))
+    after = configured(
+        tmp_path / "b", *BOTH, lora=second, language=language, init_from=tmp_path / "a"
+    )
+    assert_goes_on(after, first)
+
+
 @pytest.mark.parametrize("second", [FIRST, replace(FIRST, target="c_attn|w1|w2"), None])
 def test_one_a_of_three_layers_lies_merged_below_each(
     second: LoraConfig | None, tmp_path: Path

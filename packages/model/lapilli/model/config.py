@@ -128,6 +128,8 @@ class LoraConfig:
         alpha: What it adds is multiplied by `alpha / rank`.
         dropout: On its input, in training.
         bias: Which biases learn: `none`, `all`, or `lora_only`, those of adapted layers.
+        projector: Adapters on the projector's linear layers too, whatever `target` is; its own
+            weights freeze then.
     """
 
     target: str = "all-linear"
@@ -135,6 +137,7 @@ class LoraConfig:
     alpha: int = 16
     dropout: float = 0.05
     bias: Literal["none", "all", "lora_only"] = "none"
+    projector: bool = False
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -197,6 +200,11 @@ class ModelConfig:
             raise ModelError(
                 "lora: neither language nor vision is in trainable; expected the parts whose "
                 "adapters are to learn, or no lora"
+            )
+        if self.lora is not None and self.lora.projector and "projector" not in self.trainable:
+            raise ModelError(
+                "lora.projector: true, but projector is not in trainable; put it there, or leave "
+                "lora.projector out"
             )
         learns_whole = "language" in self.trainable and self.lora is None
         if self.language.quantize != "none" and learns_whole:

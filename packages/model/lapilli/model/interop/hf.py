@@ -405,9 +405,10 @@ def _to_hf(model: VisionLanguageModel, rows: int) -> dict[str, Weight]:
         for name, value in plain_weights(ours.vision.encoder).items()
         if not name.startswith(norm)
     }
-    for place, name in ((0, "linear_1"), (2, "linear_2")):
-        for key, value in plain_weights(ours.projector[place]).items():
-            state[f"model.multi_modal_projector.{name}.{key}"] = value
+    layers = {"0": "linear_1", "2": "linear_2"}
+    for key, value in plain_weights(ours.projector).items():
+        place, _, leaf = key.partition(".")
+        state[f"model.multi_modal_projector.{layers[place]}.{leaf}"] = value
     body, vocabulary = _language_names(model)
     for name, value in plain_weights(model.language).items():
         if name in vocabulary and value.shape[0] < rows:

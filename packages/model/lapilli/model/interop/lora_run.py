@@ -129,11 +129,13 @@ def _left_over(model: VisionLanguageModel, adapted: Any) -> dict[str, Tensor]:
     names = {"projector": "model.mm_projector.", "vision": f"model.{TOWER}", "language": ""}
     if model.config.vision.tower != "dinov2":
         names["vision"] += "vision_model."
-    parts = {**_parts(model), "projector": model.projector}
-    return {
-        f"{PREFIX}{names[part]}{name}": value.detach().cpu().clone()
-        for part, module in parts.items()
+    found = {
+        f"{PREFIX}{names[part]}{name}": value.detach()
+        for part, module in _parts(model).items()
         if part not in adapted  # there a bias that learnt is in the adapter's file
         for name, value in module.named_parameters()
-        if value.requires_grad or part == "projector"
+        if value.requires_grad
     }
+    for name, weight in plain_weights(model.projector).items():
+        found[f"{PREFIX}{names['projector']}{name}"] = weight.make()
+    return {name: value.cpu().clone() for name, value in found.items()}

@@ -115,6 +115,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     }
     if not any(matched.values()):
         raise ModelError(_nothing_matched(lora.target, layers))
+    if lora.projector:
+        matched["projector"] = _projector_layers(model)
     for part, names in matched.items():
         if names:
             settings = PeftConfig(
@@ -126,6 +128,17 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     if matched.get("language"):
         _share_inputs(language, fused)
         add_rows(language)
+
+
+def _projector_layers(model: nn.Module) -> list[str]:
+    """The projector's linear layers; one that is a layer itself has no name below it."""
+    found = _linear_layers(model, "projector")
+    if not all(found) or not found:
+        raise ModelError(
+            f"lora.projector: true with projector {cast('Any', model.config).projector}, which has "
+            "no linear layers inside; take mlp2x_gelu, or leave lora.projector out"
+        )
+    return found
 
 
 def _names(path: str, lora: LoraConfig) -> bool:
