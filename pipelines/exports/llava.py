@@ -35,6 +35,7 @@ from lapilli.model.interop.lora_run import check_adapters, write_base, write_lor
 from lapilli.model.interop.weights import adapted_layers
 from lapilli.model.parts.added_rows import added_rows, source_rows
 from lapilli.model.parts.pretrained import local_folder
+from lapilli.model.parts.quantized import Quantization
 from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.train.checkpoint.init_from import keeps_language
@@ -218,6 +219,7 @@ def made_of(
     if writes_tower:  # it is written up to that layer
         vision = replace(vision, vision_feature_layer=-1)
     quantized = model.config.language.quantize != "none" and not writes_base
+    how = Quantization.of(model.config.language)
     size = max(rows, source_rows(model.language)) if rows else 0
     return {
         MODEL: {
@@ -225,7 +227,7 @@ def made_of(
             "language": {"vocab_size": size},
             "projector": model.config.projector,
         },
-        QUANTIZED: model.config.dtype if quantized else "",
+        QUANTIZED: [model.config.dtype, how.kind, how.is_double] if quantized else "",
     }
 
 
@@ -239,9 +241,10 @@ def _say_base(output: Path, asked: Assistant, base: str, rows: int, run: str) ->
     if rows > source_rows(asked.model.language):
         say(f"grow it first: base.resize_token_embeddings({rows}); AutoPeftModel does so itself")
     if config.quantize != "none":
+        is_double = config.double_quant and config.quantize != "int8"
         say(
-            f"the run had it in 4 bits ({config.quantize}, twice quantised): load it so for the "
-            "same answers, or export merged weights with --to hf"
+            f"the run had it in {config.quantize}{', twice quantised' if is_double else ''}: load "
+            "it so for the same answers, or export merged weights with --to hf"
         )
     folder = local_folder(base)
     try:

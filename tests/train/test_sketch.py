@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lapilli.model.config import KEEP_ALL, LanguageConfig, LoraConfig, ModelConf
 from lapilli.model.errors import ModelError
 from lapilli.model.flops import model_numbers
 from lapilli.model.parts.language import build_language
-from lapilli.model.parts.quantized import PACKED_BYTES, packed_numbers
+from lapilli.model.parts.quantized import Quantization, packed_numbers
 from lapilli.model.parts.trainable import parameter_counts, set_modes
 from lapilli.model.parts.vision import FAMILIES, Tower
 from lapilli.model.vlm import build_model
@@ -131,9 +131,11 @@ def test_of_a_folder_with_ids_added(kind: str, folders: Path) -> None:
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_of_4_bits(dtype: Literal["fp32", "bf16"], folders: Path) -> None:
-    language = LanguageConfig(pretrained=str(folders / "wide"), quantize="nf4")
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("fp32", "nf4"), ("bf16", "nf4"), ("fp32", "fp4"), ("bf16", "int8")]
+)
+def test_of_few_bits(dtype: Literal["fp32", "bf16"], kind: Any, folders: Path) -> None:
+    language = LanguageConfig(pretrained=str(folders / "wide"), quantize=kind)
     vision = VisionConfig(settings=twins.TOWER)
     config = ModelConfig(vision, language, lora=LORA, dtype=dtype, head_chunk=4)
     assert_same(config)
@@ -144,21 +146,34 @@ def test_of_4_bits(dtype: Literal["fp32", "bf16"], folders: Path) -> None:
 
 
 @needs_bitsandbytes
-def test_what_4_bits_take_is_what_bitsandbytes_holds(folders: Path) -> None:
-    language = LanguageConfig(pretrained=str(folders / "wide"), quantize="nf4")
+@pytest.mark.parametrize(
+    ("kind", "is_double"), [("nf4", True), ("fp4", True), ("nf4", False), ("int8", True)]
+)
+def test_what_few_bits_take_is_what_bitsandbytes_holds(
+    kind: Any, is_double: bool, folders: Path
+) -> None:
+    language = LanguageConfig(
+        pretrained=str(folders / "wide"), quantize=kind, double_quant=is_double
+    )
+    how = Quantization.of(language)
     config = ModelConfig(VisionConfig(settings=twins.TOWER), language, lora=LORA)
     model = build_model(config)
     held = 0
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
-            scales = (state.absmax, state.state2.absmax)
+            scales = (state.absmax, state.state2.absmax) if is_double else (state.absmax,)
             held += parameter.nbytes + sum(scale.nbytes for scale in scales)
-    assert packed_numbers(model) * PACKED_BYTES == pytest.approx(held, rel=0.02)
+        elif parameter.dtype is torch.int8:
+            held += parameter.nbytes + cast("Any", parameter).SCB.nbytes
+    close = 0.05 if kind == "int8" else 0.02  # these rows are short, and each has a scale
+    assert packed_numbers(model) * how.number_bytes == pytest.approx(held, rel=close)
     total, trained = parameter_counts(model)["language"]
     packed = packed_numbers(model.language)
-    found = state_bytes(total, trained, stage=2, workers=1, precision="fp32", packed=packed).weights
+    found = state_bytes(
+        total, trained, stage=2, workers=1, precision="fp32", packed=packed, how=how
+    ).weights
     whole = sum(p.nbytes for p in model.language.parameters() if p.is_floating_point())
-    assert found == pytest.approx(held + whole, rel=0.01)
+    assert found == pytest.approx(held + whole, rel=close)
 
 
 def really_kept(config: ModelConfig, batch: Batch) -> int:

@@ -94,8 +94,11 @@ class LanguageConfig:
         trust_remote_code: Run the code that comes with the weights.
         vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new
             rows are the mean of the others. 0 leaves them; fewer than there are change nothing.
-        quantize: `nf4` keeps the linear layers but the head in 4 bits, twice quantised, and
-            computes in the model's dtype (QLoRA, arXiv 2305.14314); they learn by `lora` alone.
+        quantize: `nf4` and `fp4` keep the linear layers but the head in 4 bits and compute in the
+            model's dtype (QLoRA, arXiv 2305.14314); `int8` keeps them in 8 bits and computes in
+            them but for outliers, which reads the device (LLM.int8, arXiv 2208.07339). They learn
+            by `lora` alone.
+        double_quant: Whether the scales of 4 bits are quantised too: 0.4 bits a number less.
     """
 
     model_type: str = "llama"
@@ -105,14 +108,20 @@ class LanguageConfig:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     vocab_size: int = 0
-    quantize: Literal["none", "nf4"] = "none"
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: bool = True
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         if self.quantize != "none" and not self.pretrained:
             raise ModelError(
                 f"language.quantize: {self.quantize} without language.pretrained; random weights "
-                "cannot be trained in 4 bits, name a folder or set quantize none"
+                "cannot be trained in so few bits, name a folder or set quantize none"
+            )
+        if not self.double_quant and self.quantize not in ("nf4", "fp4"):
+            raise ModelError(
+                f"language.double_quant: false with quantize {self.quantize}, which has no scales "
+                "to quantise; expected nf4 or fp4, or leave it out"
             )
 
 

@@ -36,7 +36,7 @@ from lapilli.model.parts.language import (
 from lapilli.model.parts.llava_folder import llava_projector
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.projector import build_projector, set_scale
-from lapilli.model.parts.quantized import pack_shapes, quantize
+from lapilli.model.parts.quantized import Quantization, pack_shapes, quantize
 from lapilli.model.parts.trainable import add_adapters, freeze, trainable_parameters
 from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
 from lapilli.model.transformers_internals import attention_of
@@ -235,7 +235,8 @@ def build_model(
             _read_projector(model, config.language.pretrained)
         prepare(model)
         if config.language.quantize != "none":
-            (quantize if weights else pack_shapes)(model.language, DTYPES[config.dtype])
+            how = Quantization.of(config.language)
+            (quantize if weights else pack_shapes)(model.language, DTYPES[config.dtype], how)
         freeze(model, config.trainable)
         if config.lora:
             add_adapters(model, config.lora)

@@ -347,8 +347,8 @@ def _check_weights(config: RunConfig) -> None:
         )
     if config.zero_stage == 3 and config.model.language.quantize != "none":
         raise TrainError(
-            "zero_stage: 3 with model.language.quantize nf4: stage 3 partitions "
-            "numbers, and 4-bit weights are packed bytes with tables beside them; set "
+            f"zero_stage: 3 with model.language.quantize {config.model.language.quantize}: stage 3 "
+            "partitions numbers, and such weights are packed bytes with tables beside them; set "
             "zero_stage 2"
         )
     if config.precision != "bf16" and config.model.dtype == "bf16":

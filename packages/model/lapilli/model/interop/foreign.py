@@ -30,7 +30,7 @@ from lapilli.model.interop.llava_config import (
 from lapilli.model.interop.peft import SETTINGS, Adapter, merge_adapter, read_adapter
 from lapilli.model.parts.language import grow_vocabulary
 from lapilli.model.parts.pretrained import local_folder, one_line
-from lapilli.model.parts.quantized import check_quantization, round_linear_layers
+from lapilli.model.parts.quantized import Quantization, check_quantization, round_linear_layers
 from lapilli.model.parts.qwen1 import refuse_minicpm
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.vision import FAMILIES
@@ -48,7 +48,8 @@ BASE_FOLDER = "base"
 Kind = Literal["hf", "llava", "adapter", "file"]
 HF_TYPE = "llava"
 MODEL, QUANTIZED = "model", "quantized"
-"""Keys of an export's own facts: what it is made of, and what its base was rounded to."""
+"""Keys of an export's own facts: what it is made of, and what its base was rounded to, as type,
+kind and whether twice; the type alone for nf4 that is."""
 
 # Where transformers' LLaVA has its parts, from 4.52 on and before; the longer names first.
 _HF_PLACES = (
@@ -197,7 +198,10 @@ def _read_adapted(path: Path) -> VisionLanguageModel:
         model = build_model(_own_model(path, facts[MODEL], adapter))
         if rounded := facts.get(QUANTIZED):
             check_quantization()
-            round_linear_layers(model.language, DTYPES[str(rounded)])
+            old = [str(rounded), "nf4", True]
+            dtype, kind, is_double = old if isinstance(rounded, str) else rounded
+            how = Quantization(str(kind), bool(is_double))
+            round_linear_layers(model.language, DTYPES[str(dtype)], how)
     elif is_for_qwen1(adapter):
         _check_beside(path)
         base = base_folder(path, adapter.base)

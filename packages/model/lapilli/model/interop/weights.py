@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.added_rows import added_rows, table_names
-from lapilli.model.parts.quantized import whole_shape, whole_weight
+from lapilli.model.parts.quantized import SCALES, is_packed, whole_shape, whole_weight
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.weight_files import save_tensors
 
@@ -102,13 +102,14 @@ def _replace_last(rows: Tensor, table: Tensor) -> Tensor:
 
 
 def _is_quantized(module: Any) -> bool:
-    return hasattr(getattr(module, "weight", None), "quant_state")
+    return is_packed(getattr(module, "weight", None))
 
 
 def _is_scale(name: str, quantized: Mapping[str, Any]) -> bool:
-    """Whether a tensor of a state dict is one of those beside a weight in 4 bits."""
+    """Whether a tensor of a state dict is one of those beside a weight in 4 or 8 bits."""
     layer, found, _ = name.rpartition(".weight.")
-    return bool(found) and layer in quantized
+    beside, _, leaf = name.rpartition(".")
+    return (bool(found) and layer in quantized) or (beside in quantized and leaf in SCALES)
 
 
 def _merge(layer: Any, is_turned: bool, weight: Tensor) -> Tensor:

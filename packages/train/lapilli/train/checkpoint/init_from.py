@@ -22,7 +22,7 @@ from lapilli.model.interop.foreign import has_language, load_foreign
 from lapilli.model.interop.weights import low_rank
 from lapilli.model.parts.added_rows import ADDED, source_rows, table_names
 from lapilli.model.parts.pretrained import Loading, whole
-from lapilli.model.parts.quantized import quantized_layers, round_trip
+from lapilli.model.parts.quantized import Quantization, quantized_layers, round_trip
 from lapilli.model.parts.qwen1 import first_of_fused
 from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
 from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
@@ -327,7 +327,7 @@ class _Stage:
         layer = name.removesuffix(".weight")
         if place.is_linear and self.is_quantized and (layer in self.layers or place.is_whole):
             turned = value.T if place.is_transposed else value
-            held = round_trip(turned, self.dtype)
+            held = round_trip(turned, self.dtype, Quantization.of(self.model.language))
             value = (held.T if place.is_transposed else held).float()
         if layer in self.layers:
             pair = self.saved.whole(self._input(layer)), self.saved.whole(layer + B)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lapilli.data.batches.collate import BatchShape, collate
 from lapilli.model.config import KEEP_ALL, ActivationPolicy
-from lapilli.model.parts.quantized import PACKED_BYTES, packed_numbers
+from lapilli.model.parts.quantized import Quantization, packed_numbers
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.activation_memory import ActivationBytes
 from lapilli.train.driver.fake_model import Sketch, sketch_model
@@ -25,6 +25,7 @@ __all__ = [
 MOMENTS_BYTES = 8  # AdamW's two, fp32
 MASTER_BYTES = 4  # the fp32 copy that is updated
 SAVED_BYTES = MASTER_BYTES + MOMENTS_BYTES  # of a parameter, in a checkpoint
+NF4 = Quantization()
 BUCKETS = 10**9  # gradients that DeepSpeed has on the device at most when they go to the host
 FETCHED = 10**9  # weights that it has fetched from there at most
 
@@ -62,6 +63,7 @@ def state_bytes(
     precision: Literal["fp32", "bf16", "fp16"],
     offload: Literal["none", "cpu", "nvme"] = "none",
     packed: int = 0,
+    how: Quantization = NF4,
 ) -> StateBytes:
     """Memory of weights, gradients and AdamW's state on one worker.
 
@@ -76,7 +78,8 @@ def state_bytes(
         workers: Among whom is shared.
         precision: Of weights and gradients.
         offload: `RunConfig.offload.to`; `nvme` counts at stage 3, where DeepSpeed can do it.
-        packed: How many of the parameters are held in 4 bits, which stage 3 cannot share.
+        packed: How many of the parameters are held in few bits, which stage 3 cannot share.
+        how: In what.
     """
     if packed:
         whole = state_bytes(
@@ -87,7 +90,7 @@ def state_bytes(
             precision=precision,
             offload=offload,
         )
-        return replace(whole, weights=whole.weights + int(packed * PACKED_BYTES))
+        return replace(whole, weights=whole.weights + int(packed * how.number_bytes))
     size = 4 if precision == "fp32" else 2
     has_master = precision != "fp32" or stage > 0  # plain fp32 is updated in place
     state = trained * (MOMENTS_BYTES + MASTER_BYTES * has_master)
@@ -227,6 +230,7 @@ def _states(
                 precision=config.precision,
                 offload=config.offload.to,
                 packed=packed[name],
+                how=Quantization.of(config.model.language),
             )
             for name, counts in parameters.items()
         }

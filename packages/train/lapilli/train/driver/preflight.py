@@ -23,7 +23,7 @@ from lapilli.model.attention.trees import check_trees
 from lapilli.model.kernels.choice import KernelChoice, choose_kernels
 from lapilli.model.parts.language import language_settings
 from lapilli.model.parts.pretrained import one_line
-from lapilli.model.parts.quantized import packed_numbers
+from lapilli.model.parts.quantized import Quantization, packed_numbers
 from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
@@ -170,6 +170,7 @@ def _state_by_part(
             precision=config.precision,
             offload=config.offload.to,
             packed=packed_numbers(part),
+            how=Quantization.of(config.model.language),
         )
         for name, part in model.named_children()
     }
