@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,17 @@ import torch
 from lapilli.train.config import DeviceChoice
 from lapilli.train.device import (
     Device,
+    check_tf32,
     choose_device,
     device_memory,
     has_habana,
     torch_device,
+    use_tf32,
     visible_devices,
 )
+from lapilli.train.driver.preflight import check_same_settings, preflight
 from lapilli.train.errors import TrainError
-from tests.train.small_run import small_dataset
+from tests.train.small_run import small_dataset, small_run
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,21 @@ def test_ray_is_asked_for_hpus_and_their_software(tmp_path: Path) -> None:
     assert all("habana_frameworks" in line and "where the workers are" in line for line in said[1:])
     assert len(said) == 3
     assert not (tmp_path / "run").exists()
+
+
+def test_tf32_is_for_nvidia_gpus_alone(tmp_path: Path) -> None:
+    for device in ("cpu", "hpu"):
+        with pytest.raises(TrainError, match=f"tf32: true on {device}; NVIDIA GPUs have it"):
+            check_tf32(device, True)
+    check_tf32("cuda", True)
+    run = small_run(small_dataset(tmp_path), tmp_path / "run", launcher="process", num_workers=1)
+    with pytest.raises(TrainError, match="tf32: true on cpu"):
+        preflight(replace(run, tf32=True))
+    with pytest.raises(TrainError, match=r"tf32: .* was started with False, now True"):
+        check_same_settings(run, replace(run, tf32=True), tmp_path)
+
+
+def test_tf32_is_what_torch_is_told() -> None:
+    for wanted, precision in ((True, "high"), (False, "highest")):
+        use_tf32(wanted)
+        assert torch.get_float32_matmul_precision() == precision

@@ -215,6 +215,8 @@ class RunConfig:
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
+        tf32: Whether NVIDIA GPUs may compute fp32 matrix products with inputs of 10 bits (TF32,
+            from Ampere on): faster, and rounded.
         num_workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any, else Gaudi's HPUs (`hpu`), else the CPU.
         launcher: `ray`, or `process`: one worker in the process that was started, without Ray,
@@ -256,6 +258,7 @@ class RunConfig:
     memory: Literal["auto"] | float = field(default="auto", metadata=RESUMABLE)
     offload: OffloadConfig = field(default_factory=OffloadConfig, metadata=RESUMABLE)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = False
     num_workers: int = field(default=1, metadata=RESUMABLE)
     device: DeviceChoice = field(default="auto", metadata=RESUMABLE)
     launcher: Literal["ray", "process"] = field(default="ray", metadata=RESUMABLE)

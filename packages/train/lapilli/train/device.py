@@ -24,6 +24,7 @@ __all__ = [
     "RESOURCE",
     "Device",
     "check_precision",
+    "check_tf32",
     "choose_device",
     "device_memory",
     "device_name",
@@ -33,6 +34,7 @@ __all__ = [
     "prepare_process",
     "synchronize",
     "torch_device",
+    "use_tf32",
     "visible_devices",
 ]
 
@@ -130,6 +132,21 @@ def check_precision(device: Device, precision: str) -> None:
             "precision: fp16 is not computed by this machine's processor; set precision fp32, or "
             "bf16"
         )
+
+
+def check_tf32(device: Device, tf32: bool) -> None:
+    """Refuse TF32 on devices that do not have it.
+
+    Raises:
+        TrainError: It is asked for on another device than an NVIDIA GPU.
+    """
+    if tf32 and device != "cuda":
+        raise TrainError(f"tf32: true on {device}; NVIDIA GPUs have it, leave it out")
+
+
+def use_tf32(tf32: bool) -> None:
+    """Set how this process computes fp32 matrix products."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def device_memory(device: Device) -> int | None:

@@ -34,6 +34,7 @@ from lapilli.train.device import (
     NO_HABANA,
     RESOURCE,
     Device,
+    check_tf32,
     choose_device,
     device_memory,
     has_habana,
@@ -197,6 +198,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     _check_loggers(config)
     config = with_absolute_paths(config)
     device = _find_device(config)
+    check_tf32(device, config.tf32)
     run = Path(config.output)
     _check_config(run, config)
     # No weight is read before dataset, view and sizes are known to fit.

@@ -22,7 +22,7 @@ from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
 from lapilli.train.checkpoint.frozen import FORM
 from lapilli.train.checkpoint.init_from import Built
 from lapilli.train.config import RunConfig
-from lapilli.train.device import Device, check_precision, prepare_process
+from lapilli.train.device import Device, check_precision, prepare_process, use_tf32
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.engine.communication import communication_line, communication_settings
 from lapilli.train.engine.deepspeed_internals import restore_scale
@@ -71,6 +71,7 @@ def setup(
     """Build model, feed and engine, and load the newest checkpoint there is."""
     torch_device = prepare_process(device)
     check_precision(device, config.precision)
+    use_tf32(config.tf32)
     built_on = build_run(config, engine.loading_of(config))
     model = built_on.model
     apply_policy(model, activations)
