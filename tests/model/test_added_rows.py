@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from lapilli.data.batches.collate import Batch, BatchShape, collate
 from lapilli.model.config import LoraConfig, ModelConfig
+from lapilli.model.errors import ModelError
 from lapilli.model.generate import generate_greedy
+from lapilli.model.interop.llava import load_llava, write_projector
 from lapilli.model.interop.lora_run import write_lora_run
 from lapilli.model.interop.peft import merge_adapter, read_adapter
 from lapilli.model.interop.weights import plain_weights
@@ -90,13 +92,82 @@ def test_loss_and_gradients_are_those_of_the_tables_rows(name: str) -> None:
     rows = added_rows(model.language)
     assert rows is not None
     assert (rows.head is None) == bool(plain.language.config.tie_word_embeddings)
-    found = {"embedding": rows.embedding, "head": rows.head_rows}
+    found: dict[str, Any] = {"embedding": rows.embedding, "head": rows.head_rows}
     for table, kind in table_names(plain.language).items():
         gradient = plain.language.get_parameter(table).grad
         assert gradient is not None
         assert gradient[KNOWN:].abs().max() > 0
         torch.testing.assert_close(found[kind].grad, gradient[KNOWN:], rtol=1e-4, atol=1e-5)
         assert not model.language.get_parameter(table).requires_grad
+
+
+def stage_1(name: str) -> ModelConfig:
+    """The projector, and the embedding's added rows; the language model is frozen."""
+    made = config(name, lora=None)
+    language = replace(made.language, train_added_rows=True)
+    return replace(made, trainable=("projector",), language=language)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_embeddings_rows_learn_beside_a_frozen_language_model(name: str) -> None:
+    """LLaVA's first stage with image start and end tokens; an untied head's rows stay."""
+    model = learnt(build_model(stage_1(name)))
+    names = [n for n in trainable_parameters(model) if not n.startswith("projector.")]
+    assert names == ["language.added_rows.embedding"]
+    plain = build_model(replace(config(name, lora=None), seed=2))
+    weights = plain_weights(model.language)
+    plain.language.load_state_dict({n: w.make() for n, w in weights.items()})
+    plain.projector.load_state_dict(model.projector.state_dict())
+    plain.vision.load_state_dict(model.vision.state_dict())
+    loss, expected = twins.forward(model, batch()), twins.forward(plain, batch())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    rows = added_rows(model.language)
+    assert rows is not None
+    whole: Any = plain.language.get_input_embeddings().weight
+    torch.testing.assert_close(rows.embedding.grad, whole.grad[KNOWN:], rtol=1e-4, atol=1e-5)
+    assert whole.grad[KNOWN:].abs().max() > 0
+    if rows.head_rows is None:  # as it was made: the mean of the others
+        head: Any = model.language.get_output_embeddings().weight
+        mean = head[:KNOWN].float().mean(0)
+        torch.testing.assert_close(head[KNOWN:], mean.expand(ADDED, -1))
+
+
+def test_llavas_projector_file_has_the_embedding_and_its_last_rows_are_read(tmp_path: Path) -> None:
+    model = learnt(build_model(stage_1("llama")))
+    path = write_projector(model, tmp_path)
+    table = torch.load(path, weights_only=True)["model.embed_tokens.weight"]
+    frozen: Any = model.language.get_input_embeddings().weight
+    rows = added_rows(model.language)
+    assert rows is not None
+    assert torch.equal(table[:KNOWN], frozen[:KNOWN])
+    assert torch.equal(table[KNOWN:], rows.embedding)
+    assert not torch.equal(table[KNOWN:], frozen[KNOWN:])
+    for form in (table, table[KNOWN:]):  # LLaVA takes either
+        found = torch.load(path, weights_only=True) | {"model.embed_tokens.weight": form}
+        torch.save(found, tmp_path / "again.bin")
+        after = build_model(replace(config("llama", lora=None), seed=7))
+        before = {n: v.clone() for n, v in after.language.state_dict().items()}
+        assert load_llava(tmp_path / "again.bin", after) == ["projector"]
+        now: dict[str, Any] = after.language.state_dict()
+        assert torch.equal(now["model.embed_tokens.weight"][KNOWN:], rows.embedding)
+        before["model.embed_tokens.weight"][KNOWN:] = rows.embedding.detach()
+        assert all(torch.equal(now[name], value) for name, value in before.items())
+    small = config("llama", lora=None)
+    other = build_model(replace(small, language=replace(small.language, vocab_size=0)))
+    with pytest.raises(ModelError, match=r"again\.bin: model\.embed_tokens\.weight of shape"):
+        load_llava(tmp_path / "again.bin", other)
+
+
+def test_added_rows_that_cannot_learn_are_one_line() -> None:
+    made = stage_1("llama")
+    with pytest.raises(ModelError, match=r"without language\.vocab_size, which adds the rows"):
+        replace(made.language, vocab_size=0)
+    with pytest.raises(ModelError, match="adds no row to the 59 there are"):
+        build_model(replace(made, language=replace(made.language, vocab_size=KNOWN)))
+    with pytest.raises(ModelError, match="language is in trainable, where added rows learn anyway"):
+        replace(made, trainable=("projector", "language"))
 
 
 def test_they_are_all_that_is_added_and_belong_to_the_adapters() -> None:
@@ -141,6 +212,7 @@ def test_a_batch_without_added_ids_gives_the_rows_a_gradient() -> None:
     assert rows is not None
     assert rows.embedding.grad is not None
     assert not rows.embedding.grad.any()
+    assert rows.head_rows is not None
     assert rows.head_rows.grad is not None
     assert rows.head_rows.grad.any()  # less likely than what was said
 

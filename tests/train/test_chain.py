@@ -116,6 +116,21 @@ def test_adapters_of_the_projector_lie_merged_below(
     assert_goes_on(after, first)
 
 
+@pytest.mark.parametrize("lora", [FIRST, None])
+def test_added_rows_of_a_first_stage_lie_below_the_second(
+    lora: LoraConfig | None, base: Path, tmp_path: Path
+) -> None:
+    language = on_base(base, vocab_size=VOCABULARY + 2)
+    rows = {**language, "train_added_rows": True}
+    first = made_run(configured(tmp_path / "a", "projector", language=rows))
+    after = configured(
+        tmp_path / "b", *BOTH, lora=lora, language=language, init_from=tmp_path / "a"
+    )
+    assert_goes_on(after, first)
+    table: torch.Tensor = build_run(after).model.language.get_input_embeddings().weight
+    assert torch.equal(table[VOCABULARY:], first.language.added_rows.embedding)
+
+
 @pytest.mark.parametrize("second", [FIRST, replace(FIRST, target="c_attn|w1|w2"), None])
 def test_one_a_of_three_layers_lies_merged_below_each(
     second: LoraConfig | None, tmp_path: Path

@@ -94,6 +94,9 @@ class LanguageConfig:
         trust_remote_code: Run the code that comes with the weights.
         vocab_size: Rows of embedding and head to grow to, for tokens added to the tokenizer; new
             rows are the mean of the others. 0 leaves them; fewer than there are change nothing.
+        train_added_rows: Whether the rows that `vocab_size` adds to the embedding learn beside a
+            frozen language model, as in LLaVA's first stage with image start and end tokens. An
+            untied head's rows stay.
         quantize: `nf4` and `fp4` keep the linear layers but the head in 4 bits and compute in the
             model's dtype (QLoRA, arXiv 2305.14314); `int8` keeps them in 8 bits and computes in
             them but for outliers, which reads the device (LLM.int8, arXiv 2208.07339). They learn
@@ -108,11 +111,17 @@ class LanguageConfig:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     vocab_size: int = 0
+    train_added_rows: bool = False
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quant: bool = True
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
+        if self.train_added_rows and not self.vocab_size:
+            raise ModelError(
+                "language.train_added_rows: true without language.vocab_size, which adds the rows; "
+                "set it to the tokenizer's length"
+            )
         if self.quantize != "none" and not self.pretrained:
             raise ModelError(
                 f"language.quantize: {self.quantize} without language.pretrained; random weights "
@@ -214,6 +223,11 @@ class ModelConfig:
             raise ModelError(
                 "lora.projector: true, but projector is not in trainable; put it there, or leave "
                 "lora.projector out"
+            )
+        if self.language.train_added_rows and "language" in self.trainable:
+            raise ModelError(
+                "language.train_added_rows: true, but language is in trainable, where added rows "
+                "learn anyway; leave one of them out"
             )
         learns_whole = "language" in self.trainable and self.lora is None
         if self.language.quantize != "none" and learns_whole:

@@ -266,7 +266,7 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
     head = _matmul_of(model.language.get_output_embeddings())
     assert head is not None
     rows, added = added_rows(model.language), None
-    if rows is not None:
+    if rows is not None and rows.head_rows is not None:
         count = shape_of(rows.head_rows)[0]
         added = Matmul(head.inputs, count, trained=True)
         head = replace(head, outputs=head.outputs - count)

@@ -24,7 +24,7 @@ from lapilli.model.kernels.compiled import compile_blocks
 from lapilli.model.kernels.liger import apply_liger
 from lapilli.model.loss import trained_loss
 from lapilli.model.merging import merge
-from lapilli.model.parts.added_rows import added_rows
+from lapilli.model.parts.added_rows import add_rows, added_rows
 from lapilli.model.parts.language import (
     build_language,
     language_settings,
@@ -238,6 +238,8 @@ def build_model(
             how = Quantization.of(config.language)
             (quantize if weights else pack_shapes)(model.language, DTYPES[config.dtype], how)
         freeze(model, config.trainable)
+        if config.language.train_added_rows:
+            _train_added_rows(model)
         if config.lora:
             add_adapters(model, config.lora)
             fuse_adapters(model)
@@ -249,6 +251,20 @@ def build_model(
             "parameter; expected a part that learns"
         )
     return model
+
+
+def _train_added_rows(model: VisionLanguageModel) -> None:
+    """Let the embedding's added rows learn beside a frozen language model.
+
+    Raises:
+        ModelError: No row was added.
+    """
+    if add_rows(model.language, with_head=False) is None:
+        raise ModelError(
+            f"language.vocab_size: {model.config.language.vocab_size} adds no row to the "
+            f"{model.vocab_size} there are, and train_added_rows has nothing to train; set it to "
+            "the length of a tokenizer with added tokens"
+        )
 
 
 def _read_projector(model: VisionLanguageModel, name: str) -> None:

@@ -26,6 +26,7 @@ from lapilli.model.interop.llava_config import (
 from lapilli.model.interop.llava_tower import TowerImages, write_tower
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
+from lapilli.model.parts.added_rows import added_rows, source_rows, table_names
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.weight_files import PROJECTOR, read_tensors, save_tensors
 from lapilli.model.vlm import VisionLanguageModel
@@ -39,6 +40,7 @@ LEFT_OVER = "non_lora_trainables.bin"
 VISION_FOLDER = "vision_tower"  # a tower's adapter, which LLaVA's layout has no place for
 BESIDE_ADAPTER = (LEFT_OVER, OTHER_PARAMS)
 TOWER = "vision_tower.vision_tower."
+EMBEDDING = "model.embed_tokens.weight"
 # every trainer wraps the model once more: PEFT, LLaVA, and DeepSpeed's gathered saves
 _WRAPPERS = ("base_model.model.", "module.", "model.")
 
@@ -105,6 +107,8 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
             parts["vision"][f"{tower}.{bare}"] = value
         elif "projector." not in name and (path.is_dir() or _is_language(plain)):
             parts["language"][plain] = value
+    if path.is_file() and {*parts["language"]} == {EMBEDDING}:
+        _take_added_rows(path, model, parts["language"].pop(EMBEDDING))
     loaded = [part for part, found in parts.items() if found]
     if not loaded:
         raise ModelError(f"{path}: no projector in it; expected LLaVA's mm_projector tensors")
@@ -217,8 +221,28 @@ def write_llava_config(model: VisionLanguageModel, output: Path, form: LlavaForm
 
 
 def _llava_projector(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """With the embedding where added rows learnt: `initialize_vision_tokenizer` takes its last."""
     state = plain_weights(model.projector)
-    return {f"model.mm_projector.{n}": v.make().cpu().clone() for n, v in state.items()}
+    found = {f"model.mm_projector.{n}": v.make().cpu().clone() for n, v in state.items()}
+    if added_rows(model.language) is not None:
+        names = table_names(model.language).items()
+        table = next(name for name, kind in names if kind == "embedding")
+        found[EMBEDDING] = plain_weights(model.language)[table].make().cpu().clone()
+    return found
+
+
+def _take_added_rows(path: Path, model: VisionLanguageModel, table: Tensor) -> None:
+    """Put the last rows of a file's embedding, or its rows where it holds no others, into ours."""
+    first, rows = source_rows(model.language), model.vocab_size
+    held: Tensor = model.language.get_input_embeddings().weight
+    if rows == first or len(table) not in (rows, rows - first) or table.shape[1:] != held.shape[1:]:
+        raise ModelError(
+            f"{path}: {EMBEDDING} of shape {tuple(table.shape)}, the model's has {rows} rows, "
+            f"{rows - first} of them added; set language.vocab_size to the length of the tokenizer "
+            "that it was trained with"
+        )
+    with torch.no_grad():
+        held[first:] = table[first - rows :].to(held.dtype)
 
 
 def _load_part(path: Path, part: str, module: Any, found: dict[str, Tensor]) -> None:

@@ -92,8 +92,9 @@ def plain_weights(part: nn.Module, *, merged: bool = True) -> dict[str, Weight]:
         if merged and rows is not None:
             for name, kind in table_names(language).items():
                 learnt = rows.embedding if kind == "embedding" else rows.head_rows
-                change = partial(_replace_last, learnt.detach())
-                found[prefix + name] = found[prefix + name].then(change)
+                if learnt is not None:
+                    change = partial(_replace_last, learnt.detach())
+                    found[prefix + name] = found[prefix + name].then(change)
     return found
 
 

@@ -24,19 +24,21 @@ class AddedRows(nn.Module):
     Attributes:
         first: Token id of the first row.
         embedding: [R, D].
-        head: [R, D]; None where the head is tied to the embedding.
+        head: [R, D]; None where the head is tied to the embedding, or its rows stay.
     """
 
-    def __init__(self, embedding_VD: Tensor, head_VD: Tensor | None, first: int) -> None:
+    def __init__(
+        self, embedding_VD: Tensor, head_VD: Tensor | None, first: int, *, is_tied: bool
+    ) -> None:
         super().__init__()
-        self.first = first
+        self.first, self._is_tied = first, is_tied
         self.embedding = nn.Parameter(embedding_VD[first:].detach().clone())
         self.head = None if head_VD is None else nn.Parameter(head_VD[first:].detach().clone())
 
     @property
-    def head_rows(self) -> nn.Parameter:
-        """[R, D]: the head's rows, whether or not they are the embedding's."""
-        return self.embedding if self.head is None else self.head
+    def head_rows(self) -> nn.Parameter | None:
+        """[R, D]: the head's rows, whether or not they are the embedding's; None if they stay."""
+        return self.embedding if self._is_tied else self.head
 
     def embed(self, ids_BS: Tensor, embedded_BSD: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """[B, S, D]: the embedded tokens with those of added ids replaced, times `scale`.
@@ -75,17 +77,23 @@ def table_names(language: Any) -> dict[str, str]:
     }
 
 
-def add_rows(language: Any) -> None:
+def add_rows(language: Any, *, with_head: bool = True) -> AddedRows | None:
     """Let the rows that were added to the vocabulary learn; nothing where none were.
 
     The tables' own modules give the same answers as ours do: transformers calls them to generate.
+
+    Args:
+        language: The language model.
+        with_head: Whether those of an untied head learn too.
     """
     first = source_rows(language)
     if first >= language.config.vocab_size:
-        return
+        return None
     embedding, head = language.get_input_embeddings(), language.get_output_embeddings()
     is_tied = head.weight is embedding.weight
-    rows = AddedRows(embedding.weight, None if is_tied else head.weight, first)
+    own_head = None if is_tied or not with_head else head.weight
+    rows = AddedRows(embedding.weight, own_head, first, is_tied=is_tied)
+    head_rows: Any = rows.head_rows
     language.add_module(ADDED, rows)
 
     def embed(module: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -93,8 +101,10 @@ def add_rows(language: Any) -> None:
 
     def project(module: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
         bias = None if module.bias is None else module.bias[first:]
-        new = nn.functional.linear(given[0], rows.head_rows, bias)
+        new = nn.functional.linear(given[0], head_rows, bias)
         return torch.cat([output[..., :first], new], -1)
 
     embedding.register_forward_hook(embed)
-    head.register_forward_hook(project)
+    if head_rows is not None:
+        head.register_forward_hook(project)
+    return rows

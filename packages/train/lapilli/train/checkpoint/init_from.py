@@ -271,8 +271,8 @@ class _Stage:
 
     def rows(self, kind: str) -> Tensor | None:
         """The added rows that it trained beside a frozen table."""
-        names = [f"language.{ADDED}.{kind}", f"language.{ADDED}.embedding"]  # a tied head has none
-        return next((self.saved.whole(name) for name in names if name in self.saved.shapes), None)
+        name = f"language.{ADDED}.{kind}"  # a tied head is no table, one that stayed has no rows
+        return self.saved.whole(name) if name in self.saved.shapes else None
 
     def check(self, model: VisionLanguageModel) -> None:
         """Require that the model has every weight of this stage.
