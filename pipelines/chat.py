@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,6 +131,8 @@ class _Chat:
     def __init__(self, assistant: Assistant, config: ChatConfig) -> None:
         self.worker = ChatWorker(assistant, config.decoding, config.limits)
         self._load, self._limits = _Load(config.limits), config.limits
+        marker = assistant.template.image_marker
+        self._read = partial(read_question, prefix=config.prefix, marker=marker)
         self._page = PAGE.read_text(encoding="utf-8")
 
     async def show(self, request: Any) -> Any:
@@ -161,7 +164,7 @@ class _Chat:
 
         try:
             await load.read(request, body)
-            question = await asyncio.to_thread(read_question, bytes(body), self._limits)
+            question = await asyncio.to_thread(self._read, bytes(body), self._limits)
             pieces = self.worker.ask(question, lambda: load.drop(body))
             first = await _unless_left(request, anext(pieces, ""))
         except BaseException:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import exists, is_folder, naming, require_listable
@@ -38,6 +38,13 @@ from pipelines.cli.command import (
 )
 from pipelines.cli.question_file import Asked, existing, read_questions
 from pipelines.cli.settings import GenerateConfig
+
+
+class _Form(NamedTuple):
+    """How a question is written down: what stands before it, and what marks an image's place."""
+
+    prefix: str
+    marker: str
 
 
 def collect(config: GenerateConfig) -> list[Asked]:
@@ -73,7 +80,7 @@ def _asked(config: GenerateConfig, question_id: str, image: Path) -> Asked:
 
 
 def _question(
-    asked: Sequence[Asked], number: int, known: Mapping[int, str], marker: str
+    asked: Sequence[Asked], number: int, known: Mapping[int, str], form: _Form
 ) -> Question:
     """What the model is asked, behind the conversation so far; files are read at the last moment.
 
@@ -81,7 +88,7 @@ def _question(
         asked: All questions.
         number: Of the one.
         known: Answers by number, those of its conversation among them.
-        marker: The template's own mark of an image's place.
+        form: How it is written down.
     """
     first, *later = asked[number - asked[number].turn : number + 1]
     images: list[bytes] = []
@@ -90,19 +97,21 @@ def _question(
             images.append(read_whole(path, LARGEST_FILE))
     only = first.images[0] if first.images else first.question_id
     name = first.name if len(images) > 1 else str(only)
-    found = Question.of(first.text, *images, name=name, marker=marker)
+    found = Question.of(form.prefix + first.text, *images, name=name, marker=form.marker)
     turns = [*found.turns]
     for place, one in enumerate(later, number - len(later)):
         turns.append(Turn("assistant", (TextPart(known[place]),)))
-        turns.append(Turn("user", (TextPart(one.text),)))
+        turns.append(Turn("user", (TextPart(form.prefix + one.text),)))
     return replace(found, turns=tuple(turns))
 
 
-def _check(assistant: Assistant, asked: Sequence[Asked], decoding: Decoding) -> None:
+def _check(assistant: Assistant, asked: Sequence[Asked], decoding: Decoding, form: _Form) -> None:
     """Find what cannot be asked before anything is: the places of images, and lengths."""
-    marker = assistant.template.image_marker
     nothing = ((one, (b"",) * len(one.images)) for one in asked)
-    questions = (Question.of(o.text, *images, name=o.name, marker=marker) for o, images in nothing)
+    questions = (
+        Question.of(form.prefix + one.text, *images, name=one.name, marker=form.marker)
+        for one, images in nothing
+    )
     assistant.check(questions, decoding)
 
 
@@ -133,11 +142,12 @@ def _generate(config: GenerateConfig, asked: list[Asked], output: Path | None) -
     assistant = open_assistant(
         Path(config.model), device, config.trust, template=config.template, view=config.view
     )
-    _check(assistant, asked, config.decoding)
+    form = _Form(config.prefix, assistant.template.image_marker)
+    _check(assistant, asked, config.decoding, form)
     if output:
         return _to_file(assistant, asked, config, output)
     if len(asked) == 1:
-        question = _question(asked, 0, {}, assistant.template.image_marker)
+        question = _question(asked, 0, {}, form)
         answers = assistant.answer([question], config.decoding, on_text=stream_text)
         print()
         return answers
@@ -152,7 +162,8 @@ def _to_file(
     assistant: Assistant, asked: list[Asked], config: GenerateConfig, output: Path
 ) -> list[str]:
     """Append a line an answer, as soon as there is one; go on after what is there."""
-    how = {"model_id": assistant.name, "metadata": asdict(config.decoding)}
+    asking = {"prefix": config.prefix} if config.prefix else {}
+    how = {"model_id": assistant.name, "metadata": asdict(config.decoding) | asking}
     keys = _keys([(one.question_id, one.text) for one in asked])
     found = _read_answers(output, how)
     if strange := sorted(found.keys() - {*keys}):
@@ -243,14 +254,14 @@ def _batches(
     """
     missing = [number for number in range(len(asked)) if number not in known]
     missing.sort(key=lambda number: asked[number].turn)
-    marker = assistant.template.image_marker
+    form = _Form(config.prefix, assistant.template.image_marker)
     with progress_bar() as bar:
         task = bar.add_task("questions", total=len(missing))
         for _, group in groupby(missing, key=lambda number: asked[number].turn):
             rest = [*group]
             for start in range(0, len(rest), config.batch):
                 numbers = rest[start : start + config.batch]
-                questions = [_question(asked, number, known, marker) for number in numbers]
+                questions = [_question(asked, number, known, form) for number in numbers]
                 texts = assistant.answer(questions, config.decoding)
                 known.update(zip(numbers, texts, strict=True))
                 yield numbers

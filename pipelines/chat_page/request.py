@@ -20,10 +20,18 @@ MOST_VALUES = 300_000  # 200 turns of text with many commas stay below; made of 
 ROLES: dict[str, Literal["user", "assistant"]] = {"user": "user", "assistant": "assistant"}
 
 
-def read_question(body: bytes, limits: ChatLimits) -> Question:
+def read_question(
+    body: bytes, limits: ChatLimits, *, prefix: str = "", marker: str = ""
+) -> Question:
     """The conversation a page sends: `{"turns": [{"role", "text", "images"}], "images": [base64]}`.
 
-    `images` of a turn is how many of the images stand before its text.
+    `images` of a turn is how many of the images stand before its text, or where it marks them.
+
+    Args:
+        body: What the page sends.
+        limits: What is taken.
+        prefix: Text before each question.
+        marker: What marks an image's place beside `<image>`, as `Template.image_marker` says.
 
     Raises:
         DataError: Something else, or more than is taken.
@@ -48,15 +56,27 @@ def read_question(body: bytes, limits: ChatLimits) -> Question:
             f"turns and images do not fit: places for {total} images, {len(coded)} sent"
         )
     images = tuple(_image(value, f"images[{number}]") for number, value in enumerate(coded))
-    return Question(_with_places(turns), images, "your upload")
+    return Question(_with_places(turns, prefix, marker), images, "your upload")
 
 
-def _with_places(turns: list[tuple[Literal["user", "assistant"], str, int]]) -> tuple[Turn, ...]:
+def _with_places(
+    turns: list[tuple[Literal["user", "assistant"], str, int]], prefix: str, marker: str
+) -> tuple[Turn, ...]:
     made: list[Turn] = []
     place = 0
     for role, text, shown in turns:
-        images = tuple(ImagePart(place + number) for number in range(shown))
-        made.append(Turn(role, (*images, *((TextPart(text),) if text else ()))))
+        said = prefix + text if role == "user" else text
+        turn = Turn(role, (TextPart(said),) if said else ())
+        if shown:
+            (turn,) = Question.of(said, *[b""] * shown, name="your question", marker=marker).turns
+        made.append(
+            turn._replace(
+                parts=tuple(
+                    ImagePart(place + part.index) if isinstance(part, ImagePart) else part
+                    for part in turn.parts
+                )
+            )
+        )
         place += shown
     return tuple(made)
 

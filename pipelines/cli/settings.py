@@ -152,6 +152,7 @@ class GenerateConfig(TrustFlags):
             not say.
         view: How its images are made square, if its folder does not say: `pad`, `crop`, `stretch`,
             or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
+        prefix: Text before each question, such as `用中文回答：`, which Basic-VLM asks with.
         image: An image, or a folder of images of which each is shown with the question.
         question: The question; empty with a caption template. `<image>` in it is the image's place.
         questions: JSONL with `question_id`, `text` and, where there are images, `image` or
@@ -171,6 +172,7 @@ class GenerateConfig(TrustFlags):
     model: str
     template: str = ""
     view: str = ""
+    prefix: str = ""
     image: str = ""
     question: str = ""
     questions: str = ""
@@ -229,6 +231,7 @@ class ChatConfig(TrustFlags):
             not say.
         view: How its images are made square, if its folder does not say: `pad`, `crop`, `stretch`,
             or fields such as `{aspect: pad, fill: [122, 116, 104]}`.
+        prefix: Text before each question, such as `用中文回答：`, which Basic-VLM asks with.
         host: Address to listen on; another than this machine's own lets the network in.
         port: 0 takes a free one.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
@@ -239,6 +242,7 @@ class ChatConfig(TrustFlags):
     model: str
     template: str = ""
     view: str = ""
+    prefix: str = ""
     host: str = "127.0.0.1"
     port: int = 8080
     device: DeviceChoice = "auto"

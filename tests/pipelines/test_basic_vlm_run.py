@@ -16,9 +16,13 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 import pipelines.export
 import pipelines.generate
 import pipelines.train
+from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
+from lapilli.data.record import TextPart
 from lapilli.data.text.tokenizer_files import QWEN_SPECIALS, load_tokenizer
 from lapilli.train.inference.assistant import Question, open_assistant
+from pipelines.chat_page.request import read_question
+from pipelines.cli.settings import ChatLimits
 from tests.factories import build_dataset, image_bytes, make_mixture
 from tests.model.test_basic_vlm import adapters
 from tests.model.test_qwen1 import write_qwen1
@@ -100,6 +104,51 @@ def test_a_prompt_is_the_ids_of_its_make_context(run: Path, base: Path, photo: P
         asked.prompt(question.turns).tolist()
         == np.where(expected == marker, -200, expected).tolist()
     )
+
+
+def test_the_prefix_stands_before_each_question(
+    run: Path, photo: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """`--prefix`, as the original's programs write it; answers of another one are not gone on."""
+    asked = [str(run), f"--image={photo}", "--decoding.max_new_tokens=12"]
+    assert (
+        pipelines.generate.main([*asked, f"--prefix={PREFIX}", "--question=图中有什么<|extra_0|>"])
+        == 0
+    )
+    assert capsys.readouterr().out == said(run, photo, capsys)
+    to_file = [*asked, "--question=图<|extra_0|>", f"--output={tmp_path / 'answers.jsonl'}"]
+    assert pipelines.generate.main([*to_file, f"--prefix={PREFIX}"]) == 0
+    with pytest.raises(DataError, match="has answers with metadata"):
+        pipelines.generate.main(to_file)
+
+
+def test_a_chat_has_several_turns_as_its_page_has(base: Path, run: Path) -> None:
+    """A turn with an image where the marker stands, an answer, a turn of text alone."""
+    image = base64.b64encode(image_bytes("png", 8, 8)).decode()
+    turns = [
+        {"role": "user", "text": "图中有什么<|extra_0|>", "images": 1},
+        {"role": "assistant", "text": "猫", "images": 0},
+        {"role": "user", "text": "什么颜色", "images": 0},
+    ]
+    template, tokenizer = open_assistant(run).template, load_tokenizer(base)
+    body = json.dumps({"turns": turns, "images": [image]}).encode()
+    question = read_question(body, ChatLimits(), prefix=PREFIX, marker=template.image_marker)
+    written = (
+        "<|im_start|>system\n你是一位图像理解助手。<|im_end|>\n"
+        f"<|im_start|>user\n{PREFIX}图中有什么<|extra_0|><|im_end|>\n<|im_start|>assistant\n猫"
+        f"<|endoftext|>\n<|im_start|>user\n{PREFIX}什么颜色<|im_end|>\n<|im_start|>assistant\n"
+    )
+    marker = tokenizer.convert_tokens_to_ids("<|extra_0|>")
+    expected = np.array(tokenizer(written)["input_ids"])
+    found = open_assistant(run).prompt(question.turns)
+    assert found.tolist() == np.where(expected == marker, -200, expected).tolist()
+    turns[0]["text"] = "<|extra_0|><|extra_0|>"
+    body = json.dumps({"turns": turns[:1], "images": [image]}).encode()
+    with pytest.raises(DataError, match="2 image markers for 1 image"):
+        read_question(body, ChatLimits(), marker=template.image_marker)
+    alone = [{"role": "user", "text": "你好<image>", "images": 0}]  # its marker is text
+    body = json.dumps({"turns": alone, "images": []}).encode()
+    assert read_question(body, ChatLimits()).turns[0].parts == (TextPart("你好<image>"),)
 
 
 def test_an_export_has_its_files_and_answers_as_its_run(

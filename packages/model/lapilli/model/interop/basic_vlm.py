@@ -157,7 +157,7 @@ def basic_vlm_model(path: Path, tower: Path, base: Path) -> ModelConfig:
         )
     return ModelConfig(
         vision=VisionConfig(
-            "siglip", pretrained=str(found), vision_feature_layer=-1, norm=True, skip=1,
+            tower="siglip", pretrained=str(found), vision_feature_layer=-1, norm=True, skip=1,
             allow_pickle=True,
         ),
         language=LanguageConfig(pretrained=str(base), allow_pickle=True),
