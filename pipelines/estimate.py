@@ -52,7 +52,8 @@ def estimate(config: RunConfig) -> None:
     if note := choose_attention(language.attention, language_settings(language)).note:
         say(note)
     sketch = sketch_run(config)
-    length = int(dataset.lengths.max()) if dataset else config.max_length
+    knows_longest = dataset and not config.is_static
+    length = int(dataset.lengths.max()) if knows_longest else config.max_length
     trained = int(dataset.num_trained.max()) if dataset else None
     estimate = estimate_run(config, sketch, length=length, trained=trained)
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"

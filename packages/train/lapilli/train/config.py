@@ -227,6 +227,8 @@ class RunConfig:
         profile: Which steps and ranks are profiled.
         communication: Sizes of ZeRO's collectives.
         max_shapes: Shapes (sequence length, with or without images) that batches may have in all.
+            With 1 every batch has one shape on every device: `max_length`, always with pixels, one
+            number of trained positions; held-out batches too.
         loggers: Where metrics are also sent: `tensorboard`, `wandb`, `mlflow`.
     """
 
@@ -299,6 +301,11 @@ class RunConfig:
     def shares_rows(self) -> bool:
         """Whether a row may hold several samples."""
         return self.share_images or self.pack
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every batch has one shape."""
+        return self.max_shapes == 1
 
     @property
     def truncates(self) -> bool:
@@ -458,6 +465,11 @@ def _check_rows(config: RunConfig) -> None:
                 "or max_length for rows of one sample"
             )
         return
+    if config.is_static:
+        raise TrainError(
+            f"{chosen}: true with max_shapes 1; rows of several samples vary in their images and "
+            "samples; set max_shapes 2 or more"
+        )
     if config.sampler != "grouped":
         raise TrainError(
             f"{chosen}: true with sampler {config.sampler}, whose order is one of single samples; "

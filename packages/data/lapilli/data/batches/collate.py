@@ -31,6 +31,7 @@ __all__ = [
     "choose_target_sizes",
     "collate",
     "collate_rows",
+    "static_shape",
 ]
 
 CANDIDATES = 512  # lengths that buckets are chosen from: 10 ms for 16 of them
@@ -49,6 +50,8 @@ class BatchShape:
         target_sizes: Numbers P of trained positions, ascending; a batch takes the first that holds
             it.
         has_trees: Whether rows may hold several samples.
+        image_slots: Images N of every batch, of those without any too; 0 for as many as it needs,
+            padded to a multiple of the rows.
     """
 
     rows: int
@@ -58,6 +61,13 @@ class BatchShape:
     text_buckets: tuple[int, ...] = ()
     target_sizes: tuple[int, ...] = ()
     has_trees: bool = False
+    image_slots: int = 0
+
+    def padded_images(self, count: int, *, with_images: bool = False) -> int:
+        """Padded N for this many images; `with_images` as for `collate`."""
+        if self.image_slots:
+            return self.image_slots
+        return max(self.rows * with_images, -(-count // self.rows) * self.rows)
 
     def padded_targets(self, count: int) -> int:
         """Padded P for this many trained positions; at least one, so that the head always runs."""
@@ -200,6 +210,34 @@ def choose_target_sizes(
     return choose_buckets(counts.clip(min=1), counts[:0], count=count, multiple=multiple)[0]
 
 
+def static_shape(
+    rows: int,
+    length: int,
+    image_tokens: int,
+    num_images: NDArray[np.int64],
+    num_trained: NDArray[np.int64],
+) -> BatchShape:
+    """The one shape that holds any micro-batch of some samples, one a row.
+
+    Every batch has pixels, of text-only samples too, unless no sample has an image.
+
+    Args:
+        rows: Rows of a micro-batch.
+        length: Tokens of every row; no sample is longer.
+        image_tokens: Tokens an image takes.
+        num_images: [n], images of each sample.
+        num_trained: [n], trained tokens of each.
+    """
+    images, trained = (int(np.sort(of)[-rows:].sum()) for of in (num_images, num_trained))
+    return BatchShape(
+        rows=rows,
+        buckets=(length,),
+        image_tokens=image_tokens,
+        target_sizes=(max(1, trained),),
+        image_slots=-(-images // rows) * rows,
+    )
+
+
 def collate(
     samples: Sequence[Sample], shape: BatchShape, image_size: int, *, with_images: bool = False
 ) -> Batch:
@@ -298,6 +336,9 @@ def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:
     that other pairs are no new shapes for any part of a model. Several images a row are shapes of
     their own and not among these.
     """
+    if shape.image_slots:  # of static_shape: with and without images alike
+        yield collate([], shape, image_size)
+        return
     *fewer, most = shape.target_sizes or (shape.predict_chunk,)
     whole = replace(shape, target_sizes=(most,))
     for length in reversed(shape.buckets):
@@ -382,7 +423,12 @@ def _images(
             )
         stacked.append(sample.pixels)
     count = sum(map(len, stacked))
-    padded = max(shape.rows * with_images, -(-count // shape.rows) * shape.rows)
+    padded = shape.padded_images(count, with_images=with_images)
+    if count > padded:
+        raise DataError(
+            f"batch: {count} images from {samples[0].sample_id} on; the shape has "
+            f"{shape.image_slots} image_slots; expected no more"
+        )
     pixels = np.zeros((padded, size, size, 3), np.uint8)
     if count:
         np.concatenate(stacked, out=pixels[:count])

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lapilli.data.batches.collate import BatchShape, choose_buckets, choose_target_sizes, collate
+from lapilli.data.batches.collate import (
+    BatchShape,
+    choose_buckets,
+    choose_target_sizes,
+    collate,
+    static_shape,
+)
 from lapilli.data.batches.sampler import (
     EpochPlan,
     assign,
@@ -100,7 +106,8 @@ def torch_loader(
         epoch: Decides the order with `seed`; make a loader for each epoch.
         seed: As of `plan_epoch`.
         sampler: As of `plan_epoch`; `llava` needs the trainer.
-        max_shapes: Most different pairs of B and S, and of P.
+        max_shapes: Most different pairs of S and images or none, and of P. With 1 all
+            micro-batches have one shape, with pixels, also those without an image.
         num_workers: Processes of the `DataLoader` that read ahead; 0 reads in this one.
 
     Raises:
@@ -122,6 +129,10 @@ def torch_loader(
 def _shape(dataset: Dataset, plan: EpochPlan, rows: int, max_shapes: int) -> BatchShape:
     """Few shapes that hold every micro-batch of the plan."""
     lengths = dataset.lengths
+    if max_shapes == 1:
+        length = -(-int(lengths.max()) // 8) * 8
+        numbers = dataset.num_images, dataset.num_trained
+        return static_shape(rows, length, dataset.image_tokens, *numbers)
     longest = longest_rows(plan, lengths, dataset.has_images, micro_batch_size=rows)
     # beside another rank's images a micro-batch without any has one, and the longest row fits
     images, text = (np.append(one, lengths.max()) if one.size else one for one in longest)

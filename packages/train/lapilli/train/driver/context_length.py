@@ -7,6 +7,7 @@ from collections.abc import Callable
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.model.parts.positions import positions_of
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.validation.validation_loss import held_out_buckets
 
@@ -15,6 +16,7 @@ __all__ = ["check_context"]
 
 def check_context(
     model: VisionLanguageModel,
+    config: RunConfig,
     dataset: Dataset,
     held_out: Dataset | None,
     on_note: Callable[[str], None],
@@ -23,6 +25,7 @@ def check_context(
 
     Args:
         model: The run's model; its shapes are enough.
+        config: Its settings.
         dataset: The training data.
         held_out: The validation data, if any.
         on_note: Called with a line for a model that goes beyond its positions untrained.
@@ -38,6 +41,8 @@ def check_context(
     if held_out is not None:
         longest = int(held_out.lengths.max())
         rows.append(("held-out sample", longest, held_out_buckets(longest)[-1], 32))
+    if config.is_static:
+        rows = [(what, longest, config.max_length, 1) for what, longest, *_ in rows]
     for what, length, padded, step in rows:
         if known.is_fixed and padded > known.limit:
             as_padded = f", {padded} as it is padded" if padded > length else ""

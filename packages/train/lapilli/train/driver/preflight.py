@@ -146,6 +146,8 @@ def _check_loggers(config: RunConfig) -> None:
 def _largest_row(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
     """Most tokens of a row, and most of them that are trained."""
     longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
+    if config.is_static:
+        return config.max_length, most
     if not config.shares_rows:
         return longest, most
     longest = max(longest, config.row_length or config.max_length)
@@ -213,7 +215,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     dataset, held_out = opened or _open_datasets(model, config, on_note)
     check_model(model, dataset)
     check_start(start_weights, dataset, on_note)
-    check_context(model, dataset, held_out, on_note)
+    check_context(model, config, dataset, held_out, on_note)
     longest, most = _largest_row(config, dataset)
     config, policy = choose_memory(
         config,
@@ -221,7 +223,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         memory_budget(config, device, partial(_device_memory, config)),
         lambda changed: estimate_run(changed, sketch_run(changed), length=longest, trained=most),
     )
-    feed = Feed(dataset, config, rank=0, world_size=config.num_workers)
+    feed = Feed(dataset, config, rank=0, world_size=config.num_workers, held_out=held_out)
     if config.share_images:
         on_note(_shared_note(feed))
     saved = config.checkpoint

@@ -79,8 +79,8 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
     sized = [[_real_sizes(micro, feed) for micro in micros] for micros in step.rows]
     for micros in sized:
         for number, (lengths, pairs, images, targets) in enumerate(micros):
-            together = any(rank[number][2] for rank in sized)  # all ranks have images or none
-            padded_images = max(shape.rows * together, -(-images // shape.rows) * shape.rows)
+            together = any(rank[number][2] > 0 for rank in sized)  # all ranks have images or none
+            padded_images = shape.padded_images(images, with_images=together)
             kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
             longest = max(lengths, default=0)
             found.append(BatchNumbers(

@@ -19,6 +19,7 @@ from lapilli.data.batches.collate import (
     choose_buckets,
     choose_target_sizes,
     collate_rows,
+    static_shape,
 )
 from lapilli.data.batches.sampler import EpochPlan, longest_rows, trained_counts
 from lapilli.data.batches.tree_plan import TreePlan, micro_sums
@@ -67,8 +68,23 @@ def batch_shape(
     dataset: Dataset,
     config: RunConfig,
     plan: EpochPlan | TreePlan,
+    held_out: Dataset | None = None,
 ) -> BatchShape:
-    """The few shapes a run's batches have, chosen for its first epoch; the others are like it."""
+    """The few shapes a run's batches have, chosen for its first epoch; the others are like it.
+
+    With `max_shapes: 1` there is one, which holds the micro-batches of `held_out` too.
+    """
+    if config.is_static:
+        counts = [
+            np.concatenate([of.num_images, of.num_trained]).reshape(2, -1)
+            for of in (dataset, held_out)
+            if of is not None
+        ]
+        images, trained = np.concatenate(counts, axis=1)
+        shape = static_shape(
+            config.micro_batch_size, config.max_length, dataset.image_tokens, images, trained
+        )
+        return replace(shape, predict_chunk=config.model.head_chunk)
     images, text = _longest(dataset, config, plan)
     buckets, text_buckets = choose_buckets(
         images[images > 0], text[text > 0], count=config.max_shapes
@@ -108,7 +124,7 @@ def _longest(
 def _target_sizes(
     dataset: Dataset, config: RunConfig, plan: EpochPlan | TreePlan
 ) -> tuple[int, ...]:
-    """The few numbers of trained positions; a single one holds whatever may come together.
+    """The few numbers of trained positions.
 
     Where rows hold several samples a later epoch may have a larger sum than the first: a quarter
     more has a place, and what is larger still is padded to `head_chunk`.
@@ -117,9 +133,6 @@ def _target_sizes(
     if isinstance(plan, TreePlan):
         counts = micro_sums(plan, trained, micro_batch_size=config.micro_batch_size).sums
         counts = np.append(counts, counts.max() * 5 // 4)
-    elif config.max_shapes == 1:
-        rows = min(config.micro_batch_size, len(trained))
-        counts = np.partition(trained, -rows)[-rows:].sum(keepdims=True)
     else:
         counts = trained_counts(
             plan, dataset.lengths, trained, micro_batch_size=config.micro_batch_size
@@ -148,9 +161,26 @@ def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
 
 
 class Feed:
-    """A worker's steps from `start` to `total`, the same global batches whatever the world size."""
+    """A worker's steps from `start` to `total`, the same global batches whatever the world size.
 
-    def __init__(self, dataset: Dataset, config: RunConfig, *, rank: int, world_size: int) -> None:
+    Args:
+        dataset: What is trained on.
+        config: The run's settings.
+        rank: This worker.
+        world_size: Workers.
+        held_out: What the run is validated on; with `max_shapes: 1` its batches have the same
+            shape.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: RunConfig,
+        *,
+        rank: int,
+        world_size: int,
+        held_out: Dataset | None = None,
+    ) -> None:
         self.dataset = dataset
         self.config = config
         self.rank = rank
@@ -159,7 +189,7 @@ class Feed:
         first = self._plan_epoch(0)
         self._plan: tuple[int, EpochPlan | TreePlan] = 0, first
         self._planning = threading.Lock()
-        self.shape = batch_shape(dataset, config, first)
+        self.shape = batch_shape(dataset, config, first, held_out)
         steps = first.num_steps * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 

@@ -67,7 +67,8 @@ class HeldOut:
     Args:
         dataset: The samples, of which `config.validation.samples` from all over it are used.
         config: The run's settings.
-        shape: The shape of training's batches; held-out ones have lengths of their own.
+        shape: The shape of training's batches; held-out ones have lengths of their own, unless it
+            is static.
         place: Rank and world size.
     """
 
@@ -81,10 +82,12 @@ class HeldOut:
         longest = int(dataset.lengths[chosen].max())
         self._chunks = _chunks(chosen, dataset, shape.rows)
         counts = np.array([dataset.num_trained[ids].sum() for ids in self._chunks], np.int64)
-        self._shape = replace(
-            shape, buckets=held_out_buckets(longest), text_buckets=(),
-            target_sizes=choose_target_sizes(counts, count=4),
-        )  # fmt: skip
+        self._shape = shape
+        if not config.is_static:
+            self._shape = replace(
+                shape, buckets=held_out_buckets(longest), text_buckets=(),
+                target_sizes=choose_target_sizes(counts, count=4),
+            )  # fmt: skip
         self._tokens = int(dataset.num_trained[chosen].sum())
 
     def loss(self, engine: Any, device: torch.device) -> float:

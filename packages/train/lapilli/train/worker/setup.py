@@ -83,7 +83,8 @@ def setup(
     if found:
         checkpoint.load_weights(found, model)
     model.to(torch_device)
-    feed = Feed(dataset, config, rank=rank, world_size=world_size)
+    held_out = open_held_out(config, dataset.image_tokens)
+    feed = Feed(dataset, config, rank=rank, world_size=world_size, held_out=held_out)
     is_on_gpu = torch_device.type == "cuda" and config.offload.to == "none"
     optimizer = build_optimizer(model, config.optim, fused=is_on_gpu)
     hidden_size = shape_of(model.language.get_input_embeddings().weight)[1]
@@ -112,11 +113,10 @@ def setup(
         rank=rank,
         world_size=world_size,
     )
-    if samples := open_held_out(config, dataset.image_tokens):
-        if config.validation.every:
-            ready.held_out = HeldOut(samples, config, feed.shape, (rank, world_size))
-        if config.validation.answers_every:
-            ready.generations = Generations(samples, config, rank)
+    if held_out and config.validation.every:
+        ready.held_out = HeldOut(held_out, config, feed.shape, (rank, world_size))
+    if held_out and config.validation.answers_every:
+        ready.generations = Generations(held_out, config, rank)
     return ready
 
 
