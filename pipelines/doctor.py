@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Nothing heavy and nothing of ours: this must run where any of it is broken.
+from pipelines.cli.control_groups import cgroup_limits, words_of
+
+# Nothing heavy, and of ours what needs Python alone: this must run where any of it is broken.
 
 __all__ = [
-    "Library", "Row", "cgroup_limits", "cores_row", "diagnose", "disk_row", "exit_code",
-    "library_rows", "memory_row", "python_row", "read_requirements", "shm_row", "simd_row",
-    "socket_row",
+    "GAUDI", "IMAGE", "Library", "Row", "cores_row", "diagnose", "disk_row",
+    "exit_code", "hpu_row", "library_rows", "memory_row", "python_row", "read_requirements",
+    "shm_row", "simd_row", "socket_row",
 ]  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 SOCKET_BYTES = 107  # sun_path of unix(7) without its final zero
 SESSION = f"ray-{os.getuid()}/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+# What pipelines/cluster/GAUDI.md names; the Gaudi software's is that of its plugin for torch.
+GAUDI = {"Gaudi": "1.24.1", "torch": "2.11", "Python": "3.12", "ubuntu": "24.04"}
+IMAGE = (
+    f"vault.habana.ai/gaudi-docker/{GAUDI['Gaudi']}/ubuntu{GAUDI['ubuntu']}/habanalabs/"
+    f"pytorch-installer-{GAUDI['torch']}.0:latest"
+)
 State = Literal["ok", "note", "missing"]
 COLOURS = {"ok": "green", "note": "yellow", "missing": "bold red"}
 
@@ -175,6 +183,25 @@ def socket_row(environment: Mapping[str, str]) -> Row:
     return Row("Ray's sockets", f"{found}, below {folder}")
 
 
+def hpu_row(devices: int, found: Mapping[str, str | None]) -> Row:
+    """Gaudi's devices, and the versions that matter there beside `GAUDI`'s.
+
+    Args:
+        devices: Their number.
+        found: Versions by `GAUDI`'s names; None for what is not there.
+    """
+    if not devices and found.get("Gaudi") is None:
+        return Row("HPUs", "none")
+    other = [
+        f"{name} {version or 'none'}, {GAUDI[name]} is pinned"
+        for name, version in found.items()
+        if not f"{version}.".startswith(f"{GAUDI[name]}.")
+    ]
+    if other:
+        return Row("HPUs", f"{devices} devices; {'; '.join(other)}", "note", f"docker pull {IMAGE}")
+    return Row("HPUs", f"{devices} devices, {', '.join(f'{n} {v}' for n, v in found.items())}")
+
+
 def library_rows(libraries: Sequence[Library]) -> list[Row]:
     """A row for each library that is not as tested, one for all the others together.
 
@@ -286,39 +313,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def cgroup_limits(mounted: Path, listing: str) -> tuple[float | None, int | None]:
-    """Cores and bytes that control groups leave this process, None where they set no limit.
-
-    Args:
-        mounted: Where they are mounted, `/sys/fs/cgroup`.
-        listing: `/proc/self/cgroup`; lines of number, controllers (none in version 2) and path.
-    """
-    cores: list[float] = []
-    memory: list[int] = []
-    for line in listing.splitlines():
-        _, controllers, path = line.split(":", 2)
-        base = mounted / controllers if controllers else mounted
-        own = base / path.strip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(base):
-                break
-            quota = _words(folder / "cpu.max") or (
-                _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
-            )
-            if len(quota) == 2 and quota[0] not in ("max", "-1"):
-                cores.append(int(quota[0]) / int(quota[1]))
-            limits = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-            memory += [int(limit) for limit in limits if limit != "max"]
-    return min(cores, default=None), min(memory, default=None)
-
-
-def _words(file: Path) -> list[str]:
-    try:
-        return file.read_text().split()
-    except OSError:
-        return []
-
-
 def machine_rows() -> Iterator[Row]:
     """Cores, instruction sets, memory, disks, sockets; Python last."""
     listing = Path("/proc/self/cgroup")
@@ -327,10 +321,10 @@ def machine_rows() -> Iterator[Row]:
     machine = os.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
     yield cores_row(machine, affinity, quota)
-    words = _words(Path("/proc/cpuinfo"))
+    words = words_of(Path("/proc/cpuinfo"))
     yield simd_row(set(words) | ({"asimd"} if platform.machine() == "arm64" else set()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = _words(Path("/proc/meminfo"))
+    info = words_of(Path("/proc/meminfo"))
     is_told = "MemAvailable:" in info
     available = int(info[info.index("MemAvailable:") + 1]) * 1024 if is_told else memory
     yield memory_row(memory, available, limit)
@@ -389,13 +383,7 @@ def torch_rows() -> Iterator[Row]:
 
 def optional_rows(*, trains: bool) -> Iterator[Row]:
     """Optional packages."""
-    hpus = [str(device) for device in Path("/dev/accel").glob("accel*[0-9]")]
-    habana = importlib.util.find_spec("habana_frameworks") is not None
-    if hpus or habana:
-        software = "with" if habana else "without"
-        yield Row("HPUs", f"{len(hpus)} devices, {software} habana_frameworks", "note")
-    else:
-        yield Row("HPUs", "none")
+    yield hpu_row(len([*Path("/dev/accel").glob("accel*[0-9]")]), gaudi_versions())
     triton = _version("triton")
     yield Row("triton", triton) if triton else _lacking("triton", "GPU kernels", PIP)
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -418,6 +406,18 @@ def optional_rows(*, trains: bool) -> Iterator[Row]:
             yield Row(f"[{extra}]", "not installed", "missing" if needed else "note", PIP)
 
 
+def gaudi_versions() -> dict[str, str | None]:
+    """What is found of `GAUDI`'s names."""
+    system, _ = attempt(platform.freedesktop_os_release)
+    is_ubuntu = system and system.get("ID") == "ubuntu"
+    return {
+        "Gaudi": _version("habana-torch-plugin"),
+        "torch": _version("torch"),
+        "Python": platform.python_version(),
+        "ubuntu": system["VERSION_ID"] if is_ubuntu else None,
+    }
+
+
 def _lacking(what: str, needed_for: str, remedy: str) -> Row:
     return Row(what, f"none; for {needed_for}", "note", remedy)
 
@@ -429,6 +429,8 @@ def diagnose() -> list[Row]:
         return machine
     trains = any(_version(name) for name in TRAINING)
     needed = read_requirements(ROOT, training=trains)
+    if _version("habana-torch-plugin"):  # whose torch is the image's own and has a row elsewhere
+        needed = [one for one in needed if _plain(one[0]) != "torch"]
     libraries = [find_library(*requirement) for requirement in needed]
     return [
         *machine,

@@ -52,8 +52,8 @@ def estimate(config: RunConfig) -> None:
     if note := choose_attention(language.attention, language_settings(language)).note:
         say(note)
     sketch = sketch_run(config)
-    knows_longest = dataset and not config.is_static
-    length = int(dataset.lengths.max()) if knows_longest else config.max_length
+    longest = int(dataset.lengths.max()) if dataset else config.max_length
+    length = config.max_length if config.is_static else longest
     trained = int(dataset.num_trained.max()) if dataset else None
     estimate = estimate_run(config, sketch, length=length, trained=trained)
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -52,6 +52,8 @@ class Read:
 
 def _caller() -> str:
     for frame in reversed(traceback.extract_stack()):
+        if frame.name == "__torch_function__":  # a device that is another one's (`on_gaudi`)
+            continue
         if not frame.filename.startswith(TORCH) and frame.filename != HERE:
             return f"{frame.filename}:{frame.lineno} {frame.name}"
     return "torch"

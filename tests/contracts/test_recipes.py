@@ -24,7 +24,7 @@ PATHS = sorted(RECIPES.rglob("*.yaml"))
 FIXED = ["llava15/pretrain_data.yaml", "llava15/finetune_data.yaml"]
 TEMPLATE_KEYS = {field.name for field in fields(Template)} | {"base"}
 # Settings that the foreign model behind a part defines; any key may stand there.
-FREE = {"settings", "aliases"}
+FREE = {"settings", "aliases", "environment"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import doctor
+from pipelines.cli.control_groups import cgroup_limits
 from pipelines.doctor import Library, Row
 
 ROOT = Path(__file__).parents[2]
@@ -121,13 +122,45 @@ def test_a_machine(row: Row, state: str) -> None:
     assert row.state == state, row
 
 
+FOUND = {"Gaudi": "1.24.1.17", "torch": "2.11.0+hpu", "Python": "3.12.3", "ubuntu": "24.04"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "changed", "state", "said"),
+    [
+        (8, {}, "ok", "8 devices, Gaudi 1.24.1.17, torch 2.11.0+hpu"),
+        (0, {"Gaudi": None}, "ok", "none"),
+        (8, {"Gaudi": None}, "note", "8 devices; Gaudi none, 1.24.1 is pinned"),
+        (8, {"Gaudi": "1.24.10"}, "note", "Gaudi 1.24.10, 1.24.1 is pinned"),
+        (8, {"torch": "2.13.0", "Python": "3.10.12"}, "note", "torch 2.13.0, 2.11 is pinned; Pyth"),
+        (8, {"ubuntu": None}, "note", "ubuntu none, 24.04 is pinned"),
+    ],
+)
+def test_gaudis_versions(devices: int, changed: dict[str, str], state: str, said: str) -> None:
+    row = doctor.hpu_row(devices, FOUND | changed)
+    assert row.state == state
+    assert row.found.startswith(said) or said in row.found
+    assert row.remedy == (f"docker pull {doctor.IMAGE}" if state == "note" else "")
+
+
+def test_gaudis_page_has_the_doctors_pins() -> None:
+    page = (ROOT / "pipelines/cluster/GAUDI.md").read_text(encoding="utf-8")
+    assert page.count(doctor.IMAGE) == 2
+    cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    pins = {cell[0].partition(",")[0]: cell[1] for cell in cells if len(cell) == 2}
+    assert pins["Gaudi software"] == doctor.GAUDI["Gaudi"]
+    assert pins["torch"].startswith(doctor.GAUDI["torch"])
+    assert pins["Python"] == doctor.GAUDI["Python"]
+    assert pins["system"] == f"ubuntu {doctor.GAUDI['ubuntu']}"
+
+
 def test_limits_of_control_groups(tmp_path: Path) -> None:
     own = tmp_path / "pod" / "box"
     own.mkdir(parents=True)
     (own / "cpu.max").write_text("max 100000\n")
     (own.parent / "cpu.max").write_text("150000 100000\n")
     (own / "memory.max").write_text("4294967296\n")
-    assert doctor.cgroup_limits(tmp_path, "0::/pod/box\n") == (1.5, 4 * GIB)
+    assert cgroup_limits(tmp_path, "0::/pod/box\n") == (1.5, 4 * GIB)
     for folder, name, text in (
         ("cpu", "cpu.cfs_quota_us", "200000"),
         ("cpu", "cpu.cfs_period_us", "100000"),
@@ -135,8 +168,8 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
     ):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_text(text)
-    assert doctor.cgroup_limits(tmp_path, "2:cpu:/\n1:memory:/gone\n") == (2.0, 1024)
-    assert doctor.cgroup_limits(tmp_path, "1:pids:/\n") == (None, None)
+    assert cgroup_limits(tmp_path, "2:cpu:/\n1:memory:/gone\n") == (2.0, 1024)
+    assert cgroup_limits(tmp_path, "1:pids:/\n") == (None, None)
 
 
 def test_the_command_here() -> None:

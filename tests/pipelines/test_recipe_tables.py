@@ -34,14 +34,22 @@ PRETRAIN: dict[str, Any] = {
     **STAGE_2, "global_batch_size": 256, "micro_batch_size": 32, "optim.lr": 1e-3,
     "zero_stage": 2, "checkpoint.every": 24000, "sampler": "random",
 }  # fmt: skip
-GAUDI: dict[str, Any] = {"global_batch_size": 64, "micro_batch_size": 2, "sampler": "random"}
+GAUDI: dict[str, Any] = {
+    "global_batch_size": 64, "micro_batch_size": 2, "num_workers": 4, "sampler": "random",
+    "hpu.optimizer": "FusedAdamW", "hpu.lazy": "--use_lazy_mode", "max_shapes": "--pad_max True",
+    "communication.overlap_comm": False,
+}  # fmt: skip
+GAUDI_STAGE_2: dict[str, Any] = GAUDI | {
+    "hpu.environment.PT_HPU_MAX_COMPOUND_OP_SIZE": "10",
+    "hpu.environment.DEEPSPEED_HPU_ZERO3_SYNC_MARK_STEP_REQUIRED": "1",
+}
 SCRIPTS: dict[str, dict[str, Any]] = {
     "llava15/pretrain": PRETRAIN,
     "llava15/finetune": STAGE_2,
     "llava15/finetune_lora": STAGE_2 | LORA,
-    "gaudi_llava/pretrain": PRETRAIN | GAUDI,
-    "gaudi_llava/finetune": STAGE_2 | GAUDI,
-    "gaudi_llava/finetune_lora": STAGE_2 | LORA | GAUDI,
+    "gaudi_llava/pretrain": PRETRAIN | GAUDI | {"communication.allgather_partitions": False},
+    "gaudi_llava/finetune": STAGE_2 | GAUDI_STAGE_2,
+    "gaudi_llava/finetune_lora": STAGE_2 | LORA | GAUDI_STAGE_2,
     "icm_instruct/csft": STAGE_2 | {"model.language.pretrained": "liuhaotian/llava-v1.5-13b"},
     "icm_instruct/msft": STAGE_2 | {"model.language.pretrained": "liuhaotian/llava-v1.5-13b"},
     "vlm_training/pretrain": {

@@ -10,6 +10,7 @@ from lapilli.data.renamed import Renamed
 from lapilli.model.config import GROUPS, ModelConfig
 from lapilli.train.config_groups import (
     CommunicationConfig,
+    HpuConfig,
     OffloadConfig,
     ProfileConfig,
     check_numbers,
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointConfig",
     "CommunicationConfig",
     "DeviceChoice",
+    "HpuConfig",
     "LoggerName",
     "OffloadConfig",
     "OptimConfig",
@@ -226,9 +228,9 @@ class RunConfig:
         recovery: Reactions to failures.
         profile: Which steps and ranks are profiled.
         communication: Sizes of ZeRO's collectives.
+        hpu: What is Intel Gaudi's own.
         max_shapes: Shapes (sequence length, with or without images) that batches may have in all.
-            With 1 every batch has one shape on every device: `max_length`, always with pixels, one
-            number of trained positions; held-out batches too.
+            With 1 all have one: `max_length`, with pixels, one number of trained positions.
         loggers: Where metrics are also sent: `tensorboard`, `wandb`, `mlflow`.
     """
 
@@ -272,6 +274,7 @@ class RunConfig:
     communication: CommunicationConfig = field(
         default_factory=CommunicationConfig, metadata=RESUMABLE
     )
+    hpu: HpuConfig = field(default_factory=HpuConfig, metadata=RESUMABLE)
     loggers: tuple[LoggerName, ...] = field(default=(), metadata=RESUMABLE)
 
     def __post_init__(self) -> None:
@@ -292,7 +295,7 @@ class RunConfig:
                 "which the micro-batches belong; set it"
             )
         _check_weights(self)
-        _check_hpz(self)
+        _check_communication(self)
         _check_workers(self)
         _check_order(self)
         _check_rows(self)
@@ -368,8 +371,13 @@ def _check_weights(config: RunConfig) -> None:
         )
 
 
-def _check_hpz(config: RunConfig) -> None:
-    """Groups of workers that hold all weights among them are of stage 3, and cut the workers."""
+def _check_communication(config: RunConfig) -> None:
+    """What of ZeRO's collectives belongs to some stages; groups of hpZ cut the workers."""
+    if config.communication.allgather_partitions is not None and config.zero_stage not in (1, 2):
+        raise TrainError(
+            f"communication.allgather_partitions: {config.communication.allgather_partitions} with "
+            f"zero_stage {config.zero_stage}; stages 1 and 2 gather partitions; leave it out"
+        )
     size, fewest = config.communication.zero_hpz_partition_size, config.recovery.min_workers
     if not size:
         return

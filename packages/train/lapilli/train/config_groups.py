@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lapilli.train.errors import TrainError
 
-__all__ = ["CommunicationConfig", "OffloadConfig", "ProfileConfig", "check_numbers"]
+__all__ = [
+    "LAZY_MODE", "CommunicationConfig", "HpuConfig", "OffloadConfig", "ProfileConfig",
+    "check_numbers",
+]  # fmt: skip
+
+LAZY_MODE = "PT_HPU_LAZY_MODE"  # read by Gaudi's bridge as it is imported
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class CommunicationConfig:
 
     Attributes:
         overlap_comm: Reduce gradients while backward goes on.
+        reduce_scatter: Reduce a share to the worker that holds it, and not all to all.
+        allgather_partitions: Gather updated weights by all-gather, not by broadcasts (stages 1, 2).
         reduce_bucket_size: Numbers reduced at once.
         allgather_bucket_size: Numbers gathered at once after an update (stages 1 and 2).
         stage3_prefetch_bucket_size: Numbers fetched ahead of the layer that needs them.
@@ -48,6 +56,8 @@ class CommunicationConfig:
     """
 
     overlap_comm: bool | None = None
+    reduce_scatter: bool | None = None
+    allgather_partitions: bool | None = None
     reduce_bucket_size: int = 0
     allgather_bucket_size: int = 0
     stage3_prefetch_bucket_size: int = 0
@@ -57,7 +67,41 @@ class CommunicationConfig:
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        check_numbers("communication", self, (), tuple(vars(self).keys() - {"overlap_comm"}))
+        switches = {"overlap_comm", "reduce_scatter", "allgather_partitions"}
+        check_numbers("communication", self, (), tuple(vars(self).keys() - switches))
+
+
+@dataclass(frozen=True)
+class HpuConfig:
+    """What is Intel Gaudi's own.
+
+    Attributes:
+        lazy: Lazy mode: operations are gathered into a graph until a micro-batch's backward ends.
+            Eager mode otherwise.
+        graphs: Record the decoder's graphs and replay them; lazy mode alone.
+        optimizer: torch's AdamW, or Habana's FusedAdamW with the same moments.
+        environment: Variables that are set in each worker before Gaudi's bridge is imported.
+    """
+
+    lazy: bool = False
+    graphs: bool = False
+    optimizer: Literal["AdamW", "FusedAdamW"] = "AdamW"
+    environment: dict[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.graphs and not self.lazy:
+            raise TrainError(
+                "hpu.graphs: true with hpu.lazy false; Gaudi records graphs in lazy mode alone; "
+                "set hpu.lazy true, or leave hpu.graphs out"
+            )
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise TrainError(
+                    f"hpu.environment: {name!r}; expected the name of an environment variable"
+                )
+        if LAZY_MODE in self.environment:
+            raise TrainError(f"hpu.environment.{LAZY_MODE}: set hpu.lazy instead")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lapilli.data.images.buffers import peak_resident
 from lapilli.model.torch_internals import computes_fp16
@@ -20,6 +21,7 @@ from lapilli.train.errors import TrainError
 
 __all__ = [
     "BACKEND",
+    "HABANA",
     "NO_HABANA",
     "RESOURCE",
     "Device",
@@ -31,6 +33,7 @@ __all__ = [
     "has_habana",
     "know_collectives",
     "peak_memory",
+    "pinned",
     "prepare_process",
     "synchronize",
     "torch_device",
@@ -113,6 +116,14 @@ def know_collectives(device: Device) -> None:
 def device_name(device: torch.device) -> str:
     """The maker's name of a GPU or HPU."""
     return str(getattr(torch, device.type).get_device_name(device))
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor in memory that the device copies from and to by itself."""
+    if device.type == "cpu":
+        return tensor
+    # Gaudi has to be named: it is not the accelerator that torch looks for
+    return tensor.pin_memory() if device.type == "cuda" else tensor.pin_memory(device)
 
 
 def synchronize(device: torch.device) -> None:

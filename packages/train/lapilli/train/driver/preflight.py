@@ -52,6 +52,7 @@ from lapilli.train.driver.memory_estimate import (
 from lapilli.train.driver.memory_policy import MemoryPolicy, choose_memory, memory_budget
 from lapilli.train.driver.run_length import LENGTH, changed_length, check_length
 from lapilli.train.errors import TrainError
+from lapilli.train.gaudi import check_stage, hpu_environment, ignored_line, set_environment
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.names import CONFIG, STATE
 from lapilli.train.run_folder.settings import (
@@ -105,6 +106,7 @@ class Preflight:
         num_cut: Samples whose text is cut at `max_length`.
         kernels: What computes merge, layers and loss on the device.
         memory_policy: What is recomputed and offloaded so that a worker fits in its memory.
+        environment: Variables that workers on Gaudi are started with.
     """
 
     config: RunConfig
@@ -121,6 +123,7 @@ class Preflight:
     num_cut: int = 0
     kernels: KernelChoice | None = None
     memory_policy: MemoryPolicy = field(default_factory=MemoryPolicy)
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def is_done(self) -> bool:
@@ -201,6 +204,9 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     config = with_absolute_paths(config)
     device = _find_device(config)
     check_tf32(device, config.tf32)
+    check_stage(config, device)
+    if line := ignored_line(config.hpu, device):
+        on_note(line)
     run = Path(config.output)
     _check_config(run, config)
     # No weight is read before dataset, view and sizes are known to fit.
@@ -242,6 +248,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         memory=_state_by_part(config, model, parameters),
         step_seconds=step_seconds, image_tokens=dataset.image_tokens, attention=attention,
         num_cut=dataset.num_cut, kernels=kernels, memory_policy=policy,
+        environment=hpu_environment(config.hpu) if device == "hpu" else {},
     )  # fmt: skip
 
 
@@ -276,6 +283,8 @@ def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, Checkpoint | None]
 def _find_device(config: RunConfig) -> Device:
     """The device type of the workers; requires enough devices."""
     if config.launcher == "process":
+        if config.device in ("auto", "hpu") and has_habana():
+            set_environment(config.hpu)
         return choose_device(config.device, visible_devices())
     import ray
 

@@ -24,6 +24,7 @@ from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_
 from lapilli.train.driver.memory_policy import MemoryPolicy, shortage_line
 from lapilli.train.engine.deepspeed_engine import forget_swapped
 from lapilli.train.errors import TrainError
+from lapilli.train.gaudi import hpu_environment
 from lapilli.train.health.watchdog import hang_line
 from lapilli.train.run_folder.names import MISTAKE
 from lapilli.train.steps.step import OutOfMemory
@@ -50,7 +51,7 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": 1, RESOURCE[device]: 1}
-    fewest = config.recovery.min_workers
+    fewest, is_hpu = config.recovery.min_workers, device == "hpu"
     trainer = Trainer(
         _worker,
         train_loop_config={
@@ -69,6 +70,8 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
             name="ray",
             storage_path=config.output,
             failure_config=ray.train.FailureConfig(max_failures=config.recovery.max_failures),
+            # before anything in the worker imports the bridge, as Ray itself does
+            worker_runtime_env={"env_vars": hpu_environment(config.hpu)} if is_hpu else None,
         ),
     )
     run, started = Path(config.output), time.time()

@@ -21,7 +21,7 @@ def communication_settings(config: RunConfig, hidden_size: int, device: Device) 
     HPUs. At stage 3 the formulas that DeepSpeed's integration in transformers documents: gradients
     are reduced in buckets of h^2 numbers, 0.9 h^2 are fetched ahead, weights of up to 10 h numbers
     stay whole. At stages 1 and 2 a bucket is a decoder's layer, about 12 h^2, at most DeepSpeed's
-    default. On a CPU DeepSpeed's defaults stay.
+    default. On HPUs nothing overlaps, as in Intel's settings. On a CPU DeepSpeed's defaults stay.
 
     Args:
         config: The run.
@@ -33,7 +33,8 @@ def communication_settings(config: RunConfig, hidden_size: int, device: Device) 
     square = hidden_size**2
     found: dict[str, Any] = {}
     if device != "cpu":
-        found = {"overlap_comm": config.num_workers > 1, "contiguous_gradients": True}
+        overlaps = config.num_workers > 1 and device == "cuda"
+        found = {"overlap_comm": overlaps, "contiguous_gradients": True}
         if config.zero_stage == 3:
             found["reduce_bucket_size"] = square
             found["stage3_prefetch_bucket_size"] = int(0.9 * square)
@@ -41,10 +42,13 @@ def communication_settings(config: RunConfig, hidden_size: int, device: Device) 
         else:
             bucket = min(LAYER * square, MOST)
             found |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    overlap, *sizes = asdict(config.communication).items()
-    own = [overlap] if overlap[1] is not None else []
-    own += [(name, value) for name, value in sizes if value and name != "link_gbps"]
-    return found | dict(own)
+    settings = asdict(config.communication)
+    del settings["link_gbps"]
+    return found | {
+        name: value
+        for name, value in settings.items()
+        if value or (value is False)  # a size of 0 follows the model, a switch may be off
+    }
 
 
 def communication_line(settings: dict[str, Any]) -> str:

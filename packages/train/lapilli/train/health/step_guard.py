@@ -53,7 +53,8 @@ class StepGuard:
         self._run = Path(config.output)
         self._rank, self._world_size = place
         self._start = start
-        self._forwards = ForwardClock(module, device)
+        is_lazy = device.type == "hpu" and config.hpu.lazy  # a mark would end the graph
+        self._forwards = ForwardClock(module, torch.device("cpu") if is_lazy else device)
         parameters = trainable_parameters(module).values()
         numel = sum(math.prod(shape_of(p)) for p in parameters)
         self._checkpoint_bytes = 12 * numel  # fp32, two moments

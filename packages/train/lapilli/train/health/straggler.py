@@ -51,7 +51,12 @@ def slow_line(busy: Sequence[float], rank: int, host: str) -> str:
 
 
 class ForwardClock:
-    """Marks before and after each forward of a module."""
+    """Marks before and after each forward of a module.
+
+    Args:
+        module: The module.
+        device: Whose clock counts; the host's where a mark would cut what is given to a device.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._device = device

@@ -58,6 +58,7 @@ class RunInfo:
         kernels: What computes merge, layers and loss, and why it is not what it could be.
         activations: Layers that run again in backward, and where their inputs lie.
         memory_note: That policy in words, with the estimate and the budget.
+        environment: Variables that workers on Gaudi were started with.
     """
 
     total_steps: Natural
@@ -74,6 +75,7 @@ class RunInfo:
     kernels: dict[str, str] | None = None
     activations: ActivationPolicy = KEEP_ALL
     memory_note: str = ""
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def read_run_config(run: Path) -> RunConfig:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lapilli.train.device import pinned
 from lapilli.train.steps.step_timing import Mark
 
 __all__ = ["HostCopy", "send_numbers"]
@@ -17,13 +18,15 @@ class HostCopy:
 
     Args:
         numbers: Any shape, on the device; not changed afterwards.
+        flush: Called behind the copy and before its mark (`step_marker`).
     """
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, numbers: Tensor, flush: Callable[[], None] = lambda: None) -> None:
         self._numbers = numbers.detach()
         if numbers.device.type != "cpu":
-            pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers = pinned.copy_(self._numbers, non_blocking=True)
+            host = pinned(torch.empty(numbers.shape, dtype=numbers.dtype), numbers.device)
+            self._numbers = host.copy_(self._numbers, non_blocking=True)
+        flush()
         self.mark = Mark(numbers.device)
 
     def numbers(self) -> list[float]:
@@ -34,5 +37,5 @@ class HostCopy:
 
 def send_numbers(numbers: Sequence[float], device: torch.device) -> Tensor:
     """fp32 [len(numbers)] on a device; to a GPU from pinned memory and not waited for."""
-    host = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
+    host = pinned(torch.tensor(numbers, dtype=torch.float32), device)
     return host.to(device, non_blocking=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lapilli.model.parts.trainable import parameter_groups
 from lapilli.train.config import OptimConfig
+from lapilli.train.gaudi import fused_adamw
 
 __all__ = ["build_optimizer", "learning_rate"]
 
@@ -34,9 +35,9 @@ def learning_rate(
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, *, fused: bool = False
-) -> torch.optim.AdamW:
-    """Torch's AdamW over what learns; DeepSpeed's own would be compiled at the first start.
+    model: nn.Module, config: OptimConfig, *, fused: bool = False, habana: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW over what learns; DeepSpeed's own would be compiled at the first start.
 
     A group's `part` is one of `GROUPS`; its `lr_factor` is its peak rate over `config.lr`: all
     rates follow one schedule.
@@ -46,6 +47,7 @@ def build_optimizer(
         config: Rates, decay and moments.
         fused: One kernel for all of an update, whose step count lies beside the weights: for
             weights that are updated on a GPU.
+        habana: Habana's FusedAdamW, on an HPU, else torch's.
     """
     groups = [
         {
@@ -57,4 +59,6 @@ def build_optimizer(
         }
         for (group, decays), params in parameter_groups(model).items()
     ]
+    if habana:
+        return fused_adamw(groups, lr=config.lr, betas=config.betas)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused or None)

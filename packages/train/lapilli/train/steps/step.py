@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lapilli.data.batches.collate import Batch
 from lapilli.model.parts.trainable import trainable_parameters
+from lapilli.train.device import pinned
 
 __all__ = ["DeviceBatch", "OutOfMemory", "seed_step", "to_device", "train_step", "warm_up"]
 
@@ -28,7 +29,7 @@ class DeviceBatch:
 def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> DeviceBatch:
     """Copy what the model needs to the device; pixels stay uint8 until they are there.
 
-    To a GPU the copies go from pinned memory and are not waited for.
+    To a GPU or HPU the copies go from pinned memory and are not waited for.
 
     Args:
         batch: A micro-batch.
@@ -47,9 +48,7 @@ def to_device(batch: Batch, device: torch.device, weight: float = 1.0) -> Device
     }
     if batch.has_trees:
         arrays |= {"tree_ids": batch.tree_ids, "branch_ids": batch.branch_ids}
-    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    if device.type == "cuda":
-        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    tensors = {name: pinned(torch.from_numpy(value), device) for name, value in arrays.items()}
     moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
     return DeviceBatch(moved, weight)
 
@@ -91,12 +90,15 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
-def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
+def warm_up(
+    engine: Any, batches: Iterable[DeviceBatch], flush: Callable[[], None] = lambda: None
+) -> None:
     """Forward and backward of each batch, which leaves no gradient and takes no step.
 
     What a shape's first pass costs (memory that is found, kernels that are compiled) is paid
     before step 0, and what does not fit fails there. Gradients are asked for by name and not
-    accumulated, so no hook of ZeRO's sees them. Collective: all ranks, the same shapes.
+    accumulated, so no hook of ZeRO's sees them. Collective: all ranks, the same shapes. `flush` is
+    called after each (`step_marker`).
     """
     learning = list(trainable_parameters(engine.module).values())
     for batch in batches:
@@ -104,6 +106,7 @@ def warm_up(engine: Any, batches: Iterable[DeviceBatch]) -> None:
             # the engine's own call would expect its `backward`
             loss = engine.module(**batch.inputs)
             torch.autograd.grad(loss, learning, allow_unused=True)
+            flush()
 
 
 def train_step(
@@ -113,6 +116,7 @@ def train_step(
     global_tokens: int,
     world_size: int,
     before_update: Callable[[], None] = lambda: None,
+    flush: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Forward and backward over a worker's micro-batches, then one optimizer step.
 
@@ -127,6 +131,7 @@ def train_step(
         global_tokens: Trained tokens of the global batch, known from the plan.
         world_size: Number of workers.
         before_update: Called once, between the last backward and the update.
+        flush: Called after each backward and after the update (`step_marker`).
 
     Returns:
         This worker's summed loss, weighted, fp32 scalar, detached.
@@ -143,8 +148,11 @@ def train_step(
         with _naming(batch):
             loss = engine(**batch.inputs) * batch.weight
             engine.backward(loss * scale)
+            flush()
             if is_last:
                 before_update()
             engine.step()
+        if is_last:
+            flush()
         total += loss.detach()
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,10 +90,13 @@ class HeldOut:
             )  # fmt: skip
         self._tokens = int(dataset.num_trained[chosen].sum())
 
-    def loss(self, engine: Any, device: torch.device) -> float:
+    def loss(
+        self, engine: Any, device: torch.device, flush: Callable[[], None] = lambda: None
+    ) -> float:
         """Mean over the samples' trained tokens. Collective: all ranks do as many passes.
 
-        A micro-batch's loss is one rank's number; they are added in one order on the host.
+        A micro-batch's loss is one rank's number; they are added in one order on the host. `flush`
+        is called after each (`step_marker`).
         """
         engine.module.eval()
         losses = torch.zeros(len(self._chunks), dtype=torch.float32, device=device)
@@ -111,6 +114,7 @@ class HeldOut:
                 loss = engine.module(**to_device(batch, device).inputs)
                 if mine < len(losses):
                     losses[mine] = loss
+                flush()
         set_modes(engine.module)
         if self._world_size > 1:
             dist.all_reduce(losses)

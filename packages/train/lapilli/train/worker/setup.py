@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.engine.communication import communication_line, communication_settings
 from lapilli.train.engine.deepspeed_internals import restore_scale
 from lapilli.train.errors import TrainError
+from lapilli.train.gaudi import record_graphs, set_environment, step_marker
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.dataset_files import training_data
 from lapilli.train.run_folder.messages import note
@@ -45,7 +47,7 @@ __all__ = [
 
 @dataclass
 class Setup:
-    """What a worker has before its first step."""
+    """What a worker has before its first step; `flush` ends a graph of Gaudi's lazy mode."""
 
     config: RunConfig
     device: torch.device
@@ -57,6 +59,7 @@ class Setup:
     world_size: int
     held_out: HeldOut | None = None
     generations: Generations | None = None
+    flush: Callable[[], None] = lambda: None
 
     @property
     def is_writer(self) -> bool:
@@ -69,6 +72,8 @@ def setup(
     activations: ActivationPolicy = KEEP_ALL,
 ) -> Setup:  # fmt: skip
     """Build model, feed and engine, and load the newest checkpoint there is."""
+    if device == "hpu":
+        set_environment(config.hpu)
     torch_device = prepare_process(device)
     check_precision(device, config.precision)
     use_tf32(config.tf32)
@@ -86,7 +91,10 @@ def setup(
     held_out = open_held_out(config, dataset.image_tokens)
     feed = Feed(dataset, config, rank=rank, world_size=world_size, held_out=held_out)
     is_on_gpu = torch_device.type == "cuda" and config.offload.to == "none"
-    optimizer = build_optimizer(model, config.optim, fused=is_on_gpu)
+    is_habana = device == "hpu" and config.hpu.optimizer == "FusedAdamW"
+    optimizer = build_optimizer(model, config.optim, fused=is_on_gpu, habana=is_habana)
+    if device == "hpu" and config.hpu.graphs:
+        record_graphs(model)
     hidden_size = shape_of(model.language.get_input_embeddings().weight)[1]
     communication = communication_settings(config, hidden_size, device)
     if rank == 0 and world_size > 1:
@@ -95,9 +103,10 @@ def setup(
     if found:
         checkpoint.load_into(built, found)
         restore_scale(built, found.state.loss_scale)
+    flush = step_marker(config.hpu, torch_device)
     if torch_device.type != "cpu":  # whose shapes cost nothing the first time
         blank = blank_batches(feed.shape, dataset.image_size)
-        warm_up(built, (to_device(batch, torch_device) for batch in blank))
+        warm_up(built, (to_device(batch, torch_device) for batch in blank), flush)
     if rank == 0 and torch_device.type == "cuda":
         dtype = model.language.get_input_embeddings().weight.dtype
         kernel = attention_kernel(model.language, feed.shape.buckets[-1], dtype, torch_device)
@@ -112,6 +121,7 @@ def setup(
         state=state,
         rank=rank,
         world_size=world_size,
+        flush=flush,
     )
     if held_out and config.validation.every:
         ready.held_out = HeldOut(held_out, config, feed.shape, (rank, world_size))

@@ -129,6 +129,7 @@ def take_step(
             global_tokens=batches.global_tokens,
             world_size=ready.world_size,
             before_update=lambda: squares.append(engine.part_squares(ready.engine)),
+            flush=ready.flush,
         )
         if loss_scale(ready.engine) >= scale:
             break
@@ -154,5 +155,5 @@ def take_step(
         learning=frozenset(group["part"] for group in groups),
         loss_scale=scale if is_fp16 else None,
         overflows=overflows if is_fp16 else None,
-        told=HostCopy(told),
+        told=HostCopy(told, ready.flush),
     )

@@ -1,0 +1,3 @@
+"""Gaudi's bridge on a CPU (`tests/fake_gaudi/README.md`)."""
+
+CALLS: list[str] = []  # in their order
