@@ -57,13 +57,15 @@ class Shapes:
 
 
 VICUNA = [Shapes(f"Vicuna {size}", CLIP, "llama", SIZES[size.lower()][1]) for size in ("7B", "13B")]
+PHI_15 = [Shapes("Phi 1.5", CLIP | {"image_size": 224}, "phi", PHI)]
 CASES: dict[str, list[Shapes]] = {
     "llava15/pretrain": VICUNA,
     "llava15/finetune_lora": VICUNA,
     "llava15/finetune": VICUNA,
     "visper_lm/finetune": [Shapes("Llama 3 8B", CLIP, "llama", LLAMA3)],
     "basic_vlm/train": [Shapes("Qwen 7B", SIGLIP, "qwen", QWEN)],
-    "vlm_training/finetune_lora": [Shapes("Phi 1.5", CLIP | {"image_size": 224}, "phi", PHI)],
+    "vlm_training/pretrain": PHI_15,
+    "vlm_training/finetune_lora": PHI_15,
 }
 
 
