@@ -15,6 +15,7 @@ from lapilli.model.vlm import build_model
 from lapilli.train.driver.activation_memory import leanest
 from lapilli.train.driver.fake_model import sketch_model
 from lapilli.train.driver.memory_estimate import (
+    RowSizes,
     estimate_run,
     sketch_run,
     state_bytes,
@@ -109,7 +110,7 @@ def test_a_layer_more_costs_a_recomputing_run_one_input() -> None:
 
 def test_a_sketch_has_the_parameters_of_the_model() -> None:
     config = run_config(model_config())
-    found = estimate_run(config, sketch_run(config), length=32).parameters
+    found = estimate_run(config, sketch_run(config), RowSizes(32)).parameters
     for name, part in build_model(config.model).named_children():
         sizes = [p.numel() for p in part.parameters()]
         learning = [p.numel() for p in part.parameters() if p.requires_grad]

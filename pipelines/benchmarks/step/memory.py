@@ -12,7 +12,7 @@ from typing import Any
 
 from lapilli.model.config import LanguageConfig
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_run
+from lapilli.train.driver.memory_estimate import Estimate, RowSizes, estimate_run, sketch_run
 from lapilli.train.driver.memory_policy import GIB, USABLE, choose_memory
 from lapilli.train.errors import TrainError
 from pipelines.benchmarks.harness import add_row, provenance, table
@@ -97,7 +97,7 @@ def _choose(recipe: str, shapes: Shapes) -> list[dict[str, Any]]:
     vision = replace(run.model.vision, pretrained="", settings=shapes.vision)
     language = LanguageConfig(model_type=shapes.model_type, settings=shapes.language)
     run = replace(run, model=replace(run.model, vision=vision, language=language))
-    found = estimate_run(run, sketch_run(run), length=run.max_length)
+    found = estimate_run(run, sketch_run(run), RowSizes(run.max_length), device="cuda")
 
     def estimate(config: RunConfig) -> Estimate:
         if config != run:

@@ -7,7 +7,13 @@ from typing import Literal
 
 from lapilli.train.errors import TrainError
 
-__all__ = ["CommunicationConfig", "OffloadConfig", "ProfileConfig", "check_numbers"]
+__all__ = [
+    "CommunicationConfig",
+    "OffloadConfig",
+    "ProfileConfig",
+    "RecoveryConfig",
+    "check_numbers",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,35 @@ class ProfileConfig:
                     raise TrainError(f"profile.{name}: {value}; expected 0 or more")
         if self.memory and not self.steps:
             raise TrainError("profile.memory: true without profile.steps; name steps")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """Reactions to failures; none of them decides the loss.
+
+    Attributes:
+        max_failures: How often lost workers are replaced before the run gives up.
+        min_workers: Fewest workers the run continues with when machines are lost (`num_workers` is
+            the most); 0 waits until there are `num_workers` again.
+        step_timeout: Seconds; a step that takes longer ends every worker, after it has written its
+            stacks. 0 waits for ever.
+        loss_spike_factor: Stop at a loss above this multiple of the median of the last 100 steps; 0
+            never stops.
+    """
+
+    max_failures: int = 3
+    min_workers: int = 0
+    step_timeout: float = 600.0
+    loss_spike_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        names = ("max_failures", "min_workers", "step_timeout", "loss_spike_factor")
+        check_numbers("recovery", self, (), names)
+        if 0 < self.loss_spike_factor <= 1:
+            raise TrainError(
+                f"recovery.loss_spike_factor: {self.loss_spike_factor}; expected 0, or more than 1"
+            )
 
 
 def check_numbers(

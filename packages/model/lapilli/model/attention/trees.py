@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lapilli.model.errors import ModelError
 
-__all__ = ["NAME", "Trees", "check_trees"]
+__all__ = ["NAME", "Trees", "check_trees", "mask_count"]
 
 NAME = "lapilli"  # of the attention that honours them
 
@@ -106,3 +106,17 @@ def check_trees(family: str, attention: str) -> None:
             f"share_images, pack: {family} cannot have several samples in a row: "
             f"{WITHOUT_TREES[family]}; turn both off"
         )
+
+
+def mask_count(settings: Any, length: int) -> int:
+    """Dense masks that a decoder's layers need among them: one a window, one for all keys.
+
+    Args:
+        settings: The decoder's config.
+        length: Tokens of a row; a window as long masks nothing of its own.
+    """
+    window = getattr(settings, "sliding_window", None)
+    kinds = {*(getattr(settings, "layer_types", None) or ())}
+    if window is None or window >= length or kinds <= {"sliding_attention"}:
+        return 1
+    return 2
