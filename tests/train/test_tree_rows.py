@@ -239,6 +239,12 @@ def test_a_run_draws_its_rows_and_counts_their_images(
     assert f"shared by {max(map(len, plan.row(0)))}" in said
 
 
+def test_compiled_layers_are_refused() -> None:
+    config = config_for(share_images=True)
+    with pytest.raises(TrainError, match=r"share_images: true with model\.compile blocks"):
+        replace(config, model=replace(config.model, compile="blocks"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -13,6 +13,7 @@ from lapilli.train.config_groups import (
     OffloadConfig,
     ProfileConfig,
     RecoveryConfig,
+    ValidationConfig,
     check_numbers,
 )
 from lapilli.train.errors import TrainError
@@ -106,34 +107,6 @@ class CheckpointConfig:
             raise TrainError(
                 f"checkpoint.upload: {self.upload!r}; expected an address like s3://bucket/run"
             )
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Loss and answers on samples that are not trained on.
-
-    Attributes:
-        every: Steps between two computations of the validation loss; 0 for none.
-        samples: Samples it is computed on, from all over the dataset; the same ones each time.
-        dataset: Folder of their dataset; empty for what the run's own dataset holds out.
-        answers_every: Steps between two times that the model answers some samples' first questions,
-            greedily; 0 for none.
-        answers: Questions it answers, from all over; the same ones each time.
-        answer_tokens: Longest answer; one ends sooner at the longest expected answer's length.
-    """
-
-    every: int = 0
-    samples: int = 256
-    dataset: str = ""
-    answers_every: int = 0
-    answers: int = 8
-    answer_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        check_numbers(
-            "validation", self, ("samples", "answers", "answer_tokens"), ("every", "answers_every")
-        )
 
 
 @dataclass(frozen=True)
@@ -466,6 +439,11 @@ def _check_rows(config: RunConfig) -> None:
         raise TrainError(
             f"{chosen}: true with loss_reduction {config.loss_reduction}, which weighs "
             "micro-batches of as many samples as rows; set token_mean"
+        )
+    if config.model.compile != "none":
+        raise TrainError(
+            f"{chosen}: true with model.compile {config.model.compile}, with which rows of several "
+            "samples are not tested; set model.compile: none"
         )
     if config.remainder not in ("auto", "short", "drop"):
         raise TrainError(

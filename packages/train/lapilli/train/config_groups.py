@@ -12,6 +12,7 @@ __all__ = [
     "OffloadConfig",
     "ProfileConfig",
     "RecoveryConfig",
+    "ValidationConfig",
     "check_numbers",
 ]
 
@@ -89,6 +90,34 @@ class ProfileConfig:
                     raise TrainError(f"profile.{name}: {value}; expected 0 or more")
         if self.memory and not self.steps:
             raise TrainError("profile.memory: true without profile.steps; name steps")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss and answers on samples that are not trained on.
+
+    Attributes:
+        every: Steps between two computations of the validation loss; 0 for none.
+        samples: Samples it is computed on, from all over the dataset; the same ones each time.
+        dataset: Folder of their dataset; empty for what the run's own dataset holds out.
+        answers_every: Steps between two times that the model answers some samples' first questions,
+            greedily; 0 for none.
+        answers: Questions it answers, from all over; the same ones each time.
+        answer_tokens: Longest answer; one ends sooner at the longest expected answer's length.
+    """
+
+    every: int = 0
+    samples: int = 256
+    dataset: str = ""
+    answers_every: int = 0
+    answers: int = 8
+    answer_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        check_numbers(
+            "validation", self, ("samples", "answers", "answer_tokens"), ("every", "answers_every")
+        )
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     kernels = _choose_kernels(config, str(language.model_type), device)
     attention = choose_attention(config.model.language.attention, language)
     if config.shares_rows:
-        check_trees(attention.family, attention.name)
+        check_trees(attention.name)
     model, start_weights = _look_at(config)
     dataset, held_out = opened or _open_datasets(model, config, on_note)
     check_model(model, dataset)
