@@ -23,6 +23,7 @@ from pipelines.benchmarks import (
     reading,
     scaling,
     sharing,
+    sharing_step,
     tokens,
     whole,
 )
@@ -38,6 +39,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "read": reading.main,
     "plan": planning.main,
     "share": sharing.main,
+    "share_step": sharing_step.main,
     "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,
