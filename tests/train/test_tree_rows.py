@@ -93,6 +93,21 @@ def test_every_world_size_has_the_same_steps_and_each_record_once(
     assert all(len(names) <= 8 for names in steps[1])
 
 
+@pytest.mark.parametrize("bound", [{"micro_batch_size": 2}, {"micro_batch_tokens": 2048}])
+def test_packs_are_of_one_shape_with_one_shape_allowed(
+    dataset: Dataset, bound: dict[str, Any]
+) -> None:
+    """Every tensor that a model is given, over two epochs: nothing is compiled again."""
+    (feed,) = feeds_of(dataset, 1, max_shapes=1, share_images=True, pack=True, row_length=1024,
+                       **bound)  # fmt: skip
+    shapes = {
+        tuple((name, tuple(value.shape)) for name, value in to_device(batch, CPU).inputs.items())
+        for step in range(feed.total_steps)
+        for batch in feed.make(step).batches
+    }
+    assert len(shapes) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_meter_knows_what_the_collator_makes(dataset: Dataset, kind: dict[str, Any]) -> None:
     feeds = feeds_of(dataset, 2, micro_batch_size=2, **kind)

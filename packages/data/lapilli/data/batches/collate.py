@@ -51,6 +51,9 @@ class BatchShape:
         has_trees: Whether rows may hold several samples.
         tokens: Most tokens B x S of a micro-batch: longer rows are fewer (`rows_at`); 0 for `rows`
             at every length.
+        image_sizes: Numbers N of image slots, ascending; a batch with images takes the first that
+            holds them, or a multiple of its rows.
+        sample_sizes: Numbers of `Batch.sample_slots`, likewise.
     """
 
     rows: int
@@ -61,6 +64,8 @@ class BatchShape:
     target_sizes: tuple[int, ...] = ()
     has_trees: bool = False
     tokens: int = 0
+    image_sizes: tuple[int, ...] = ()
+    sample_sizes: tuple[int, ...] = ()
 
     def rows_at(self, length: int) -> int:
         """Rows B of a micro-batch of this sequence length S."""
@@ -79,7 +84,13 @@ class BatchShape:
 
     def padded_images(self, count: int, rows: int, *, has_images: bool) -> int:
         """Padded N for so many images in so many rows B, where any rank has some."""
-        return max(rows * has_images, -(-count // rows) * rows)
+        least = max(rows * has_images, -(-count // rows) * rows)
+        return next((size for size in self.image_sizes if size >= least > 0), least)
+
+    def padded_samples(self, count: int, rows: int) -> int:
+        """Padded `Batch.sample_slots` for so many samples in so many rows B."""
+        least = max(1, -(-count // rows)) * rows
+        return next((size for size in self.sample_sizes if size >= least), least)
 
     def padded_targets(self, count: int) -> int:
         """Padded P for this many trained positions; at least one, so that the head always runs."""
@@ -278,7 +289,7 @@ def collate_rows(
         targets=targets.padded(targets.ids, padded, IGNORE_INDEX),
         target_samples=targets.padded(targets.samples, padded, 0),
         sample_ids=tuple(sample.sample_id for sample in samples),
-        sample_slots=max(1, -(-len(samples) // slots)) * slots,
+        sample_slots=shape.padded_samples(len(samples), slots),
         has_trees=shape.has_trees,
         num_images=int((image_tokens > 0).sum()),
         num_targets=targets.count,

@@ -79,7 +79,7 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
     sized = [[_real_sizes(micro, feed) for micro in micros] for micros in step.rows]
     for micros in sized:
         for number, (lengths, pairs, images, targets) in enumerate(micros):
-            together = any(rank[number][2] > 0 for rank in sized)  # all ranks have images or none
+            together = feed.carries_images(step.rows, number)
             length = shape.length_of(max(lengths, default=0), has_images=together)
             assert length is not None, "the collator has refused it"
             rows = shape.rows_at(length)

@@ -126,7 +126,7 @@ class Feed:
                 [self._read(row) for row in micro],
                 self.shape,
                 self.dataset.image_size,
-                with_images=any(self._has_images(rank[number]) for rank in rows),
+                with_images=self.carries_images(rows, number),
             )
             for number, micro in enumerate(rows[self.rank])
         ]
@@ -155,8 +155,17 @@ class Feed:
         """Trained tokens of a micro-batch."""
         return sum(int(self.dataset.num_trained[tree].sum()) for row in micro for tree in row)
 
-    def _has_images(self, micro: MicroRows) -> bool:
-        return any(self.dataset.num_images[tree].any() for row in micro for tree in row)
+    def carries_images(self, rows: StepRows, number: int) -> bool:
+        """Whether micro-step `number` has image slots: any rank has images, or one shape is all.
+
+        Args:
+            rows: The step's, by rank and micro-step.
+            number: The micro-step.
+        """
+        images = self.dataset.num_images
+        if self.config.pack and self.config.max_shapes == 1 and images.any():
+            return True
+        return any(images[tree].any() for rank in rows for row in rank[number] for tree in row)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """Steps from `start` on, in order, made ahead by `THREADS` threads.

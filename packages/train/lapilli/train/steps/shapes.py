@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ def batch_shape(
     buckets, text_buckets = choose_buckets(
         images[images > 0], text[text > 0], count=config.max_shapes
     )
-    return BatchShape(
+    shape = BatchShape(
         rows=config.micro_batch_size,
         buckets=buckets,
         image_tokens=dataset.image_tokens,
@@ -48,6 +49,15 @@ def batch_shape(
         target_sizes=_target_sizes(dataset, config, plan),
         has_trees=config.shares_rows,
     )
+    if not isinstance(plan, TreePlan):
+        return shape
+    first, rows = plan.order[plan.trees[:-1]], config.micro_batch_size
+    images = np.zeros(len(dataset), np.int64)
+    images[first] = dataset.num_images[first]  # of a tree they are there once
+    images, samples = (
+        micro_sums(plan, amounts, micro_batch_size=rows).sums for amounts in (images, None)
+    )
+    return _with_slots(shape, config, images, samples, rows)
 
 
 def _longest(
@@ -69,6 +79,30 @@ def _longest(
     with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
     images = np.append(images, with_images.max(initial=0))
     return images, np.append(text, lengths[~has_images].max(initial=0))
+
+
+def _with_slots(
+    shape: BatchShape,
+    config: RunConfig,
+    images: NDArray[np.int64],
+    samples: NDArray[np.int64],
+    rows: int,
+) -> BatchShape:
+    """The shape with the few numbers of images and samples that rows of several of them take.
+
+    Multiples of the rows; a quarter more than in the first epoch has a place too.
+    """
+
+    def sizes(counts: NDArray[np.int64]) -> tuple[int, ...]:
+        wanted = np.append(counts, counts.max() * 5 // 4)
+        return choose_target_sizes(wanted, count=config.max_shapes, multiple=rows)
+
+    carrying = images[images > 0]
+    return replace(
+        shape,
+        image_sizes=sizes(carrying) if config.pack and carrying.size else (),
+        sample_sizes=sizes(samples),
+    )
 
 
 def _target_sizes(
@@ -106,11 +140,12 @@ def _within_budget(
     tokens, rows = config.micro_batch_tokens, planned_rows(plan, dataset)
     most = -(-int(np.diff(rows.steps).max()) // world_size)
     limits = (tokens // (-(-rows.lengths // 8) * 8)).clip(1, most)
-    padded, trained = np.zeros_like(rows.lengths), list[int]()
+    padded, micros = np.zeros_like(rows.lengths), list[list[np.int64]]()
     for first, end in itertools.pairwise(rows.steps.tolist()):
         for micro in budget_chunks(rows.lengths[first:end], limits[first:end], 1)[0]:
-            padded[first + micro] = rows.lengths[first + micro].max(initial=0)
-            trained.append(int(rows.trained[first + micro].sum()))
+            placed = first + micro
+            padded[placed] = rows.lengths[placed].max(initial=0)
+            micros.append([of[placed].sum() for of in (rows.trained, rows.images, rows.samples)])
     is_apart = config.sampler == "grouped" and not config.shares_rows
     kind = rows.images > 0 if is_apart else np.ones(len(padded), np.bool_)
     longest = [padded[kind], padded[~kind]]
@@ -123,15 +158,19 @@ def _within_budget(
             f"micro_batch_tokens: {tokens} holds no row of {largest} tokens, which the longest is "
             "padded to; set at least that, or a smaller max_length"
         )
-    return BatchShape(
+    trained, images, samples = np.array(micros).T
+    shape = BatchShape(
         rows=most,
         buckets=buckets,
         image_tokens=dataset.image_tokens,
         predict_chunk=config.model.head_chunk,
         text_buckets=text_buckets,
         target_sizes=choose_target_sizes(
-            np.append(trained, max(trained) * 5 // 4), count=config.max_shapes
+            np.append(trained, trained.max() * 5 // 4), count=config.max_shapes
         ),
         has_trees=config.shares_rows,
         tokens=tokens,
     )
+    if not config.shares_rows:
+        return shape
+    return _with_slots(shape, config, images, samples, shape.rows_at(buckets[-1]))
