@@ -129,7 +129,7 @@ def _samples(config: ShareStepConfig) -> list[list[Sample]]:
 def _apart(trees: Sequence[Sequence[Sample]]) -> Batch:
     samples = [one for tree in trees for one in tree]
     longest = max(len(one.input_ids) for one in samples) + TOKENS - 1
-    return collate(samples, BatchShape(len(samples), (-(-longest // 8) * 8,), TOKENS), SIDE)
+    return collate(samples, _shape(len(samples), longest), SIDE)
 
 
 def _shared(trees: Sequence[Sequence[Sample]]) -> Batch:
@@ -138,8 +138,12 @@ def _shared(trees: Sequence[Sequence[Sample]]) -> Batch:
         len(tree[0].input_ids) + sum(len(one.input_ids) - _place(one) for one in tree[1:])
         for tree in trees
     ) + TOKENS - 1  # fmt: skip
-    shape = BatchShape(len(rows), (-(-longest // 8) * 8,), TOKENS, has_trees=True)
-    return collate_rows(rows, shape, SIDE)
+    return collate_rows(rows, _shape(len(rows), longest, has_trees=True), SIDE)
+
+
+def _shape(rows: int, longest: int, *, has_trees: bool = False) -> BatchShape:
+    length = -(-longest // 8) * 8
+    return BatchShape(rows=rows, buckets=(length,), image_tokens=TOKENS, has_trees=has_trees)
 
 
 def _place(sample: Sample) -> int:
