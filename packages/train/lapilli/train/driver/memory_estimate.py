@@ -305,8 +305,10 @@ def _kept(
     kept = sketch.activations(replace(batch, pixels=pixels))
     if config.shares_rows and (device != "cuda" or holds_all_scores(language)):
         size = 4 if config.precision == "fp32" else 2
-        masks = mask_count(language.config, rows.length) * rows.length**2 * size
-        kept = replace(kept, outside=kept.outside + count * masks)
+        masks = count * mask_count(language.config, rows.length)
+        window = getattr(language.config, "sliding_window", None)
+        masks -= window is not None and window < rows.length  # counted: of rows of one sample
+        kept = replace(kept, outside=kept.outside + masks * rows.length**2 * size)
     return kept
 
 
