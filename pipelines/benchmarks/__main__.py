@@ -23,12 +23,11 @@ from pipelines.benchmarks import (
     reading,
     scaling,
     sharing,
-    sharing_step,
     tokens,
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
-from pipelines.benchmarks.step import checkpoint, memory, roofline, training, whole_run
+from pipelines.benchmarks.step import checkpoint, memory, roofline, shared_rows, training, whole_run
 from pipelines.cli.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -39,7 +38,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "read": reading.main,
     "plan": planning.main,
     "share": sharing.main,
-    "share_step": sharing_step.main,
+    "share_step": shared_rows.main,
     "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,
