@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
+from lapilli.data.batches.sampler import EpochPlan
+from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.io.access import exists
 from lapilli.data.io.printable import bytes_text
@@ -24,16 +27,18 @@ from lapilli.model.parts.language import language_settings
 from lapilli.model.peak import peak_flops
 from lapilli.model.vlm import read_outline
 from lapilli.train.config import RunConfig
-from lapilli.train.device import device_memory
+from lapilli.train.device import Device, device_memory
 from lapilli.train.driver.communication import communication_seconds
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import (
     Estimate,
     estimate_run,
+    row_sizes,
     sketch_run,
 )
 from lapilli.train.driver.memory_policy import choose_memory, memory_budget
 from lapilli.train.engine.fragments import checkpoint_share
+from lapilli.train.steps.rows import EpochPlans, RowSamples, planned_rows, row_pairs, row_tokens
 from lapilli.train.worker.compatibility import check_model
 from pipelines.cli.command import parse, run, say
 from pipelines.cli.terminal import print_table
@@ -42,7 +47,7 @@ from pipelines.reports.ticks import duration_text
 __all__ = ["estimate", "main", "sample_operations"]
 
 USUAL_MFU = 0.4  # an assumption, said with the time that follows from it
-LOOKED_AT = 2000  # samples
+LOOKED_AT = 2000  # rows
 
 
 def estimate(config: RunConfig) -> None:
@@ -52,15 +57,15 @@ def estimate(config: RunConfig) -> None:
     if note := choose_attention(language.attention, language_settings(language)).note:
         say(note)
     sketch = sketch_run(config)
-    longest = int(dataset.lengths.max()) if dataset else config.max_length
-    length = config.max_length if config.is_static else longest
-    trained = int(dataset.num_trained.max()) if dataset else None
-    estimate = estimate_run(config, sketch, length=length, trained=trained)
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    plans = EpochPlans(dataset, config) if dataset else None
+    planned = planned_rows(plans.first, dataset) if plans and dataset else None
+    sizes = row_sizes(config, planned, dataset)
+    device: Device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    estimate = estimate_run(config, sketch, sizes, device=device)
 
     def estimator(changed: RunConfig) -> Estimate:
         model = sketch if changed.model == config.model else sketch_run(changed)
-        return estimate_run(changed, model, length=length, trained=trained)
+        return estimate_run(changed, model, sizes, device=device)
 
     budget = memory_budget(config, device, device_memory)
     config, memory = choose_memory(config, device, budget, estimator)
@@ -69,13 +74,10 @@ def estimate(config: RunConfig) -> None:
     say(memory.note)
     rows = [estimate.batch_bytes(n, policy) for n in (1, 2)]
     say(
-        f"a row of {length} tokens takes {bytes_text(rows[1] - rows[0])} until its backward, any "
-        f"micro-batch {bytes_text(2 * rows[0] - rows[1])} more"
+        f"a row of {sizes.length} tokens takes {bytes_text(rows[1] - rows[0])} until its backward, "
+        f"any micro-batch {bytes_text(2 * rows[0] - rows[1])} more"
     )
-    say(
-        f"global batch {config.global_batch_size} = {config.num_workers} workers x micro-batch "
-        f"{config.micro_batch_size} x accumulation {config.accumulation}"
-    )
+    say(config.batch_note)
     learning = sum(trained for _, trained in estimate.parameters.values())
     held = checkpoint_share(learning, config.num_workers)
     say(
@@ -97,16 +99,18 @@ def estimate(config: RunConfig) -> None:
             f"communication: {seconds:.2g} s a step where a worker sends {link:g} Gbit/s "
             "(communication.link_gbps), unless computing hides it"
         )
-    if dataset:
-        _print_time(config, sketch, dataset)
+    if dataset and plans and planned:
+        if config.shares_rows:
+            say(planned.note)
+        _print_time(config, sketch, dataset, plans)
 
 
-def _print_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
+def _print_time(config: RunConfig, sketch: Sketch, dataset: Dataset, plans: EpochPlans) -> None:
     """Steps, operations, and the hours that these take at a rate."""
     samples = len(dataset)
-    steps = -(-samples // config.global_batch_size) * config.epochs
+    steps = plans.first.num_steps * config.epochs
     steps = min(steps, config.max_steps) if config.max_steps else steps
-    operations = sample_operations(sketch, dataset) * steps * config.global_batch_size
+    operations = sample_operations(sketch, dataset, plans) * steps * config.global_batch_size
     say(
         f"{samples:,} samples x {config.epochs} epochs: about {steps:,} steps, "
         f"{operations:.2g} operations"
@@ -124,16 +128,19 @@ def _print_time(config: RunConfig, sketch: Sketch, dataset: Dataset) -> None:
         say(f"time: about {duration_text(seconds)} for each 100 TFLOP/s that all workers reach")
 
 
-def sample_operations(sketch: Sketch, dataset: Dataset) -> float:
+def sample_operations(sketch: Sketch, dataset: Dataset, plans: EpochPlans) -> float:
     """Operations of an average sample's forward and backward, without padding.
 
     Args:
         sketch: The run's model.
-        dataset: Its samples, of which some from all over are looked at.
+        dataset: Its samples.
+        plans: Of its epochs, of whose rows some from all over are looked at.
     """
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
-    lengths = dataset.lengths[chosen].tolist()
-    images, targets = (int(of[chosen].sum()) for of in (dataset.num_images, dataset.num_trained))
+    rows = _some_rows(plans.first)
+    trees = [tree for row in rows for tree in row]
+    lengths = [row_tokens(row, dataset.lengths, plans.shared_tokens) for row in rows]
+    images = sum(int(dataset.num_images[tree[0]]) for tree in trees)
+    targets = sum(int(dataset.num_trained[tree].sum()) for tree in trees)
     numbers = BatchNumbers(
         row_lengths=lengths,
         images=images,
@@ -142,8 +149,22 @@ def sample_operations(sketch: Sketch, dataset: Dataset) -> float:
         padded_length=max(lengths),
         padded_images=images,
         padded_targets=targets,
+        pairs=sum(row_pairs(row, dataset.lengths, plans.shared_tokens) for row in rows),
     )
-    return step_flops(model_numbers(sketch.model), numbers).model.total / len(lengths)
+    return step_flops(model_numbers(sketch.model), numbers).model.total / sum(map(len, trees))
+
+
+def _some_rows(plan: EpochPlan | TreePlan) -> list[RowSamples]:
+    """Rows from all over an epoch."""
+    if isinstance(plan, TreePlan):
+        count = len(plan.rows) - 1
+        return [plan.row(int(row)) for row in _spread(count)]
+    order = plan.order[plan.order >= 0]
+    return [[order[place : place + 1]] for place in _spread(len(order))]
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, count - 1, LOOKED_AT).astype(np.int64))
 
 
 def _open(config: RunConfig) -> Dataset | None:
@@ -173,12 +194,12 @@ def _stages(config: RunConfig, estimate: Estimate, policy: ActivationPolicy) -> 
     for part, (total, trained) in estimate.parameters.items():
         held = [bytes_text(states[part].total) for states in estimate.states.values()]
         table.add_row(part, f"{total / 1e6:,.1f} M", f"{trained / 1e6:,.1f} M", *held)
-    rows = estimate.batch_bytes(config.micro_batch_size, policy)
-    table.add_row(f"activations of {config.micro_batch_size}", "", "", *[bytes_text(rows)] * 4)
-    sums = [
-        bytes_text(estimate.worker_bytes(stage, config.micro_batch_size, policy))
-        for stage in estimate.states
-    ]
+    tokens = config.micro_batch_tokens
+    rows = config.micro_batch_size or max(1, tokens // estimate.length)
+    held = bytes_text(estimate.batch_bytes(rows, policy))
+    of = f"{tokens} tokens" if tokens else str(rows)
+    table.add_row(f"activations of {of}", "", "", *[held] * 4)
+    sums = [bytes_text(estimate.worker_bytes(stage, rows, policy)) for stage in estimate.states]
     table.add_row("a worker", "", "", *sums, style="bold")
     table.caption = f"zero_stage is {config.zero_stage}, {config.precision}"
     if config.offload.to != "none":

@@ -6,7 +6,7 @@ lapilli show DIR [DIR ...] [--samples N] [--tokens] [--html FILE]
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.io.access import require_writable
 from lapilli.data.io.printable import one_line, relative_names
@@ -23,6 +24,7 @@ from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.token_text import Piece
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.settings import read_run_config, read_run_info
+from lapilli.train.steps.rows import EpochPlans
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.cli.conversation import has_colour, print_transcript, read_transcript
@@ -57,11 +59,13 @@ class ShownSample:
         title: Its name and lengths.
         pieces: Its conversation.
         pictures: uint8 [images, size, size, 3], what the tower sees.
+        is_sample: False for what stands above samples: a row, what a tree's samples share.
     """
 
     title: str
     pieces: list[Piece]
     pictures: np.ndarray
+    is_sample: bool = True
 
 
 def read_config(argv: Sequence[str] | None) -> ShowConfig:
@@ -177,6 +181,10 @@ def samples_of(description: Description, config: ShowConfig) -> list[ShownSample
     """
     if description.kind == "run":
         dataset, image_text = _open_run(description.path)
+        if (run_config := read_run_config(description.path)).shares_rows:
+            plan = EpochPlans(dataset, run_config).first
+            assert isinstance(plan, TreePlan)
+            return _drawn_rows(dataset, plan, config.samples, image_text)
     else:
         view = config.view or next(iter(read_manifest(description.path).views))
         dataset = open_dataset(description.path, view=view, image_tokens=1)
@@ -201,6 +209,38 @@ def _open_run(run_folder: Path) -> tuple[Dataset, str]:
     return dataset, f"<image {found.image_tokens} tokens>"
 
 
+def _drawn_rows(dataset: Dataset, plan: TreePlan, count: int, image_text: str) -> list[ShownSample]:
+    """Rows from all over an epoch: of each tree what its samples share, then each one's own."""
+    numbers = np.linspace(0, len(plan.rows) - 2, min(count, len(plan.rows) - 1))
+    shown: list[ShownSample] = []
+    for number in np.unique(numbers.astype(int)).tolist():
+        trees = plan.row(number)
+        title = (
+            f"row of {int(plan.row_lengths[number]):,} tokens: {counted(len(trees), 'tree')}, "
+            f"{counted(sum(map(len, trees)), 'sample')}"
+        )
+        shown.append(ShownSample(title, [], np.zeros((0, 1, 1, 3), np.uint8), False))
+        for tree in trees:
+            shown += _drawn_tree([_sample(dataset, int(one), image_text) for one in tree])
+    return shown
+
+
+def _drawn_tree(samples: Sequence[ShownSample]) -> list[ShownSample]:
+    """Samples of a tree, the first with what all of them share above it."""
+    first = samples[0]
+    if len(samples) == 1:
+        return [replace(first, title=f"└─ {first.title}")]
+    images = [place for place, piece in enumerate(first.pieces) if piece.kind == "image"]
+    shared = images[-1] + 1
+    tokens = sum(len(piece.ids) for piece in first.pieces[:shared] if piece.kind != "image")
+    title = f"└─ shared by {len(samples)}: {tokens} text tokens, {counted(len(images), 'image')}"
+    drawn = [ShownSample(title, first.pieces[:shared], first.pictures, False)]
+    for number, one in enumerate(samples, start=1):
+        arm = "└─" if number == len(samples) else "├─"
+        drawn.append(ShownSample(f"   {arm} {one.title}", one.pieces[shared:], one.pictures[:0]))
+    return drawn
+
+
 def _sample(dataset: Dataset, index: int, image_text: str) -> ShownSample:
     sample = dataset.sample(index)
     pieces = read_transcript(dataset, index, image_text=image_text)
@@ -221,13 +261,15 @@ def _print_samples(
 ) -> None:
     if not samples:
         return
+    count = sum(shown.is_sample for shown in samples)
     how = "in green" if has_colour(console) else "in [[double brackets]]"
-    title = f"{description.path}: {counted(len(samples), 'conversation')}, what is trained {how}"
+    title = f"{description.path}: {counted(count, 'conversation')}, what is trained {how}"
     console.print(escape(one_line(title)), style="bold", highlight=False, soft_wrap=True)
     for shown in samples:
         console.print()
         console.print(escape(one_line(shown.title)), style="dim", highlight=False, soft_wrap=True)
-        print_transcript(shown.pieces, tokens=config.tokens, console=console)
+        if shown.pieces:
+            print_transcript(shown.pieces, tokens=config.tokens, console=console)
 
 
 # ---- the page ----------------------------------------------------------------------------------

@@ -131,8 +131,7 @@ def print_preflight(config: RunConfig, ready: Preflight) -> None:
     print_table(_parts_table(ready))
     config = ready.config  # its micro-batch may have followed
     say(
-        f"global batch {config.global_batch_size} = {config.num_workers} workers x micro-batch "
-        f"{config.micro_batch_size} x accumulation {config.accumulation} on {ready.device}, "
+        f"{config.batch_note} on {ready.device}, "
         f"ZeRO-{config.zero_stage}, {config.precision}, {ready.attention.name} attention"
     )
     say(ready.memory_policy.note)

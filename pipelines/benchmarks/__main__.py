@@ -27,7 +27,7 @@ from pipelines.benchmarks import (
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
-from pipelines.benchmarks.step import checkpoint, memory, roofline, training, whole_run
+from pipelines.benchmarks.step import checkpoint, memory, roofline, shared_rows, training, whole_run
 from pipelines.cli.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -38,6 +38,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "read": reading.main,
     "plan": planning.main,
     "share": sharing.main,
+    "share_step": shared_rows.main,
     "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,

@@ -197,17 +197,21 @@ def describe_run(path: Path) -> Description:
     checkpoints = find_checkpoints(path, hashed=False)
     versions = checkpoints[-1].state.versions if checkpoints else {}
     optim = config.optim
-    accumulated = config.accumulation if config.micro_batch_size else 0
+    cut = (f"up to {config.micro_batch_tokens:,} tokens",)
+    if not config.micro_batch_tokens:
+        accumulated = config.accumulation if config.micro_batch_size else 0
+        cut = (str(config.micro_batch_size), str(accumulated))
     facts: dict[str, Lines] = {
         "state": _state(path, metrics, info.total_steps if info else None),
         "loss": _loss(metrics),
         "held-out loss": _held_out(metrics),
         "speed": _speed(metrics),
+        **_composition(metrics),
         **_starts(path),
         "parameters": _parts(info.parameters if info else {}),
         "global batch": (
             f"{config.global_batch_size:,} samples",
-            f"{counted(config.num_workers, 'worker')} x {config.micro_batch_size} x {accumulated}",
+            " x ".join([counted(config.num_workers, "worker"), *cut]),
         ),
         "optimizer": (f"lr {optim.lr:g} {optim.schedule}", f"ZeRO-{config.zero_stage}"),
         "device": (info.device if info and info.device else config.device, config.precision),
@@ -248,6 +252,25 @@ def _held_out(metrics: Sequence[StepMetrics]) -> Lines:
     best = min(found, key=lambda pair: pair[0])
     shown = found[-1:] if best is found[-1] else [found[-1], best]
     return tuple(f"{loss:.4f} at step {step:,}" for loss, step in shown)
+
+
+def _composition(metrics: Sequence[StepMetrics]) -> dict[str, Lines]:
+    """Rows and images of a global batch, where its rows hold several samples."""
+    shared = [row for row in metrics if row.rows is not None and row.images is not None]
+    if not shared:
+        return {}
+    samples, rows, images = (
+        sum(getattr(row, name) for row in shared) for name in ("samples", "rows", "images")
+    )
+    each = (f"{samples / images:.3g} samples an image",) if images else ()
+    steps = len(shared)
+    return {
+        "rows": (
+            f"{samples / steps:.1f} samples in {rows / steps:.1f} rows a step",
+            f"{images / steps:.1f} images",
+            *each,
+        )
+    }
 
 
 def _speed(metrics: Sequence[StepMetrics]) -> Lines:

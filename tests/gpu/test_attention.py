@@ -10,9 +10,11 @@ import torch
 
 from lapilli.model.attention.backend import attention_kernel
 from lapilli.model.attention.choice import DECODERS
-from lapilli.model.attention.forward import NAME, register
+from lapilli.model.attention.forward import NAME, attend, register
+from lapilli.model.attention.trees import Trees
 from tests.device_reads import device_reads
 from tests.model import decoders
+from tests.model.test_trees import ids_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +79,23 @@ def test_long_rows_in_bf16_run_a_fused_kernel() -> None:
     windowed = decoders.language("mistral", NAME)
     kernel = attention_kernel(windowed, 2048, torch.bfloat16, torch.device("cuda"))
     assert "math" not in kernel
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_rows_of_several_samples_have_the_gradients_of_the_dense_form(window: int | None) -> None:
+    """FlexAttention on the device against the mask on the CPU, where it has no backward."""
+    ids = ids_of(((300, (40, 60, 50)), (0, (80,)), (120, (7,))), padding=47)
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(1, heads, 704, 64, generator=generator) for heads in (4, 2, 2, 4)]
+    found: dict[str, list[torch.Tensor]] = {}
+    for device in ("cpu", "cuda"):
+        given = [one.to(device).requires_grad_() for one in drawn[:3]]
+        trees = Trees(*(one.to(device) for one in ids))
+        result, _ = attend(
+            torch.nn.Module(), given[0], given[1], given[2], None,
+            sliding_window=window, trees=trees,
+        )  # fmt: skip
+        weights = drawn[3].transpose(1, 2).to(device) * (ids[0] > 0).to(device)[..., None, None]
+        found[device] = [result, *torch.autograd.grad((result * weights).sum(), given)]
+    for one, other in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)

@@ -17,7 +17,7 @@ from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Sample
 from lapilli.model.attention.choice import DECODERS
 from lapilli.model.attention.forward import NAME, attend, register
-from lapilli.model.attention.trees import WITHOUT_TREES, Trees, check_trees
+from lapilli.model.attention.trees import Trees, check_trees
 from lapilli.model.config import LoraConfig, ModelConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.recomputation import recompute_all
@@ -71,7 +71,7 @@ def run(model: Any, calls: list[dict[str, Any]], embedded: Tensor) -> Any:
     return hidden, dict(zip(["inputs", *named], gradients, strict=True))
 
 
-@pytest.mark.parametrize("family", [one for one in DECODERS if one not in WITHOUT_TREES])
+@pytest.mark.parametrize("family", DECODERS)
 def test_a_row_of_trees_equals_its_samples_one_by_one(family: str) -> None:
     trees, branches, positions = ids_of(ROW)
     size = trees.shape[1]
@@ -88,9 +88,10 @@ def test_a_row_of_trees_equals_its_samples_one_by_one(family: str) -> None:
             "position_ids": torch.arange(len(places)).unsqueeze(0),
         })  # fmt: skip
     apart, expected = run(model, calls, embedded)
+    ids = Trees(trees, branches, positions)
     together: dict[str, Any] = {
-        "inputs_embeds": embedded, "position_ids": positions,
-        "trees": Trees(trees, branches, positions), "weights": weights * times.view(1, -1, 1),
+        "inputs_embeds": embedded, "position_ids": ids.on_positions(), "trees": ids,
+        "weights": weights * times.view(1, -1, 1),
     }  # fmt: skip
     (found,), gradients = run(model, [together], embedded)
     for places, state in zip(samples_of(ROW), apart, strict=True):
@@ -167,7 +168,7 @@ def assert_equal(model: Any, rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.0)])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "stablelm"])
 def test_losses_and_gradients_of_a_model_are_the_samples(
     family: str, lora: LoraConfig | None, recomputes: bool
 ) -> None:
@@ -261,12 +262,19 @@ def test_flex_attention_computes_the_dense_form(window: int | None) -> None:
 
 
 def test_what_cannot_have_trees_is_refused() -> None:
-    for attention, family in (("sdpa", "llama"), ("eager", "gemma2")):
+    for attention in ("sdpa", "eager"):
         with pytest.raises(ModelError, match=f"is {attention}, under which samples of a row"):
-            check_trees(family, attention)
-    for family, reason in WITHOUT_TREES.items():
-        with pytest.raises(ModelError, match=f"{family} cannot have several.*{reason}"):
-            check_trees(family, NAME)
+            check_trees(attention)
+
+
+def test_the_dense_form_is_of_one_shape_and_shared_by_layers() -> None:
+    trees = Trees(*ids_of(ROW))
+    size = trees.tree_ids.shape[1]
+    bias = trees.bias(4, torch.float32)
+    assert bias.shape == (1, 1, size, size)
+    assert bias is trees.bias(4, torch.float32)
+    assert torch.equal(bias == 0, trees.seen(4))
+    assert torch.equal(bias == -torch.inf, ~trees.seen(4))
     model = build_model(ours())
     model.language.set_attn_implementation("sdpa")
     with pytest.raises(ModelError, match=r"set language.attention: lapilli"):

@@ -42,6 +42,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 12},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 12},
     "cohere": {"logit_scale": 0.25},
+    "stablelm": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
 }
 

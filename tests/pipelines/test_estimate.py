@@ -13,6 +13,7 @@ from lapilli.train.driver.memory_estimate import sketch_run
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.steps.rows import EpochPlans
 from pipelines.estimate import estimate, main, sample_operations
 from tests.train.small_run import small_dataset, small_run
 
@@ -41,16 +42,20 @@ def test_it_tells_memory_and_disk_and_starts_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("shares", [False, True])
 def test_its_operations_are_those_of_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shares: bool
 ) -> None:
-    """An epoch's, added up from the rows that a run writes."""
-    dataset = small_dataset(tmp_path, images=16, text_only=8)
-    config = small_run(dataset, tmp_path / "run", num_workers=1, launcher="process", epochs=1)
+    """An epoch's, added up from the rows that a run writes; what is shared counts once."""
+    dataset = small_dataset(tmp_path, images=8, text_only=8, asked=2)
+    config = small_run(
+        dataset, tmp_path / "run", num_workers=1, launcher="process", epochs=1,
+        share_images=shares, pack=shares,
+    )  # fmt: skip
     launch(preflight(config))
     taken = sum(row.flops or 0 for row in read_metrics(tmp_path / "run"))
     opened = open_dataset(dataset, view=config.view, image_tokens=4)
-    found = sample_operations(sketch_run(config), opened) * len(opened)
+    found = sample_operations(sketch_run(config), opened, EpochPlans(opened, config)) * len(opened)
     assert found == pytest.approx(taken, rel=1e-9)
     estimate(config)
     said = " ".join(capsys.readouterr().out.split())

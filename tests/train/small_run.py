@@ -27,7 +27,8 @@ def small_run(dataset: Path, output: Path, **values: Any) -> RunConfig:
     model.vision.settings.update(image_size=32, patch_size=16)
     model.language.settings.update(vocab_size=512)
     settings: dict[str, Any] = {
-        "global_batch_size": 8, "micro_batch_size": 2, "num_workers": 2, "epochs": 2,
+        "global_batch_size": 8, "micro_batch_size": 0 if values.get("micro_batch_tokens") else 2,
+        "num_workers": 2, "epochs": 2,
         "checkpoint": CheckpointConfig(every=4), "optim": OptimConfig(lr=0.01), "device": "cpu",
         **values,
     }  # fmt: skip

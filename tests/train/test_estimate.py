@@ -15,6 +15,7 @@ from lapilli.model.vlm import build_model
 from lapilli.train.driver.activation_memory import leanest
 from lapilli.train.driver.fake_model import sketch_model
 from lapilli.train.driver.memory_estimate import (
+    RowSizes,
     estimate_run,
     sketch_run,
     state_bytes,
@@ -93,6 +94,35 @@ def test_what_is_kept_for_backward_is_what_autograd_keeps(
     assert found.peak(leanest(found, offload=False)) < found.held(KEEP_ALL)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("window", [None, 16])
+def test_packs_are_estimated_with_all_their_images_and_their_masks(
+    dtype: Literal["fp32", "bf16"], window: int | None
+) -> None:
+    model = replace(model_config("vision", "projector", "language"), dtype=dtype)
+    settings: dict[str, Any] = {**model.language.settings, "max_position_embeddings": 256}
+    if window:  # every second layer's, so that there are two masks
+        layers = ["sliding_attention", "full_attention"]
+        settings |= {"sliding_window": window, "layer_types": layers, "use_sliding_window": True}
+    family = "qwen2" if window else "llama"
+    model = replace(model, language=replace(model.language, model_type=family, settings=settings))
+    shape = BatchShape(
+        rows=2, buckets=(256,), image_tokens=4, target_sizes=(40,), image_sizes=(6,),
+        has_trees=True,
+    )  # fmt: skip
+    batch = collate([], shape, IMAGE_SIZE, with_images=True)
+    assert len(batch.pixels) == 6
+    config = run_config(model, precision=dtype, share_images=True, pack=True)
+    rows = RowSizes(length=256, trained=20, images=3)
+    found = estimate_run(config, sketch_run(config), rows).activations(2).held(KEEP_ALL)
+    assert found == pytest.approx(really_kept(model, batch), rel=0.01)
+    mask = 2 * 256 * 256 * (4 if dtype == "fp32" else 2)
+    assert mask > 0.1 * found  # one more or less would be seen
+    on_gpu = estimate_run(config, sketch_run(config), rows, device="cuda").activations(2)
+    held = mask * 2 - mask // 2 if window else mask  # a window's is there without trees, once
+    assert found - on_gpu.held(KEEP_ALL) == held
+
+
 def test_a_layer_more_costs_a_recomputing_run_one_input() -> None:
     batch = collate([], SHAPE, IMAGE_SIZE, with_images=True)
     sizes: list[list[int]] = []
@@ -109,7 +139,7 @@ def test_a_layer_more_costs_a_recomputing_run_one_input() -> None:
 
 def test_a_sketch_has_the_parameters_of_the_model() -> None:
     config = run_config(model_config())
-    found = estimate_run(config, sketch_run(config), length=32).parameters
+    found = estimate_run(config, sketch_run(config), RowSizes(32)).parameters
     for name, part in build_model(config.model).named_children():
         sizes = [p.numel() for p in part.parameters()]
         learning = [p.numel() for p in part.parameters() if p.requires_grad]

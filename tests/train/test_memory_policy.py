@@ -22,7 +22,7 @@ from lapilli.model.vlm import VisionLanguageModel, build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, prepare_process
 from lapilli.train.driver.launching import launch
-from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_run
+from lapilli.train.driver.memory_estimate import Estimate, RowSizes, estimate_run, sketch_run
 from lapilli.train.driver.memory_policy import GIB, choose_memory, memory_budget
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
@@ -40,7 +40,7 @@ LENGTH = 32
 
 
 def estimated(config: RunConfig) -> Estimate:
-    return estimate_run(config, sketch_run(config), length=LENGTH)
+    return estimate_run(config, sketch_run(config), RowSizes(LENGTH))
 
 
 def deep_run(**values: Any) -> RunConfig:
@@ -186,7 +186,7 @@ def needed(config: RunConfig, policy: ActivationPolicy) -> int:
     """Bytes of a run's longest micro-batch under a policy, and one for rounding."""
     opened = open_dataset(config.dataset, view=config.view, image_tokens=4)
     longest, most = int(opened.lengths.max()), int(opened.num_trained.max())
-    found = estimate_run(config, sketch_run(config), length=longest, trained=most)
+    found = estimate_run(config, sketch_run(config), RowSizes(longest, most))
     return found.worker_bytes(config.zero_stage, config.micro_batch_size, policy) + 1
 
 
@@ -217,7 +217,7 @@ def test_no_memory_left_in_a_step_is_one_line_with_what_to_set(
     rows, tokens, images = calls[2]
     assert "\n" not in said
     assert f"memory: none left for a micro-batch of {rows} x {tokens} tokens with {images}" in said
-    found = estimate_run(config, sketch_run(config), length=tokens)
+    found = estimate_run(config, sketch_run(config), RowSizes(tokens))
     taken = found.worker_bytes(2, rows)
     assert f"estimated at {taken / GIB:.3g} GiB a worker" in said
     assert ("Tried to allocate 2 GiB" if kind == "cuda" else "you tried to allocate") in said

@@ -19,7 +19,7 @@ from lapilli.train.checkpoint.find import Checkpoint, latest_checkpoint
 from lapilli.train.config import OffloadConfig, RunConfig
 from lapilli.train.device import prepare_process
 from lapilli.train.driver.activation_memory import leanest
-from lapilli.train.driver.memory_estimate import estimate_run, sketch_run, state_bytes
+from lapilli.train.driver.memory_estimate import RowSizes, estimate_run, sketch_run, state_bytes
 from lapilli.train.driver.memory_policy import choose_memory
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
@@ -151,9 +151,9 @@ def test_the_estimate_is_what_deepspeed_holds_on_the_host(stage: Any, runs: Path
 
 def test_a_run_that_does_not_fit_is_told_to_offload() -> None:
     config = replace(CONFIG, zero_stage=2, micro_batch_size=0)
-    estimate = estimate_run(config, sketch_run(config), length=32)
+    estimate = estimate_run(config, sketch_run(config), RowSizes(32))
     needed = estimate_run(
-        replace(config, offload=OffloadConfig("cpu")), sketch_run(config), length=32
+        replace(config, offload=OffloadConfig("cpu")), sketch_run(config), RowSizes(32)
     )
     lean = leanest(needed.one, offload=True)
     budget = needed.worker_bytes(2, 1, lean)

@@ -24,7 +24,7 @@ from lapilli.model.vlm import build_model
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.activation_memory import leanest
 from lapilli.train.driver.fake_model import sketch_model
-from lapilli.train.driver.memory_estimate import estimate_run, sketch_run, state_bytes
+from lapilli.train.driver.memory_estimate import RowSizes, estimate_run, sketch_run, state_bytes
 from lapilli.train.driver.memory_policy import choose_memory
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.step import to_device
@@ -300,7 +300,7 @@ def test_4_bits_that_do_not_fit_are_told_what_would(folders: Path) -> None:
     language = LanguageConfig(pretrained=str(folders / "wide"), quantize="nf4")
     model = ModelConfig(VisionConfig(settings=twins.TOWER), language, lora=LORA, head_chunk=4)
     config = RunConfig("in", "out", "view", model, global_batch_size=4, zero_stage=2)
-    estimate = estimate_run(config, sketch_run(config), length=48)
+    estimate = estimate_run(config, sketch_run(config), RowSizes(48))
     lean = leanest(estimate.one, offload=False)
     chosen, _ = choose_memory(config, "cuda", estimate.worker_bytes(2, 2, lean), lambda _: estimate)
     assert chosen.micro_batch_size == 2

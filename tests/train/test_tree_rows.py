@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,24 @@ import pytest
 import torch
 
 from lapilli.data.batches.collate import BatchShape, collate
+from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.dataset.prefixes import shared_prefixes
+from lapilli.model.config import LoraConfig
 from lapilli.model.parts.trainable import set_modes
 from lapilli.model.vlm import build_model
 from lapilli.train.config import OptimConfig, RunConfig
+from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.errors import TrainError
 from lapilli.train.metrics.step_metrics import padded_numbers
 from lapilli.train.steps.feed import Feed, StepBatches
 from lapilli.train.steps.optim import build_optimizer
+from lapilli.train.steps.rows import EpochPlans
 from lapilli.train.steps.step import to_device, train_step
+from pipelines.reports.describe import describe_run
+from pipelines.show import main as show_main
 from tests.train.small_run import VIEW, small_dataset, small_run
 
 CPU = torch.device("cpu")
@@ -86,6 +93,21 @@ def test_every_world_size_has_the_same_steps_and_each_record_once(
     assert all(len(names) <= 8 for names in steps[1])
 
 
+@pytest.mark.parametrize("bound", [{"micro_batch_size": 2}, {"micro_batch_tokens": 2048}])
+def test_packs_are_of_one_shape_with_one_shape_allowed(
+    dataset: Dataset, bound: dict[str, Any]
+) -> None:
+    """Every tensor that a model is given, over two epochs: nothing is compiled again."""
+    (feed,) = feeds_of(dataset, 1, max_shapes=1, share_images=True, pack=True, row_length=1024,
+                       **bound)  # fmt: skip
+    shapes = {
+        tuple((name, tuple(value.shape)) for name, value in to_device(batch, CPU).inputs.items())
+        for step in range(feed.total_steps)
+        for batch in feed.make(step).batches
+    }
+    assert len(shapes) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_meter_knows_what_the_collator_makes(dataset: Dataset, kind: dict[str, Any]) -> None:
     feeds = feeds_of(dataset, 2, micro_batch_size=2, **kind)
@@ -117,16 +139,20 @@ def pairs_by_loop(trees: Any, branches: Any) -> int:
 def test_a_run_has_the_losses_of_its_batches_one_sample_a_row(
     dataset: Dataset, kind: dict[str, Any]
 ) -> None:
-    (feed,) = feeds_of(dataset, 1, micro_batch_size=2, **kind)
+    epochs = 9 if kind == KINDS[-1] else 2
+    (feed,) = feeds_of(
+        dataset, 1, micro_batch_size=2, **{**kind, "epochs": epochs, "max_steps": 50}
+    )
     shared, apart = engine_of(feed.config), engine_of(feed.config)
     rows = 0
+    assert feed.total_steps == 50 or kind != KINDS[-1]
     for step in range(feed.total_steps):
         made = feed.make(step)
         rows += sum(int((batch.row_lengths > 0).sum()) for batch in made.batches)
         found = take(shared, made)
         expected = take_apart(apart, dataset, made)
         assert found == pytest.approx(expected, rel=1e-5)
-    assert rows < 2 * len(dataset)
+    assert rows < epochs * len(dataset)
     named = dict(apart.module.named_parameters())
     for name, parameter in shared.module.named_parameters():
         torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=1e-4, msg=name)
@@ -172,8 +198,70 @@ def test_how_many_samples_share_is_said_before_the_start(dataset: Dataset, tmp_p
         dataset.path, tmp_path / "run", num_workers=1, launcher="process", max_length=640,
         share_images=True,
     )  # fmt: skip
-    preflight(config, told.append)
+    ready = preflight(config, told.append)
     assert f"share_images: 36 of {len(dataset)} samples begin like another one" in told
+    steps = [Feed(dataset, ready.config, rank=0, world_size=1).make(step)
+             for step in range(ready.total_steps // 2)]  # fmt: skip
+    images = [sum(batch.num_images for batch in made.batches) for made in steps]
+    rows = [sum(int((b.row_lengths > 0).sum()) for b in made.batches) for made in steps]
+    shown = (
+        f"rows: {len(dataset) / len(steps):.1f} samples of a global batch lie in "
+        f"{np.mean(rows):.1f} rows with {np.mean(images):.1f} images ({min(images)} to "
+        f"{max(images)}), {36 / sum(images):.3g} samples an image"
+    )
+    assert shown in told
+    assert not any("dropout" in line for line in told)
+
+
+def test_dropout_of_what_is_shared_is_said(dataset: Dataset, tmp_path: Path) -> None:
+    told: list[str] = []
+    config = small_run(
+        dataset.path, tmp_path / "run", num_workers=1, launcher="process", max_length=640,
+        share_images=True,
+    )  # fmt: skip
+    lora = LoraConfig(rank=2, dropout=0.125)
+    preflight(replace(config, model=replace(config.model, lora=lora)), told.append)
+    (line,) = [line for line in told if "dropout" in line]
+    assert line.startswith("share_images: dropout (0.125) is drawn once for what samples share")
+
+
+def test_a_run_draws_its_rows_and_counts_their_images(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_run(
+        dataset.path, tmp_path / "run", num_workers=1, launcher="process", max_length=640,
+        share_images=True, pack=True, row_length=1024, max_steps=2,
+    )  # fmt: skip
+    rows = launch(preflight(config))
+    made = [Feed(dataset, config, rank=0, world_size=1).make(row.step) for row in rows]
+    for row, step in zip(rows, made, strict=True):
+        assert row.images == sum(batch.num_images for batch in step.batches)
+        assert row.rows == sum(int((b.row_lengths > 0).sum()) for b in step.batches)
+    assert show_main([str(tmp_path / "run"), "--samples", "2", "--tokens"]) == 0
+    said = capsys.readouterr().out
+    taken = sum(row.samples for row in rows), sum(row.images or 0 for row in rows)
+    facts = describe_run(tmp_path / "run").facts["rows"]
+    assert facts[1:] == (
+        f"{taken[1] / 2:.1f} images",
+        f"{taken[0] / taken[1]:.3g} samples an image",
+    )
+    plan = EpochPlans(dataset, config).first
+    assert isinstance(plan, TreePlan)
+    for tree in plan.row(0):
+        places = [said.index(f"{dataset.sample_id(int(one))}: ") for one in tree]
+        assert places == sorted(places)
+        if len(tree) > 1:
+            above = said[: places[0]].rstrip().rsplit("\n", 1)[-1]
+            assert above.endswith("├─")
+            between = said[places[0] : places[-1]]
+            assert "<image" not in between  # once, above what the first has for itself
+    assert f"shared by {max(map(len, plan.row(0)))}" in said
+
+
+def test_compiled_layers_are_refused() -> None:
+    config = config_for(share_images=True)
+    with pytest.raises(TrainError, match=r"share_images: true with model\.compile blocks"):
+        replace(config, model=replace(config.model, compile="blocks"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 from lapilli.model.config import LanguageConfig
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_run
+from lapilli.train.driver.memory_estimate import Estimate, RowSizes, estimate_run, sketch_run
 from lapilli.train.driver.memory_policy import GIB, USABLE, choose_memory
 from lapilli.train.errors import TrainError
 from pipelines.benchmarks.harness import add_row, provenance, table
@@ -104,7 +104,7 @@ def _choose(recipe: str, shapes: Shapes) -> list[dict[str, Any]]:
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
         language = LanguageConfig(pretrained=folder)
         run = replace(run, model=replace(run.model, vision=vision, language=language))
-        found = estimate_run(run, sketch_run(run), length=run.max_length)
+        found = estimate_run(run, sketch_run(run), RowSizes(run.max_length), device="cuda")
 
     def estimate(config: RunConfig) -> Estimate:
         if config != run:

@@ -149,8 +149,9 @@ class VisionLanguageModel(nn.Module):
         decoder = self.language.get_decoder()
         inputs: dict[str, Any] = {"inputs_embeds": embedded_BSD, "position_ids": position_ids}
         if tree_ids is not None and branch_ids is not None:
-            check_trees(self.language.config.model_type, attention_of(self.language))
-            inputs["trees"] = Trees(tree_ids, branch_ids, position_ids)
+            check_trees(attention_of(self.language))
+            trees = Trees(tree_ids, branch_ids, position_ids)
+            inputs |= {"trees": trees, "position_ids": trees.on_positions()}
         output = decoder(use_cache=False, **inputs)
         head = self.language.get_output_embeddings()
         rows = added_rows(self.language)

@@ -13,6 +13,8 @@ from lapilli.train.config_groups import (
     HpuConfig,
     OffloadConfig,
     ProfileConfig,
+    RecoveryConfig,
+    ValidationConfig,
     check_numbers,
 )
 from lapilli.train.errors import TrainError
@@ -110,63 +112,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
-    """Loss and answers on samples that are not trained on.
-
-    Attributes:
-        every: Steps between two computations of the validation loss; 0 for none.
-        samples: Samples it is computed on, from all over the dataset; the same ones each time.
-        dataset: Folder of their dataset; empty for what the run's own dataset holds out.
-        answers_every: Steps between two times that the model answers some samples' first questions,
-            greedily; 0 for none.
-        answers: Questions it answers, from all over; the same ones each time.
-        answer_tokens: Longest answer; one ends sooner at the longest expected answer's length.
-    """
-
-    every: int = 0
-    samples: int = 256
-    dataset: str = ""
-    answers_every: int = 0
-    answers: int = 8
-    answer_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        check_numbers(
-            "validation", self, ("samples", "answers", "answer_tokens"), ("every", "answers_every")
-        )
-
-
-@dataclass(frozen=True)
-class RecoveryConfig:
-    """Reactions to failures; none of them decides the loss.
-
-    Attributes:
-        max_failures: How often lost workers are replaced before the run gives up.
-        min_workers: Fewest workers the run continues with when machines are lost (`num_workers` is
-            the most); 0 waits until there are `num_workers` again.
-        step_timeout: Seconds; a step that takes longer ends every worker, after it has written its
-            stacks. 0 waits for ever.
-        loss_spike_factor: Stop at a loss above this multiple of the median of the last 100 steps; 0
-            never stops.
-    """
-
-    max_failures: int = 3
-    min_workers: int = 0
-    step_timeout: float = 600.0
-    loss_spike_factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        names = ("max_failures", "min_workers", "step_timeout", "loss_spike_factor")
-        check_numbers("recovery", self, (), names)
-        if 0 < self.loss_spike_factor <= 1:
-            raise TrainError(
-                f"recovery.loss_spike_factor: {self.loss_spike_factor}; expected 0, or more than 1"
-            )
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A training run.
 
@@ -182,6 +127,8 @@ class RunConfig:
         global_batch_size: Samples in one optimizer step, over all workers.
         micro_batch_size: Samples in one forward pass of a worker; accumulation follows. 0 takes the
             largest that `memory` is estimated to hold, on a CPU up to 8.
+        micro_batch_tokens: Tokens in one forward pass of a worker instead, padding among them: as
+            many rows as their longest allows, so that short ones fill a device as long ones do.
         epochs: Passes over the dataset.
         max_steps: Stop after this many steps; 0 for all epochs.
         max_length: Longest sequence with image tokens; longer samples are left out and counted.
@@ -242,6 +189,7 @@ class RunConfig:
     model: ModelConfig
     global_batch_size: int
     micro_batch_size: int = field(default=0, metadata=RESUMABLE)
+    micro_batch_tokens: int = field(default=0, metadata=RESUMABLE)
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str = ""
     epochs: int = 1
@@ -283,7 +231,8 @@ class RunConfig:
             "", self,
             ("global_batch_size", "epochs", "num_workers", "max_length", "max_shapes",
              "max_branches"),
-            ("micro_batch_size", "max_steps", "seed", "llava_processes", "row_length"),
+            ("micro_batch_size", "micro_batch_tokens", "max_steps", "seed", "llava_processes",
+             "row_length"),
         )  # fmt: skip
         if self.memory != "auto" and not 0 < self.memory < float("inf"):
             raise TrainError(f"memory: {self.memory:g}; expected auto, or more than 0 GiB")
@@ -292,13 +241,14 @@ class RunConfig:
         ):
             raise TrainError(
                 "micro_batch_size: 0 with sampler llava or loss_reduction micro_batch_mean, to "
-                "which the micro-batches belong; set it"
+                "which the micro-batches belong; set it, and no micro_batch_tokens"
             )
         _check_weights(self)
         _check_communication(self)
         _check_workers(self)
         _check_order(self)
         _check_rows(self)
+        _check_tokens(self)
 
     @property
     def shares_rows(self) -> bool:
@@ -307,8 +257,8 @@ class RunConfig:
 
     @property
     def is_static(self) -> bool:
-        """Whether every batch has one shape."""
-        return self.max_shapes == 1
+        """Whether every batch has one shape, with rows of one sample."""
+        return self.max_shapes == 1 and not (self.shares_rows or self.micro_batch_tokens)
 
     @property
     def truncates(self) -> bool:
@@ -317,8 +267,33 @@ class RunConfig:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches a worker works through in one optimizer step; needs a micro-batch."""
-        return self.global_batch_size // (self.num_workers * self.micro_batch_size)
+        """Micro-batches a worker works through in one optimizer step; needs a micro-batch.
+
+        Under `micro_batch_tokens` the most, which rows of the greatest length make.
+        """
+        share = self.global_batch_size // self.num_workers
+        if not self.micro_batch_tokens:
+            return share // self.micro_batch_size
+        longest = -(-self.longest_row // 64) * 64  # sequence lengths are multiples of 8 to 64
+        return -(-share // max(1, self.micro_batch_tokens // longest))
+
+    @property
+    def batch_note(self) -> str:
+        """How a global batch is cut, in words."""
+        if self.micro_batch_tokens:
+            return (
+                f"global batch {self.global_batch_size} = {self.num_workers} workers, "
+                f"micro-batches of up to {self.micro_batch_tokens:,} tokens"
+            )
+        return (
+            f"global batch {self.global_batch_size} = {self.num_workers} workers x micro-batch "
+            f"{self.micro_batch_size} x accumulation {self.accumulation}"
+        )
+
+    @property
+    def longest_row(self) -> int:
+        """Most tokens of a row."""
+        return self.row_length or self.max_length
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
@@ -473,10 +448,10 @@ def _check_rows(config: RunConfig) -> None:
                 "or max_length for rows of one sample"
             )
         return
-    if config.is_static:
+    if config.max_shapes == 1 and not config.pack:
         raise TrainError(
-            f"{chosen}: true with max_shapes 1; rows of several samples vary in their images and "
-            "samples; set max_shapes 2 or more"
+            "share_images: true with max_shapes 1 and rows that vary in their images; add pack: "
+            "true, or set max_shapes 2 or more"
         )
     if config.sampler != "grouped":
         raise TrainError(
@@ -488,6 +463,11 @@ def _check_rows(config: RunConfig) -> None:
             f"{chosen}: true with loss_reduction {config.loss_reduction}, which weighs "
             "micro-batches of as many samples as rows; set token_mean"
         )
+    if config.model.compile != "none":
+        raise TrainError(
+            f"{chosen}: true with model.compile {config.model.compile}, with which rows of several "
+            "samples are not tested; set model.compile: none"
+        )
     if config.remainder not in ("auto", "short", "drop"):
         raise TrainError(
             f"{chosen}: true with remainder {config.remainder}; expected auto, short or drop"
@@ -496,4 +476,20 @@ def _check_rows(config: RunConfig) -> None:
         raise TrainError(
             f"row_length: {config.row_length} with pack is below max_length {config.max_length}; "
             "a row must hold the longest sample: raise it, or lower max_length"
+        )
+
+
+def _check_tokens(config: RunConfig) -> None:
+    """A budget of tokens stands in place of rows, where the loss does not hang on these."""
+    tokens = config.micro_batch_tokens
+    if not tokens:
+        return
+    if config.micro_batch_size:
+        raise TrainError(
+            f"micro_batch_tokens: {tokens} with micro_batch_size {config.micro_batch_size}; set one"
+        )
+    if config.pack and tokens < config.longest_row:
+        raise TrainError(
+            f"micro_batch_tokens: {tokens} holds no packed row of {config.longest_row} tokens; "
+            "set at least that, or a smaller row_length"
         )

@@ -10,7 +10,7 @@ from lapilli.train.errors import TrainError
 
 __all__ = [
     "LAZY_MODE", "CommunicationConfig", "HpuConfig", "OffloadConfig", "ProfileConfig",
-    "check_numbers",
+    "RecoveryConfig", "ValidationConfig", "check_numbers",
 ]  # fmt: skip
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"  # read by Gaudi's bridge as it is imported
@@ -127,6 +127,63 @@ class ProfileConfig:
                     raise TrainError(f"profile.{name}: {value}; expected 0 or more")
         if self.memory and not self.steps:
             raise TrainError("profile.memory: true without profile.steps; name steps")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss and answers on samples that are not trained on.
+
+    Attributes:
+        every: Steps between two computations of the validation loss; 0 for none.
+        samples: Samples it is computed on, from all over the dataset; the same ones each time.
+        dataset: Folder of their dataset; empty for what the run's own dataset holds out.
+        answers_every: Steps between two times that the model answers some samples' first questions,
+            greedily; 0 for none.
+        answers: Questions it answers, from all over; the same ones each time.
+        answer_tokens: Longest answer; one ends sooner at the longest expected answer's length.
+    """
+
+    every: int = 0
+    samples: int = 256
+    dataset: str = ""
+    answers_every: int = 0
+    answers: int = 8
+    answer_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        check_numbers(
+            "validation", self, ("samples", "answers", "answer_tokens"), ("every", "answers_every")
+        )
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """Reactions to failures; none of them decides the loss.
+
+    Attributes:
+        max_failures: How often lost workers are replaced before the run gives up.
+        min_workers: Fewest workers the run continues with when machines are lost (`num_workers` is
+            the most); 0 waits until there are `num_workers` again.
+        step_timeout: Seconds; a step that takes longer ends every worker, after it has written its
+            stacks. 0 waits for ever.
+        loss_spike_factor: Stop at a loss above this multiple of the median of the last 100 steps; 0
+            never stops.
+    """
+
+    max_failures: int = 3
+    min_workers: int = 0
+    step_timeout: float = 600.0
+    loss_spike_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        names = ("max_failures", "min_workers", "step_timeout", "loss_spike_factor")
+        check_numbers("recovery", self, (), names)
+        if 0 < self.loss_spike_factor <= 1:
+            raise TrainError(
+                f"recovery.loss_spike_factor: {self.loss_spike_factor}; expected 0, or more than 1"
+            )
 
 
 def check_numbers(

@@ -50,8 +50,12 @@ class BatchShape:
         target_sizes: Numbers P of trained positions, ascending; a batch takes the first that holds
             it.
         has_trees: Whether rows may hold several samples.
-        image_slots: Images N of every batch, of those without any too; 0 for as many as it needs,
-            padded to a multiple of the rows.
+        image_slots: Images N of every batch, of those without any too; 0 for as many as it needs.
+        tokens: Most tokens B x S of a micro-batch: longer rows are fewer (`rows_at`); 0 for `rows`
+            at every length.
+        image_sizes: Numbers N of image slots, ascending; a batch with images takes the first that
+            holds them, or a multiple of its rows.
+        sample_sizes: Numbers of `Batch.sample_slots`, likewise.
     """
 
     rows: int
@@ -62,12 +66,36 @@ class BatchShape:
     target_sizes: tuple[int, ...] = ()
     has_trees: bool = False
     image_slots: int = 0
+    tokens: int = 0
+    image_sizes: tuple[int, ...] = ()
+    sample_sizes: tuple[int, ...] = ()
 
-    def padded_images(self, count: int, *, with_images: bool = False) -> int:
-        """Padded N for this many images; `with_images` as for `collate`."""
+    def rows_at(self, length: int) -> int:
+        """Rows B of a micro-batch of this sequence length S."""
+        return max(1, min(self.rows, self.tokens // length)) if self.tokens else self.rows
+
+    def length_of(self, longest: int, *, has_images: bool) -> int | None:
+        """Sequence length S of a micro-batch with this longest row; None where none holds it."""
+        of_kind = self.buckets if has_images else self.text_buckets or self.buckets
+        return next((length for length in of_kind if length >= longest), None)
+
+    def most_rows(self, longest: NDArray[np.int64], *, has_images: bool) -> NDArray[np.int64]:
+        """Rows B, int64 [m], of micro-batches with these longest rows, int64 [m]."""
+        of_kind = self.buckets if has_images else self.text_buckets or self.buckets
+        rows = np.array([self.rows_at(length) for length in of_kind], np.int64)
+        return rows[np.searchsorted(of_kind, longest).clip(max=len(rows) - 1)]
+
+    def padded_images(self, count: int, rows: int, *, has_images: bool) -> int:
+        """Padded N for so many images in so many rows B, where any rank has some."""
         if self.image_slots:
             return self.image_slots
-        return max(self.rows * with_images, -(-count // self.rows) * self.rows)
+        least = max(rows * has_images, -(-count // rows) * rows)
+        return next((size for size in self.image_sizes if size >= least > 0), least)
+
+    def padded_samples(self, count: int, rows: int) -> int:
+        """Padded `Batch.sample_slots` for so many samples in so many rows B."""
+        least = max(1, -(-count // rows)) * rows
+        return next((size for size in self.sample_sizes if size >= least), least)
 
     def padded_targets(self, count: int) -> int:
         """Padded P for this many trained positions; at least one, so that the head always runs."""
@@ -274,14 +302,21 @@ def collate_rows(
         DataError: As for `collate`; or samples of one tree that do not begin alike.
     """
     samples = [sample for row in rows for tree in row for sample in tree]
-    _check_counts(rows, samples, shape)
     laid_out = [lay_out(row, shape.image_tokens) for row in rows]
-    pixels, image_tokens = _images(
-        [sample for row in laid_out for sample in row.images], shape, image_size, with_images
-    )
-    of_kind = shape.buckets if len(pixels) else shape.text_buckets or shape.buckets
-    length = _bucket(rows, laid_out, of_kind)
-    arrays, targets = _join(rows, laid_out, shape.rows, length)
+    carrying = [one for row in laid_out for one in row.images if len(one.pixels)]
+    has_images = with_images or bool(carrying) or shape.image_slots > 0
+    length = _length(rows, laid_out, shape, has_images)
+    slots = shape.rows_at(length)
+    _check_counts(rows, samples, shape, slots)
+    images = sum(len(one.pixels) for one in carrying)
+    count = shape.padded_images(images, slots, has_images=has_images)
+    if images > count:
+        raise DataError(
+            f"batch: {images} images from {samples[0].sample_id} on; the shape has "
+            f"{shape.image_slots} image_slots; expected no more"
+        )
+    pixels, image_tokens = _images(carrying, shape.image_tokens, image_size, count)
+    arrays, targets = _join(rows, laid_out, slots, length)
     padded = shape.padded_targets(targets.count)
     return Batch(
         **arrays,
@@ -291,7 +326,7 @@ def collate_rows(
         targets=targets.padded(targets.ids, padded, IGNORE_INDEX),
         target_samples=targets.padded(targets.samples, padded, 0),
         sample_ids=tuple(sample.sample_id for sample in samples),
-        sample_slots=max(1, -(-len(samples) // shape.rows)) * shape.rows,
+        sample_slots=shape.padded_samples(len(samples), slots),
         has_trees=shape.has_trees,
         num_images=int((image_tokens > 0).sum()),
         num_targets=targets.count,
@@ -351,10 +386,12 @@ def blank_batches(shape: BatchShape, image_size: int) -> Iterator[Batch]:
         yield collate([], replace(shape, target_sizes=(size,)), image_size, with_images=True)
 
 
-def _check_counts(rows: Sequence[Row], samples: Sequence[Sample], shape: BatchShape) -> None:
-    if len(rows) > shape.rows:
+def _check_counts(
+    rows: Sequence[Row], samples: Sequence[Sample], shape: BatchShape, slots: int
+) -> None:
+    if len(rows) > slots:
         raise DataError(
-            f"batch: {len(rows)} samples from {samples[0].sample_id} on for {shape.rows} rows; "
+            f"batch: {len(rows)} samples from {samples[0].sample_id} on for {slots} rows; "
             "expected no more than rows"
         )
     if len(samples) > len(rows) and not shape.has_trees:
@@ -364,16 +401,19 @@ def _check_counts(rows: Sequence[Row], samples: Sequence[Sample], shape: BatchSh
         )
 
 
-def _bucket(rows: Sequence[Row], laid_out: Sequence[RowTokens], buckets: tuple[int, ...]) -> int:
+def _length(
+    rows: Sequence[Row], laid_out: Sequence[RowTokens], shape: BatchShape, has_images: bool
+) -> int:
     lengths = [len(tokens.ids) for tokens in laid_out] or [0]
     longest = max(lengths)
-    for bucket in buckets:
-        if longest <= bucket:
-            return bucket
-    name = rows[lengths.index(longest)][0][0].sample_id
-    raise DataError(
-        f"{name}: {longest} tokens; the longest bucket has {buckets[-1]}; lower max_length"
-    )
+    length = shape.length_of(longest, has_images=has_images)
+    if length is None:
+        most = (shape.buckets if has_images else shape.text_buckets or shape.buckets)[-1]
+        name = rows[lengths.index(longest)][0][0].sample_id
+        raise DataError(
+            f"{name}: {longest} tokens; the longest bucket has {most}; lower max_length"
+        )
+    return length
 
 
 class _Targets:
@@ -409,29 +449,19 @@ class _Targets:
 
 
 def _images(
-    samples: Sequence[Sample], shape: BatchShape, size: int, with_images: bool
+    samples: Sequence[Sample], tokens: int, size: int, padded: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """All images; N is padded with blank ones to a multiple of the rows, or is 0."""
-    stacked: list[NDArray[np.uint8]] = []
+    """The images of samples that have some, of so many tokens each, then blank ones."""
     for sample in samples:
-        if not len(sample.pixels):
-            continue
         if sample.pixels.shape[1:] != (size, size, 3):
             raise DataError(
                 f"{sample.sample_id}: images of {sample.pixels.shape[1:]}; expected "
                 f"{(size, size, 3)}; open the dataset with the tower's view"
             )
-        stacked.append(sample.pixels)
-    count = sum(map(len, stacked))
-    padded = shape.padded_images(count, with_images=with_images)
-    if count > padded:
-        raise DataError(
-            f"batch: {count} images from {samples[0].sample_id} on; the shape has "
-            f"{shape.image_slots} image_slots; expected no more"
-        )
+    count = sum(len(sample.pixels) for sample in samples)
     pixels = np.zeros((padded, size, size, 3), np.uint8)
     if count:
-        np.concatenate(stacked, out=pixels[:count])
+        np.concatenate([sample.pixels for sample in samples], out=pixels[:count])
     image_tokens = np.zeros(padded, np.int64)
-    image_tokens[:count] = shape.image_tokens
+    image_tokens[:count] = tokens
     return pixels, image_tokens

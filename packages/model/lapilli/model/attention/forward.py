@@ -110,8 +110,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention of rows padded on the right, each one sample or several (`trees`).
 
-    Several samples run through a dense mask, on CUDA through FlexAttention, which skips what no
-    query sees.
+    Several samples run through a dense mask of one static shape, which a CPU and an HPU take, on
+    CUDA through FlexAttention, which skips what no query sees.
 
     Args:
         module: The layer's attention module.
@@ -135,6 +135,7 @@ def attend(
     """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     _check(query, key, attention_mask, is_causal=causal, unused=unused)
+    trees = trees or getattr(unused.get("position_ids"), "trees", None)
     length = query.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     groups = query.shape[1] // key.shape[1]
@@ -144,7 +145,7 @@ def attend(
         return result.transpose(1, 2).contiguous(), None
     if trees is not None and query.device.type == "cuda" and not dropout:
         return _flex(query, key, value, scaling, trees.blocks(window)), None
-    seen = _seen(length, window, trees, query.device)
+    seen = _seen(length, window, trees, query)
     shares = groups > 1 and shares_keys(query, value, seen)
     if groups > 1 and not shares:
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
@@ -155,13 +156,11 @@ def attend(
     return result.transpose(1, 2).contiguous(), None
 
 
-def _seen(
-    length: int, window: int | None, trees: Trees | None, device: torch.device
-) -> Tensor | None:
-    """What a query sees, bool, for all heads; None where that is all before it."""
+def _seen(length: int, window: int | None, trees: Trees | None, query: Tensor) -> Tensor | None:
+    """What a query sees, bool or to be added, for all heads; None where that is all before it."""
     if trees is not None:
-        return trees.seen(window)
-    return None if window is None else visible_square(length, window, device)
+        return trees.bias(window, query.dtype)
+    return None if window is None else visible_square(length, window, query.device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, blocks: Any) -> Tensor:

@@ -6,19 +6,25 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from lapilli.data.batches.collate import BatchShape, collate
+from lapilli.data.dataset.dataset import Dataset
+from lapilli.model.attention.forward import holds_all_scores
+from lapilli.model.attention.trees import mask_count
 from lapilli.model.config import KEEP_ALL, ActivationPolicy
 from lapilli.model.parts.quantized import Quantization, packed_numbers
 from lapilli.train.config import RunConfig
+from lapilli.train.device import Device
 from lapilli.train.driver.activation_memory import ActivationBytes
 from lapilli.train.driver.fake_model import Sketch, sketch_model
+from lapilli.train.steps.rows import PlannedRows
 from lapilli.train.steps.step import DeviceBatch
 
 __all__ = [
-    "Estimate", "StateBytes", "estimate_run", "sketch_run",
+    "Estimate", "RowSizes", "StateBytes", "estimate_run", "row_sizes", "sketch_run",
     "state_bytes", "time_micro_batch",
 ]  # fmt: skip
 
@@ -130,6 +136,68 @@ def _swapped(held: StateBytes, trained: int, *, workers: int) -> StateBytes:
 
 
 @dataclass(frozen=True)
+class RowSizes:
+    """The rows that decide how much memory a run takes.
+
+    Attributes:
+        length: Tokens of the longest, its images' tokens included.
+        trained: Most trained tokens of a row; None for all of the longest.
+        images: Most images of a row.
+        shortest: Tokens of the shortest that has images: under `micro_batch_tokens` as many of it
+            as fit take most of the tower. None for no row shorter than the longest.
+    """
+
+    length: int
+    trained: int | None = None
+    images: int = 1
+    shortest: int | None = None
+
+
+def row_sizes(config: RunConfig, rows: PlannedRows | None, dataset: Dataset | None) -> RowSizes:
+    """The sizes of a run's rows, from its first epoch.
+
+    Args:
+        config: The run.
+        rows: Of the epoch; None where its dataset is not there yet.
+        dataset: Likewise.
+    """
+    longest = config.longest_row if config.shares_rows else config.max_length
+    if rows is None or dataset is None:
+        return RowSizes(longest)
+    if not config.shares_rows and not config.is_static:
+        longest = int(dataset.lengths.max())  # whatever an epoch leaves out
+    has_images = rows.images > 0
+    shortest = rows.lengths[has_images] if has_images.any() else rows.lengths
+    return RowSizes(
+        length=max(longest, int(rows.lengths.max())),
+        trained=int(rows.trained.max()),
+        images=max(1, int(rows.images.max())),
+        shortest=int(shortest.min()),
+    )
+
+
+@dataclass(frozen=True)
+class _ShortRows:
+    """A micro-batch of the shortest rows, as many as a number of tokens holds.
+
+    Attributes:
+        length: Tokens of a row.
+        most: Rows at most: a worker's share of a global batch.
+        one: What one row keeps for backward.
+        two: What two keep.
+    """
+
+    length: int
+    most: int
+    one: ActivationBytes
+    two: ActivationBytes
+
+    def within(self, tokens: int) -> ActivationBytes:
+        """What as many rows as fit keep for backward."""
+        return self.one.grown(self.two, max(1, min(self.most, tokens // self.length)))
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Memory and disk of a run, from its settings and longest sequence.
 
@@ -138,10 +206,11 @@ class Estimate:
         packed: By part, how many of all are held in 4 bits.
         states: By ZeRO stage and part: what one worker holds beside activations.
         length: Tokens of the longest sequence.
-        one: What a micro-batch of one row of that length with one image keeps for backward.
+        one: What a micro-batch of one row of that length with most images keeps for backward.
         two: The same of two rows; what more rows keep follows.
         logits_bytes: Logits of one chunk, and their gradient.
         checkpoint_bytes: One checkpoint on the disk.
+        short: A micro-batch of shorter rows, where they are bounded by tokens.
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -152,6 +221,7 @@ class Estimate:
     two: ActivationBytes
     logits_bytes: int
     checkpoint_bytes: int
+    short: _ShortRows | None = None
 
     def activations(self, rows: int) -> ActivationBytes:
         """What a micro-batch of so many rows keeps for backward."""
@@ -163,8 +233,10 @@ class Estimate:
 
     def batch_bytes(self, rows: int, policy: ActivationPolicy = KEEP_ALL) -> int:
         """What a micro-batch takes at its peak: the head's logits, or a layer that runs again."""
-        kept = self.activations(rows)
-        return max(kept.held(policy) + self.logits_bytes, kept.peak(policy))
+        shapes = [self.activations(rows)]
+        if self.short:
+            shapes.append(self.short.within(rows * self.length))
+        return max(max(one.held(policy) + self.logits_bytes, one.peak(policy)) for one in shapes)
 
     def worker_bytes(self, stage: int, rows: int, policy: ActivationPolicy = KEEP_ALL) -> int:
         """Everything one worker holds on its device at its peak."""
@@ -183,37 +255,64 @@ def sketch_run(config: RunConfig) -> Sketch:
 
 
 def estimate_run(
-    config: RunConfig, sketch: Sketch, *, length: int, trained: int | None = None
+    config: RunConfig, sketch: Sketch, rows: RowSizes, *, device: Device = "cpu"
 ) -> Estimate:
     """Sizes of a run.
 
     Args:
         config: The run; its micro-batch may be 0.
         sketch: Its model (`sketch_run`).
-        length: Tokens of the longest sequence, its images' tokens included.
-        trained: Most trained tokens of a sequence; None for all of the longest.
+        rows: Its rows.
+        device: Where it computes: rows of several samples need dense masks where no kernel skips
+            what a query does not see.
     """
-    tokens = sketch.model.vision.num_tokens
-    kept: list[ActivationBytes] = []
-    for rows in (1, 2):
-        shape = BatchShape(
-            rows=rows, buckets=(length,), image_tokens=tokens,
-            target_sizes=(max(1, rows * (length if trained is None else trained)),),
-        )  # fmt: skip
-        batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
-        kept.append(sketch.activations(batch))
+    one, two = (_kept(config, sketch, rows, count, device) for count in (1, 2))
+    short = None
+    if config.micro_batch_tokens and rows.shortest and rows.shortest < rows.length:
+        small = replace(rows, length=rows.shortest)
+        short = _ShortRows(
+            rows.shortest,
+            config.global_batch_size // config.num_workers,
+            *(_kept(config, sketch, small, count, device) for count in (1, 2)),
+        )
     parameters = sketch.parameters()
     packed = {name: packed_numbers(part) for name, part in sketch.model.named_children()}
     return Estimate(
         parameters=parameters,
         packed=packed,
         states=_states(config, parameters, packed),
-        length=length,
-        one=kept[0],
-        two=kept[1],
+        length=rows.length,
+        one=one,
+        two=two,
         logits_bytes=8 * config.model.head_chunk * sketch.model.vocab_size,  # fp32, and their slope
         checkpoint_bytes=SAVED_BYTES * sum(trained for _, trained in parameters.values()),
+        short=short,
     )
+
+
+def _kept(
+    config: RunConfig, sketch: Sketch, rows: RowSizes, count: int, device: Device
+) -> ActivationBytes:
+    """What a micro-batch of so many rows keeps for backward."""
+    vision, language = sketch.model.vision, sketch.model.language
+    images = min(rows.images, max(1, rows.length // vision.num_tokens))
+    trained = min(rows.length, rows.length if rows.trained is None else rows.trained)
+    shape = BatchShape(
+        rows=count,
+        buckets=(rows.length,),
+        image_tokens=vision.num_tokens,
+        target_sizes=(max(1, count * trained),),
+    )
+    batch = collate([], shape, vision.image_size, with_images=True)
+    pixels = np.broadcast_to(batch.pixels[:1], (count * images, *batch.pixels.shape[1:]))
+    kept = sketch.activations(replace(batch, pixels=pixels))
+    if config.shares_rows and (device != "cuda" or holds_all_scores(language)):
+        size = 4 if config.precision == "fp32" else 2
+        masks = count * mask_count(language.config, rows.length)
+        window = getattr(language.config, "sliding_window", None)
+        masks -= window is not None and window < rows.length  # counted: of rows of one sample
+        kept = replace(kept, outside=kept.outside + masks * rows.length**2 * size)
+    return kept
 
 
 def _states(

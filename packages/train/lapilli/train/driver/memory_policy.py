@@ -97,17 +97,19 @@ def choose_memory(
     Raises:
         TrainError: Nothing fits; names what would.
     """
-    sizes = _micro_batches(config, device)
     if budget is None:
-        return replace(config, micro_batch_size=sizes[0]), MemoryPolicy()
+        return _with_rows(config, _micro_batches(config, device)[0]), MemoryPolicy()
     found = estimate(config)
+    sizes = _micro_batches(config, device)
+    if config.micro_batch_tokens:
+        sizes = [max(1, config.micro_batch_tokens // found.length)]
     for offload in _offloads(config):
         choices = policies(found.one, offload=offload)
         for rows in sizes:
             for policy in choices:
                 taken = found.worker_bytes(config.zero_stage, rows, policy)
                 if taken <= budget:
-                    return replace(config, micro_batch_size=rows), MemoryPolicy(
+                    return _with_rows(config, rows), MemoryPolicy(
                         activations=policy,
                         layers=found.one.counts(),
                         estimated=taken,
@@ -115,6 +117,11 @@ def choose_memory(
                         host=found.activations(rows).on_host(policy),
                     )
     raise TrainError(_refusal(config, budget, found, estimate))
+
+
+def _with_rows(config: RunConfig, rows: int) -> RunConfig:
+    """The run with so many rows a micro-batch, unless it bounds their tokens."""
+    return config if config.micro_batch_tokens else replace(config, micro_batch_size=rows)
 
 
 def _micro_batches(config: RunConfig, device: Device) -> list[int]:
@@ -140,11 +147,12 @@ def _offloads(config: RunConfig) -> tuple[bool, ...]:
 
 def _refusal(config: RunConfig, budget: int, found: Estimate, estimate: Estimator) -> str:
     """What is needed, and what would fit; where nothing would, what needs least."""
-    rows = config.micro_batch_size or 1
+    rows = config.micro_batch_size or max(1, config.micro_batch_tokens // found.length)
     named = list[tuple[int, str]]()
     smaller = _fitting(config, rows, lambda n: _least(config, found, n) <= budget)
     if smaller and not _is_fixed(config):
-        named.append((_least(config, found, smaller), f"micro_batch_size {smaller}"))
+        setting, number = _setting_of(config, smaller, found.length)
+        named.append((_least(config, found, smaller), f"{setting} {number}"))
     for name, changed in _alternatives(config):
         with contextlib.suppress(ModelError, TrainError):
             other = found.under(changed) if changed.model == config.model else estimate(changed)
@@ -200,8 +208,19 @@ def _alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 def _fitting(config: RunConfig, below: int, fits: Callable[[int], bool]) -> int:
     """The largest smaller micro-batch that fits; 0 for none."""
     share = config.global_batch_size // config.num_workers
-    sizes = (rows for rows in range(min(share, below - 1), 0, -1) if share % rows == 0)
+    sizes = (
+        rows
+        for rows in range(min(share, below - 1), 0, -1)
+        if share % rows == 0 or config.micro_batch_tokens
+    )
     return next((rows for rows in sizes if fits(rows)), 0)
+
+
+def _setting_of(config: RunConfig, rows: int, length: int) -> tuple[str, int]:
+    """The setting under which a micro-batch has so many rows of that length, and its value."""
+    if config.micro_batch_tokens:
+        return "micro_batch_tokens", rows * length
+    return "micro_batch_size", rows
 
 
 def _is_fixed(config: RunConfig) -> bool:
@@ -229,7 +248,8 @@ def shortage_line(
     )  # fmt: skip
     remedies = list[str]()
     if rows and not _is_fixed(config):
-        remedies.append(f"micro_batch_size: {rows}, the largest that is estimated to fit")
+        setting, number = _setting_of(config, rows, error.tokens)
+        remedies.append(f"{setting}: {number}, the largest that is estimated to fit")
     if _least(config, found, error.rows) <= target:
         remedies.append(f"memory: {target / GIB:.3g} to have more layers recomputed")
     remedies = remedies or ["a smaller max_length, a higher zero_stage, offload.to: cpu or lora"]

@@ -45,6 +45,7 @@ from lapilli.train.driver.fake_model import sketch_model
 from lapilli.train.driver.memory_estimate import (
     StateBytes,
     estimate_run,
+    row_sizes,
     sketch_run,
     state_bytes,
     time_micro_batch,
@@ -64,6 +65,7 @@ from lapilli.train.run_folder.settings import (
     write_run_config,
 )
 from lapilli.train.steps.feed import Feed
+from lapilli.train.steps.rows import EpochPlans, planned_rows
 from lapilli.train.steps.step import to_device
 from lapilli.train.validation.sample_generations import choose_questions
 from lapilli.train.validation.validation_loss import check_same_tokenizer, open_held_out
@@ -146,22 +148,25 @@ def _check_loggers(config: RunConfig) -> None:
             )
 
 
-def _largest_row(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
-    """Most tokens of a row, and most of them that are trained."""
-    longest, most = (int(of.max()) for of in (dataset.lengths, dataset.num_trained))
-    if config.is_static:
-        return config.max_length, most
-    if not config.shares_rows:
-        return longest, most
-    longest = max(longest, config.row_length or config.max_length)
-    return longest, longest
-
-
-def _shared_note(feed: Feed) -> str:
+def _shared_note(plans: EpochPlans) -> str:
     """How many samples can share a row; none is a template or data that puts images last."""
-    shared, samples = int((feed.shared_tokens > 0).sum()), len(feed.dataset)
+    tokens = plans.shared_tokens
+    shared, samples = int((tokens > 0).sum()), len(tokens)
     line = f"share_images: {shared:,} of {samples:,} samples begin like another one"
     return line if shared else f"{line}; nothing is shared, see the template and share_images"
+
+
+def _dropout_note(model: nn.Module) -> str:
+    """What dropout does to what samples share; empty where there is none."""
+    language = model.get_submodule("language")
+    rates = [float(one.p) for one in language.modules() if isinstance(one, nn.Dropout)]
+    rates.append(float(getattr(language.config, "attention_dropout", None) or 0.0))
+    if not max(rates):
+        return ""
+    return (
+        f"share_images: dropout ({max(rates):g}) is drawn once for what samples share, which alone "
+        "would draw each their own; set model.lora.dropout 0 for the same gradient"
+    )
 
 
 def _state_by_part(
@@ -216,22 +221,30 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     kernels = _choose_kernels(config, str(language.model_type), device)
     attention = choose_attention(config.model.language.attention, language)
     if config.shares_rows:
-        check_trees(attention.family, attention.name)
+        check_trees(attention.name)
     model, start_weights = _look_at(config)
     dataset, held_out = opened or _open_datasets(model, config, on_note)
     check_model(model, dataset)
     check_start(start_weights, dataset, on_note)
     check_context(model, config, dataset, held_out, on_note)
-    longest, most = _largest_row(config, dataset)
+    plans = EpochPlans(dataset, config)
+    planned = planned_rows(plans.first, dataset)
+    rows = row_sizes(config, planned, dataset)
     config, policy = choose_memory(
         config,
         device,
         memory_budget(config, device, partial(_device_memory, config)),
-        lambda changed: estimate_run(changed, sketch_run(changed), length=longest, trained=most),
+        lambda changed: estimate_run(changed, sketch_run(changed), rows, device=device),
     )
-    feed = Feed(dataset, config, rank=0, world_size=config.num_workers, held_out=held_out)
+    feed = Feed(
+        dataset, config, rank=0, world_size=config.num_workers, held_out=held_out, plans=plans
+    )
     if config.share_images:
-        on_note(_shared_note(feed))
+        on_note(_shared_note(plans))
+        if note := _dropout_note(model):
+            on_note(note)
+    if config.shares_rows:
+        on_note(planned.note)
     saved = config.checkpoint
     kept = saved.keep_last + bool(saved.upload)  # one is being copied
     archived = feed.total_steps // saved.archive_every if saved.archive_every else 0

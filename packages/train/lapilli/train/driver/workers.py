@@ -20,7 +20,7 @@ from lapilli.data.ray_session import RayDied, leave_working_folder, watched
 from lapilli.model.errors import ModelError
 from lapilli.train.config import RunConfig
 from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
-from lapilli.train.driver.memory_estimate import Estimate, estimate_run, sketch_run
+from lapilli.train.driver.memory_estimate import Estimate, RowSizes, estimate_run, sketch_run
 from lapilli.train.driver.memory_policy import MemoryPolicy, shortage_line
 from lapilli.train.engine.deepspeed_engine import forget_swapped
 from lapilli.train.errors import TrainError
@@ -136,7 +136,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config = replace(config, num_workers=world_size)  # fewer where `recovery.min_workers` allows it
     device, memory = settings["device"], settings["memory"]
     try:
-        with _blaming(config, rank, memory):
+        with _blaming(config, rank, memory, device):
             fit(
                 setup(
                     config, device, rank=rank, world_size=world_size, activations=memory.activations
@@ -148,11 +148,13 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _blaming(config: RunConfig, rank: int, memory: MemoryPolicy) -> Generator[None]:
+def _blaming(config: RunConfig, rank: int, memory: MemoryPolicy, device: Device) -> Generator[None]:
     """Around a worker's part of a run: a full disk, missing rights, no memory are one line."""
 
     def estimate(config: RunConfig) -> Estimate:
-        return estimate_run(config, sketch_run(config), length=shortage.tokens)
+        images = -(-shortage.images // shortage.rows)
+        rows = RowSizes(shortage.tokens, images=max(1, images))
+        return estimate_run(config, sketch_run(config), rows, device=device)
 
     try:
         yield
@@ -174,7 +176,7 @@ def fit_here(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
     same process would find.
     """
     join_alone(device)
-    with _blaming(config, 0, memory):
+    with _blaming(config, 0, memory, device):
         fit(setup(config, device, rank=0, world_size=1, activations=memory.activations))
 
 

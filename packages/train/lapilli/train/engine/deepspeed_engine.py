@@ -58,8 +58,8 @@ def deepspeed_settings(
     hpz = config.communication.zero_hpz_partition_size
     zero = {"zero_hpz_partition_size": hpz} if hpz else {}  # `zero.Init` looks for it too
     return {
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        # the sizes are for its logs alone: `train_step` says where a step ends
+        "train_micro_batch_size_per_gpu": config.micro_batch_size or 1,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {

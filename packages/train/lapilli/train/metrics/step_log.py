@@ -81,6 +81,8 @@ class StepLog:
             wait_seconds=wait_seconds,
             memory_bytes=memory_bytes,
             tokens=speed.tokens,
+            rows=speed.rows,
+            images=speed.images,
             tokens_per_second=speed.tokens / seconds,
             flops=speed.flops,
             mfu=speed.mfu,

@@ -79,15 +79,15 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
     sized = [[_real_sizes(micro, feed) for micro in micros] for micros in step.rows]
     for micros in sized:
         for number, (lengths, pairs, images, targets) in enumerate(micros):
-            together = any(rank[number][2] > 0 for rank in sized)  # all ranks have images or none
-            padded_images = shape.padded_images(images, with_images=together)
-            kind = shape.buckets if padded_images else shape.text_buckets or shape.buckets
-            longest = max(lengths, default=0)
+            together = feed.carries_images(step.rows, number)
+            length = shape.length_of(max(lengths, default=0), has_images=together)
+            assert length is not None, "the collator has refused it"
+            rows = shape.rows_at(length)
             found.append(BatchNumbers(
                 row_lengths=lengths, images=images, targets=targets,
-                padded_rows=shape.rows,
-                padded_length=next(size for size in kind if size >= longest),
-                padded_images=padded_images,
+                padded_rows=rows,
+                padded_length=length,
+                padded_images=shape.padded_images(images, rows, has_images=together),
                 padded_targets=shape.padded_targets(targets),
                 pairs=pairs,
             ))  # fmt: skip
@@ -96,7 +96,7 @@ def padded_numbers(step: StepBatches, feed: Feed) -> list[BatchNumbers]:
 
 def _real_sizes(micro: MicroRows, feed: Feed) -> tuple[list[int], int, int, int]:
     """Tokens of each row, pairs that see each other, images, trained positions."""
-    dataset, prefixes = feed.dataset, feed.shared_tokens
+    dataset, prefixes = feed.dataset, feed.plans.shared_tokens
     trees = [tree for row in micro for tree in row]
     return (
         [row_tokens(row, dataset.lengths, prefixes) for row in micro],
@@ -112,6 +112,8 @@ class StepSpeed:
 
     Attributes:
         tokens: Of the global batch, the images' own included.
+        rows: Of the global batch, where they hold several samples; else None.
+        images: Of the global batch, likewise.
         flops: What the mathematics of the real tokens needs.
         mfu: Its share of the devices' peak rate; None where no peak is known.
         hardware_flops: What all ranks execute, padding and recomputation included.
@@ -119,6 +121,8 @@ class StepSpeed:
     """
 
     tokens: int
+    rows: int | None
+    images: int | None
     flops: float
     mfu: float | None
     hardware_flops: float
@@ -165,8 +169,11 @@ class StepMeter:
         executed = sum(micro.hardware.total for micro in micros)
         tokens = sum(sum(numbers.row_lengths) for numbers in counted)
         possible = seconds * self._peak if self._peak else None
+        shares = self._feed.config.shares_rows
         return StepSpeed(
             tokens=tokens,
+            rows=sum(len(numbers.row_lengths) for numbers in counted) if shares else None,
+            images=sum(numbers.images for numbers in counted) if shares else None,
             flops=flops,
             mfu=flops / possible if possible else None,
             hardware_flops=executed,

@@ -75,7 +75,9 @@ class StepMetrics(StepResult):
         seconds: Of the step, with waiting for data.
         wait_seconds: Waiting for data.
         memory_bytes: The most that rank 0 has held so far.
-        tokens: Of the global batch, the images' own included.
+        tokens: Of the global batch, the images' own included; shared ones once.
+        rows: Of the global batch, where they hold several samples.
+        images: Of the global batch, shared ones once, likewise.
         tokens_per_second: In this step.
         flops: What the mathematics of the real tokens needs.
         mfu: Its share of the devices' peak rate, where that is known.
@@ -92,6 +94,8 @@ class StepMetrics(StepResult):
     wait_seconds: float
     memory_bytes: float | None = None
     tokens: Natural | None = None
+    rows: Natural | None = None
+    images: Natural | None = None
     tokens_per_second: float | None = None
     flops: float | None = None
     mfu: float | None = None

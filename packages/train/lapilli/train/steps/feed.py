@@ -7,29 +7,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.batches.collate import (
-    Batch,
-    BatchShape,
-    choose_buckets,
-    choose_target_sizes,
-    collate_rows,
-    static_shape,
-)
-from lapilli.data.batches.sampler import EpochPlan, longest_rows, trained_counts
-from lapilli.data.batches.tree_plan import TreePlan, micro_sums
+from lapilli.data.batches.collate import Batch, collate_rows
+from lapilli.data.batches.sampler import EpochPlan
+from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
-from lapilli.data.dataset.prefixes import shared_prefixes
 from lapilli.train.config import RunConfig
-from lapilli.train.steps.rows import MicroRows, RowSamples, StepRows, plan_rows, share_rows
+from lapilli.train.steps.rows import EpochPlans, MicroRows, RowSamples, StepRows, share_rows
+from lapilli.train.steps.shapes import batch_shape
 
-__all__ = ["Feed", "StepBatches", "batch_shape", "host_bytes", "mean_weights", "mock_steps"]
+__all__ = ["Feed", "StepBatches", "host_bytes", "mean_weights", "mock_steps"]
 
 THREADS = 2  # copying pixels leaves Python's lock to the others
 AHEAD = 4  # steps kept ready
@@ -64,83 +56,6 @@ class StepBatches:
     slots: list[NDArray[np.int64]]
 
 
-def batch_shape(
-    dataset: Dataset,
-    config: RunConfig,
-    plan: EpochPlan | TreePlan,
-    held_out: Dataset | None = None,
-) -> BatchShape:
-    """The few shapes a run's batches have, chosen for its first epoch; the others are like it.
-
-    With `max_shapes: 1` there is one, which holds the micro-batches of `held_out` too.
-    """
-    if config.is_static:
-        counts = [
-            np.concatenate([of.num_images, of.num_trained]).reshape(2, -1)
-            for of in (dataset, held_out)
-            if of is not None
-        ]
-        images, trained = np.concatenate(counts, axis=1)
-        shape = static_shape(
-            config.micro_batch_size, config.max_length, dataset.image_tokens, images, trained
-        )
-        return replace(shape, predict_chunk=config.model.head_chunk)
-    images, text = _longest(dataset, config, plan)
-    buckets, text_buckets = choose_buckets(
-        images[images > 0], text[text > 0], count=config.max_shapes
-    )
-    return BatchShape(
-        rows=config.micro_batch_size,
-        buckets=buckets,
-        image_tokens=dataset.image_tokens,
-        predict_chunk=config.model.head_chunk,
-        text_buckets=text_buckets,
-        target_sizes=_target_sizes(dataset, config, plan),
-        has_trees=config.shares_rows,
-    )
-
-
-def _longest(
-    dataset: Dataset, config: RunConfig, plan: EpochPlan | TreePlan
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens of the longest row of each micro-batch that has images, and of each that has none.
-
-    Whatever the other epochs put together: the longest sample has a place, and where rows hold
-    several, the longest row. Where a text-only micro-batch may stand beside another rank's images,
-    it has one among theirs.
-    """
-    lengths, has_images = dataset.lengths, dataset.has_images
-    if isinstance(plan, TreePlan):
-        most = max(config.row_length or config.max_length, int(lengths.max()))
-        longest = micro_sums(plan, micro_batch_size=config.micro_batch_size).longest
-        return np.array([most]) if config.pack else np.append(longest, most), longest[:0]
-    images, text = longest_rows(plan, lengths, has_images, micro_batch_size=config.micro_batch_size)
-    is_apart = config.sampler == "grouped"
-    with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
-    images = np.append(images, with_images.max(initial=0))
-    return images, np.append(text, lengths[~has_images].max(initial=0))
-
-
-def _target_sizes(
-    dataset: Dataset, config: RunConfig, plan: EpochPlan | TreePlan
-) -> tuple[int, ...]:
-    """The few numbers of trained positions.
-
-    Where rows hold several samples a later epoch may have a larger sum than the first: a quarter
-    more has a place, and what is larger still is padded to `head_chunk`.
-    """
-    trained = dataset.num_trained
-    if isinstance(plan, TreePlan):
-        counts = micro_sums(plan, trained, micro_batch_size=config.micro_batch_size).sums
-        counts = np.append(counts, counts.max() * 5 // 4)
-    else:
-        counts = trained_counts(
-            plan, dataset.lengths, trained, micro_batch_size=config.micro_batch_size
-        )
-        counts = np.append(counts, trained.max(initial=0))
-    return choose_target_sizes(counts.astype(np.int64), count=config.max_shapes)
-
-
 def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
     """Weights under which a global batch's loss is the mean of its micro-batches' means.
 
@@ -165,11 +80,12 @@ class Feed:
 
     Args:
         dataset: What is trained on.
-        config: The run's settings.
-        rank: This worker.
+        config: The run's settings, with a micro-batch.
+        rank: This worker's.
         world_size: Workers.
         held_out: What the run is validated on; with `max_shapes: 1` its batches have the same
             shape.
+        plans: Of the run's epochs, where they are made already.
     """
 
     def __init__(
@@ -180,50 +96,40 @@ class Feed:
         rank: int,
         world_size: int,
         held_out: Dataset | None = None,
+        plans: EpochPlans | None = None,
     ) -> None:
         self.dataset = dataset
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self._prefixes = shared_prefixes(dataset) if config.share_images else None
-        first = self._plan_epoch(0)
+        self.plans = plans or EpochPlans(dataset, config)
+        first = self.plans.first
         self._plan: tuple[int, EpochPlan | TreePlan] = 0, first
         self._planning = threading.Lock()
-        self.shape = batch_shape(dataset, config, first, held_out)
+        self.shape = batch_shape(dataset, config, first, world_size, held_out)
         steps = first.num_steps * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
-
-    @cached_property
-    def shared_tokens(self) -> NDArray[np.int64]:
-        """int64 [len], tokens that a sample shares with the others of its tree."""
-        if self._prefixes is None:
-            return np.zeros(len(self.dataset), np.int64)
-        return self._prefixes.prefixes
-
-    def _plan_epoch(self, epoch: int) -> EpochPlan | TreePlan:
-        return plan_rows(self.dataset, self._prefixes, self.config, epoch)
 
     def _locate(self, step: int) -> tuple[EpochPlan | TreePlan, int]:
         with self._planning:
             # every epoch has as many steps as the first
             epoch, inside = divmod(step, self._plan[1].num_steps)
             if epoch != self._plan[0]:
-                self._plan = epoch, self._plan_epoch(epoch)
+                self._plan = epoch, self.plans.of(epoch)
             return self._plan[1], inside
 
     def make(self, step: int) -> StepBatches:
         """This worker's micro-batches of one step."""
         plan, inside = self._locate(step)
         rows, placed = share_rows(
-            plan, inside, self.dataset.lengths,
-            world_size=self.world_size, micro_batch_size=self.config.micro_batch_size,
-        )  # fmt: skip
+            plan, inside, self.dataset, self.shape, world_size=self.world_size
+        )
         batches = [
             collate_rows(
                 [self._read(row) for row in micro],
                 self.shape,
                 self.dataset.image_size,
-                with_images=any(self._has_images(rank[number]) for rank in rows),
+                with_images=self.carries_images(rows, number),
             )
             for number, micro in enumerate(rows[self.rank])
         ]
@@ -252,8 +158,19 @@ class Feed:
         """Trained tokens of a micro-batch."""
         return sum(int(self.dataset.num_trained[tree].sum()) for row in micro for tree in row)
 
-    def _has_images(self, micro: MicroRows) -> bool:
-        return any(self.dataset.num_images[tree].any() for row in micro for tree in row)
+    def carries_images(self, rows: StepRows, number: int) -> bool:
+        """Whether micro-step `number` has image slots: any rank has images, or one shape is all.
+
+        Args:
+            rows: The step's, by rank and micro-step.
+            number: The micro-step.
+        """
+        images = self.dataset.num_images
+        if self.shape.image_slots or (
+            self.config.pack and self.config.max_shapes == 1 and images.any()
+        ):
+            return True
+        return any(images[tree].any() for rank in rows for row in rank[number] for tree in row)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """Steps from `start` on, in order, made ahead by `THREADS` threads.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+from lapilli.data.batches.collate import BatchShape
 from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.batches.token_budget import budget_chunks
 from lapilli.data.batches.tree_plan import TreeLimits, TreePlan, assign_rows, plan_trees
 from lapilli.data.dataset.dataset import Dataset
-from lapilli.data.dataset.prefixes import SharedPrefixes
+from lapilli.data.dataset.prefixes import SharedPrefixes, shared_prefixes
 from lapilli.train.config import RunConfig
 
 __all__ = [
-    "MicroRows", "RowSamples", "StepRows", "plan_rows", "row_pairs", "row_tokens", "share_rows",
+    "EpochPlans", "MicroRows", "PlannedRows", "RowSamples", "StepRows",
+    "planned_rows", "row_pairs", "row_tokens", "share_rows",
 ]  # fmt: skip
 
 RowSamples = list[NDArray[np.int64]]  # the samples of each of a row's trees
@@ -20,20 +25,39 @@ MicroRows = list[RowSamples]
 StepRows = list[list[MicroRows]]  # by rank and micro-step
 
 
-def plan_rows(
-    dataset: Dataset, prefixes: SharedPrefixes | None, config: RunConfig, epoch: int
-) -> EpochPlan | TreePlan:
-    """An epoch's plan, as the run's settings want its rows.
+class EpochPlans:
+    """The plans of a run's epochs; the first is kept.
 
     Args:
         dataset: What is trained on.
-        prefixes: How its samples begin, where they share images.
-        config: The run's settings.
-        epoch: From 0.
+        config: The run's settings; for sampler `llava` with its micro-batch.
 
     Raises:
         DataError: Settings of which no plan can be made.
     """
+
+    def __init__(self, dataset: Dataset, config: RunConfig) -> None:
+        self._dataset, self._config = dataset, config
+        self.prefixes = shared_prefixes(dataset) if config.share_images else None
+        self.first = _plan(dataset, self.prefixes, config, 0)
+
+    def of(self, epoch: int) -> EpochPlan | TreePlan:
+        """The plan of an epoch, from 0."""
+        if not epoch:
+            return self.first
+        return _plan(self._dataset, self.prefixes, self._config, epoch)
+
+    @property
+    def shared_tokens(self) -> NDArray[np.int64]:
+        """int64 [len], tokens that a sample shares with the others of its tree."""
+        if self.prefixes is None:
+            return np.zeros(len(self._dataset), np.int64)
+        return self.prefixes.prefixes
+
+
+def _plan(
+    dataset: Dataset, prefixes: SharedPrefixes | None, config: RunConfig, epoch: int
+) -> EpochPlan | TreePlan:
     if config.shares_rows:
         none = np.zeros(len(dataset), np.int64)
         return plan_trees(
@@ -42,7 +66,7 @@ def plan_rows(
             none if prefixes is None else prefixes.prefixes,
             TreeLimits(
                 config.share_images, config.pack,
-                config.row_length or config.max_length, config.max_branches,
+                config.longest_row, config.max_branches,
             ),
             global_batch_size=config.global_batch_size, seed=config.seed, epoch=epoch,
             drop_remainder=config.remainder == "drop",
@@ -62,40 +86,126 @@ def plan_rows(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class PlannedRows:
+    """The rows of an epoch, in the plan's order, without empty slots.
+
+    Attributes:
+        steps: int64 [steps + 1]; global batch k has the rows from `steps[k]` to `steps[k + 1]`.
+        lengths: int64 [rows], tokens, shared ones once.
+        samples: int64 [rows], samples.
+        images: int64 [rows], images, shared ones once.
+        trained: int64 [rows], trained tokens.
+    """
+
+    steps: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    images: NDArray[np.int64]
+    trained: NDArray[np.int64]
+
+    @property
+    def note(self) -> str:
+        """What global batches are composed of, in words: gradients hang on fewer images."""
+        firsts = self.steps[:-1]
+        rows = np.diff(self.steps)
+        images, samples = (np.add.reduceat(of, firsts) for of in (self.images, self.samples))
+        carrying = self.samples[self.images > 0].sum()
+        each = f", {carrying / images.sum():.3g} samples an image" if images.any() else ""
+        return (
+            f"rows: {samples.mean():.1f} samples of a global batch lie in {rows.mean():.1f} rows "
+            f"with {images.mean():.1f} images ({images.min()} to {images.max()}){each}"
+        )
+
+
+def planned_rows(plan: EpochPlan | TreePlan, dataset: Dataset) -> PlannedRows:
+    """What the rows of an epoch hold.
+
+    Args:
+        plan: Of the epoch.
+        dataset: What it was made of.
+    """
+    images, trained = (of.astype(np.int64) for of in (dataset.num_images, dataset.num_trained))
+    if isinstance(plan, TreePlan):
+        firsts = plan.trees[plan.rows]  # of each row's samples
+        return PlannedRows(
+            steps=plan.steps,
+            lengths=plan.row_lengths,
+            samples=np.diff(firsts),
+            images=_sums(images[plan.order[plan.trees[:-1]]], plan.rows),
+            trained=_sums(trained[plan.order], firsts),
+        )
+    filled = plan.order >= 0
+    order = plan.order[filled]
+    return PlannedRows(
+        steps=np.concatenate([[0], np.cumsum(filled)])[plan.offsets],
+        lengths=dataset.lengths[order].astype(np.int64),
+        samples=np.ones(len(order), np.int64),
+        images=images[order],
+        trained=trained[order],
+    )
+
+
+def _sums(values: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums of `values[ends[i] : ends[i + 1]]`."""
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[ends])
+
+
 def share_rows(
-    plan: EpochPlan | TreePlan,
-    step: int,
-    lengths: NDArray[np.int64],
-    *,
-    world_size: int,
-    micro_batch_size: int,
+    plan: EpochPlan | TreePlan, step: int, dataset: Dataset, shape: BatchShape, *, world_size: int
 ) -> tuple[StepRows, NDArray[np.int64]]:
     """Share a global batch's rows among the ranks.
 
     Args:
         plan: Of the epoch.
         step: In the epoch.
-        lengths: int64 [n], tokens of the samples.
+        dataset: What the plan was made of.
+        shape: The shapes a micro-batch may have.
         world_size: Ranks.
-        micro_batch_size: Rows of one rank's micro-batch.
 
     Returns:
         The rows by rank and micro-step; and their samples, rank by rank, -1 for empty slots.
     """
-    if isinstance(plan, TreePlan):
-        of_rank = assign_rows(plan, step, world_size=world_size, micro_batch_size=micro_batch_size)
+    if shape.tokens:
+        rows = _within_budget(plan, step, dataset, shape, world_size)
+    elif isinstance(plan, TreePlan):
+        of_rank = assign_rows(plan, step, world_size=world_size, micro_batch_size=shape.rows)
         rows = [
             [[plan.row(int(row)) for row in micro if row >= 0] for micro in micros]
             for micros in of_rank
         ]
-        trees = [tree for micros in rows for micro in micros for row in micro for tree in row]
-        return rows, np.concatenate(trees)
-    ranks = assign(plan, step, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
-    rows = [
-        [[[ids[place : place + 1]] for place in np.flatnonzero(ids >= 0)] for ids in micros]
-        for micros in ranks
+    else:
+        ranks = assign(
+            plan, step, dataset.lengths, world_size=world_size, micro_batch_size=shape.rows
+        )
+        rows = [
+            [[[ids[place : place + 1]] for place in np.flatnonzero(ids >= 0)] for ids in micros]
+            for micros in ranks
+        ]
+        return rows, np.concatenate([ids for micros in ranks for ids in micros])
+    trees = [tree for micros in rows for micro in micros for row in micro for tree in row]
+    return rows, np.concatenate(trees)
+
+
+def _within_budget(
+    plan: EpochPlan | TreePlan, step: int, dataset: Dataset, shape: BatchShape, world_size: int
+) -> StepRows:
+    """Rows by rank and micro-step, as many in each as `shape.tokens` allows."""
+    if isinstance(plan, TreePlan):
+        numbers = range(plan.steps[step], plan.steps[step + 1])
+        rows = [plan.row(number) for number in numbers]
+        lengths = plan.row_lengths[numbers.start : numbers.stop]
+    else:
+        order = plan.global_batch(step)
+        order = order[order >= 0]
+        rows = [[order[place : place + 1]] for place in range(len(order))]
+        lengths = dataset.lengths[order].astype(np.int64)
+    has_images = any(dataset.has_images[tree[0]] for row in rows for tree in row)
+    limits = shape.most_rows(lengths, has_images=has_images)
+    return [
+        [[rows[place] for place in micro] for micro in micros]
+        for micros in budget_chunks(lengths, limits, world_size)
     ]
-    return rows, np.concatenate([ids for micros in ranks for ids in micros])
 
 
 def row_tokens(row: RowSamples, lengths: NDArray[np.int64], prefixes: NDArray[np.int64]) -> int:

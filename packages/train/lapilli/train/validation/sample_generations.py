@@ -62,7 +62,9 @@ class Generations:
         self._dataset = dataset
         self._indices = choose_questions(dataset, config.validation.answers)
         self._reader = QuestionReader.of(dataset)
-        self._rows = config.micro_batch_size
+        self._rows = config.micro_batch_size or max(
+            1, config.micro_batch_tokens // config.longest_row
+        )
         longest = max(self._reader.answer_lengths(dataset.token_row(i))[0] for i in self._indices)
         self._most_tokens = min(longest, config.validation.answer_tokens)
         self._gathered = gathered if config.zero_stage == 3 else None

@@ -80,12 +80,15 @@ class HeldOut:
         count = min(config.validation.samples, len(dataset))
         chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         longest = int(dataset.lengths[chosen].max())
-        self._chunks = _chunks(chosen, dataset, shape.rows)
+        buckets = held_out_buckets(longest)
+        # not the rows of a rank's share: losses are added alike for any number of workers
+        rows = max(1, shape.tokens // buckets[-1]) if shape.tokens else shape.rows
+        self._chunks = _chunks(chosen, dataset, rows)
         counts = np.array([dataset.num_trained[ids].sum() for ids in self._chunks], np.int64)
         self._shape = shape
         if not config.is_static:
             self._shape = replace(
-                shape, buckets=held_out_buckets(longest), text_buckets=(),
+                shape, rows=rows, buckets=buckets, text_buckets=(), tokens=0,
                 target_sizes=choose_target_sizes(counts, count=4),
             )  # fmt: skip
         self._tokens = int(dataset.num_trained[chosen].sum())
