@@ -20,8 +20,8 @@ from lapilli.data.io.access import require_writable
 from lapilli.data.io.atomic import write_text
 from lapilli.data.io.whole_file import read_whole
 from pipelines.cli.command import UsageError, first_as, parse, run, say
-from pipelines.launch_scripts.flag_table import llava_flags
-from pipelines.launch_scripts.mapping import Recipes, map_launch
+from pipelines.launch_scripts.flag_table import FlagTable
+from pipelines.launch_scripts.mapping import Recipes, find_table, map_launch
 from pipelines.launch_scripts.shell import parse_script
 
 __all__ = ["ImportConfig", "import_flags", "main"]
@@ -39,6 +39,10 @@ class ImportConfig:
             (`{MODEL_VERSION: vicuna-7b-v1.3}`).
         num_workers: GPUs, where the script does not say; 0 takes 8, as LLaVA's scripts do.
         folder: Where the script is started; its DeepSpeed file is looked for there.
+        trainer: Whose flags they are: `llava`, `visper_lm`, `visper_lm_pretrain`, `gaudi_llava` or
+            `basic_vlm`; `auto` finds it by the command.
+        leave_out: Flags that are not supported, which the recipe shall be without
+            (`[mode]`: VisPer-LM's losses).
     """
 
     script: str
@@ -46,6 +50,8 @@ class ImportConfig:
     variables: dict[str, str] = field(default_factory=dict[str, str])
     num_workers: int = 0
     folder: str = "."
+    trainer: str = "auto"
+    leave_out: tuple[str, ...] = ()
 
 
 def import_flags(config: ImportConfig) -> Recipes:
@@ -61,7 +67,11 @@ def import_flags(config: ImportConfig) -> Recipes:
         raise UsageError(f"script: {config.script} is no shell script ({error})") from None
     try:
         launch = parse_script(text, config.variables)
-        made = map_launch(launch, Path(config.folder), processes=config.num_workers)
+        made = map_launch(
+            launch, Path(config.folder), processes=config.num_workers, trainer=config.trainer,
+            leave_out=config.leave_out,
+        )  # fmt: skip
+        table = find_table(launch, config.trainer)
     except UsageError as error:
         raise UsageError(f"{config.script}: {error}") from None
     output = Path(config.output)
@@ -71,12 +81,11 @@ def import_flags(config: ImportConfig) -> Recipes:
     require_writable("output", output)
     output.mkdir(parents=True, exist_ok=True)
     for name, settings in files.items():
-        write_text(output / name, _text(config.script, settings))
+        write_text(output / name, _text(config.script, table, settings))
     return made
 
 
-def _text(script: str, settings: dict[str, Any]) -> str:
-    table = llava_flags()
+def _text(script: str, table: FlagTable, settings: dict[str, Any]) -> str:
     return (
         f"# Imported from {Path(script).name}, flags of {table.repository} at {table.commit[:8]}.\n"
         + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

@@ -32,7 +32,7 @@ VERBS = {
     "report": "write report.html of datasets and runs",
     "verify": "hash a dataset and compare it with its manifest",
     "repair": "make damaged shards of a dataset again",
-    "import-flags": "recipes of a script that starts LLaVA's trainer",
+    "import-flags": "recipes of a script that starts LLaVA's trainer or one like it",
     "simd": "build pillow-simd for this processor",
 }
 

@@ -1,4 +1,4 @@
-"""Read and check the table of a trainer's flags."""
+"""Read and check the tables of trainers' flags."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import yaml
 
 from pipelines.cli.command import UsageError
 
-__all__ = ["Flag", "FlagTable", "llava_flags"]
+__all__ = ["TRAINERS", "Flag", "FlagTable", "flag_table", "llava_flags"]
 
-TABLE = Path(__file__).parent / "llava.yaml"
+TRAINERS = ("llava", "visper_lm", "visper_lm_pretrain", "gaudi_llava", "basic_vlm")
+"""The trainers whose flags are known, each after the one that its table begins with."""
+
 TRUE, FALSE = {"true", "yes", "y", "t", "1"}, {"false", "no", "n", "f", "0"}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
+CODE = "code"  # `of` of a value that the trainer's code fixes
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Flag:
     of: str
     default: Any = None
     type: str = ""
+    same_as: str = ""
     train: str = ""
     data: str = ""
     values: dict[Any, Any] = field(default_factory=dict[Any, Any])
@@ -34,6 +38,11 @@ class Flag:
     ignored: str = ""
     unsupported: str = ""
     accepts: tuple[Any, ...] = ()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the trainer's code fixes the value, and no script gives it."""
+        return self.of == CODE
 
     def read(self, text: str) -> Any:
         """The value of a text as the trainer's parser reads it.
@@ -56,6 +65,12 @@ class Flag:
             raise UsageError(f"--{self.name}: {text!r}; expected {KINDS[kind]}")
         return text
 
+    def is_supported(self, value: Any) -> bool:
+        """Whether a value has a meaning here."""
+        if self.values and value not in self.values:
+            return False
+        return value in self.accepts if self.accepts else not self.unsupported
+
     def setting(self, value: Any) -> Any:
         """What a value is called here.
 
@@ -65,30 +80,55 @@ class Flag:
         if self.values and value not in self.values:
             known = ", ".join(map(str, self.values))
             raise UsageError(f"--{self.name}: {value!r} is not supported; expected one of {known}")
-        if self.accepts and value not in self.accepts:
+        if not self.is_supported(value):
             known = ", ".join(map(str, self.accepts))
             why = self.unsupported or f"always so here: {self.implied}"
-            raise UsageError(f"--{self.name}: {value!r} is not supported ({why}); expected {known}")
+            expected = f"; expected {known}" if known else ""
+            raise UsageError(f"--{self.name}: {value!r} is not supported ({why}){expected}")
         return self.values.get(value, value)
 
 
 @dataclass(frozen=True)
 class FlagTable:
-    """The flags of a trainer at one commit of its repository."""
+    """The flags of a trainer at one commit of its repository.
 
+    Attributes:
+        title: What it is called in a message.
+        repository: Owner and name on GitHub.
+        commit: Of that repository.
+        transformers: Version whose `TrainingArguments` it has.
+        recognised_by: Parts of a command, or names of flags, that no trainer before it has.
+        flags: By name.
+    """
+
+    title: str
     repository: str
     commit: str
     transformers: str
+    recognised_by: tuple[str, ...]
     flags: dict[str, Flag]
 
 
 @cache
+def flag_table(name: str) -> FlagTable:
+    """A trainer's table, on top of the one that its `base` names."""
+    path = Path(__file__).parent / f"{name}.yaml"
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    flags: dict[str, Flag] = {}
+    if base := values.pop("base", ""):
+        without = values.pop("without", ())
+        inherited = flag_table(base)
+        flags = {n: f for n, f in inherited.flags.items() if not {n, f.of} & {*without}}
+        values.setdefault("transformers", inherited.transformers)
+    rows: dict[str, dict[str, Any]] = values.pop("flags")
+    for flag, row in rows.items():
+        row["accepts"] = tuple(row.get("accepts", ()))
+        flags[flag] = Flag(name=flag, **row)
+    recognised_by = tuple(map(str, values.pop("recognised_by", ())))
+    texts = {key: str(value) for key, value in values.items()}
+    return FlagTable(**texts, recognised_by=recognised_by, flags=flags)
+
+
 def llava_flags() -> FlagTable:
     """LLaVA's."""
-    values: dict[str, Any] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    rows: dict[str, dict[str, Any]] = values.pop("flags")
-    flags: dict[str, Flag] = {}
-    for name, row in rows.items():
-        row["accepts"] = tuple(row.get("accepts", ()))
-        flags[name] = Flag(name=name, **row)
-    return FlagTable(**{name: str(value) for name, value in values.items()}, flags=flags)
+    return flag_table("llava")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.cli.command import UsageError
-from pipelines.launch_scripts.flag_table import Flag, llava_flags
+from pipelines.launch_scripts.deepspeed_file import (
+    ZeroSettings,
+    launcher_settings,
+    read_deepspeed,
+)
+from pipelines.launch_scripts.flag_table import TRAINERS, Flag, FlagTable, flag_table, llava_flags
 from pipelines.launch_scripts.shell import Launch
 
-__all__ = ["Recipes", "map_launch"]
+__all__ = ["Recipes", "find_table", "map_launch"]
 
 PROCESSES = 8  # of LLaVA's own scripts, which use every GPU of one machine
 BASES = {f"liuhaotian/llava-v1.5-{size}": f"lmsys/vicuna-{size}-v1.5" for size in ("7b", "13b")}
-STAGES = {"zero3_offload": (3, True), "zero3": (3, False), "zero2": (2, False)}
+QWEN_LAYERS = {
+    "c_attn": "q_proj|k_proj|v_proj", "c_proj": "o_proj|down_proj", "w1": "up_proj",
+    "w2": "gate_proj",
+}  # fmt: skip
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
@@ -41,10 +48,20 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Given:
-    """The flags' values, LLaVA's defaults where the script gives none, and where it was started."""
+    """The flags' values, the trainer's defaults where the script gives none, and the launcher's.
+
+    Attributes:
+        values: By LLaVA's names, and by the trainer's own where LLaVA has no such flag.
+        ours: The same, as they are called here.
+        processes: All that the launcher starts.
+        launcher: The launcher's flags.
+        folder: Where the script was started.
+    """
 
     values: Mapping[str, Any]
+    ours: Mapping[str, Any]
     processes: int
+    launcher: Mapping[str, str]
     folder: Path
 
     def __getitem__(self, name: str) -> Any:
@@ -57,31 +74,61 @@ class Given:
         return (self.folder / name).absolute().as_posix() if is_path else name
 
 
-def map_launch(launch: Launch, folder: Path, *, processes: int = 0) -> Recipes:
+def find_table(launch: Launch, trainer: str = "auto") -> FlagTable:
+    """The table of a command's trainer, by its file and its flags.
+
+    Raises:
+        UsageError: No such trainer.
+    """
+    if trainer not in ("auto", *TRAINERS):
+        raise UsageError(f"trainer: {trainer!r}; expected auto or one of {', '.join(TRAINERS)}")
+    if trainer != "auto":
+        return flag_table(trainer)
+    for name in reversed(TRAINERS):
+        table = flag_table(name)
+        if any(mark in launch.program or mark in launch.flags for mark in table.recognised_by):
+            return table
+    return llava_flags()
+
+
+def map_launch(
+    launch: Launch,
+    folder: Path,
+    *,
+    processes: int = 0,
+    trainer: str = "auto",
+    leave_out: Collection[str] = (),
+) -> Recipes:
     """The recipes that train as a script's command does.
 
     Args:
         launch: The command.
         folder: Where the script is started; a DeepSpeed file is looked for there.
         processes: Processes where the script does not say; 0 takes 8.
+        trainer: A name of `TRAINERS`; `auto` finds it.
+        leave_out: Flags that are not supported and may be left out of the recipe.
 
     Raises:
         UsageError: An unknown flag, a value of another type, or one that is not supported.
     """
-    table = llava_flags().flags
-    for name in launch.flags:
-        if name not in table:
-            raise UsageError(
-                f"--{name}: no flag of LLaVA's trainer; remove it, or correct its name"
-            )
-    values = {
-        name: flag.read(launch.flags[name]) if name in launch.flags else flag.default
-        for name, flag in table.items()
+    table = find_table(launch, trainer)
+    _check_names(launch, table, leave_out)
+    flags = {**llava_flags().flags, **table.flags}
+    values: dict[str, Any] = {}
+    for name, flag in flags.items():
+        text = launch.flags.get(name) if not flag.is_fixed else None
+        values[flag.same_as or name] = flag.default if text is None else flag.read(text)
+    ours = {
+        name: flag.setting(values[name])
+        for name, flag in flags.items()
+        if not flag.same_as and not (name in leave_out and flag.unsupported)
     }
-    given = Given(values, launch.processes or processes or PROCESSES, folder)
+    launcher = launcher_settings(launch.launcher, folder)
+    count = launch.processes or int(launcher.get("num_processes", 0)) or processes or PROCESSES
+    given = Given(values=values, ours=ours, processes=count, launcher=launcher, folder=folder)
     made = Recipes(output=str(values["output_dir"] or ""))
-    for name, flag in table.items():
-        value = flag.setting(values[name])
+    for name, value in ours.items():
+        flag = flags[name]
         if flag.how or value is None:
             continue
         for recipe, setting in ((made.train, flag.train), (made.data, flag.data)):
@@ -89,12 +136,31 @@ def map_launch(launch: Launch, folder: Path, *, processes: int = 0) -> Recipes:
                 _put(recipe, setting, value)
     for compute in (_model, _optim, _run, _data):
         compute(given, made)
-    made.rows = [(name, text, _fate(table[name])) for name, text in launch.flags.items()]
+    fixed = {name: str(flag.default) for name, flag in table.flags.items() if flag.is_fixed}
+    for name, text in {**launch.flags, **fixed}.items():
+        made.rows.append((name, text, _fate(flags[name], flags, left_out=name in leave_out)))
     return made
 
 
-def _fate(flag: Flag) -> str:
-    """What becomes of a flag whose value is supported."""
+def _check_names(launch: Launch, table: FlagTable, leave_out: Collection[str]) -> None:
+    for name in launch.flags:
+        if name not in table.flags or table.flags[name].is_fixed:
+            raise UsageError(f"--{name}: no flag of {table.title}; remove it, or correct its name")
+    refused = {name for name, flag in table.flags.items() if flag.unsupported}
+    for name in leave_out:
+        if name not in refused:
+            raise UsageError(
+                f"leave_out: {name!r}; expected of {', '.join(sorted(refused))}, the flags of "
+                f"{table.title} that are not supported"
+            )
+
+
+def _fate(flag: Flag, flags: Mapping[str, Flag], *, left_out: bool) -> str:
+    """What becomes of a flag."""
+    if left_out:
+        return f"left out: not supported ({flag.unsupported})"
+    if flag.same_as:
+        return _fate(flags[flag.same_as], flags, left_out=False)
     if setting := flag.train or flag.data:
         return f"{setting} ({flag.how})" if flag.how else setting
     if flag.implied:
@@ -110,48 +176,67 @@ def _put(recipe: dict[str, Any], setting: str, value: Any) -> None:
 
 
 def _model(given: Given, made: Recipes) -> None:
-    name = given["model_name_or_path"]
-    _put(made.train, "model.language.pretrained", given.place(BASES.get(str(name), str(name))))
+    name = given.ours["model_name_or_path"]
+    language = given.place(BASES.get(str(name), str(name)))
+    _put(made.train, "model.language.pretrained", language)
     _put(made.train, "model.language.allow_pickle", True)
     if given["pretrain_mm_mlp_adapter"]:
         projector = given.folder / given["pretrain_mm_mlp_adapter"]
         made.train["init_from"] = projector.absolute().as_posix()
     if name in BASES:
         made.start = name
-    elif "llava" in name.lower():
+    elif "llava" in name.lower() and not Path(language).is_dir():
         raise UsageError(
-            f"--model_name_or_path: {name!r} is a LLaVA model and not one of {', '.join(BASES)}; "
-            "give its language model here, and the folder with train --init_from"
+            f"--model_name_or_path: {name!r} is a LLaVA model, no folder here and not one of "
+            f"{', '.join(BASES)}; give its folder, or its language model here and the folder with "
+            "train --init_from"
         )
     if (tower := given["vision_tower"]) is None:
         raise UsageError("--vision_tower: left out, which trains on text alone; expected a tower")
+    if "convnext" in tower.lower():
+        raise UsageError(f"--vision_tower: {tower!r} is not supported; expected a ViT")
     _put(made.train, "model.vision.tower", "siglip" if "siglip" in tower else "clip")
     _put(made.train, "model.vision.pretrained", given.place(tower))
     _put(made.train, "model.vision.allow_pickle", True)
+    _put(made.train, "model.trainable", _parts(given))
+    if given["lora_enable"]:
+        names = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+        lora = {ours: given[theirs] for ours, theirs in names.items()}
+        layers = str(given.values.get("target_modules", ""))
+        target = "|".join(QWEN_LAYERS.get(one, one) for one in layers.split("|") if one)
+        lora |= {"target": target or r"language\..*", "bias": given["lora_bias"]}
+        _put(made.train, "model.lora", lora)
+    elif given["bits"] == 4:
+        raise UsageError("--bits: 4 without --lora_enable True; 4-bit weights learn by adapters")
+
+
+def _parts(given: Given) -> list[str]:
+    """The parts that learn."""
     alone = given["tune_mm_mlp_adapter"]
     if alone and given["lora_enable"]:
         raise UsageError(
             "--tune_mm_mlp_adapter: True with --lora_enable True trains no adapter; leave one out"
         )
     parts = ["projector"] if alone else ["projector", "language"]
+    if given.values.get("unfreeze_mm_vision_tower"):
+        parts = ["vision", "projector"]
+    if given.values.get("unfreeze_whole_model"):
+        return ["vision", "projector", "language"]
     if given["freeze_mm_mlp_adapter"]:
         parts.remove("projector")
     if not parts:
         raise UsageError("--freeze_mm_mlp_adapter: with nothing else that learns; leave it out")
-    _put(made.train, "model.trainable", parts)
-    if given["lora_enable"]:
-        names = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-        lora = {ours: given[theirs] for ours, theirs in names.items()}
-        lora |= {"target": r"language\..*", "bias": given["lora_bias"]}
-        _put(made.train, "model.lora", lora)
-    elif given["bits"] == 4:
-        raise UsageError("--bits: 4 without --lora_enable True; 4-bit weights learn by adapters")
+    return parts
 
 
 def _optim(given: Given, made: Recipes) -> None:
     _put(made.train, "optim.betas", [given["adam_beta1"], given["adam_beta2"]])
-    if given["mm_projector_lr"] is not None:
-        _put(made.train, "optim.lr_by_part", {"projector": given["mm_projector_lr"]})
+    rates = {
+        part: given.values.get(name)
+        for part, name in (("projector", "mm_projector_lr"), ("vision", "mm_vision_lr"))
+    }
+    if given_rates := {part: rate for part, rate in rates.items() if rate is not None}:
+        _put(made.train, "optim.lr_by_part", given_rates)
     if given["bf16"] and given["fp16"]:
         raise UsageError("--fp16: True with --bf16 True; expected one of them")
     made.train["precision"] = "bf16" if given["bf16"] else "fp16" if given["fp16"] else "fp32"
@@ -178,56 +263,69 @@ def _run(given: Given, made: Recipes) -> None:
         )
     if loggers := [one for one in LOGGERS if one in asked]:
         made.train["loggers"] = loggers
-    stage, offloads = _zero(given)
-    made.train["zero_stage"] = stage
-    if offloads:
-        _put(made.train, "offload.to", "cpu")
+    if given.values.get("pad_max"):
+        made.train["max_shapes"] = 1
+    _put_zero(_zero(given), made)
 
 
-def _zero(given: Given) -> tuple[int, bool]:
-    """ZeRO stage and offload, of the file or by its name."""
-    if not (name := given["deepspeed"]):
-        return (2 if given["bf16"] or given["fp16"] else 0), False
-    path = given.folder / name
-    if not path.is_file():
-        if (found := STAGES.get(Path(name).stem)) is None:
-            raise UsageError(
-                f"--deepspeed: {path} is not there; expected the file, or one called "
-                f"{', '.join(STAGES)}.json"
-            )
-        return found
-    try:
-        zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-        offload = zero.get("offload_optimizer", {}).get("device", "none")
-        return int(zero.get("stage", 0)), offload != "none"
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"--deepspeed: {path} is no DeepSpeed config ({error})") from None
+def _put_zero(zero: ZeroSettings, made: Recipes) -> None:
+    made.train["zero_stage"] = zero.stage
+    if zero.offload != "none":
+        _put(made.train, "offload.to", zero.offload)
+    if zero.nvme_path:
+        _put(made.train, "offload.nvme_path", zero.nvme_path)
+    if zero.communication:
+        made.train["communication"] = zero.communication
+    if zero.schedule:
+        _put(made.train, "optim.schedule", zero.schedule)
+        why = f"optim.schedule: {zero.schedule}, which wins over --lr_scheduler_type"
+        made.rows.append(("deepspeed", "(its scheduler)", why))
+
+
+def _zero(given: Given) -> ZeroSettings:
+    """ZeRO's settings of `--deepspeed`, else of the launcher."""
+    launcher = given.launcher
+    if name := given["deepspeed"] or launcher.get("deepspeed_config_file", ""):
+        return read_deepspeed(given.folder / name, given.values)
+    if stage := launcher.get("zero_stage", ""):
+        if not stage.isdecimal():
+            raise UsageError(f"--zero_stage: {stage!r}; expected 0 to 3")
+        offload = launcher.get("offload_optimizer_device", "none")
+        return ZeroSettings(stage=int(stage), offload=offload)
+    return ZeroSettings(stage=2 if given["bf16"] or given["fp16"] else 0)
 
 
 def _data(given: Given, made: Recipes) -> None:
-    for name in ("data_path", "image_folder"):
-        if not given[name]:
-            raise UsageError(f"--{name}: left out; expected a path")
+    made.data["sources"] = [_source(given)]
     if given["mm_use_im_start_end"]:
         if given["version"] not in ("v1", "vicuna_v1"):
             raise UsageError("--mm_use_im_start_end: True is supported with --version v1 alone")
         made.data["template"] = str(
             Path(__file__).parents[1] / "recipes" / "llava15" / "template_im_start_end.yaml"
         )
-    aspects = {"pad": "pad", "square": "crop"}
-    if (aspect := aspects.get(given["image_aspect_ratio"], "")) == "":
-        raise UsageError(
-            f"--image_aspect_ratio: {given['image_aspect_ratio']!r} is not supported; expected pad "
-            "or square"
-        )
+    aspect = given.ours["image_aspect_ratio"]
     tower = given["vision_tower"]
     size = next((n for n in (336, 384) if str(n) in tower), 224)
     family = made.train["model"]["vision"]["tower"]
     view = f"{family}{size}_{aspect}"
-    path = Path(given["data_path"])
-    source = {"name": path.name.partition(".")[0], "annotations": path.as_posix()}
-    source["images"] = given.place(given["image_folder"])
-    made.data["sources"] = [source]
     made.data["tokenizer"] = made.train["model"]["language"]["pretrained"]
     made.data["views"] = {view: {"size": size, "fill": "mean", "tower": family, "aspect": aspect}}
     made.train["view"] = view
+
+
+def _source(given: Given) -> dict[str, Any]:
+    """The one source of a data recipe."""
+    if pair := [given.values[n] for n in ("image_map", "captions_file") if n in given.values]:
+        files = [given.place(name) for name in pair]
+        return {
+            "name": "basic_vlm", "format": "basic_vlm", "annotations": files, "captions": "one"
+        }  # fmt: skip
+    for name in ("data_path", "image_folder"):
+        if not given[name]:
+            raise UsageError(f"--{name}: left out; expected a path")
+    path = Path(given["data_path"])
+    return {
+        "name": path.name.partition(".")[0],
+        "annotations": path.as_posix(),
+        "images": given.place(given["image_folder"]),
+    }

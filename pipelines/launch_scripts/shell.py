@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipelines.cli.command import UsageError
 
@@ -14,9 +14,12 @@ __all__ = ["Launch", "parse_script"]
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "python", "python3", "srun")
 ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+# Files that start the trainer's file, which comes after them.
+SPAWNERS = ("gaudi_spawn.py", "xla_spawn.py")
 # Flags of launchers that say how many processes there are on a machine, and how many machines.
-PROCESSES = ("num_gpus", "nproc_per_node", "nproc-per-node", "num_processes")
+PROCESSES = ("num_gpus", "nproc_per_node", "nproc-per-node", "num_processes", "world_size")
 MACHINES = ("num_nodes", "nnodes")
+DEVICES = ("CUDA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES")
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,14 @@ class Launch:
         flags: The trainer's flags as they are written, without dashes; one without a value is
             `True`. The last of several counts.
         processes: What the launcher starts, over all machines; 0 where the script does not say.
+        program: The words before the trainer's flags.
+        launcher: The launcher's own flags.
     """
 
     flags: dict[str, str]
     processes: int
+    program: str = field(default="", compare=False)
+    launcher: dict[str, str] = field(default_factory=dict[str, str], compare=False)
 
 
 def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
@@ -62,9 +69,8 @@ def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
         raise UsageError(
             f"{len(launches)} commands begin with one of {', '.join(LAUNCHERS)}; expected one"
         )
-    return _launch(launches[0], variables.get("CUDA_VISIBLE_DEVICES") or known.get(
-        "CUDA_VISIBLE_DEVICES", ""
-    ))  # fmt: skip
+    chosen = {**known, **variables}
+    return _launch(launches[0], next((chosen[name] for name in DEVICES if chosen.get(name)), ""))
 
 
 def _starts(line: str) -> bool:
@@ -112,21 +118,41 @@ def _words(
 
 def _launch(words: list[str], devices: str) -> Launch:
     """Split a command at the trainer's file or module, and read what is on both sides."""
-    place = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
+    place = next((n for n, word in enumerate(words) if _is_program(word)), None)
     if place is None and "-m" in words:  # python -m torch.distributed.launch train.py, or a module
         place = len(words) - 1 - words[::-1].index("-m") + 1
     if place is None:
         raise UsageError(f"{words[0]}: the command names no file.py and no -m MODULE; expected one")
-    before = _flags(words[1:place], strict=False)
+    before = _flags([word for word in words[1:place] if not word.endswith(".py")], strict=False)
     count = next((before[name] for name in PROCESSES if name in before), "")
-    if not count and (chosen := before.get("include", "").partition(":")[2] or devices):
-        count = str(len(chosen.split(",")))
     machines = next((before[name] for name in MACHINES if name in before), "1")
+    if "exclude" in before:
+        raise UsageError(
+            f"{words[0]} --exclude {before['exclude']}: how many devices are left is not known "
+            "here; write --include, or --num_gpus"
+        )
+    per_machine = "num_processes" not in before  # accelerate counts all of them
+    if not count and (listed := before.get("include") or before.get("gpu_ids") or devices):
+        count = str(_devices(listed))
+        per_machine = "@" not in listed
     for name, text in (("processes", count or "0"), ("machines", machines)):
         if not text.isdecimal():
             raise UsageError(f"{words[0]}: {text!r} {name}; expected a whole number")
-    per_machine = 1 if "num_processes" in before else int(machines)  # accelerate counts all
-    return Launch(_flags(words[place + 1 :], strict=True), int(count or 0) * per_machine)
+    return Launch(
+        flags=_flags(words[place + 1 :], strict=True),
+        processes=int(count or 0) * (int(machines) if per_machine else 1),
+        program=" ".join(words[: place + 1]),
+        launcher=before,
+    )
+
+
+def _is_program(word: str) -> bool:
+    return word.endswith(".py") and word.rpartition("/")[2] not in SPAWNERS
+
+
+def _devices(listed: str) -> int:
+    """Devices of `0,1`, of `localhost:0,1`, or of `host-0:0,1@host-1:0`."""
+    return sum(len(host.rpartition(":")[2].split(",")) for host in listed.split("@"))
 
 
 def _flags(words: list[str], *, strict: bool) -> dict[str, str]:

@@ -55,7 +55,8 @@ OWNERS = {
 FOREIGN = {
     "--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "--shm-size",
     "--require-hashes", "--pretrain_mm_mlp_adapter", "--model_max_length", "--help", "--version",
-    "--concatenate", "--help_all", "--local-dir",
+    "--concatenate", "--help_all", "--local-dir", "--include", "--num_gpus", "--exclude",
+    "--zero_stage", "--lr_scheduler_type", "--config_file",
 }  # fmt: skip
 VERB = re.compile(
     r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate|score|download)\b"

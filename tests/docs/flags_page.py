@@ -1,10 +1,11 @@
-"""Make `docs/llava_flags.md` of the table of flags: `python -m tests.docs.flags_page`."""
+"""Make `docs/llava_flags.md` of the tables of flags: `python -m tests.docs.flags_page`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 
-from pipelines.launch_scripts.flag_table import Flag, llava_flags
+from pipelines.launch_scripts.flag_table import TRAINERS, Flag, FlagTable, flag_table, llava_flags
 from tests.docs.pages import DOCS
 
 __all__ = ["PATH", "page"]
@@ -34,6 +35,22 @@ records, mean of means and text mistakes are two more layers: `--config llava15/
 
 A flag that a script leaves out has LLaVA's default, which counts: without
 `--mm_vision_select_layer` the last layer's features are taken.
+
+Scripts of VisPer-LM, of Intel's example for Gaudi and of Basic-VLM are recognised by their
+command; `--trainer gaudi_llava` says it. What their trainers have beside LLaVA's flags is
+[below](#other-trainers). What trains otherwise without a flag is an error;
+`--leave_out '[mode]'` makes the recipe without it.
+
+The launcher may be `deepspeed`, `torchrun`, `accelerate`, `python` or `gaudi_spawn.py`. Processes
+are counted from its flags, its device lists (`--include`, `--gpu_ids`, `CUDA_VISIBLE_DEVICES`) or
+accelerate's `--config_file`. Of a DeepSpeed file the stage, offload, schedule and sizes of
+collectives are taken; a number that is not its flag's is an error, as it is to transformers.
+`WarmupLR` is `constant` after a linear rise.
+"""
+OTHERS = """
+## Other trainers
+
+What differs from LLaVA's flags. `code` is a value that no flag gives: the trainer's code fixes it.
 """
 
 
@@ -48,16 +65,39 @@ def page() -> str:
         )
     ]  # fmt: skip
     for group, flags in groupby(table.flags.values(), lambda flag: flag.of):
-        lines += [
-            f"\n## {TITLES.get(group, group)}\n",
-            "| flag | default | here |",
-            "|---|---|---|",
-        ]
-        lines += [f"| `--{f.name}` | {_shown(f.default)} | {_here(f)} |" for f in flags]
+        lines.append(f"\n## {TITLES.get(group, group)}\n")
+        lines += _rows(flags)
+    lines.append(OTHERS)
+    for name in TRAINERS[1:]:
+        lines += _other(name, flag_table(name))
     return "\n".join(lines) + "\n"
 
 
+def _rows(flags: Iterable[Flag]) -> list[str]:
+    rows = [
+        f"| `{'' if f.is_fixed else '--'}{f.name}` | {_shown(f.default)} | {_here(f)} |"
+        for f in flags
+    ]
+    return ["| flag | default | here |", "|---|---|---|", *rows]
+
+
+def _other(name: str, table: FlagTable) -> list[str]:
+    """The section of a trainer: its flags that another's table does not hold."""
+    below = {
+        id(flag)
+        for one in TRAINERS[: TRAINERS.index(name)]
+        for flag in flag_table(one).flags.values()
+    }
+    own = [flag for flag in table.flags.values() if id(flag) not in below]
+    address = f"https://github.com/{table.repository}/tree/{table.commit}"
+    where = f"`{name}`: [{table.repository}]({address}) at commit `{table.commit[:8]}`."
+    title = table.title.removeprefix("the ")
+    return [f"\n### {title[0].upper()}{title[1:]}\n", where, "", *_rows(own)]
+
+
 def _here(flag: Flag) -> str:
+    if flag.same_as:
+        return f"LLaVA's `--{flag.same_as}`"
     if flag.implied:
         return f"always so: {flag.implied}"
     if flag.ignored:
