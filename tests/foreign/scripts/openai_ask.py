@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import openai
+import openai  # pyright: ignore[reportMissingImports]
 
 address, image = sys.argv[1:]
 client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -22,11 +22,11 @@ whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, s
 stream = client.chat.completions.create(
     **asked, stream=True, stream_options={"include_usage": True}
 )
-pieces, usage = [], None
+pieces, usages = [], [whole.usage]
 for chunk in stream:
     if chunk.choices:
         pieces.append(chunk.choices[0].delta.content or "")
-    usage = chunk.usage or usage
+    usages += [chunk.usage] if chunk.usage else []
 errors = {}
 for name, more in {
     "model": {"model": "other"},
@@ -48,7 +48,7 @@ print(
             "reason": whole.choices[0].finish_reason,
             "tokens": len(whole.choices[0].logprobs.content),
             "stream": "".join(pieces),
-            "usage": [whole.usage.model_dump(), usage.model_dump()],
+            "usage": [one.model_dump() for one in usages],
             "errors": errors,
         }
     )
