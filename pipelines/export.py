@@ -35,6 +35,7 @@ from pipelines.exports.output import (
     weight_bytes,
     writing_progress,
 )
+from pipelines.reports.cards import CARD, model_card
 
 
 def to_webdataset(config: ExportConfig) -> None:
@@ -99,8 +100,11 @@ def to_hf(config: ExportConfig) -> None:
                 on_progress=on_progress,
             )
         readers = f"transformers {oldest_reader(asked.model)} and newer"
-        text = _readme(asked.name, readers, notes)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        card = model_card(
+            Path(config.run), asked.name, library="transformers", relation="finetune",
+            usage=_usage(readers, notes),
+        )  # fmt: skip
+        (folder / CARD).write_text(card, encoding="utf-8")
     say(f"{config.output}: LlavaForConditionalGeneration.from_pretrained and AutoProcessor load it")
     say(f"for {readers}")
     for note in notes:
@@ -119,11 +123,10 @@ def _notes_of_end(end: TrainedEnd) -> list[str]:
     ]
 
 
-def _readme(name: str, readers: str, notes: Sequence[str]) -> str:
+def _usage(readers: str, notes: Sequence[str]) -> str:
     """What a user of the folder has to know."""
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "",
-        f"# {name}", "", f"For {readers}:", "", "```python",
+        f"For {readers}:", "", "```python",
         "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
         "processor = AutoProcessor.from_pretrained(folder)",
         "model = AutoModelForImageTextToText.from_pretrained(folder)",
@@ -139,7 +142,7 @@ def _readme(name: str, readers: str, notes: Sequence[str]) -> str:
         "nothing. A prompt written by hand begins with what the chat template begins with.", "",
         *(f"- {note[0].upper()}{note[1:]}." for note in notes),
     ]  # fmt: skip
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip()
 
 
 FORMS: dict[str, Callable[[ExportConfig], None]] = {

@@ -27,6 +27,7 @@ from lapilli.data.sources.tally import describe_tally
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.progress import build_line
 from pipelines.cli.views import filled_views
+from pipelines.reports.cards import write_dataset_card
 from pipelines.reports.dataset_report import IMAGE_NOTES, BuildTime, write_dataset_report
 
 
@@ -46,6 +47,7 @@ def preprocess(config: BuildConfig) -> BuildReport:
     if not is_address(config.output):
         time = BuildTime(report.seconds, report.shards_built, report.shards_reused)
         say(f"report: {write_dataset_report(Path(config.output), plan.config, time=time)}")
+        write_dataset_card(Path(config.output))
     return report
 
 

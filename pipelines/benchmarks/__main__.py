@@ -27,7 +27,15 @@ from pipelines.benchmarks import (
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
-from pipelines.benchmarks.step import checkpoint, memory, roofline, shared_rows, training, whole_run
+from pipelines.benchmarks.step import (
+    checkpoint,
+    memory,
+    roofline,
+    serving,
+    shared_rows,
+    training,
+    whole_run,
+)
 from pipelines.cli.command import UsageError, run, say
 
 # A topic is a module whose `main` takes the flags behind its name, measures and adds a row.
@@ -51,6 +59,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "roofline": roofline.main,
     "checkpoint": checkpoint.main,
     "memory": memory.main,
+    "serve": serving.main,
 }
 
 

@@ -20,7 +20,8 @@ SETTINGS = {
     "evaluate": ("pipelines.cli.settings", "EvaluateConfig"),
     "score": ("pipelines.cli.settings", "ScoreConfig"),
     "generate": ("pipelines.cli.settings", "GenerateConfig"),
-    "chat": ("pipelines.cli.settings", "ChatConfig"),
+    "serve": ("pipelines.cli.settings", "ServeConfig"),
+    "chat": ("pipelines.cli.settings", "ServeConfig"),
     "import-flags": ("pipelines.import_flags", "ImportConfig"),
     "export": ("pipelines.exports.config", "ExportConfig"),
 }

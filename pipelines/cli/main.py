@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "a model's answers to a dataset of questions, scored",
     "score": "an answers file scored, shown, or made ready for a benchmark's server",
     "generate": "a model's answers to images and questions",
+    "serve": "OpenAI's chat completions, and the page, for a model",
     "chat": "a web page to talk with a model about images",
     "export": "a model for transformers, LLaVA or PEFT; a dataset as WebDataset",
     "show": "datasets and runs as tables, samples with what is trained marked",

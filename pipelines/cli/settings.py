@@ -11,13 +11,13 @@ from lapilli.train.config import DeviceChoice
 from pipelines.cli.trust_flags import TrustFlags
 
 __all__ = [
-    "ChatConfig",
-    "ChatLimits",
     "EvaluateConfig",
     "GenerateConfig",
     "QuickstartConfig",
     "ScoreConfig",
     "ScoringFlags",
+    "ServeConfig",
+    "ServeLimits",
 ]
 
 
@@ -184,8 +184,8 @@ class GenerateConfig(TrustFlags):
 
 
 @dataclass(frozen=True)
-class ChatLimits:
-    """Bounds of a chat server.
+class ServeLimits:
+    """Bounds of the server.
 
     Attributes:
         body_mib: A conversation with its images as base64, in MiB.
@@ -221,8 +221,8 @@ class ChatLimits:
 
 
 @dataclass(frozen=True)
-class ChatConfig(TrustFlags):
-    """The model, address and limits of the chat server.
+class ServeConfig(TrustFlags):
+    """The model, address and limits of the server.
 
     Attributes:
         model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
@@ -234,8 +234,11 @@ class ChatConfig(TrustFlags):
         prefix: Text before each question, such as `用中文回答：`, which Basic-VLM asks with.
         host: Address to listen on; another than this machine's own lets the network in.
         port: 0 takes a free one.
+        name: What requests call the model; empty for the run's folder and step, or the folder's
+            name.
+        batch: Answers that are written at once; a question joins between two tokens.
         device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
-        decoding: How answers are decoded.
+        decoding: How answers are decoded where a request does not say.
         limits: Bounds on requests.
     """
 
@@ -245,6 +248,13 @@ class ChatConfig(TrustFlags):
     prefix: str = ""
     host: str = "127.0.0.1"
     port: int = 8080
+    name: str = ""
+    batch: int = 8
     device: DeviceChoice = "auto"
     decoding: Decoding = field(default_factory=Decoding)
-    limits: ChatLimits = field(default_factory=ChatLimits)
+    limits: ServeLimits = field(default_factory=ServeLimits)
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.batch < 1:
+            raise DataError(f"batch: {self.batch}; expected at least 1")

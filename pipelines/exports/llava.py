@@ -50,6 +50,7 @@ from pipelines.exports.output import (
     writing_progress,
 )
 from pipelines.exports.tokenizer import put_tokenizer, put_tokenizer_for_llava
+from pipelines.reports.cards import CARD, model_card
 
 __all__ = ["adapter_bytes", "facts_of", "made_of", "to_llava", "to_peft", "write_json_file"]
 
@@ -73,6 +74,9 @@ def to_llava(config: ExportConfig) -> None:
             write_llava(asked.model, folder, form, on_progress)
         (folder / "generation_config.json").write_text(_generation(asked), encoding="utf-8")
         write_json_file(folder / FACTS, facts_of(asked))
+        usage = "LLaVA's checkpoint: `load_pretrained_model` of `llava.model.builder` loads it."
+        card = model_card(Path(config.run), asked.name, relation="finetune", usage=usage)
+        (folder / CARD).write_text(card, encoding="utf-8")
         path = write_projector(asked.model, folder / "projector").relative_to(folder)
     say(f"{output}: LLaVA's layout; {output / path} for --pretrain_mm_mlp_adapter")
     if reader != "LlamaTokenizer":
@@ -172,6 +176,11 @@ def to_peft(config: ExportConfig) -> None:
         write_json_file(
             folder / FACTS, facts_of(asked) | made_of(model, rows, writes_base, writes_tower)
         )
+        usage = "Adapters: `PeftModel.from_pretrained` loads them onto their base model."
+        card = model_card(
+            Path(config.run), asked.name, library="peft", relation="adapter", usage=usage
+        )
+        (folder / CARD).write_text(card, encoding="utf-8")
         places = [output / path.relative_to(folder) for path in found]
     for path in places:
         say(f"{path}: PeftModel.from_pretrained loads it onto its base model")

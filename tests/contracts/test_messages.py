@@ -20,7 +20,8 @@ CONFIGS = {
     "train": "lapilli.train.config:RunConfig",
     "estimate": "lapilli.train.config:RunConfig",
     "check": "pipelines.check:CheckConfig",
-    "chat": "pipelines.chat:ChatConfig",
+    "chat": "pipelines.chat:ServeConfig",
+    "serve": "pipelines.serve:ServeConfig",
     "evaluate": "pipelines.evaluate:EvaluateConfig",
     "export": "pipelines.export:ExportConfig",
     "generate": "pipelines.generate:GenerateConfig",
@@ -39,11 +40,11 @@ OWNERS = {
     "packages/model": {"train"},
     "packages/model/lapilli/model/interop": {"export"},
     "packages/train": {"train"},
-    "packages/train/lapilli/train/inference/assistant": {"generate", "chat"},
+    "packages/train/lapilli/train/inference/assistant": {"generate", "chat", "serve"},
     "packages/train/lapilli/train/inference/evaluate": {"evaluate"},
     "packages/train/lapilli/train/inference/ray_evaluation": {"evaluate"},
     "packages/train/lapilli/train/scoring": {"score"},
-    "pipelines/chat_page": {"chat"},
+    "pipelines/serving": {"serve", "chat"},
     "pipelines/downloads": {"download"},
     "pipelines/exports": {"export"},
     "pipelines/launch_scripts": {"import_flags"},
@@ -59,7 +60,7 @@ FOREIGN = {
     "--zero_stage", "--lr_scheduler_type", "--config_file",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|generate|evaluate|score|download)\b"
+    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|serve|generate|evaluate|score|download)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 

@@ -25,7 +25,19 @@ from tests.contracts.pages import PAGES, ROOT, blocks, name_of
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Programs whose arguments say nothing about this project.
-FOREIGN = {"cd", "export", "git", "mkdir", "unzip", "wget", ".", "source", "pre-commit", "twine"}
+FOREIGN = {
+    "cd",
+    "export",
+    "git",
+    "mkdir",
+    "unzip",
+    "wget",
+    ".",
+    "source",
+    "pre-commit",
+    "twine",
+    "hf",
+}
 
 
 class Parsed(Exception):

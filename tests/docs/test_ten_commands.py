@@ -104,6 +104,7 @@ def check_chat(command: str, lines: list[str], folder: Path) -> None:
         assert all(matches(line, log.read_text()) for line in lines)
         port = int(found[1])
         assert "<title>" in asked(port, "GET", "/", None)
+        model = json.loads(asked(port, "GET", "/v1/models", None))["data"][0]["id"]
         new = [
             Photo(f"new{n}.jpg", *kind)
             for n, kind in enumerate((("red", "left"), ("blue", "right")))
@@ -113,9 +114,13 @@ def check_chat(command: str, lines: list[str], folder: Path) -> None:
             draw_photo(photo, 10_000 + number).save(path)
             image = base64.b64encode(path.read_bytes()).decode()
             for question, answer in photo.questions():
-                turns = [{"role": "user", "text": question, "images": 1}]
-                body = json.dumps({"turns": turns, "images": [image]})
-                assert asked(port, "POST", "/answer", body).strip() == answer
+                url = {"url": f"data:image/jpeg;base64,{image}"}
+                shown = {"type": "image_url", "image_url": url}
+                content = [shown, {"type": "text", "text": question}]
+                messages = [{"role": "user", "content": content}]
+                body = json.dumps({"model": model, "messages": messages})
+                said = json.loads(asked(port, "POST", "/v1/chat/completions", body))
+                assert said["choices"][0]["message"]["content"] == answer
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0, log.read_text()
     finally:

@@ -1,4 +1,4 @@
-"""A chat page that is served by a thread of the test, with the tiny model behind it."""
+"""A model that is served by a thread of the test: the tiny one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +19,41 @@ from lapilli.data.text.templates import get_template
 from lapilli.model.config import Decoding
 from lapilli.model.vlm import build_model
 from lapilli.train.inference.assistant import Assistant
-from pipelines.chat import make_app
-from pipelines.chat_page.server import listen, make_server
-from pipelines.cli.settings import ChatConfig, ChatLimits
+from pipelines.cli.settings import ServeConfig, ServeLimits
+from pipelines.serving.app import make_app
+from pipelines.serving.server import listen, make_server
 from tests.factories import make_tokenizer
 from tests.train.small_run import small_run
 
-__all__ = ["DECODING", "Served", "asked", "encoded", "serve"]
+__all__ = ["DECODING", "NAME", "Served", "asked", "body", "encoded", "serve"]
 
 DECODING = Decoding(max_new_tokens=12)
+NAME = "tiny"
+PATH = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
 class Served:
-    """A page that is being served and the model behind it."""
+    """A model that is being served."""
 
     port: int
     assistant: Assistant
 
     def post(self, body: object, **headers: str) -> tuple[int, str]:
-        """Status and text of an answer."""
+        """Status and text of an answer; of an error, its line."""
+        status, found = self.request("POST", PATH, body, **headers)
+        if status != 200:
+            value: Any = json.loads(found) if found.startswith("{") else None
+            return status, value["error"]["message"] if value else found
+        return status, json.loads(found)["choices"][0]["message"]["content"]
+
+    def request(
+        self, method: str, path: str, body: object = None, **headers: str
+    ) -> tuple[int, str]:
+        """Status and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", "/answer", sent, {"Content-Type": "application/json", **headers})
+        connection.request(method, path, sent, {"Content-Type": "application/json", **headers})
         response = connection.getresponse()
         found = response.status, response.read().decode()
         connection.close()
@@ -51,9 +63,10 @@ class Served:
 @contextmanager
 def serve(
     folder: Path,
-    limits: ChatLimits,
+    limits: ServeLimits,
     decoding: Decoding = DECODING,
     kind: type[Assistant] = Assistant,
+    batch: int = 8,
 ) -> Generator[Served]:
     """Serve until the block ends."""
     tokenizer = load_tokenizer(make_tokenizer(folder / "tokenizer"))
@@ -64,7 +77,8 @@ def serve(
         ImageSpec(32, (122, 116, 104)),
     )
     with listen("127.0.0.1", 0) as taken:
-        app = make_app(assistant, ChatConfig("", decoding=decoding, limits=limits))
+        config = ServeConfig("", name=NAME, decoding=decoding, limits=limits, batch=batch)
+        app = make_app(assistant, config)
         server = make_server(app, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
@@ -78,13 +92,22 @@ def serve(
         app.state.worker.close()
 
 
-def asked(*texts: str, images: int = 0) -> list[dict[str, Any]]:
-    """Turns in the page's form, the images in the first."""
-    return [
-        {"role": ("user", "assistant")[n % 2], "text": text, "images": 0 if n else images}
-        for n, text in enumerate(texts)
+def asked(*texts: str, images: Sequence[bytes] = ()) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form, the images in the first."""
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
     ]
+    if images:
+        shown = [{"type": "image_url", "image_url": {"url": encoded(data)}} for data in images]
+        messages[0]["content"] = [*shown, {"type": "text", "text": texts[0]}]
+    return messages
+
+
+def body(*texts: str, images: Sequence[bytes] = (), **more: Any) -> dict[str, Any]:
+    """A whole request."""
+    return {"model": NAME, "messages": asked(*texts, images=images), **more}
 
 
 def encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    """A data URL."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

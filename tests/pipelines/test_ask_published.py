@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,6 +223,40 @@ def test_a_chat_opens_what_generate_does(exports: dict[str, Path], tmp_path: Pat
         pipelines.chat.main([str(folder), "--device=cpu"])
     with pytest.raises(DataError, match="template 'none' is unknown"):
         pipelines.chat.main([str(folder), "--device=cpu", "--template=none"])
+
+
+@pytest.mark.parametrize("form", ["hf", "llava", "peft"])
+def test_a_server_answers_as_generate_does(
+    exports: dict[str, Path], photo: Path, capsys: Capture, tmp_path: Path, form: str
+) -> None:
+    """`lapilli serve FOLDER --port 0` in a process of its own, until Ctrl-C."""
+    command = [sys.executable, "-m", "pipelines.serve", str(exports[form]), "--port=0"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen([*command, "--device=cpu"], stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"API: (\S+), model (\S+)\n", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        url = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+        content = [
+            {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}
+        ]  # fmt: skip
+        asked = {"model": found[2], "messages": [{"role": "user", "content": content}]}
+        request = urllib.request.Request(
+            f"{found[1]}/chat/completions", json.dumps({**asked, "max_tokens": 8}).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = json.load(answer)["choices"][0]["message"]["content"]
+        assert text == said(exports[form], photo, capsys).rstrip("\n")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.wait()
 
 
 # ---- what is no model --------------------------------------------------------------------------

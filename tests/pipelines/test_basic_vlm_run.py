@@ -20,9 +20,10 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.record import TextPart
 from lapilli.data.text.tokenizer_files import QWEN_SPECIALS, load_tokenizer
+from lapilli.model.config import Decoding
 from lapilli.train.inference.assistant import Question, open_assistant
-from pipelines.chat_page.request import read_question
-from pipelines.cli.settings import ChatLimits
+from pipelines.cli.settings import ServeLimits
+from pipelines.serving.completion_request import Asking, read_request
 from tests.factories import build_dataset, image_bytes, make_mixture
 from tests.model.test_basic_vlm import adapters
 from tests.model.test_qwen1 import write_qwen1
@@ -125,14 +126,17 @@ def test_the_prefix_stands_before_each_question(
 def test_a_chat_has_several_turns_as_its_page_has(base: Path, run: Path) -> None:
     """A turn with an image where the marker stands, an answer, a turn of text alone."""
     image = base64.b64encode(image_bytes("png", 8, 8)).decode()
-    turns = [
-        {"role": "user", "text": "图中有什么<|extra_0|>", "images": 1},
-        {"role": "assistant", "text": "猫", "images": 0},
-        {"role": "user", "text": "什么颜色", "images": 0},
-    ]
+    shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
     template, tokenizer = open_assistant(run).template, load_tokenizer(base)
-    body = json.dumps({"turns": turns, "images": [image]}).encode()
-    question = read_question(body, ChatLimits(), prefix=PREFIX, marker=template.image_marker)
+    asking = Asking(PREFIX, template.image_marker)
+
+    def question(*turns: tuple[str, Any], asking: Asking = asking) -> Question:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        body = json.dumps({"model": "m", "messages": messages}).encode()
+        return read_request(body, "m", Decoding(), ServeLimits(), asking).question
+
+    first = ("user", [shown, {"type": "text", "text": "图中有什么<|extra_0|>"}])
+    asked = question(first, ("assistant", "猫"), ("user", "什么颜色"))
     written = (
         "<|im_start|>system\n你是一位图像理解助手。<|im_end|>\n"
         f"<|im_start|>user\n{PREFIX}图中有什么<|extra_0|><|im_end|>\n<|im_start|>assistant\n猫"
@@ -140,15 +144,12 @@ def test_a_chat_has_several_turns_as_its_page_has(base: Path, run: Path) -> None
     )
     marker = tokenizer.convert_tokens_to_ids("<|extra_0|>")
     expected = np.array(tokenizer(written)["input_ids"])
-    found = open_assistant(run).prompt(question.turns)
+    found = open_assistant(run).prompt(asked.turns)
     assert found.tolist() == np.where(expected == marker, -200, expected).tolist()
-    turns[0]["text"] = "<|extra_0|><|extra_0|>"
-    body = json.dumps({"turns": turns[:1], "images": [image]}).encode()
     with pytest.raises(DataError, match="2 image markers for 1 image"):
-        read_question(body, ChatLimits(), marker=template.image_marker)
-    alone = [{"role": "user", "text": "你好<image>", "images": 0}]  # its marker is text
-    body = json.dumps({"turns": alone, "images": []}).encode()
-    assert read_question(body, ChatLimits()).turns[0].parts == (TextPart("你好<image>"),)
+        question(("user", [shown, {"type": "text", "text": "<|extra_0|><|extra_0|>"}]))
+    alone = question(("user", "你好<image>"), asking=Asking())  # no place without an image
+    assert alone.turns[0].parts == (TextPart("你好<image>"),)
 
 
 def test_an_export_has_its_files_and_answers_as_its_run(

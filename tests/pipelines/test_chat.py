@@ -1,4 +1,4 @@
-"""`python -m pipelines.chat`: the page in a real browser, and what it refuses."""
+"""`lapilli chat`: the page in a real browser, and what the server refuses of others."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 from lapilli.data.record import ImagePart, TextPart, Turn
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import Question
-from pipelines.chat_page.server import listen
-from pipelines.cli.settings import ChatLimits
+from pipelines.cli.settings import ServeLimits
+from pipelines.serving.server import listen
 from tests.browser import DESK, FLAGS, PHONE, SCHEMES, Chromium, find_chromium
 from tests.factories import bad_image, image_bytes
-from tests.pipelines.served import DECODING, Served, asked, encoded, serve
+from tests.pipelines.served import DECODING, Served, body, serve
 
 pytest.importorskip("uvicorn", reason="uvicorn (extra `chat`) is absent")
 pytest.importorskip("starlette", reason="starlette (extra `chat`) is absent")
 IDLE = "#send:text-is('Send')"
-LIMITS = ChatLimits(body_mib=1, decode_seconds=2)
+LIMITS = ServeLimits(body_mib=1, decode_seconds=2)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_answers_are_the_models_over_several_turns(served: Served) -> None:
     photo = image_bytes("png", 40, 30, seed=1)
-    turns = asked("What is it?", "A cat.", "Which colour?", images=1)
-    status, text = served.post({"turns": turns, "images": [encoded(photo)]})
+    status, text = served.post(body("What is it?", "A cat.", "Which colour?", images=[photo]))
     question = Question(
         (
             Turn("user", (ImagePart(0), TextPart("What is it?"))),
@@ -46,32 +45,9 @@ def test_answers_are_the_models_over_several_turns(served: Served) -> None:
     assert text.strip() == served.assistant.answer([question], DECODING)[0] != ""
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "words"),
-    [
-        (b"no json", 400, "not a conversation"),
-        ([], 400, "not a conversation"),
-        ({"turns": asked("a", images=1), "images": ["?"]}, 400, "not a conversation"),
-        ({"turns": [], "images": []}, 400, "nothing asked"),
-        ({"turns": asked("a", "b"), "images": []}, 400, "nothing asked"),
-        ({"turns": asked("a", images=2), "images": [""]}, 400, "do not fit"),
-        ({"turns": asked("a")[:1] * 3, "images": []}, 400, "turns[1] does not fit"),
-        ({"turns": asked("a", images=17), "images": [""] * 17}, 400, "at most 16"),
-        ({"turns": asked("a", images=1), "images": [encoded(b"x")]}, 400, "image_undecodable"),
-    ],
-)
-def test_what_cannot_be_answered_is_one_line(
-    served: Served, body: object, status: int, words: str
-) -> None:
-    found = served.post(body)
-    assert found[0] == status
-    assert words in found[1]
-    assert "\n" not in found[1]
-
-
 def test_uploads_are_bounded(served: Served) -> None:
-    bomb = encoded(bad_image("bomb"))  # small as a file, huge once decoded
-    status, text = served.post({"turns": asked("a", images=1), "images": [bomb]})
+    bomb = bad_image("bomb")  # small as a file, huge once decoded
+    status, text = served.post(body("a", images=[bomb]))
     assert status == 400
     assert "image_too_large" in text
     status, text = served.post(b"x" * ((1 << 20) + 1))
@@ -79,9 +55,11 @@ def test_uploads_are_bounded(served: Served) -> None:
 
 
 def test_other_sites_are_refused(served: Served) -> None:
-    body = {"turns": asked("a"), "images": []}
-    assert served.post(body, Host="evil.example")[0] == 400
-    assert served.post(body, **{"Content-Type": "text/plain"})[0] == 415
+    assert served.post(body("a"), Host="evil.example")[0] == 400
+    assert served.post(body("a"), Origin="https://evil.example")[0] == 403
+    assert served.post(body("a"), Origin="null")[0] == 403
+    assert served.post(body("a"), Origin=f"http://127.0.0.1:{served.port}")[0] == 200
+    assert served.post(body("a"), **{"Content-Type": "text/plain"})[0] == 415
 
 
 def test_a_taken_port_is_one_line() -> None:

@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import psutil
 import pytest
 
+from lapilli.model.config import Decoding
 from lapilli.model.parts.positions import positions_of
-from lapilli.train.inference.assistant import Assistant, Question
-from pipelines.cli.settings import ChatLimits
+from lapilli.train.inference.assistant import Assistant
+from lapilli.train.validation.answer_text import AnswerReader
+from pipelines.cli.settings import ServeLimits
 from tests.browser import FLAGS, Chromium, find_chromium
 from tests.factories import image_bytes
-from tests.pipelines.served import Served, asked, encoded, serve
+from tests.pipelines.served import NAME, Served, body, serve
 
 pytest.importorskip("uvicorn", reason="uvicorn (extra `chat`) is absent")
 pytest.importorskip("starlette", reason="starlette (extra `chat`) is absent")
-TURN = asked("a")[0]
-LIMITS = ChatLimits(decode_seconds=1, body_seconds=30)
+LIMITS = ServeLimits(decode_seconds=1, body_seconds=30)
 
 
 def jpeg_of_scans(side: int, count: int) -> bytes:
@@ -69,45 +69,69 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield found
 
 
+def of(content: object, **more: object) -> dict[str, object]:
+    """A request of one message."""
+    return {"model": NAME, "messages": [{"role": "user", "content": content, **more}]}
+
+
+def url(value: object) -> dict[str, object]:
+    return of([{"type": "image_url", "image_url": {"url": value}}])
+
+
+JPEG = "data:image/jpeg;base64,"
+MANY = [{"type": "image_url", "image_url": {"url": JPEG}}] * 17
+
+
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("sent", "words"),
     [
-        ({"turns": [TURN | {"images": 10**9}], "images": []}, "turns[0].images is 1000000000"),
-        ({"turns": [TURN | {"images": 17}], "images": []}, "at most 16"),
-        ({"turns": [TURN | {"images": -1}], "images": []}, "turns[0].images is -1"),
-        ({"turns": [TURN | {"images": True}], "images": []}, "turns[0].images is True"),
-        ({"turns": [TURN | {"images": "1"}], "images": []}, "turns[0].images is 1"),
-        ({"turns": [TURN | {"images": 1.0}], "images": [""]}, "turns[0].images is 1.0"),
-        ({"turns": [TURN | {"images": None}], "images": []}, "turns[0].images is None"),
-        ({"turns": [TURN | {"text": "\ud800"}], "images": []}, r"turns[0].text is \ud800"),
-        ({"turns": [TURN | {"text": ["a"]}], "images": []}, "turns[0].text is a list"),
-        ({"turns": [TURN | {"text": 7}], "images": []}, "turns[0].text is 7"),
-        ({"turns": [TURN | {"role": ["user"]}], "images": []}, "turns[0].role is a list"),
-        ({"turns": [TURN | {"role": "system"}], "images": []}, "turns[0].role is system"),
-        ({"turns": [TURN | {"more": 1}], "images": []}, "turns[0] is an object"),
-        ({"turns": [7], "images": []}, "turns[0] is 7"),
-        ({"turns": {}, "images": []}, "turns is an object"),
-        ({"turns": [TURN], "images": {}}, "images is an object"),
-        ({"turns": [TURN], "images": [], "more": 1}, "the conversation is an object"),
-        ({"turns": [TURN] * 201, "images": []}, "201 turns; at most 200"),
-        ({"turns": [TURN | {"images": 1}], "images": [7]}, "images[0] is 7"),
-        ({"turns": [TURN | {"images": 1}], "images": ["\ud800"]}, "images[0] is"),
-        (b'{"turns": [{"role": "user", "text": "a", "images": Infinity}], "images": []}', "JSON"),
-        (b'{"turns": [], "images": NaN}', "JSON"),
-        (b'{"turns": [], "images": 1e999}', "images is inf"),
-        (b'{"turns": [], "images": %s}' % (b"9" * 5000), "JSON"),
-        (b"[" * 200_000, "JSON"),
+        (of(MANY), "at most 16"),
+        (of("\ud800"), r"text is \ud800"),
+        (of(["a"]), "content[0] is a; expected an object"),
+        (of(7), "messages[0].content is 7"),
+        (of([{"type": "text", "text": ["a"]}]), "text is a list"),
+        (of([{"type": "input_audio"}]), "type is input_audio; expected text or image_url"),
+        (of("a", role=["user"]), "messages[0].role is a list"),
+        (of("a", role="tool"), "messages[0].role is tool"),
+        (of("a", more=1), "messages[0] has 'more'"),
+        (url("http://127.0.0.1/x.png"), "nothing is fetched"),
+        (url("file:///etc/passwd"), "nothing is fetched"),
+        (url("/etc/passwd"), "nothing is fetched"),
+        (url(JPEG + "?"), "expected data:image"),
+        (url(JPEG + "\ud800"), "expected data:image"),
+        (url("data:text/html;base64,aaaa"), "expected data:image"),
+        (url(7), "image_url.url is 7"),
+        (url(JPEG + "eA=="), "image_undecodable"),
+        ({"model": NAME, "messages": [7]}, "messages[0] is 7"),
+        ({"model": NAME, "messages": {}}, "messages is an object"),
+        ({"model": NAME, "messages": [], "more": 1}, "nothing asked"),
+        (body("a", "b"), "nothing asked"),
+        ({"model": NAME, "messages": body("a")["messages"] * 3}, "messages do not fit"),
+        ({"model": NAME, "messages": body("a")["messages"] * 201}, "201; at most 200"),
+        (
+            json.dumps(body("a", temperature=0)).encode().replace(b": 0}", b": 1e999}"),
+            "temperature is inf",
+        ),
+        (body("a", seed=True), "seed is True; expected a number"),
+        (body("a", seed=0.5), "seed is 0.5; expected a whole number"),
+        (body("a", max_tokens=10**12), "expected 1 to 1e+09"),
+        (body("a", stop=["x"] * 5), "at most 4 texts"),
+        (body("a", stop=[7]), "stop is a list"),
+        (b'{"model": "tiny", "messages": Infinity}', "not JSON"),
+        (b'{"model": "tiny", "seed": %s}' % (b"9" * 5000), "not JSON"),
+        (b"[" * 200_000, "not JSON"),
         (b"[" + b"[]," * 200_000 + b"[]]", "values; at most 300000"),
-        (b'"\xff"', "JSON"),
-        ("{}".encode("utf-16"), "JSON"),
-        (b"", "JSON"),
+        (b'"\xff"', "not JSON"),
+        ("{}".encode("utf-16"), "not JSON"),
+        (b"", "not JSON"),
+        ([], "the request is a list"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_one_line(served: Served, body: object, words: str) -> None:
-    status, text = served.post(body)
+def test_a_value_of_the_wrong_kind_is_one_line(served: Served, sent: object, words: str) -> None:
+    status, text = served.post(sent)
     assert status == 400
     assert words in text
-    assert len(text) < 200
+    assert len(text) < 250
     assert text.isprintable()
 
 
@@ -118,7 +142,7 @@ def test_a_text_beyond_the_positions_is_refused_with_both_numbers(served: Served
     ids = served.assistant.tokenizer("word " * known.limit)["input_ids"]
     assert len(ids) > known.limit
     for words in (known.limit, 600_000):
-        status, text = served.post({"turns": asked("word " * words), "images": []})
+        status, text = served.post(body("word " * words))
         assert status == 400
         assert str(known.limit) in text
         assert any(int(number) > known.limit for number in text.split() if number.isdigit())
@@ -126,11 +150,11 @@ def test_a_text_beyond_the_positions_is_refused_with_both_numbers(served: Served
 
 def test_an_image_that_takes_too_long_is_given_up(served: Served) -> None:
     """While it is decoded others are answered; its process is ended, not waited for."""
-    slow = {"turns": asked("a", images=1), "images": [encoded(jpeg_of_scans(4000, 20_000))]}
+    slow = body("a", images=[jpeg_of_scans(4000, 20_000)])
     found: list[tuple[int, str]] = []
     thread = threading.Thread(target=lambda: found.append(served.post(slow)))
     thread.start()
-    photo = {"turns": asked("a", images=1), "images": [encoded(image_bytes("png", 40, 30))]}
+    photo = body("a", images=[image_bytes("png", 40, 30)])
     while thread.is_alive():
         assert served.post(photo)[0] == 200
     (answer,) = found
@@ -140,12 +164,12 @@ def test_an_image_that_takes_too_long_is_given_up(served: Served) -> None:
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> Iterator[Served]:
-    with serve(tmp_path, ChatLimits(header_seconds=0.2, body_seconds=0.5)) as found:
+    with serve(tmp_path, ServeLimits(header_seconds=0.2, body_seconds=0.5)) as found:
         yield found
 
 
 def test_connections_that_send_nothing_are_closed(impatient: Served) -> None:
-    for sent in (b"", b"POST /answer HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
+    for sent in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
         with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as link:
             link.sendall(sent)
             with suppress(ConnectionResetError):
@@ -155,58 +179,59 @@ def test_connections_that_send_nothing_are_closed(impatient: Served) -> None:
 def test_a_body_that_does_not_come_is_408(impatient: Served) -> None:
     with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as link:
         link.sendall(
-            b"POST /answer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100\r\n\r\n{"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         answer = b""
         while piece := link.recv(4096):
             answer += piece
     assert answer.startswith(b"HTTP/1.1 408")
-    assert impatient.post({"turns": asked("a"), "images": []})[0] == 200
+    assert impatient.post(body("a"))[0] == 200
+
+
+class Slow(AnswerReader):
+    """Takes its time at each token, and never ends."""
+
+    def take(self, token_id: int) -> bool:
+        time.sleep(0.1)
+        super().take(token_id)
+        return False
 
 
 @dataclass(frozen=True)
 class Endless(Assistant):
     """Writes until nobody listens any more."""
 
-    ended: ClassVar[threading.Event] = threading.Event()
-
-    def answer(
-        self,
-        questions: Sequence[Question],
-        decoding: object,
-        *,
-        on_text: Callable[[str], None] | None = None,
-        pixels: object = None,
-        is_over: Callable[[], bool] = lambda: False,
-    ) -> list[str]:
-        if on_text and questions[0].turns[0].text == "endless":
-            on_text("a")
-            while not is_over():
-                time.sleep(0)  # lets the server's thread run
-            self.ended.set()
-        return [""]
+    def reader(self, on_text: Callable[[str], None] | None = None) -> AnswerReader:
+        plain = super().reader(on_text)
+        plain.__class__ = Slow
+        return plain
 
 
 EVIL = "</p><img src=x onerror='window.pwned=1'><script>window.pwned=1</script>\x1b[2J"
+
+
+class EvilReader(AnswerReader):
+    """Reads the same whatever the ids."""
+
+    told: Callable[[str], None]
+
+    def take(self, token_id: int) -> bool:
+        self.told(EVIL)
+        return True
 
 
 @dataclass(frozen=True)
 class Evil(Assistant):
     """Answers in HTML."""
 
-    def answer(
-        self,
-        questions: Sequence[Question],
-        decoding: object,
-        *,
-        on_text: Callable[[str], None] | None = None,
-        pixels: object = None,
-        is_over: Callable[[], bool] = lambda: False,
-    ) -> list[str]:
-        if on_text:
-            on_text(EVIL)
-        return [EVIL]
+    def reader(self, on_text: Callable[[str], None] | None = None) -> AnswerReader:
+        plain = super().reader(on_text)
+        plain.__class__ = EvilReader
+        assert isinstance(plain, EvilReader)
+        assert on_text is not None
+        plain.told = on_text
+        return plain
 
 
 def test_what_is_said_is_text_in_a_browser(chromium: Chromium, tmp_path: Path) -> None:
@@ -214,7 +239,7 @@ def test_what_is_said_is_text_in_a_browser(chromium: Chromium, tmp_path: Path) -
     del chromium  # is skipped where there is none
     from playwright.sync_api import sync_playwright
 
-    with serve(tmp_path, ChatLimits(), kind=Evil) as served, sync_playwright() as playwright:
+    with serve(tmp_path, ServeLimits(), kind=Evil) as served, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         tab = browser.new_page()
         tab.goto(f"http://127.0.0.1:{served.port}/")
@@ -232,9 +257,10 @@ def test_what_is_said_is_text_in_a_browser(chromium: Chromium, tmp_path: Path) -
 
 def test_work_stops_when_the_asker_has_left(tmp_path: Path) -> None:
     """Whoever waits then is answered; whoever is one too many is told to come later."""
-    with serve(tmp_path, ChatLimits(waiting=2), kind=Endless) as served:
+    decoding = Decoding(max_new_tokens=400)  # 40 seconds, if nobody left
+    with serve(tmp_path, ServeLimits(waiting=2), decoding, kind=Endless, batch=1) as served:
         first = open_request(served, "endless")
-        assert first.getresponse().read(1) == b"a"
+        assert first.getresponse().read(5) == b"data:"
         others = {link.sock: link for link in (open_request(served, "b") for _ in range(2))}
         (refused,), _, _ = select.select(list(others), [], [], 30)
         answer = others[refused].getresponse()
@@ -242,10 +268,11 @@ def test_work_stops_when_the_asker_has_left(tmp_path: Path) -> None:
         assert "2 questions are waiting" in answer.read().decode()
         for link in (first, *others.values()):  # one is written, one waits
             link.close()
-        assert Endless.ended.wait(30)
-        while (found := served.post({"turns": asked("c"), "images": []}))[0] == 503:
+        began = time.monotonic()
+        while (found := served.post(body("c", max_tokens=2)))[0] == 503:
             pass  # until both are known to have left
         assert found[0] == 200
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -260,25 +287,21 @@ def test_costly_requests_do_not_stop_the_others(
 ) -> None:
     """All others are answered, each of them, and memory stays within 1 GB of what it was."""
     bodies = {
-        "number": json.dumps({"turns": [TURN | {"images": 10**9}], "images": []}),
-        "text": json.dumps({"turns": asked("word " * 600_000), "images": []}),
-        "scans": json.dumps(
-            {"turns": asked("a", images=1), "images": [encoded(jpeg_of_scans(7000, 20_000))]}
-        ),
+        "number": json.dumps(url(JPEG) | {"n": 10**9}),
+        "text": json.dumps(body("word " * 600_000)),
+        "scans": json.dumps(body("a", images=[jpeg_of_scans(7000, 20_000)])),
     }
-    photo = json.dumps(
-        {"turns": asked("a", images=1), "images": [encoded(image_bytes("png", 40, 30))]}
-    )
-    limits = ChatLimits() if costly > 3 else LIMITS
+    photo = json.dumps(body("a", images=[image_bytes("png", 40, 30)]))
+    limits = ServeLimits() if costly > 3 else LIMITS
     with serve(tmp_path, limits) as served:
         before = memory()
         found: dict[str, list[int]] = {"costly": [], "others": []}
         others_are_done = threading.Event()
 
-        def attack(body: str) -> None:
+        def attack(sent: str) -> None:
             while not others_are_done.is_set():
                 with suppress(TimeoutError):  # behind other images that take long
-                    found["costly"].append(served.post(body.encode())[0])
+                    found["costly"].append(served.post(sent.encode())[0])
 
         def ask() -> None:
             for _ in range(requests):
@@ -314,6 +337,6 @@ def memory() -> int:
 
 def open_request(served: Served, text: str) -> http.client.HTTPConnection:
     link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
-    body = json.dumps({"turns": asked(text), "images": []})
-    link.request("POST", "/answer", body, {"Content-Type": "application/json"})
+    sent = json.dumps(body(text, stream=True))
+    link.request("POST", "/v1/chat/completions", sent, {"Content-Type": "application/json"})
     return link

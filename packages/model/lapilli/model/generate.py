@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "Draws", "Gathering", "Watch", "check_positions", "expanded_length", "generate",
-    "generate_greedy", "next_logits",
+    "Draws", "Gathering", "Watch", "check_positions", "draw_key", "embed_prompts",
+    "expanded_length", "generate", "generate_greedy", "next_logits",
 ]  # fmt: skip
 
 Gathering: TypeAlias = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[None]]
@@ -72,7 +72,7 @@ def generate(
     """
     if not prompts:
         return []
-    keys = [_draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
+    keys = [draw_key(decoding.seed, *one) for one in zip(prompts, pixels, strict=True)]
     draws = [Draws(keys, decoding)] if decoding.temperature > 0 else []
     answers = _Answers(len(prompts), end_ids, watch)
     _run(model, prompts, pixels, decoding, [*draws], answers, gathered)
@@ -125,6 +125,30 @@ def _run(
     gathered: Gathering | None,
 ) -> None:
     """Continue the prompts; `answers` sees every step."""
+    embedded, mask = embed_prompts(model, prompts, pixels, decoding, gathered)
+    with with_masks(model.language), uncompiled(model.config), _own_settings(model.language) as run:
+        run(
+            inputs_embeds=embedded,
+            attention_mask=mask,
+            generation_config=_settings(decoding),
+            logits_processor=processors,
+            stopping_criteria=[answers],
+            synced_gpus=gathered is not None,
+        )
+
+
+def embed_prompts(
+    model: VisionLanguageModel,
+    prompts: Sequence[NDArray[np.int64]],
+    pixels: Sequence[NDArray[np.uint8]],
+    decoding: Decoding,
+    gathered: Gathering | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of prompts aligned at their ends, [B, S, D], and their mask, [B, S].
+
+    Raises:
+        ModelError: As `generate`.
+    """
     for number, (ids, images) in enumerate(zip(prompts, pixels, strict=True)):
         if int((ids < 0).sum()) != len(images):
             raise ModelError(
@@ -138,15 +162,7 @@ def _run(
     table = model.language.get_input_embeddings().weight  # `embed` reads it past its module
     with gathered([table]) if gathered else nullcontext():
         embedded = model.embed(input_ids.to(device), merge_index.to(device), stacked)
-    with with_masks(model.language), uncompiled(model.config), _own_settings(model.language) as run:
-        run(
-            inputs_embeds=embedded,
-            attention_mask=mask.to(device),
-            generation_config=_settings(decoding),
-            logits_processor=processors,
-            stopping_criteria=[answers],
-            synced_gpus=gathered is not None,
-        )
+    return embedded, mask.to(device)
 
 
 @contextmanager
@@ -247,7 +263,7 @@ def _likeliest(shares_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(shares_BV).scatter_(-1, order_BV, sorted_BV * is_kept_BV)
 
 
-def _draw_key(seed: int, prompt: NDArray[np.int64], pixels: NDArray[np.uint8]) -> int:
+def draw_key(seed: int, prompt: NDArray[np.int64], pixels: NDArray[np.uint8]) -> int:
     """What seeds an answer's draws: the seed and all that the model is shown."""
     found = hashlib.blake2b(digest_size=16)
     found.update(f"{seed} {len(prompt)} {pixels.shape}".encode())

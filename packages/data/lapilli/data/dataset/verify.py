@@ -30,6 +30,7 @@ __all__ = [
 
 REPAIRS = "repairs.parquet"
 REPORT = "report.html"
+CARD = "README.md"
 
 Problem: TypeAlias = Literal["missing", "cut short", "too long", "damaged"]
 
@@ -138,7 +139,7 @@ def _quarantine_problem(path: Path, manifest: Manifest) -> Problem | None:
 
 
 def _foreign(path: Path, manifest: Manifest) -> list[str]:
-    own = {NAME, PLAN, CONFIG, QUARANTINE, REPAIRS, REPORT}
+    own = {NAME, PLAN, CONFIG, QUARANTINE, REPAIRS, REPORT, CARD}
     for shard in checksummed(manifest):
         own |= {shard.path, f"{shard.path}.json"}
     return sorted(name for name in _files(path) if name not in own)

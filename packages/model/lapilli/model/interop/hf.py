@@ -379,6 +379,7 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
     for name in ("stage_names", "out_features", "out_indices"):  # they count all the layers
         vision.pop(name, None)
     text = {**model.language.config.to_dict(), "vocab_size": rows}
+    text["architectures"] = [type(model.language).__name__]  # servers find the decoder by it
     return LlavaConfig(
         vision_config=vision,
         text_config=text,

@@ -113,8 +113,6 @@ class Assistant:
         decoding: Decoding,
         *,
         on_text: Callable[[str], None] | None = None,
-        pixels: Sequence[NDArray[np.uint8]] | None = None,
-        is_over: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         """Answer a batch of questions.
 
@@ -122,8 +120,6 @@ class Assistant:
             questions: What is asked.
             decoding: How answers are written.
             on_text: Called with each new piece of the first answer's text.
-            pixels: uint8 [images, size, size, 3] of each question, where they are prepared already.
-            is_over: Called at each token; True ends the answers.
 
         Returns:
             The answers, without the template's end and white space around them.
@@ -141,9 +137,9 @@ class Assistant:
         generate(
             self.model,
             [self.prompt(question.turns) for question in questions],
-            [self._pixels(question) for question in questions] if pixels is None else pixels,
+            [self._pixels(question) for question in questions],
             decoding,
-            watch=lambda row, newest: readers[row].take(newest) or is_over(),
+            watch=lambda row, newest: readers[row].take(newest),
         )
         return [reader.finish() for reader in readers]
 
@@ -167,6 +163,11 @@ class Assistant:
             (one.name, expanded_length(self.model, self.prompt(one.turns))) for one in questions
         )
         check_positions(self.model, lengths, decoding, strict=strict)
+
+    def reader(self, on_text: Callable[[str], None] | None = None) -> AnswerReader:
+        """Reads an answer's ids as they come, for who continues a prompt by himself."""
+        frames, decode = self._frames()
+        return AnswerReader(decode, frames, on_text)
 
     def _frames(self) -> tuple[Frames, Decoder]:
         frames = find_frames(self.template, self.tokenizer)

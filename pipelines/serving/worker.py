@@ -1,4 +1,4 @@
-"""Answer chat requests: prepare images apart, bound prompts, generate one by one.
+"""Answer requests: prepare images apart, bound prompts, continue several answers side by side.
 
 Work for a client that has gone is ended: a decoder's process is killed, a queued question is
 skipped, an answer ends with its next token.
@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,24 +21,24 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.decode_worker import DecodeLimits, DecoderProcess, OverLimit
 from lapilli.data.images.view import BadImage
 from lapilli.data.record import Reason, TextPart, Turn
-from lapilli.model.config import Decoding
-from lapilli.model.generate import expanded_length
+from lapilli.model.continuous import ContinuousBatch, NewToken
+from lapilli.model.generate import check_positions, expanded_length
 from lapilli.model.parts.positions import positions_of
 from lapilli.train.inference.assistant import Assistant, Question, bad_image
-from pipelines.cli.settings import ChatLimits
+from pipelines.cli.settings import ServeLimits
+from pipelines.serving.completion_request import MIB, CompletionRequest
+from pipelines.serving.rows import Answered, AnswerPiece, AnswerRow, Told
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Busy", "ChatWorker"]
+__all__ = ["Busy", "ServeWorker"]
 
-MIB = 1 << 20
 QUICK = DecodeLimits(seconds=1, memory_bytes=200 * MIB)  # a photo of 12 megapixels takes 0.2 s
 QUICK_LANES = 2
 MOST_SLOW = 4  # images that wait for the lane of what takes longer
 LETTERS = 16  # a token; texts of more letters than the positions' are not made into tokens
 MOST_LETTERS = 200_000  # for a model without a bound
-Piece = str | BaseException | None
 Found = TypeVar("Found")
 
 
@@ -46,44 +46,38 @@ class Busy(Exception):
     """Too many requests at once; the client may retry."""
 
 
-@dataclass
-class _Job:
-    question: Question
-    pixels: NDArray[np.uint8]
-    tell: Callable[[Piece], None]
-    is_over: threading.Event
-
-
-class ChatWorker:
+class ServeWorker:
     """Prepares questions side by side and answers them in the order in which they are ready.
 
     Args:
         assistant: The model.
-        decoding: How answers are written.
         limits: What is taken.
+        batch: Answers that are written at once.
 
     Raises:
         DataError: The process that decodes images does not start.
     """
 
-    def __init__(self, assistant: Assistant, decoding: Decoding, limits: ChatLimits) -> None:
+    def __init__(self, assistant: Assistant, limits: ServeLimits, batch: int) -> None:
         spec = assistant.spec
         spec = replace(spec, max_pixels=min(spec.max_pixels, limits.pixels))
-        self._assistant, self._decoding = replace(assistant, spec=spec), decoding
+        self._assistant, self._batch = replace(assistant, spec=spec), batch
         self._most = DecodeLimits(limits.decode_seconds, limits.decode_mib * MIB)
         self._decoder = DecoderProcess(spec)
         self._quick = ThreadPoolExecutor(QUICK_LANES, "decode")
         self._slow = ThreadPoolExecutor(1, "decode-slow")
         self._measure = ThreadPoolExecutor(1, "measure")
         self._num_slow = 0
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[AnswerRow | None] = queue.SimpleQueue()
         threading.Thread(target=self._answer_all, name="answers", daemon=True).start()
 
-    async def ask(self, question: Question, prepared: Callable[[], None]) -> AsyncGenerator[str]:
+    async def ask(
+        self, request: CompletionRequest, prepared: Callable[[], None]
+    ) -> AsyncGenerator[AnswerPiece | Answered]:
         """Pieces of the answer as they are written; closing the iterator ends the work.
 
         Args:
-            question: What is asked.
+            request: What is asked.
             prepared: Called when its images' bytes are not needed any more.
 
         Raises:
@@ -93,41 +87,53 @@ class ChatWorker:
         """
         loop = asyncio.get_running_loop()
         is_over = threading.Event()
-        pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        pieces: asyncio.Queue[Told] = asyncio.Queue()
 
-        def tell(piece: Piece) -> None:
+        def tell(piece: Told) -> None:
             if not is_over.is_set():  # the loop may be closed then
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         try:
-            pixels = await self._pixels(question, is_over)
-            question = replace(question, images=())
+            prompt = await _in(self._measure, partial(self.measure, request))
+            pixels = await self._pixels(request.question, is_over)
+            request = replace(request, question=replace(request.question, images=()))
             prepared()
-            self._jobs.put(_Job(question, pixels, tell, is_over))
-            while (piece := await pieces.get()) is not None:
+            row = AnswerRow(
+                assistant=self._assistant, request=request, prompt=prompt,
+                prompt_tokens=expanded_length(self._assistant.model, prompt), pixels=pixels,
+                tell=tell, is_over=is_over,
+            )  # fmt: skip
+            self._ready.put(row)
+            while True:
+                piece = await pieces.get()
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
+                if isinstance(piece, Answered):
+                    return
         finally:
             is_over.set()
 
-    def check_length(self, question: Question) -> None:
-        """Compare a question with the model's positions; a long text is not read to its end.
+    def measure(self, request: CompletionRequest) -> NDArray[np.int64]:
+        """A question's ids, if the model has positions for them; a long text is not read on.
 
         Raises:
             DataError: Too many letters to be looked at.
             ModelError: Too many tokens; gives their number and the positions.
         """
-        known = positions_of(self._assistant.model.language)
+        question, model = request.question, self._assistant.model
+        known = positions_of(model.language)
         most = LETTERS * known.limit if known else MOST_LETTERS
         letters = sum(len(turn.text) for turn in question.turns)
         if letters <= most:
-            self._assistant.check([question], self._decoding, strict=True)
-            return
+            prompt = self._assistant.prompt(question.turns)
+            lengths = [(question.name, expanded_length(model, prompt))]
+            check_positions(model, lengths, request.decoding, strict=True)
+            return prompt
         if known is not None:
             text = "".join(turn.text for turn in question.turns)[: most // 2]
             prompt = self._assistant.prompt((Turn("user", (TextPart(text),)),))
-            tokens = expanded_length(self._assistant.model, prompt)
+            tokens = expanded_length(model, prompt)
             if tokens > known.limit:
                 raise DataError(
                     f"too long: more than {tokens} tokens, the language model has {known.limit} "
@@ -137,14 +143,13 @@ class ChatWorker:
 
     def close(self) -> None:
         """End all work."""
-        self._jobs.put(None)
+        self._ready.put(None)
         for pool in (self._quick, self._slow, self._measure):
             pool.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
     async def _pixels(self, question: Question, is_over: threading.Event) -> NDArray[np.uint8]:
-        """The images, uint8 [images, size, size, 3], of a question that is short enough."""
-        await _in(self._measure, partial(self.check_length, question))
+        """The images, uint8 [images, size, size, 3]."""
         size = self._assistant.spec.size
         made = np.zeros((len(question.images), size, size, 3), np.uint8)
         for number, data in enumerate(question.images):
@@ -179,20 +184,50 @@ class ChatWorker:
             self._num_slow -= 1
 
     def _answer_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if job.is_over.is_set():
-                continue
+        """Continue all answers by a token in turn; questions join between two tokens."""
+        batch = ContinuousBatch(self._assistant.model)
+        rows: dict[int, AnswerRow] = {}
+        while True:
             try:
-                self._assistant.answer(
-                    [job.question],
-                    self._decoding,
-                    on_text=job.tell,
-                    pixels=[job.pixels],
-                    is_over=job.is_over.is_set,
-                )
-                job.tell(None)
-            except BaseException as error:
-                job.tell(error)
+                while len(rows) < self._batch and batch.has_room:
+                    row = self._ready.get(block=not rows)
+                    if row is None:
+                        return
+                    if not row.is_over.is_set():
+                        self._join(batch, rows, row)
+            except queue.Empty:
+                pass
+            try:
+                tokens = batch.step()
+            except BaseException as error:  # memory, or the device: the answers are lost
+                for row in rows.values():
+                    row.tell(error)
+                rows.clear()
+                batch = ContinuousBatch(self._assistant.model)
+                continue
+            for token in tokens:
+                self._take(batch, rows, token)
+
+    def _join(self, batch: ContinuousBatch, rows: dict[int, AnswerRow], row: AnswerRow) -> None:
+        wants = row.request.top_logprobs is not None
+        try:
+            token = batch.add(row.prompt, row.pixels, row.request.decoding, wants_logprobs=wants)
+        except BaseException as error:
+            row.tell(error)
+            return
+        rows[token.row] = row
+        self._take(batch, rows, token)
+
+    def _take(self, batch: ContinuousBatch, rows: dict[int, AnswerRow], token: NewToken) -> None:
+        row = rows[token.row]
+        try:
+            is_over = row.take(token)
+        except BaseException as error:
+            row.tell(error)
+            is_over = True
+        if is_over:
+            batch.remove(token.row)
+            del rows[token.row]
 
 
 async def _in(pool: ThreadPoolExecutor, work: Callable[[], Found]) -> Found:

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 from lapilli.train.errors import TrainError
-from pipelines.cli.settings import ChatLimits
+from pipelines.cli.settings import ServeLimits
 
 __all__ = ["listen", "make_server", "require_server"]
 
@@ -37,10 +37,10 @@ def require_server() -> None:
         TrainError: starlette or uvicorn is not installed.
     """
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn"))):
-        raise TrainError("chat needs starlette and uvicorn; pip install 'lapilli[chat]'")
+        raise TrainError("serve and chat need starlette and uvicorn; pip install 'lapilli[chat]'")
 
 
-def make_server(app: Any, limits: ChatLimits) -> Any:
+def make_server(app: Any, limits: ServeLimits) -> Any:
     """A uvicorn server for an ASGI application."""
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
