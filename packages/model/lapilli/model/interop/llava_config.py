@@ -63,6 +63,8 @@ def check_llava(model: VisionLanguageModel) -> None:
     Raises:
         ModelError: Names the part.
     """
+    if model.config.aux.mode:
+        raise ModelError(f"aux.mode: {model.config.aux.mode}; LLaVA has no task tokens")
     vision, projector = model.config.vision, model.config.projector
     if vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
         raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")

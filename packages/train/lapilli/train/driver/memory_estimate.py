@@ -190,7 +190,7 @@ def estimate_run(
         length: Tokens of the longest sequence, its images' tokens included.
         trained: Most trained tokens of a sequence; None for all of the longest.
     """
-    tokens = sketch.model.vision.num_tokens
+    tokens = sketch.model.image_tokens
     kept: list[ActivationBytes] = []
     for rows in (1, 2):
         shape = BatchShape(
@@ -198,7 +198,7 @@ def estimate_run(
             target_sizes=(max(1, rows * (length if trained is None else trained)),),
         )  # fmt: skip
         batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
-        kept.append(sketch.activations(batch))
+        kept.append(sketch.activations(batch, config.global_batch_size))
     parameters = sketch.parameters()
     packed = {name: packed_numbers(part) for name, part in sketch.model.named_children()}
     return Estimate(
