@@ -26,6 +26,7 @@ from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.dataset.prefixes import shared_prefixes
 from lapilli.train.config import RunConfig
+from lapilli.train.steps.aux_targets import OwnTargets, open_readers, read_targets
 from lapilli.train.steps.rows import MicroRows, RowSamples, StepRows, plan_rows, share_rows
 
 __all__ = ["Feed", "StepBatches", "batch_shape", "host_bytes", "mean_weights", "mock_steps"]
@@ -50,6 +51,7 @@ class StepBatches:
         rows: Samples of the whole global batch by rank, micro-step, row and tree.
         placed: The same samples in that order, -1 for empty slots.
         slots: Of each sample of each of this worker's micro-batches, its place in `placed`.
+        targets: Of this worker's images, where something predicts them.
     """
 
     step: int
@@ -61,6 +63,7 @@ class StepBatches:
     rows: StepRows
     placed: NDArray[np.int64]
     slots: list[NDArray[np.int64]]
+    targets: OwnTargets | None = None
 
 
 def batch_shape(
@@ -156,6 +159,7 @@ class Feed:
         self.rank = rank
         self.world_size = world_size
         self._prefixes = shared_prefixes(dataset) if config.share_images else None
+        self._readers = open_readers(dataset, config.model.aux)
         first = self._plan_epoch(0)
         self._plan: tuple[int, EpochPlan | TreePlan] = 0, first
         self._planning = threading.Lock()
@@ -203,16 +207,24 @@ class Feed:
         if self.config.loss_reduction == "micro_batch_mean":
             trained = [[self._trained(micro) for micro in rank] for rank in rows]
             weights = mean_weights(trained, self.rank)
+        tokens = int(self.dataset.num_trained[filled].sum())
+        targets = None
+        if self._readers:
+            targets = read_targets(
+                self.dataset, self._readers, rows, self.rank,
+                records=len(filled), weight=float(max(1, tokens)),
+            )  # fmt: skip
         return StepBatches(
             step=step,
             batches=batches,
-            global_tokens=int(self.dataset.num_trained[filled].sum()),
+            global_tokens=tokens,
             global_samples=len(filled),
             sample_indices=indices,
             weights=weights,
             rows=rows,
             placed=placed,
             slots=_slots(rows, placed, self.rank),
+            targets=targets,
         )
 
     def _read(self, row: RowSamples) -> Row:
@@ -263,7 +275,8 @@ def _slots(rows: StepRows, placed: NDArray[np.int64], rank: int) -> list[NDArray
 def host_bytes(step: StepBatches) -> int:
     """Bytes of a step's arrays."""
     arrays = [getattr(batch, f.name) for batch in step.batches for f in fields(batch)]
-    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+    targets = 0 if step.targets is None else step.targets.nbytes
+    return targets + sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
 def mock_steps(feed: Feed, start: int = 0) -> Iterator[StepBatches]:
