@@ -20,7 +20,7 @@ from lapilli.model.auxiliary.layer_states import decoder_layers, kept_states
 from lapilli.model.auxiliary.predictors import Predictors, image_places
 from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.model.auxiliary.task_tokens import TaskTokens
-from lapilli.model.config import ModelConfig
+from lapilli.model.config import ModelConfig, Part
 from lapilli.model.errors import ModelError
 from lapilli.model.kernels.adapters import fuse_adapters
 from lapilli.model.kernels.choice import wants_liger
@@ -48,7 +48,7 @@ from lapilli.model.transformers_internals import attention_of
 __all__ = ["AUX_PARTS", "Outline", "VisionLanguageModel", "build_model", "read_outline"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AUX_PARTS = ("task_tokens", "predictors")
+AUX_PARTS: tuple[Part, Part] = ("task_tokens", "predictors")
 
 
 class VisionLanguageModel(nn.Module):
