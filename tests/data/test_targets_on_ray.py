@@ -10,6 +10,7 @@ import pytest
 from lapilli.data.building.driver import build
 from lapilli.data.building.runners import run_here
 from lapilli.data.config import TargetConfig
+from lapilli.data.errors import DataError
 from lapilli.data.planning.plan import plan_build
 from tests.factories import build_config, make_mixture, make_tokenizer
 
@@ -39,3 +40,19 @@ def test_actors_make_the_same_shards_and_load_their_teacher_once(
     )
     assert len(here.manifest.targets["blocks"].shards) == 8
     assert on_ray.manifest.targets == here.manifest.targets
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_gpus_that_ray_does_not_have_are_one_line(tmp_path: Path) -> None:
+    mixture = make_mixture(tmp_path / "raw", images=2, text_only=1)
+    target = replace(TARGET, num_gpus=1.0, num_workers=2)
+    config = build_config(
+        mixture,
+        tmp_path / "out",
+        make_tokenizer(tmp_path / "tokenizer"),
+        targets={"blocks": target},
+    )
+    with pytest.raises(
+        DataError, match=r"targets: 2 workers of .*blocks ask for 2 GPUs, Ray has 0"
+    ):
+        build(plan_build(config))

@@ -99,11 +99,25 @@ def _stages(
 
 
 def _asked_of_teacher(rows: list[dict[str, Any]], target: TargetConfig) -> Any:
-    """The results of a teacher's tasks, made by actors that load it once each."""
+    """The results of a teacher's tasks, made by actors that load it once each.
+
+    Raises:
+        DataError: Ray has fewer GPUs than they ask for, and would wait for them without an end.
+    """
+    import ray
+
+    has, asked = ray.cluster_resources(), target.num_gpus * target.num_workers
+    if asked > has.get("GPU", 0):
+        raise DataError(
+            f"targets: {target.num_workers} workers of {target.teacher} ask for {asked:g} GPUs, "
+            f"Ray has {has.get('GPU', 0):g}; set num_workers and num_gpus to what there is, "
+            "num_gpus 0 for CPUs"
+        )
+    workers = min(target.num_workers, max(1, int(has.get("CPU", 1))))
     mapped = _blocks(rows, target.num_workers).map_batches(
         _TeacherActor, fn_constructor_args=(target,), batch_size=None, batch_format="pyarrow",
         num_cpus=0 if target.num_gpus else 1, num_gpus=target.num_gpus or None,
-        concurrency=target.num_workers,
+        concurrency=target.num_workers if target.num_gpus else workers,
     )  # fmt: skip
     return mapped.iter_rows()
 
