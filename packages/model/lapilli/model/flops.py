@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lapilli.model.auxiliary.perceiver import INNER
+from lapilli.model.auxiliary.predictors import heads_name
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.added_rows import added_rows
 from lapilli.model.parts.recomputation import is_recomputed
@@ -336,7 +337,7 @@ def _predictor_numbers(model: VisionLanguageModel) -> tuple[PredictorNumbers, ..
     aux, found = model.config.aux, list[PredictorNumbers]()
     for task, layer in aux.heads:
         number = aux.layers[task].index(layer)
-        head: Any = model.predictors.get_submodule(f"image_{task}_heads.{number}")
+        head: Any = model.predictors.get_submodule(f"{heads_name(task)}.{number}")
         block: Any = head.projector
         attention = block.layers[0][0]
         found_of = ((module, _matmul_of(module)) for module in head.modules())

@@ -16,7 +16,7 @@ from lapilli.model.auxiliary.perceiver import Perceiver, fit_queries
 from lapilli.model.auxiliary.target_loss import AuxInputs, image_losses, inverse_norms
 from lapilli.model.config import AuxConfig
 
-__all__ = ["ImagePlaces", "Predictors", "image_places"]
+__all__ = ["ImagePlaces", "Predictors", "heads_name", "image_places", "scale_name"]
 
 FIRST_LOGIT_SCALE = 2.0
 WITH_MLP = "depth"
@@ -73,6 +73,16 @@ def image_places(
     return ImagePlaces(rows_N, places_NT[:, rows:], sees)
 
 
+def heads_name(task: str) -> str:
+    """The module of a task's predictors, one a layer."""
+    return "image_TASK_heads".replace("TASK", task)
+
+
+def scale_name(task: str) -> str:
+    """The parameter of what a task's similarities are multiplied by."""
+    return "TASK_logit_scale".replace("TASK", task)
+
+
 class _Head(nn.Module):
     """The predictor of one task at one layer.
 
@@ -106,9 +116,9 @@ class Predictors(nn.Module):
         for task in {task: None for task, _ in config.heads}:
             _, width = config.shape(task)
             heads = [_Head(task, size, width) for _ in config.layers[task]]
-            self.add_module(f"image_{task}_heads", nn.ModuleList(heads))
+            self.add_module(heads_name(task), nn.ModuleList(heads))
             scale = nn.Parameter(torch.full((1,), FIRST_LOGIT_SCALE))
-            self.register_parameter(f"{task}_logit_scale", scale)
+            self.register_parameter(scale_name(task), scale)
 
     def predict(
         self,
@@ -129,7 +139,7 @@ class Predictors(nn.Module):
             if queries is None:
                 queries = self._token_states(task, states[layer], places)
             number = self._config.layers[task].index(layer)
-            head = self.get_submodule(f"image_{task}_heads.{number}")
+            head = self.get_submodule(f"{heads_name(task)}.{number}")
             found[task, layer] = head(states[layer], queries, places.rows, places.sees[task])
         return found
 
@@ -159,7 +169,7 @@ class Predictors(nn.Module):
             self.predict(states, learned, places).items()
         ):
             targets = given.targets[task]
-            scale = self.get_parameter(f"{task}_logit_scale").squeeze(0)
+            scale = self.get_parameter(scale_name(task)).squeeze(0)
             smooth_N, info_N = image_losses(predicted_NRC, targets, norms[task], own_N, scale)
             share_N = (has_own_N & targets.valid.index_select(0, own_N)).float()
             if self._config.mean_over == "images":

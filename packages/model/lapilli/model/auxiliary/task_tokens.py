@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from lapilli.model.config import AuxConfig
 
-__all__ = ["TaskTokens"]
+__all__ = ["TaskTokens", "tokens_name"]
+
+
+def tokens_name(task: str) -> str:
+    """The parameter of a task's tokens."""
+    return "special_TASK_tokens".replace("TASK", task)
 
 
 class TaskTokens(nn.Module):
@@ -28,7 +33,7 @@ class TaskTokens(nn.Module):
         for task in config.tasks:
             rows, _ = config.shape(task)
             learned = torch.randn(rows if rows > 1 else config.num_task_tokens, size)
-            self.register_parameter(f"special_{task}_tokens", nn.Parameter(learned))
+            self.register_parameter(tokens_name(task), nn.Parameter(learned))
 
     def forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What stands in the sequence, [K, D], and by task of several rows its queries, [1, R, D].
@@ -39,7 +44,7 @@ class TaskTokens(nn.Module):
         queries: dict[str, Tensor] = {}
         count = self._config.num_task_tokens
         for task in self._config.tasks:
-            learned_RD = self.get_parameter(f"special_{task}_tokens")
+            learned_RD = self.get_parameter(tokens_name(task))
             if self._config.shape(task)[0] > 1:
                 queries[task] = learned_RD.unsqueeze(0).clone()
             tokens.append(learned_RD.unflatten(0, (count, -1)).mean(1))

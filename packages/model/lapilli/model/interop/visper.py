@@ -20,8 +20,12 @@ from lapilli.model.vlm import AUX_PARTS, VisionLanguageModel
 __all__ = ["aux_of", "aux_parts", "visper_settings", "visper_weights"]
 
 TASK, PREDICTS = AUX_PARTS
-# What VisPer-LM puts before `_layer_indices` and `_loss_weight`, by task.
-PREFIXES = {"gen": "img", "depth": "depth", "seg": "seg"}
+# What VisPer-LM calls layers and weight, by task.
+PREFIXES = {
+    "gen": ("img_layer_indices", "img_loss_weight"),
+    "depth": ("depth_layer_indices", "depth_loss_weight"),
+    "seg": ("seg_layer_indices", "seg_loss_weight"),
+}
 TOKENS = re.compile(r"(?:model\.)?(special_[a-z]+_tokens)")
 PREDICTOR = re.compile(r"image_[a-z]+_heads\.\d+\..+|[a-z]+_logit_scale")
 LEVELS = re.compile(r"\.linear_[23]\.")  # MLPs of a teacher's other levels, which no loss trains
@@ -39,7 +43,7 @@ def visper_weights(model: VisionLanguageModel) -> dict[str, Weight]:
     for name, weight in plain_weights(parts[TASK]).items() if TASK in parts else ():
         found[f"model.{name}"] = weight
     for name, weight in plain_weights(parts[PREDICTS]).items() if PREDICTS in parts else ():
-        if name.endswith("_logit_scale"):
+        if name.endswith("logit_scale"):
             weight = Weight((), partial(_scalar, weight))
         found[name] = weight
         if ".linear_1." in name:
@@ -66,12 +70,12 @@ def visper_settings(aux: AuxConfig) -> dict[str, Any]:
     found["contrastive_loss_weight"] = aux.contrastive_weight
     for task in aux.tasks if aux.heads else ():
         rows, width = aux.shape(task)
-        prefix = PREFIXES[task]
+        layers, weight = PREFIXES[task]
         found[f"image_{task}"] = {
             "depth": 1, "num_heads": HEADS, "dim_head": HEAD_SIZE, "ff_mult": 1,
             "num_tokens": rows, "output_dim": width,
-            f"{prefix}_layer_indices": "-".join(map(str, aux.layers.get(task, ()))),
-            f"{prefix}_loss_weight": aux.weight(task),
+            layers: "-".join(map(str, aux.layers.get(task, ()))),
+            weight: aux.weight(task),
         }  # fmt: skip
     return found
 
@@ -89,7 +93,7 @@ def aux_of(folder: Path, config: Mapping[str, Any]) -> AuxConfig:
     weights: dict[str, float] = {}
     shapes: dict[str, tuple[int, int]] = {}
     try:
-        for task, prefix in PREFIXES.items():
+        for task, (indices_name, weight_name) in PREFIXES.items():
             if task not in str(mode).split("-") or f"image_{task}" not in config:
                 continue
             said: Any = config[f"image_{task}"]
@@ -100,9 +104,9 @@ def aux_of(folder: Path, config: Mapping[str, Any]) -> AuxConfig:
             shape = int(said["num_tokens"]), int(said["output_dim"])
             if shape != TARGET_SHAPES[task]:
                 shapes[task] = shape
-            indices = str(said[f"{prefix}_layer_indices"])
+            indices = str(said[indices_name])
             layers[task] = tuple(map(int, indices.split("-"))) if indices else ()
-            weights[task] = float(said[f"{prefix}_loss_weight"])
+            weights[task] = float(said[weight_name])
         return AuxConfig(
             mode=str(mode),
             num_task_tokens=int(config["num_task_tokens"]),
