@@ -56,7 +56,8 @@ def aux_run(dataset: Path, output: Path, **values: Any) -> RunConfig:
 
 def trained(config: RunConfig) -> Sequence[StepMetrics]:
     """The rows of a run to its end."""
-    assert train_together(config) == [0] * config.num_workers
+    ends = train_together(config, cuts_all=config.zero_stage == 3)
+    assert ends == [0] * config.num_workers
     return read_metrics(Path(config.output))
 
 
@@ -79,7 +80,7 @@ def test_every_predictor_has_losses_and_every_part_a_gradient(alone: Sequence[St
     assert all(norm > 0 for norm in first.grad_norm_by_part.values())
 
 
-@pytest.mark.parametrize(("workers", "micro", "stage"), [(2, 2, 2), (4, 1, 3)])
+@pytest.mark.parametrize(("workers", "micro", "stage"), [(4, 1, 2), (2, 2, 3)])
 def test_losses_and_gradients_do_not_depend_on_the_machine(
     dataset: Path,
     tmp_path: Path,
