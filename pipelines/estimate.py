@@ -176,7 +176,7 @@ def _open(config: RunConfig) -> Dataset | None:
     dataset = open_dataset(
         config.dataset,
         view=config.view,
-        image_tokens=model.vision.num_tokens,
+        image_tokens=model.image_tokens,
         max_length=config.max_length,
     )
     check_model(model, dataset)

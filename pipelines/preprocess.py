@@ -73,7 +73,9 @@ def print_disk(plan: BuildPlan) -> None:
         for name, view in plan.views.items()
     )
     tokens = sum(map(task_bytes, plan.token_tasks()))
-    total = sum(needed.values()) + tokens
+    targets = {name: sum(map(task_bytes, one.tasks())) for name, one in plan.targets.items()}
+    total = sum(needed.values()) + tokens + sum(targets.values())
+    parts += "".join(f", targets {name} {bytes_text(size)}" for name, size in targets.items())
     say(f"{bytes_text(total)} of shards: {parts}, tokens {bytes_text(tokens)}")
 
 
@@ -95,6 +97,9 @@ def print_report(report: BuildReport) -> None:
         if facts.encoding["kind"] == "jpeg":
             print_error(f"{view} as jpeg {facts.encoding['quality']}", facts.encoding["error"])
         print_error(f"{view} decoded fast", facts.fast_error)
+    for name, target in report.manifest.targets.items():
+        found = ", ".join(f"{status} {count}" for status, count in target.statuses.items())
+        say(f"targets {name} as {target.storage}: {found}; error {target.error:.2%} of their size")
     unused = counts["unused_images"]
     if unused:
         say(f"{unused} images of an earlier build are no longer used; a new --output omits them")

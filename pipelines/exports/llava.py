@@ -37,7 +37,7 @@ from lapilli.model.parts.added_rows import added_rows, source_rows
 from lapilli.model.parts.pretrained import local_folder
 from lapilli.model.parts.quantized import Quantization
 from lapilli.model.parts.vision import FAMILIES
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model.vlm import AUX_PARTS, VisionLanguageModel
 from lapilli.train.checkpoint.init_from import keeps_language
 from lapilli.train.inference.assistant import Assistant
 from pipelines.cli.command import say
@@ -65,7 +65,8 @@ def to_llava(config: ExportConfig) -> None:
     check_llava(asked.model)
     form = _form(config, asked)
     size = form.dtype.itemsize
-    parts = (asked.model.language, asked.model.projector, asked.model.projector)
+    parts = [asked.model.language, asked.model.projector, asked.model.projector]
+    parts += [part for name, part in asked.model.named_children() if name in AUX_PARTS]
     needed = sum(weight_bytes(part, size) for part in parts) + tokenizer_bytes(asked.tokenizer)
     needed += 0 if form.tower else tower_bytes(asked.model, form.dtype)
     with filled(output, needed) as folder:

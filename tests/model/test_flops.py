@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from lapilli.model.parts.trainable import set_modes
 from lapilli.model.peak import measured_peak, peak_flops
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
+from tests.model.aux_models import aux_batch, aux_config, aux_inputs
 
 ROWS, TOKENS, IMAGES, TARGETS, SIZE, VOCABULARY = 2, 12, 3, 5, 32, 40
 LANGUAGES = ["llama", "mistral", "phi", "qwen2", "qwen3", "gemma", "gemma2", "phi3"]
@@ -241,6 +243,27 @@ def test_a_built_models_step_equals_torchs_counter(
     )
     assert found.hardware.total == seen_by_torch(model, batch)
     assert found.model.total < found.hardware.total
+
+
+@pytest.mark.parametrize("images", [(1, 0, 2), (0, 1)])
+def test_predictors_are_counted_as_torch_counts_them(images: tuple[int, ...]) -> None:
+    model = build_model(aux_config())
+    batch = aux_batch(images)
+    aux = aux_inputs(batch, 0, 4)
+    found = step_flops(
+        model_numbers(model), numbers_of(batch), attention="eager", skips_future=False
+    )
+
+    def counted(**given: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(**twins.inputs(batch), **given).backward()
+        return counter.get_total_flops()
+
+    similarities = sum(
+        2 * 2 * len(batch.pixels) * math.prod(model.config.aux.shape(task)) * 4
+        for task, _ in model.config.aux.heads
+    )
+    assert found.hardware.predictors + similarities == counted(aux=aux) - counted()
 
 
 def test_numbers_are_the_same_without_weights() -> None:

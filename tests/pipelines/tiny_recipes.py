@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from lapilli.data.config import MixtureConfig
+from lapilli.data.config import MixtureConfig, TargetConfig
 from lapilli.data.images.view import ImageSpec
 from lapilli.train.config import RunConfig
 from pipelines.cli.command import parse
@@ -44,6 +45,7 @@ LANGUAGES = {
     "Qwen/Qwen-7B-Chat": "qwen",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "llama",
 }
+SHAPES = {"depth": (16, 8), "seg": (16, 6), "gen": (1, 8)}  # of targets
 VIEWS = ("clip336_pad", "clip336_crop", "clip224_crop", "siglip384")
 TOWER: dict[str, Any] = {
     "hidden_size": 16,
@@ -84,6 +86,11 @@ class Material:
             words.append(f"--model.vision.pretrained={self.tower(named.vision.pretrained)}")
         if named.language.pretrained:
             words.append(f"--model.language.pretrained={self.language(named.language.pretrained)}")
+        if named.aux.heads:
+            layers_of = {task: [1] for task in named.aux.tasks}
+            words.append(f"--model.aux.layers={json.dumps(layers_of)}")
+        if named.aux.mode:
+            words.append(f"--model.aux.shapes={json.dumps(SHAPES)}")
         if recipe.startswith("own_data/"):
             words.append("--max_length=512")  # the tokenizer here writes words letter by letter
         places = [f"--dataset={self.dataset}", f"--output={output}"]
@@ -135,5 +142,11 @@ def make_material(folder: Path) -> Material:
     views["dinov2_112"] = ImageSpec(112, CLIP_MEAN, max_pixels=10_000_000)
     views["square64"] = ImageSpec(TINY_SIDE, CLIP_MEAN, max_pixels=10_000_000)
     held_out = MixtureConfig(held_out=2)  # which some recipes look at
-    build_dataset(mixture, folder / "dataset", tokenizer, views=views, mixture=held_out)
+    targets = {
+        task: TargetConfig("tests.teaching:blocks", rows=rows, width=width, size=SIDE)
+        for task, (rows, width) in SHAPES.items()
+    }
+    build_dataset(
+        mixture, folder / "dataset", tokenizer, views=views, mixture=held_out, targets=targets
+    )
     return Material(folder / "dataset", models)

@@ -157,10 +157,10 @@ def test_positions_are_checked_for_the_length_of_every_row(
         check_context(model, config_for(path), *parts, lambda line: None)
 
 
-@pytest.mark.parametrize("name", ["pack", "share_images"])
-def test_rows_of_several_samples_are_refused(path: Path, name: str) -> None:
-    with pytest.raises(TrainError, match=f"{name}: true with max_shapes 1"):
-        config_for(path, **{name: True})
+def test_rows_that_share_images_are_refused_but_packed(path: Path) -> None:
+    with pytest.raises(TrainError, match="share_images: true with max_shapes 1"):
+        config_for(path, share_images=True)
+    assert not config_for(path, share_images=True, pack=True).is_static  # packs have their own
 
 
 def test_memory_is_estimated_for_the_length_of_every_row(path: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -12,7 +13,9 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.addresses import refuse_secrets, refuse_web
 from lapilli.data.renamed import BUILD_NAMES, Renamed
 
-__all__ = ["MOST_RECORD", "MOST_UNPACKED", "BuildConfig", "MixtureConfig", "SourceConfig"]
+__all__ = [
+    "MOST_RECORD", "MOST_UNPACKED", "BuildConfig", "MixtureConfig", "SourceConfig", "TargetConfig",
+]  # fmt: skip
 
 # Names become folders, and sample ids are split at their first slash.
 NAME = re.compile(r"\w[\w.+-]*")
@@ -199,6 +202,69 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class TargetConfig:
+    """Features of a frozen teacher, a row of vectors an image, that training predicts.
+
+    Attributes:
+        teacher: Name in `lapilli.data.building.teachers.TEACHERS`, or `package.module:name`: what
+            makes a teacher of these settings.
+        rows: Vectors an image, before pooling.
+        width: Numbers of a vector.
+        pretrained: Hub name or folder of its weights.
+        settings: Whatever else it is made with.
+        size: Side of the square, in pixels, that it is given of an image.
+        aspect: How the square is made, as for a view.
+        storage: `int8` with a scale a vector, or `bf16`.
+        pool: Side of the square blocks of vectors that are averaged; 1 keeps all.
+        batch_size: Images that it is given at once.
+        num_workers: Processes, each with a teacher of its own. Decides no byte.
+        num_gpus: GPUs of each, 0.5 for two on one. Decides no byte.
+    """
+
+    teacher: str
+    rows: int
+    width: int
+    pretrained: str = ""
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    size: int = 336
+    aspect: Literal["pad", "crop", "stretch"] = "stretch"
+    storage: Literal["int8", "bf16"] = "int8"
+    pool: int = 1
+    batch_size: int = 8
+    num_workers: int = 1
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for name in ("rows", "width", "size", "pool", "batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise DataError(f"targets.{name}: {getattr(self, name)}; expected at least 1")
+        if self.num_gpus < 0:
+            raise DataError(f"targets.num_gpus: {self.num_gpus}; expected 0 or more")
+        side = math.isqrt(self.rows)
+        if self.pool > 1 and (side * side != self.rows or side % self.pool):
+            raise DataError(
+                f"targets.pool: {self.pool} of {self.rows} rows; expected a square grid of rows "
+                "whose side it divides"
+            )
+
+    @property
+    def stored_rows(self) -> int:
+        """Vectors an image that are kept."""
+        return self.rows // self.pool**2
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image's vectors, with their scales."""
+        each = self.width + 4 if self.storage == "int8" else 2 * self.width
+        return self.stored_rows * each
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that decide bytes."""
+        return {n: v for n, v in asdict(self).items() if n not in ("num_workers", "num_gpus")}
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """All that decides a dataset's bytes, and where to read and write.
 
@@ -210,6 +276,7 @@ class BuildConfig:
         template: Name of a conversation template, or a YAML file with one.
         views: How images are made square, by name; a tower reads one of them.
         encodings: How a view's pixels are stored, by view; raw where it is left out.
+        targets: Features of teachers for embedding losses, by name.
         keep_original: Also store the source bytes of every image, so that a view can be added
             later without the images' folders.
         exclude: Sample ids (`source/record_id`) of records to leave out; they are quarantined as
@@ -237,6 +304,7 @@ class BuildConfig:
     template: str
     views: dict[str, ImageSpec]
     encodings: dict[str, Encoding] = field(default_factory=dict[str, Encoding])
+    targets: dict[str, TargetConfig] = field(default_factory=dict[str, TargetConfig])
     keep_original: bool = False
     exclude: list[str] = field(default_factory=list[str])
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -262,6 +330,8 @@ class BuildConfig:
             raise DataError("views: empty; expected at least one, e.g. clip336: {size: 336, ...}")
         for view in self.views:
             _check_name("views", view)
+        for target in self.targets:
+            _check_name("targets", target)
         self._check_encodings()
         if not 0.0 <= self.max_quarantined <= 1.0:
             raise DataError(

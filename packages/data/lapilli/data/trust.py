@@ -63,3 +63,6 @@ def require_readers(config: BuildConfig, trust: Trust, where: object) -> None:
         if is_own_code(source.format) and source.format not in trust.code:
             field = f"sources.format of source {source.name}"
             raise DataError(code_line(where, field, source.format))
+    for name, target in config.targets.items():
+        if is_own_code(target.teacher) and target.teacher not in trust.code:
+            raise DataError(code_line(where, f"targets.{name}.teacher", target.teacher))

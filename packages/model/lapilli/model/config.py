@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lapilli.model.errors import ModelError
@@ -14,6 +15,7 @@ __all__ = [
     "IMAGE_MEANS",
     "KEEP_ALL",
     "ActivationPolicy",
+    "AuxConfig",
     "Decoding",
     "LanguageConfig",
     "LoraConfig",
@@ -22,8 +24,9 @@ __all__ = [
     "VisionConfig",
 ]
 
-Part = Literal["vision", "projector", "language"]
-GROUPS = ("projector", "language", "vision", "adapters")  # of parameters that learn
+Part = Literal["vision", "projector", "language", "task_tokens", "predictors"]
+# Of parameters that learn.
+GROUPS = ("projector", "language", "vision", "adapters", "task_tokens", "predictors")
 # Per channel of 0 to 1, what the weights of a family of towers were trained with.
 IMAGE_MEANS: Mapping[str, tuple[float, float, float]] = {
     "clip": (0.48145466, 0.4578275, 0.40821073),
@@ -171,6 +174,105 @@ class LoraConfig:
             ) from None
 
 
+# Rows and width of the targets that VisPer-LM predicts, by task.
+TARGET_SHAPES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"depth": (576, 1024), "seg": (576, 1536), "gen": (1, 1024)}
+)
+
+
+@dataclass(frozen=True)
+class AuxConfig:
+    """Task tokens behind each image, and losses on the hidden states that they shape (VisPer-LM).
+
+    Attributes:
+        mode: The tasks, joined by `-`; their tokens follow an image's rows in this order. Empty for
+            none.
+        num_task_tokens: Tokens a task.
+        layers: By task, the decoder layers whose states predict its targets, counted from 1; the
+            state of the last one is after the decoder's norm. Empty predicts nothing: the tokens
+            stand in the sequence alone.
+        weights: By task, what its loss is multiplied by; 0.5 where it is left out.
+        contrastive_weight: What InfoNCE is multiplied by beside smooth L1.
+        mean_over: What the losses of a global batch are divided by: its `images` with a target, or
+            its `records`, of which those without an image count as zero.
+        shapes: By task, rows and width of its targets, where they are not VisPer-LM's (depth
+            ``[576, 1024]``, seg ``[576, 1536]``, gen ``[1, 1024]``).
+    """
+
+    mode: str = ""
+    num_task_tokens: int = 8
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+    contrastive_weight: float = 0.3
+    mean_over: Literal["images", "records"] = "images"
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        for name in ("layers", "weights", "shapes"):
+            for task in getattr(self, name):
+                if task not in self.tasks:
+                    raise ModelError(
+                        f"aux.{name}: {task!r} is no task of mode {self.mode!r}; expected of "
+                        f"{', '.join(self.tasks) or 'none'}"
+                    )
+        if self.num_task_tokens < 1:
+            raise ModelError(f"aux.num_task_tokens: {self.num_task_tokens}; expected at least 1")
+        if self.contrastive_weight < 0 or any(weight < 0 for weight in self.weights.values()):
+            raise ModelError(
+                f"aux: contrastive_weight {self.contrastive_weight}, weights {self.weights}; "
+                "expected 0 or more"
+            )
+        for task in self.tasks:
+            self._check_task(task)
+
+    def _check_task(self, task: str) -> None:
+        if not task.isidentifier() or self.tasks.count(task) > 1:
+            raise ModelError(
+                f"aux.mode: {self.mode!r}; expected tasks joined by '-', each a name and once, "
+                "e.g. gen-depth-seg"
+            )
+        if task not in self.shapes and task not in TARGET_SHAPES:
+            raise ModelError(
+                f"aux.shapes: none for task {task!r}; expected its targets' [rows, width], as "
+                f"there are for {', '.join(TARGET_SHAPES)}"
+            )
+        rows, width = self.shape(task)
+        if rows < 1 or width < 1 or (rows > 1 and rows % self.num_task_tokens):
+            raise ModelError(
+                f"aux.shapes.{task}: {[rows, width]}; expected a width of 1 or more, and 1 row or "
+                f"a multiple of num_task_tokens ({self.num_task_tokens})"
+            )
+        layers = self.layers.get(task, ())
+        if any(layer < 1 for layer in layers) or len({*layers}) < len(layers):
+            raise ModelError(
+                f"aux.layers.{task}: {[*layers]}; expected layers from 1 on, each once"
+            )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks in the order of their tokens."""
+        return tuple(self.mode.split("-")) if self.mode else ()
+
+    @property
+    def tokens(self) -> int:
+        """Task tokens behind an image, of all tasks."""
+        return len(self.tasks) * self.num_task_tokens
+
+    def shape(self, task: str) -> tuple[int, int]:
+        """Rows and width of a task's targets."""
+        return self.shapes.get(task) or TARGET_SHAPES[task]
+
+    def weight(self, task: str) -> float:
+        """What a task's loss is multiplied by."""
+        return self.weights.get(task, 0.5)
+
+    @property
+    def heads(self) -> tuple[tuple[str, int], ...]:
+        """Task and layer of each predictor, in the order of the tasks."""
+        return tuple((task, layer) for task in self.tasks for layer in self.layers.get(task, ()))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The whole model.
@@ -193,6 +295,7 @@ class ModelConfig:
             them anyway, and its fp32 copies in the optimizer begin there.
         head_chunk: Trained positions the head works on at once.
         seed: Seed of random weights.
+        aux: Task tokens behind each image and losses on hidden states.
     """
 
     vision: VisionConfig
@@ -207,11 +310,13 @@ class ModelConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     head_chunk: int = 1024
     seed: int = 0
+    aux: AuxConfig = field(default_factory=AuxConfig)
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         if not self.trainable:
             raise ModelError("trainable: empty; expected some of vision, projector, language")
+        _check_aux(self)
         if self.projector_std is not None and self.projector_std <= 0:
             raise ModelError(f"projector_std: {self.projector_std}; expected more than 0")
         if self.lora is not None and not {"vision", "language"} & {*self.trainable}:
@@ -237,6 +342,19 @@ class ModelConfig:
             )
         if self.head_chunk < 1:
             raise ModelError(f"head_chunk: {self.head_chunk}; expected at least 1")
+
+
+def _check_aux(config: ModelConfig) -> None:
+    """The parts that `aux` adds are there, and what they are made with."""
+    for part, there in (("task_tokens", config.aux.mode), ("predictors", config.aux.heads)):
+        if part in config.trainable and not there:
+            setting = "aux.mode" if part == "task_tokens" else "aux.layers"
+            raise ModelError(f"trainable: {part} without {setting}; set it, or leave {part} out")
+    if config.aux.heads and config.compile != "none":
+        raise ModelError(
+            f"compile: {config.compile} with aux.layers; hidden states cannot be taken out of "
+            "compiled layers, set compile: none"
+        )
 
 
 @dataclass(frozen=True)

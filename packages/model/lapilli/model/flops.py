@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lapilli.model.auxiliary.perceiver import INNER
+from lapilli.model.auxiliary.predictors import heads_name
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.added_rows import added_rows
 from lapilli.model.parts.recomputation import is_recomputed
@@ -73,6 +75,27 @@ class PartNumbers:
 
 
 @dataclass(frozen=True)
+class PredictorNumbers:
+    """The predictor of one task at one layer. Its similarities with other images are not counted.
+
+    Attributes:
+        of_states: Products that work on every token of a row.
+        entering: Products that work on the queries before they attend.
+        leaving: Products behind that.
+        queries: Of an image: its target's rows.
+        learned: Whether the queries are the same for all images of a micro-batch.
+        inner: Size of all heads of its attention together.
+    """
+
+    of_states: tuple[Matmul, ...]
+    entering: tuple[Matmul, ...]
+    leaving: tuple[Matmul, ...]
+    queries: int
+    learned: bool
+    inner: int
+
+
+@dataclass(frozen=True)
 class ModelNumbers:
     """The whole model.
 
@@ -82,6 +105,8 @@ class ModelNumbers:
         language: The decoder without its head.
         head: Works on trained positions only.
         added: The head's rows for added tokens that learn beside it (`AddedRows`), if there are.
+        predictors: Of targets, which are run in training.
+        tokens_learn: Whether task tokens do.
         patches: Of an image.
         tower_tokens: Tokens of an image inside the tower, class token included.
         image_tokens: Feature rows of an image.
@@ -95,6 +120,8 @@ class ModelNumbers:
     tower_tokens: int
     image_tokens: int
     added: Matmul | None = None
+    predictors: tuple[PredictorNumbers, ...] = ()
+    tokens_learn: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,11 +159,13 @@ class Flops:
     language: int
     attention: int
     head: int
+    predictors: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.tower + self.projector + self.language + self.attention + self.head
+        parts = self.tower + self.projector + self.language + self.attention + self.head
+        return parts + self.predictors
 
 
 @dataclass(frozen=True)
@@ -187,7 +216,7 @@ def step_flops(
     real = _flops(
         numbers, images=batch.images, projected=batch.images * numbers.image_tokens,
         tokens=sum(lengths), pairs=pairs, targets=batch.targets,
-        backward=2, recompute=False,
+        row_tokens=sum(lengths) // max(1, len(lengths)), backward=2, recompute=False,
     )  # fmt: skip
     images, projected = batch.padded_images, batch.padded_images * numbers.image_tokens
     if not images:
@@ -196,14 +225,15 @@ def step_flops(
     executed = _flops(
         numbers, images=images, projected=projected, tokens=batch.padded_rows * side,
         pairs=batch.padded_rows * (side * (side + 1) // 2 if skips_future else side**2),
-        targets=batch.padded_targets, backward=2.5 if attention == "flash" else 2, recompute=True,
+        targets=batch.padded_targets, row_tokens=side,
+        backward=2.5 if attention == "flash" else 2, recompute=True,
     )  # fmt: skip
     return StepFlops(real, executed)
 
 
 def _flops(
     numbers: ModelNumbers, *, images: int, projected: int, tokens: int, pairs: int, targets: int,
-    backward: float, recompute: bool,
+    row_tokens: int, backward: float, recompute: bool,
 ) -> Flops:  # fmt: skip
     tower, projector, language = numbers.tower, numbers.projector, numbers.language
     tower_tokens = images * numbers.tower_tokens
@@ -216,13 +246,31 @@ def _flops(
     )
     rest = _linear(tower.matmuls[1:], tower_tokens, upstream=tower.learns, recompute=recompute)
     heads = [head for head in (numbers.head, numbers.added) if head]
-    text = language.learns or projector.learns or tower.learns or any(h.trained for h in heads)
+    rows = projector.learns or tower.learns or numbers.tokens_learn
+    text = language.learns or rows or any(h.trained for h in heads)
     return Flops(
         tower=first + rest + seen,
         projector=_linear(projector.matmuls, projected, upstream=tower.learns, recompute=recompute),
         language=_linear(language.matmuls, tokens, upstream=text, recompute=recompute),
         attention=_attention(language, pairs, backward if text else 0, recompute),
         head=sum(_matmul(head, targets, input_gradient=text) for head in heads),
+        predictors=sum(
+            _predictor(one, tokens, images, row_tokens, upstream=text) for one in numbers.predictors
+        ),
+    )
+
+
+def _predictor(
+    numbers: PredictorNumbers, tokens: int, images: int, row_tokens: int, *, upstream: bool
+) -> int:
+    """Forward and backward of a predictor, whose queries see their row's tokens and themselves."""
+    queries = images * numbers.queries
+    entering = numbers.queries if numbers.learned else queries
+    return (
+        sum(_matmul(one, tokens, input_gradient=upstream) for one in numbers.of_states)
+        + sum(_matmul(one, entering, input_gradient=True) for one in numbers.entering)
+        + sum(_matmul(one, queries, input_gradient=True) for one in numbers.leaving)
+        + 3 * 4 * numbers.inner * queries * (row_tokens + numbers.queries)
     )
 
 
@@ -280,7 +328,32 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
         tower_tokens=patches + classes,
         image_tokens=tower.num_tokens,
         added=added,
+        predictors=_predictor_numbers(model),
+        tokens_learn=bool(model.config.aux.mode) and "task_tokens" in model.config.trainable,
     )
+
+
+def _predictor_numbers(model: VisionLanguageModel) -> tuple[PredictorNumbers, ...]:
+    aux, found = model.config.aux, list[PredictorNumbers]()
+    for task, layer in aux.heads:
+        number = aux.layers[task].index(layer)
+        head: Any = model.predictors.get_submodule(f"{heads_name(task)}.{number}")
+        block: Any = head.projector
+        attention = block.layers[0][0]
+        found_of = ((module, _matmul_of(module)) for module in head.modules())
+        products = [(module, one) for module, one in found_of if one is not None]
+        enter = {block.proj_in, attention.to_kv, attention.to_q}
+        found.append(PredictorNumbers(
+            of_states=tuple(
+                one for module, one in products if module in enter - {attention.to_q}
+            ),
+            entering=tuple(one for module, one in products if module in enter),
+            leaving=tuple(one for module, one in products if module not in enter),
+            queries=aux.shape(task)[0],
+            learned=aux.shape(task)[0] > 1,
+            inner=INNER,
+        ))  # fmt: skip
+    return tuple(found)
 
 
 def part_numbers(part: nn.Module, config: Any = None) -> PartNumbers:

@@ -157,7 +157,7 @@ def embed_prompts(
     lengths = [(f"prompt {n}", expanded_length(model, ids)) for n, ids in enumerate(prompts)]
     check_positions(model, lengths, decoding)
     device = model.language.device
-    input_ids, merge_index, mask = _left_pad(prompts, model.vision.num_tokens)
+    input_ids, merge_index, mask = _left_pad(prompts, model.image_tokens)
     stacked = torch.from_numpy(np.concatenate(pixels)).to(device)
     table = model.language.get_input_embeddings().weight  # `embed` reads it past its module
     with gathered([table]) if gathered else nullcontext():
@@ -274,7 +274,7 @@ def draw_key(seed: int, prompt: NDArray[np.int64], pixels: NDArray[np.uint8]) ->
 
 def expanded_length(model: VisionLanguageModel, prompt: NDArray[np.int64]) -> int:
     """Tokens of a prompt with those of its images."""
-    return len(prompt) + int((prompt < 0).sum()) * (model.vision.num_tokens - 1)
+    return len(prompt) + int((prompt < 0).sum()) * (model.image_tokens - 1)
 
 
 _TOLD: WeakSet[VisionLanguageModel] = WeakSet()

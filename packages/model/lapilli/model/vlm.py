@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from lapilli.model.attention.choice import choose_attention
 from lapilli.model.attention.trees import Trees, check_trees
-from lapilli.model.config import ModelConfig
+from lapilli.model.auxiliary.layer_states import decoder_layers, kept_states
+from lapilli.model.auxiliary.predictors import Predictors, image_places
+from lapilli.model.auxiliary.target_loss import AuxInputs
+from lapilli.model.auxiliary.task_tokens import TaskTokens
+from lapilli.model.config import ModelConfig, Part
 from lapilli.model.errors import ModelError
 from lapilli.model.kernels.adapters import fuse_adapters
 from lapilli.model.kernels.choice import wants_liger
@@ -41,9 +45,10 @@ from lapilli.model.parts.trainable import add_adapters, freeze, trainable_parame
 from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
 from lapilli.model.transformers_internals import attention_of
 
-__all__ = ["Outline", "VisionLanguageModel", "build_model", "read_outline"]
+__all__ = ["AUX_PARTS", "Outline", "VisionLanguageModel", "build_model", "read_outline"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AUX_PARTS: tuple[Part, Part] = ("task_tokens", "predictors")
 
 
 class VisionLanguageModel(nn.Module):
@@ -63,28 +68,54 @@ class VisionLanguageModel(nn.Module):
         self.projector = build_projector(config.projector, self.vision.hidden_size, size)
         if config.projector_std is not None:
             set_scale(self.projector, config.projector_std)
-        for parameter in (*self.vision.parameters(), *self.projector.parameters()):
-            # not `to`: that would round buffers too, and rotary frequencies must stay fp32
-            parameter.data = parameter.data.to(DTYPES[config.dtype])
+        added = self._add_aux(size)
+        for part in (self.vision, self.projector, *added):
+            for parameter in part.parameters():
+                # not `to`: that would round buffers too, and rotary frequencies must stay fp32
+                parameter.data = parameter.data.to(DTYPES[config.dtype])
         family = str(self.language.config.model_type)
         if wants_liger(config, family):
             apply_liger(self.language, "auto" if config.kernels == "auto" else "liger")
         self._softcap = logit_softcap(self.language)
         self._logit_scale = logit_scale(self.language)
 
+    def _add_aux(self, size: int) -> list[nn.Module]:
+        """Add the parts that `config.aux` asks for, and give them; a model without has none."""
+        aux = self.config.aux
+        if aux.mode:
+            self.task_tokens = TaskTokens(aux, size)
+        if aux.heads:
+            count = len(decoder_layers(self.language.get_decoder()))
+            if max(layer for _, layer in aux.heads) > count:
+                raise ModelError(
+                    f"aux.layers: {aux.layers}; the language model has {count} layers, counted "
+                    "from 1"
+                )
+            self.predictors = Predictors(aux, size)
+        return [part for name, part in self.named_children() if name in AUX_PARTS]
+
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids the model knows."""
         return int(self.language.config.vocab_size)
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens an image takes in the sequence: the tower's rows, and its task tokens."""
+        return self.vision.num_tokens + self.config.aux.tokens
+
     def image_features(self, pixels_NHW3: Tensor) -> Tensor:
-        """Feature rows of all images, one after another: [F, D]."""
+        """Feature rows of all images, each followed by its task tokens: [F, D]."""
         with torch.set_grad_enabled("vision" in self.config.trainable and torch.is_grad_enabled()):
             features_NTC = self.vision(pixels_NHW3)
-        return self.projector(features_NTC).flatten(0, 1)
+        rows_NTD = self.projector(features_NTC)
+        if self.config.aux.mode:
+            tokens_KD = self.task_tokens()[0].to(rows_NTD.dtype)
+            rows_NTD = torch.cat([rows_NTD, tokens_KD.expand(len(rows_NTD), -1, -1)], 1)
+        return rows_NTD.flatten(0, 1)
 
     def _without_images(self, like: Tensor) -> Tensor:
-        """[1, D]: what a text-only batch runs, to be weighted with zero.
+        """[some, D]: what a text-only batch runs, to be weighted with zero.
 
         Every trainable module runs in every micro-step on every rank. DeepSpeed's stage 3
         otherwise applies the gradient of the step before, and ranks wait for each other for ever.
@@ -93,7 +124,8 @@ class VisionLanguageModel(nn.Module):
             side = self.vision.image_size
             blank_NHW3 = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=like.device)
             return self.image_features(blank_NHW3)
-        return self.projector(like.new_zeros(1, self.vision.hidden_size))
+        rows = self.projector(like.new_zeros(1, self.vision.hidden_size))
+        return torch.cat([rows, self.task_tokens()[0]]) if self.config.aux.mode else rows
 
     def embed(self, input_ids_BS: Tensor, merge_index_BS: Tensor, pixels_NHW3: Tensor) -> Tensor:
         """Text embeddings with the images' features in their slots: [B, S, D]."""
@@ -131,13 +163,15 @@ class VisionLanguageModel(nn.Module):
         branch_ids: Tensor | None = None,
         target_samples: Tensor | None = None,
         sample_losses: Tensor | None = None,
+        aux: AuxInputs | None = None,
     ) -> Tensor:
         """Summed cross-entropy of the trained positions of a batch (`lapilli.data.Batch`).
 
         Padding stands on the right and attention is causal, so rows of one sample need no mask.
         `tree_ids` and `branch_ids`, int32 [B, S], say which tokens of rows that hold several see
         each other. `sample_losses`, fp32 [samples], is filled with each sample's share of the sum,
-        on the device and detached; `target_samples`, int64 [P], says whose each target is.
+        on the device and detached; `target_samples`, int64 [P], says whose each target is. With
+        `aux`, the losses of the predictors are added.
 
         Returns:
             fp32 scalar.
@@ -145,19 +179,17 @@ class VisionLanguageModel(nn.Module):
         Raises:
             ModelError: Ids of trees, and attention that cannot honour them.
         """
-        embedded_BSD = self.embed(input_ids, merge_index, pixels)
-        decoder = self.language.get_decoder()
-        inputs: dict[str, Any] = {"inputs_embeds": embedded_BSD, "position_ids": position_ids}
+        trees = None
         if tree_ids is not None and branch_ids is not None:
             check_trees(attention_of(self.language))
             trees = Trees(tree_ids, branch_ids, position_ids)
-            inputs |= {"trees": trees, "position_ids": trees.on_positions()}
-        output = decoder(use_cache=False, **inputs)
+        embedded_BSD = self.embed(input_ids, merge_index, pixels)
+        hidden_BSD, states = self._decoded(embedded_BSD, position_ids, trees, aux is not None)
         head = self.language.get_output_embeddings()
         rows = added_rows(self.language)
         each_P = None if sample_losses is None else sample_losses.new_zeros(len(targets))
         loss = trained_loss(
-            output.last_hidden_state,
+            hidden_BSD,
             predict_positions,
             targets,
             head.weight,
@@ -170,13 +202,46 @@ class VisionLanguageModel(nn.Module):
             added=None if rows is None else rows.head_rows,
         )
         if sample_losses is not None and each_P is not None:
-            if target_samples is None:  # a sample a row
-                target_samples = predict_positions // input_ids.shape[1]
-            # masked sums and no index_add: on a GPU that one's order, and so its result, varies
-            samples_N1 = torch.arange(len(sample_losses), device=each_P.device).unsqueeze(1)
-            is_here_NP = samples_N1 == target_samples
-            sample_losses.copy_(torch.where(is_here_NP, each_P, 0.0).sum(1))
-        return loss
+            # without ids a sample a row
+            rows_P = predict_positions // input_ids.shape[1]
+            _fill_samples(
+                sample_losses, each_P, rows_P if target_samples is None else target_samples
+            )
+        if aux is None:
+            return loss
+        return loss + self._aux_loss(merge_index, states, aux)
+
+    def _decoded(
+        self, embedded_BSD: Tensor, position_ids: Tensor, trees: Trees | None, predicts: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The decoder's states after its last norm, and by layer those that something predicts."""
+        decoder = self.language.get_decoder()
+        inputs: dict[str, Any] = {"inputs_embeds": embedded_BSD, "position_ids": position_ids}
+        if trees is not None:
+            inputs |= {"trees": trees, "position_ids": trees.on_positions()}
+        layers = {layer for _, layer in self.config.aux.heads} if predicts else set[int]()
+        with kept_states(decoder, layers) as states:
+            hidden_BSD = decoder(use_cache=False, **inputs).last_hidden_state
+        if layers:
+            states[len(decoder_layers(decoder))] = hidden_BSD
+        return hidden_BSD, states
+
+    def _aux_loss(self, merge_index: Tensor, states: dict[int, Tensor], aux: AuxInputs) -> Tensor:
+        """The losses of the predictors; a batch without images runs them for a blank one."""
+        if not len(aux.own):
+            aux = replace(aux, own=aux.own.new_full((1,), -1))
+        places = image_places(
+            merge_index, aux.segments, len(aux.own), self.vision.num_tokens, self.config.aux
+        )
+        return self.predictors(states, self.task_tokens()[1], places, aux)
+
+
+def _fill_samples(sample_losses: Tensor, each_P: Tensor, target_samples_P: Tensor) -> None:
+    """Sum the positions' losses by sample."""
+    # masked sums and no index_add: on a GPU that one's order, and so its result, varies
+    samples_N1 = torch.arange(len(sample_losses), device=each_P.device).unsqueeze(1)
+    is_here_NP = samples_N1 == target_samples_P
+    sample_losses.copy_(torch.where(is_here_NP, each_P, 0.0).sum(1))
 
 
 @dataclass(frozen=True)
@@ -184,12 +249,14 @@ class Outline:
     """What a dataset must fit, by the names that a `VisionLanguageModel` has for it.
 
     Attributes:
-        vision: Image size and tokens an image.
+        vision: Image size and feature rows an image.
         vocab_size: Ids the model knows.
+        image_tokens: Tokens an image takes in the sequence.
     """
 
     vision: TowerShape
     vocab_size: int
+    image_tokens: int
 
 
 def read_outline(config: ModelConfig) -> Outline | None:
@@ -204,7 +271,7 @@ def read_outline(config: ModelConfig) -> Outline | None:
     vocabulary = vocabulary_size(config.language)
     choose_attention(config.language.attention, language_settings(config.language))
     shape = tower_shape(config.vision)
-    return shape and Outline(shape, vocabulary)
+    return shape and Outline(shape, vocabulary, shape.num_tokens + config.aux.tokens)
 
 
 def build_model(

@@ -46,7 +46,7 @@ class OptimConfig:
 
     Attributes:
         lr: Peak learning rate.
-        lr_by_part: Another peak rate for `projector`, `language`, `vision` or `adapters`.
+        lr_by_part: Another peak rate for a part that learns, or for `adapters`.
         schedule: Decay after the warm-up: `cosine` or `linear` to 0, or `constant`.
         warmup_ratio: Share of the steps over which the rate rises from 0.
         warmup_steps: Their number instead; 0 leaves it to `warmup_ratio`.
@@ -242,6 +242,11 @@ class RunConfig:
             raise TrainError(
                 "micro_batch_size: 0 with sampler llava or loss_reduction micro_batch_mean, to "
                 "which the micro-batches belong; set it, and no micro_batch_tokens"
+            )
+        if self.model.aux.heads and self.loss_reduction != "token_mean":
+            raise TrainError(
+                f"loss_reduction: {self.loss_reduction} with model.aux.layers, whose losses are "
+                "means over the global batch; set token_mean"
             )
         _check_weights(self)
         _check_communication(self)

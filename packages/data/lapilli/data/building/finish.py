@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import encoding_error
 from lapilli.data.io.atomic import ShardFacts, write_json
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.build_plan import BuildPlan, ViewPlan
+from lapilli.data.planning.build_plan import BuildPlan, TargetPlan, ViewPlan
 from lapilli.data.planning.incremental import UNUSED_STAMP, input_columns
 from lapilli.data.planning.selection import (
     Selection,
@@ -32,12 +34,13 @@ from lapilli.data.shards.manifest import (
     FORMAT,
     PLAN,
     Manifest,
+    TargetFacts,
     ViewFacts,
     digest,
     read_manifest,
     write_manifest,
 )
-from lapilli.data.shards.schemas import INPUT_SCHEMA, JPEG_SCHEMA, SELECTION_SCHEMA
+from lapilli.data.shards.schemas import INPUT_SCHEMA, JPEG_SCHEMA, SELECTION_SCHEMA, TARGET_SCHEMA
 from lapilli.data.sources.tally import tally_facts
 from lapilli.data.text.encode import IMAGE_TOKEN_INDEX, load_tokenizer
 from lapilli.data.versions import installed_versions
@@ -48,8 +51,8 @@ __all__ = ["finish", "tidy"]
 # What a build writes, and may remove again when nothing names it any more.
 OWN_FILES = tuple(
     f"{name}{facts}"
-    for name in ("tokens/*/*.arrow", "images/*/*.arrow", "selection*.arrow", "inputs*.arrow",
-                 "quarantine-*.parquet", "repairs-*.parquet")
+    for name in ("tokens/*/*.arrow", "images/*/*.arrow", "targets/*/*.arrow", "selection*.arrow",
+                 "inputs*.arrow", "quarantine-*.parquet", "repairs-*.parquet")
     for facts in ("", ".json")
 )  # fmt: skip
 
@@ -59,6 +62,8 @@ def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Man
     tokens = [_facts(shard, facts) for shard in plan.token_shards]
     views = {name: _view_facts(view, output, facts) for name, view in plan.views.items()}
     images = [shard for view in views.values() for shard in view.shards]
+    targets = {name: _target_facts(t, output, facts) for name, t in plan.targets.items()}
+    features = [shard for target in targets.values() for shard in target.shards]
     rows = read_image_rows(output, images)
     _check_unchanged(rows.bad)
     selection = select(plan, read_token_rows(output, tokens, plan.token_groups), rows.bad)
@@ -75,7 +80,7 @@ def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Man
     }
     manifest = Manifest(
         format=FORMAT,
-        fingerprint=digest([shard.sha256 for shard in (*tokens, *images, selected)]),
+        fingerprint=digest([shard.sha256 for shard in (*tokens, *images, *features, selected)]),
         plan=plan.digests,
         tokenizer=asdict(plan.tokenizer),
         template=plan.template.name,
@@ -93,6 +98,7 @@ def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Man
         repairs=repaired,
         template_fields=asdict(plan.template),
         tokenizer_files=kept,
+        targets=targets,
     )
     write_manifest(output, manifest)
     return read_manifest(output)
@@ -176,7 +182,9 @@ def _name(path: Output, output: Output) -> str:
 
 
 def _remove_empty(output: Path) -> None:
-    for folder in (*output.glob("tokens/*"), *output.glob("images/*")):
+    for folder in (
+        path for kind in ("tokens", "images", "targets") for path in output.glob(f"{kind}/*")
+    ):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -206,6 +214,28 @@ def _view_facts(view: ViewPlan, output: Output, built: dict[str, ShardFacts]) ->
         shards=shards,
         encoding=stored,
         fast_error=encoding_error(rows, pixel_bytes),
+    )
+
+
+def _target_facts(plan: TargetPlan, output: Output, built: dict[str, ShardFacts]) -> TargetFacts:
+    shards = [_facts(shard, built) for shard in plan.shards]
+    names = ["status", "squared_difference", "squared_length"]
+    tables = [open_table(output, shard, TARGET_SCHEMA, names) for shard in shards]
+    statuses = Counter(str(s) for table in tables for s in table["status"].to_pylist())
+    changed, whole = (
+        sum(value or 0.0 for table in tables for value in table[name].to_pylist())
+        for name in names[1:]
+    )
+    return TargetFacts(
+        teacher=plan.target.teacher,
+        made=plan.made,
+        rows=plan.target.stored_rows,
+        width=plan.target.width,
+        storage=plan.target.storage,
+        images_per_shard=plan.images_per_shard,
+        shards=shards,
+        error=math.sqrt(changed / whole) if whole else 0.0,
+        statuses=dict(sorted(statuses.items())),
     )
 
 

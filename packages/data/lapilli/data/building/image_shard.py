@@ -29,8 +29,10 @@ from lapilli.data.shards.schemas import FAST_COLUMNS, IMAGE_SCHEMA, JPEG_SCHEMA,
 
 __all__ = [
     "Guard",
+    "Read",
     "image_columns",
     "image_schema",
+    "read_ahead",
     "unguarded",
 ]
 

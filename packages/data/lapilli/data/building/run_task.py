@@ -1,4 +1,4 @@
-"""Run one task: decode images or tokenize records into one shard.
+"""Run one task: decode images, ask a teacher or tokenize records into one shard.
 
 Pixels never pass through Ray's object store: a task reads files, writes its shard and returns
 the shard's facts.
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from lapilli.data.building.image_shard import Guard, image_columns, image_schema, unguarded
+from lapilli.data.building.target_shard import target_columns
 from lapilli.data.errors import DataError
 from lapilli.data.images.buffers import Room
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
-from lapilli.data.planning.shard_task import ImageTask, Task, TokenTask, writer_version
+from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason, Record
 from lapilli.data.shards.files import begin_shard, finished_facts, open_table
-from lapilli.data.shards.schemas import IMAGE_SCHEMA, TOKEN_SCHEMA
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, TARGET_SCHEMA, TOKEN_SCHEMA
 from lapilli.data.text.encode import (
     Encoded,
     encode_batch,
@@ -81,6 +82,8 @@ def begin_task(task: Task, output: Output, guard: Guard = unguarded) -> Callable
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
             return begin_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
+        if isinstance(task, TargetTask):
+            return begin_shard(output, task.name, target_columns(task, guard), TARGET_SCHEMA)
         columns = image_columns(task, guard, _ROOM)
         return begin_shard(output, task.name, columns, image_schema(task))
 

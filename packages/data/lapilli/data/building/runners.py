@@ -10,6 +10,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -21,11 +22,13 @@ import pyarrow as pa
 from lapilli.data.building.crash_guard import WORK, CrashGuard, journal_folder
 from lapilli.data.building.run_task import begin_task, finished_task, run_task
 from lapilli.data.building.task_file import TASKS, read_task, write_tasks
+from lapilli.data.building.teachers import load_teacher
+from lapilli.data.config import TargetConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, system_error
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output, open_output
-from lapilli.data.planning.shard_task import Task
+from lapilli.data.planning.shard_task import TargetTask, Task
 from lapilli.data.ray_internals import fill_slots_at_once
 from lapilli.data.ray_session import RayDied, ray_session, watched
 
@@ -65,20 +68,80 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
     ]
     try:
         with ray_session(), fill_slots_at_once() as begun:
-            for row in watched(lambda: _mapped(rows, workers).iter_rows()):
-                if row["error"]:
-                    raise DataError(row["error"]) if row["expected"] else RuntimeError(row["error"])
-                begun()
-                left -= 1
-                yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
+            for stage in _stages(tasks, rows, workers):
+                for row in watched(stage):
+                    if row["error"]:
+                        said = row["error"]
+                        raise DataError(said) if row["expected"] else RuntimeError(said)
+                    begun()
+                    left -= 1
+                    yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
     except RayDied as error:
         raise DataError(f"{error}, it continues with the {left} shards that are missing") from None
     finally:
         _clear(output, tasks)
 
 
+def _stages(
+    tasks: list[Task], rows: list[dict[str, Any]], workers: int
+) -> Iterator[Callable[[], Any]]:
+    """What gives the tasks' results: pixels and ids, then each teacher with actors of its own."""
+    targets = {repr(task.target): task.target for task in tasks if isinstance(task, TargetTask)}
+    pairs = [*zip(tasks, rows, strict=True)]
+    plain = [row for task, row in pairs if not isinstance(task, TargetTask)]
+    if plain:
+        yield lambda: _mapped(plain, workers).iter_rows()
+    for key, target in targets.items():
+        own = [
+            row for task, row in pairs if isinstance(task, TargetTask) and repr(task.target) == key
+        ]
+        yield partial(_asked_of_teacher, own, target)
+
+
+def _asked_of_teacher(rows: list[dict[str, Any]], target: TargetConfig) -> Any:
+    """The results of a teacher's tasks, made by actors that load it once each.
+
+    Raises:
+        DataError: Ray has fewer GPUs than they ask for, and would wait for them without an end.
+    """
+    import ray
+
+    has, asked = ray.cluster_resources(), target.num_gpus * target.num_workers
+    if asked > has.get("GPU", 0):
+        raise DataError(
+            f"targets: {target.num_workers} workers of {target.teacher} ask for {asked:g} GPUs, "
+            f"Ray has {has.get('GPU', 0):g}; set num_workers and num_gpus to what there is, "
+            "num_gpus 0 for CPUs"
+        )
+    workers = min(target.num_workers, max(1, int(has.get("CPU", 1))))
+    mapped = _blocks(rows, target.num_workers).map_batches(
+        _TeacherActor, fn_constructor_args=(target,), batch_size=None, batch_format="pyarrow",
+        num_cpus=0 if target.num_gpus else 1, num_gpus=target.num_gpus or None,
+        concurrency=target.num_workers if target.num_gpus else workers,
+    )  # fmt: skip
+    return mapped.iter_rows()
+
+
+class _TeacherActor:
+    """A process of Ray's with a teacher. One that dies is replaced, and its shards begun again."""
+
+    def __init__(self, target: TargetConfig) -> None:
+        with suppress(Exception):  # said by the first task, as a value: Ray starts actors anew
+            load_teacher(target)
+
+    def __call__(self, rows: pa.Table) -> Iterator[dict[str, list[Any]]]:
+        yield from _run_rows(rows)
+
+
 def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     """A Ray Data dataset that yields the tasks' results."""
+    return _blocks(rows, workers).map_batches(
+        _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
+    )
+
+
+def _blocks(rows: list[dict[str, Any]], workers: int) -> Any:
+    """A Ray Data dataset of the tasks, some a block."""
     import ray
     import ray.data
 
@@ -90,9 +153,7 @@ def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
     slots = workers or int(ray.cluster_resources().get("CPU", 1))
     blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
     # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
-    return ray.data.from_arrow(blocks).map_batches(
-        _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
-    )
+    return ray.data.from_arrow(blocks)
 
 
 def group_sizes(shards: int, slots: int) -> Iterator[int]:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     Column: TypeAlias = tuple[NDArray[Any], NDArray[Any]]  # offsets [rows + 1], values
 
-__all__ = ["Dataset", "Sample", "open_dataset"]
+__all__ = [
+    "MOST_MAPS", "Dataset", "Sample", "binary_column", "check_sizes", "held_files", "open_dataset",
+]  # fmt: skip
 
 # Linux lets a process map 65,530 areas (vm.max_map_count); 665K images at 336 px are 4,300 shards
 # of 64 MB. A map that is forgotten is made again in 0.2 ms.
@@ -177,18 +179,22 @@ class Dataset:
     def _open_tokens(self, number: int) -> pa.Table:
         facts = self.manifest.tokens[number]
         vocab_size, image = self.manifest.tokenizer["vocab_size"], self.manifest.image_token
-        with _held(self.path, self.mirror, facts) as folder:
+        with held_files(self.path, self.mirror, facts) as folder:
             return open_tokens(folder, facts, vocab_size, image)
 
     def _map_tokens(self, number: int) -> tuple[Column, Column, Column]:
         table = self._token_tables(number)
-        return _bytes(table, "sample_id"), _lists(table, "input_ids"), _lists(table, "label_spans")
+        return (
+            binary_column(table, "sample_id"),
+            _lists(table, "input_ids"),
+            _lists(table, "label_spans"),
+        )
 
     def _map_pixels(self, number: int) -> Column:
         """Offsets and bytes of a shard's pixels. Through a pyarrow scalar they would be copied."""
         facts = self.facts.shards[number]
-        with _held(self.path, self.mirror, facts) as folder:
-            return _bytes(open_table(folder, facts, IMAGE_SCHEMA), "pixels")
+        with held_files(self.path, self.mirror, facts) as folder:
+            return binary_column(open_table(folder, facts, IMAGE_SCHEMA), "pixels")
 
     def sample_id(self, index: int) -> str:
         """The id of sample `index` alone: `source/record`."""
@@ -219,6 +225,11 @@ class Dataset:
         return Sample(
             _at(names, row).tobytes().decode(), ids, spans, _stack(images, self.image_size)
         )
+
+    def image_slots(self, index: int) -> NDArray[np.int32]:
+        """int32 [images], the slots of sample `index`'s images."""
+        _, _, slots = self.places
+        return _at(slots, int(self.rows[index]))
 
     def _check_length(self, index: int, ids: NDArray[np.int32], images: int) -> None:
         """The row is as long as the selection says: batches are shaped by that."""
@@ -298,7 +309,7 @@ def _lists(table: pa.Table, name: str) -> Column:
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 
-def _bytes(table: pa.Table, name: str) -> Column:
+def binary_column(table: pa.Table, name: str) -> Column:
     """A column of strings or bytes, in place."""
     column = only_chunk(table, name)
     _, offsets, values = column.buffers()
@@ -378,19 +389,20 @@ def _check_files(path: Path, manifest: Manifest, view: str, mirror: Mirror | Non
     if mirror:
         mirror.check_sizes([*shards, manifest.selection])
     else:
-        _check_sizes(path, shards, manifest.tokenizer_files)
+        check_copy_files(path, manifest.tokenizer_files)
+        check_sizes(path, shards)
     return _selection(path, manifest, view, mirror)
 
 
 @contextmanager
-def _held(path: Path, mirror: Mirror | None, facts: ShardFacts) -> Generator[Path]:
+def held_files(path: Path, mirror: Mirror | None, facts: ShardFacts) -> Generator[Path]:
     """The folder that holds a file; a file of a remote dataset is copied there first."""
     with mirror.held(facts) if mirror else nullcontext(path) as folder:
         yield folder
 
 
 def _selection(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
-    with _held(path, mirror, manifest.selection) as folder:
+    with held_files(path, mirror, manifest.selection) as folder:
         return open_selection(folder, manifest, view)
 
 
@@ -424,9 +436,8 @@ def _column(table: pa.Table, name: str) -> NDArray[np.int64]:
     return table[name].to_numpy().astype(np.int64)
 
 
-def _check_sizes(path: Path, shards: Iterable[ShardFacts], tokenizer: list[ShardFacts]) -> None:
-    """Notice a missing or cut shard, or another tokenizer, now and not at step 9,000."""
-    check_copy_files(path, tokenizer)
+def check_sizes(path: Path, shards: Iterable[ShardFacts]) -> None:
+    """Notice a missing or cut shard now and not at step 9,000."""
     for shard in shards:
         file = path / shard.path
         try:

@@ -11,20 +11,20 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from lapilli.data.config import BuildConfig
+from lapilli.data.config import BuildConfig, TargetConfig
 from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.encodings import Encoding
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.mounts import Located
 from lapilli.data.planning.incremental import UNUSED_STAMP, Previous, Stamped, TokenGroup
-from lapilli.data.planning.shard_task import ImageTask, Task, TokenTask
+from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task, TokenTask
 from lapilli.data.record import PackedEntry
 from lapilli.data.sources.tally import Tally
 from lapilli.data.text.encode import TokenizerFacts
 from lapilli.data.text.templates import Template
 
-__all__ = ["BuildPlan", "ViewPlan", "source_bytes"]
+__all__ = ["BuildPlan", "TargetPlan", "ViewPlan", "source_bytes"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,27 @@ class ViewPlan:
 
 
 @dataclass(frozen=True)
+class TargetPlan:
+    """A teacher's features of a build.
+
+    Attributes:
+        target: Its settings; a folder of weights is absolute.
+        made: Digest of all that decides its features, but the images.
+        images_per_shard: Images of each shard but the last.
+        shards: In order, as those of a view.
+    """
+
+    target: TargetConfig
+    made: str
+    images_per_shard: int
+    shards: tuple[TargetTask | ShardFacts, ...]
+
+    def tasks(self) -> Iterator[TargetTask]:
+        """The shards that are to be there, finished or not."""
+        return (shard for shard in self.shards if isinstance(shard, TargetTask))
+
+
+@dataclass(frozen=True)
 class BuildPlan:
     """Everything known before the first pixel is decoded.
 
@@ -68,6 +89,7 @@ class BuildPlan:
         tokenizer: Facts of the tokenizer.
         template: The template.
         views: Every view to make, `original` among them if it is.
+        targets: Every teacher's features to make.
         token_groups: The rows of each token shard.
         token_shards: In the order of their groups: the shards to build, and the facts of those that
             stay as they are. An entry quarantined before decoding is in none that is built.
@@ -86,6 +108,7 @@ class BuildPlan:
     tokenizer: TokenizerFacts
     template: Template
     views: dict[str, ViewPlan]
+    targets: dict[str, TargetPlan]
     token_groups: list[TokenGroup]
     token_shards: tuple[TokenTask | ShardFacts, ...]
     previous: Previous | None
@@ -111,9 +134,13 @@ class BuildPlan:
         """The image shards of every view that are to be there, finished or not."""
         return [task for view in self.views.values() for task in view.tasks()]
 
+    def target_tasks(self) -> list[TargetTask]:
+        """The shards of every teacher that are to be there, finished or not."""
+        return [task for target in self.targets.values() for task in target.tasks()]
+
     def tasks(self) -> list[Task]:
         """Every shard that is to be there, finished or not."""
-        return [*self.token_tasks(), *self.image_tasks()]
+        return [*self.token_tasks(), *self.image_tasks(), *self.target_tasks()]
 
     def kept_packed(self) -> list[bytes]:
         """The kept records, packed; `TokenGroup.kept` counts them."""

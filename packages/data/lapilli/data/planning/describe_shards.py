@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from lapilli.data.config import BuildConfig
+from lapilli.data.config import BuildConfig, TargetConfig
+from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.encodings import ORIGINAL, Encoding
 from lapilli.data.images.view import ImageSpec
-from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.access import cannot_read
+from lapilli.data.io.atomic import ShardFacts, sha256_file
 from lapilli.data.io.remote_path import open_output
 from lapilli.data.mounts import Located
-from lapilli.data.planning.build_plan import ViewPlan, source_bytes
+from lapilli.data.planning.build_plan import TargetPlan, ViewPlan, source_bytes
 from lapilli.data.planning.incremental import Previous, Stamped, TokenGroup, keep_image_shards
-from lapilli.data.planning.shard_task import RAW, ImageTask, TokenTask, writer_version
+from lapilli.data.planning.shard_task import RAW, ImageTask, TargetTask, TokenTask, writer_version
 from lapilli.data.shards.manifest import digest
 from lapilli.data.text.encode import TokenizerFacts
 from lapilli.data.text.templates import Template
 
-__all__ = ["ImageSlots", "describe_tokens", "describe_view"]
+__all__ = ["ImageSlots", "describe_target", "describe_tokens", "describe_view", "target_spec"]
 
 ORIGINALS_PER_SHARD = 512
 COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
@@ -157,3 +160,59 @@ def describe_tokens(
         )
         shards.append(task)
     return tuple(shards)
+
+
+def target_spec(target: TargetConfig) -> ImageSpec:
+    """How an image becomes what the teacher is given, by Pillow as its own code does it."""
+    return ImageSpec(size=target.size, fill=(0, 0, 0), aspect=target.aspect, resizer="pillow")
+
+
+def describe_target(
+    name: str, target: TargetConfig, codecs: Codecs, slots: ImageSlots, config: BuildConfig
+) -> TargetPlan:
+    """Cut a teacher's features into shards.
+
+    Reads the teacher's weights for their digest, and the shards of the dataset in the output that
+    it may keep.
+
+    Raises:
+        DataError: Weights that cannot be read.
+    """
+    folder = Path(target.pretrained)
+    if target.pretrained and folder.is_dir():
+        target = replace(target, pretrained=str(folder.resolve()))
+    spec, size = target_spec(target), max(1, config.shard_bytes // target.image_bytes)
+    writer, deciding = writer_version(), target.facts() | {"pretrained": _weights(target)}
+    made = digest([writer, spec.facts(), asdict(codecs), deciding])
+    kept: Mapping[int, ShardFacts] = {}
+    before = slots.previous.manifest.targets.get(name) if slots.previous else None
+    if slots.previous and before and (before.made, before.images_per_shard) == (made, size):
+        output = open_output(config.output)
+        kept = keep_image_shards(output, slots.stamped, slots.previous, before)
+    shards: list[TargetTask | ShardFacts] = []
+    for number, start in enumerate(range(0, len(slots.stamped), size)):
+        part = slots.stamped[start : start + size]
+        mark = digest([made, [(image, stamp.hex()) for image, stamp in part]])[:12]
+        task = TargetTask(
+            name=f"targets/{name}/{number:05d}-{mark}.arrow",
+            writer=writer,
+            root=config.root,
+            images=tuple(slots.images.get(image) or _unused(image) for image, _ in part),
+            spec=spec,
+            codecs=codecs,
+            target=target,
+        )
+        shards.append(kept.get(number, task))
+    return TargetPlan(target, made, size, tuple(shards))
+
+
+def _weights(target: TargetConfig) -> str:
+    """What tells the weights from others: a folder may lie elsewhere, its files count."""
+    folder = Path(target.pretrained)
+    if not target.pretrained or not folder.is_dir():
+        return target.pretrained
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return digest([(path.name, sha256_file(path)) for path in files])
+    except OSError as error:
+        raise DataError(cannot_read(error.filename or folder, error)) from None

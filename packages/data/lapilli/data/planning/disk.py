@@ -11,7 +11,7 @@ from lapilli.data.io.access import exists
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.planning.build_plan import source_bytes
-from lapilli.data.planning.shard_task import ImageTask, Task
+from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task
 
 __all__ = [
     "check_disk",
@@ -47,6 +47,8 @@ def task_bytes(task: Task) -> int:
     if not isinstance(task, ImageTask):
         # A token of four letters takes as many bytes as its letters.
         return sum(map(len, task.packed)) + TOKEN_ROW_BYTES * len(task.packed)
+    if isinstance(task, TargetTask):
+        return len(task.images) * task.target.image_bytes
     if task.encoding.kind == ORIGINAL:
         return sum(map(source_bytes, task.images))
     return len(task.images) * estimated_bytes(task.spec.size**2 * 3, task.encoding)

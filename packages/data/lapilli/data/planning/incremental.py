@@ -19,7 +19,7 @@ from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.mounts import Located
 from lapilli.data.shards.files import finished_facts, open_table
-from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
+from lapilli.data.shards.manifest import Manifest, TargetFacts, ViewFacts, read_manifest
 from lapilli.data.shards.schemas import INPUT_SCHEMA
 
 __all__ = [
@@ -124,9 +124,9 @@ def arrange_slots(stamps: Mapping[str, bytes], previous: Previous | None) -> lis
 
 
 def keep_image_shards(
-    output: Output, slots: Sequence[Stamped], previous: Previous, view: ViewFacts
+    output: Output, slots: Sequence[Stamped], previous: Previous, view: ViewFacts | TargetFacts
 ) -> dict[int, ShardFacts]:
-    """The shards of a view, by number, that stay although an image of theirs is used no more.
+    """The shards of a view or a teacher, by number, that stay although an image has no more use.
 
     Those whose images are all in use need no such list: their task is what it was.
     """

@@ -26,8 +26,13 @@ from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import open_output
 from lapilli.data.mounts import Located
 from lapilli.data.mounts.repairs import repairs_table
-from lapilli.data.planning.build_plan import BuildPlan
-from lapilli.data.planning.describe_shards import ImageSlots, describe_tokens, describe_view
+from lapilli.data.planning.build_plan import BuildPlan, TargetPlan
+from lapilli.data.planning.describe_shards import (
+    ImageSlots,
+    describe_target,
+    describe_tokens,
+    describe_view,
+)
 from lapilli.data.planning.incremental import (
     Previous,
     TokenGroup,
@@ -98,11 +103,8 @@ def plan_build(
     _try_out(template, loaded, config.compat)
     tokenizer = tokenizer_facts(loaded)
     specs = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
-    codecs = {
-        view: resolve_for_nodes(_resizer(spec, config.compat)) for view, spec in specs.items()
-    }
-    output = open_output(config.output)
-    previous = read_previous(output)
+    codecs = {v: resolve_for_nodes(_resizer(spec, config.compat)) for v, spec in specs.items()}
+    previous = read_previous(output := open_output(config.output))
     originals = Originals(previous, output.resolve())
     rules = record_rules(template, loaded, config.compat)
     read = _read_sources(config, root, rules, originals, on_progress)
@@ -115,7 +117,9 @@ def plan_build(
         name: originals.stamp(place) or image_stamp(place) for name, place in read.located.items()
     }
     slots = ImageSlots(arrange_slots(stamps, previous), read.located, previous)
+    targets = _plan_targets(slots, config)
     groups, token_shards = _plan_tokens(read, config, tokenizer, template, previous)
+    targets = _plan_targets(slots, config)
     return BuildPlan(
         config=config,
         entries=read.entries,
@@ -131,10 +135,11 @@ def plan_build(
             view: describe_view(view, spec, codecs[view], slots, config)
             for view, spec in specs.items()
         },
+        targets=targets,
         token_groups=groups,
         token_shards=token_shards,
         previous=previous,
-        digests=_digests(config, read.entries, stamps, tokenizer, template, codecs),
+        digests=_digests(config, read.entries, stamps, tokenizer, template, codecs, targets),
     )
 
 
@@ -203,6 +208,14 @@ def _plan_tokens(
     groups = arrange_tokens(output, rows, config.records_per_shard, folder, previous)
     records = [(packed, images) for _, packed, images in kept]
     return groups, describe_tokens(groups, records, folder, config, tokenizer, template)
+
+
+def _plan_targets(slots: ImageSlots, config: BuildConfig) -> dict[str, TargetPlan]:
+    """Every teacher's features; their images are decoded by Pillow, as LLaVA's are."""
+    return {
+        name: describe_target(name, target, resolve_for_nodes("pillow"), slots, config)
+        for name, target in config.targets.items()
+    }
 
 
 def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Template) -> str:
@@ -299,6 +312,7 @@ def _digests(
     tokenizer: TokenizerFacts,
     template: Template,
     codecs: dict[str, Codecs],
+    targets: dict[str, TargetPlan],
 ) -> dict[str, str]:
     """All that decides bytes, by name, so that a change can be named: short text or a digest."""
     stored = {view: encoding.describe() for view, encoding in config.encodings.items()}
@@ -317,6 +331,7 @@ def _digests(
         "shard_bytes": str(config.shard_bytes),
         "mixture": digest(asdict(config.mixture)),
         "images": digest([[name, stamp.hex()] for name, stamp in stamps.items()]),
+        **{f"targets {name}": target.made for name, target in targets.items()},
     }
     hashes = {
         source.name: hashlib.sha256(digest(source.facts()).encode()) for source in config.sources

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lapilli.data.config import TargetConfig
 from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.encodings import Encoding
 from lapilli.data.images.view import ImageSpec
@@ -13,7 +14,7 @@ from lapilli.data.record import Record, unpack
 from lapilli.data.text.templates import Template
 from lapilli.data.versions import installed_versions
 
-__all__ = ["RAW", "ImageTask", "Task", "TokenTask", "writer_version"]
+__all__ = ["RAW", "ImageTask", "TargetTask", "Task", "TokenTask", "writer_version"]
 
 WRITERS = ("pyarrow", "tokenizers")
 RAW = Encoding()
@@ -46,6 +47,13 @@ class ImageTask:
     def image_ids(self) -> tuple[str, ...]:
         """The identities of the images, in order."""
         return tuple(place.image_id for place in self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetTask(ImageTask):
+    """One shard of a teacher's features: decode these images as for a view, and ask the teacher."""
+
+    target: TargetConfig
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ __all__ = [
     "PLAN",
     "TOKENIZER",
     "Manifest",
+    "TargetFacts",
     "TokenizerFields",
     "ViewFacts",
     "digest",
@@ -130,6 +131,34 @@ class ViewFacts:
 
 
 @dataclass(frozen=True)
+class TargetFacts:
+    """A teacher's features: slot i is where `ViewFacts` says of an image.
+
+    Attributes:
+        teacher: Its name.
+        made: Digest of its weights and settings and of how images are made for it.
+        rows: Vectors an image.
+        width: Numbers of a vector.
+        storage: `int8` with a scale a vector, or `bf16`.
+        images_per_shard: As for a view.
+        shards: Its shards.
+        error: Root mean square of what storing has changed, over that of the features.
+        statuses: Images by status: `ok`, `refused` where the teacher gives no finite numbers,
+            `unused`, or why an image cannot be decoded.
+    """
+
+    teacher: str
+    made: str
+    rows: Natural
+    width: Natural
+    storage: Literal["int8", "bf16"]
+    images_per_shard: Natural
+    shards: list[ShardFacts]
+    error: float
+    statuses: dict[str, Natural]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All a reader must know; training compares it with the model before step 0.
 
@@ -151,6 +180,7 @@ class Manifest:
             `records` and `tokens` of an epoch, `epochs`, and its true `share`.
         tokens: The token shards.
         views: The views by name.
+        targets: Teachers' features by name.
         selection: Facts of `selection.arrow`.
         versions: Of the libraries that decide bytes.
         quarantine: Facts of the file of quarantined records.
@@ -176,10 +206,12 @@ class Manifest:
     repairs: ShardFacts | None = None
     template_fields: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer_files: list[ShardFacts] = field(default_factory=list[ShardFacts])
+    targets: dict[str, TargetFacts] = field(default_factory=dict[str, TargetFacts])
 
     def shards(self) -> list[ShardFacts]:
-        """The token shards, then those of every view."""
-        return [*self.tokens, *(shard for view in self.views.values() for shard in view.shards)]
+        """The token shards, then those of every view and of every teacher."""
+        of_images = [*self.views.values(), *self.targets.values()]
+        return [*self.tokens, *(shard for kind in of_images for shard in kind.shards)]
 
     def bound_template(self, where: object) -> Template:
         """The template that the records were written with; no file beside is asked.
@@ -275,6 +307,12 @@ def _check(manifest: Manifest) -> None:
             )
         if view.encoding["kind"] != ORIGINAL:
             as_type(view.spec, ImageSpec, f"{place}.spec")
+    for name, target in manifest.targets.items():
+        for what in ("rows", "width", "images_per_shard"):
+            if getattr(target, what) < 1:
+                raise JsonError(
+                    f"targets.{name}.{what}: {getattr(target, what)}; expected 1 or more"
+                )
     if manifest.image_token != IMAGE_TOKEN:
         raise JsonError(f"image_token: {manifest.image_token}; expected {IMAGE_TOKEN}")
     for number, facts in enumerate(manifest.tokenizer_files):

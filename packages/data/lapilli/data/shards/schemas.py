@@ -11,7 +11,9 @@ __all__ = [
     "INPUT_SCHEMA",
     "JPEG_SCHEMA",
     "OK",
+    "REFUSED",
     "SELECTION_SCHEMA",
+    "TARGET_SCHEMA",
     "TOKEN_SCHEMA",
     "TRAIN",
     "UNUSED",
@@ -22,6 +24,9 @@ TRAIN, HELD_OUT = "train", "held_out"  # the splits
 
 
 OK = "ok"  # status of an image that a view has pixels of
+
+
+REFUSED = "refused"  # status of an image of which a teacher gives numbers that are not finite
 
 
 UNUSED = "unused"  # status of a slot whose image no record names any more
@@ -47,6 +52,19 @@ JPEG_SCHEMA = pa.schema(
         ("absolute_error", pa.int64()),  # what JPEG has changed, summed over the image's values
         ("squared_error", pa.int64()),
         ("worst_error", pa.int32()),
+    ]
+)
+
+
+TARGET_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("status", pa.string()),  # "ok", a Reason, "unused" or "refused" by the teacher
+        ("detail", pa.string()),
+        ("features", pa.large_binary()),  # rows x width, int8 or bf16
+        ("scales", pa.large_binary()),  # of int8: rows, fp32; a row is its numbers times its scale
+        ("squared_difference", pa.float64()),  # of what is stored and what the teacher gave
+        ("squared_length", pa.float64()),  # of what the teacher gave
     ]
 )
 
@@ -96,10 +114,13 @@ SELECTION_SCHEMA = pa.schema(
 )
 
 
-_SCHEMAS = (JPEG_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)
+_SCHEMAS = (JPEG_SCHEMA, TARGET_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)
 
 
 COLUMN_TYPES = {field.name: field.type for schema in _SCHEMAS for field in schema}
 
 
-NULLABLE = {field.name for field in (*JPEG_SCHEMA, *FAST_COLUMNS)} - {"image_id", "status"}
+NULLABLE = {field.name for field in (*JPEG_SCHEMA, *TARGET_SCHEMA, *FAST_COLUMNS)} - {
+    "image_id",
+    "status",
+}

@@ -35,7 +35,7 @@ from lapilli.model.parts.qwen1 import refuse_minicpm
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.vision import FAMILIES
 from lapilli.model.parts.weight_files import PROJECTOR, check_weights, read_tensors
-from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
+from lapilli.model.vlm import AUX_PARTS, DTYPES, VisionLanguageModel, build_model
 
 __all__ = [
     "BASE_FOLDER", "MODEL", "QUANTIZED", "Kind", "base_folder", "has_language", "kind_of",
@@ -149,7 +149,8 @@ def read_foreign(path: Path) -> VisionLanguageModel:
 
 def _check_whole(path: Path, model: VisionLanguageModel, loaded: Collection[str]) -> None:
     """Refuse a folder of which a part would stay random: a tower is never among them."""
-    for part in ("projector", "language"):
+    aux = [part for part in AUX_PARTS if part in dict(model.named_children())]
+    for part in ("projector", "language", *aux):
         if part not in loaded and any(True for _ in model.get_submodule(part).parameters()):
             raise ModelError(
                 f"{path}: no weights of the {part}; expected a whole model, of one's parts start a "

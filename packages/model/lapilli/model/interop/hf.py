@@ -420,6 +420,11 @@ def _to_hf(model: VisionLanguageModel, rows: int) -> dict[str, Weight]:
 
 
 def _check_parts(model: VisionLanguageModel) -> None:
+    if model.config.aux.mode:
+        raise ModelError(
+            f"aux.mode: {model.config.aux.mode} has no counterpart in transformers' LLaVA, which "
+            "has no tokens behind an image's rows; use the run itself"
+        )
     tower, projector = model.config.vision.tower, model.config.projector
     if tower not in FAMILIES:
         raise ModelError(

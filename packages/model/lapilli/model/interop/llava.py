@@ -25,11 +25,12 @@ from lapilli.model.interop.llava_config import (
 )
 from lapilli.model.interop.llava_tower import TowerImages, write_tower
 from lapilli.model.interop.peft import PREFIX, SETTINGS, merge_adapter, read_adapter
+from lapilli.model.interop.visper import aux_parts, visper_weights
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
 from lapilli.model.parts.added_rows import added_rows, source_rows, table_names
 from lapilli.model.parts.trainable import base_name, is_adapter
 from lapilli.model.parts.weight_files import PROJECTOR, read_tensors, save_tensors
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model.vlm import AUX_PARTS, VisionLanguageModel
 
 __all__ = [
     "BESIDE_ADAPTER", "LEFT_OVER", "TOWER", "VISION_FOLDER", "LlavaForm", "is_llava", "load_llava",
@@ -85,7 +86,8 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
             LLaVA takes it from what its config names.
 
     Returns:
-        The parts that were loaded: `projector`, `language`, `vision`.
+        The parts that were loaded: `projector`, `language`, `vision`, and VisPer-LM's
+        `task_tokens` and `predictors`.
 
     Raises:
         ModelError: A tensor is missing, unknown, or of another shape.
@@ -97,7 +99,8 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
         merge_adapter(from_qwen1(adapter) if is_for_qwen1(adapter) else adapter, model.language)
         return _in_order([*loaded, "language", *_load_towers(path, model)])
     tensors = read_tensors(path)
-    parts = {"projector": projector_state(tensors)}
+    parts = aux_parts(path, tensors, model)
+    parts["projector"] = projector_state(tensors)
     parts["language"], parts["vision"] = {}, {}
     tower = model.config.vision.tower
     for name, value in tensors.items():
@@ -118,7 +121,7 @@ def load_llava(path: Path, model: VisionLanguageModel) -> list[str]:
 
 
 def _in_order(parts: Collection[str]) -> list[str]:
-    return [part for part in ("projector", "language", "vision") if part in parts]
+    return [part for part in ("projector", "language", "vision", *AUX_PARTS) if part in parts]
 
 
 def _holds_any(file: Path) -> bool:
@@ -179,6 +182,8 @@ def write_llava(
 ) -> None:
     """Write a checkpoint in the layout of `llava-v1.5-7b`, adapters merged, with LLaVA's config.
 
+    Task tokens and predictors are written as VisPer-LM has them.
+
     Args:
         model: The model.
         output: Folder to write.
@@ -194,6 +199,7 @@ def write_llava(
         state.pop("lm_head.weight", None)
     for name, value in plain_weights(model.projector).items():
         state[f"model.mm_projector.{name}"] = value
+    state |= visper_weights(model)
     output.mkdir(parents=True, exist_ok=True)
     write_weights(
         state, output, form.dtype, shard_size=form.shard_size, form=form.files,

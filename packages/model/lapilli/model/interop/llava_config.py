@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
+from lapilli.model.config import LanguageConfig, ModelConfig, Part, VisionConfig
 from lapilli.model.errors import ModelError
+from lapilli.model.interop.visper import aux_of, visper_settings
 from lapilli.model.parts.llava_folder import (
     CONFIG,
     LANGUAGES,
@@ -24,7 +25,7 @@ from lapilli.model.parts.llava_folder import (
 )
 from lapilli.model.parts.pretrained import local_folder
 from lapilli.model.parts.vision import FAMILIES, TransformersTower
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model.vlm import AUX_PARTS, VisionLanguageModel
 
 __all__ = [
     "CONFIG", "LANGUAGES", "TOWER_FOLDER", "LlavaSettings", "check_llava", "is_llava_config",
@@ -63,6 +64,7 @@ def check_llava(model: VisionLanguageModel) -> None:
     Raises:
         ModelError: Names the part.
     """
+    visper_settings(model.config.aux)
     vision, projector = model.config.vision, model.config.projector
     if vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
         raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
@@ -80,23 +82,29 @@ def llava_config(model: VisionLanguageModel, settings: LlavaSettings) -> dict[st
         ModelError: A part that LLaVA does not have.
     """
     check_llava(model)
-    kind = str(model.language.config.model_type)
-    return _language(model) | {
-        "model_type": f"llava_{kind}",
-        "architectures": [LANGUAGES[kind]],
-        "mm_projector_type": model.config.projector,
-        "mm_hidden_size": model.vision.hidden_size,
-        "mm_vision_tower": settings.tower,
-        "mm_vision_select_layer": settings.layer,
-        "mm_vision_select_feature": FEATURES[model.config.vision.vision_feature_select_strategy],
-        "mm_patch_merge_type": "flat",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": settings.aspect,
-        "tokenizer_padding_side": "left",  # a batch then answers as its prompts do alone
-        "use_mm_proj": True,
-        "torch_dtype": settings.dtype,
-    }
+    kind, aux = str(model.language.config.model_type), model.config.aux
+    return (
+        _language(model)
+        | visper_settings(aux)
+        | {
+            "model_type": f"{'ola' if aux.mode else 'llava'}_{kind}",
+            "architectures": [f"{'Ola' if aux.mode else ''}{LANGUAGES[kind]}"],
+            "mm_projector_type": model.config.projector,
+            "mm_hidden_size": model.vision.hidden_size,
+            "mm_vision_tower": settings.tower,
+            "mm_vision_select_layer": settings.layer,
+            "mm_vision_select_feature": FEATURES[
+                model.config.vision.vision_feature_select_strategy
+            ],
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": settings.aspect,
+            "tokenizer_padding_side": "left",  # a batch then answers as its prompts do alone
+            "use_mm_proj": True,
+            "torch_dtype": settings.dtype,
+        }
+    )
 
 
 def _language(model: VisionLanguageModel) -> dict[str, Any]:
@@ -162,11 +170,15 @@ def llava_model(folder: Path, config: Mapping[str, Any], base: str = "") -> Mode
             f"{folder / CONFIG}: mm_projector_type {projector}; expected linear, mlpNx_gelu or "
             "identity"
         )
+    aux = aux_of(folder, config)
+    parts: list[Part] = ["vision", "projector", "language"]
+    parts.extend(part for part in AUX_PARTS if (aux.heads if part == "predictors" else aux.mode))
     return ModelConfig(
         vision=_tower(folder, config),
         language=_based(base, config) if base else _whole(folder, kind, config),
         projector=str(projector),
-        trainable=("vision", "projector", "language"),
+        trainable=tuple(parts),
+        aux=aux,
     )
 
 

@@ -33,11 +33,16 @@ __all__ = ["VISION_FOLDER", "check_adapters", "write_base", "write_lora_run"]
 
 
 def check_adapters(model: VisionLanguageModel) -> None:
-    """Refuse a model without adapters.
+    """Refuse a model without adapters, or with parts that have no place beside them.
 
     Raises:
-        ModelError: It has none.
+        ModelError: It has none, or task tokens.
     """
+    if model.config.aux.mode:
+        raise ModelError(
+            f"aux.mode: {model.config.aux.mode}; adapters have no place for task tokens, export "
+            "with --to llava"
+        )
     if model.config.lora is None or not any(map(adapted_layers, _parts(model).values())):
         raise ModelError(
             "lora: the model was trained without adapters; expected a run with model.lora, or "

@@ -51,7 +51,7 @@ def decoder_kind(folder: Path, config: Mapping[str, Any]) -> str:
     Raises:
         ModelError: It is none that this package has.
     """
-    kind = str(config.get("model_type")).removeprefix("llava_")
+    kind = str(config.get("model_type")).removeprefix("llava_").removeprefix("ola_")  # VisPer-LM
     kind = OLD_NAMES.get(kind, kind)
     if kind not in LANGUAGES:
         raise ModelError(

@@ -25,7 +25,7 @@ from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.quantized import Quantization, quantized_layers, round_trip
 from lapilli.model.parts.qwen1 import first_of_fused
 from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
-from lapilli.model.vlm import DTYPES, VisionLanguageModel, build_model
+from lapilli.model.vlm import AUX_PARTS, DTYPES, VisionLanguageModel, build_model
 from lapilli.train.checkpoint.find import Checkpoint, find_checkpoints, newest_weights
 from lapilli.train.checkpoint.frozen import check_frozen, source_digests
 from lapilli.train.checkpoint.layout import steps_in
@@ -207,7 +207,12 @@ def _check_start(
     assert chain.start is not None
     state, path = chain.start.state, chain.start.path
     check_frozen(state, digests, run=path, what="init_from")
-    unknown = sorted(digests.keys() - {*state.frozen["weights"]} - trained)
+    new = [part for part in AUX_PARTS if part in model.config.trainable]  # and learns from here on
+    unknown = sorted(
+        name
+        for name in digests.keys() - {*state.frozen["weights"]} - trained
+        if name.partition(".")[0] not in new
+    )
     if unknown:
         shape = shape_of(dict(model.named_parameters())[unknown[0]])
         raise TrainError(
@@ -283,6 +288,8 @@ class _Stage:
         parameters = {name: shape_of(value) for name, value in model.named_parameters()}
         tables = _tables(model)
         for plain, name in self.whole.items():
+            if plain.startswith("predictors.") and not model.config.aux.heads:
+                continue  # a stage that predicts nothing leaves its predecessor's behind
             self._check(plain, self.saved.shapes[name], parameters.get(plain), plain in tables)
         for layer in sorted(self.layers):
             shapes = self.saved.shapes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lapilli.data.batches.collate import Batch
 from lapilli.model.attention.choice import AUTO, choose_attention
+from lapilli.model.auxiliary.target_loss import AuxInputs, TargetRows
 from lapilli.model.config import ModelConfig
 from lapilli.model.flops import recomputation_flops
 from lapilli.model.parts.language import language_settings
@@ -45,11 +46,16 @@ class Sketch:
         """Parameters by part: all, and those that learn."""
         return parameter_counts(self.model)
 
-    def activations(self, batch: Batch) -> ActivationBytes:
+    def activations(self, batch: Batch, records: int = 0) -> ActivationBytes:
         """Bytes that autograd keeps for a batch of these shapes.
 
         Counted by running forward on fake tensors, as a CPU would run it: attention without the
         scores, the head's chunked loss with the gradients it keeps.
+
+        Args:
+            batch: A batch.
+            records: Of the global batch, an image each, whose targets the predictors are compared
+                with; 0 runs no predictor.
         """
         inputs = {
             "input_ids": batch.input_ids,
@@ -66,9 +72,31 @@ class Sketch:
                 for name, value in inputs.items()
             }
             told = one_line("model: a batch cannot be computed with these settings")
+            aux = self._aux(batch, records) if records and self.model.config.aux.heads else None
             with told, without_stacks(), without_grouped_mm():
-                self.model(**fake)
+                self.model(**fake, aux=aux)
         return counter.bytes()
+
+    def _aux(self, batch: Batch, records: int) -> AuxInputs:
+        """The targets of a global batch, in 8 bits."""
+        aux = self.model.config.aux
+        shapes = {task: aux.shape(task) for task in {task for task, _ in aux.heads}}
+        targets = {
+            task: TargetRows(
+                torch.empty(records, rows, width, dtype=torch.int8),
+                torch.empty(records, rows),
+                torch.empty(records, dtype=torch.bool),
+            )
+            for task, (rows, width) in shapes.items()
+        }
+        return AuxInputs(
+            targets=targets,
+            own=torch.empty(len(batch.pixels), dtype=torch.int64),
+            segments=torch.empty(batch.tree_ids.shape, dtype=torch.int32),
+            records=records,
+            weight=1.0,
+            losses=torch.empty(len(aux.heads), 2),
+        )
 
 
 class _Counter:

@@ -294,18 +294,18 @@ def _kept(
     config: RunConfig, sketch: Sketch, rows: RowSizes, count: int, device: Device
 ) -> ActivationBytes:
     """What a micro-batch of so many rows keeps for backward."""
-    vision, language = sketch.model.vision, sketch.model.language
-    images = min(rows.images, max(1, rows.length // vision.num_tokens))
+    tokens, language = sketch.model.image_tokens, sketch.model.language
+    images = min(rows.images, max(1, rows.length // tokens))
     trained = min(rows.length, rows.length if rows.trained is None else rows.trained)
     shape = BatchShape(
         rows=count,
         buckets=(rows.length,),
-        image_tokens=vision.num_tokens,
+        image_tokens=tokens,
         target_sizes=(max(1, count * trained),),
     )
-    batch = collate([], shape, vision.image_size, with_images=True)
+    batch = collate([], shape, sketch.model.vision.image_size, with_images=True)
     pixels = np.broadcast_to(batch.pixels[:1], (count * images, *batch.pixels.shape[1:]))
-    kept = sketch.activations(replace(batch, pixels=pixels))
+    kept = sketch.activations(replace(batch, pixels=pixels), config.global_batch_size)
     if config.shares_rows and (device != "cuda" or holds_all_scores(language)):
         size = 4 if config.precision == "fp32" else 2
         masks = count * mask_count(language.config, rows.length)

@@ -182,8 +182,9 @@ def fit_here(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
 
 def join_alone(device: Device) -> None:
     """A process group of this process alone, if there is none yet."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)  # DeepSpeed reads them
     if not dist.is_initialized():
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them
         know_collectives(device)
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(BACKEND[device], store=store, rank=0, world_size=1)

@@ -140,9 +140,7 @@ def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Da
     Raises:
         DataError, TrainError: It cannot be opened or was made otherwise than the training data.
     """
-    dataset = open_dataset(
-        path, view=view, image_tokens=trained.model.vision.num_tokens, split=split
-    )
+    dataset = open_dataset(path, view=view, image_tokens=trained.model.image_tokens, split=split)
     check_model(trained.model, dataset)
     check_same_data(training_data(dataset), trained.data, str(path))
     return dataset

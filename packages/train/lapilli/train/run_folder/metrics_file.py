@@ -34,7 +34,7 @@ class StepResult:
 
     Attributes:
         step: Its index, from 0 on. What people read counts steps done (`done`), as checkpoints do.
-        loss: Mean over the global batch's trained tokens.
+        loss: Mean over the global batch's trained tokens; the losses of predictors are added.
         lr: The learning rate.
         grad_norm: Of the whole gradient, before clipping.
         grad_norm_by_part: The same for each part that learns.
@@ -43,6 +43,8 @@ class StepResult:
         batch: Digest of the samples that were taken.
         loss_scale: Of fp16.
         overflows: How often the step was taken again with a lower scale (fp16).
+        aux_losses: Of each predictor (`depth.18`), `smooth_l1` and `info_nce`, means over the
+            global batch without their weights; None without predictors.
     """
 
     step: Natural
@@ -55,6 +57,7 @@ class StepResult:
     batch: str | None = None
     loss_scale: float | None = None
     overflows: Natural | None = None
+    aux_losses: dict[str, float] | None = None
 
     @property
     def done(self) -> int:

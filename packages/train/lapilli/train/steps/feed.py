@@ -18,6 +18,7 @@ from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.train.config import RunConfig
+from lapilli.train.steps.aux_targets import OwnTargets, open_readers, read_targets
 from lapilli.train.steps.rows import EpochPlans, MicroRows, RowSamples, StepRows, share_rows
 from lapilli.train.steps.shapes import batch_shape
 
@@ -43,6 +44,7 @@ class StepBatches:
         rows: Samples of the whole global batch by rank, micro-step, row and tree.
         placed: The same samples in that order, -1 for empty slots.
         slots: Of each sample of each of this worker's micro-batches, its place in `placed`.
+        targets: Of this worker's images, where something predicts them.
     """
 
     step: int
@@ -54,6 +56,7 @@ class StepBatches:
     rows: StepRows
     placed: NDArray[np.int64]
     slots: list[NDArray[np.int64]]
+    targets: OwnTargets | None = None
 
 
 def mean_weights(trained: Sequence[Sequence[int]], rank: int) -> list[float]:
@@ -102,6 +105,7 @@ class Feed:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self._readers = open_readers(dataset, config.model.aux)
         self.plans = plans or EpochPlans(dataset, config)
         first = self.plans.first
         self._plan: tuple[int, EpochPlan | TreePlan] = 0, first
@@ -139,16 +143,24 @@ class Feed:
         if self.config.loss_reduction == "micro_batch_mean":
             trained = [[self._trained(micro) for micro in rank] for rank in rows]
             weights = mean_weights(trained, self.rank)
+        tokens = int(self.dataset.num_trained[filled].sum())
+        targets = None
+        if self._readers:
+            targets = read_targets(
+                self.dataset, self._readers, rows, self.rank,
+                records=len(filled), weight=float(max(1, tokens)),
+            )  # fmt: skip
         return StepBatches(
             step=step,
             batches=batches,
-            global_tokens=int(self.dataset.num_trained[filled].sum()),
+            global_tokens=tokens,
             global_samples=len(filled),
             sample_indices=indices,
             weights=weights,
             rows=rows,
             placed=placed,
             slots=_slots(rows, placed, self.rank),
+            targets=targets,
         )
 
     def _read(self, row: RowSamples) -> Row:
@@ -210,7 +222,8 @@ def _slots(rows: StepRows, placed: NDArray[np.int64], rank: int) -> list[NDArray
 def host_bytes(step: StepBatches) -> int:
     """Bytes of a step's arrays."""
     arrays = [getattr(batch, f.name) for batch in step.batches for f in fields(batch)]
-    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+    targets = 0 if step.targets is None else step.targets.nbytes
+    return targets + sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
 def mock_steps(feed: Feed, start: int = 0) -> Iterator[StepBatches]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lapilli.data.batches.collate import Batch
+from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.device import pinned
 
@@ -117,6 +118,7 @@ def train_step(
     world_size: int,
     before_update: Callable[[], None] = lambda: None,
     flush: Callable[[], None] = lambda: None,
+    aux: Sequence[AuxInputs] = (),
 ) -> Tensor:
     """Forward and backward over a worker's micro-batches, then one optimizer step.
 
@@ -132,9 +134,11 @@ def train_step(
         world_size: Number of workers.
         before_update: Called once, between the last backward and the update.
         flush: Called after each backward and after the update (`step_marker`).
+        aux: What the predictors take beside each micro-batch, with all ranks' targets; none where
+            nothing is predicted. Their losses are filled in.
 
     Returns:
-        This worker's summed loss, weighted, fp32 scalar, detached.
+        This worker's summed loss, weighted, fp32 scalar, detached; that of the predictors is in it.
 
     Raises:
         OutOfMemory: No room for a micro-batch; says which.
@@ -146,7 +150,8 @@ def train_step(
         is_last = number == len(batches)
         engine.set_gradient_accumulation_boundary(is_last)
         with _naming(batch):
-            loss = engine(**batch.inputs) * batch.weight
+            beside = {"aux": aux[number - 1]} if aux else {}
+            loss = engine(**batch.inputs, **beside) * batch.weight
             engine.backward(loss * scale)
             flush()
             if is_last:

@@ -77,7 +77,7 @@ def open_for(
     dataset = open_dataset(
         config.dataset,
         view=config.view,
-        image_tokens=model.vision.num_tokens,
+        image_tokens=model.image_tokens,
         max_length=config.max_length,
         truncate=config.truncates,
     )

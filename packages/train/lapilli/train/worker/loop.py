@@ -53,7 +53,8 @@ def fit(ready: Setup) -> None:
     with copied, _closed(journal), checkpoint.Writer() as writer, guard, rows:
         writer.reserve(ready.engine)
         start = asked = Mark(ready.device)
-        for batches in send_ahead(ready.feed.steps(ready.start), ready.device):
+        heads = len(ready.config.model.aux.heads)
+        for batches in send_ahead(ready.feed.steps(ready.start), ready.device, heads):
             given = Mark(ready.device)
             guard.begin()
             with profiled(ready.config, batches.step, ready.rank, ready.device):

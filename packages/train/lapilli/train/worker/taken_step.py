@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.model.config import GROUPS
 from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.engine.deepspeed_internals import loss_scale
@@ -20,6 +21,7 @@ from lapilli.train.metrics.batch_digest import LANES, lanes_text, sample_lanes
 from lapilli.train.metrics.step_metrics import slot_losses
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.metrics_file import StepResult
+from lapilli.train.steps.aux_targets import gathered
 from lapilli.train.steps.device_copy import SentStep
 from lapilli.train.steps.feed import StepBatches
 from lapilli.train.steps.host_copy import HostCopy, send_numbers
@@ -28,6 +30,8 @@ from lapilli.train.steps.step import seed_step, train_step
 from lapilli.train.worker.setup import Setup
 
 __all__ = ["KnownStep", "TakenStep", "take_step"]
+
+AUX_LOSSES = ("smooth_l1", "info_nce")
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class TakenStep:
         learning: Parts that learn.
         loss_scale: Of fp16.
         overflows: How often fp16's loss scale was lowered for it.
+        heads: Task and layer of each predictor.
         told: What all ranks tell, summed over them, on its way to the host: loss, `GROUPS`'
-            squared gradient norms, losses by place in the global batch, stop request, lanes of the
-            batch's digest, busy seconds by rank.
+            squared gradient norms, losses by place in the global batch, two losses a predictor,
+            stop request, lanes of the batch's digest, busy seconds by rank.
     """
 
     batches: StepBatches
@@ -67,6 +72,7 @@ class TakenStep:
     learning: frozenset[str]
     loss_scale: float | None
     overflows: int | None
+    heads: Sequence[tuple[str, int]]
     told: HostCopy
 
     def known(self) -> KnownStep:
@@ -74,6 +80,8 @@ class TakenStep:
         numbers, step = iter(self.told.numbers()), self.batches
         summed, *squares = islice(numbers, 1 + len(GROUPS))
         losses = list(islice(numbers, len(step.placed)))
+        names = [f"{task}.{layer}.{kind}" for task, layer in self.heads for kind in AUX_LOSSES]
+        aux_losses = dict(zip(names, islice(numbers, len(names)), strict=True))
         stops, *lanes = islice(numbers, 1 + LANES)
         result = StepResult(
             step=step.step,
@@ -90,6 +98,7 @@ class TakenStep:
             batch=lanes_text(lanes),
             loss_scale=self.loss_scale,
             overflows=self.overflows,
+            aux_losses=aux_losses or None,
         )
         return KnownStep(result, stops > 0, list(numbers), losses)
 
@@ -118,7 +127,7 @@ def take_step(
         starts_at_zero=ready.config.sampler == "llava",
     )  # fmt: skip
     engine.set_learning_rate(ready.engine, rate)
-    squares: list[Tensor] = []
+    squares, aux = list[Tensor](), gathered(batches.aux, ready.world_size)
     overflows = 0
     while True:
         seed_step(ready.config.seed, batches.step, ready.rank)
@@ -130,6 +139,7 @@ def take_step(
             world_size=ready.world_size,
             before_update=lambda: squares.append(engine.part_squares(ready.engine)),
             flush=ready.flush,
+            aux=aux,
         )
         if loss_scale(ready.engine) >= scale:
             break
@@ -145,15 +155,21 @@ def take_step(
     own = [busy if rank == ready.rank else 0.0 for rank in range(ready.world_size)]
     known = send_numbers([float(wants_stop), *lanes, *own], total.device)
     losses = slot_losses(batches.slots, batches.on_device, len(batches.placed))
-    told = torch.cat([total[None], squares[-1], losses, known])
+    told = torch.cat([total[None], squares[-1], losses, *_predicted(aux), known])
     if ready.world_size > 1:
         dist.all_reduce(told)
     groups: list[dict[str, Any]] = ready.engine.optimizer.param_groups
     return TakenStep(
-        batches=replace(batches, on_device=[]),
+        batches=replace(batches, on_device=[], aux=[]),
         lr=rate,
         learning=frozenset(group["part"] for group in groups),
         loss_scale=scale if is_fp16 else None,
         overflows=overflows if is_fp16 else None,
         told=HostCopy(told, ready.flush),
+        heads=ready.config.model.aux.heads,
     )
+
+
+def _predicted(aux: Sequence[AuxInputs]) -> list[Tensor]:
+    """This rank's share of each predictor's losses, in one tensor; none where there are none."""
+    return [torch.stack([one.losses for one in aux]).sum(0).flatten()] if aux else []

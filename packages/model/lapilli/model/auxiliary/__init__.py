@@ -1,0 +1,1 @@
+"""Task tokens behind images, and losses of hidden states against teachers' features."""
