@@ -182,9 +182,12 @@ def fit_here(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
 
 def join_alone(device: Device) -> None:
     """A process group of this process alone, if there is none yet."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)  # DeepSpeed reads them
-    if not dist.is_initialized():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
+    if dist.is_initialized():
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    else:
+        os.environ.update(alone)
         know_collectives(device)
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(BACKEND[device], store=store, rank=0, world_size=1)
