@@ -17,11 +17,13 @@ from rich.table import Table
 from lapilli.data.errors import DataError
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.ray_session import ray_session
+from lapilli.train.checkpoint.store import store_records
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import copy_rest, launch, only_trainer
 from lapilli.train.driver.preflight import Preflight, finished_steps, preflight
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
+from lapilli.train.run_folder.scratch import in_scratch, lies_in_store
 from pipelines.cli.command import (
     console,
     parse,
@@ -46,29 +48,33 @@ def train(config: RunConfig) -> list[StepMetrics]:
         for line in copy_rest(config, steps) if config.checkpoint.upload else ():
             say(line)
         say(f"{config.output}: already finished at step {steps}; nothing to do")
-        return read_metrics(Path(config.output))
+        return read_metrics(Path(in_scratch(config).output))
     # Ray is started after the lock is taken: a second command fails at once.
     session = ray_session() if config.launcher == "ray" else contextlib.nullcontext()
     with only_trainer(config), session:
         ready = preflight(config, say)
         print_preflight(config, ready)
-        run_folder = Path(ready.config.output)
         try:
-            metrics = read_metrics(run_folder) if ready.is_done else follow(ready)
+            metrics = read_metrics(Path(ready.config.output)) if ready.is_done else follow(ready)
         except BaseException:
             with contextlib.suppress(Exception):  # report why the run ended
-                _print_report(run_folder)
+                _print_report(ready.config)
             raise
-        _print_report(run_folder)
+        _print_report(ready.config)
     last = metrics[-1]
     say(f"loss {metrics[0].loss:.4f} at step 1, {last.loss:.4f} at step {last.done}")
     return metrics
 
 
-def _print_report(run_folder: Path) -> None:
+def _print_report(config: RunConfig) -> None:
     """Write the run's report, of a stopped run too; a failure here does not fail the run."""
     try:
-        say(f"report: {write_run_report(run_folder)}")
+        path = write_run_report(Path(config.output))
+        if lies_in_store(config):
+            store_records(Path(config.output), config.checkpoint.upload)
+            say(f"report: {config.checkpoint.upload}/{path.name}")
+        else:
+            say(f"report: {path}")
     except (DataError, TrainError, OSError) as error:
         say(f"report: none; {error}")
 
@@ -183,7 +189,10 @@ def _parts_table(ready: Preflight) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(RunConfig, argv, "Train a vision-language model on a dataset.")
+    config = parse(
+        RunConfig, argv, "Train a vision-language model on a dataset.",
+        addresses=["dataset", "output"],
+    )  # fmt: skip
     train(config)
     say(f"run: {config.output}")
     return 0

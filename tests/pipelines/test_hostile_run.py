@@ -25,7 +25,7 @@ from lapilli.model.parts.weight_files import read_safetensors, read_tensors
 from lapilli.train.checkpoint.find import find_checkpoints, latest_checkpoint, newest_weights
 from lapilli.train.checkpoint.init_from import find_chain
 from lapilli.train.checkpoint.layout import steps_in
-from lapilli.train.checkpoint.upload import fetch_newest
+from lapilli.train.checkpoint.store import fetch_newest
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import read_kept
 from lapilli.train.inference.assistant import open_assistant

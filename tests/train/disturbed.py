@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from lapilli.data.io.filesystems import is_remote
 from lapilli.train.config import RunConfig
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.pipelines.builds import PATIENCE, ROOT, Running
@@ -26,7 +27,8 @@ __all__ = ["driver", "ends", "kill_at", "lose_machine", "raylets", "train_worker
 @contextmanager
 def driver(config: RunConfig, *, cores: str = "4", **variables: str) -> Generator[Running]:
     """`pipelines.train` on the run; nothing of it is left afterwards."""
-    log = Path(tempfile.mkdtemp(dir=Path(config.output).parent))
+    beside = None if is_remote(config.output) else Path(config.output).parent
+    log = Path(tempfile.mkdtemp(dir=beside))
     recipe = log / "run.yaml"
     recipe.write_text(json.dumps(asdict(config)), encoding="utf-8")
     command = [sys.executable, "-m", "tests.train.driver", cores, f"--config={recipe}"]

@@ -6,6 +6,7 @@ python -m tests.train.driver CORES FLAGS...     1+1: two nodes of a core each
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -23,8 +24,10 @@ def start(cores: list[int]) -> None:
         ray.init("local", num_cpus=cores[0], include_dashboard=False, **quiet)
         return
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores[0]})
-    for more in cores[1:]:
-        cluster.add_node(num_cpus=more)
+    for number, more in enumerate(cores[1:], 1):
+        own = {f"LAPILLI_{name}": f"{os.environ[f'LAPILLI_{name}']}-{number}"
+               for name in ("SCRATCH", "CACHE") if f"LAPILLI_{name}" in os.environ}  # fmt: skip
+        cluster.add_node(num_cpus=more, env_vars=own)  # a disk of its own
     ray.init(cluster.address, **quiet)
 
 

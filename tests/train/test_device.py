@@ -21,7 +21,8 @@ from lapilli.train.device import (
     use_tf32,
     visible_devices,
 )
-from lapilli.train.driver.preflight import check_same_settings, preflight
+from lapilli.train.driver.preflight import preflight
+from lapilli.train.driver.same_run import check_same_settings
 from lapilli.train.errors import TrainError
 from tests.train.small_run import small_dataset, small_run
 

@@ -119,8 +119,8 @@ class RunConfig:
     rest may differ when it is resumed.
 
     Attributes:
-        dataset: Folder of a dataset.
-        output: Folder of the run; one process at a time trains in it.
+        dataset: Folder of a dataset, or its address.
+        output: Folder of the run or its store's address; one process at a time trains in it.
         view: The dataset's view that the tower reads.
         model: The model.
         optim: The optimizer.

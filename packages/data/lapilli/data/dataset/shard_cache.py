@@ -27,7 +27,7 @@ from lapilli.data.io.filesystems import open_storage, split_address
 from lapilli.data.record import excerpt
 from lapilli.data.shards.manifest import NAME, read_manifest
 
-__all__ = ["Mirror", "is_address", "open_mirror", "parse_bytes"]
+__all__ = ["Mirror", "dataset_folder", "is_address", "open_mirror", "parse_bytes"]
 
 CACHE, CACHE_LIMIT = "LAPILLI_CACHE", "LAPILLI_CACHE_LIMIT"
 TRIES = 5  # of a copy that fails or arrives damaged, the last after 7.5 s
@@ -227,8 +227,20 @@ def open_mirror(
     folder = root / name
     if not exists(folder / NAME):
         write_atomic(folder / NAME, lambda path: _write(path, data))
-    read_manifest(folder)
-    return Mirror(address, root, folder, mirror.limit)
+    mirror = Mirror(address, root, folder, mirror.limit)
+    for facts in read_manifest(folder).tokenizer_files:
+        with mirror.held(facts):
+            pass
+    return mirror
+
+
+def dataset_folder(dataset: str | Path) -> Path:
+    """A dataset's folder; of an address this node's copy, in which manifest and tokenizer are.
+
+    Raises:
+        DataError: As `open_mirror`.
+    """
+    return open_mirror(str(dataset)).folder if is_address(str(dataset)) else Path(dataset)
 
 
 def _write(path: Path, data: bytes) -> None:

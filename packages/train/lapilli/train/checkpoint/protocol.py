@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from lapilli.train.checkpoint.parts import part_name, write_part
+from lapilli.train.checkpoint.places import Places
 from lapilli.train.checkpoint.staging import StagedFragment
 from lapilli.train.engine.fragments import this_rank
 from lapilli.train.run_folder.checkpoint_state import CheckpointFile
@@ -50,15 +51,17 @@ def save_pieces(
     folder: Path,
     finish: Callable[[Files], None],
     group: dist.ProcessGroup | None = None,
+    places: Places | None = None,
 ) -> None:
     """Write every worker's pieces into a folder, then let rank 0 `finish`. Collective.
 
     Args:
         pieces: This worker's.
         sizes: Numbers of the whole flat tensors, by key.
-        folder: A new folder that all workers see; rank 0 makes it.
+        folder: A new folder, which the leader of each place makes.
         finish: Called on rank 0 with size and checksum of each file.
         group: The workers; None for all of them.
+        places: Who sees the same folder; None where all workers do.
 
     Raises:
         Exception: What a worker raised first, by rank, on every worker.
@@ -68,7 +71,7 @@ def save_pieces(
     try:
         save(
             {},
-            storage_writer=_PartWriter(folder, finish),
+            storage_writer=_PartWriter(folder, finish, places or Places(this_rank()[0])),
             planner=_PiecePlanner(pieces, sizes),
             process_group=group,
         )
@@ -131,9 +134,10 @@ def _index(piece: StagedFragment) -> MetadataIndex:
 class _PartWriter(StorageWriter):
     """One file a worker."""
 
-    def __init__(self, folder: Path, finish: Callable[[Files], None]) -> None:
+    def __init__(self, folder: Path, finish: Callable[[Files], None], places: Places) -> None:
         self._folder = folder
         self._finish = finish
+        self._places = places
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing: a writer is used once."""
@@ -142,13 +146,14 @@ class _PartWriter(StorageWriter):
         """Nothing: all is given."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
+        """Make the folder, before anyone writes: all plans are gathered first."""
+        if self._places.is_leader:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the folder, on rank 0 and before anyone writes."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        """The plans as they are."""
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.checkpoint.find import Checkpoint, require_layout
 from lapilli.train.checkpoint.layout import folder_bytes, forget_old, put_in_place
 from lapilli.train.checkpoint.parts import Saved, open_saved, write_whole
+from lapilli.train.checkpoint.places import Places
 from lapilli.train.checkpoint.staging import StagedFragment, Staging
 from lapilli.train.engine.fragments import (
     KINDS,
@@ -52,6 +53,7 @@ from lapilli.train.run_folder.names import (
     DATA,
     FOLDER,
     MILESTONES,
+    STATE,
     WEIGHTS,
     step_name,
 )
@@ -155,6 +157,7 @@ class _Finish:
         forms: As of `save`.
         keep: As of `save`.
         copies: As of `save`.
+        places: As of `save`.
     """
 
     run: Path
@@ -162,6 +165,7 @@ class _Finish:
     forms: Collection[str]
     keep: int
     copies: Copies | None
+    places: Places = field(default_factory=Places)
 
     def place(self, form: str) -> Path:
         """Where a folder of the step will lie."""
@@ -187,6 +191,20 @@ class _Finish:
             self._put(FOLDER)
             held = self.copies.held() if self.copies else ()
             forget_old(self.run, state.step, self.keep, held=held)
+
+    def follow(self, group: Any) -> None:
+        """Finish the folders of other places beside that of rank 0, which is done. Collective."""
+        if self.places.is_shared:
+            return
+        path = self.place(FOLDER)
+        said = [(path / STATE).read_bytes() if self.places.rank == 0 else b""]
+        dist.broadcast_object_list(said, src=0, group=group)
+        if self.places.is_leader and self.places.rank:
+            (self.parts / STATE).write_bytes(said[0])
+            put_in_place(self.parts, path)
+            held = self.copies.held() if self.copies else ()
+            forget_old(self.run, self.state.step, self.keep, held=held)
+        dist.barrier(group)
 
     def _finish_milestone(self, state: CheckpointState) -> None:
         folder = _cut(self.place(MILESTONES))
@@ -222,6 +240,7 @@ def save(
     writer: Writer | None = None,
     forms: Collection[str] = (FOLDER,),
     copies: Copies | None = None,
+    places: Places | None = None,
 ) -> Path:
     """Copy this worker's share to the host; all workers write theirs. Collective.
 
@@ -234,6 +253,8 @@ def save(
         writer: Writes behind the training; None writes now.
         forms: `checkpoints` for one to go on from, `milestones` for weights that are kept for ever.
         copies: Takes what is written elsewhere: this worker's part, on rank 0 the rest too.
+        places: Who sees the same folder; None where all workers do. No milestone is written where
+            there are several.
 
     Returns:
         The checkpoint's folder.
@@ -245,7 +266,10 @@ def save(
     pieces = staging.copy(held_fragments(engine, kinds, divided=True))
     shapes = {n: [*shape_of(p)] for n, p in trainable_parameters(engine.module).items()}
     made = replace(state, step=step, layout=LAYOUT, shapes=shapes)
-    finish = _Finish(run=run, state=made, forms=forms, keep=keep, copies=copies)
+    finish = _Finish(
+        run=run, state=made, forms=forms, keep=keep, copies=copies,
+        places=places or Places(this_rank()[0]),
+    )  # fmt: skip
 
     def write() -> None:
         _write(pieces, kinds, finish, writer.group if writer else None)
@@ -288,24 +312,23 @@ def _write(
         for kind in kinds
     }
     form = FOLDER if FOLDER in finish.forms else MILESTONES
-    with _told(finish.place(form)):
-        save_pieces(pieces, sizes, finish.parts, finish, group)
+    with _told(finish.place(form), finish.places):
+        save_pieces(pieces, sizes, finish.parts, finish, group, finish.places)
+        finish.follow(group)
     if finish.copies and this_rank()[0] and FOLDER in finish.forms:
         finish.copies.offer(finish.place(FOLDER))  # whole now; rank 0 has offered it
 
 
 @contextmanager
-def _told(path: Path) -> Generator[None]:
+def _told(path: Path, places: Places) -> Generator[None]:
     """A write that fails is one line, and leaves nothing."""
     try:
         yield
     except OSError as error:
         remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
-        if isinstance(error, FileNotFoundError):
-            remedy = "the folder must be on a file system that all workers share; choose such a one"
         raise TrainError(f"{path}: cannot be written ({error}); {remedy} and resume") from None
     finally:
-        if this_rank()[0] == 0:
+        if places.is_leader:
             for form in (FOLDER, MILESTONES):
                 temporary = _cut(path.parent.parent / form / path.name)
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Upload checkpoints to an object store during training, and fetch them from there.
+"""Upload checkpoints to an object store during training.
 
 The store holds what the run's folder does: `checkpoints/step-.../`, `milestones/step-.../`,
 `config.json`, `data/` and the files of `RECORDS`. Every worker copies the part that it wrote; rank
@@ -9,43 +9,28 @@ so that a step is whole there or has none.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lapilli.data.errors import DataError
-from lapilli.data.io.access import FULL
-from lapilli.data.io.atomic import sha256_file
-from lapilli.data.io.remote_path import COPY_BYTES, RemotePath
-from lapilli.data.io.typed_json import JsonError, as_type, from_json, is_file_path
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.record import excerpt
-from lapilli.train.checkpoint.layout import forget_old, is_step, outdated, put_in_place, steps_in
+from lapilli.train.checkpoint.layout import forget_old, outdated, steps_in
 from lapilli.train.checkpoint.parts import part_number
-from lapilli.train.config import RunConfig
-from lapilli.train.errors import TrainError
-from lapilli.train.renamed import RUN_NAMES
+from lapilli.train.checkpoint.store import RECORDS, bytes_at, listed
 from lapilli.train.run_folder.checkpoint_state import read_state
-from lapilli.train.run_folder.dataset_files import run_data_files
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import (
     CONFIG,
-    CUT,
-    DATA,
     FOLDER,
-    GENERATIONS,
-    METRICS,
     MILESTONES,
-    STARTS,
     STATE,
     step_name,
 )
 
-__all__ = ["Uploads", "fetch_newest", "store_config", "stored_config"]
+__all__ = ["Uploads"]
 
-RECORDS = (METRICS, STARTS, GENERATIONS)
 POLL = 1.0  # seconds between two looks for other workers' parts
 RETRY = 60.0  # seconds until an upload that failed is tried again; a new checkpoint is at once
 LAST_TRIES = 3  # of what is not there yet when the run ends, each with `RemotePath`'s own
@@ -76,7 +61,6 @@ class Uploads:
         self._retry_at = 0.0
         self._tries_left: int | None = None  # until the run ends, any number
         self._said = False
-        self._data_stored = False
         for path in steps_in(run / MILESTONES) if self._rank == 0 else ():
             self.offer(path)
         if start:
@@ -176,30 +160,26 @@ class Uploads:
     def _copy(self, path: Path) -> None:
         target = RemotePath(self._address) / path.parent.name / path.name
         state = (path / STATE).read_bytes()
-        if _bytes_at(target / STATE) != state:
+        if bytes_at(target / STATE) != state:
             if self._rank == 0:
                 (target / STATE).unlink(missing_ok=True)
             for file in sorted(path.rglob("*")):
-                if file.is_file() and file.name != STATE and self._copies(file):
+                if file.is_file() and file.name != STATE and self._copies(file.name):
                     _put(file, target / file.relative_to(path).as_posix())
             if self._rank == 0:
                 self._wait_for_parts(path, target)
                 _put(path / STATE, target / STATE)
         if self._rank:
             return
-        if not self._data_stored:
-            for name in run_data_files(self._run):
-                _put(self._run / name, RemotePath(self._address) / name)
-            self._data_stored = True
         for name in (CONFIG, *RECORDS):
             if (self._run / name).exists():
                 (RemotePath(self._address) / name).put(self._run / name)
         if path.parent.name == FOLDER:
             _prune(self._address, path.name, self._keep)
 
-    def _copies(self, file: Path) -> bool:
+    def _copies(self, name: str) -> bool:
         """Whether a file of a step is this worker's to copy; of an earlier world each has some."""
-        writer = part_number(file.name)
+        writer = part_number(name)
         return self._rank == (0 if writer is None else writer % self._workers)
 
     def _wait_for_parts(self, path: Path, target: RemotePath) -> None:
@@ -209,10 +189,11 @@ class Uploads:
             OSError: One is not there after `RETRY` seconds, or when the next checkpoint is whole.
         """
         give_up = time.monotonic() + RETRY
-        missing = [file for file in sorted(path.iterdir()) if not self._copies(file)]
-        while missing := [f for f in missing if (target / f.name).size != f.stat().st_size]:
+        files = read_state(path).files
+        missing = [name for name in sorted(files) if not self._copies(name)]
+        while missing := [name for name in missing if (target / name).size != files[name].bytes]:
             if time.monotonic() > give_up or self._is_overtaken(path):
-                raise OSError(f"{missing[0].name} is not there yet, which another worker copies")
+                raise OSError(f"{missing[0]} is not there yet, which another worker copies")
             time.sleep(POLL)
 
     def _is_overtaken(self, path: Path) -> bool:
@@ -226,151 +207,11 @@ def _put(file: Path, target: RemotePath) -> None:
         raise OSError(f"{target}: {size} bytes arrived of {file.stat().st_size}")
 
 
-def _bytes_at(path: RemotePath) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def _listed(address: str) -> dict[str, dict[str, RemotePath]]:
-    """The objects of each checkpoint at an address, by step and by name."""
-    folder = RemotePath(address) / FOLDER
-    found: dict[str, dict[str, RemotePath]] = {}
-    for path in folder.files():
-        step, *names = path.relative_to(folder).parts
-        if is_step(step) and len(names) == 1:
-            found.setdefault(step, {})[names[0]] = path
-    return found
-
-
 def _prune(address: str, newest: str, keep: int) -> None:
     """Remove what is cut short and all but the newest `keep`."""
-    found = _listed(address)
+    found = listed(address)
     whole = {step for step, files in found.items() if STATE in files}
     gone = (found.keys() - whole) | outdated(whole, int(newest.partition("-")[2]), keep)
     for step in sorted(gone):
         for path in sorted(found[step].values(), key=lambda path: path.name != STATE):
             path.unlink(missing_ok=True)
-
-
-def stored_config(address: str) -> RunConfig | None:
-    """The settings of the run whose copies are at an address; None where there is no run.
-
-    Raises:
-        DataError: The address cannot be read.
-        TrainError: What is there is no run's.
-    """
-    data = _bytes_at(RemotePath(address) / CONFIG)
-    if data is None:
-        return None
-    try:
-        found = from_json(data, dict[str, Any])
-        config = as_type(RUN_NAMES.with_new_names(found), RunConfig)
-    except JsonError as error:
-        raise TrainError(
-            f"checkpoint.upload: {address}/{CONFIG} is not a run's ({error}); choose another "
-            "address"
-        ) from None
-    if RUN_NAMES.found_in(found):
-        raise TrainError(
-            f"checkpoint.upload: the run at {address} was made by an earlier version and cannot be "
-            "resumed; choose another address"
-        )
-    return config
-
-
-def store_config(run: Path, address: str) -> None:
-    """Upload the settings; fails before the first step if the store cannot be written.
-
-    Raises:
-        DataError: The address cannot be written.
-    """
-    (RemotePath(address) / CONFIG).put(run / CONFIG)
-
-
-def fetch_newest(
-    run: Path, address: str, step: int, on_note: Callable[[str], None] = lambda line: None
-) -> int:
-    """Download the newest whole checkpoint if it is newer than the local one.
-
-    Args:
-        run: The run's folder.
-        address: Where its copies are.
-        step: The newest whole checkpoint here, or 0.
-        on_note: Called with a line for what was fetched, and for each that is damaged there.
-
-    Returns:
-        The step of the newest whole checkpoint here now.
-
-    Raises:
-        DataError: The address cannot be read.
-        TrainError: The disk is full.
-    """
-    found = _listed(address)
-    for name in sorted(found, reverse=True):
-        if name <= step_name(step):
-            break
-        path = run / FOLDER / name
-        if STATE in found[name] and _fetch(RemotePath(address) / FOLDER / name, path):
-            for record in RECORDS:  # they go at least to this step
-                with contextlib.suppress(FileNotFoundError):
-                    _download(RemotePath(address) / record, run / f".{record}{CUT}")
-                    (run / f".{record}{CUT}").replace(run / record)
-            _fetch_data(run, address)
-            on_note(f"{address}: fetched {FOLDER}/{name}")
-            return int(name.partition("-")[2])
-        on_note(f"{address}: {FOLDER}/{name} is cut short or damaged there; passed over")
-    return step
-
-
-def _fetch_data(run: Path, address: str) -> None:
-    """Download the run's `data` if it is missing here."""
-    source, temporary = RemotePath(address) / DATA, run / f".{DATA}{CUT}"
-    if (run / DATA).exists():
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    for path in source.files():
-        name = str(path.relative_to(source))
-        if not is_file_path(name):  # a store's keys are any text
-            raise TrainError(
-                f"checkpoint.upload: {excerpt(str(path))} leads out of the run; remove it there"
-            )
-        target = temporary / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _download(path, target)
-    if temporary.exists():
-        temporary.rename(run / DATA)
-
-
-def _fetch(source: RemotePath, path: Path) -> bool:
-    """Download a checkpoint; False if it is not what its `state.json` says."""
-    temporary = path.with_name(f".{path.name}{CUT}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        state = source / STATE
-        _download(state, temporary / STATE)
-        for name, file in read_state(temporary).files.items():
-            _download(source / name, temporary / name)
-            if sha256_file(temporary / name) != file.sha256:
-                return False
-        put_in_place(temporary, path)
-        return True
-    except (FileNotFoundError, JsonError, KeyError):
-        return False
-    except OSError as error:
-        remedy = "free space" if error.errno in FULL else "see to the folder's rights and its disk"
-        raise TrainError(
-            f"{path}: cannot be fetched from {source} ({error}); {remedy} and run the same again"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _download(source: RemotePath, path: Path) -> None:
-    def copy(remote: Any) -> None:
-        with path.open("wb") as file:
-            shutil.copyfileobj(remote, file, COPY_BYTES)
-
-    source.read_with(copy)

@@ -7,16 +7,24 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.io.writer_lock import only_writer
-from lapilli.train.checkpoint.find import latest_checkpoint
-from lapilli.train.checkpoint.upload import Uploads, store_config, stored_config
+from lapilli.train.checkpoint.store import (
+    newest_checkpoint,
+    store_config,
+    store_records,
+    stored_config,
+)
+from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.config import RunConfig
-from lapilli.train.driver.preflight import Preflight, check_same_settings, with_absolute_paths
+from lapilli.train.driver.preflight import Preflight
+from lapilli.train.driver.same_run import check_same_settings, with_absolute_paths
 from lapilli.train.driver.signals import stops_on_signals
 from lapilli.train.driver.workers import fit_here, fit_on_ray
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.messages import notes_end, notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics, read_new
+from lapilli.train.run_folder.scratch import in_scratch, lies_in_store
 from lapilli.train.run_folder.settings import write_run_config, write_run_info
 from lapilli.train.run_folder.stop_request import forget_stop, is_stop_asked
 
@@ -38,7 +46,7 @@ def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
     Raises:
         DataError: On entering, where another process trains there, or the folder cannot be written.
     """
-    return only_writer(Path(config.output), "trained")
+    return only_writer(Path(in_scratch(config).output), "trained")
 
 
 def copy_rest(config: RunConfig, step: int) -> list[str]:
@@ -60,11 +68,10 @@ def copy_rest(config: RunConfig, step: int) -> list[str]:
     if before := stored_config(config.checkpoint.upload):
         check_same_settings(before, config, config.checkpoint.upload)
     said = notes_end(run)
-    with (
-        only_trainer(config),
-        Uploads(run, config.checkpoint.upload, keep=config.checkpoint.keep_last, start=step),
-    ):
-        pass  # its end waits for the copies
+    with only_trainer(config):
+        store_config(run, config.checkpoint.upload)
+        with Uploads(run, config.checkpoint.upload, keep=config.checkpoint.keep_last, start=step):
+            pass  # its end waits for the copies
     return notes_from(run, said)[0]
 
 
@@ -97,17 +104,23 @@ def launch(
     with only_trainer(ready.config):
         write_run_config(run, ready.config)
         write_run_info(run, ready.info())
-        keep_data(run, Path(ready.config.dataset), ready.config.view, anew=not ready.start)
+        keep_data(
+            run, dataset_folder(ready.config.dataset), ready.config.view, anew=not ready.start
+        )
         if ready.is_done:
             return read_metrics(run)
         if ready.config.checkpoint.upload:
             store_config(run, ready.config.checkpoint.upload)
         forget_stop(run)
-        with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
-            fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
-            fit_on(ready.config, ready.device, ready.memory_policy)
+        try:
+            with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
+                fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
+                fit_on(ready.config, ready.device, ready.memory_policy)
+        finally:
+            if lies_in_store(ready.config):
+                store_records(run, ready.config.checkpoint.upload)
         if is_stop_asked(run):
-            newest = latest_checkpoint(run)
+            newest = newest_checkpoint(ready.config)
             raise KeyboardInterrupt(f"saved at step {newest.step}" if newest else "")
         return read_metrics(run)
 

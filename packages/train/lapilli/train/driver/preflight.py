@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from lapilli.data.dataset.dataset import Dataset
-from lapilli.data.io.access import exists, is_folder, subpaths
-from lapilli.data.io.addresses import refuse_address
-from lapilli.data.io.writer_lock import LOCK
+from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
 from lapilli.model.attention.choice import Attention, choose_attention
@@ -27,9 +25,11 @@ from lapilli.model.parts.quantized import Quantization, packed_numbers
 from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
-from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint, require_layout
-from lapilli.train.checkpoint.upload import fetch_newest, stored_config
-from lapilli.train.config import RunConfig, fixed_settings
+from lapilli.train.checkpoint.find import Checkpoint, at_step, require_layout
+from lapilli.train.checkpoint.store import (
+    newest_checkpoint,
+)
+from lapilli.train.config import RunConfig
 from lapilli.train.device import (
     NO_HABANA,
     RESOURCE,
@@ -51,18 +51,21 @@ from lapilli.train.driver.memory_estimate import (
     time_micro_batch,
 )
 from lapilli.train.driver.memory_policy import MemoryPolicy, choose_memory, memory_budget
-from lapilli.train.driver.run_length import LENGTH, changed_length, check_length
+from lapilli.train.driver.run_length import changed_length, check_length
+from lapilli.train.driver.same_run import (
+    bring_run,
+    check_config,
+    fetch_newer,
+    with_absolute_paths,
+)
 from lapilli.train.errors import TrainError
 from lapilli.train.gaudi import check_stage, hpu_environment, ignored_line, set_environment
 from lapilli.train.run_folder.dataset_files import keep_data
-from lapilli.train.run_folder.names import CONFIG, STATE
+from lapilli.train.run_folder.names import STATE
+from lapilli.train.run_folder.scratch import lies_in_store
 from lapilli.train.run_folder.settings import (
     RunInfo,
-    as_json,
-    read_run_config,
     read_run_info,
-    require_current,
-    write_run_config,
 )
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.rows import EpochPlans, planned_rows
@@ -73,10 +76,8 @@ from lapilli.train.worker.compatibility import build_start, check_model, check_s
 
 __all__ = [
     "Preflight",
-    "check_same_settings",
     "finished_steps",
     "preflight",
-    "with_absolute_paths",
 ]
 
 
@@ -213,7 +214,8 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     if line := ignored_line(config.hpu, device):
         on_note(line)
     run = Path(config.output)
-    _check_config(run, config)
+    bring_run(config)
+    check_config(run, config)
     # No weight is read before dataset, view and sizes are known to fit.
     outline = read_outline(config.model)
     opened = _open_datasets(outline, config, on_note) if outline else None
@@ -245,10 +247,11 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
             on_note(note)
     if config.shares_rows:
         on_note(planned.note)
-    saved = config.checkpoint
-    kept = saved.keep_last + bool(saved.upload)  # one is being copied
-    archived = feed.total_steps // saved.archive_every if saved.archive_every else 0
-    checkpoint.check_disk(run, model, kept, archived)
+    if not lies_in_store(config):  # each worker's part is on its own node
+        saved = config.checkpoint
+        kept = saved.keep_last + bool(saved.upload)  # one is being copied
+        archived = feed.total_steps // saved.archive_every if saved.archive_every else 0
+        checkpoint.check_disk(run, model, kept, archived)
     start = _goes_on_at(config, dataset.manifest.fingerprint, feed.total_steps, on_note)
     parameters = parameter_counts(model)
     is_small = sum(total for total, _ in parameters.values()) < MEASURED
@@ -348,14 +351,13 @@ def _device_memory(config: RunConfig, device: Device) -> int | None:
 
 def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:
     """The step to resume from; downloads a newer checkpoint from the run's copy."""
-    run = Path(config.output)
-    found = latest_checkpoint(run)
+    found = newest_checkpoint(config)
     _check_dataset(found, dataset)
     start = found.step if found else 0
-    if config.checkpoint.upload:
-        start = _fetch(config, start, on_note)
-    if start:
-        found = at_step(run, start)
+    if config.checkpoint.upload and not lies_in_store(config):
+        start = fetch_newer(config, start, on_note)
+        found = at_step(Path(config.output), start) if start else None
+    if found:
         require_layout(found)
         before = found.state.settings(found.path / STATE)
         check_length(before, config, start, total, on_note)
@@ -385,8 +387,9 @@ def finished_steps(config: RunConfig) -> int | None:
     """
     config = with_absolute_paths(config)
     run = Path(config.output)
-    _check_config(run, config)
-    found = latest_checkpoint(run)
+    bring_run(config)
+    check_config(run, config)
+    found = newest_checkpoint(config)
     info = read_run_info(run)
     if found is None or info is None:
         return None
@@ -395,8 +398,9 @@ def finished_steps(config: RunConfig) -> int | None:
     total = info.total_steps
     if found.step < total:
         return None
-    _check_dataset(found, read_manifest(Path(config.dataset)).fingerprint)
-    keep_data(run, Path(config.dataset), config.view, anew=False)
+    dataset = dataset_folder(config.dataset)
+    _check_dataset(found, read_manifest(dataset).fingerprint)
+    keep_data(run, dataset, config.view, anew=False)
     return total
 
 
@@ -407,93 +411,3 @@ def _check_dataset(found: Checkpoint | None, fingerprint: str) -> None:
             f"{found.path}: was saved with another dataset (fingerprint "
             f"{before[:12]}, now {fingerprint[:12]}); choose another --output"
         )
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make every local path absolute; a name that is not a folder here may be one on the hub.
-
-    Raises:
-        DataError: An address where a path is expected.
-    """
-    local_paths = {
-        "dataset": config.dataset,
-        "output": config.output,
-        "init_from": config.init_from,
-        "offload.nvme_path": config.offload.nvme_path,
-    }
-    for name, path in local_paths.items():
-        refuse_address(name, path)
-
-    def local(name: str) -> str:
-        return str(Path(name).resolve()) if name and is_folder(Path(name)) else name
-
-    model, disk = config.model, config.offload.nvme_path
-    return replace(
-        config,
-        dataset=str(Path(config.dataset).resolve()),
-        output=str(Path(config.output).resolve()),
-        init_from=_existing(config.init_from),
-        offload=replace(config.offload, nvme_path=str(Path(disk).resolve()) if disk else ""),
-        validation=replace(config.validation, dataset=local(config.validation.dataset)),
-        model=replace(
-            model,
-            vision=replace(model.vision, pretrained=local(model.vision.pretrained)),
-            language=replace(model.language, pretrained=local(model.language.pretrained)),
-        ),
-    )
-
-
-def _existing(path: str) -> str:
-    """Absolute where it is there: a folder, or a file such as `mm_projector.bin`."""
-    return str(Path(path).resolve()) if path and exists(Path(path)) else path
-
-
-def _check_config(run: Path, config: RunConfig) -> None:
-    """A run folder belongs to one config; what decides the loss may not change."""
-    path = run / CONFIG
-    if exists(run / STATE):
-        raise TrainError(
-            f"output: {run} is a checkpoint and no run; a milestone has no optimizer moments to go "
-            f"on from; set init_from: {run} and choose another --output"
-        )
-    if exists(run) and not is_folder(run):
-        raise TrainError(f"output: {run} is a file; expected a folder; choose another --output")
-    if not exists(path):
-        if any(found.name != LOCK for found in subpaths(run)):
-            raise TrainError(f"output: {run} is not empty and no run; choose another --output")
-        return
-    before = read_run_config(run)
-    require_current(run)
-    check_same_settings(before, config, run)
-
-
-def _fetch(config: RunConfig, start: int, on_note: Callable[[str], None]) -> int:
-    """Download a newer checkpoint from the copy; returns the step to resume from."""
-    run, before = Path(config.output), stored_config(config.checkpoint.upload)
-    if before is None:
-        return start
-    check_same_settings(before, config, config.checkpoint.upload)
-    # from here on the folder belongs to this run; its length changes on resume
-    write_run_config(run, replace(config, **{key: getattr(before, key) for key in LENGTH}))
-    return fetch_newest(run, config.checkpoint.upload, start, on_note)
-
-
-def check_same_settings(old: RunConfig, config: RunConfig, where: Path | str) -> None:
-    """Refuse to resume with a setting that a resumed run may not change.
-
-    Args:
-        old: The settings in the run's folder or its copy.
-        config: What the command says.
-        where: The folder or address, for the error.
-
-    Raises:
-        TrainError: Names the first setting that differs, with both values.
-    """
-    before, now = as_json(fixed_settings(old)), as_json(fixed_settings(config))
-    for key in {**now, **before}:
-        if key not in LENGTH and before.get(key) != now.get(key):
-            place = "checkpoint.upload" if where == config.checkpoint.upload else "output"
-            raise TrainError(
-                f"{key}: {where} was started with {before.get(key)!r}, now {now.get(key)!r}; "
-                f"choose another --{place} or the same value"
-            )

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from lapilli.train.errors import TrainError
 from lapilli.train.gaudi import hpu_environment
 from lapilli.train.health.watchdog import hang_line
 from lapilli.train.run_folder.names import MISTAKE
+from lapilli.train.run_folder.relay import Mailbox, Relay
+from lapilli.train.run_folder.scratch import in_scratch, lies_in_store, of_store
 from lapilli.train.steps.step import OutOfMemory
 from lapilli.train.worker.loop import fit
 from lapilli.train.worker.setup import setup
@@ -36,6 +38,8 @@ __all__ = [
     "fit_on_ray",
     "join_alone",
 ]
+
+PATIENCE = 60.0  # seconds that a worker waits for the driver's node
 
 
 def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
@@ -51,11 +55,15 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = {"CPU": 1, RESOURCE[device]: 1}
+    run, started = Path(config.output), time.time()
+    mistake = run / MISTAKE
+    mistake.unlink(missing_ok=True)
     fewest, is_hpu = config.recovery.min_workers, device == "hpu"
     trainer = Trainer(
         _worker,
         train_loop_config={
-            "config": config,
+            "config": of_store(config),
+            "mailbox": _open_mailbox(run) if lies_in_store(config) else None,
             "device": device,
             "memory": memory,
             "working_folder": str(Path.cwd()),
@@ -74,9 +82,6 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
             worker_runtime_env={"env_vars": hpu_environment(config.hpu)} if is_hpu else None,
         ),
     )
-    run, started = Path(config.output), time.time()
-    mistake = run / MISTAKE
-    mistake.unlink(missing_ok=True)
     try:
         # In the main thread Ray would take Ctrl-C for itself.
         list(watched(lambda: [trainer.fit()], leave=0))
@@ -94,6 +99,28 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
             f"{config.recovery.max_failures} times; the same command resumes from the last "
             f"checkpoint; Ray says: {error}"
         ) from error
+
+
+def _open_mailbox(run: Path) -> Any:
+    """An actor on this node that workers of others bring their files to."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Mailbox)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote(str(run))
+
+
+def _caller(mailbox: Any) -> Callable[..., Any] | None:
+    """Call the mailbox's methods by name, from a worker; None where there is no mailbox."""
+    if mailbox is None:
+        return None
+    import ray
+
+    def call(name: str, *given: Any) -> Any:
+        return ray.get(getattr(mailbox, name).remote(*given), timeout=PATIENCE)
+
+    return call
 
 
 def _read_mistake(path: Path) -> str:
@@ -127,9 +154,12 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
 
     leave_working_folder(settings["working_folder"])
-    config: RunConfig = settings["config"]
+    config: RunConfig = in_scratch(settings["config"])
+    call = _caller(settings["mailbox"])
     mistake = Path(config.output) / MISTAKE
-    if mistake.exists():
+    if call and (said := call("mistake")):
+        raise TrainError(said)
+    if call is None and mistake.exists():
         raise TrainError(_read_mistake(mistake))
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -137,13 +167,18 @@ def _worker(settings: dict[str, Any]) -> None:
     device, memory = settings["device"], settings["memory"]
     try:
         with _blaming(config, rank, memory, device):
-            fit(
-                setup(
-                    config, device, rank=rank, world_size=world_size, activations=memory.activations
-                )
+            relay = Relay(Path(config.output), call) if call else None
+            ready = setup(
+                config, device, rank=rank, world_size=world_size, activations=memory.activations
             )
+            brings = relay is not None and ready.places.is_leader and relay.is_needed()
+            with relay if relay and brings else contextlib.nullcontext():
+                fit(ready)
     except (DataError, ModelError, TrainError) as error:
-        _write_mistake(mistake, error)
+        if call:
+            call("put", MISTAKE, 0, str(error).encode())
+        else:
+            _write_mistake(mistake, error)
         raise
 
 

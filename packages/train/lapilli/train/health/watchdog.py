@@ -21,10 +21,10 @@ from typing import Any
 
 from lapilli.train.health.torch_internals import collective_records
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.names import STACKS
 
-__all__ = ["STACKS", "HangWatch", "collectives_text", "hang_line", "stack_path", "where"]
+__all__ = ["HangWatch", "collectives_text", "hang_line", "stack_path", "where"]
 
-STACKS = "stacks"
 GRACE = 3.0  # seconds between the stacks and the end: no rank ends before all have written
 EXIT_CODE = 17
 FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')

@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointFile",
     "CheckpointState",
     "TrainingData",
+    "parse_state",
     "read_state",
     "write_state",
 ]
@@ -117,7 +118,16 @@ def read_state(folder: Path) -> CheckpointState:
         OSError: It cannot be read.
         JsonError: It is damaged; names the field.
     """
-    found = from_json(read_whole(folder / STATE), dict[str, Any])
+    return parse_state(read_whole(folder / STATE))
+
+
+def parse_state(text: bytes) -> CheckpointState:
+    """A checkpoint's state from the bytes of its `state.json`.
+
+    Raises:
+        JsonError: It is damaged; names the field.
+    """
+    found = from_json(text, dict[str, Any])
     data: object = found.get("data")
     if isinstance(data, dict):
         found["data"] = _known(as_type(data, dict[str, Any], "data"), DATA_NAMES)

@@ -19,6 +19,7 @@ __all__ = [
     "REPLAY_STEP",
     "REPORT",
     "RUN_INFO",
+    "STACKS",
     "STARTS",
     "STATE",
     "STOP",
@@ -81,6 +82,9 @@ REPLAY, REPLAY_STEP = "replay", "step.json"  # steps to run again, a folder each
 
 
 REPORT = "report.html"
+
+
+STACKS = "stacks"  # where each rank was when a step took too long
 
 
 CUT, GONE = ".tmp", ".old"  # ends of a folder's name while it is filled, and while it is removed

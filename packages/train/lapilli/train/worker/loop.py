@@ -38,10 +38,11 @@ def fit(ready: Setup) -> None:
     A step's numbers are read while the next one is computed. Before anything that must not follow a
     wrong step (validation, a checkpoint, the end) its own are read as well.
     """
-    if ready.is_writer:
-        run = Path(ready.config.output)
+    run = Path(ready.config.output)
+    if ready.places.is_leader:
         for line in tidy(run, ready.start):
             note(run, line)
+    if ready.is_writer:
         forget_generations(run, ready.start)
     journal = _open_journal(ready) if ready.is_writer else None
     uploads = _open_uploads(ready)
@@ -220,5 +221,5 @@ def _save(
         checkpoint.save(
             ready.engine, Path(config.output), done, state,
             keep=config.checkpoint.keep_last, writer=writer, forms=forms,
-            copies=uploads,
+            copies=uploads, places=ready.places,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.find import Checkpoint, at_step, latest_checkpoint
 from lapilli.train.checkpoint.frozen import FORM
 from lapilli.train.checkpoint.init_from import Built
+from lapilli.train.checkpoint.places import Places, find_places
+from lapilli.train.checkpoint.store import fetch_agreed
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, check_precision, prepare_process, use_tf32
 from lapilli.train.engine import deepspeed_engine as engine
@@ -32,6 +34,7 @@ from lapilli.train.gaudi import record_graphs, set_environment, step_marker
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.dataset_files import training_data
 from lapilli.train.run_folder.messages import note
+from lapilli.train.run_folder.scratch import lies_in_store
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, warm_up
@@ -60,6 +63,7 @@ class Setup:
     held_out: HeldOut | None = None
     generations: Generations | None = None
     flush: Callable[[], None] = lambda: None
+    places: Places = field(default_factory=Places)
 
     @property
     def is_writer(self) -> bool:
@@ -77,6 +81,7 @@ def setup(
     torch_device = prepare_process(device)
     check_precision(device, config.precision)
     use_tf32(config.tf32)
+    places = _arrive(config)
     built_on = build_run(config, engine.loading_of(config))
     model = built_on.model
     apply_policy(model, activations)
@@ -122,12 +127,38 @@ def setup(
         rank=rank,
         world_size=world_size,
         flush=flush,
+        places=places,
     )
     if held_out and config.validation.every:
         ready.held_out = HeldOut(held_out, config, feed.shape, (rank, world_size))
     if held_out and config.validation.answers_every:
         ready.generations = Generations(held_out, config, rank)
     return ready
+
+
+def _arrive(config: RunConfig) -> Places:
+    """Find out who shares the run's folder; of a run in a store, bring its newest checkpoint.
+
+    Raises:
+        TrainError: Workers have folders of their own, and the run is in no store.
+    """
+    run = Path(config.output)
+    places = find_places(run)
+    if lies_in_store(config):
+        fetch_agreed(run, config.checkpoint.upload, places)
+    if places.is_shared:
+        return places
+    if not lies_in_store(config):
+        raise TrainError(
+            f"output: {run} is another folder for rank {places.leaders[1]} than for rank 0; choose "
+            "one on a file system that all nodes share, or an address (s3://bucket/run)"
+        )
+    if config.checkpoint.archive_every:
+        raise TrainError(
+            "checkpoint.archive_every: a milestone is written from the parts of all workers, which "
+            f"lie on {len(places.leaders)} nodes; set 0, and export from a checkpoint"
+        )
+    return places
 
 
 def _state(built: Built, dataset: Dataset, config: RunConfig) -> CheckpointState:

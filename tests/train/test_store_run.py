@@ -1,0 +1,116 @@
+"""A run whose dataset and output are addresses: an S3 server holds both, a node its scratch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lapilli.data.io.remote_path import RemotePath
+from lapilli.train.checkpoint.parts import part_name
+from lapilli.train.config import CheckpointConfig, RunConfig
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.restarts import read_starts
+from lapilli.train.run_folder.scratch import in_scratch, lies_in_store, of_store
+from pipelines.train import train
+from tests.object_store import failing_proxy, serve, use_endpoint
+from tests.train.disturbed import ends
+from tests.train.small_run import small_dataset, small_run
+
+RUN, DATA = "s3://bucket/runs/one", "s3://bucket/datasets/small"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder behind the store, with a dataset in it; scratch and cache lie beside it."""
+    folder = tmp_path / "store" / "bucket"
+    small_dataset(tmp_path / "made", images=16, text_only=8)
+    shutil.copytree(tmp_path / "made" / "dataset", folder / "datasets" / "small")
+    monkeypatch.setenv("LAPILLI_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("LAPILLI_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with (
+        serve(tmp_path / "store", remembers="1h") as server,
+        failing_proxy(server, lambda number: False) as (port, _),
+        use_endpoint(port),
+    ):
+        yield folder
+
+
+def in_store(**values: object) -> RunConfig:
+    """Six steps in this process, saved at 2, 4 and 6."""
+    settings = {
+        "num_workers": 1, "launcher": "process", "checkpoint": CheckpointConfig(every=2), **values,
+    }  # fmt: skip
+    config = small_run(Path("dataset"), Path("run"), **settings)
+    return replace(config, dataset=DATA, output=RUN)
+
+
+def test_a_run_from_a_bucket_to_a_bucket_is_a_local_one(
+    bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = replace(in_store(), dataset=str(tmp_path / "made" / "dataset"),
+                    output=str(tmp_path / "local"))  # fmt: skip
+    expected = [row.loss for row in train(local)]
+    assert [row.loss for row in train(in_store())] == expected
+    run = bucket / "runs" / "one"
+    there = {path.relative_to(run).parts[0] for path in run.rglob("*") if path.is_file()}
+    assert there >= {"checkpoints", "config.json", "data", "facts.json", "metrics.jsonl",
+                     "report.html", "starts.jsonl"}  # fmt: skip
+    assert not list((tmp_path / "empty").iterdir())
+    # another machine: nothing of the run is here
+    shutil.rmtree(tmp_path / "scratch")
+    capsys.readouterr()
+    assert [row.loss for row in train(in_store())] == expected
+    assert f"{RUN}: already finished at step 6" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("bucket")
+def test_another_machine_goes_on(tmp_path: Path) -> None:
+    expected = [row.loss for row in train(in_store())]
+    (RemotePath(RUN) / "checkpoints/step-00000006/state.json").unlink()
+    shutil.rmtree(tmp_path / "scratch")
+    assert [row.loss for row in train(in_store())] == expected
+    assert [start.step for start in read_starts(Path(in_scratch(in_store()).output))] == [0, 4]
+
+
+def test_names_of_scratch_folders() -> None:
+    config = in_store()
+    here = in_scratch(config)
+    assert lies_in_store(here)
+    assert not lies_in_store(config)
+    assert here.checkpoint.upload == RUN
+    assert in_scratch(here) == here
+    assert of_store(here).output == RUN
+    other = in_scratch(replace(config, output="s3://bucket/runs/two/../one"))
+    assert other.output != here.output
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_two_nodes_that_share_nothing_but_the_store(bucket: Path, tmp_path: Path) -> None:
+    alone = replace(in_store(), dataset=str(tmp_path / "made" / "dataset"),
+                    output=str(tmp_path / "local"))  # fmt: skip
+    expected = train(alone)
+    run, stored = bucket / "runs" / "one", in_store(num_workers=2, launcher="ray")
+    for starts in ([0], [0, 4]):
+        code, said, errors = ends(stored, cores="0+1+1")
+        assert code == 0, errors
+        assert "2 workers on 1 host" in said
+        found = read_metrics(run)
+        assert [row.batch for row in found] == [row.batch for row in expected]
+        losses = [row.loss for row in expected]
+        assert [row.loss for row in found] == pytest.approx(losses, abs=1e-4)
+        assert [one.step for one in read_starts(run)] == starts
+        names = {path.name for path in (run / "checkpoints" / "step-00000006").iterdir()}
+        assert names == {"state.json", part_name(0, 2), part_name(1, 2)}
+        for number in (1, 2):  # each worker wrote its part to a disk of its own
+            scratch = tmp_path / f"scratch-{number}" / "runs"
+            (part,) = scratch.glob("*/checkpoints/step-00000006/part-*")
+            assert part.name in names
+        (RemotePath(RUN) / "checkpoints/step-00000006/state.json").unlink()
+    assert not list((tmp_path / "empty").iterdir())
