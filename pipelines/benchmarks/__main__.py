@@ -29,6 +29,7 @@ from pipelines.benchmarks import (
 from pipelines.benchmarks.harness import RESULTS
 from pipelines.benchmarks.step import (
     checkpoint,
+    grouping,
     memory,
     roofline,
     serving,
@@ -46,6 +47,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "read": reading.main,
     "plan": planning.main,
     "share": sharing.main,
+    "group": grouping.main,
     "share_step": shared_rows.main,
     "scaling": scaling.main,
     "tokens": tokens.main,
