@@ -25,6 +25,7 @@ from pipelines.exports.config import ExportConfig
 from pipelines.exports.llava import adapter_bytes, facts_of, made_of, write_json_file
 from pipelines.exports.output import filled, open_run, tokenizer_bytes
 from pipelines.exports.tokenizer import put_tokenizer
+from pipelines.reports.cards import CARD, model_card
 
 __all__ = ["to_basic_vlm"]
 
@@ -57,6 +58,9 @@ def to_basic_vlm(config: ExportConfig) -> None:
         put_tokenizer(asked.tokenizer, folder)
         made = made_of(model, 0, writes_base=False, writes_tower=writes_tower)
         write_json_file(folder / FACTS, facts_of(asked) | made)
+        usage = "Basic-VLM's files: its `test.py` and `webUI.py` load them beside the base model."
+        card = model_card(Path(config.run), asked.name, relation="adapter", usage=usage)
+        (folder / CARD).write_text(card, encoding="utf-8")
     say(
         f"{output}: adapters on {base}, which is not in the export; the projector is {OTHER_PARAMS}"
     )
