@@ -14,9 +14,9 @@ from lapilli.model.errors import ModelError
 from lapilli.train.inference.assistant import Assistant
 from pipelines.cli.settings import ServeConfig
 from pipelines.serving.completion_request import (
-    Asking,
     CompletionRequest,
     InvalidRequest,
+    QuestionForm,
     UnknownModel,
     read_request,
 )
@@ -66,7 +66,7 @@ class _Server:
         self._name = config.name or assistant.name or "model"
         self._created = int(time.time())
         self._load, self._config = Load(config.limits), config
-        self._asking = Asking(config.prefix, assistant.template.image_marker)
+        self._asking = QuestionForm(config.prefix, assistant.template.image_marker)
         self._page = PAGE.read_text(encoding="utf-8")
 
     async def show(self, request: Any) -> Any:

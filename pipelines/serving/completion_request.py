@@ -15,7 +15,14 @@ from lapilli.model.config import Decoding
 from lapilli.train.inference.assistant import Question
 from pipelines.cli.settings import ServeLimits
 
-__all__ = ["MIB", "Asking", "CompletionRequest", "InvalidRequest", "UnknownModel", "read_request"]
+__all__ = [
+    "MIB",
+    "CompletionRequest",
+    "InvalidRequest",
+    "QuestionForm",
+    "UnknownModel",
+    "read_request",
+]
 
 MIB = 1 << 20
 STRUCTURE = (b"{", b"[", b",", b'"')  # each value and each string of JSON begins behind one
@@ -37,7 +44,7 @@ NOT_HERE: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True)
-class Asking:
+class QuestionForm:
     """How a user's text is written down.
 
     Attributes:
@@ -84,7 +91,11 @@ class CompletionRequest:
 
 
 def read_request(
-    body: bytes, model: str, decoding: Decoding, limits: ServeLimits, asking: Asking = Asking()
+    body: bytes,
+    model: str,
+    decoding: Decoding,
+    limits: ServeLimits,
+    asking: QuestionForm = QuestionForm(),
 ) -> CompletionRequest:
     """A chat completion's request.
 
@@ -213,7 +224,7 @@ def _top_logprobs(found: _Fields) -> int | None:
     return most if wanted else None
 
 
-def _question(value: object, limits: ServeLimits, asking: Asking) -> Question:
+def _question(value: object, limits: ServeLimits, asking: QuestionForm) -> Question:
     """The conversation: turns in order, and the bytes of their images."""
     messages = _list(value, "messages", limits.turns)
     images: list[bytes] = []
@@ -236,7 +247,7 @@ def _question(value: object, limits: ServeLimits, asking: Asking) -> Question:
     return Question(tuple(turns), tuple(images), "your upload")
 
 
-def _written(turn: Turn, asking: Asking) -> Turn:
+def _written(turn: Turn, asking: QuestionForm) -> Turn:
     """A user's turn with the prefix, and with its images where its text marks them.
 
     Raises:

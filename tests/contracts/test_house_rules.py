@@ -218,7 +218,10 @@ UNBOUNDED = {
     "model/parts/weight_files.py": "path",  # behind `require_plain`, as the next two
     "train/inference/published.py": "path",
     "train/run_folder/metrics_file.py": "file",
-    "train/checkpoint/upload.py": "path path / STATE",  # of the run that is trained
+    "train/checkpoint/save_load.py": "path / STATE",  # of the run that is trained, as the next
+    "train/checkpoint/store.py": "found[name][STATE] path",
+    "train/checkpoint/upload.py": "path / STATE",
+    "train/run_folder/relay.py": "file path",  # what this run's own workers write
     "train/driver/workers.py": "path",
     "train/health/watchdog.py": "p path",
     "train/metrics/loggers.py": "kept path",

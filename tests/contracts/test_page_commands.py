@@ -36,6 +36,7 @@ FOREIGN = {
     "source",
     "pre-commit",
     "twine",
+    "docker",
     "hf",
 }
 

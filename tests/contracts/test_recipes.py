@@ -24,7 +24,8 @@ PATHS = sorted(RECIPES.rglob("*.yaml"))
 FIXED = ["llava15/pretrain_data.yaml", "llava15/finetune_data.yaml"]
 TEMPLATE_KEYS = {field.name for field in fields(Template)} | {"base"}
 # Settings that the foreign model behind a part defines; any key may stand there.
-FREE = {"settings", "aliases", "environment"}
+FREE = {"settings", "aliases", "environment", "layers", "weights", "shapes"}
+NAMED = (("views",), ("targets",))  # mappings by names of one's own
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def with_unknown_key(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, An
         target: Any = planted
         for key in where:
             target = target[key]
-        if where[-1:] != ("views",):  # its keys are names; the mappings below are checked
+        if where[-1:] not in NAMED:  # its keys are names; the mappings below are checked
             target["unknown_key"] = 1
             yield ".".join(map(str, where)) or "top", planted
 

@@ -23,7 +23,7 @@ from lapilli.data.text.tokenizer_files import QWEN_SPECIALS, load_tokenizer
 from lapilli.model.config import Decoding
 from lapilli.train.inference.assistant import Question, open_assistant
 from pipelines.cli.settings import ServeLimits
-from pipelines.serving.completion_request import Asking, read_request
+from pipelines.serving.completion_request import QuestionForm, read_request
 from tests.factories import build_dataset, image_bytes, make_mixture
 from tests.model.test_basic_vlm import adapters
 from tests.model.test_qwen1 import write_qwen1
@@ -128,9 +128,9 @@ def test_a_chat_has_several_turns_as_its_page_has(base: Path, run: Path) -> None
     image = base64.b64encode(image_bytes("png", 8, 8)).decode()
     shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
     template, tokenizer = open_assistant(run).template, load_tokenizer(base)
-    asking = Asking(PREFIX, template.image_marker)
+    asking = QuestionForm(PREFIX, template.image_marker)
 
-    def question(*turns: tuple[str, Any], asking: Asking = asking) -> Question:
+    def question(*turns: tuple[str, Any], asking: QuestionForm = asking) -> Question:
         messages = [{"role": role, "content": content} for role, content in turns]
         body = json.dumps({"model": "m", "messages": messages}).encode()
         return read_request(body, "m", Decoding(), ServeLimits(), asking).question
@@ -148,7 +148,7 @@ def test_a_chat_has_several_turns_as_its_page_has(base: Path, run: Path) -> None
     assert found.tolist() == np.where(expected == marker, -200, expected).tolist()
     with pytest.raises(DataError, match="2 image markers for 1 image"):
         question(("user", [shown, {"type": "text", "text": "<|extra_0|><|extra_0|>"}]))
-    alone = question(("user", "你好<image>"), asking=Asking())  # no place without an image
+    alone = question(("user", "你好<image>"), asking=QuestionForm())  # no place without an image
     assert alone.turns[0].parts == (TextPart("你好<image>"),)
 
 

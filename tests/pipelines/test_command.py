@@ -105,8 +105,6 @@ def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("main", "arguments", "name"),
     [
-        (pipelines.train.main, [RUN, "--dataset=ADDRESS", "--output=o"], "dataset"),
-        (pipelines.train.main, [RUN, "--dataset=d", "--output=ADDRESS"], "output"),
         (pipelines.train.main, [RUN, "--dataset=d", "--output=o", "--init_from=ADDRESS"],
             "init_from"),
         (pipelines.train.main, [RUN, "--dataset=d", "--output=o",

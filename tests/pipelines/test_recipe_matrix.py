@@ -57,6 +57,8 @@ def refusal(recipe: str, way: str, stage: int | None) -> str:
     """What a cell that cannot be is told; empty for one that runs."""
     if way in ("lora", "qlora") and recipe in PROJECTOR_ALONE:
         return "lora: neither language nor vision is in trainable"
+    if recipe == "gaudi_llava/pretrain" and stage in (0, 3):
+        return f"communication.allgather_partitions: False with zero_stage {stage}"
     if way == "qlora" and recipe.startswith(("tiny/", "own_data/tiny")):
         return "language.quantize: nf4 without language.pretrained"
     if way == "qlora" and stage == 3:

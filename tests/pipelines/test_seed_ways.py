@@ -6,6 +6,7 @@ tiny ones of the same families, and images small. VisPer-LM's way is that withou
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.pipelines.test_seed_recipes import (
     icm,
     mix665k,
 )
-from tests.pipelines.tiny_recipes import SIDE, Material, make_material
+from tests.pipelines.tiny_recipes import SHAPES, SIDE, Material, make_material
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
@@ -109,6 +110,10 @@ def build(system: str, stage: Stage, folder: Path, material: Material) -> Path:
     flags += [f"--views.{view}.size={SIDE}", "--num_workers=1"]
     if config.mixture.held_out:  # 5,000 are more than there are here
         flags.append("--mixture.held_out=1")
+    if config.targets:  # a teacher of a few lines, whose targets are the tiny model's
+        tiny = {"teacher": "tests.teaching:blocks", "size": SIDE, "num_gpus": 0}
+        made = {task: tiny | {"rows": r, "width": w} for task, (r, w) in SHAPES.items()}
+        flags.append(f"--targets={json.dumps(made)}")
     assert pipelines.preprocess.main(flags) == 0
     return output
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.data.errors import DataError
+from lapilli.data.io.atomic import sha256_file
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint import upload
 from lapilli.train.checkpoint.find import find_checkpoints
@@ -20,6 +21,11 @@ from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.checkpoint_state import (
+    CheckpointFile,
+    CheckpointState,
+    write_state,
+)
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from pipelines.train import train
@@ -170,9 +176,12 @@ def made_step(run: Path, step: int, workers: int) -> Path:
     """A step's folder as so many workers leave it; a store's copies are not read."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
+    files = dict[str, CheckpointFile]()
     for rank in range(workers):
-        (folder / part_name(rank, workers)).write_bytes(bytes([rank]) * (100 + rank))
-    (folder / "state.json").write_text("{}")
+        path = folder / part_name(rank, workers)
+        path.write_bytes(bytes([rank]) * (100 + rank))
+        files[path.name] = CheckpointFile(100 + rank, sha256_file(path))
+    write_state(CheckpointState(step=step, files=files), folder)
     return folder
 
 

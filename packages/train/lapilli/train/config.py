@@ -120,27 +120,25 @@ class RunConfig:
 
     Attributes:
         dataset: Folder of a dataset, or its address.
-        output: Folder of the run or its store's address; one process at a time trains in it.
+        output: Folder or store address of the run; one process at a time trains in it.
         view: The dataset's view that the tower reads.
         model: The model.
         optim: The optimizer.
         global_batch_size: Samples in one optimizer step, over all workers.
         micro_batch_size: Samples in one forward pass of a worker; accumulation follows. 0 takes the
             largest that `memory` is estimated to hold, on a CPU up to 8.
-        micro_batch_tokens: Tokens in one forward pass of a worker instead, padding among them: as
-            many rows as their longest allows, so that short ones fill a device as long ones do.
+        micro_batch_tokens: Tokens in one forward pass of a worker instead, padding among them:
+            short rows are then more than long ones.
         epochs: Passes over the dataset.
         max_steps: Stop after this many steps; 0 for all epochs.
         max_length: Longest sequence with image tokens; longer samples are left out and counted.
-        truncate: Cut the text of longer samples instead; true by default with sampler `llava`.
-        init_from: Folder of an earlier run whose weights this one starts from, as LLaVA's second
-            stage does from its first; or a checkpoint of LLaVA's or of transformers' LLaVA, whole
-            or as PEFT adapters with their base.
+        truncate: Cut the text of longer samples instead; the default of sampler `llava`.
+        init_from: Folder of an earlier run whose weights this one starts from; or a checkpoint of
+            LLaVA's or of transformers' LLaVA, whole or as PEFT adapters with their base.
         sampler: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's
             trainer, in which the micro-batches are part of the order; the learning rate then
             starts at 0 too.
-        group_by_modality_length: LLaVA's flag, for sampler `llava`, true by default; false as in
-            its pretrain script.
+        group_by_modality_length: LLaVA's flag, for sampler `llava`, where true is the default.
         llava_processes: For sampler `llava`, the processes of the LLaVA run that is reproduced; 0
             for `num_workers`. Set it to resume with other workers.
         remainder: An incomplete global batch: `pad` with empty slots, `short` with fewer
@@ -150,7 +148,7 @@ class RunConfig:
         share_images: Put samples of one image that begin alike into one row: their common prefix
             is computed once, and none sees another. The order is then drawn over images, and an
             epoch's last global batches are `short`.
-        pack: Fill rows of `row_length` tokens with several samples, which do not see each other.
+        pack: Fill rows of `row_length` tokens with samples that do not see each other.
         row_length: Longest row that holds several samples, in tokens; 0 for `max_length`.
         max_branches: Most samples that share an image in a row.
         loss_reduction: `token_mean`, over all trained tokens of the global batch, or
@@ -164,8 +162,7 @@ class RunConfig:
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
-        tf32: Whether NVIDIA GPUs may compute fp32 matrix products with inputs of 10 bits (TF32,
-            from Ampere on): faster, and rounded.
+        tf32: Whether NVIDIA GPUs compute fp32 products in TF32: faster, and rounded.
         num_workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any, else Gaudi's HPUs (`hpu`), else the CPU.
         launcher: `ray`, or `process`: one worker in the process that was started, without Ray,
@@ -176,9 +173,9 @@ class RunConfig:
         profile: Which steps and ranks are profiled.
         communication: Sizes of ZeRO's collectives.
         hpu: What is Intel Gaudi's own.
-        max_shapes: Shapes (sequence length, with or without images) that batches may have in all.
-            With 1 all have one: `max_length`, with pixels, one number of trained positions.
-        loggers: Where metrics are also sent: `tensorboard`, `wandb`, `mlflow`.
+        max_shapes: Shapes (length, with or without images) of all batches. With 1 they have
+            `max_length` tokens, pixels, and one number of trained positions.
+        loggers: Where metrics go too: `tensorboard`, `wandb`, `mlflow`.
     """
 
     old_names: ClassVar[Renamed] = RUN_NAMES

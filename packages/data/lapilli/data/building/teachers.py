@@ -65,5 +65,5 @@ def _load(target: TargetConfig) -> Teacher:
     try:
         return builder(target)
     except Exception as error:  # of a teacher's own code
-        said = excerpt(str(error))
+        said = excerpt(str(error), 300)
         raise DataError(f"targets.teacher: {target.teacher} cannot be made: {said}") from None

@@ -227,11 +227,8 @@ def open_mirror(
     folder = root / name
     if not exists(folder / NAME):
         write_atomic(folder / NAME, lambda path: _write(path, data))
-    mirror = Mirror(address, root, folder, mirror.limit)
-    for facts in read_manifest(folder).tokenizer_files:
-        with mirror.held(facts):
-            pass
-    return mirror
+    read_manifest(folder)
+    return Mirror(address, root, folder, mirror.limit)
 
 
 def dataset_folder(dataset: str | Path) -> Path:
@@ -240,7 +237,13 @@ def dataset_folder(dataset: str | Path) -> Path:
     Raises:
         DataError: As `open_mirror`.
     """
-    return open_mirror(str(dataset)).folder if is_address(str(dataset)) else Path(dataset)
+    if not is_address(str(dataset)):
+        return Path(dataset)
+    mirror = open_mirror(str(dataset))
+    for facts in read_manifest(mirror.folder).tokenizer_files:
+        with mirror.held(facts):
+            pass
+    return mirror.folder
 
 
 def _write(path: Path, data: bytes) -> None:

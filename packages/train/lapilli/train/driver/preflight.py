@@ -68,7 +68,7 @@ from lapilli.train.run_folder.settings import (
     read_run_info,
 )
 from lapilli.train.steps.feed import Feed
-from lapilli.train.steps.rows import EpochPlans, planned_rows
+from lapilli.train.steps.rows import EpochPlans, PlannedRows, planned_rows
 from lapilli.train.steps.step import to_device
 from lapilli.train.validation.sample_generations import choose_questions
 from lapilli.train.validation.validation_loss import check_same_tokenizer, open_held_out
@@ -209,13 +209,9 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     _check_loggers(config)
     config = with_absolute_paths(config)
     device = _find_device(config)
-    check_tf32(device, config.tf32)
-    check_stage(config, device)
-    if line := ignored_line(config.hpu, device):
-        on_note(line)
-    run = Path(config.output)
+    _check_device(config, device, on_note)
     bring_run(config)
-    check_config(run, config)
+    check_config(Path(config.output), config)
     # No weight is read before dataset, view and sizes are known to fit.
     outline = read_outline(config.model)
     opened = _open_datasets(outline, config, on_note) if outline else None
@@ -241,17 +237,8 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     feed = Feed(
         dataset, config, rank=0, world_size=config.num_workers, held_out=held_out, plans=plans
     )
-    if config.share_images:
-        on_note(_shared_note(plans))
-        if note := _dropout_note(model):
-            on_note(note)
-    if config.shares_rows:
-        on_note(planned.note)
-    if not lies_in_store(config):  # each worker's part is on its own node
-        saved = config.checkpoint
-        kept = saved.keep_last + bool(saved.upload)  # one is being copied
-        archived = feed.total_steps // saved.archive_every if saved.archive_every else 0
-        checkpoint.check_disk(run, model, kept, archived)
+    _note_rows(config, plans, planned, model, on_note)
+    _check_disk(config, model, feed.total_steps)
     start = _goes_on_at(config, dataset.manifest.fingerprint, feed.total_steps, on_note)
     parameters = parameter_counts(model)
     is_small = sum(total for total, _ in parameters.values()) < MEASURED
@@ -266,6 +253,37 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
         num_cut=dataset.num_cut, kernels=kernels, memory_policy=policy,
         environment=hpu_environment(config.hpu) if device == "hpu" else {},
     )  # fmt: skip
+
+
+def _check_device(config: RunConfig, device: Device, on_note: Callable[[str], None]) -> None:
+    """What the settings ask for and the device has not; a line for what it does not use."""
+    check_tf32(device, config.tf32)
+    check_stage(config, device)
+    if line := ignored_line(config.hpu, device):
+        on_note(line)
+
+
+def _note_rows(
+    config: RunConfig, plans: EpochPlans, planned: PlannedRows, model: nn.Module,
+    on_note: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Say what rows of several samples hold, and what differs from rows of one."""
+    if config.share_images:
+        on_note(_shared_note(plans))
+        if note := _dropout_note(model):
+            on_note(note)
+    if config.shares_rows:
+        on_note(planned.note)
+
+
+def _check_disk(config: RunConfig, model: nn.Module, steps: int) -> None:
+    """Room for the checkpoints to come; of a run in a store each worker's part is on its node."""
+    if lies_in_store(config):
+        return
+    saved = config.checkpoint
+    kept = saved.keep_last + bool(saved.upload)  # one is being copied
+    archived = steps // saved.archive_every if saved.archive_every else 0
+    checkpoint.check_disk(Path(config.output), model, kept, archived)
 
 
 def _open_datasets(

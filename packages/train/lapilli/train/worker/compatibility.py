@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
+from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.errors import DataError
 from lapilli.data.text.encode import load_tokenizer, tokenizer_facts
 from lapilli.data.text.tokenizer_files import has_vocabulary, tokenizer_folder
@@ -74,6 +75,7 @@ def open_for(
         TrainError: Another image size, token ids the model does not know, another tokenizer than
             the language model's own, or one of its own that cannot be loaded.
     """
+    dataset_folder(config.dataset)  # of an address: the tokenizer is here, too
     dataset = open_dataset(
         config.dataset,
         view=config.view,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lapilli.data.batches.collate import blank_batches
 from lapilli.data.dataset.dataset import Dataset
@@ -95,9 +96,7 @@ def setup(
     model.to(torch_device)
     held_out = open_held_out(config, dataset.image_tokens)
     feed = Feed(dataset, config, rank=rank, world_size=world_size, held_out=held_out)
-    is_on_gpu = torch_device.type == "cuda" and config.offload.to == "none"
-    is_habana = device == "hpu" and config.hpu.optimizer == "FusedAdamW"
-    optimizer = build_optimizer(model, config.optim, fused=is_on_gpu, habana=is_habana)
+    optimizer = _build_optimizer(model, config, device)
     if device == "hpu" and config.hpu.graphs:
         record_graphs(model)
     hidden_size = shape_of(model.language.get_input_embeddings().weight)[1]
@@ -116,13 +115,12 @@ def setup(
         dtype = model.language.get_input_embeddings().weight.dtype
         kernel = attention_kernel(model.language, feed.shape.buckets[-1], dtype, torch_device)
         note(Path(config.output), f"attention: {kernel} on {torch.cuda.get_device_name()}")
-    start = found.step if found else 0
     ready = Setup(
         config=config,
         device=torch_device,
         feed=feed,
         engine=built,
-        start=start,
+        start=found.step if found else 0,
         state=state,
         rank=rank,
         world_size=world_size,
@@ -134,6 +132,13 @@ def setup(
     if held_out and config.validation.answers_every:
         ready.generations = Generations(held_out, config, rank)
     return ready
+
+
+def _build_optimizer(model: nn.Module, config: RunConfig, device: Device) -> torch.optim.Optimizer:
+    """The update of the device it is computed on."""
+    is_on_gpu = device == "cuda" and config.offload.to == "none"
+    is_habana = device == "hpu" and config.hpu.optimizer == "FusedAdamW"
+    return build_optimizer(model, config.optim, fused=is_on_gpu, habana=is_habana)
 
 
 def _arrive(config: RunConfig) -> Places:

@@ -138,9 +138,8 @@ def take_step(
             global_tokens=batches.global_tokens,
             world_size=ready.world_size,
             before_update=lambda: squares.append(engine.part_squares(ready.engine)),
-            flush=ready.flush,
-            aux=aux,
-        )
+            flush=ready.flush, aux=aux,
+        )  # fmt: skip
         if loss_scale(ready.engine) >= scale:
             break
         overflows += 1
