@@ -42,7 +42,7 @@ class ImportConfig:
         trainer: Whose flags they are: `llava`, `visper_lm`, `visper_lm_pretrain`, `gaudi_llava` or
             `basic_vlm`; `auto` finds it by the command.
         leave_out: Flags that are not supported, which the recipe shall be without
-            (`[mode]`: VisPer-LM's losses).
+            (`[attn_mask_type]`: trains with a causal mask).
     """
 
     script: str

@@ -13,6 +13,11 @@ from pipelines.launch_scripts.deepspeed_file import (
     launcher_settings,
     read_deepspeed,
 )
+from pipelines.launch_scripts.embedding_losses import (
+    aux_of_folder,
+    aux_settings,
+    target_settings,
+)
 from pipelines.launch_scripts.flag_table import TRAINERS, Flag, FlagTable, flag_table, llava_flags
 from pipelines.launch_scripts.shell import Launch
 
@@ -20,10 +25,7 @@ __all__ = ["Recipes", "find_table", "map_launch"]
 
 PROCESSES = 8  # of LLaVA's own scripts, which use every GPU of one machine
 BASES = {f"liuhaotian/llava-v1.5-{size}": f"lmsys/vicuna-{size}-v1.5" for size in ("7b", "13b")}
-QWEN_LAYERS = {
-    "c_attn": "q_proj|k_proj|v_proj", "c_proj": "o_proj|down_proj", "w1": "up_proj",
-    "w2": "gate_proj",
-}  # fmt: skip
+ROWS = 32002  # of a Llama's or Vicuna's vocabulary with an image's start and end
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
@@ -55,6 +57,7 @@ class Given:
         ours: The same, as they are called here.
         processes: All that the launcher starts.
         launcher: The launcher's flags.
+        environment: Variables that the script sets.
         folder: Where the script was started.
     """
 
@@ -62,6 +65,7 @@ class Given:
     ours: Mapping[str, Any]
     processes: int
     launcher: Mapping[str, str]
+    environment: Mapping[str, str]
     folder: Path
 
     def __getitem__(self, name: str) -> Any:
@@ -125,7 +129,10 @@ def map_launch(
     }
     launcher = launcher_settings(launch.launcher, folder)
     count = launch.processes or int(launcher.get("num_processes", 0)) or processes or PROCESSES
-    given = Given(values=values, ours=ours, processes=count, launcher=launcher, folder=folder)
+    given = Given(
+        values=values, ours=ours, processes=count, launcher=launcher,
+        environment=launch.environment, folder=folder,
+    )  # fmt: skip
     made = Recipes(output=str(values["output_dir"] or ""))
     for name, value in ours.items():
         flag = flags[name]
@@ -198,16 +205,50 @@ def _model(given: Given, made: Recipes) -> None:
     _put(made.train, "model.vision.tower", "siglip" if "siglip" in tower else "clip")
     _put(made.train, "model.vision.pretrained", given.place(tower))
     _put(made.train, "model.vision.allow_pickle", True)
-    _put(made.train, "model.trainable", _parts(given))
+    parts = _parts(given)
+    _put(made.train, "model.trainable", parts)
+    _put_quantize(given, made, learns_whole="language" in parts and not given["lora_enable"])
+    if aux := aux_settings(given.values) if "mode" in given.values else _aux_before(given):
+        _put(made.train, "model.aux", aux)
     if given["lora_enable"]:
         names = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
         lora = {ours: given[theirs] for ours, theirs in names.items()}
         layers = str(given.values.get("target_modules", ""))
-        target = "|".join(QWEN_LAYERS.get(one, one) for one in layers.split("|") if one)
-        lora |= {"target": target or r"language\..*", "bias": given["lora_bias"]}
+        lora |= {"target": layers or r"language\..*", "bias": given["lora_bias"]}
         _put(made.train, "model.lora", lora)
-    elif given["bits"] == 4:
-        raise UsageError("--bits: 4 without --lora_enable True; 4-bit weights learn by adapters")
+    if given["mm_use_im_start_end"]:
+        _put_added_rows(given, made, learn="language" not in parts)
+
+
+def _aux_before(given: Given) -> dict[str, Any]:
+    """The task tokens of the model that is trained on; none by a trainer that has none."""
+    has_tokens = "freeze_task_token" in given.values
+    return aux_of_folder(given.folder / given["model_name_or_path"]) if has_tokens else {}
+
+
+def _put_quantize(given: Given, made: Recipes, *, learns_whole: bool) -> None:
+    bits = given["bits"]
+    if bits != 16 and learns_whole:
+        raise UsageError(
+            f"--bits: {bits} without --lora_enable True; quantised weights learn by adapters"
+        )
+    kind = given.ours["quant_type"] if bits == 4 else given.ours["bits"]
+    _put(made.train, "model.language.quantize", kind)
+    if bits == 4:
+        _put(made.train, "model.language.double_quant", given["double_quant"])
+
+
+def _put_added_rows(given: Given, made: Recipes, *, learn: bool) -> None:
+    """Rows for an image's start and end, which LLaVA adds to the tokenizer."""
+    name = str(given["model_name_or_path"])
+    if not any(family in name.lower() for family in ("vicuna", "llama-2", "llava-v1.5")):
+        raise UsageError(
+            f"--mm_use_im_start_end: True with --model_name_or_path {name!r}, whose vocabulary is "
+            "not known here; supported with Vicuna and Llama 2"
+        )
+    _put(made.train, "model.language.vocab_size", ROWS)
+    if learn:
+        _put(made.train, "model.language.train_added_rows", True)
 
 
 def _parts(given: Given) -> list[str]:
@@ -218,6 +259,9 @@ def _parts(given: Given) -> list[str]:
             "--tune_mm_mlp_adapter: True with --lora_enable True trains no adapter; leave one out"
         )
     parts = ["projector"] if alone else ["projector", "language"]
+    if "mode" in given.values:
+        tokens = [] if given["freeze_task_token"] else ["task_tokens"]
+        parts += [*tokens, "predictors"]
     if given.values.get("unfreeze_mm_vision_tower"):
         parts = ["vision", "projector"]
     if given.values.get("unfreeze_whole_model"):
@@ -265,6 +309,11 @@ def _run(given: Given, made: Recipes) -> None:
         made.train["loggers"] = loggers
     if given.values.get("pad_max"):
         made.train["max_shapes"] = 1
+    if given.values.get("use_habana"):
+        made.train |= {"device": "hpu", "hpu": {"optimizer": "FusedAdamW"}}
+        own = {name: text for name, text in given.environment.items() if "HPU_" in name}
+        if own:
+            _put(made.train, "hpu.environment", own)
     _put_zero(_zero(given), made)
 
 
@@ -311,6 +360,8 @@ def _data(given: Given, made: Recipes) -> None:
     made.data["tokenizer"] = made.train["model"]["language"]["pretrained"]
     made.data["views"] = {view: {"size": size, "fill": "mean", "tower": family, "aspect": aspect}}
     made.train["view"] = view
+    if "mode" in given.values:
+        made.data["targets"] = target_settings(given["mode"], given.ours)
 
 
 def _source(given: Given) -> dict[str, Any]:

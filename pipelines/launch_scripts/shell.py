@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipelines.cli.command import UsageError
 
@@ -32,12 +32,14 @@ class Launch:
         processes: What the launcher starts, over all machines; 0 where the script does not say.
         program: The words before the trainer's flags.
         launcher: The launcher's own flags.
+        environment: Variables that the script sets.
     """
 
     flags: dict[str, str]
     processes: int
     program: str = field(default="", compare=False)
     launcher: dict[str, str] = field(default_factory=dict[str, str], compare=False)
+    environment: dict[str, str] = field(default_factory=dict[str, str], compare=False)
 
 
 def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
@@ -70,7 +72,8 @@ def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
             f"{len(launches)} commands begin with one of {', '.join(LAUNCHERS)}; expected one"
         )
     chosen = {**known, **variables}
-    return _launch(launches[0], next((chosen[name] for name in DEVICES if chosen.get(name)), ""))
+    devices = next((chosen[name] for name in DEVICES if chosen.get(name)), "")
+    return replace(_launch(launches[0], devices), environment=chosen)
 
 
 def _starts(line: str) -> bool:

@@ -39,7 +39,7 @@ A flag that a script leaves out has LLaVA's default, which counts: without
 Scripts of VisPer-LM, of Intel's example for Gaudi and of Basic-VLM are recognised by their
 command; `--trainer gaudi_llava` says it. What their trainers have beside LLaVA's flags is
 [below](#other-trainers). What trains otherwise without a flag is an error;
-`--leave_out '[mode]'` makes the recipe without it.
+`--leave_out` with names of such flags makes the recipe without them.
 
 The launcher may be `deepspeed`, `torchrun`, `accelerate`, `python` or `gaudi_spawn.py`. Processes
 are counted from its flags, its device lists (`--include`, `--gpu_ids`, `CUDA_VISIBLE_DEVICES`) or

@@ -86,7 +86,7 @@ OTHER = {
     "vision_tower": "google/siglip-so400m-patch14-384", "image_aspect_ratio": "square",
     "bits": "4", "lora_bias": "all", "evaluation_strategy": "steps", "eval_steps": "7",
     "lr_scheduler_type": "linear", "report_to": "tensorboard", "deepspeed": "zero3_offload.json",
-    "fp16": "True", "bf16": "False", "mm_use_im_start_end": "True",
+    "fp16": "True", "bf16": "False", "mm_use_im_start_end": "True", "quant_type": "fp4",
 }  # fmt: skip
 
 
@@ -94,7 +94,8 @@ OTHER = {
 CONTEXT: dict[str, dict[str, str]] = {
     "fp16": {"bf16": "False"}, "eval_steps": {"evaluation_strategy": "steps"},
     "freeze_mm_mlp_adapter": {"lora_enable": "False"},
-    "tune_mm_mlp_adapter": {"lora_enable": "False"},
+    "tune_mm_mlp_adapter": {"lora_enable": "False"}, "quant_type": {"bits": "4"},
+    "double_quant": {"bits": "4"},
 }  # fmt: skip
 
 
@@ -189,7 +190,13 @@ def test_values_come_back_as_they_were_quoted(flags: dict[str, str]) -> None:
         (script({**BASE, "learning_rate": "fast"}), "--learning_rate: 'fast'; expected a number"),
         (script({**BASE, "lora_r": "1.5"}), "--lora_r: '1.5'; expected a whole number"),
         (script({**BASE, "bf16": "maybe"}), "--bf16: 'maybe'; expected True or False"),
-        (script({**BASE, "bits": "8"}), "--bits: 8 is not supported; expected one of 16, 4"),
+        (script({**BASE, "bits": "3"}), "--bits: 3 is not supported; expected one of 16, 8, 4"),
+        (script({**BASE, "quant_type": "int4"}), "'int4' is not supported; expected one of nf4"),
+        (script({**BASE, "lora_enable": "False", "bits": "8"}), "8 without --lora_enable"),
+        (
+            script({**BASE, "mm_use_im_start_end": "True", "model_name_or_path": "mosaicml/mpt"}),
+            "'mosaicml/mpt', whose vocabulary is not known",
+        ),
         (script({**BASE, "version": "v0_mmtag"}), "--version: 'v0_mmtag' is not supported"),
         (script({**BASE, "image_aspect_ratio": "anyres"}), "'anyres' is not supported"),
         (script({**BASE, "mm_patch_merge_type": "spatial"}), "several crops an image"),
@@ -214,6 +221,31 @@ def test_what_cannot_be_imported_is_one_line_and_no_recipe(
     assert "\n" not in str(found.value)
     assert str(path) in str(found.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"bits": "16"}, ("none", True)), ({"bits": "8"}, ("int8", True)),
+        ({"bits": "4"}, ("nf4", True)), ({"bits": "4", "quant_type": "fp4"}, ("fp4", True)),
+        ({"bits": "4", "double_quant": "False"}, ("nf4", False)),
+        ({"bits": "8", "quant_type": "fp4", "double_quant": "False"}, ("int8", True)),
+    ],
+)  # fmt: skip
+def test_bits(flags: dict[str, str], expected: tuple[str, bool], tmp_path: Path) -> None:
+    language = run_config(mapped(BASE | flags, tmp_path), tmp_path).model.language
+    assert (language.quantize, language.double_quant) == expected
+
+
+def test_an_images_start_and_end_learn_in_the_first_stage(tmp_path: Path) -> None:
+    tokens = {"mm_use_im_start_end": "True"}
+    stage_1 = SCRIPTS["v1_5/pretrain"] | tokens | {"version": "v1"}
+    language = run_config(mapped(stage_1, tmp_path), tmp_path).model.language
+    assert (language.vocab_size, language.train_added_rows) == (32002, True)
+    for name in ("finetune", "finetune_lora"):
+        made = mapped(SCRIPTS[f"v1_5/{name}"] | tokens, tmp_path)
+        language = run_config(made, tmp_path).model.language
+        assert (language.vocab_size, language.train_added_rows) == (32002, False)
 
 
 def test_a_script_is_imported_with_its_deepspeed_file(

@@ -23,14 +23,17 @@ from tests.pipelines.test_import_flags import run_config, settings_of
 
 LLAMA = "--model.language.pretrained=meta-llama/Meta-Llama-3-8B-Instruct"
 PICKLE = "--model.language.allow_pickle=true"
+# Of the example's DeepSpeed files, which are not beside the script.
+OVERLAP = "--communication.overlap_comm=null"
+GATHER = "--communication.allgather_partitions=null"
 # What a script says and the recipe, of which its README's table gives the reason, does not.
 DIFFERENT: dict[str, list[str]] = {
     "visper_lm/pretrain": [],
     "visper_lm/finetune": [LLAMA],
     "visper_lm/vpt": [LLAMA],
-    "gaudi_llava/pretrain": ["--memory=auto", "--max_shapes=16"],
-    "gaudi_llava/finetune": ["--memory=auto"],
-    "gaudi_llava/finetune_lora": ["--memory=auto"],
+    "gaudi_llava/pretrain": ["--memory=auto", "--max_shapes=16", OVERLAP, GATHER],
+    "gaudi_llava/finetune": ["--memory=auto", OVERLAP],
+    "gaudi_llava/finetune_lora": ["--memory=auto", OVERLAP],
     "icm_instruct/csft": [],
     "basic_vlm/train": ["--view=siglip384_stretch"],
 }
@@ -38,6 +41,10 @@ DIFFERENT: dict[str, list[str]] = {
 
 def imported(name: str, folder: Path, **more: Any) -> Recipes:
     published = SYSTEMS[name]
+    start = folder / published.flags.get("model_name_or_path", "")
+    if published.trainer == "visper_lm":  # the stage before has left its tokens there
+        start.mkdir(parents=True)
+        (start / "config.json").write_text('{"aux_mode": "gen-depth-seg", "num_task_tokens": 8}')
     launch = parse_script(script(published.flags, published.launcher), {})
     assert find_table(launch) is flag_table(published.trainer)
     return map_launch(launch, folder, **more)
@@ -45,8 +52,7 @@ def imported(name: str, folder: Path, **more: Any) -> Recipes:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_flag_is_told_and_the_recipes_parse(name: str, tmp_path: Path) -> None:
-    leave_out = ("mode",) if name == "visper_lm/pretrain" else ()
-    made = imported(name, tmp_path, leave_out=leave_out)
+    made = imported(name, tmp_path)
     assert {row[0] for row in made.rows} >= SYSTEMS[name].flags.keys()
     assert all(fate for _, _, fate in made.rows)
     run = run_config(made, tmp_path)
@@ -59,13 +65,12 @@ def test_every_flag_is_told_and_the_recipes_parse(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_it_trains_as_the_recipe_that_was_written_by_hand(name: str, tmp_path: Path) -> None:
-    leave_out = ("mode",) if name == "visper_lm/pretrain" else ()
-    made = run_config(imported(name, tmp_path, leave_out=leave_out), tmp_path)
+    made = run_config(imported(name, tmp_path), tmp_path)
     flags = [*DIFFERENT[name], "--truncate=true", "--remainder=pad", PICKLE]
     flags.append(f"--init_from={made.init_from}")
     flags += [f"--model.vision.allow_pickle={str(made.model.vision.allow_pickle).lower()}"]
     flags += [f"--device={made.device}", f"--loggers=[{','.join(made.loggers)}]"]
-    if not name.startswith("basic_vlm"):  # that the language model is another is in its table
+    if not name.startswith("basic_vlm"):  # the only one that its code fixes
         flags.append(f"--model.language.pretrained={made.model.language.pretrained}")
     recipe = [f"--config={name}", "--dataset=d", "--output=r"]
     assert made == parse(RunConfig, [*recipe, *flags], "")
@@ -80,7 +85,7 @@ def test_it_trains_as_the_recipe_that_was_written_by_hand(name: str, tmp_path: P
     ],
 )  # fmt: skip
 def test_texts_and_pixels_are_those_of_the_recipe(name: str, recipe: str, tmp_path: Path) -> None:
-    made = imported(name, tmp_path, leave_out=("mode",) if name == "visper_lm/pretrain" else ())
+    made = imported(name, tmp_path)
     path = tmp_path / "data.yaml"
     path.write_text(yaml.safe_dump(made.data))
     folder = name.partition("/")[0]
@@ -91,6 +96,9 @@ def test_texts_and_pixels_are_those_of_the_recipe(name: str, recipe: str, tmp_pa
     assert ours.template == by_hand.template
     assert [*filled_views(ours.views).values()] == [*filled_views(by_hand.views).values()]
     assert ours.sources[0].format == by_hand.sources[0].format
+    assert ours.targets == by_hand.targets
+    if name == "basic_vlm/train":
+        assert ours.tokenizer == by_hand.tokenizer
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -114,15 +122,61 @@ def test_llavas_own_scripts_are_llavas() -> None:
 def test_what_is_not_supported_is_named_and_may_be_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "pretrain.sh"
-    path.write_text(script(VISPER_PT, SYSTEMS["visper_lm/pretrain"].launcher))
+    path = tmp_path / "finetune.sh"
+    flags = SYSTEMS["visper_lm/finetune"].flags | {"attn_mask_type": "full"}
+    path.write_text(script(flags, SYSTEMS["visper_lm/finetune"].launcher))
     command = [str(path), f"--output={tmp_path / 'out'}"]
-    with pytest.raises(UsageError, match=r"--mode: 'gen-depth-seg' is not supported \(embedding"):
+    with pytest.raises(UsageError, match=r"--attn_mask_type: 'full' is not supported \(another"):
         main(command)
     with pytest.raises(UsageError, match="leave_out: 'bits'; expected of "):
         main([*command, "--leave_out=[bits]"])
-    assert main([*command, "--leave_out=[mode]"]) == 0
-    assert "left out: not supported (embedding losses" in capsys.readouterr().out
+    assert main([*command, "--leave_out=[attn_mask_type]"]) == 0
+    assert "left out: not supported (another mask" in capsys.readouterr().out
+
+
+def test_embedding_losses_follow_their_flags(tmp_path: Path) -> None:
+    program = "ola_vlm/train/ola_vlm_train_mem.py"
+    flags = VISPER_PT | {
+        "mode": "seg-depth", "layer_indices": "d18_s10-12-14", "loss_weights": "d0.25_s1_g3",
+        "use_contrastive": "False", "freeze_task_token": "True", "num_task_tokens": "4",
+        "image_segmentor": "mine/oneformer",
+    }  # fmt: skip
+    made = map_launch(Launch(flags, 8, program), tmp_path)
+    aux = run_config(made, tmp_path).model.aux
+    assert (aux.mode, aux.num_task_tokens, aux.contrastive_weight) == ("seg-depth", 4, 0.0)
+    assert aux.layers == {"seg": (10, 12, 14), "depth": (18,)}
+    assert aux.weights == {"seg": 1.0, "depth": 0.25}
+    assert made.train["model"]["trainable"] == ["projector", "predictors"]
+    assert [*made.data["targets"]] == ["seg", "depth"]
+    assert made.data["targets"]["seg"]["pretrained"] == "mine/oneformer"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("mode", "gen-sketch", "--mode: 'gen-sketch': 'sketch' is no task; expected of depth"),
+        ("layer_indices", "d18_s10", "--layer_indices: 'd18_s10' \\(no gen\\); expected a letter"),
+        ("layer_indices", "d1-x_s1_g1", "--layer_indices: .* as d18-20_s10-18_g12-20"),
+        ("loss_weights", "q0.5", "--loss_weights: 'q0.5' .* as d0.5_s0.5_g0.5"),
+        ("seg_head_dim_head", "64", "--seg_head_dim_head: 64 is not supported"),
+        ("depth_estimator", "mine.pth", "--depth_estimator: 'mine.pth' is not supported"),
+    ],
+)
+def test_an_embedding_loss_that_is_not_theirs_is_one_line(
+    flag: str, value: str, words: str, tmp_path: Path
+) -> None:
+    launch = Launch(VISPER_PT | {flag: value}, 8, "ola_vlm/train/ola_vlm_train_mem.py")
+    with pytest.raises(UsageError, match=words) as found:
+        map_launch(launch, tmp_path)
+    assert "\n" not in str(found.value)
+
+
+def test_a_folder_that_is_no_visper_lm_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text('{"aux_mode": "gen"}')
+    flags = SYSTEMS["visper_lm/finetune"].flags | {"model_name_or_path": "start"}
+    with pytest.raises(UsageError, match="is no VisPer-LM's config"):
+        map_launch(Launch(flags, 8, "ola_vlm/train/train_mem.py"), tmp_path)
 
 
 def test_what_trains_follows_the_towers_flags(tmp_path: Path) -> None:
