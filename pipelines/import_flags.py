@@ -1,6 +1,7 @@
 """Read a script that starts LLaVA's trainer, and write the recipes that train as it does.
 
 lapilli import-flags scripts/v1_5/finetune.sh --output recipes/finetune
+lapilli import-flags llava1_5_lora_sft.yaml --output recipes/lora --folder LLaMA-Factory
 
 Writes FOLDER/data.yaml and FOLDER/train.yaml, and says of every flag what became of it. Nothing of
 the script is executed.
@@ -20,9 +21,10 @@ from lapilli.data.io.access import require_writable
 from lapilli.data.io.atomic import write_text
 from lapilli.data.io.whole_file import read_whole
 from pipelines.cli.command import UsageError, first_as, parse, run, say
-from pipelines.launch_scripts.flag_table import FlagTable
+from pipelines.launch_scripts.flag_table import FlagTable, llava_flags
 from pipelines.launch_scripts.mapping import Recipes, find_table, map_launch
-from pipelines.launch_scripts.shell import parse_script
+from pipelines.launch_scripts.settings_file import read_settings, settings_of_file
+from pipelines.launch_scripts.shell import Launch, parse_script
 
 __all__ = ["ImportConfig", "import_flags", "main"]
 
@@ -33,14 +35,16 @@ class ImportConfig:
 
     Attributes:
         script: A shell script with one command that starts LLaVA's trainer by deepspeed, torchrun,
-            accelerate or python.
+            accelerate or python, `swift sft` or `llamafactory-cli train`; or a file of settings of
+            ms-swift or LLaMA-Factory.
         output: Folder for `data.yaml` and `train.yaml`.
         variables: Values of the script's variables, which win over its own
             (`{MODEL_VERSION: vicuna-7b-v1.3}`).
-        num_workers: GPUs, where the script does not say; 0 takes 8, as LLaVA's scripts do.
+        num_workers: GPUs, where the script does not say; 0 takes 8, as LLaVA's scripts do, and 1
+            with a file of settings.
         folder: Where the script is started; its DeepSpeed file is looked for there.
-        trainer: Whose flags they are: `llava`, `visper_lm`, `visper_lm_pretrain`, `gaudi_llava` or
-            `basic_vlm`; `auto` finds it by the command.
+        trainer: Whose flags they are: `llava`, `visper_lm`, `visper_lm_pretrain`, `gaudi_llava`,
+            `basic_vlm`, `llama_factory` or `ms_swift`; `auto` finds it by command and flags.
         leave_out: Flags that are not supported, which the recipe shall be without
             (`[attn_mask_type]`: trains with a causal mask).
     """
@@ -66,7 +70,7 @@ def import_flags(config: ImportConfig) -> Recipes:
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise UsageError(f"script: {config.script} is no shell script ({error})") from None
     try:
-        launch = parse_script(text, config.variables)
+        launch = _read(text, config)
         made = map_launch(
             launch, Path(config.folder), processes=config.num_workers, trainer=config.trainer,
             leave_out=config.leave_out,
@@ -83,6 +87,21 @@ def import_flags(config: ImportConfig) -> Recipes:
     for name, settings in files.items():
         write_text(output / name, _text(config.script, table, settings))
     return made
+
+
+def _read(text: str, config: ImportConfig) -> Launch:
+    """The command of a script with its file of settings, or such a file alone."""
+    settings = read_settings(text)
+    if settings is None:
+        launch = parse_script(text, config.variables)
+        return settings_of_file(launch, Path(config.folder)) if launch.file else launch
+    launch = Launch(flags=settings, processes=0)
+    if config.trainer == "auto" and find_table(launch) is llava_flags():
+        raise UsageError(
+            "settings of neither LLaMA-Factory nor ms-swift, by names such as finetuning_type or "
+            "tuner_type; say --trainer, or name a script"
+        )
+    return launch
 
 
 def _text(script: str, table: FlagTable, settings: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from lapilli.data.io.whole_file import read_whole
+from lapilli.data.io.yaml_text import load_yaml
 from pipelines.cli.command import UsageError
 
 __all__ = ["ZeroSettings", "launcher_settings", "read_deepspeed"]
@@ -69,11 +71,25 @@ class ZeroSettings:
     communication: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-# Of LLaVA's own files, by name, for a script that is read elsewhere.
+# Of LLaVA's own files and LLaMA-Factory's, by name, for a script that is read elsewhere.
 FILES = {
     "zero3_offload": ZeroSettings(stage=3, offload="cpu", schedule="constant"),
     "zero3": ZeroSettings(stage=3),
     "zero2": ZeroSettings(stage=2),
+    "ds_z3_offload_config": ZeroSettings(stage=3, offload="cpu"),
+    "ds_z3_config": ZeroSettings(stage=3),
+    "ds_z2_offload_config": ZeroSettings(stage=2, offload="cpu"),
+    "ds_z2_config": ZeroSettings(stage=2),
+    "ds_z0_config": ZeroSettings(),
+}
+# What ms-swift calls its own files.
+PRESETS = {
+    "zero0": ZeroSettings(),
+    "zero1": ZeroSettings(stage=1),
+    "zero2": ZeroSettings(stage=2),
+    "zero3": ZeroSettings(stage=3),
+    "zero2_offload": ZeroSettings(stage=2, offload="cpu"),
+    "zero3_offload": ZeroSettings(stage=3, offload="cpu"),
 }
 
 
@@ -89,19 +105,20 @@ def read_deepspeed(path: Path, flags: Mapping[str, Any]) -> ZeroSettings:
             that has no counterpart.
     """
     if not path.is_file():
-        if (known := FILES.get(path.stem)) is None:
+        known = FILES.get(path.stem) if path.suffix else PRESETS.get(path.name)
+        if known is None:
             raise UsageError(
                 f"--deepspeed: {path} is not there; expected the file, or one called "
                 f"{', '.join(FILES)}.json"
             )
         return known
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(read_whole(path))
         _check(config, flags)
         return _settings(config)
     except UsageError as error:
         raise UsageError(f"--deepspeed: {path}: {error}") from None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"--deepspeed: {path} is no DeepSpeed config ({error})") from None
 
 
@@ -154,7 +171,7 @@ def launcher_settings(launcher: Mapping[str, str], folder: Path) -> dict[str, st
     if name := launcher.get("config_file", ""):
         path = folder / name
         try:
-            config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config: Any = load_yaml(read_whole(path).decode())
             flat = {**config, **config.get("deepspeed_config", {})}
         except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
             raise UsageError(f"--config_file: {path} is no accelerate config ({error})") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lapilli.data.io.whole_file import read_whole
 from pipelines.cli.command import UsageError
 
 __all__ = ["aux_of_folder", "aux_settings", "target_settings"]
@@ -80,14 +81,14 @@ def aux_of_folder(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(read_whole(path))
         if not config.get("aux_mode"):
             return {}
         return {
             "mode": str(config["aux_mode"]),
             "num_task_tokens": int(config["num_task_tokens"]),
         }
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"--model_name_or_path: {path} is no VisPer-LM's config ({error})"
         ) from None

@@ -13,7 +13,10 @@ from pipelines.cli.command import UsageError
 
 __all__ = ["TRAINERS", "Flag", "FlagTable", "flag_table", "llava_flags"]
 
-TRAINERS = ("llava", "visper_lm", "visper_lm_pretrain", "gaudi_llava", "basic_vlm")
+TRAINERS = (
+    "llava", "visper_lm", "visper_lm_pretrain", "gaudi_llava", "basic_vlm", "llama_factory",
+    "ms_swift",
+)  # fmt: skip
 """The trainers whose flags are known, each after the one that its table begins with."""
 
 TRUE, FALSE = {"true", "yes", "y", "t", "1"}, {"false", "no", "n", "f", "0"}

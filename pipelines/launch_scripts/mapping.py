@@ -19,12 +19,14 @@ from pipelines.launch_scripts.embedding_losses import (
     target_settings,
 )
 from pipelines.launch_scripts.flag_table import TRAINERS, Flag, FlagTable, flag_table, llava_flags
-from pipelines.launch_scripts.shell import Launch
+from pipelines.launch_scripts.frameworks import in_llavas_flags
+from pipelines.launch_scripts.shell import LIST, Launch
 
 __all__ = ["Recipes", "find_table", "map_launch"]
 
 PROCESSES = 8  # of LLaVA's own scripts, which use every GPU of one machine
 BASES = {f"liuhaotian/llava-v1.5-{size}": f"lmsys/vicuna-{size}-v1.5" for size in ("7b", "13b")}
+FRAMEWORKS = ("llama_factory", "ms_swift")
 ROWS = 32002  # of a Llama's or Vicuna's vocabulary with an image's start and end
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
@@ -108,7 +110,8 @@ def map_launch(
     Args:
         launch: The command.
         folder: Where the script is started; a DeepSpeed file is looked for there.
-        processes: Processes where the script does not say; 0 takes 8.
+        processes: Processes where the script does not say; 0 takes 8, and 1 of a framework's
+            settings.
         trainer: A name of `TRAINERS`; `auto` finds it.
         leave_out: Flags that are not supported and may be left out of the recipe.
 
@@ -122,13 +125,18 @@ def map_launch(
     for name, flag in flags.items():
         text = launch.flags.get(name) if not flag.is_fixed else None
         values[flag.same_as or name] = flag.default if text is None else flag.read(text)
+    launcher = launcher_settings(launch.launcher, folder)
+    usual = 1 if table in map(flag_table, FRAMEWORKS) else PROCESSES
+    count = launch.processes or int(launcher.get("num_processes", 0)) or processes or usual
+    for name, flag in table.flags.items():  # before what they come to, which names no flag
+        if not flag.same_as and name not in leave_out:
+            flag.setting(values[name])
+    values |= in_llavas_flags(values, folder, count)
     ours = {
         name: flag.setting(values[name])
         for name, flag in flags.items()
         if not flag.same_as and not (name in leave_out and flag.unsupported)
     }
-    launcher = launcher_settings(launch.launcher, folder)
-    count = launch.processes or int(launcher.get("num_processes", 0)) or processes or PROCESSES
     given = Given(
         values=values, ours=ours, processes=count, launcher=launcher,
         environment=launch.environment, folder=folder,
@@ -145,6 +153,7 @@ def map_launch(
         compute(given, made)
     fixed = {name: str(flag.default) for name, flag in table.flags.items() if flag.is_fixed}
     for name, text in {**launch.flags, **fixed}.items():
+        text = text.replace(LIST, " ")
         made.rows.append((name, text, _fate(flags[name], flags, left_out=name in leave_out)))
     return made
 
@@ -183,7 +192,10 @@ def _put(recipe: dict[str, Any], setting: str, value: Any) -> None:
 
 
 def _model(given: Given, made: Recipes) -> None:
-    name = given.ours["model_name_or_path"]
+    asked, name = given["model_name_or_path"], given.ours["model_name_or_path"]
+    if "parts" in given.values:  # a framework's model is transformers' LLaVA
+        name = given.ours.get("model", name)
+        made.start = f"llava-hf/{asked.rpartition('/')[2]}"
     language = given.place(BASES.get(str(name), str(name)))
     _put(made.train, "model.language.pretrained", language)
     _put(made.train, "model.language.allow_pickle", True)
@@ -215,6 +227,8 @@ def _model(given: Given, made: Recipes) -> None:
         lora = {ours: given[theirs] for ours, theirs in names.items()}
         layers = str(given.values.get("target_modules", ""))
         lora |= {"target": layers or r"language\..*", "bias": given["lora_bias"]}
+        if given.values.get("lora_projector"):
+            lora["projector"] = True
         _put(made.train, "model.lora", lora)
     if given["mm_use_im_start_end"]:
         _put_added_rows(given, made, learn="language" not in parts)
@@ -253,6 +267,8 @@ def _put_added_rows(given: Given, made: Recipes, *, learn: bool) -> None:
 
 def _parts(given: Given) -> list[str]:
     """The parts that learn."""
+    if parts := given.values.get("parts"):
+        return parts
     alone = given["tune_mm_mlp_adapter"]
     if alone and given["lora_enable"]:
         raise UsageError(
@@ -274,6 +290,7 @@ def _parts(given: Given) -> list[str]:
 
 
 def _optim(given: Given, made: Recipes) -> None:
+    _put(made.train, "optim.lr", given["learning_rate"])
     _put(made.train, "optim.betas", [given["adam_beta1"], given["adam_beta2"]])
     rates = {
         part: given.values.get(name)
@@ -288,7 +305,11 @@ def _optim(given: Given, made: Recipes) -> None:
 
 
 def _run(given: Given, made: Recipes) -> None:
-    made.train |= {"max_length": given["model_max_length"], "truncate": True}
+    made.train["max_length"] = given["model_max_length"]
+    made.train.setdefault("truncate", True)
+    if given.values.get("neat_packing") or given.values.get("packing"):
+        remainder = "drop" if given["dataloader_drop_last"] else "short"
+        made.train |= {"pack": True, "sampler": "grouped", "remainder": remainder}
     made.train["max_steps"] = max(0, given["max_steps"])
     made.train["num_workers"] = given.processes
     share = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
@@ -345,7 +366,7 @@ def _zero(given: Given) -> ZeroSettings:
 
 
 def _data(given: Given, made: Recipes) -> None:
-    made.data["sources"] = [_source(given)]
+    made.data["sources"] = given.values.get("sources") or [_source(given)]
     if given["mm_use_im_start_end"]:
         if given["version"] not in ("v1", "vicuna_v1"):
             raise UsageError("--mm_use_im_start_end: True is supported with --version v1 alone")

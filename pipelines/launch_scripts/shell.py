@@ -9,9 +9,13 @@ from dataclasses import dataclass, field, replace
 
 from pipelines.cli.command import UsageError
 
-__all__ = ["Launch", "parse_script"]
+__all__ = ["LIST", "Launch", "parse_script"]
 
-LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "python", "python3", "srun")
+LIST = "\n"
+"""Stands between the values of a flag that has several."""
+
+FRAMEWORKS = {"swift": "sft", "llamafactory-cli": "train"}  # and the only command that is read
+LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "python", "python3", "srun", *FRAMEWORKS)
 ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 # Files that start the trainer's file, which comes after them.
@@ -19,6 +23,7 @@ SPAWNERS = ("gaudi_spawn.py", "xla_spawn.py")
 # Flags of launchers that say how many processes there are on a machine, and how many machines.
 PROCESSES = ("num_gpus", "nproc_per_node", "nproc-per-node", "num_processes", "world_size")
 MACHINES = ("num_nodes", "nnodes")
+ENDS = (";", "&", "&&", "|")
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES")
 
 
@@ -33,6 +38,7 @@ class Launch:
         program: The words before the trainer's flags.
         launcher: The launcher's own flags.
         environment: Variables that the script sets.
+        file: A file of settings that the command names; the flags win over it.
     """
 
     flags: dict[str, str]
@@ -40,6 +46,11 @@ class Launch:
     program: str = field(default="", compare=False)
     launcher: dict[str, str] = field(default_factory=dict[str, str], compare=False)
     environment: dict[str, str] = field(default_factory=dict[str, str], compare=False)
+    file: str = field(default="", compare=False)
+
+    def with_flags(self, flags: dict[str, str]) -> Launch:
+        """The same command with other flags."""
+        return replace(self, flags=flags)
 
 
 def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
@@ -73,7 +84,10 @@ def parse_script(text: str, variables: Mapping[str, str]) -> Launch:
         )
     chosen = {**known, **variables}
     devices = next((chosen[name] for name in DEVICES if chosen.get(name)), "")
-    return replace(_launch(launches[0], devices), environment=chosen)
+    words = launches[0]
+    is_framework = words[0].rpartition("/")[2] in FRAMEWORKS
+    found = _framework(words, chosen, devices) if is_framework else _launch(words, devices)
+    return replace(found, environment=chosen)
 
 
 def _starts(line: str) -> bool:
@@ -149,6 +163,27 @@ def _launch(words: list[str], devices: str) -> Launch:
     )
 
 
+def _framework(words: list[str], environment: Mapping[str, str], devices: str) -> Launch:
+    """A command of LLaMA-Factory or ms-swift, which counts its processes by the environment."""
+    name = words[0].rpartition("/")[2]
+    if words[1:2] != [FRAMEWORKS[name]]:
+        raise UsageError(
+            f"{' '.join(words[:2])}: not supported; expected {name} {FRAMEWORKS[name]}"
+        )
+    rest = [f"--{word}" if re.match(r"[a-z_]+=", word) else word for word in words[2:]]
+    file = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+    counts = [environment.get(one, "") for one in ("NPROC_PER_NODE", "NNODES")]
+    if bad := next((text for text in counts if text and not text.isdecimal()), ""):
+        raise UsageError(f"{name}: {bad!r} processes or machines; expected a whole number")
+    every = _devices(devices) if devices and name != "swift" else 1
+    return Launch(
+        flags=_flags(rest, strict=True, several=True),
+        processes=int(counts[0] or every) * int(counts[1] or 1),
+        program=f"{name} {FRAMEWORKS[name]}",
+        file=file,
+    )
+
+
 def _is_program(word: str) -> bool:
     return word.endswith(".py") and word.rpartition("/")[2] not in SPAWNERS
 
@@ -158,18 +193,20 @@ def _devices(listed: str) -> int:
     return sum(len(host.rpartition(":")[2].split(",")) for host in listed.split("@"))
 
 
-def _flags(words: list[str], *, strict: bool) -> dict[str, str]:
-    """`--name value`, `--name=value` and `--name`."""
+def _flags(words: list[str], *, strict: bool, several: bool = False) -> dict[str, str]:
+    """`--name value`, `--name=value`, `--name`, and with `several` `--name value value`."""
     found: dict[str, str] = {}
-    name = ""
+    name = last = ""
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             name, has_value, value = word.lstrip("-").partition("=")
             found[name] = value if has_value else "True"
-            name = "" if has_value else name
+            name, last = "" if has_value else name, name
         elif name:
             found[name], name = word, ""
-        elif strict and word not in (";", "&", "&&", "|"):
+        elif several and last and word not in ENDS:
+            found[last] += LIST + word
+        elif strict and word not in ENDS:
             raise UsageError(f"{word!r} stands where a flag is expected; quote values with spaces")
         elif strict:
             break

@@ -41,6 +41,17 @@ command; `--trainer gaudi_llava` says it. What their trainers have beside LLaVA'
 [below](#other-trainers). What trains otherwise without a flag is an error;
 `--leave_out` with names of such flags makes the recipe without them.
 
+Settings of LLaMA-Factory and ms-swift for supervised training of LLaVA 1.5 are read too, from their
+YAML or from a script with `llamafactory-cli train` or `swift sft`:
+
+```text
+lapilli import-flags llava1_5_lora_sft.yaml --output recipes/lora --folder LLaMA-Factory
+```
+
+`--folder` is where the command is started, below which `data/dataset_info.json` and data files lie.
+A YAML does not say how many GPUs there are: one, or `--num_workers`. The model is downloaded, and
+is where the run starts from; a model of another kind is refused.
+
 The launcher may be `deepspeed`, `torchrun`, `accelerate`, `python` or `gaudi_spawn.py`. Processes
 are counted from its flags, its device lists (`--include`, `--gpu_ids`, `CUDA_VISIBLE_DEVICES`) or
 accelerate's `--config_file`. Of a DeepSpeed file the stage, offload, schedule and sizes of
