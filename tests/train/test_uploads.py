@@ -213,6 +213,21 @@ def test_each_worker_copies_its_part_and_the_first_waits_for_all(
     assert files_below(there) == files_below(folder)
 
 
+@pytest.mark.usefixtures("port")
+def test_a_part_of_a_later_step_is_kept_while_an_earlier_one_is_copied(
+    tmp_path: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "POLL", 0.01)
+    run = tmp_path / "run"
+    earlier, later = made_step(run, 2, 1), made_step(run, 4, 2)
+    for start, rank in ((4, (1, 2)), (2, (0, 1))):  # the second worker is ahead of the first
+        with Uploads(run, STORE, keep=2, start=start, rank=rank):
+            pass
+    there = bucket / "runs" / "one" / "checkpoints"
+    assert files_below(there / earlier.name) == files_below(earlier)
+    assert [path.name for path in (there / later.name).iterdir()] == [part_name(1, 2)]
+
+
 @pytest.mark.faults
 @pytest.mark.usefixtures("port")
 def test_two_workers_store_a_checkpoint_each_its_part(

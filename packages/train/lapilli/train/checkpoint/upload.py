@@ -208,10 +208,14 @@ def _put(file: Path, target: RemotePath) -> None:
 
 
 def _prune(address: str, newest: str, keep: int) -> None:
-    """Remove what is cut short and all but the newest `keep`."""
+    """Remove what is cut short and all but the newest `keep`.
+
+    A later step without `state.json` is not cut short: a worker that is ahead puts its part there.
+    """
     found = listed(address)
     whole = {step for step, files in found.items() if STATE in files}
-    gone = (found.keys() - whole) | outdated(whole, int(newest.partition("-")[2]), keep)
+    cut = {step for step in found.keys() - whole if step <= newest}
+    gone = cut | outdated(whole, int(newest.partition("-")[2]), keep)
     for step in sorted(gone):
         for path in sorted(found[step].values(), key=lambda path: path.name != STATE):
             path.unlink(missing_ok=True)
