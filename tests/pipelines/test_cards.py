@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,10 @@ def test_the_documented_commands_publish_both(
             "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
         }  # fmt: skip
         for command in commands:
+            program, *words = command.replace("OWNER", "me").split()
+            own = Path(sys.executable).with_name(program)  # of this environment, active or not
             done = subprocess.run(
-                command.replace("OWNER", "me").split(), cwd=tmp_path, env=os.environ | mine,
+                [str(own), *words], cwd=tmp_path, env=os.environ | mine,
                 capture_output=True, text=True, timeout=120, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr

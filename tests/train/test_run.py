@@ -126,8 +126,13 @@ def kill_a_worker_at(run: Path, step: int) -> None:
     os.kill(random.choice(train_workers()), signal.SIGKILL)
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.faults),
+    ],
+)
 def test_a_stopped_run_saves_first_and_goes_on_from_there(
     number: signal.Signals, finished: RunConfig, dataset: Path, tmp_path: Path
 ) -> None:

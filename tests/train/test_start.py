@@ -148,7 +148,7 @@ def test_a_start_with_another_tokenizer_is_named(
         preflight(config)
 
 
-@pytest.mark.faults  # for its length
+@pytest.mark.long
 def test_a_start_that_changed_meanwhile_ends_the_resumed_run_in_one_line(
     stages: tuple[RunConfig, RunConfig], tmp_path: Path
 ) -> None:
