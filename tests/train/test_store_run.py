@@ -90,14 +90,19 @@ def test_names_of_scratch_folders() -> None:
     assert other.output != here.output
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_two_nodes_that_share_nothing_but_the_store(bucket: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lives",
+    [pytest.param(1, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.long)],
+)
+def test_two_nodes_that_share_nothing_but_the_store(
+    bucket: Path, tmp_path: Path, lives: int
+) -> None:
     alone = replace(in_store(), dataset=str(tmp_path / "made" / "dataset"),
                     output=str(tmp_path / "local"))  # fmt: skip
     expected = train(alone)
     run, stored = bucket / "runs" / "one", in_store(num_workers=2, launcher="ray")
-    for starts in ([0], [0, 4]):
+    for starts in ([0], [0, 4])[:lives]:
         code, said, errors = ends(stored, cores="0+1+1")
         assert code == 0, errors
         assert "2 workers on 1 host" in said
