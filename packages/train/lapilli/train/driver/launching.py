@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from lapilli.data.dataset.shard_cache import dataset_folder
+from lapilli.data.errors import DataError
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.train.checkpoint.store import (
     newest_checkpoint,
@@ -116,13 +118,20 @@ def launch(
             with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
                 fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
                 fit_on(ready.config, ready.device, ready.memory_policy)
-        finally:
-            if lies_in_store(ready.config):
-                store_records(run, ready.config.checkpoint.upload)
+        except BaseException:
+            with contextlib.suppress(DataError):  # what ended the run is what is told
+                _store_records(ready.config)
+            raise
+        _store_records(ready.config)
         if is_stop_asked(run):
             newest = newest_checkpoint(ready.config)
             raise KeyboardInterrupt(f"saved at step {newest.step}" if newest else "")
         return read_metrics(run)
+
+
+def _store_records(config: RunConfig) -> None:
+    if lies_in_store(config):
+        store_records(Path(config.output), config.checkpoint.upload)
 
 
 @contextmanager

@@ -84,6 +84,8 @@ class Relay:
         self._run, self._call = run, call
         self._noted = notes_end(run)
         self._brought = dict[str, tuple[int, int]]()  # inode and size, by name
+        # of an earlier life, in which another worker may have been the first: not brought
+        self._old = {path: _stamp(path.stat()) for path in self._files()}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="relay", daemon=True)
 
@@ -120,6 +122,8 @@ class Relay:
             name = path.relative_to(self._run).as_posix()
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 found = os.fstat(file.fileno())
+                if self._old.get(path) == _stamp(found):
+                    continue
                 inode, sent = self._brought.get(name, (0, 0))
                 start = sent if inode == found.st_ino and found.st_size >= sent else 0
                 if inode == found.st_ino and found.st_size == sent:
@@ -145,3 +149,7 @@ class Relay:
                         continue
                     if path.is_file():
                         yield path
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
