@@ -16,9 +16,9 @@ from typing import Any
 
 from lapilli.data.building.driver import BuildReport, build
 from lapilli.data.config import BuildConfig
-from lapilli.data.dataset.shard_cache import is_address
 from lapilli.data.images.codecs import replaced_simd
 from lapilli.data.io.access import require_writable
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.disk import task_bytes
@@ -33,7 +33,7 @@ from pipelines.reports.dataset_report import IMAGE_NOTES, BuildTime, write_datas
 
 def preprocess(config: BuildConfig) -> BuildReport:
     """Plan and build a dataset, print what was made, and write its report."""
-    if not is_address(config.output):
+    if not is_remote(config.output):
         require_writable("output", Path(config.output))
     config = replace(config, views=filled_views(config.views))
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
@@ -44,7 +44,7 @@ def preprocess(config: BuildConfig) -> BuildReport:
     with build_line() as runner:
         report = build(plan, runner=runner)
     print_report(report)
-    if not is_address(config.output):
+    if not is_remote(config.output):
         time = BuildTime(report.seconds, report.shards_built, report.shards_reused)
         say(f"report: {write_dataset_report(Path(config.output), plan.config, time=time)}")
         write_dataset_card(Path(config.output))

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lapilli.data.dataset.shard_cache import Mirror, is_address, open_mirror
+from lapilli.data.dataset.shard_cache import Mirror, open_mirror
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, check_copy_files, open_copy
 from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL, decode_pixels
 from lapilli.data.io.access import cannot_read, is_denied
 from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.shards.checks import only_chunk, open_selection, open_tokens
 from lapilli.data.shards.files import open_table
 from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
@@ -353,7 +354,7 @@ def open_dataset(
         DataError: No dataset, no such view or split, nothing short enough, or a file that is
             missing or cut.
     """
-    mirror = open_mirror(str(path), cache, cache_limit) if is_address(str(path)) else None
+    mirror = open_mirror(str(path), cache, cache_limit) if is_remote(str(path)) else None
     path = mirror.folder if mirror else Path(path)
     manifest = read_manifest(path)
     _check_view(path, manifest, view)

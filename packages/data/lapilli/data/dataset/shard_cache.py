@@ -23,11 +23,11 @@ from typing import Any
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, exists, naming
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_atomic
-from lapilli.data.io.filesystems import open_storage, split_address
+from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.record import excerpt
 from lapilli.data.shards.manifest import NAME, read_manifest
 
-__all__ = ["Mirror", "dataset_folder", "is_address", "open_mirror", "parse_bytes"]
+__all__ = ["Mirror", "dataset_folder", "open_mirror", "parse_bytes"]
 
 CACHE, CACHE_LIMIT = "LAPILLI_CACHE", "LAPILLI_CACHE_LIMIT"
 TRIES = 5  # of a copy that fails or arrives damaged, the last after 7.5 s
@@ -198,11 +198,6 @@ class Mirror:
             return True
 
 
-def is_address(path: str) -> bool:
-    """Whether a dataset is named by an address and not by a folder."""
-    return "://" in path
-
-
 def open_mirror(
     address: str, cache: str | Path | None = None, limit: str | int | None = None
 ) -> Mirror:
@@ -237,7 +232,7 @@ def dataset_folder(dataset: str | Path) -> Path:
     Raises:
         DataError: As `open_mirror`.
     """
-    if not is_address(str(dataset)):
+    if not is_remote(str(dataset)):
         return Path(dataset)
     mirror = open_mirror(str(dataset))
     for facts in read_manifest(mirror.folder).tokenizer_files:
