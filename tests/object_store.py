@@ -90,8 +90,8 @@ def failing_proxy(
 ) -> Generator[tuple[int, list[int]]]:
     """A proxy in front of `address:port` that answers call number i with a 503 where `fails(i)`.
 
-    Yields its port and the numbers of the calls that failed. Who called, how and for what is put
-    into `seen`.
+    Yields its port and the numbers of the calls that failed. Each call's command, path and caller
+    are put into `seen`.
     """
     failed: list[int] = []
     calls = iter(range(10**9))
@@ -105,7 +105,7 @@ def failing_proxy(
             with lock:
                 number = next(calls)
                 if seen is not None:
-                    seen.append(f"{self.client_address[0]} {self.command} {self.path}")
+                    seen.append(f"{self.command} {self.path} {self.client_address[0]}")
             if fails(number):
                 failed.append(number)
                 self.answer(503, {}, b"<Error><Code>InternalError</Code></Error>")
