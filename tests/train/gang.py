@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -17,6 +16,7 @@ from lapilli.train.engine import deepspeed_engine as engine
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.worker.loop import fit
 from lapilli.train.worker.setup import setup
+from tests.train.ready_processes import process
 
 __all__ = ["train_together"]
 
@@ -36,9 +36,8 @@ def train_together(
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     store = f"{tempfile.mkdtemp(dir=run.parent)}/store"
-    spawn = multiprocessing.get_context("spawn")
     places = [(config, rank, store, cuts_all) for rank in range(config.num_workers)]
-    workers = [spawn.Process(target=_work, args=place) for place in places]
+    workers = [process(_work, *place) for place in places]
     for worker in workers:
         worker.start()
     if kill_at is not None:

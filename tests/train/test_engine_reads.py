@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.multiprocessing.spawn import spawn
 
 from tests.train.engine_reads import Case, cases, read_worker
+from tests.train.ready_processes import spawn
 
 # Reads inside a step, by owner and function.
 ALLOWED = {

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.data.batches.collate import Batch, blank_batches, collate
 from lapilli.data.dataset.dataset import Sample
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import build_model
 from lapilli.train.steps.step import to_device, train_step, warm_up
+from tests.train.ready_processes import spawn
 from tests.train.test_zero import Probe, make_engine
 from tests.train.tiny import IMAGE_SIZE, SHAPE, model_config, random_sample, run_config
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.model.config import ActivationPolicy, LoraConfig
@@ -32,6 +31,7 @@ from lapilli.train.run_folder.settings import read_run_info
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from pipelines.train import print_preflight
+from tests.train.ready_processes import spawn
 from tests.train.small_run import small_dataset, small_run
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
@@ -24,6 +23,7 @@ from lapilli.train.driver.preflight import preflight
 from lapilli.train.engine import deepspeed_engine
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.metrics_file import read_metrics
+from tests.train.ready_processes import spawn
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_offload import SAVED, STEPS, go_on, start
 from tests.train.tiny import model_config, run_config

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.vlm import build_model
 from lapilli.train.checkpoint import save_load as checkpoint
@@ -28,6 +27,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
+from tests.train.ready_processes import spawn
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_zero import Probe, part_norms, plain_pytorch
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import LanguageConfig, LoraConfig, ModelConfig
 from lapilli.model.deepspeed_internals import shape_of
@@ -32,6 +31,7 @@ from lapilli.train.run_folder.settings import plain_settings
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from tests.model.test_qwen1 import write_qwen1
+from tests.train.ready_processes import spawn
 from tests.train.small_run import small_dataset, small_run
 from tests.train.test_zero import Probe
 from tests.train.tiny import VOCABULARY, global_tokens, model_config, random_steps, run_config

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.train.checkpoint import protocol
@@ -30,6 +30,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointFile, CheckpointState
 from lapilli.train.steps.optim import build_optimizer
 from tests.hostile import is_one_line
+from tests.train.ready_processes import spawn
 from tests.train.saved import parts, saved_tensors, write_small
 from tests.train.tiny import model_config, run_config
 

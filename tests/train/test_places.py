@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.train.checkpoint.places import Places, find_places
+from tests.train.ready_processes import spawn
 
 
 def look(rank: int, folder: str, places: list[str]) -> None:

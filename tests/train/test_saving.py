@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from lapilli.train.checkpoint import find
-from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.find import latest_checkpoint
 from lapilli.train.checkpoint.save_load import write_checkpoint
 from lapilli.train.checkpoint.tidy import tidy
@@ -26,6 +25,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.metrics_file import read_metrics
 from tests.train.earlier_run import write_earlier
+from tests.train.ready_processes import process
 from tests.train.saved import parts, pieces, saved_tensors, write_small
 from tests.train.small_run import small_dataset, small_run
 
@@ -56,10 +56,8 @@ def save_on_and_on(run: Path, step: int, told: Connection) -> None:
 
 def kill_while_saving(run: Path, start: int, wait: float) -> int:
     """Kill -9 a process so many seconds after its second save began; the last step it had saved."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([checkpoint.__name__, "tests.train.test_saving"])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=save_on_and_on, args=(run, start, sender))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = process(save_on_and_on, run, start, sender)
     child.start()
     sender.close()
     while receiver.recv() != ("saving", start + 2):
@@ -212,9 +210,9 @@ def run_of(dataset: Path, output: Path) -> RunConfig:
 
 def started(config: RunConfig) -> BaseProcess:
     """A process that runs it, or goes on with it."""
-    process = multiprocessing.get_context("spawn").Process(target=run_to_end, args=(config,))
-    process.start()
-    return process
+    runs = process(run_to_end, config)
+    runs.start()
+    return runs
 
 
 def run_to_end(config: RunConfig) -> None:

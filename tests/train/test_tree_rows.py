@@ -213,6 +213,36 @@ def test_how_many_samples_share_is_said_before_the_start(dataset: Dataset, tmp_p
     assert not any("dropout" in line for line in told)
 
 
+def test_rows_that_pad_much_are_said_with_a_size_that_pads_less(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    config = small_run(
+        dataset.path, tmp_path / "run", num_workers=1, launcher="process", max_length=640,
+        share_images=True, pack=True, row_length=1024, micro_batch_size=8,
+    )  # fmt: skip
+
+    def padded(size: int) -> tuple[list[str], float]:
+        told: list[str] = []
+        sized = replace(config, micro_batch_size=size)
+        ready = preflight(sized, told.append)
+        feed = Feed(dataset, ready.config, rank=0, world_size=1)
+        made = [
+            batch for step in range(ready.total_steps // 2) for batch in feed.make(step).batches
+        ]
+        filled = sum(int((batch.row_lengths > 0).sum()) for batch in made)
+        computed = sum(len(batch.row_lengths) for batch in made)
+        return [line for line in told if "padding" in line], 1 - filled / computed
+
+    (line,), share = padded(8)
+    assert line.startswith(f"rows: {share:.0%} of the rows computed are padding")
+    assert share > 0.25
+    better = int(line.split("with micro_batch_size ")[1].split()[0])
+    lines, less = padded(better)
+    assert f"micro_batch_size {better} it is {less:.0%}" in line
+    assert not lines
+    assert less < share
+
+
 def test_dropout_of_what_is_shared_is_said(dataset: Dataset, tmp_path: Path) -> None:
     told: list[str] = []
     config = small_run(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lapilli.model.config import GROUPS, LoraConfig
 from lapilli.model.parts.trainable import group_of, trainable_parameters
@@ -23,6 +22,7 @@ from lapilli.train.engine import deepspeed_engine
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
+from tests.train.ready_processes import spawn
 from tests.train.saved import saved_tensors
 from tests.train.tiny import global_tokens, model_config, random_steps, run_config
 

@@ -219,9 +219,7 @@ def _work(rank: int, config: CheckpointCost, folder: str, names: list[str]) -> N
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.workers),
         LOCAL_WORLD_SIZE=str(config.workers),
     )  # fmt: skip
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=config.workers
-    )
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=config.workers)
     found = measure_rank(config, Path(folder), {name: SIDES[name] for name in names})
     torch.save(found, f"{folder}/rank-{rank}.pt")
     dist.barrier()

@@ -111,9 +111,7 @@ def _assistant(config: ServingConfig) -> Assistant:
     backend = Tokenizer(BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     tower = {**size, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
     decoder = {

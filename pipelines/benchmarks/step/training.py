@@ -202,6 +202,20 @@ class OurStep:
 
 def _ours(config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch.device) -> OurStep:
     """Our step; its model is gone afterwards."""
+    model, batch, step = _made(config, shapes, device)
+    seconds = _median_seconds(step, config.steps, device)
+    return OurStep(
+        seconds=seconds, memory=peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
+        host_reads=_host_reads(step, device),
+        kernels=_kernels(model, batch, shapes, device), flops=operations(model, batch), batch=batch,
+        products=_products(config, shapes, device),
+    )  # fmt: skip
+
+
+def _made(
+    config: TrainBenchmark, shapes: ModelConfig, device: torch.device
+) -> tuple[VisionLanguageModel, Batch, Callable[[], None]]:
+    """A model, its batch, and what takes a step."""
     with device:
         model = build_model(shapes)
     if config.checkpointing:
@@ -216,21 +230,14 @@ def _ours(config: TrainBenchmark, shapes: ModelConfig, mode: Mode, device: torch
     def step() -> None:
         train_step(engine, on_device, global_tokens=tokens, world_size=1)
 
-    seconds = _median_seconds(step, config.steps, device)
-    return OurStep(
-        seconds=seconds, memory=peak_memory(device), costs=_largest_costs(step, device, config.trace, mode),
-        host_reads=_host_reads(step, device),
-        kernels=_kernels(model, batch, shapes, device), flops=operations(model, batch), batch=batch,
-        products=_products(step, config, device),
-    )  # fmt: skip
+    return model, batch, step
 
 
-def _products(
-    step: Callable[[], None], config: TrainBenchmark, device: torch.device
-) -> float | str:
-    """Seconds of a step's matrix products; nothing on a GPU or where layers are compiled."""
-    if device.type != "cpu" or config.compile != "none":
+def _products(config: TrainBenchmark, shapes: ModelConfig, device: torch.device) -> float | str:
+    """Seconds of the matrix products of a step that is not compiled; nothing on a GPU."""
+    if device.type != "cpu":
         return ""
+    *_, step = _made(config, replace(shapes, compile="none"), device)
     return product_seconds(step, config.steps)
 
 
@@ -291,7 +298,12 @@ def _measure(
     }  # fmt: skip
     if config.trainer:
         theirs = trainer_seconds(
-            shapes, ours.batch, config.steps, device, config.accumulation, folder=folder,
+            shapes,
+            ours.batch,
+            config.steps,
+            device,
+            config.accumulation,
+            folder=folder,
             recomputes=config.checkpointing,
         )
         figures |= {

@@ -274,6 +274,8 @@ def _note_rows(
             on_note(note)
     if config.shares_rows:
         on_note(planned.note)
+        if note := planned.padding_note(config.micro_batch_size, config.num_workers):
+            on_note(note)
 
 
 def _check_disk(config: RunConfig, model: nn.Module, steps: int) -> None:

@@ -86,6 +86,9 @@ def _plan(
     )
 
 
+MUCH_PADDING = 0.25  # of the rows computed
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedRows:
     """The rows of an epoch, in the plan's order, without empty slots.
@@ -115,6 +118,30 @@ class PlannedRows:
         return (
             f"rows: {samples.mean():.1f} samples of a global batch lie in {rows.mean():.1f} rows "
             f"with {images.mean():.1f} images ({images.min()} to {images.max()}){each}"
+        )
+
+    def padding_note(self, micro_batch_size: int, num_workers: int) -> str:
+        """What share of the rows computed is padding, and what size has less; "" if it is small.
+
+        Args:
+            micro_batch_size: Rows of a micro-batch; 0 where tokens bound it.
+            num_workers: Workers, whose micro-batches are filled side by side.
+        """
+        rows = np.diff(self.steps)
+
+        def padding(size: int) -> float:
+            computed = -(-rows // (size * num_workers)) * (size * num_workers)
+            return float(1 - rows.sum() / computed.sum())
+
+        if not micro_batch_size or padding(micro_batch_size) <= MUCH_PADDING:
+            return ""
+        divisors = [n for n in range(micro_batch_size, 0, -1) if micro_batch_size % n == 0]
+        better = next(n for n in divisors if n == 1 or padding(n) <= MUCH_PADDING / 2)
+        share = padding(micro_batch_size)
+        return (
+            f"rows: {share:.0%} of the rows computed are padding: a global batch fills "
+            f"{rows.mean():.1f} of them, a micro-batch has {micro_batch_size}; with "
+            f"micro_batch_size {better} it is {padding(better):.0%}, with micro_batch_tokens less"
         )
 
 
