@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lapilli.data.building.driver import BuildReport, build
+from lapilli.data.building.runners import run_on_ray
 from lapilli.data.config import BuildConfig
 from lapilli.data.images.codecs import replaced_simd
 from lapilli.data.io.access import require_writable
@@ -41,7 +43,7 @@ def preprocess(config: BuildConfig) -> BuildReport:
         task = bar.add_task("records", total=None)
         plan = plan_build(config, lambda done: bar.update(task, completed=done))
     print_plan(plan)
-    with build_line() as runner:
+    with build_line(partial(run_on_ray, pool=config.build, on_note=say)) as runner:
         report = build(plan, runner=runner)
     print_report(report)
     if not is_remote(config.output):

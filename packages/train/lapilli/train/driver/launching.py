@@ -19,6 +19,7 @@ from lapilli.train.checkpoint.store import (
 )
 from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.devices import wait_for_workers
 from lapilli.train.driver.preflight import Preflight
 from lapilli.train.driver.same_run import check_same_settings, with_absolute_paths
 from lapilli.train.driver.signals import stops_on_signals
@@ -116,6 +117,7 @@ def launch(
         forget_stop(run)
         try:
             with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
+                wait_for_workers(ready.config, ready.device, on_note)
                 fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
                 fit_on(ready.config, ready.device, ready.memory_policy)
         except BaseException:
