@@ -206,7 +206,9 @@ from ray.cluster_utils import Cluster
 from lapilli.data.building import runners
 from lapilli.data.building.driver import build
 from lapilli.data.cluster.pool import PoolConfig
-from lapilli.data.cluster.nodes import Demand, alive_nodes, check_possible
+from lapilli.data.cluster.nodes import alive_nodes
+from lapilli.data.cluster.places import check_places, places_of
+from lapilli.data.cluster.probe import JobPlaces, Seen
 from lapilli.data.errors import DataError
 from lapilli.data.planning.plan import plan_build
 from tests.factories import build_config, make_mixture
@@ -234,15 +236,32 @@ try:
     build(plan_build(replace(config, output=f"{output}-2", build=PoolConfig({"pool": "none"}))))
 except DataError as error:
     said = str(error)
+def told(call):
+    try:
+        call()
+    except DataError as error:
+        return str(error)
+
+used_only = [path.name for path in used.iterdir()]
+here, there_only = PoolConfig(), Seen(str(output.parent / "gone.jpg"), 5)
+faults = [
+    told(lambda: check_places(places_of({"root": str(raw)}, {}), here, str(output))),
+    told(lambda: check_places(JobPlaces({"sources.images": (there_only,)}), here)),
+    told(lambda: check_places(JobPlaces(written={"output": "file:///proc/no"}), here)),
+]
+from pipelines.diagnosis.nodes_table import diagnose_cluster
+import os
+os.environ["RAY_ADDRESS"] = cluster.address
+code = diagnose_cluster(str(output.parent), f"file://{output.parent}/store")
 stored = json.loads((output / "config.json").read_text())["build"]
-names = [path.name for path in used.iterdir()]
 ray.shutdown()
-print(json.dumps([report.shards_built, names == [there.node_id], said, stored]))
+only_there = used_only == [there.node_id]
+print(json.dumps([report.shards_built, only_there, said, stored, faults, code]))
 """
 
 
-def test_a_build_runs_on_the_nodes_of_its_pool(tmp_path: Path) -> None:
-    """Two nodes of Ray's with labels; each task notes the node it runs on."""
+def test_two_nodes_with_labels(tmp_path: Path) -> None:
+    """A build on the nodes of its pool, places that a node does not see, and doctor's table."""
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     done = subprocess.run(
         [sys.executable, "-c", ON_TWO_POOLS, str(tmp_path / "raw"), str(tmp_path / "ds"),
@@ -250,7 +269,7 @@ def test_a_build_runs_on_the_nodes_of_its_pool(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    shards, only_there, said, stored = json.loads(done.stdout.splitlines()[-1])
+    shards, only_there, said, stored, faults, code = json.loads(done.stdout.splitlines()[-1])
     assert shards >= 2
     assert only_there
     assert said == (
@@ -258,3 +277,14 @@ def test_a_build_runs_on_the_nodes_of_its_pool(tmp_path: Path) -> None:
         "have pool=accel, pool=cpu"
     )
     assert stored["label_selector"] == {}, "a dataset is repaired wherever there is a Ray"
+    seen_by_both, images, store = faults
+    assert seen_by_both is None
+    assert "sources.images: " in images
+    assert "gone.jpg is not there, as it is for the driver; mount it on every node" in images
+    assert images.startswith("node ")
+    assert store.startswith("output: file:///proc/no/.probe-")
+    assert "cannot be written" in store
+    table, rate = done.stdout.splitlines()[:-2], done.stdout.splitlines()[-2]
+    assert code == 0, done.stdout
+    assert sum(" ok" in line and " ms " in line for line in table) == 2
+    assert rate.startswith("all-reduce over 2 nodes (gloo): ")
