@@ -266,7 +266,7 @@ def _rows(
 
 
 def _packed(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """JobPlaces of the sizes, descending, by bin: each goes where it leaves least room."""
+    """Places of the sizes, descending, by bin: each goes where it leaves least room."""
     bins: list[list[int]] = []
     with_room: dict[int, list[int]] = defaultdict(list)
     rooms = 0  # bit r is set while a bin has room r

@@ -25,7 +25,7 @@ from lapilli.data.record import Reason, Verdict
 __all__ = ["verify_image", "verify_images"]
 
 BATCH = 32  # images handed to a worker at once
-JobPlaces: TypeAlias = tuple[Located, ...]
+Places: TypeAlias = tuple[Located, ...]
 
 
 @dataclass
@@ -96,13 +96,13 @@ def verify_images(
 
 
 def _run(
-    batches: Iterator[JobPlaces], root: Path, specs: list[ImageSpec], workers: int
+    batches: Iterator[Places], root: Path, specs: list[ImageSpec], workers: int
 ) -> Iterator[tuple[int, Found]]:
     """Run batches in a pool; if one kills its worker, a new pool continues with the rest."""
     exhausted = False
     while not exhausted:
-        pending: dict[Future[Found], JobPlaces] = {}
-        unanswered: list[JobPlaces] = []  # a pool may break while a batch is handed to it
+        pending: dict[Future[Found], Places] = {}
+        unanswered: list[Places] = []  # a pool may break while a batch is handed to it
         with _pool(workers) as pool:
             try:
                 while True:
@@ -130,7 +130,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=context)
 
 
-def _verify_batch(root: Path, places: JobPlaces, specs: list[ImageSpec]) -> Found:
+def _verify_batch(root: Path, places: Places, specs: list[ImageSpec]) -> Found:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, one for each odd palette
         found = Found()
