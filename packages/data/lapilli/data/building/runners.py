@@ -265,7 +265,9 @@ def _clear(output: Output, tasks: list[Task]) -> None:
     if isinstance(output, Path):
         shutil.rmtree(output / WORK, ignore_errors=True)
     elif tasks:
-        (output / TASKS).unlink(missing_ok=True)
+        for path in (output / WORK).files():
+            if str(path.relative_to(output)).startswith(TASKS):
+                path.unlink(missing_ok=True)
 
 
 def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
