@@ -154,6 +154,8 @@ def _worker(settings: dict[str, Any]) -> None:
     """
     import ray.train
 
+    from lapilli.train.driver.ray_internals import preemption_notice
+
     leave_working_folder(settings["working_folder"])
     config: RunConfig = in_scratch(settings["config"])
     call = _caller(settings["mailbox"])
@@ -174,7 +176,7 @@ def _worker(settings: dict[str, Any]) -> None:
             )
             brings = relay is not None and ready.places.is_leader and relay.is_needed()
             with relay if relay and brings else contextlib.nullcontext():
-                fit(ready)
+                fit(ready, preemption_notice)
     except (DataError, ModelError, TrainError) as error:
         if call:
             call("put", MISTAKE, 0, str(error).encode())
