@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -48,14 +49,16 @@ def test_rays_notice_is_read_where_its_watcher_puts_it(monkeypatch: pytest.Monke
     from ray.train.v2._internal.execution import context
     from ray.train.v2._internal.execution.preemption import PreemptionContext
     from ray.train.v2._internal.execution.worker_group import worker
+    from ray.train.v2.api.preemption import PreemptionInfo
 
     assert callable(get_preemption_info)
     assert ray_internals.preemption_notice() is None, "no worker of Ray's"
-    made = type("Context", (), {"preemption_context": PreemptionContext()})()
+    made = SimpleNamespace(preemption_context=PreemptionContext())
     monkeypatch.setattr(context, "get_train_context", lambda: made)
     assert ray_internals.preemption_notice() is None
-    made.preemption_context.preemption_info = "a notice"
-    assert ray_internals.preemption_notice() == "a notice"
+    notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [0]})
+    made.preemption_context.preemption_info = notice
+    assert ray_internals.preemption_notice() == notice
     assert "train_context.preemption_context.preemption_info = info" in inspect.getsource(worker)
 
 
