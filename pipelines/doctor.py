@@ -1,6 +1,6 @@
 """Report what this machine has for lapilli, what is missing, and how to add it.
 
-lapilli doctor
+lapilli doctor [--cluster [--folder DIR] [--store ADDRESS]]
 
 Exit code 0 if preprocessing, training and the quickstart can run here, 1 if something is missing.
 """
@@ -447,7 +447,9 @@ def diagnose() -> list[Row]:
 def print_rows(rows: Sequence[Row]) -> None:
     """A table, or plain lines where rich does not import; then the commands, to be copied."""
     commands = [row for row in rows if row.remedy]
-    table, error = attempt(lambda: _table(rows))
+    table, error = attempt(
+        lambda: importlib.import_module("pipelines.diagnosis.rows_table").rows_table(rows, COLOURS)
+    )
     console, has_none = attempt(lambda: importlib.import_module("pipelines.cli.terminal").console)
     if error or has_none:
         for row in rows:
@@ -466,21 +468,6 @@ def print_rows(rows: Sequence[Row]) -> None:
         print("\nPreprocessing, training and the quickstart can run here.")
 
 
-def _table(rows: Sequence[Row]) -> Any:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
-    table.add_column("what", style="cyan", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    for row in rows:
-        state = f"[{COLOURS[row.state]}]{row.state}[/]"
-        table.add_row(escape(row.what), state, escape(row.found))
-    return table
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -488,7 +475,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="What this machine has for lapilli, what is missing, how to add it.",
         epilog="Exit code 0: preprocessing, training and the quickstart can run. 1: they cannot.",
     )
-    parser.parse_args(argv)
+    parser.add_argument("--cluster", action="store_true", help="probe each node of RAY_ADDRESS")
+    parser.add_argument("--folder", default="", help="with --cluster: one that nodes should share")
+    parser.add_argument("--store", default="", help="with --cluster: an address nodes should write")
+    found = parser.parse_args(argv)
+    if (found.folder or found.store) and not found.cluster:
+        parser.error("--folder and --store go with --cluster")
+    if found.cluster:
+        nodes: Any = importlib.import_module("pipelines.diagnosis.nodes_table")
+        command: Any = importlib.import_module("pipelines.cli.command")
+        command.run(lambda: nodes.diagnose_cluster(found.folder, found.store))
     safe_output, _ = attempt(lambda: importlib.import_module("pipelines.cli.terminal").safe_output)
     with safe_output() if safe_output else contextlib.nullcontext():
         rows = diagnose()

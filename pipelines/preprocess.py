@@ -9,12 +9,18 @@ or settings that have changed and makes only what these touch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lapilli.data.building.driver import BuildReport, build
+from lapilli.data.building.runners import run_on_ray
+from lapilli.data.cluster.places import check_places, places_of
+from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.config import BuildConfig
 from lapilli.data.images.codecs import replaced_simd
 from lapilli.data.io.access import require_writable
@@ -23,6 +29,7 @@ from lapilli.data.io.printable import bytes_text
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.disk import task_bytes
 from lapilli.data.planning.plan import plan_build
+from lapilli.data.ray_session import ray_session
 from lapilli.data.sources.tally import describe_tally
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.progress import build_line
@@ -35,13 +42,39 @@ def preprocess(config: BuildConfig) -> BuildReport:
     """Plan and build a dataset, print what was made, and write its report."""
     if not is_remote(config.output):
         require_writable("output", Path(config.output))
+    session = ray_session() if "RAY_ADDRESS" in os.environ else nullcontext()
+    with session:  # a Ray of this machine's own is started where there is a shard to make
+        check_places(build_places(config), config.build, config.output)
+        return _preprocess(config)
+
+
+def build_places(config: BuildConfig) -> JobPlaces:
+    """What every node that builds must see as this one does."""
+    root = Path(config.root)
+    files = {
+        "sources.annotations": [
+            str(path)
+            for source in config.sources
+            for pattern in source.patterns
+            for path in [pattern if is_remote(pattern) else root / pattern]
+        ],
+        "sources.images": [
+            source.images if is_remote(source.images) else str(root / source.images)
+            for source in config.sources
+        ],
+    }
+    read = {"root": config.root, **files, "tokenizer": config.tokenizer}
+    return places_of(read, {"output": config.output})
+
+
+def _preprocess(config: BuildConfig) -> BuildReport:
     config = replace(config, views=filled_views(config.views))
     say(f"reading {', '.join(name for source in config.sources for name in source.patterns)}")
     with progress_bar() as bar:
         task = bar.add_task("records", total=None)
         plan = plan_build(config, lambda done: bar.update(task, completed=done))
     print_plan(plan)
-    with build_line() as runner:
+    with build_line(partial(run_on_ray, pool=config.build, on_note=say)) as runner:
         report = build(plan, runner=runner)
     print_report(report)
     if not is_remote(config.output):

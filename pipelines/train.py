@@ -14,7 +14,10 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from lapilli.data.cluster.places import check_places, places_of
+from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.errors import DataError
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.ray_session import ray_session
 from lapilli.train.checkpoint.store import store_records
@@ -52,6 +55,7 @@ def train(config: RunConfig) -> list[StepMetrics]:
     # Ray is started after the lock is taken: a second command fails at once.
     session = ray_session() if config.launcher == "ray" else contextlib.nullcontext()
     with only_trainer(config), session:
+        check_places(run_places(config), config.train, config.output)
         ready = preflight(config, say)
         print_preflight(config, ready)
         try:
@@ -64,6 +68,24 @@ def train(config: RunConfig) -> list[StepMetrics]:
     last = metrics[-1]
     say(f"loss {metrics[0].loss:.4f} at step 1, {last.loss:.4f} at step {last.done}")
     return metrics
+
+
+def run_places(config: RunConfig) -> JobPlaces:
+    """What every node that trains must see as this one does."""
+    model, held_out = config.model, config.validation.dataset
+    manifests = [
+        name if is_remote(name) else str(Path(name) / "manifest.json")
+        for name in (config.dataset, held_out)
+        if name
+    ]
+    read = {
+        "dataset": manifests,
+        "init_from": config.init_from,
+        "model.vision.pretrained": model.vision.pretrained,
+        "model.language.pretrained": model.language.pretrained,
+    }
+    written = {"output": config.output, "checkpoint.upload": config.checkpoint.upload}
+    return places_of(read, written)
 
 
 def _print_report(config: RunConfig) -> None:

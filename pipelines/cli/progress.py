@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from rich.progress import Progress
 
-from lapilli.data.building.runners import Runner, run_on_ray
+from lapilli.data.building.runners import Runner
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.shard_task import ImageTask, Task
@@ -22,7 +22,7 @@ __all__ = ["build_line", "describe_rate"]
 
 
 @contextmanager
-def build_line(runner: Runner = run_on_ray) -> Generator[Runner]:
+def build_line(runner: Runner) -> Generator[Runner]:
     """A runner that makes shards as `runner` does and keeps a live line of them meanwhile."""
     with progress_bar(fields=True) as bar:
 

@@ -89,6 +89,29 @@ def test_ray_data_looks_at_the_cluster_at_an_interval_that_a_class_holds() -> No
     assert f"self.{ray_internals.INTERVAL}" in inspect.getsource(manager)
 
 
+def test_rays_autoscaler_names_the_placement_groups_that_it_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    messages = importlib.import_module("ray.core.generated.autoscaler_pb2")
+    clients = importlib.import_module("ray._raylet")
+    reply = messages.GetClusterStatusReply()
+    state = reply.autoscaling_state
+    state.autoscaler_state_version = 7
+    state.infeasible_gang_resource_requests.add().details = "47fc8128:PACK|PENDING"
+    state.pending_instance_requests.add().count = 2
+    state.pending_instances.add().details = "allocated unmanaged cloud instance :1 (HEAD) from"
+    assert hasattr(clients.InnerGcsClient, "get_cluster_status")
+    answer = SimpleNamespace(get_cluster_status=lambda timeout_s: reply.SerializeToString())
+    monkeypatch.setattr(clients, "GcsClient", lambda address: answer)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
+    found = ray_internals.autoscaler()
+    assert found.is_there
+    assert (found.version, found.adding, found.refused) == (7, 2, {"47fc8128"})
+    assert found.refuses("47fc8128")
+
+
 @pytest.mark.parametrize("dashboard", ["", "127.0.0.1:8265"])
 def test_rays_helpers_are_left_out_by_their_names(
     dashboard: str, monkeypatch: pytest.MonkeyPatch

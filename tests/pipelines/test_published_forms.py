@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def both(
     capsys: pytest.CaptureFixture[str],
 ) -> Both:
     """Runs `check` and `preprocess` on one source below `tmp_path`."""
-    monkeypatch.setattr(preprocess, "build_line", partial(build_line, run_here))
+    monkeypatch.setattr(preprocess, "build_line", lambda runner: build_line(run_here))
 
     def run(*, decode: bool = False, **source: Any) -> Outcome:
         recipe = {

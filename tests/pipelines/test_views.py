@@ -34,8 +34,9 @@ views: {view: VIEW}
 
 
 @contextmanager
-def here() -> Generator[Runner]:
+def here(runner: Runner) -> Generator[Runner]:
     """Builds in this process."""
+    del runner
     yield run_here
 
 

@@ -15,6 +15,7 @@ from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.parts.language import build_language
 from lapilli.train.config import RunConfig, ValidationConfig
+from lapilli.train.driver import preflight as preflight_module
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.errors import TrainError
 from tests.train.small_run import small_dataset, small_run
@@ -64,6 +65,17 @@ def test_the_material_is_good_but_for_its_weights(no_weights: Path, material: Pa
     assert preflight(run_of(material, no_weights / "run")).image_tokens == 4
     with pytest.raises(ModelError, match=r"vision\.pretrained: .*tower' cannot be loaded"):
         preflight(run_of(no_weights, no_weights / "run"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_driver_reads_no_weight_of_a_large_model(
+    no_weights: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders' weights are missing or cut: the workers will find that, not the driver."""
+    monkeypatch.setattr(preflight_module, "MEASURED", 1)  # what is large
+    found = preflight(run_of(no_weights, no_weights / "run", zero_stage=stage))
+    assert found.step_seconds is None
+    assert found.parameters["language"][0] > 1000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import ORIGINAL, Encoding
 from lapilli.data.images.view import ImageSpec
@@ -293,6 +294,7 @@ class BuildConfig:
         incremental: Bring the dataset in `output` to these inputs and settings, and make only what
             has changed. Without it a change is an error.
         num_workers: Shards built at the same time; 0 takes every core Ray has. Decides no byte.
+        build: The nodes that build, and what each task asks of one.
     """
 
     old_names: ClassVar[Renamed] = BUILD_NAMES
@@ -316,6 +318,7 @@ class BuildConfig:
     extra_roots: list[str] = field(default_factory=list[str])
     incremental: bool = False
     num_workers: int = 0
+    build: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""

@@ -9,12 +9,13 @@ import importlib
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "INTERVAL", "NO_CLUSTERS", "RESOURCE_MANAGER", "SOON", "VARIABLES", "fill_slots_at_once",
-    "on_loopback", "set_variables", "start_in_folder",
+    "INTERVAL", "NO_CLUSTERS", "RESOURCE_MANAGER", "SOON", "VARIABLES", "Autoscaler", "autoscaler",
+    "fill_slots_at_once", "on_loopback", "set_variables", "start_in_folder",
 ]  # fmt: skip
 
 VARIABLES = {
@@ -99,3 +100,60 @@ def fill_slots_at_once() -> Generator[Callable[[], None]]:
         yield lambda: setattr(manager.ResourceManager, INTERVAL, usual)
     finally:
         setattr(manager.ResourceManager, INTERVAL, usual)
+
+
+@dataclass(frozen=True)
+class Autoscaler:
+    """What Ray's autoscaler said last.
+
+    Attributes:
+        is_there: Whether there is one.
+        version: Number of its state; rises with each of its decisions.
+        adding: Nodes that it has asked for and that are not up.
+        refused: Placement groups that none of its types of nodes could hold, by id.
+    """
+
+    is_there: bool = False
+    version: int = 0
+    adding: int = 0
+    refused: frozenset[str] = frozenset()
+
+    @property
+    def is_adding(self) -> bool:
+        """Whether nodes are on their way."""
+        return self.adding > 0
+
+    def refuses(self, placement_group: str) -> bool:
+        """Whether no node that it could add would hold a placement group."""
+        return placement_group in self.refused
+
+
+def autoscaler() -> Autoscaler:
+    """Ask Ray's autoscaler (version 2) for its state; Ray must be running.
+
+    Used: `GcsClient.get_cluster_status` and `autoscaler_pb2.GetClusterStatusReply`, whose
+    `infeasible_gang_resource_requests` name placement groups in `details`. The public
+    `ray.util.state` and `ray status` leave these out, and nothing public lists the types of nodes.
+    A Ray that is started on this machine has no autoscaler. If a name went, nodes would not be
+    waited for and a cluster would be what it is now.
+    """
+    import ray
+
+    try:
+        messages: Any = importlib.import_module("ray.core.generated.autoscaler_pb2")
+        clients: Any = importlib.import_module("ray._raylet")
+        client = clients.GcsClient(ray.get_runtime_context().gcs_address)
+        reply = messages.GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=5))
+    except Exception:  # not there, or busy: the next look tells
+        return Autoscaler()
+    state = reply.autoscaling_state
+    coming = sum(one.count for one in state.pending_instance_requests)
+    starting = [one for one in state.pending_instances if "(HEAD)" not in one.details]
+    return Autoscaler(
+        is_there=state.autoscaler_state_version > 0,
+        version=state.autoscaler_state_version,
+        adding=max(coming, len(starting)),
+        refused=frozenset(
+            gang.details.partition(":")[0] for gang in state.infeasible_gang_resource_requests
+        ),
+    )

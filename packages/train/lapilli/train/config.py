@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.renamed import Renamed
 from lapilli.model.config import GROUPS, ModelConfig
 from lapilli.train.config_groups import (
+    CheckpointConfig,
     CommunicationConfig,
     HpuConfig,
     OffloadConfig,
@@ -85,33 +87,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """What is saved, and how much of it is kept.
-
-    Attributes:
-        every: Steps between checkpoints.
-        keep_last: Newest checkpoints that are kept.
-        archive_every: Steps between milestones, the weights alone, which are kept for ever in the
-            run's `milestones`; 0 for none.
-        upload: Address, such as `s3://bucket/run`, that checkpoints and milestones are copied to
-            during training; a machine without them resumes from there. Empty for none.
-    """
-
-    every: int = 500
-    keep_last: int = 2
-    archive_every: int = 0
-    upload: str = ""
-
-    def __post_init__(self) -> None:
-        """Check what types cannot say."""
-        check_numbers("checkpoint", self, ("every", "keep_last"), ("archive_every",))
-        if self.upload and "://" not in self.upload:
-            raise TrainError(
-                f"checkpoint.upload: {self.upload!r}; expected an address like s3://bucket/run"
-            )
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A training run.
 
@@ -176,6 +151,7 @@ class RunConfig:
         max_shapes: Shapes (length, with or without images) of all batches. With 1 they have
             `max_length` tokens, pixels, and one number of trained positions.
         loggers: Where metrics go too: `tensorboard`, `wandb`, `mlflow`.
+        train: The nodes that train, and what each worker asks of one.
     """
 
     old_names: ClassVar[Renamed] = RUN_NAMES
@@ -221,6 +197,7 @@ class RunConfig:
     )
     hpu: HpuConfig = field(default_factory=HpuConfig, metadata=RESUMABLE)
     loggers: tuple[LoggerName, ...] = field(default=(), metadata=RESUMABLE)
+    train: PoolConfig = field(default_factory=PoolConfig, metadata=RESUMABLE)
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""

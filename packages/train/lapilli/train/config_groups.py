@@ -9,11 +9,38 @@ from typing import Literal
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "LAZY_MODE", "CommunicationConfig", "HpuConfig", "OffloadConfig", "ProfileConfig",
-    "RecoveryConfig", "ValidationConfig", "check_numbers",
+    "LAZY_MODE", "CheckpointConfig", "CommunicationConfig", "HpuConfig", "OffloadConfig",
+    "ProfileConfig", "RecoveryConfig", "ValidationConfig", "check_numbers",
 ]  # fmt: skip
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"  # read by Gaudi's bridge as it is imported
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and how much of it is kept.
+
+    Attributes:
+        every: Steps between checkpoints.
+        keep_last: Newest checkpoints that are kept.
+        archive_every: Steps between milestones, the weights alone, which are kept for ever in the
+            run's `milestones`; 0 for none.
+        upload: Address, such as `s3://bucket/run`, that checkpoints and milestones are copied to
+            during training; a machine without them resumes from there. Empty for none.
+    """
+
+    every: int = 500
+    keep_last: int = 2
+    archive_every: int = 0
+    upload: str = ""
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        check_numbers("checkpoint", self, ("every", "keep_last"), ("archive_every",))
+        if self.upload and "://" not in self.upload:
+            raise TrainError(
+                f"checkpoint.upload: {self.upload!r}; expected an address like s3://bucket/run"
+            )
 
 
 @dataclass(frozen=True)

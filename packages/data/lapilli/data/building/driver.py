@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,7 +50,7 @@ def build(
     plan: BuildPlan,
     on_progress: Progress = lambda done, total: None,
     *,
-    runner: Runner = run_on_ray,
+    runner: Runner | None = None,
 ) -> BuildReport:
     """Carry out a plan: build what is missing or damaged, select, write the manifest last.
 
@@ -57,7 +58,7 @@ def build(
     manifest names is touched before.
 
     `on_progress(done, total)` is called after every shard. `runner` makes the shards; the default
-    needs a running Ray (`lapilli.data.ray_session.ray_session`), `run_here` none.
+    is `run_on_ray` on the nodes of the settings' `build`, `run_here` needs no Ray.
 
     Raises:
         DataError: The output holds something else or another build writes there, the disk is too
@@ -66,7 +67,8 @@ def build(
     """
     output = open_output(plan.config.output)
     with only_writer(output, "built"):
-        return _build(plan, output, on_progress, runner)
+        made = runner or partial(run_on_ray, pool=plan.config.build)
+        return _build(plan, output, on_progress, made)
 
 
 def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runner) -> BuildReport:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.building.reencode import check_ids
+from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.dataset.build_settings import CONFIG
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, open_copy, place_copy, write_copy
 from lapilli.data.errors import DataError
@@ -154,7 +155,7 @@ def _write_selection(
 def _write_config(plan: BuildPlan, output: Output) -> None:
     """Inputs and settings, for naming what changes, and the recipe that makes this dataset."""
     write_json(output / PLAN, plan.digests)
-    write_json(output / CONFIG, asdict(replace(plan.config, incremental=False)))
+    write_json(output / CONFIG, asdict(replace(plan.config, incremental=False, build=PoolConfig())))
 
 
 def tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lapilli.data.building.driver import build
@@ -27,7 +28,7 @@ def repair_dataset(
     config: BuildConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
-    runner: Runner = run_on_ray,
+    runner: Runner | None = None,
 ) -> int:
     """Make again, from the sources, the shards that are missing or damaged; the others stay.
 
@@ -63,8 +64,10 @@ def repair_dataset(
     expected = {shard.path: shard for shard in checksummed(manifest)}
     _check_links(path, expected)
 
+    made_by = runner or partial(run_on_ray, pool=config.build)
+
     def held_to_manifest(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
-        for made in runner(tasks, output, workers):
+        for made in made_by(tasks, output, workers):
             if made != expected.get(made.path):
                 raise DataError(
                     f"{path}: {made.path} differs after rebuilding: an image or a library has "

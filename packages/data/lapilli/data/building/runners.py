@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,10 @@ import pyarrow as pa
 from lapilli.data.building.crash_guard import WORK, CrashGuard, journal_folder
 from lapilli.data.building.run_task import begin_task, finished_task, run_task
 from lapilli.data.building.task_file import TASKS, read_task, write_tasks
+from lapilli.data.building.task_memory import task_memory
 from lapilli.data.building.teachers import load_teacher
+from lapilli.data.cluster.nodes import Demand, alive_nodes, may_have, wait_for_nodes
+from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.config import TargetConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, system_error
@@ -35,12 +38,45 @@ from lapilli.data.ray_session import RayDied, ray_session, watched
 __all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
+EVERY_NODE = PoolConfig()
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
 
 
-def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:
+@dataclass(frozen=True)
+class _Slots:
+    """Where the tasks of a stage run.
+
+    Attributes:
+        workers: Tasks at the same time; 0 takes every core.
+        pool: The nodes.
+        bundle: What each task asks of one.
+    """
+
+    workers: int
+    pool: PoolConfig
+    bundle: dict[str, float]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ray's arguments of a task."""
+        own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        named = {own[name]: value for name, value in self.bundle.items() if name in own}
+        other = {name: value for name, value in self.bundle.items() if name not in own}
+        labels = self.pool.label_selector
+        more = {"resources": other} | ({"label_selector": labels} if labels else {})
+        return {"num_cpus": 0, **named, **{name: value for name, value in more.items() if value}}
+
+
+def run_on_ray(
+    tasks: list[Task],
+    output: Output,
+    workers: int,
+    *,
+    pool: PoolConfig = EVERY_NODE,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Iterator[ShardFacts]:
     """Run tasks on Ray Data, one block and one Ray task each; yields facts as they finish.
 
     Ray is started if it is not running and there is a task to run. Tasks are stored in one file
@@ -51,10 +87,12 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         tasks: The shards to make.
         output: The dataset's folder or store; every worker must see it under this path.
         workers: Tasks at the same time; 0 takes every core.
+        pool: The nodes that tasks run on, and what each asks of one.
+        on_note: Called with a line while nodes are waited for.
 
     Raises:
         DataError: A task failed for a reason that the user can fix, such as a node with other
-            libraries; a task's process died too often; Ray died.
+            libraries; a task's process died too often; no node can run one; Ray died.
     """
     _clear(output, tasks)
     if not tasks:
@@ -68,7 +106,8 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
     ]
     try:
         with ray_session(), fill_slots_at_once() as begun:
-            for stage in _stages(tasks, rows, workers):
+            slots = _find_slots(tasks, workers, pool, on_note)
+            for stage in _stages(tasks, rows, slots):
                 for row in watched(stage):
                     if row["error"]:
                         said = row["error"]
@@ -82,15 +121,40 @@ def run_on_ray(tasks: list[Task], output: Output, workers: int) -> Iterator[Shar
         _clear(output, tasks)
 
 
+def _find_slots(
+    tasks: list[Task], workers: int, pool: PoolConfig, on_note: Callable[[str], None]
+) -> _Slots:
+    """What each task asks of a node, once there is one that can run a task.
+
+    A node type of an autoscaler may not say how much memory it has, and a small machine may have
+    less than a large image may need: then tasks run one at a time on a node, or ask for none.
+
+    Raises:
+        DataError: There is no such node, and none comes.
+    """
+    bundle = pool.bundle(CPU=1)
+    if not pool.memory:
+        needed = max(map(task_memory, tasks))
+        nodes = [node for node in alive_nodes(pool.label_selector) if node.slots(bundle)]
+        most = max((node.resources.get("memory", 0) for node in nodes), default=needed)
+        bundle |= {"memory": float(min(needed, most))}
+    demand = Demand(workers=1, bundle=bundle, pool=pool, setting="num_workers", group="build")
+    if not pool.memory and not may_have([demand])[0]:
+        bundle = pool.bundle(CPU=1)
+        demand = replace(demand, bundle=bundle)
+    wait_for_nodes(demand, on_note)
+    return _Slots(workers, pool, bundle)
+
+
 def _stages(
-    tasks: list[Task], rows: list[dict[str, Any]], workers: int
+    tasks: list[Task], rows: list[dict[str, Any]], slots: _Slots
 ) -> Iterator[Callable[[], Any]]:
     """What gives the tasks' results: pixels and ids, then each teacher with actors of its own."""
     targets = {repr(task.target): task.target for task in tasks if isinstance(task, TargetTask)}
     pairs = [*zip(tasks, rows, strict=True)]
     plain = [row for task, row in pairs if not isinstance(task, TargetTask)]
     if plain:
-        yield lambda: _mapped(plain, workers).iter_rows()
+        yield lambda: _mapped(plain, slots).iter_rows()
     for key, target in targets.items():
         own = [
             row for task, row in pairs if isinstance(task, TargetTask) and repr(task.target) == key
@@ -133,16 +197,17 @@ class _TeacherActor:
         yield from _run_rows(rows)
 
 
-def _mapped(rows: list[dict[str, Any]], workers: int) -> Any:
+def _mapped(rows: list[dict[str, Any]], slots: _Slots) -> Any:
     """A Ray Data dataset that yields the tasks' results."""
-    return _blocks(rows, workers).map_batches(
-        _run_rows, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=workers or None
-    )
+    there = [node.slots(slots.bundle) for node in alive_nodes(slots.pool.label_selector)]
+    return _blocks(rows, slots.workers or sum(there)).map_batches(
+        _run_rows, batch_size=None, batch_format="pyarrow", concurrency=slots.workers or None,
+        **slots.options,
+    )  # fmt: skip
 
 
-def _blocks(rows: list[dict[str, Any]], workers: int) -> Any:
+def _blocks(rows: list[dict[str, Any]], slots: int) -> Any:
     """A Ray Data dataset of the tasks, some a block."""
-    import ray
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised too
@@ -150,8 +215,7 @@ def _blocks(rows: list[dict[str, Any]], workers: int) -> Any:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
-    slots = workers or int(ray.cluster_resources().get("CPU", 1))
-    blocks = [pa.Table.from_pylist(group) for group in _groups(rows, slots)]
+    blocks = [pa.Table.from_pylist(group) for group in _groups(rows, max(1, slots))]
     # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
     return ray.data.from_arrow(blocks)
 
@@ -201,7 +265,9 @@ def _clear(output: Output, tasks: list[Task]) -> None:
     if isinstance(output, Path):
         shutil.rmtree(output / WORK, ignore_errors=True)
     elif tasks:
-        (output / TASKS).unlink(missing_ok=True)
+        for path in (output / WORK).files():
+            if str(path.relative_to(output)).startswith(TASKS):
+                path.unlink(missing_ok=True)
 
 
 def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:

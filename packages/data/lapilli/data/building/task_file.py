@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import uuid
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,12 +16,13 @@ from lapilli.data.planning.shard_task import Task
 
 __all__ = ["TASKS", "TaskLocation", "read_task", "write_tasks"]
 
-TASKS = f"{WORK}/tasks.pickle"
+TASKS = f"{WORK}/tasks-"  # and a name of this build's own
 
 
 class TaskLocation(TypedDict):
-    """Offset, size and SHA-256 of a task's bytes in the file."""
+    """A task's file below the output, and offset, size and SHA-256 of its bytes there."""
 
+    file: str
     start: int
     size: int
     sha256: str
@@ -29,15 +31,17 @@ class TaskLocation(TypedDict):
 def write_tasks(tasks: list[Task], output: Output) -> list[TaskLocation]:
     """Write the tasks one after another and return the location of each."""
     places: list[TaskLocation] = []
+    name = f"{TASKS}{uuid.uuid4().hex}.pickle"
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
             for task in tasks:
                 data = pickle.dumps(task)
-                places.append({"start": file.tell(), "size": len(data), "sha256": _digest(data)})
+                start, sha256 = file.tell(), _digest(data)
+                places.append({"file": name, "start": start, "size": len(data), "sha256": sha256})
                 file.write(data)
 
-    write_atomic(output / TASKS, write)
+    write_atomic(output / name, write)
     return places
 
 
@@ -52,7 +56,7 @@ def read_task(output: Output, place: TaskLocation) -> Task:
         file.seek(place["start"])
         return file.read(place["size"])
 
-    path = output / TASKS
+    path = output / place["file"]
     if isinstance(path, RemotePath):
         data: bytes = path.read_with(read)
     else:

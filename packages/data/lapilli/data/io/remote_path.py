@@ -133,6 +133,30 @@ class RemotePath:
 
         self._write(upload)
 
+    def write_bytes(self, data: bytes) -> None:
+        """Store these bytes as this object."""
+        self._write(lambda sink: sink.write(data))
+
+    def create(self, data: bytes) -> bool | None:
+        """Store an object unless there is one; None where the store has no call for that.
+
+        At `file://` the system decides; pyarrow's clients of S3 and GCS have no conditional PUT.
+        """
+        if not self.address.startswith(FOLDERS):
+            return None
+        path = Path(split_address(self.address)[1])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise DataError(
+                f"{self.address}: cannot be written ({error.strerror}); choose another address"
+            ) from None
+        return True
+
     def copy_from(self, other: RemotePath) -> None:
         """Store another object's bytes as this object."""
         data = other.read_bytes()

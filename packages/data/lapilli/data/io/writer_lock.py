@@ -9,50 +9,57 @@ import json
 import os
 import socket
 from collections.abc import Generator
+from contextlib import nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import exists, is_folder
-from lapilli.data.io.remote_path import Output
+from lapilli.data.io.lease import LEASE, leased
+from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 
 __all__ = ["LOCK", "only_writer"]
 
-LOCK = ".lock"  # in a folder while a process writes there; holds host and process
+LOCK = LEASE  # in a folder while a process writes there; holds host and process
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # What the callers of this thread hold: a command's lock is also that of the steps it consists of.
-_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+_HELD: ContextVar[frozenset[Output]] = ContextVar("held", default=frozenset())
 
 
 @contextlib.contextmanager
-def only_writer(output: Output, doing: str, *, beside: bool = False) -> Generator[None]:
+def only_writer(
+    output: Output, doing: str, *, beside: bool = False, setting: str = "output"
+) -> Generator[None]:
     """Hold an output for this process, from before the first write to the end.
 
     The kernel releases the lock when the process ends in any way, on NFS too. Where a file system
-    has no locks, the process named in the file decides. Readers are not blocked. A store needs no
-    lock for a build: two builds of one plan put the same bytes, and another plan is refused by
-    `plan.json`.
+    has no locks, the process named in the file decides. Readers are not blocked. A prefix of a
+    store is held by a lease (`lapilli.data.io.lease`).
 
     Args:
         output: A folder, made if it is not there, and removed if left empty; or with `beside` a
-            file, or a folder that must be empty or absent until all is written. A store is not
-            locked.
+            file, or a folder that must be empty or absent until all is written.
         doing: What is done to it, for the line: `built`, `trained`, `written`.
         beside: Whether the lock lies beside the output, as `.NAME.lock`, and not in it.
+        setting: What names a prefix of a store, for the line.
 
     Raises:
         DataError: Another process holds it (names host and process), or it cannot be written.
     """
-    if not isinstance(output, Path) or (not beside and exists(output) and not is_folder(output)):
+    held = _HELD.get()
+    if not isinstance(output, Path):
+        with nullcontext() if output in held else _holding(output, doing, setting):
+            yield
+        return
+    if not beside and exists(output) and not is_folder(output):
         yield
         return
     real = Path(os.path.realpath(output))  # `resolve` raises for links in a circle
     path = real.with_name(f".{real.name}{LOCK}") if beside else real / LOCK
-    held = _HELD.get()
     if path in held:
         yield
         return
@@ -74,6 +81,16 @@ def only_writer(output: Output, doing: str, *, beside: bool = False) -> Generato
             path.unlink(missing_ok=True)
         os.close(descriptor)
         _remove_empty(made)
+
+
+@contextlib.contextmanager
+def _holding(prefix: RemotePath, doing: str, setting: str) -> Generator[None]:
+    with leased(prefix, doing, setting):
+        token = _HELD.set(_HELD.get() | {prefix})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
 
 
 def _remove_empty(made: list[Path]) -> None:

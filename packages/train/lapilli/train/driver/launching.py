@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.errors import DataError
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.train.checkpoint.store import (
     newest_checkpoint,
@@ -19,6 +20,7 @@ from lapilli.train.checkpoint.store import (
 )
 from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.config import RunConfig
+from lapilli.train.driver.devices import wait_for_workers
 from lapilli.train.driver.preflight import Preflight
 from lapilli.train.driver.same_run import check_same_settings, with_absolute_paths
 from lapilli.train.driver.signals import stops_on_signals
@@ -39,16 +41,25 @@ __all__ = [
 Progress = Callable[[StepMetrics, int], None]
 
 
-def only_trainer(config: RunConfig) -> AbstractContextManager[None]:
-    """Lock a run's folder for this process.
+@contextmanager
+def only_trainer(config: RunConfig) -> Generator[None]:
+    """Lock a run's folder for this process, and hold a lease on its store.
 
     `launch` does this itself; a caller that inspects the folder first may do it earlier. Two
     processes would remove each other's checkpoints. Readers are not blocked.
 
     Raises:
-        DataError: On entering, where another process trains there, or the folder cannot be written.
+        DataError: On entering, where another process trains there, or it cannot be written.
     """
-    return only_writer(Path(in_scratch(config).output), "trained")
+    config = in_scratch(config)
+    address = config.checkpoint.upload
+    setting = "output" if lies_in_store(config) else "checkpoint.upload"
+    with only_writer(Path(config.output), "trained"):
+        if not address:
+            yield
+            return
+        with only_writer(RemotePath(address.rstrip("/")), "trained", setting=setting):
+            yield
 
 
 def copy_rest(config: RunConfig, step: int) -> list[str]:
@@ -116,6 +127,7 @@ def launch(
         forget_stop(run)
         try:
             with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
+                wait_for_workers(ready.config, ready.device, on_note)
                 fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
                 fit_on(ready.config, ready.device, ready.memory_policy)
         except BaseException:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,16 +31,11 @@ from lapilli.train.checkpoint.store import (
 )
 from lapilli.train.config import RunConfig
 from lapilli.train.device import (
-    NO_HABANA,
-    RESOURCE,
     Device,
     check_tf32,
-    choose_device,
-    device_memory,
-    has_habana,
-    visible_devices,
 )
 from lapilli.train.driver.context_length import check_context
+from lapilli.train.driver.devices import find_device, memory_of
 from lapilli.train.driver.fake_model import sketch_model
 from lapilli.train.driver.memory_estimate import (
     StateBytes,
@@ -51,15 +46,16 @@ from lapilli.train.driver.memory_estimate import (
     time_micro_batch,
 )
 from lapilli.train.driver.memory_policy import MemoryPolicy, choose_memory, memory_budget
-from lapilli.train.driver.run_length import changed_length, check_length
 from lapilli.train.driver.same_run import (
     bring_run,
+    changed_length,
     check_config,
+    check_length,
     fetch_newer,
     with_absolute_paths,
 )
 from lapilli.train.errors import TrainError
-from lapilli.train.gaudi import check_stage, hpu_environment, ignored_line, set_environment
+from lapilli.train.gaudi import check_stage, hpu_environment, ignored_line
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.names import STATE
 from lapilli.train.run_folder.scratch import lies_in_store
@@ -72,7 +68,13 @@ from lapilli.train.steps.rows import EpochPlans, PlannedRows, planned_rows
 from lapilli.train.steps.step import to_device
 from lapilli.train.validation.sample_generations import choose_questions
 from lapilli.train.validation.validation_loss import check_same_tokenizer, open_held_out
-from lapilli.train.worker.compatibility import build_start, check_model, check_start, open_for
+from lapilli.train.worker.compatibility import (
+    build_start,
+    check_model,
+    check_start,
+    find_start,
+    open_for,
+)
 
 __all__ = [
     "Preflight",
@@ -81,12 +83,7 @@ __all__ = [
 ]
 
 
-FREE_WITHIN = 60.0  # seconds to wait for an HPU that can be asked for its software
-
-
-MEASURED = 100_000_000  # a model with fewer parameters is timed on this machine before it starts
-
-Answer = TypeVar("Answer")
+MEASURED = 100_000_000  # a model with fewer parameters is built and timed here before it starts
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     """
     _check_loggers(config)
     config = with_absolute_paths(config)
-    device = _find_device(config)
+    device = find_device(config)
     _check_device(config, device, on_note)
     bring_run(config)
     check_config(Path(config.output), config)
@@ -231,7 +228,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     config, policy = choose_memory(
         config,
         device,
-        memory_budget(config, device, partial(_device_memory, config)),
+        memory_budget(config, device, partial(memory_of, config, on_note=on_note)),
         lambda changed: estimate_run(changed, sketch_run(changed), rows, device=device),
     )
     feed = Feed(
@@ -305,68 +302,15 @@ def _open_datasets(
 
 
 def _look_at(config: RunConfig) -> tuple[VisionLanguageModel, Checkpoint | None]:
-    """The model to check a run against; one that no worker will hold whole is not built here.
+    """The model to check a run against, and the checkpoint of the run it starts from.
 
-    Of such a model only shapes are known; whether a start fits is then found by the workers.
+    Only a model that is small enough to be timed here is built: of the others shapes are known, at
+    any ZeRO stage, and the workers find whether the weights of a start fit.
     """
-    if config.zero_stage == 3:
-        sketch = sketch_model(config.model)
-        if sum(total for total, _ in sketch.parameters().values()) >= MEASURED:
-            return sketch.model, None
+    sketch = sketch_model(config.model)
+    if sum(total for total, _ in sketch.parameters().values()) >= MEASURED:
+        return sketch.model, find_start(config)
     return build_start(config)
-
-
-def _find_device(config: RunConfig) -> Device:
-    """The device type of the workers; requires enough devices."""
-    if config.launcher == "process":
-        if config.device in ("auto", "hpu") and has_habana():
-            set_environment(config.hpu)
-        return choose_device(config.device, visible_devices())
-    import ray
-
-    resources = ray.cluster_resources()
-    available: dict[Device, int] = {
-        name: int(resources.get(RESOURCE[name], 0)) for name in RESOURCE
-    }
-    device = choose_device(config.device, available)
-    slots = available[device]
-    fewest = config.recovery.min_workers or config.num_workers
-    if fewest > slots:
-        setting = "recovery.min_workers" if config.recovery.min_workers else "num_workers"
-        raise TrainError(
-            f"{setting}: {fewest}; Ray has {slots} "
-            f"{'cores' if device == 'cpu' else f'{RESOURCE[device]}s'}; lower it or add nodes"
-        )
-    if device == "hpu" and not _ask_one(device, has_habana):
-        raise TrainError(NO_HABANA)
-    return device
-
-
-def _ask_one(device: Device, question: Callable[[], Answer]) -> Answer:
-    """What a machine of Ray's with a free device answers."""
-    import ray
-    from ray.exceptions import GetTimeoutError
-
-    name = RESOURCE[device]
-    needs: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"resources": {name: 1}}
-    asked: Any = ray.remote(num_cpus=0, **needs)(question)
-    try:
-        return ray.get(asked.remote(), timeout=FREE_WITHIN)
-    except GetTimeoutError:
-        raise TrainError(
-            f"device: {device}; no {name} was free within {FREE_WITHIN:.0f} s; wait for what runs "
-            "there, or set device: cpu"
-        ) from None
-
-
-def _device_memory(config: RunConfig, device: Device) -> int | None:
-    """Bytes of a worker's device, which may be on another machine than the driver."""
-    is_elsewhere = device == "cuda" and not torch.cuda.is_available()
-    if is_elsewhere and config.launcher == "ray":
-        found = _ask_one(device, lambda: torch.cuda.is_available() and device_memory(device))
-        if found:
-            return found
-    return device_memory(device)
 
 
 def _goes_on_at(config: RunConfig, dataset: str, total: int, on_note: Callable[[str], None]) -> int:

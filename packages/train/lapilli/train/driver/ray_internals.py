@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from ray._private.worker import get_dashboard_url
 from ray.train.torch import TorchTrainer
 
-__all__ = ["IDLE", "Trainer", "raised_by_worker"]
+__all__ = ["IDLE", "Trainer", "preemption_notice", "raised_by_worker"]
 
 # Helpers that a run does not need: the feed is ours; and without a dashboard one asks for it all
 # the same, tries for 40 s, and an ending run waits.
@@ -41,3 +42,19 @@ def raised_by_worker(failure: Exception) -> bool:
     workers that were lost.
     """
     return type(failure).__name__.startswith("UserException")
+
+
+def preemption_notice() -> object:
+    """What Ray Train has told this worker of nodes that are to be taken away; None for nothing.
+
+    Used: `preemption_context.preemption_info` of `get_train_context()` in
+    `ray.train.v2._internal.execution.context`, which Ray's watcher of drained nodes sets in every
+    worker. The public `ray.train.get_preemption_info` reads the same, and makes all workers wait
+    for each other through an actor at every call. If a name went, a run would go on from its last
+    checkpoint when a node is gone.
+    """
+    try:
+        internal: Any = importlib.import_module("ray.train.v2._internal.execution.context")
+        return internal.get_train_context().preemption_context.preemption_info
+    except (AttributeError, ImportError, RuntimeError):
+        return None

@@ -1,4 +1,4 @@
-"""The run that a command goes on with: its paths, its settings, and what it has in a store."""
+"""The run that a command goes on with: its paths, settings, length, and what a store has of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.writer_lock import LOCK
 from lapilli.train.checkpoint.store import fetch_newest, fetch_records, stored_config
 from lapilli.train.config import RunConfig, fixed_settings
-from lapilli.train.driver.run_length import LENGTH
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.names import CONFIG, STATE
 from lapilli.train.run_folder.scratch import in_scratch, lies_in_store
@@ -25,11 +24,16 @@ from lapilli.train.run_folder.settings import (
 
 __all__ = [
     "bring_run",
+    "changed_length",
     "check_config",
+    "check_length",
     "check_same_settings",
     "fetch_newer",
     "with_absolute_paths",
 ]
+
+
+LENGTH = ("epochs", "max_steps")  # settings that may change down to what the run has not passed
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -129,3 +133,44 @@ def check_same_settings(old: RunConfig, config: RunConfig, where: Path | str) ->
                 f"{key}: {where} was started with {before.get(key)!r}, now {now.get(key)!r}; "
                 f"choose another --{place} or the same value"
             )
+
+
+def changed_length(before: RunConfig, config: RunConfig) -> list[str]:
+    """The settings of a run's length that are others than before."""
+    return [key for key in LENGTH if getattr(before, key) != getattr(config, key)]
+
+
+def check_length(
+    before: RunConfig,
+    config: RunConfig,
+    done: int,
+    total: int,
+    on_note: Callable[[str], None],
+) -> None:
+    """Check a changed length, which may not be below the steps done; note what it does to the rate.
+
+    Args:
+        before: The settings under which the newest checkpoint was made.
+        config: The settings now.
+        done: Steps taken.
+        total: Steps that the settings now make.
+        on_note: Called with a line where they are another number.
+
+    Raises:
+        TrainError: Fewer than are taken.
+    """
+    changed = changed_length(before, config)
+    if done > total:
+        key = changed[0] if changed else "epochs"
+        raise TrainError(
+            f"{key}: {getattr(config, key)} makes {total} steps, {config.output} has taken {done}; "
+            "raise it, or choose another --output"
+        )
+    for key in changed:
+        old, new = getattr(before, key), getattr(config, key)
+        follow = f"steps {done} to {total - 1} follow" if done < total else "none is left to follow"
+        on_note(
+            f"{key}: {old} before, now {new}: the {done} steps that are "
+            f"taken keep their learning rates, and the optimizer its moments; {follow} the "
+            f"{config.optim.schedule} schedule of a run of {total} steps"
+        )

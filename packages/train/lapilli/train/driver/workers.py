@@ -19,7 +19,8 @@ from lapilli.data.io.access import blame
 from lapilli.data.ray_session import RayDied, leave_working_folder, watched
 from lapilli.model.errors import ModelError
 from lapilli.train.config import RunConfig
-from lapilli.train.device import BACKEND, RESOURCE, Device, know_collectives
+from lapilli.train.device import BACKEND, Device, know_collectives
+from lapilli.train.driver.devices import worker_demand
 from lapilli.train.driver.memory_estimate import Estimate, RowSizes, estimate_run, sketch_run
 from lapilli.train.driver.memory_policy import MemoryPolicy, shortage_line
 from lapilli.train.engine.deepspeed_engine import forget_swapped
@@ -54,7 +55,6 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
     from lapilli.train.driver.ray_internals import Trainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    resources = {"CPU": 1, RESOURCE[device]: 1}
     run, started = Path(config.output), time.time()
     mistake = run / MISTAKE
     mistake.unlink(missing_ok=True)
@@ -72,7 +72,8 @@ def fit_on_ray(config: RunConfig, device: Device, memory: MemoryPolicy) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=(fewest, config.num_workers) if fewest else config.num_workers,
             use_gpu=device == "cuda",
-            resources_per_worker=resources,
+            resources_per_worker=dict(worker_demand(config, device).bundle),
+            label_selector=config.train.label_selector or None,
         ),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -153,6 +154,8 @@ def _worker(settings: dict[str, Any]) -> None:
     """
     import ray.train
 
+    from lapilli.train.driver.ray_internals import preemption_notice
+
     leave_working_folder(settings["working_folder"])
     config: RunConfig = in_scratch(settings["config"])
     call = _caller(settings["mailbox"])
@@ -173,7 +176,7 @@ def _worker(settings: dict[str, Any]) -> None:
             )
             brings = relay is not None and ready.places.is_leader and relay.is_needed()
             with relay if relay and brings else contextlib.nullcontext():
-                fit(ready)
+                fit(ready, preemption_notice)
     except (DataError, ModelError, TrainError) as error:
         if call:
             call("put", MISTAKE, 0, str(error).encode())

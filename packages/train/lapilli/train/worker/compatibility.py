@@ -14,10 +14,11 @@ from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.vlm import Outline, VisionLanguageModel
 from lapilli.train.checkpoint.find import Checkpoint
 from lapilli.train.checkpoint.frozen import check_frozen
-from lapilli.train.checkpoint.init_from import Built, build_on, find_chain, recorded
+from lapilli.train.checkpoint.init_from import Built, Chain, build_on, find_chain, recorded
 from lapilli.train.checkpoint.token_ids import extends, keeps_ids
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
 from lapilli.train.run_folder.dataset_files import training_data
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "build_start",
     "check_model",
     "check_start",
+    "find_start",
     "open_for",
 ]
 
@@ -54,11 +56,24 @@ def build_run(config: RunConfig, loading: Loading = whole) -> Built:
     """
     run = Path(config.output)
     before = recorded(run)
-    chain = find_chain(config.init_from, before.start if before else "", by=run)
+    chain = _find_chain(config, before)
     built = build_on(config.model, chain, loading)
     if before:
         check_frozen(before, built.frozen, run=run)
     return built
+
+
+def find_start(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint of the earlier run that a run starts from, without reading a weight.
+
+    Raises:
+        TrainError: A run of the chain is gone.
+    """
+    return _find_chain(config, recorded(Path(config.output))).start
+
+
+def _find_chain(config: RunConfig, before: CheckpointState | None) -> Chain:
+    return find_chain(config.init_from, before.start if before else "", by=Path(config.output))
 
 
 def open_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +25,18 @@ from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.step_timing import Mark, StepTiming
 from lapilli.train.worker.profiling import profiled
 from lapilli.train.worker.setup import Setup
-from lapilli.train.worker.taken_step import KnownStep, TakenStep, take_step
+from lapilli.train.worker.taken_step import SAVE, STOP, KnownStep, TakenStep, take_step
 
 __all__ = [
     "fit",
 ]
 
 
-def fit(ready: Setup) -> None:
+def fit(ready: Setup, notice: Callable[[], object] = lambda: None) -> None:
     """Step from where the run is to its end, or to where it is asked to stop.
+
+    `notice` tells rank 0 of a node that is to be taken away, None for none: a checkpoint is saved
+    for each, and training goes on until the node is gone.
 
     A step's numbers are read while the next one is computed. Before anything that must not follow a
     wrong step (validation, a checkpoint, the end) its own are read as well.
@@ -54,24 +57,24 @@ def fit(ready: Setup) -> None:
     with copied, _closed(journal), checkpoint.Writer() as writer, guard, rows:
         writer.reserve(ready.engine)
         start = asked = Mark(ready.device)
-        heads = len(ready.config.model.aux.heads)
+        heads, requests = len(ready.config.model.aux.heads), _Requests(ready, notice)
         for batches in send_ahead(ready.feed.steps(ready.start), ready.device, heads):
             given = Mark(ready.device)
             guard.begin()
             with profiled(ready.config, batches.step, ready.rank, ready.device):
-                taken = take_step(ready, batches, wants_stop=_wants_stop(ready), busy=guard.busy)
+                taken = take_step(ready, batches, asks=requests.next(), busy=guard.busy)
             timing = StepTiming(
                 start=start, asked=asked, given=given, end=taken.told.mark,
                 forwards=guard.end(batches.step),
             )  # fmt: skip
-            stops = rows.follow(taken, timing)
+            asked_by_all = rows.follow(taken, timing)
             start = timing.end
             writer.check()
-            if stops or _is_due(ready, batches.step):
-                stops = rows.catch_up() or stops
-                _save(ready, batches.step + 1, writer, uploads, now=stops)
+            if asked_by_all or _is_due(ready, batches.step):
+                asked_by_all = max(rows.catch_up(), asked_by_all)
+                _save(ready, batches.step + 1, writer, uploads, now=asked_by_all > 0)
                 start = Mark(ready.device)
-            if stops:
+            if asked_by_all == STOP:
                 break
             asked = Mark(ready.device)
 
@@ -91,25 +94,25 @@ class _Rows:
     def __enter__(self) -> _Rows:
         return self
 
-    def follow(self, taken: TakenStep, timing: StepTiming) -> bool:
-        """Write the step before this one; whether a rank asked to stop then. Collective."""
-        stops = self.catch_up()
+    def follow(self, taken: TakenStep, timing: StepTiming) -> int:
+        """Write the step before this one; what was asked of all then. Collective."""
+        asked = self.catch_up()
         self._last = taken, timing
-        return stops
+        return asked
 
-    def catch_up(self) -> bool:
-        """Write the last step; whether a rank asked to stop then. Collective.
+    def catch_up(self) -> int:
+        """Write the last step; what was asked of all then. Collective.
 
         Raises:
             TrainError: It went wrong.
         """
         last, self._last = self._last, None
         if last is None:
-            return False
+            return 0
         known = last[0].known()
         self._guard.check(last[0].batches, known.result, last[1], known.busy)
         self._write(*last, known, _validate(self._ready, known.result.step))
-        return known.wants_stop
+        return known.asked
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or self._last is None:
@@ -202,8 +205,32 @@ def _is_time(ready: Setup, step: int, every: int) -> bool:
     return (bool(every) and (step + 1) % every == 0) or step + 1 == ready.feed.total_steps
 
 
-def _wants_stop(ready: Setup) -> bool:
-    return ready.is_writer and is_stop_asked(Path(ready.config.output))
+class _Requests:
+    """What rank 0 asks of all workers with a step, shared with what they tell anyway.
+
+    Args:
+        ready: The worker.
+        notice: As for `fit`.
+    """
+
+    def __init__(self, ready: Setup, notice: Callable[[], object]) -> None:
+        self._run, self._asks, self._notice = Path(ready.config.output), ready.is_writer, notice
+        self._heeded: object = None  # the last notice that a checkpoint was asked for
+
+    def next(self) -> int:
+        """`STOP`, `SAVE` or 0."""
+        if not self._asks:
+            return 0
+        if is_stop_asked(self._run):
+            return STOP
+        if (now := self._notice()) is None or now == self._heeded:
+            return 0
+        self._heeded = now
+        note(
+            self._run,
+            "a node is to be taken away: saving a checkpoint; the run goes on from it elsewhere",
+        )
+        return SAVE
 
 
 def _save(

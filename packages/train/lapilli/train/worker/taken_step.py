@@ -29,8 +29,9 @@ from lapilli.train.steps.optim import learning_rate
 from lapilli.train.steps.step import seed_step, train_step
 from lapilli.train.worker.setup import Setup
 
-__all__ = ["KnownStep", "TakenStep", "take_step"]
+__all__ = ["SAVE", "STOP", "KnownStep", "TakenStep", "take_step"]
 
+SAVE, STOP = 1, 2  # what rank 0 may ask of all: a checkpoint now; that and to end
 AUX_LOSSES = ("smooth_l1", "info_nce")
 
 
@@ -40,13 +41,13 @@ class KnownStep:
 
     Attributes:
         result: Its loss, gradient norms and samples.
-        wants_stop: Whether any rank asks to stop.
+        asked: What rank 0 asks of all: `SAVE`, `STOP` or 0.
         busy: By rank the seconds that it told for itself (`take_step`).
         losses: Every sample's summed loss by its place in the global batch.
     """
 
     result: StepResult
-    wants_stop: bool
+    asked: int
     busy: Sequence[float]
     losses: Sequence[float]
 
@@ -64,7 +65,7 @@ class TakenStep:
         heads: Task and layer of each predictor.
         told: What all ranks tell, summed over them, on its way to the host: loss, `GROUPS`'
             squared gradient norms, losses by place in the global batch, two losses a predictor,
-            stop request, lanes of the batch's digest, busy seconds by rank.
+            what rank 0 asks, lanes of the batch's digest, busy seconds by rank.
     """
 
     batches: StepBatches
@@ -82,7 +83,7 @@ class TakenStep:
         losses = list(islice(numbers, len(step.placed)))
         names = [f"{task}.{layer}.{kind}" for task, layer in self.heads for kind in AUX_LOSSES]
         aux_losses = dict(zip(names, islice(numbers, len(names)), strict=True))
-        stops, *lanes = islice(numbers, 1 + LANES)
+        asked, *lanes = islice(numbers, 1 + LANES)
         result = StepResult(
             step=step.step,
             loss=summed / max(1, step.global_tokens),
@@ -100,16 +101,14 @@ class TakenStep:
             overflows=self.overflows,
             aux_losses=aux_losses or None,
         )
-        return KnownStep(result, stops > 0, list(numbers), losses)
+        return KnownStep(result, round(asked), list(numbers), losses)
 
 
 def _root(square: float) -> float:
     return math.sqrt(square) if square >= 0 else math.nan
 
 
-def take_step(
-    ready: Setup, batches: SentStep, *, wants_stop: bool = False, busy: float = 0.0
-) -> TakenStep:
+def take_step(ready: Setup, batches: SentStep, *, asks: int = 0, busy: float = 0.0) -> TakenStep:
     """Give the device one optimizer step, and ask it for nothing.
 
     Where fp16 overflows, DeepSpeed updates nothing and lowers the scale, on all ranks alike; it
@@ -119,7 +118,7 @@ def take_step(
     Args:
         ready: The worker.
         batches: The step's batches.
-        wants_stop: Whether this rank asks all to stop.
+        asks: What this rank asks of all; rank 0 alone may.
         busy: Seconds of its own that this rank tells the others.
     """
     rate = learning_rate(
@@ -152,7 +151,7 @@ def take_step(
         )
     lanes = sample_lanes(batch.sample_ids for batch in batches.batches)
     own = [busy if rank == ready.rank else 0.0 for rank in range(ready.world_size)]
-    known = send_numbers([float(wants_stop), *lanes, *own], total.device)
+    known = send_numbers([float(asks), *lanes, *own], total.device)
     losses = slot_losses(batches.slots, batches.on_device, len(batches.placed))
     told = torch.cat([total[None], squares[-1], losses, *_predicted(aux), known])
     if ready.world_size > 1:

@@ -1,0 +1,1 @@
+"""What `lapilli doctor --cluster` finds on the nodes of a cluster."""
