@@ -38,11 +38,12 @@ from lapilli.model.parts.language import (
     vocabulary_size,
 )
 from lapilli.model.parts.llava_folder import llava_projector
+from lapilli.model.parts.normalisation import with_normalisation
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.projector import build_projector, set_scale
 from lapilli.model.parts.quantized import Quantization, pack_shapes, quantize
 from lapilli.model.parts.trainable import add_adapters, freeze, trainable_parameters
-from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
+from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape
 from lapilli.model.transformers_internals import attention_of
 
 __all__ = ["AUX_PARTS", "Outline", "VisionLanguageModel", "build_model", "read_outline"]
