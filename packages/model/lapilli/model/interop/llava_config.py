@@ -72,8 +72,8 @@ def check_llava(model: VisionLanguageModel) -> None:
         convnext_name(model)
     elif vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
         raise ModelError(
-            f"vision.tower: {vision.tower}; LLaVA has CLIP towers only, and VisPer-LM, whose models "
-            f"have task tokens, {CONVNEXT} too"
+            f"vision.tower: {vision.tower}; LLaVA has CLIP towers only, and VisPer-LM {CONVNEXT} "
+            "too, beside task tokens"
         )
     if vision.skip:
         raise ModelError(f"vision.skip: {vision.skip}; LLaVA takes all of a tower's patches")
