@@ -185,7 +185,9 @@ class VisionLanguageModel(nn.Module):
             check_trees(attention_of(self.language))
             trees = Trees(tree_ids, branch_ids, position_ids)
         embedded_BSD = self.embed(input_ids, merge_index, pixels)
-        hidden_BSD, states = self._decoded(embedded_BSD, position_ids, trees, aux is not None)
+        hidden_BSD, states = self._decoded(
+            embedded_BSD, position_ids, trees, predicts=aux is not None
+        )
         head = self.language.get_output_embeddings()
         rows = added_rows(self.language)
         each_P = None if sample_losses is None else sample_losses.new_zeros(len(targets))
@@ -212,8 +214,24 @@ class VisionLanguageModel(nn.Module):
             return loss
         return loss + self._aux_loss(merge_index, states, aux)
 
+    @torch.no_grad()
+    def predict_targets(
+        self, input_ids: Tensor, position_ids: Tensor, merge_index: Tensor, pixels: Tensor,
+        segments: Tensor,
+    ) -> dict[tuple[str, int], Tensor]:  # fmt: skip
+        """What each predictor says of each image of a batch, [N, R, C], by task and layer.
+
+        Arguments as for `forward`; `segments`, int32 [B, S], is 0 for padding (`AuxInputs`).
+        """
+        embedded_BSD = self.embed(input_ids, merge_index, pixels)
+        _, states = self._decoded(embedded_BSD, position_ids, None, predicts=True)
+        places = image_places(
+            merge_index, segments, len(pixels), self.vision.num_tokens, self.config.aux
+        )
+        return self.predictors.predict(states, self.task_tokens()[1], places)
+
     def _decoded(
-        self, embedded_BSD: Tensor, position_ids: Tensor, trees: Trees | None, predicts: bool
+        self, embedded_BSD: Tensor, position_ids: Tensor, trees: Trees | None, *, predicts: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The decoder's states after its last norm, and by layer those that something predicts."""
         decoder = self.language.get_decoder()
