@@ -6,6 +6,7 @@ lapilli report DIR [DIR ...] [--predictions N]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +49,11 @@ def _predictions(run: Path, trust: Trust, count: int) -> Sequence[ImagePredictio
     """What a run says of images that it holds out, else of those that it was trained on."""
     if not count:
         return []
+    if count < 0:
+        raise UsageError(f"predictions: {count}; expected a number of images")
     # torch and the model, which a page without predictions needs not
     from lapilli.data.dataset.dataset import open_dataset
-    from lapilli.data.shards.manifest import read_manifest
-    from lapilli.data.shards.schemas import HELD_OUT, TRAIN
+    from lapilli.data.shards.schemas import HELD_OUT
     from lapilli.train.device import choose_device, torch_device, visible_devices
     from lapilli.train.inference.evaluate import load_trained
     from lapilli.train.inference.target_predictions import predict_targets
@@ -61,11 +63,12 @@ def _predictions(run: Path, trust: Trust, count: int) -> Sequence[ImagePredictio
         raise UsageError(f"predictions: {run} has no predictors; expected a run with aux.layers")
     device = torch_device(choose_device("auto", visible_devices()))
     model = load_trained(run, device, trust).model
-    mixture = read_manifest(Path(config.dataset)).mixture
-    dataset = open_dataset(
-        config.dataset, view=config.view, image_tokens=model.image_tokens,
-        split=HELD_OUT if mixture["held_out"] else TRAIN,
-    )  # fmt: skip
+    opened = partial(
+        open_dataset, config.dataset, view=config.view, image_tokens=model.image_tokens
+    )
+    dataset = opened()
+    if dataset.manifest.mixture["held_out"]:
+        dataset = opened(split=HELD_OUT)
     return predict_targets(model, dataset, count, device)
 
 
