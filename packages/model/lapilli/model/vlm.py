@@ -185,9 +185,7 @@ class VisionLanguageModel(nn.Module):
             check_trees(attention_of(self.language))
             trees = Trees(tree_ids, branch_ids, position_ids)
         embedded_BSD = self.embed(input_ids, merge_index, pixels)
-        hidden_BSD, states = self._decoded(
-            embedded_BSD, position_ids, trees, predicts=aux is not None
-        )
+        hidden_BSD, states = self._decoded(embedded_BSD, position_ids, trees, aux is not None)
         head = self.language.get_output_embeddings()
         rows = added_rows(self.language)
         each_P = None if sample_losses is None else sample_losses.new_zeros(len(targets))
@@ -224,14 +222,14 @@ class VisionLanguageModel(nn.Module):
         Arguments as for `forward`; `segments`, int32 [B, S], is 0 for padding (`AuxInputs`).
         """
         embedded_BSD = self.embed(input_ids, merge_index, pixels)
-        _, states = self._decoded(embedded_BSD, position_ids, None, predicts=True)
+        _, states = self._decoded(embedded_BSD, position_ids, None, True)
         places = image_places(
             merge_index, segments, len(pixels), self.vision.num_tokens, self.config.aux
         )
         return self.predictors.predict(states, self.task_tokens()[1], places)
 
     def _decoded(
-        self, embedded_BSD: Tensor, position_ids: Tensor, trees: Trees | None, *, predicts: bool
+        self, embedded_BSD: Tensor, position_ids: Tensor, trees: Trees | None, predicts: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The decoder's states after its last norm, and by layer those that something predicts."""
         decoder = self.language.get_decoder()
