@@ -34,6 +34,7 @@ from pipelines.benchmarks.step import (
     roofline,
     serving,
     shared_rows,
+    teachers,
     training,
     whole_run,
 )
@@ -62,6 +63,8 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "checkpoint": checkpoint.main,
     "memory": memory.main,
     "serve": serving.main,
+    "teachers": teachers.main,
+    "targets": teachers.costs,
 }
 
 

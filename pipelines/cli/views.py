@@ -30,6 +30,6 @@ def _filled(spec: ImageSpec) -> ImageSpec:
 def _mean(tower: str) -> tuple[float, float, float]:
     if tower in IMAGE_MEANS:
         return IMAGE_MEANS[tower]
-    from lapilli.model.parts.vision import tower_mean  # torch: a model's own files are read
+    from lapilli.model.parts.normalisation import tower_mean  # torch: a model's own files are read
 
     return tower_mean(tower)

@@ -134,7 +134,8 @@ def _say_tower(output: Path, tower: str, asked: Assistant) -> None:
 
 def _say_name(output: Path, asked: Assistant, *words: str) -> None:
     kind = str(asked.model.language.config.model_type)
-    wanted = [*words, *(["mistral"] if kind == "mistral" and "lora" not in words else [])]
+    by_kind = {"mistral": ["mistral"], "phi3": ["phi"]}.get(kind, [])
+    wanted = [*words, *(by_kind if "lora" not in words else [])]
     missing = [word for word in wanted if word not in output.name.lower()]
     if missing:
         say(f"{READS_NAMES}: have {' and '.join(missing)} in it")

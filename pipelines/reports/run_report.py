@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,10 @@ from lapilli.train.run_folder.settings import (
     read_run_info,
 )
 from pipelines.reports.page import Figure, GalleryItem, Page
+from pipelines.reports.target_pictures import add_predictions
+
+if TYPE_CHECKING:
+    from lapilli.train.inference.target_predictions import ImagePrediction
 
 __all__ = ["curves", "flat_settings", "smoothed", "time_parts", "write_run_report"]
 
@@ -40,6 +44,7 @@ MEMORY = 0.98  # of the smoothed loss before; about the last 50 steps
 ASKED_STEPS = 5  # times at which answers to held-out questions are shown
 WHY = {"command": "the command", "restart": "Ray started the workers again"}
 SHARE = 0.1  # of a short run's steps that its own curve is smoothed over
+EMBEDDING_LOSSES = {"smooth_l1": "smooth L1", "info_nce": "InfoNCE"}
 Rows: TypeAlias = Sequence[StepMetrics]
 Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -71,11 +76,12 @@ def _eased(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return smoothed(values, min(MEMORY, 1 - 1 / max(1.0, SHARE * len(values))))
 
 
-def write_run_report(run: Path) -> Path:
+def write_run_report(run: Path, predictions: Sequence[ImagePrediction] = ()) -> Path:
     """Write a run's page from what its folder holds, finished or not.
 
     Args:
         run: The run's folder.
+        predictions: What its predictors say of some images, to be shown as pictures.
 
     Returns:
         The page's path.
@@ -90,6 +96,9 @@ def write_run_report(run: Path) -> Path:
     page = Page(f"Run {run.name}", f"{config.dataset}, view {config.view}")
     page.figures(_figures(rows, info))
     _add_loss(page, rows)
+    _add_embedding_losses(page, rows)
+    if predictions:
+        add_predictions(page, predictions)
     _add_speed(page, rows, read_starts(run))
     _add_answers(page, run, config, info)
     _add_worst(page, run, config, info)
@@ -139,6 +148,39 @@ def _add_loss(page: Page, rows: Rows) -> None:
     norms = {"whole": curves(rows, "grad_norm"), **_part_curves(rows)}
     page.line_chart(norms, "step", "norm", "Gradient before clipping")
     page.line_chart({"": curves(rows, "lr")}, "step", "rate", "Learning rate")
+
+
+def _add_embedding_losses(page: Page, rows: Rows) -> None:
+    """Each task's losses by layer, and those of the last steps in a table."""
+    losses = [(row.done, row.aux_losses or {}) for row in rows]
+    names = list(dict.fromkeys(name for _, found in losses for name in found))
+    if not names:
+        return
+    page.section("Embedding losses")
+    split = [name.split(".") for name in names]
+    curves_of = {
+        name: _curve((step, found[name]) for step, found in losses if name in found)
+        for name in names
+    }
+    for task in dict.fromkeys(task for task, _, _ in split):
+        for kind, title in EMBEDDING_LOSSES.items():
+            series = {
+                f"layer {layer}": (curves_of[name][0], _eased(curves_of[name][1]))
+                for name, (of, layer, what) in zip(names, split, strict=True)
+                if (of, what) == (task, kind)
+            }
+            page.line_chart(series, "step", title, f"{task}: {title}, smoothed")
+    page.table(
+        ["task", "layer", *EMBEDDING_LOSSES.values()],
+        [
+            [task, layer, *(
+                f"{_eased(curves_of[f'{task}.{layer}.{kind}'][1])[-1]:.4f}"
+                for kind in EMBEDDING_LOSSES
+            )]
+            for task, layer in dict.fromkeys((task, layer) for task, layer, _ in split)
+        ],
+        "Last losses, smoothed",
+    )  # fmt: skip
 
 
 def _group_curves(rows: Rows, name: str) -> dict[str, Curve]:

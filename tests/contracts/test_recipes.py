@@ -49,6 +49,10 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         # a layer on a build's recipe
         base = RECIPES / "llava15" / "finetune_data.yaml"
         return Recipe(BuildConfig, ("--root=in", "--output=out"), base)
+    if values.keys() <= {"tokenizer", "template"} and "tokenizer" in values:
+        # a layer for another language model, on any build's recipe
+        base = RECIPES / "visper_lm" / "pretrain_data.yaml"
+        return Recipe(BuildConfig, ("--root=in", "--output=out"), base)
     if "sources" in values:
         # flags win over the file: a recipe may leave the tokenizer to the user
         return Recipe(BuildConfig, ("--root=in", "--output=out", "--tokenizer=name"))
@@ -60,8 +64,8 @@ def recipe_of(values: dict[str, Any]) -> Recipe:
         # a layer on any run's recipe
         base = RECIPES / "tiny" / "pretrain.yaml"
         return Recipe(RunConfig, ("--dataset=in", "--output=out"), base)
-    if "model" in values and "view" not in values:
-        # a second stage, a layer on the first's
+    if "model" in values and "global_batch_size" not in values:
+        # a second stage, or other models: a layer on the first's
         base = RECIPES / "tiny" / "pretrain.yaml"
         return Recipe(RunConfig, ("--dataset=in", "--output=out"), base)
     if "model" in values:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -349,27 +350,51 @@ def test_a_chat_template_gives_its_own_ids(
 @needs_fixtures
 @given(said=conversations())
 @settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@pytest.mark.parametrize("name", ["gpt2", "llama2-32k"])
 def test_tokens_that_strip_white_space_do_so(
     tmp_path_factory: pytest.TempPathFactory,
     said: tuple[str, list[tuple[list[str | None], str]]],
+    name: str,
 ) -> None:
-    tokenizer = phi_3_like(tmp_path_factory)
+    tokenizer = phi_3_like(tmp_path_factory, name)
     system, rounds = said
     texts = [system, *(text for asked, a in rounds for text in (*asked, a) if text)]
     assume(not any("<|" in text or "\0" in text for text in texts))
     ids, _ = encode(as_record(system, rounds), tokenizer, "phi_3")
     asked = [(question(parts, first=True), answer) for parts, answer in rounds]
-    text = WHOLE["phi_3"][0](system or SYSTEMS["phi_3"], asked).removeprefix("{bos}")
-    assert ids == whole_ids(text, tokenizer, None)
+    text = WHOLE["phi_3"][0](system or SYSTEMS["phi_3"], asked)
+    first = "<s>" if name == "llama2-32k" else ""  # GPT-2's adds none by itself
+    assert ids == whole_ids(text.replace("{bos}", first, 1), tokenizer, None)
 
 
-_made: list[Any] = []
+@needs_fixtures
+def test_phi_3_trains_answers_and_their_end_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Its template in VisPer-LM, word by word, on Llama 2's tokenizer with Phi-3's tokens."""
+    tokenizer = phi_3_like(tmp_path_factory, "llama2-32k")
+    said = [([None, "What is it?"], "A kite."), (["Where?"], "In the sky.")]
+    (encoded,) = encode_batch([as_record("", said)], tokenizer, "phi_3")
+    parts = np.split(encoded.input_ids, np.array(encoded.label_spans))
+    texts = [tokenizer.decode([i for i in ids if i >= 0]) for ids in parts]
+    assert texts[1::2] == ["A kite.<|end|>", "In the sky.<|end|>"]
+    roles = [name for name in "".join(texts).replace("<|", "\n<|").split() if name[:2] == "<|"]
+    assert [name.partition(">")[0] + ">" for name in roles] == [
+        "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>", "<|end|>",
+        "<|user|>", "<|end|>", "<|assistant|>", "<|end|>",
+    ]  # fmt: skip
 
 
-def phi_3_like(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """GPT-2's tokenizer with Phi-3's special tokens, which swallow the white space behind them."""
-    if not _made:
-        tokenizer: Any = load_tokenizer(unpacked("gpt2", tmp_path_factory.mktemp("phi")))
+_made: dict[str, Any] = {}
+
+
+def phi_3_like(tmp_path_factory: pytest.TempPathFactory, name: str) -> Any:
+    """A tokenizer with Phi-3's special tokens, which swallow the white space behind them.
+
+    Phi-3's own is Llama 2's with them.
+    """
+    if name not in _made:
+        tokenizer: Any = load_tokenizer(unpacked(name, tmp_path_factory.mktemp("phi")))
         added = [
             AddedToken(t, rstrip=True, normalized=False, special=True)
             for t in ("<|system|>", "<|user|>", "<|assistant|>")
@@ -378,5 +403,5 @@ def phi_3_like(tmp_path_factory: pytest.TempPathFactory) -> Any:
             [*added, AddedToken("<|end|>", lstrip=True, normalized=False, special=True)],
             special_tokens=True,
         )
-        _made.append(tokenizer)
-    return _made[0]
+        _made[name] = tokenizer
+    return _made[name]

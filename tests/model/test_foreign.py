@@ -319,7 +319,7 @@ def test_what_llavas_transformers_cannot_read_is_refused(
         write_llava(
             build_model(replace(twins.config(), language=changed)), tmp_path, llava_form(tmp_path)
         )
-    with pytest.raises(ModelError, match="language: qwen2; LLaVA's loader has llama and mistral"):
+    with pytest.raises(ModelError, match="qwen2; LLaVA's loader has llama and mistral and phi3"):
         write_llava(build_model(twins.config("clip", "qwen2")), tmp_path, llava_form(tmp_path))
     assert not any(tmp_path.iterdir())
 

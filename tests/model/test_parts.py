@@ -23,8 +23,9 @@ from lapilli.data.batches.collate import BatchShape, collate
 from lapilli.model.config import LanguageConfig, ModelConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.generate import generate_greedy
+from lapilli.model.parts.normalisation import with_normalisation
 from lapilli.model.parts.trainable import trainable_parameters
-from lapilli.model.parts.vision import build_tower, with_normalisation
+from lapilli.model.parts.vision import build_tower
 from lapilli.model.vlm import VisionLanguageModel, build_model
 from tests.model import twins
 

@@ -16,7 +16,7 @@ from lapilli.model.config import LanguageConfig, VisionConfig
 from lapilli.model.errors import ModelError
 from lapilli.model.interop.foreign import load_foreign
 from lapilli.model.parts.language import build_language
-from lapilli.model.parts.vision import with_normalisation
+from lapilli.model.parts.normalisation import with_normalisation
 from lapilli.model.parts.weight_files import read_tensors, save_tensors
 
 Nobody = Callable[[], AbstractContextManager[None]]

@@ -72,6 +72,8 @@ PROJECTOR_ALONE = {
     "llava15/pretrain",
     "gaudi_llava/pretrain",
     "visper_lm/pretrain",
+    "visper_lm/pretrain+convnext",
+    "visper_lm/pretrain+phi3",
     "vlm_training/pretrain",
 }
 
@@ -89,8 +91,8 @@ def cells(recipes: Sequence[str]) -> list[tuple[str, str, int | None]]:
 def test_the_models_that_recipes_name_are_of_known_families() -> None:
     for recipe in training_recipes():
         Material(Path(), Path()).arguments(recipe, Path("out"))  # KeyError: add it to the tables
-    assert {*TOWERS.values()} == {"clip", "dinov2", "siglip"}
-    assert {*LANGUAGES.values()} == {"llama", "mistral", "phi", "qwen"}
+    assert {*TOWERS.values()} == {"clip", "clip_convnext", "dinov2", "siglip"}
+    assert {*LANGUAGES.values()} == {"llama", "mistral", "phi", "phi3", "qwen"}
 
 
 SEEN: set[str] = set()
@@ -172,6 +174,18 @@ def test_a_step_is_taken(
     facts: dict[str, Any] = json.loads((output / "facts.json").read_text())
     assert facts["attention"]["name"] == "lapilli"
     assert list((output / "checkpoints").glob("step-*/state.json"))
+
+
+def test_a_whole_model_with_a_convnext_learns_at_zero_3(material: Material, tmp_path: Path) -> None:
+    """As VisPer-LM's paper has VPT, with every weight partitioned."""
+    whole = ["--model.trainable=[vision, projector, language]", "--zero_stage=3"]
+    output = tmp_path / "run"
+    words = material.arguments("visper_lm/finetune+phi3+convnext", output, *whole)
+    assert pipelines.train.main(words) == 0
+    (row,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < row["loss"] < 20
+    assert all(norm > 0 for norm in row["grad_norm_by_part"].values())
+    assert {"vision", "projector", "language"} <= {*row["grad_norm_by_part"]}
 
 
 def test_a_family_without_sdpa_starts_with_eager_and_says_so(

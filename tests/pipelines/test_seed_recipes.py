@@ -116,11 +116,29 @@ def icm_mixed(root: Path) -> None:
     mix665k("textvqa")(root)
 
 
+def allava_records(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of each part one, as in the README of FreedomIntelligence/ALLaVA."""
+    url = {"original_caption": "A ring", "url": "https://example.com/1.jpg"}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part, key, more in (
+        ("laion", "allava_laion/images/100277305.jpeg", url),
+        ("vflan", "allava_vflan/images/images_191task_1k/PACS+guitar_830_n03272010-5.png", {}),
+    ):
+        put(root, key)
+        record = conversation(f"allava_{part}_cap_100277305", key)
+        found[part] = [record | more]
+    return found
+
+
 def allava(root: Path) -> None:
-    for part, name in (("laion", "LAION"), ("vflan", "VFLAN")):
-        put(root, f"allava_{part}/images/1.jpeg")
-        record = conversation("1", f"allava_{part}/images/1.jpeg")
-        put_json(root, f"allava_{part}/ALLaVA-Caption-{name}-4V.json", [record])
+    for part, records in allava_records(root).items():
+        put_json(root, f"allava_{part}/ALLaVA-Caption-{part.upper()}-4V.json", records)
+
+
+def allava_merged(root: Path) -> None:
+    """VisPer-LM's `datasets/allava`."""
+    laion, vflan = allava_records(root).values()
+    put_json(root, "ALLaVA-Caption.json", [*laion, *vflan])
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], None], int, int]] = {
@@ -133,6 +151,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], int, int]] = {
     "icm_instruct/msft_data": (icm_mixed, 10, 0),
     "visper_lm/pretrain_data": (captions558k, 2, 0),
     "visper_lm/vpt_data": (allava, 2, 0),
+    "visper_lm/vpt_merged_data": (allava_merged, 2, 0),
     "visper_lm/finetune_data": (mix665k("text_vqa"), 9, 1),
     "gaudi_llava/pretrain_data": (captions558k, 2, 0),
     "gaudi_llava/finetune_data": (mix665k("textvqa"), 9, 0),

@@ -24,12 +24,14 @@ from lapilli.train.run_folder.settings import read_run_config
 from pipelines.cli.command import parse
 from tests.pipelines.test_seed_recipes import (
     RECIPES,
+    allava_merged,
     basic_vlm,
     captions558k,
     icm,
     mix665k,
 )
 from tests.pipelines.tiny_recipes import SHAPES, SIDE, Material, make_material
+from tests.pipelines.tiny_recipes import TINY_SIDE as CONVNEXT_SIDE
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
@@ -37,7 +39,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:template phi_hf. its end marker:UserWarning"),
 ]
 QUESTION = "What colour is the cat?"
-MARKERS = ("<|eot_id|>", "<|endoftext|>")  # of Llama 3, and of Qwen as its system uses it
+# Of Llama 3, of Qwen as its system uses it, and of Phi-3.
+MARKERS = ("<|eot_id|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,21 @@ WAYS: dict[str, tuple[Stage, ...]] = {
         Stage("pretrain_data", "datasets/LLaVA-Pretrain", captions558k, "pretrain", CAPTIONS),
         Stage("finetune_data", "datasets", mix665k("text_vqa"), "finetune", COCO),
     ),
+    # Phi-3 and CLIP-ConvNeXt, by PT, VPT and IFT
+    "visper_lm ": (
+        Stage(
+            "pretrain_data+phi3_data+convnext_pretrain_data", "datasets/LLaVA-Pretrain",
+            captions558k, "pretrain+phi3+convnext", CAPTIONS,
+        ),
+        Stage(
+            "vpt_merged_data+phi3_data+convnext_data", "datasets/allava", allava_merged,
+            "vpt+phi3+convnext", "allava_laion/images/100277305.jpeg",
+        ),
+        Stage(
+            "finetune_data+phi3_data+convnext_data", "datasets", mix665k("text_vqa"),
+            "finetune+phi3+convnext", COCO,
+        ),
+    ),
     "gaudi_llava": (
         Stage(
             "pretrain_data", "pretraining_data/LLaVA-Pretrain", captions558k, "pretrain", CAPTIONS
@@ -102,16 +120,17 @@ def build(system: str, stage: Stage, folder: Path, material: Material) -> Path:
     """`preprocess`, with the tiny tokenizer and images of the tiny tower's size."""
     root, output = folder / stage.root, folder / "datasets" / stage.data
     stage.write(root)
-    recipe = f"--config={RECIPES / system / stage.data}.yaml"
-    flags = [recipe, f"--root={root}", f"--output={output}"]
+    side = CONVNEXT_SIDE if "convnext" in stage.data else SIDE
+    recipes = [f"--config={RECIPES / system / name}.yaml" for name in stage.data.split("+")]
+    flags = [*recipes, f"--root={root}", f"--output={output}"]
     flags.append(f"--tokenizer={with_markers(material, folder / 'tokenizer')}")
     config = parse(BuildConfig, flags, "")
     (view,) = config.views
-    flags += [f"--views.{view}.size={SIDE}", "--num_workers=1"]
+    flags += [f"--views.{view}.size={side}", "--num_workers=1"]
     if config.mixture.held_out:  # 5,000 are more than there are here
         flags.append("--mixture.held_out=1")
     if config.targets:  # a teacher of a few lines, whose targets are the tiny model's
-        tiny = {"teacher": "tests.teaching:blocks", "size": SIDE, "num_gpus": 0}
+        tiny = {"teacher": "tests.teaching:blocks", "size": side, "num_gpus": 0}
         made = {task: tiny | {"rows": r, "width": w} for task, (r, w) in SHAPES.items()}
         flags.append(f"--targets={json.dumps(made)}")
     assert pipelines.preprocess.main(flags) == 0
@@ -123,7 +142,8 @@ def test_a_seeds_folder_tree_becomes_an_answer(
     system: str, tmp_path: Path, material: Material, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run: Path | None = None
-    for stage in WAYS[system]:
+    ways, system = WAYS[system], system.strip()
+    for stage in ways:
         dataset = build(system, stage, tmp_path, material)
         start = [f"--init_from={run}"] if run else []
         run = tmp_path / "runs" / stage.train
@@ -132,7 +152,7 @@ def test_a_seeds_folder_tree_becomes_an_answer(
         assert pipelines.train.main(made.arguments(f"{system}/{stage.train}", run, *flags)) == 0
         assert [row.step for row in read_metrics(run)] == [0]
     assert run is not None
-    last = WAYS[system][-1]
+    last = ways[-1]
     assert read_run_config(run).dataset == str(tmp_path / "datasets" / last.data)
     capsys.readouterr()
     image = tmp_path / last.root / last.image

@@ -87,7 +87,12 @@ def test_a_towers_mean_is_its_numbers(
 
 @pytest.mark.parametrize(
     ("family", "colour"),
-    [("clip", (122, 116, 104)), ("siglip", (127, 127, 127)), ("dinov2", (123, 116, 103))],
+    [
+        ("clip", (122, 116, 104)),
+        ("clip_convnext", (122, 116, 104)),
+        ("siglip", (127, 127, 127)),
+        ("dinov2", (123, 116, 103)),
+    ],
 )
 def test_a_family_has_the_mean_it_was_published_with(
     family: str, colour: tuple[int, int, int]

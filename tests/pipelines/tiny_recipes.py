@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 
 from lapilli.data.config import MixtureConfig, TargetConfig
 from lapilli.data.images.view import ImageSpec
+from lapilli.model.parts.convnext import ConvNextSettings, ConvNextTrunk
 from lapilli.train.config import RunConfig
 from pipelines.cli.command import parse
 from tests.factories import CLIP_MEAN, build_dataset, make_mixture, make_tokenizer
@@ -35,6 +37,7 @@ TOWERS = {
     "openai/clip-vit-large-patch14": "clip",
     "google/siglip-so400m-patch14-384": "siglip",
     "facebook/dinov2-small": "dinov2",
+    "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup": "clip_convnext",
 }
 LANGUAGES = {
     "lmsys/vicuna-7b-v1.5": "llama",
@@ -42,10 +45,16 @@ LANGUAGES = {
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
     "mistralai/Mistral-7B-v0.1": "mistral",
     "microsoft/phi-1_5": "phi",
+    "microsoft/Phi-3-mini-4k-instruct": "phi3",
     "Qwen/Qwen-7B-Chat": "qwen",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "llama",
 }
 SHAPES = {"depth": (16, 8), "seg": (16, 6), "gen": (1, 8)}  # of targets
+# Layers for another language model or tower, on the stages that a test tries them with.
+WITH_LAYERS = (
+    "visper_lm/pretrain+phi3", "visper_lm/pretrain+convnext", "visper_lm/finetune+phi3+convnext",
+)  # fmt: skip
+CONVNEXT: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [4, 4, 8, 16]}
 VIEWS = ("clip336_pad", "clip336_crop", "clip224_crop", "siglip384")
 TOWER: dict[str, Any] = {
     "hidden_size": 16,
@@ -82,6 +91,9 @@ class Material:
         """What `pipelines.train` is given for a recipe; later flags win."""
         words = [f"--config={path}" for path in layers(recipe)]
         named = parse(RunConfig, [*words, "--dataset=in", "--output=out"], "").model
+        if named.vision.tower == "clip_convnext":
+            words.append(f"--model.vision.settings={json.dumps(CONVNEXT)}")
+            words.append(f"--model.vision.image_size={TINY_SIDE}")
         if named.vision.pretrained:
             words.append(f"--model.vision.pretrained={self.tower(named.vision.pretrained)}")
         if named.language.pretrained:
@@ -106,23 +118,40 @@ class Material:
 
 
 def training_recipes() -> list[str]:
-    """Every recipe of a run in the tree, by its path below `recipes`."""
+    """Every recipe of a run in the tree, by its path below `recipes`, and some with a layer."""
+    layered = {name.partition("/")[0] + f"/{one}" for name in WITH_LAYERS for one in _added(name)}
     found: list[str] = []
     for path in sorted(RECIPES.rglob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "sources" not in values and ("model" in values or "sampler" in values):
-            found.append(path.relative_to(RECIPES).with_suffix("").as_posix())
-    return found
+        name = path.relative_to(RECIPES).with_suffix("").as_posix()
+        is_run = "sources" not in values and ("model" in values or "sampler" in values)
+        if is_run and name not in layered:
+            found.append(name)
+    return [*found, *WITH_LAYERS]
+
+
+def _added(recipe: str) -> list[str]:
+    return recipe.split("+")[1:]
 
 
 def layers(recipe: str) -> list[Path]:
-    """The files a recipe is made of: a layer stands on another one."""
-    path = RECIPES / f"{recipe}.yaml"
+    """The files a recipe is made of: a layer stands on another one, or is named behind a `+`."""
+    path = RECIPES / f"{recipe.partition('+')[0]}.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "view" in values:
-        return [path]
+        return [path, *(path.with_name(f"{name}.yaml") for name in _added(recipe))]
     below = "finetune.yaml" if "model" not in values else "pretrain.yaml"
     return [path.with_name(below), path]
+
+
+def write_convnext(folder: Path) -> None:
+    """Random weights of a tiny trunk, as open_clip publishes one."""
+    folder.mkdir(parents=True)
+    config = {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_xxlarge"}}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    trunk = ConvNextTrunk(ConvNextSettings(*(tuple(sizes) for sizes in CONVNEXT.values())))
+    named = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
+    save_file(named, folder / "open_clip_model.safetensors")
 
 
 def make_material(folder: Path) -> Material:
@@ -133,6 +162,7 @@ def make_material(folder: Path) -> Material:
     CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(models / "clip")
     SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(models / "siglip")
     Dinov2Model(Dinov2Config(**TOWER)).save_pretrained(models / "dinov2")
+    write_convnext(models / "clip_convnext")
     write_qwen1(models / "qwen", rows=DECODER["vocab_size"], seq_length=2048)
     for kind in sorted({*LANGUAGES.values()} - {"qwen"}):
         config = AutoConfig.for_model(kind, **DECODER)
@@ -140,6 +170,7 @@ def make_material(folder: Path) -> Material:
     mixture = make_mixture(folder / "raw", images=14, text_only=2)
     views = {name: ImageSpec(SIDE, CLIP_MEAN, max_pixels=10_000_000) for name in VIEWS}
     views["dinov2_112"] = ImageSpec(112, CLIP_MEAN, max_pixels=10_000_000)
+    views["clip768"] = ImageSpec(TINY_SIDE, CLIP_MEAN, max_pixels=10_000_000)
     views["square64"] = ImageSpec(TINY_SIDE, CLIP_MEAN, max_pixels=10_000_000)
     held_out = MixtureConfig(held_out=2)  # which some recipes look at
     targets = {

@@ -30,6 +30,7 @@ GROUPS = ("projector", "language", "vision", "adapters", "task_tokens", "predict
 # Per channel of 0 to 1, what the weights of a family of towers were trained with.
 IMAGE_MEANS: Mapping[str, tuple[float, float, float]] = {
     "clip": (0.48145466, 0.4578275, 0.40821073),
+    "clip_convnext": (0.48145466, 0.4578275, 0.40821073),
     "siglip": (0.5, 0.5, 0.5),
     "dinov2": (0.485, 0.456, 0.406),
 }
@@ -42,7 +43,9 @@ class VisionConfig:
     Attributes:
         tower: Name in `lapilli.model.parts.vision.TOWERS`, or `package.module:name`.
         pretrained: Hub name or folder with weights; empty for random weights of `settings`.
-        settings: Settings of the tower's transformers config, when there are no weights.
+        settings: Settings of the tower's transformers config, when there are no weights. Of a
+            `clip_convnext` `depths`, `hidden_sizes`, `layer_norm_eps` and `image_size`, with
+            weights too where open_clip's config names a model that is not known here.
         vision_feature_layer: Which hidden state is taken, as LLaVA counts (-2: before the last
             layer). Layers after it are not run.
         vision_feature_select_strategy: `default`, the patches alone, or `full`, with the class

@@ -17,7 +17,7 @@ from lapilli.model.auxiliary.predictors import heads_name
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.added_rows import added_rows
 from lapilli.model.parts.recomputation import is_recomputed
-from lapilli.model.parts.vision import TransformersTower
+from lapilli.model.parts.vision import ConvNextTower, TransformersTower
 
 if TYPE_CHECKING:
     from lapilli.model.vlm import VisionLanguageModel
@@ -30,19 +30,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Matmul:
-    """A linear layer, or a convolution whose kernel is its stride.
+    """A linear layer, or a convolution as the product that it is.
 
     Attributes:
-        inputs: Numbers that go in, per token.
-        outputs: Numbers that come out, per token.
+        inputs: Numbers that an output is made of, per position.
+        outputs: Numbers that come out, per position.
         trained: Whether its weight learns.
         again: Whether backward runs it once more (recomputation).
+        positions: Positions it works on for each token of its part; more than one in the early
+            stages of a ConvNeXt.
     """
 
     inputs: int
     outputs: int
     trained: bool
     again: bool = False
+    positions: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Of one pass, for each token of its part."""
+        return 2 * self.positions * self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
@@ -279,14 +287,14 @@ def _linear(matmuls: Sequence[Matmul], tokens: int, *, upstream: bool, recompute
     total = 0
     for matmul in matmuls:
         total += _matmul(matmul, tokens, input_gradient=upstream)
-        total += 2 * tokens * matmul.inputs * matmul.outputs * (recompute and matmul.again)
+        total += tokens * matmul.flops * (recompute and matmul.again)
         upstream = upstream or matmul.trained
     return total
 
 
 def _matmul(matmul: Matmul, tokens: int, *, input_gradient: bool) -> int:
     passes = 1 + matmul.trained + input_gradient
-    return 2 * tokens * matmul.inputs * matmul.outputs * passes
+    return tokens * matmul.flops * passes
 
 
 def _attention(part: PartNumbers, pairs: int, backward: float, recompute: bool) -> int:
@@ -311,6 +319,8 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
     sizes, patches, classes = None, tower.num_tokens, 0
     if isinstance(tower, TransformersTower):
         sizes, patches, classes = tower.encoder.config, tower.num_patches, tower.class_tokens
+    elif isinstance(tower, ConvNextTower):
+        patches = tower.num_patches
     head = _matmul_of(model.language.get_output_embeddings())
     assert head is not None
     rows, added = added_rows(model.language), None
@@ -365,8 +375,9 @@ def part_numbers(part: nn.Module, config: Any = None) -> PartNumbers:
     """
     recomputed = [layer for layer in part.modules() if is_recomputed(layer)]
     again = {module for layer in recomputed for module in _computed_again(layer)}
+    positions = part.positions() if isinstance(part, ConvNextTower) else {}
     matmuls = tuple(
-        replace(found, again=module in again)
+        replace(found, again=module in again, positions=positions.get(module, 1))
         for module in part.modules()
         if (found := _matmul_of(module)) is not None
     )
@@ -388,7 +399,7 @@ def recomputation_flops(layer: nn.Module, config: Any, *, tokens: int, pairs: in
         pairs: Pairs of tokens that its attention computes.
     """
     products = (_matmul_of(module) for module in _computed_again(layer))
-    flops = sum(2 * tokens * found.inputs * found.outputs for found in products if found)
+    flops = sum(tokens * found.flops for found in products if found)
     sizes = part_numbers(layer, config).attention
     return flops + (4 * sizes.heads * sizes.head_dim * pairs if sizes else 0)
 
@@ -401,9 +412,9 @@ def _computed_again(layer: nn.Module) -> list[nn.Module]:
     follows it.
     """
     products = [module for module in layer.modules() if _matmul_of(module) is not None]
-    scale = getattr(layer, "layer_scale2", None)
+    scale = getattr(getattr(layer, "layer_scale2", None), "lambda1", getattr(layer, "gamma", None))
     follows = hasattr(layer, "post_feedforward_layernorm") or (
-        scale is not None and scale.lambda1.requires_grad
+        scale is not None and scale.requires_grad
     )
     return products if follows else products[:-1]
 
@@ -414,7 +425,7 @@ def _matmul_of(module: Any) -> Matmul | None:
         sizes = module.in_features, module.out_features
     elif isinstance(module, nn.Conv2d):
         height, width = module.kernel_size
-        sizes = module.in_channels * height * width, module.out_channels
+        sizes = module.in_channels // module.groups * height * width, module.out_channels
     elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer
         sizes = int(module.nx), int(module.nf)
     else:

@@ -38,11 +38,12 @@ from lapilli.model.parts.language import (
     vocabulary_size,
 )
 from lapilli.model.parts.llava_folder import llava_projector
+from lapilli.model.parts.normalisation import with_normalisation
 from lapilli.model.parts.pretrained import Loading, whole
 from lapilli.model.parts.projector import build_projector, set_scale
 from lapilli.model.parts.quantized import Quantization, pack_shapes, quantize
 from lapilli.model.parts.trainable import add_adapters, freeze, trainable_parameters
-from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape, with_normalisation
+from lapilli.model.parts.vision import TowerShape, build_tower, tower_shape
 from lapilli.model.transformers_internals import attention_of
 
 __all__ = ["AUX_PARTS", "Outline", "VisionLanguageModel", "build_model", "read_outline"]
@@ -210,6 +211,22 @@ class VisionLanguageModel(nn.Module):
         if aux is None:
             return loss
         return loss + self._aux_loss(merge_index, states, aux)
+
+    @torch.no_grad()
+    def predict_targets(
+        self, input_ids: Tensor, position_ids: Tensor, merge_index: Tensor, pixels: Tensor,
+        segments: Tensor,
+    ) -> dict[tuple[str, int], Tensor]:  # fmt: skip
+        """What each predictor says of each image of a batch, [N, R, C], by task and layer.
+
+        Arguments as for `forward`; `segments`, int32 [B, S], is 0 for padding (`AuxInputs`).
+        """
+        embedded_BSD = self.embed(input_ids, merge_index, pixels)
+        _, states = self._decoded(embedded_BSD, position_ids, None, True)
+        places = image_places(
+            merge_index, segments, len(pixels), self.vision.num_tokens, self.config.aux
+        )
+        return self.predictors.predict(states, self.task_tokens()[1], places)
 
     def _decoded(
         self, embedded_BSD: Tensor, position_ids: Tensor, trees: Trees | None, predicts: bool

@@ -165,7 +165,7 @@ def _no_model(path: Path) -> ModelError:
     what = f"a {found}" if found else "no model"
     return ModelError(
         f"{path}: {what}; expected a run, an export, LLaVA's or transformers' LLaVA (model_type "
-        "llava_llama, llava_mistral or llava), or an adapter for one of them"
+        "llava_llama, llava_mistral, llava_phi3 or llava), or an adapter for one of them"
     )
 
 

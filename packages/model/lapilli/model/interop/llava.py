@@ -29,6 +29,7 @@ from lapilli.model.interop.visper import aux_parts, visper_weights
 from lapilli.model.interop.weights import Progress, plain_weights, write_weights
 from lapilli.model.parts.added_rows import added_rows, source_rows, table_names
 from lapilli.model.parts.trainable import base_name, is_adapter
+from lapilli.model.parts.vision import ConvNextTower
 from lapilli.model.parts.weight_files import PROJECTOR, read_tensors, save_tensors
 from lapilli.model.vlm import AUX_PARTS, VisionLanguageModel
 
@@ -200,6 +201,9 @@ def write_llava(
     for name, value in plain_weights(model.projector).items():
         state[f"model.mm_projector.{name}"] = value
     state |= visper_weights(model)
+    if isinstance(model.vision, ConvNextTower):  # whose weights VisPer-LM takes from here
+        for name, value in plain_weights(model.vision.clip_convnext).items():
+            state[f"model.{TOWER}{name}"] = value
     output.mkdir(parents=True, exist_ok=True)
     write_weights(
         state, output, form.dtype, shard_size=form.shard_size, form=form.files,

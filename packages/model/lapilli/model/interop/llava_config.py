@@ -24,14 +24,16 @@ from lapilli.model.parts.llava_folder import (
     read_config,
 )
 from lapilli.model.parts.pretrained import local_folder
-from lapilli.model.parts.vision import FAMILIES, TransformersTower
+from lapilli.model.parts.vision import CONVNEXT, FAMILIES, TransformersTower
 from lapilli.model.vlm import AUX_PARTS, VisionLanguageModel
 
 __all__ = [
-    "CONFIG", "LANGUAGES", "TOWER_FOLDER", "LlavaSettings", "check_llava", "is_llava_config",
-    "llava_config", "llava_model", "read_config",
+    "CONFIG", "LANGUAGES", "TOWER_FOLDER", "LlavaSettings", "check_llava", "convnext_name",
+    "is_llava_config", "llava_config", "llava_model", "read_config",
 ]  # fmt: skip
 
+CONVNEXT_NAMES = ("CLIP-convnext_large", "CLIP-convnext_xxlarge")
+CONVNEXT_SIZE = re.compile(r"(.*CLIP-convnext_.*)-res(\d{1,5})")  # VisPer-LM's own ending
 TOWER_FOLDER = "mm_vision_tower"
 """In an export: the tower as it was trained, for LLaVA to load in the original's place."""
 
@@ -66,13 +68,34 @@ def check_llava(model: VisionLanguageModel) -> None:
     """
     visper_settings(model.config.aux)
     vision, projector = model.config.vision, model.config.projector
-    if vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
-        raise ModelError(f"vision.tower: {vision.tower}; LLaVA has CLIP towers only")
+    if vision.tower == CONVNEXT and model.config.aux.mode:
+        convnext_name(model)
+    elif vision.tower != "clip" or not isinstance(model.vision, TransformersTower):
+        raise ModelError(
+            f"vision.tower: {vision.tower}; LLaVA has CLIP towers only, and VisPer-LM {CONVNEXT} "
+            "too, beside task tokens"
+        )
     if vision.skip:
         raise ModelError(f"vision.skip: {vision.skip}; LLaVA takes all of a tower's patches")
     if not _is_projector(projector):
         raise ModelError(f"projector: {projector}; LLaVA has linear, mlpNx_gelu and identity")
     _language(model)
+
+
+def convnext_name(model: VisionLanguageModel) -> str:
+    """What VisPer-LM calls a ConvNeXt: the weights' name, with the images' size behind it.
+
+    Raises:
+        ModelError: Weights under a name that it does not know, or random ones.
+    """
+    name = model.config.vision.pretrained.rstrip("/")
+    if not name.rpartition("/")[2].startswith(CONVNEXT_NAMES):
+        raise ModelError(
+            f"vision.pretrained: {name!r}; VisPer-LM knows a {CONVNEXT} by a name that begins with "
+            f"{' or '.join(CONVNEXT_NAMES)}, as the hub has it; rename the folder"
+        )
+    place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return f"{place}-res{model.vision.image_size}"
 
 
 def llava_config(model: VisionLanguageModel, settings: LlavaSettings) -> dict[str, Any]:
@@ -201,6 +224,8 @@ def _whole(folder: Path, kind: str, config: Mapping[str, Any]) -> LanguageConfig
 def _tower(folder: Path, config: Mapping[str, Any]) -> VisionConfig:
     """The tower that the folder brings, or the one that it names."""
     own, named = folder / TOWER_FOLDER, str(config.get("mm_vision_tower") or "")
+    if match := CONVNEXT_SIZE.fullmatch(named):
+        return _convnext(folder, match[1], int(match[2]))
     found = own if own.is_dir() else local_folder(named)
     if not named or found is None:
         raise ModelError(
@@ -223,4 +248,17 @@ def _tower(folder: Path, config: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(
         tower=kind, pretrained=name, vision_feature_layer=layer,
         vision_feature_select_strategy=strategies[features], allow_pickle=True,
+    )  # fmt: skip
+
+
+def _convnext(folder: Path, name: str, size: int) -> VisionConfig:
+    """The tower that VisPer-LM names, whose config is open_clip's."""
+    found = local_folder(name, "open_clip_config.json")
+    if found is None:
+        raise ModelError(
+            f"{folder / CONFIG}: mm_vision_tower {name!r} is not on this machine; download it"
+        )
+    return VisionConfig(
+        tower=CONVNEXT, pretrained=str(found), vision_feature_layer=-1, image_size=size,
+        allow_pickle=True,
     )  # fmt: skip

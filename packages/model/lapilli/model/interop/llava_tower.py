@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lapilli.model.errors import ModelError
-from lapilli.model.interop.llava_config import CONFIG, TOWER_FOLDER
+from lapilli.model.interop.llava_config import CONFIG, TOWER_FOLDER, convnext_name
 from lapilli.model.interop.weights import Weight, plain_weights, write_weights
 from lapilli.model.parts.trainable import is_adapter
-from lapilli.model.parts.vision import FAMILIES, TransformersTower, build_tower
+from lapilli.model.parts.vision import CONVNEXT, FAMILIES, TransformersTower, build_tower
 from lapilli.model.vlm import DTYPES, VisionLanguageModel
 
 __all__ = ["PROCESSOR", "TowerImages", "published_tower", "tower_bytes", "write_tower"]
@@ -46,6 +46,7 @@ def published_tower(
 ) -> str:
     """Name of the tower as published: a hub name or an absolute path; empty if there is none.
 
+    A ConvNeXt's weights lie in VisPer-LM's checkpoints, whatever its name stands for.
     Nothing where the weights are others than those published (they learnt, in this run or in an
     earlier one), or where the image processor beside them makes other input.
 
@@ -55,6 +56,8 @@ def published_tower(
         for_llava: Whether the name is one that LLaVA takes for a CLIP tower.
     """
     config, tower = model.config.vision, model.vision
+    if config.tower == CONVNEXT and for_llava:  # the checkpoint has the weights
+        return convnext_name(model)
     name = config.pretrained
     if not name or not isinstance(tower, TransformersTower) or tower.image_size != tower.own_size:
         return ""

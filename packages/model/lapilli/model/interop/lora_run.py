@@ -26,6 +26,7 @@ from lapilli.model.interop.weights import (
     plain_weights,
     write_weights,
 )
+from lapilli.model.parts.vision import CONVNEXT
 from lapilli.model.parts.weight_files import save_tensors
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -36,12 +37,16 @@ def check_adapters(model: VisionLanguageModel) -> None:
     """Refuse a model without adapters, or with parts that have no place beside them.
 
     Raises:
-        ModelError: It has none, or task tokens.
+        ModelError: It has none, or task tokens, or a tower that is not transformers'.
     """
     if model.config.aux.mode:
         raise ModelError(
             f"aux.mode: {model.config.aux.mode}; adapters have no place for task tokens, export "
             "with --to llava"
+        )
+    if model.config.vision.tower == CONVNEXT:
+        raise ModelError(
+            f"vision.tower: {CONVNEXT} has no place beside adapters; generate from the run itself"
         )
     if model.config.lora is None or not any(map(adapted_layers, _parts(model).values())):
         raise ModelError(

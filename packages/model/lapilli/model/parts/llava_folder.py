@@ -26,7 +26,11 @@ __all__ = [
 ]  # fmt: skip
 
 CONFIG = "config.json"
-LANGUAGES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+LANGUAGES = {
+    "llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+    "phi3": "LlavaPhi3ForCausalLM",  # VisPer-LM's
+}
 OLD_NAMES = {"llava": "llama"}  # `model_type` before LLaVA 1.2
 PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(\d.*|weight|bias)")
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_memory",
     "check_readable",
     "check_settings",
+    "check_size",
     "local_folder",
     "one_line",
     "settings_text",
@@ -84,10 +85,11 @@ def check_readable(name: str | Path) -> None:
             index_names(file)
 
 
-def local_folder(name: str) -> Path | None:
+def local_folder(name: str, file: str = "config.json") -> Path | None:
     """The folder that a name stands for on this machine: its own, or the hub's in its cache.
 
-    Nothing is asked of the network. None where there is no such folder.
+    Nothing is asked of the network. None where there is no such folder, or none in the cache with
+    `file` in it.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -95,7 +97,7 @@ def local_folder(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        found = try_to_load_from_cache(name, file)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -115,10 +117,6 @@ def check_memory(name: str, settings: PreTrainedConfig) -> None:
     Raises:
         ModelError: Names both sizes.
     """
-    probe = torch.empty(0)
-    if type(probe) is not torch.Tensor or probe.is_meta:
-        return  # a model of fake tensors
-    import psutil
 
     def number(key: str) -> int:
         value: object = getattr(settings, key, 0)
@@ -128,11 +126,32 @@ def check_memory(name: str, settings: PreTrainedConfig) -> None:
     layers, rows = number("num_hidden_layers"), number("vocab_size")
     patches = (number("image_size") // max(1, number("patch_size"))) ** 2
     needed = 4 * (width * (2 * rows + patches) + layers * width * (4 * width + 3 * inner))
+    what = f"{layers:,} layers of {width:,} with {rows:,} rows of vocabulary"
+    check_size(name, needed, what, layers=layers)
+
+
+def check_size(name: str, needed: int, what: str, *, layers: int) -> None:
+    """Reject random weights of `needed` bytes that exceed this machine's memory.
+
+    Args:
+        name: The settings' full name in a recipe.
+        needed: Bytes.
+        what: What takes them, in the plural.
+        layers: At most 10,000.
+
+    Raises:
+        ModelError: Names both sizes.
+    """
+    probe = torch.empty(0)
+    if type(probe) is not torch.Tensor or probe.is_meta:
+        return  # a model of fake tensors
+    import psutil
+
     free = psutil.virtual_memory().available
     if needed > SHARE * free or layers > MOST_LAYERS:
         raise ModelError(
-            f"{name}: {layers:,} layers of {width:,} with {rows:,} rows of vocabulary take about "
-            f"{needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB of memory are free; make it smaller"
+            f"{name}: {what} take about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB of memory are "
+            "free; make it smaller"
         )
 
 

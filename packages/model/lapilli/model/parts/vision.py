@@ -6,7 +6,7 @@ Shape suffix legend: N images, H height, W width, T tokens an image, C tower's h
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "FAMILIES", "TOWERS", "Family", "Tower", "TowerShape", "TransformersTower", "build_tower",
-    "skipped_rows", "tower_mean", "tower_shape", "with_normalisation",
+    "CONVNEXT", "FAMILIES", "TOWERS", "ConvNextTower", "Family", "Tower", "TowerShape",
+    "TransformersTower", "build_tower", "skipped_rows", "tower_shape",
 ]  # fmt: skip
+
+CONVNEXT = "clip_convnext"
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ class TransformersTower(Tower):
         self.num_patches = shape.num_tokens - self.class_tokens + self._skipped
         self.hidden_size = int(loaded.config.hidden_size)
         mean, std = config.mean or self._family.mean, config.std or self._family.std
-        # No buffers: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
-        self._scale = 255 * torch.tensor([mean, std], dtype=torch.float32, device="cpu")
+        self._scale = _scale(mean, std)
 
     def _keep_layers(self, loaded: Any, config: VisionConfig) -> None:
         owner = loaded.get_submodule(self._family.layers.rpartition(".")[0])
@@ -166,12 +167,49 @@ class TransformersTower(Tower):
 
     def forward(self, pixels_NHW3: Tensor) -> Tensor:
         """Normalise on the device in fp32, then encode in the weights' dtype."""
-        if self._scale.device != pixels_NHW3.device:
-            self._scale = self._scale.to(pixels_NHW3.device)
-        mean, std = self._scale
-        normal_N3HW = ((pixels_NHW3.float() - mean) / std).permute(0, 3, 1, 2)
-        output = self.encoder(pixel_values=normal_N3HW.to(self.encoder.dtype))
-        return output.last_hidden_state[:, self._skipped :]
+        self._scale = self._scale.to(pixels_NHW3.device)
+        normal_N3HW = _normal(pixels_NHW3, self._scale, self.encoder.dtype)
+        return self.encoder(pixel_values=normal_N3HW).last_hidden_state[:, self._skipped :]
+
+
+class ConvNextTower(Tower):
+    """open_clip's ConvNeXt; rows are the last stage's positions, as they leave it.
+
+    The trunk is the child `clip_convnext`. It has no positions to learn: any size is its own.
+    """
+
+    def __init__(self, config: VisionConfig, *, weights: bool = True) -> None:
+        super().__init__()
+        from lapilli.model.parts.convnext import build_trunk
+
+        shape = _convnext_shape(config)
+        self.clip_convnext = build_trunk(config, weights=weights)
+        self.image_size, self.num_tokens = shape.image_size, shape.num_tokens
+        self.hidden_size = self.clip_convnext.settings.hidden_sizes[-1]
+        self._skipped = config.skip
+        self.num_patches = shape.num_tokens + config.skip
+        family = FAMILIES["clip"]
+        self._scale = _scale(config.mean or family.mean, config.std or family.std)
+
+    def positions(self) -> dict[nn.Module, int]:
+        """By module, how many positions it works on for each of `num_patches`."""
+        return self.clip_convnext.positions()
+
+    def forward(self, pixels_NHW3: Tensor) -> Tensor:
+        """Normalise on the device in fp32, then encode in the weights' dtype."""
+        self._scale = self._scale.to(pixels_NHW3.device)
+        trunk = self.clip_convnext
+        return trunk(_normal(pixels_NHW3, self._scale, trunk.dtype))[:, self._skipped :]
+
+
+def _scale(mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    # No buffer: a model cast to bf16 casts its buffers too, and a mean of 122.77 becomes 123.
+    return 255 * torch.tensor([[*mean], [*std]], dtype=torch.float32, device="cpu")
+
+
+def _normal(pixels_NHW3: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    mean, std = scale
+    return ((pixels_NHW3.float() - mean) / std).permute(0, 3, 1, 2).to(dtype)
 
 
 def _kept_layers(layer: int, layers: int) -> int:
@@ -210,10 +248,33 @@ def tower_shape(config: VisionConfig) -> TowerShape | None:
         ModelError: No config that can be read, wrong settings, or an image size that the patch
             does not divide.
     """
+    if config.tower == CONVNEXT:
+        return _convnext_shape(config)
     family = FAMILIES.get(config.tower)
     if family is None:
         return None
     return _shape(config.tower, _settings(config.tower, family, config), config)
+
+
+def _convnext_shape(config: VisionConfig) -> TowerShape:
+    """Sizes of a ConvNeXt at the size asked for; the last stage alone is taken."""
+    from lapilli.model.parts.convnext import convnext_settings
+
+    asked = {
+        "vision_feature_layer": (config.vision_feature_layer, -1),
+        "vision_feature_select_strategy": (config.vision_feature_select_strategy, "default"),
+        "norm": (config.norm, False),
+    }
+    for name, (given, expected) in asked.items():
+        if given != expected:
+            raise ModelError(
+                f"vision.{name}: {given} with tower {CONVNEXT}, whose rows are those of its last "
+                f"stage, before any norm; set {str(expected).lower()}"
+            )
+    settings = convnext_settings(config)
+    size = config.image_size or settings.image_size
+    _check_multiple(size, settings.reduction)
+    return TowerShape(size, _left_over((size // settings.reduction) ** 2, config.skip))
 
 
 def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> TowerShape:
@@ -249,21 +310,29 @@ def _shape(name: str, settings: PreTrainedConfig, config: VisionConfig) -> Tower
                 f"{sizes.patch_size!r}; expected a side in pixels each, of squares"
             )
     size, patch = config.image_size or int(sizes.image_size), int(sizes.patch_size)
-    if size != sizes.image_size and size % patch:
+    if size != sizes.image_size:
+        _check_multiple(size, patch)
+    if size < patch:
+        raise ModelError(f"vision: images of {size} px are smaller than the patch, {patch}")
+    rows = (size // patch) ** 2 + family.class_tokens - skipped_rows(replace(config, skip=0))
+    return TowerShape(size, _left_over(rows, config.skip))
+
+
+def _check_multiple(size: int, patch: int) -> None:
+    if size % patch:
         fitting = {size // patch * patch, -(-size // patch) * patch} - {0}
         raise ModelError(
             f"vision.image_size: {size} is no multiple of the tower's patch, {patch}; set "
             f"{' or '.join(map(str, sorted(fitting)))}"
         )
-    if size < patch:
-        raise ModelError(f"vision: images of {size} px are smaller than the patch, {patch}")
-    rows = (size // patch) ** 2 + family.class_tokens - skipped_rows(config)
-    if rows < 1:
+
+
+def _left_over(rows: int, skip: int) -> int:
+    if rows <= skip:
         raise ModelError(
-            f"vision.skip: {config.skip} leaves none of an image's {rows + config.skip} rows; "
-            "expected fewer"
+            f"vision.skip: {skip} leaves none of an image's {rows} rows; expected fewer"
         )
-    return TowerShape(size, rows)
+    return rows - skip
 
 
 def _settings(name: str, family: Family, config: VisionConfig) -> PreTrainedConfig:
@@ -341,63 +410,9 @@ def _check_kind(name: str, pretrained: str) -> None:
         raise ValueError(f"it is a {kind}")
 
 
-def with_normalisation(config: VisionConfig) -> VisionConfig:
-    """A config with mean and std: its own, those that come with the weights, or the family's."""
-    if config.tower not in FAMILIES or (config.mean and config.std):
-        return config
-    family, given = FAMILIES[config.tower], _preprocessing(config.pretrained)
-    mean = config.mean or given.get("image_mean") or family.mean
-    std = config.std or given.get("image_std") or family.std
-    return replace(config, mean=_channels(mean), std=_channels(std))
-
-
-def tower_mean(name: str) -> tuple[float, float, float]:
-    """The mean that a tower subtracts from pixels in 0 to 1, per channel.
-
-    Args:
-        name: A family in `FAMILIES`, or the hub name or folder of a vision model.
-
-    Raises:
-        ModelError: There is no such model, or none whose mean is known.
-    """
-    if name in FAMILIES:
-        return FAMILIES[name].mean
-    with one_line(
-        f"tower: {name!r} cannot be read; expected {', '.join(FAMILIES)}, or a vision model's hub "
-        "name or folder with its config.json"
-    ):
-        from transformers import AutoConfig
-
-        check_readable(name)
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        family = kind.removesuffix("_vision_model")
-        if family not in FAMILIES:
-            raise ValueError(f"it is a {kind}")
-    mean = with_normalisation(VisionConfig(tower=family, pretrained=name)).mean
-    assert mean is not None  # a family has one
-    return mean
-
-
-def _channels(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
-def _preprocessing(pretrained: str) -> dict[str, Any]:
-    """The contents of `preprocessor_config.json` beside the weights; empty if missing."""
-    if not pretrained:
-        return {}
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    check_readable(pretrained)
-    try:
-        return ImageProcessingMixin.get_image_processor_dict(pretrained)[0]
-    except OSError:
-        return {}
-
-
 TOWERS: dict[str, Callable[..., Tower]] = {
-    name: partial(TransformersTower, name) for name in FAMILIES
+    **{name: partial(TransformersTower, name) for name in FAMILIES},
+    CONVNEXT: ConvNextTower,
 }
 
 
@@ -413,7 +428,7 @@ def build_tower(config: VisionConfig, *, weights: bool = True) -> Tower:
         ModelError: Unknown name, weights that are not there, or another image size than asked for.
     """
     builder = load_builder(config.tower, TOWERS, what="vision.tower")
-    if config.tower in FAMILIES:
+    if config.tower in TOWERS:
         return builder(config, weights=weights)
     tower: Tower = build_own(lambda: builder(config))
     if config.norm or config.skip:
