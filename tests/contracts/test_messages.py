@@ -45,6 +45,7 @@ OWNERS = {
     "packages/train/lapilli/train/inference/ray_evaluation": {"evaluate"},
     "packages/train/lapilli/train/scoring": {"score"},
     "pipelines/serving": {"serve", "chat"},
+    "pipelines/lmms_eval": {"evaluate", "score"},
     "pipelines/downloads": {"download"},
     "pipelines/exports": {"export"},
     "pipelines/launch_scripts": {"import_flags"},
