@@ -18,6 +18,7 @@ from pipelines.lmms_eval.environment import MAKE, REQUIREMENTS, environments, in
 
 __all__ = [
     "FAILED",
+    "LOG",
     "HarnessRequest",
     "TaskScores",
     "require_environment",
@@ -25,6 +26,7 @@ __all__ = [
     "with_harness",
 ]
 
+LOG = "lmms_eval.log"
 RUNNER = Path(__file__).with_name("runner.py")
 # Of an environment around this one: other packages, and a process of several.
 FOREIGN = frozenset(
@@ -100,12 +102,12 @@ def require_environment() -> Path:
     return python
 
 
-def with_harness(request: HarnessRequest, log: Path) -> TaskScores:
+def with_harness(request: HarnessRequest, folder: Path) -> TaskScores:
     """Run lmms-eval and wait for it.
 
     Args:
         request: What it is asked.
-        log: File for its own output.
+        folder: For its log and what its tasks write.
 
     Raises:
         TrainError: The environment is not made; a task that it does not have, with near names; a
@@ -116,9 +118,11 @@ def with_harness(request: HarnessRequest, log: Path) -> TaskScores:
         raise TrainError(
             f"include_path: {request.include_path} is no folder; expected one with tasks as YAML"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
+    log = folder / LOG
+    with tempfile.TemporaryDirectory() as own:
+        asked, answered = Path(own) / "request.json", Path(own) / "result.json"
+        whole = {**asdict(request), "output": str(folder.absolute())}
+        asked.write_text(json.dumps(whole), encoding="utf-8")
         code = _run([python, RUNNER, asked, answered], log)
         if code or not answered.is_file():
             raise TrainError(f"lmms_eval: it ended with {code}: {_last_line(log)} (log: {log})")

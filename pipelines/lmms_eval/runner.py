@@ -6,7 +6,6 @@ project. A request and a result are described in `harness.py`.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import json
@@ -17,12 +16,6 @@ from typing import Any
 
 NAMES = ("question_id", "questionId", "id", "index")  # what benchmarks call a question's name
 NEAR = 3
-# What its command takes where nothing is said.
-COMMAND = {
-    "reasoning_tags": '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]',
-    "process_with_media": False,
-    "agentic_trace_mode": "basic",
-}
 
 
 def name_of(doc: dict[str, Any], number: int) -> str:
@@ -111,6 +104,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     missing = [name for name in request["tasks"] if name not in known]
     if missing:
         return {"missing": {name: difflib.get_close_matches(name, known, NEAR) for name in missing}}
+    command: Any = importlib.import_module("lmms_eval.__main__")
+    # tasks read arguments of its command: where files for a server go, tags that are cut out
+    sys.argv = ["lmms_eval", "--output_path", request["output"]]
+    _, arguments = command.parse_eval_args()
     found = evaluator.simple_evaluate(
         model=model_of(request),
         tasks=request["tasks"],
@@ -118,7 +115,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         limit=request["limit"] or None,
         log_samples=True,
         task_manager=manager,
-        cli_args=argparse.Namespace(**COMMAND),
+        cli_args=arguments,
     )
     samples = {task: [row(sample) for sample in some] for task, some in found["samples"].items()}
     return {"results": found["results"], "samples": samples, "errors": errors}

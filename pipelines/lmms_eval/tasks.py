@@ -20,6 +20,7 @@ from lapilli.train.scoring.responses import Response
 from pipelines.cli.command import say
 from pipelines.cli.settings import EvaluateConfig, ServeConfig
 from pipelines.lmms_eval.harness import (
+    LOG,
     HarnessRequest,
     TaskScores,
     require_environment,
@@ -57,10 +58,10 @@ def evaluate_tasks(config: EvaluateConfig) -> TaskScores:
     require_environment()
     if not config.output:
         with tempfile.TemporaryDirectory() as folder:
-            return _asked(config, request, Path(folder) / "lmms_eval.log")
+            return _asked(config, request, Path(folder))
     output = Path(config.output)
     with only_writer(output, "written"):
-        found = _asked(config, request, output / "lmms_eval.log")
+        found = _asked(config, request, output)
         _write(output, config, found)
     return found
 
@@ -82,7 +83,7 @@ def answers_by_task(responses: Sequence[Response], tasks: str, include_path: str
         answers={str(one.question_id): one.given for one in responses},
     )
     with tempfile.TemporaryDirectory() as folder:
-        return with_harness(request, Path(folder) / "lmms_eval.log")
+        return with_harness(request, Path(folder))
 
 
 def say_metrics(found: TaskScores) -> None:
@@ -117,10 +118,10 @@ def _names(tasks: str) -> list[str]:
     return names
 
 
-def _asked(config: EvaluateConfig, request: HarnessRequest, log: Path) -> TaskScores:
+def _asked(config: EvaluateConfig, request: HarnessRequest, folder: Path) -> TaskScores:
     with _model(config, request) as filled:
-        say(f"lmms-eval asks by its class {filled.model}; its own output: {log}")
-        return with_harness(filled, log)
+        say(f"lmms-eval asks by its class {filled.model}; its own output: {folder / LOG}")
+        return with_harness(filled, folder)
 
 
 @contextmanager

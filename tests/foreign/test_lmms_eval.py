@@ -33,12 +33,24 @@ output_type: generate_until
 doc_to_visual: !function utils.images
 doc_to_text: !function utils.question
 doc_to_target: answer
+process_results: !function utils.results
 generation_kwargs: {{max_new_tokens: {tokens}, temperature: 0, do_sample: false}}
 metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+  - {{metric: submission, aggregation: !function utils.hand_in, higher_is_better: true}}
 """
 FUNCTIONS = """
+import json
 from PIL import Image
+from lmms_eval.tasks._task_utils.file_utils import generate_submission_file
+
+def results(doc, found):
+    is_right = found[0].strip() == doc["answer"]
+    return {"exact_match": float(is_right), "submission": {"id": doc["question_id"]}}
+
+def hand_in(rows, args):  # as tasks whose truth a server has
+    with open(generate_submission_file("made_up.json", args), "w") as file:
+        json.dump(rows, file)
 
 def images(doc):
     return [Image.open(doc["image"]).convert("RGB")]
@@ -127,6 +139,8 @@ def test_three_ways_give_the_same_answers_and_scores(
         results = json.loads((output / "results.json").read_text())
         assert results["lmms_eval"] == version()
         assert results["metrics"]["made_up_vqa"]["exact_match"] == 0.5
+        handed_in = json.loads((output / "submissions" / "made_up.json").read_text())
+        assert {one["id"] for one in handed_in} == {*asked.ours}
         table.append(f"| `{name}` | {len(theirs)} of {len(TEXTS)} | 0.5 |")
         scores = asked.folder / f"{way}.json"  # the same line in our scorer
         arguments = [str(output / "made_up_vqa.jsonl"), f"--output={scores}"]

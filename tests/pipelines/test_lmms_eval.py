@@ -36,7 +36,7 @@ def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def found(said: Path, value: Any) -> TaskScores:
     said.write_text(json.dumps(value), encoding="utf-8")
-    return with_harness(HarnessRequest(tasks=("pope",)), said.with_name("log"))
+    return with_harness(HarnessRequest(tasks=("pope",)), said.parent)
 
 
 def test_an_environment_that_is_not_made_is_one_line_with_its_command(
@@ -80,7 +80,7 @@ def test_what_it_could_not_do_is_one_line(answering: Path, value: Any, words: st
 
 def test_its_end_without_a_result_shows_its_last_words(answering: Path) -> None:
     with pytest.raises(TrainError, match=r"it ended with 1: .*said\.json"):
-        with_harness(HarnessRequest(tasks=("pope",)), answering.with_name("log"))
+        with_harness(HarnessRequest(tasks=("pope",)), answering.parent)
 
 
 def test_metrics_are_its_numbers_by_their_names(answering: Path) -> None:
