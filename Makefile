@@ -39,6 +39,9 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt constraints-cuda.tx
 simd: install  ## pillow-simd for this processor in Pillow's place: faster resizing
 	$(BIN)/python -m pipelines.simd
 
+lmms-eval: install  ## the environment of lmms-eval, for `lapilli evaluate --lmms_eval`
+	$(BIN)/python -m pipelines.lmms_eval.environment
+
 peers: install  ## .venv-peers: the systems that benchmarks compare with, beside ours
 	$(PYTHON) -m venv $(VENV)-peers
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
@@ -62,7 +65,7 @@ test-long: install  ## tests that take minutes each or need the extra real-weigh
 test-llava: install  ## LLaVA's own trainer beside ours, in an environment of its own (.venv-readers)
 	$(BIN)/python -m pytest -m llava
 
-test-readers: install  ## exports read by transformers 4.49 to 5, PEFT and LLaVA (.venv-readers)
+test-readers: install  ## exports read by transformers, PEFT, LLaVA and lmms-eval (.venv-readers)
 	$(BIN)/python -m pytest -m readers --durations=10
 
 test-cluster: install  ## a whole life on five machines that share a store; needs root
@@ -103,4 +106,4 @@ clean:  ## remove caches and built wheels; the virtual environment and outputs s
 	rm -rf dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find packages pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install simd peers quickstart test test-faults test-long test-llava test-readers test-cluster test-lowest gpu-test lint format public-names constraints docs dist clean
+.PHONY: help install simd lmms-eval peers quickstart test test-faults test-long test-llava test-readers test-cluster test-lowest gpu-test lint format public-names constraints docs dist clean

@@ -1,6 +1,7 @@
 """Answer a dataset's questions with a trained model, and score the answers.
 
 lapilli evaluate --run DIR [--dataset DIR] [--scorers yes_no] [--choices Yes,No] [--num_workers 8]
+lapilli evaluate --run DIR --lmms_eval pope,textvqa_val --output scores
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from lapilli.train.scoring.answers_file import response_of
 from lapilli.train.scoring.choices import parse_choices
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.settings import EvaluateConfig
+from pipelines.lmms_eval.tasks import evaluate_tasks, say_metrics
 from pipelines.reports.score_report import Pictures, write_score_report
 from pipelines.score import check_scoring, say_tables, score_responses
 
@@ -179,6 +181,13 @@ def what_was_asked(dataset: str, scores: Scores) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(EvaluateConfig, argv, "Ask a trained model a dataset's questions.")
+    if config.lmms_eval:
+        say_metrics(evaluate_tasks(config))
+        return 0
+    if config.include_path or config.limit or config.through != "auto":
+        raise TrainError(
+            "include_path, through and limit are for --lmms_eval; name its tasks, or leave them out"
+        )
     scores, answers = evaluate(config)
     responses, tables = score_responses(
         [one for answer in answers if (one := response_of(asdict(answer)))], config

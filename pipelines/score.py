@@ -1,6 +1,7 @@
 """Score an answers file, show what is wrong in it, or make it ready for a benchmark's server.
 
 lapilli score answers.jsonl --scorers yes_no --truth coco_pope_random.json
+lapilli score answers.jsonl --lmms_eval textvqa_val
 lapilli score answers.jsonl --upload vqav2 --questions test.jsonl --upload_file upload.json
 """
 
@@ -25,6 +26,7 @@ from lapilli.train.scoring.scorers import chosen_scorers
 from lapilli.train.scoring.uploads import upload
 from pipelines.cli.command import first_as, parse, run, say
 from pipelines.cli.settings import ScoreConfig, ScoringFlags
+from pipelines.lmms_eval.tasks import answers_by_task, say_metrics
 from pipelines.reports.score_report import Pictures, write_score_report
 
 __all__ = ["check_scoring", "main", "say_tables", "score", "score_responses"]
@@ -91,7 +93,9 @@ def score(config: ScoreConfig) -> list[ScoreTable]:
         _write(Path(config.upload_file), upload(config.upload, responses, questions))
         say(f"{len(responses)} answers for {config.upload}: {config.upload_file}")
     is_scored = config.scorers or config.truth or config.html or config.output
-    if config.upload and not is_scored:
+    if config.lmms_eval:
+        say_metrics(answers_by_task(responses, config.lmms_eval, config.include_path))
+    if (config.upload or config.lmms_eval) and not is_scored:
         return []
     if config.truth:
         responses = with_truth(responses, Path(config.truth))

@@ -58,7 +58,8 @@ USERS_MISTAKE = 2
 # Settings that name a file or folder of this machine. Those that may be addresses are checked where
 # they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
-    {"answers", "dataset", "extra_roots", "folders", "html", "image", "images", "init_from",
+    {"answers", "dataset", "extra_roots", "folders", "html", "image", "images", "include_path",
+     "init_from",
      "model", "nvme_path", "ocr_vqa_list", "output", "pretrained", "questions", "root", "run",
      "step", "template", "tokenizer", "truth", "upload_file"}
 )  # fmt: skip

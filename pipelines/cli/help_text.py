@@ -22,6 +22,7 @@ SETTINGS = {
     "generate": ("pipelines.cli.settings", "GenerateConfig"),
     "serve": ("pipelines.cli.settings", "ServeConfig"),
     "chat": ("pipelines.cli.settings", "ServeConfig"),
+    "reproduce": ("pipelines.reproduce", "ReproduceConfig"),
     "import-flags": ("pipelines.import_flags", "ImportConfig"),
     "export": ("pipelines.exports.config", "ExportConfig"),
 }

@@ -33,6 +33,7 @@ VERBS = {
     "report": "write report.html of datasets and runs",
     "verify": "hash a dataset and compare it with its manifest",
     "repair": "make damaged shards of a dataset again",
+    "reproduce": "a published system, from download to its table",
     "import-flags": "recipes of a script that starts LLaVA's trainer or one like it",
     "simd": "build pillow-simd for this processor",
 }

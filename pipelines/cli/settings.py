@@ -92,6 +92,13 @@ class EvaluateConfig(TrustFlags, ScoringFlags):
         turns: The questions of a record that are asked, each behind the record's own conversation.
         choices: Two or more words of one token each, separated by commas (`Yes,No`): their logits
             are taken where the answer begins, and nothing is decoded.
+        lmms_eval: Tasks of lmms-eval, separated by commas, in the place of a dataset; `output` is
+            then a folder of results and samples.
+        through: How lmms-eval asks: its class for transformers' LLaVA (`hf`, an export `--to hf`),
+            or its OpenAI client and a server on this machine (`serve`); `auto` takes `hf` where
+            the folder is such an export.
+        include_path: Folder of tasks beside lmms-eval's own, as YAML.
+        limit: Questions of each task, for a trial; 0 for all.
     """
 
     run: str
@@ -106,6 +113,10 @@ class EvaluateConfig(TrustFlags, ScoringFlags):
     batch: int = 256
     turns: Literal["first", "last", "all"] = "first"
     choices: str = ""
+    lmms_eval: str = ""
+    through: Literal["auto", "hf", "serve"] = "auto"
+    include_path: str = ""
+    limit: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class ScoreConfig(ScoringFlags):
     """An answers file, the truth, and what is made of both.
 
     Attributes:
-        answers: JSON lines as `evaluate` or `generate` writes them.
+        answers: JSON lines as `evaluate`, `generate` or lmms-eval writes them.
         truth: What is expected, where the answers file does not say: JSON lines, a JSON list, or
             an object with a list under `annotations`, `data` or `questions`; rows have
             `question_id` and `answer`, `label` or `answers`.
@@ -127,6 +138,9 @@ class ScoreConfig(ScoringFlags):
         view: Its view; empty for its first one.
         split: The part of it that was asked, as `evaluate` takes it.
         images: Folder of the images that the report shows, for `generate`'s answers.
+        lmms_eval: Tasks of lmms-eval, separated by commas, that score the answers by their own
+            metrics; the file answers each of their questions, by its id.
+        include_path: Folder of tasks beside lmms-eval's own, as YAML.
     """
 
     answers: str
@@ -139,6 +153,8 @@ class ScoreConfig(ScoringFlags):
     view: str = ""
     split: Literal["auto", "train", "held_out"] = "auto"
     images: str = ""
+    lmms_eval: str = ""
+    include_path: str = ""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Flag:
     data: str = ""
     values: dict[Any, Any] = field(default_factory=dict[Any, Any])
     how: str = ""
+    differs: str = ""
     implied: str = ""
     ignored: str = ""
     unsupported: str = ""

@@ -178,7 +178,8 @@ def _fate(flag: Flag, flags: Mapping[str, Flag], *, left_out: bool) -> str:
     if flag.same_as:
         return _fate(flags[flag.same_as], flags, left_out=False)
     if setting := flag.train or flag.data:
-        return f"{setting} ({flag.how})" if flag.how else setting
+        text = f"{setting} ({flag.how})" if flag.how else setting
+        return f"{text}; differs: {flag.differs}" if flag.differs else text
     if flag.implied:
         return f"implied: {flag.implied}"
     return f"not needed: {flag.ignored}" if flag.ignored else "this value changes nothing"

@@ -29,6 +29,7 @@ CONFIGS = {
     "score": "pipelines.score:ScoreConfig",
     "import_flags": "pipelines.import_flags:ImportConfig",
     "quickstart": "pipelines.quickstart:QuickstartConfig",
+    "reproduce": "pipelines.reproduce:ReproduceConfig",
 }
 # Whose message a module's is: the commands that come to it. The longest prefix counts.
 OWNERS = {
@@ -45,9 +46,11 @@ OWNERS = {
     "packages/train/lapilli/train/inference/ray_evaluation": {"evaluate"},
     "packages/train/lapilli/train/scoring": {"score"},
     "pipelines/serving": {"serve", "chat"},
+    "pipelines/lmms_eval": {"evaluate", "score"},
     "pipelines/downloads": {"download"},
     "pipelines/exports": {"export"},
     "pipelines/launch_scripts": {"import_flags"},
+    "pipelines/reproduction": {"reproduce"},
     "pipelines/import_flags": {"import_flags", "train"},
     "pipelines/cli/question_file": {"generate"},
     "pipelines/cli/help_text": {"train"},
@@ -60,7 +63,7 @@ FOREIGN = {
     "--zero_stage", "--lr_scheduler_type", "--config_file",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|serve|generate|evaluate|score|download)\b"
+    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|serve|generate|evaluate|score|download|reproduce)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 

@@ -118,7 +118,8 @@ def _here(flag: Flag) -> str:
     where = f"`{flag.train}`" if flag.train else f"`{flag.data}` of the data recipe"
     renamed = {theirs: ours for theirs, ours in flag.values.items() if theirs != ours}
     names = ", ".join(f"{_plain(theirs)} is `{ours}`" for theirs, ours in renamed.items())
-    return ": ".join(filter(None, [where, flag.how, names]))
+    differs = flag.differs and f"differs: {flag.differs}"
+    return ": ".join(filter(None, [where, flag.how, names, differs]))
 
 
 def _shown(value: object) -> str:

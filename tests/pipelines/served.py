@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import threading
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +18,7 @@ from lapilli.model.config import Decoding
 from lapilli.model.vlm import build_model
 from lapilli.train.inference.assistant import Assistant
 from pipelines.cli.settings import ServeConfig, ServeLimits
-from pipelines.serving.app import make_app
-from pipelines.serving.server import listen, make_server
+from pipelines.serving.background import in_background
 from tests.factories import make_tokenizer
 from tests.train.small_run import small_run
 
@@ -76,20 +73,9 @@ def serve(
         bind_template(get_template("v1"), tokenizer),
         ImageSpec(32, (122, 116, 104)),
     )
-    with listen("127.0.0.1", 0) as taken:
-        config = ServeConfig("", name=NAME, decoding=decoding, limits=limits, batch=batch)
-        app = make_app(assistant, config)
-        server = make_server(app, limits)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
-        thread.start()
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield Served(taken.getsockname()[1], assistant)
-        server.should_exit = True
-        thread.join(30)
-        app.state.worker.close()
+    config = ServeConfig(model="", port=0, name=NAME, decoding=decoding, limits=limits, batch=batch)
+    with in_background(assistant, config) as port:
+        yield Served(port, assistant)
 
 
 def asked(*texts: str, images: Sequence[bytes] = ()) -> list[dict[str, Any]]:

@@ -227,6 +227,15 @@ def test_a_command_with_a_file_and_several_values(tmp_path: Path) -> None:
     assert [one.name for one in build.sources] == ["a", "b"]
 
 
+def test_what_its_template_writes_otherwise_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Template `llava` of its data/template.py at ff6d4d12: no prefix, `USER: {{content}} ...`."""
+    recipes(settings("llava_lora"), tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--template llava template; differs: it writes no <s> in front, no newline" in said
+
+
 def test_llama_factorys_command(tmp_path: Path) -> None:
     write_files(tmp_path)
     (tmp_path / "llava.yaml").write_text(yaml.safe_dump(settings("llava_lora")))

@@ -1,11 +1,14 @@
 """Read answers files, and the truth beside them.
 
-An answers file is JSON lines of one of two kinds: `evaluate`'s, which have what is expected, and
-`generate`'s (LLaVA's form: `question_id`, `prompt`, `text`), for which another file has it.
+An answers file is JSON lines of one of three kinds: `evaluate`'s and lmms-eval's samples, which
+have what is expected, and `generate`'s (LLaVA's form: `question_id`, `prompt`, `text`), for which
+another file has it.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +36,7 @@ def read_answers(path: Path) -> list[Response]:
     """The responses of an answers file.
 
     Raises:
-        DataError: It cannot be read, or a line is of neither kind; says its number.
+        DataError: It cannot be read, or a line is of no kind; says its number.
     """
     responses: list[Response] = []
     for number, row in enumerate(read_rows(path, "answers"), 1):
@@ -41,7 +44,8 @@ def read_answers(path: Path) -> list[Response]:
         if found is None:
             raise DataError(
                 f"answers: {path} line {number} is no answer; expected sample_id, expected and "
-                "given as evaluate writes them, or question_id, prompt and text as generate does"
+                "given as evaluate writes them, question_id, prompt and text as generate does, or "
+                "doc_id, target and filtered_resps as lmms-eval does"
             )
         responses.append(found)
     if not responses:
@@ -131,7 +135,7 @@ def _objects(data: bytes, path: Path, setting: str) -> Iterator[dict[str, Any]]:
 
 
 def response_of(row: Mapping[str, Any]) -> Response | None:
-    """The response of a row of an answers file; None for a row of neither kind."""
+    """The response of a row of an answers file; None for a row of no kind."""
     if {"sample_id", "expected", "given"} <= row.keys():
         logits = row.get("logits")
         turn = row.get("turn", 0)
@@ -153,7 +157,34 @@ def response_of(row: Mapping[str, Any]) -> Response | None:
             given=str(row["text"]),
             image=str(row.get("image", "")),
         )
+    if {"doc_id", "target", "filtered_resps"} <= row.keys():
+        return _of_sample(row)
     return None
+
+
+def _of_sample(row: Mapping[str, Any]) -> Response | None:
+    """The response of a line of lmms-eval's samples; None where it holds likelihoods."""
+    given, media = row["filtered_resps"], row.get("input_media")
+    if not isinstance(given, str):
+        return None
+    images = cast("list[object]", media) if isinstance(media, list) else []
+    return Response(
+        question_id=str(row.get("question_id", row["doc_id"])),
+        question=str(row.get("input", "")),
+        given=given,
+        expected=_listed(str(row["target"])),
+        image=images[0] if images and isinstance(images[0], str) else "",
+    )
+
+
+def _listed(target: str) -> tuple[str, ...]:
+    """What is expected: lmms-eval writes a list of answers as Python shows it."""
+    if target.startswith("[") and target.endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found: object = ast.literal_eval(target)
+            if isinstance(found, list) and found:
+                return tuple(_text(one) for one in cast("list[object]", found))
+    return (target,)
 
 
 def _are_logits(value: object) -> bool:

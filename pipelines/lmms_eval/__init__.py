@@ -1,0 +1,1 @@
+"""lmms-eval's tasks, in an environment of its own."""

@@ -1,0 +1,1 @@
+"""Published results, and the steps that lead to them."""
