@@ -28,6 +28,7 @@ from pipelines.benchmarks import (
 )
 from pipelines.benchmarks.harness import RESULTS
 from pipelines.benchmarks.step import (
+    auxiliary,
     checkpoint,
     grouping,
     memory,
@@ -62,6 +63,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "checkpoint": checkpoint.main,
     "memory": memory.main,
     "serve": serving.main,
+    "auxiliary": auxiliary.main,
 }
 
 

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
+from lapilli.data.batches.collate import collate
 from lapilli.data.config import TargetConfig
-from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.dataset.dataset import Dataset, open_dataset
+from lapilli.data.dataset.targets import open_targets
 from lapilli.data.errors import DataError
+from lapilli.data.shards.target_rows import decode_rows
 from lapilli.model.config import AuxConfig
-from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig
+from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig, ValidationConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
-from lapilli.train.steps.aux_targets import open_readers
+from lapilli.train.steps.aux_targets import aux_inputs, open_readers, read_targets
+from lapilli.train.steps.feed import Feed
+from lapilli.train.steps.step import to_device
+from lapilli.train.validation.validation_loss import HeldOut
+from lapilli.train.worker.compatibility import open_for
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.gang import train_together
 from tests.train.small_run import VIEW, small_run
@@ -47,7 +59,8 @@ def aux_run(dataset: Path, output: Path, **values: Any) -> RunConfig:
     """A run of two steps in which everything but the tower learns."""
     settings: dict[str, Any] = {
         "max_steps": 2, "epochs": 1, "optim": OptimConfig(lr=1e-4),
-        "checkpoint": CheckpointConfig(every=50), **values,
+        "checkpoint": CheckpointConfig(every=50),
+        "validation": ValidationConfig(every=2, samples=13, dataset=str(dataset)), **values,
     }  # fmt: skip
     config = small_run(dataset, output, **settings)
     parts = ("projector", "language", "task_tokens", "predictors")
@@ -98,6 +111,10 @@ def test_losses_and_gradients_do_not_depend_on_the_machine(
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.aux_losses == pytest.approx(one.aux_losses, rel=1e-5)
         assert other.grad_norm_by_part == pytest.approx(one.grad_norm_by_part, rel=2e-5)
+    assert alone[0].held_out_aux_losses is None  # not due
+    assert alone[1].held_out_aux_losses is not None
+    assert found[1].held_out_aux_losses == pytest.approx(alone[1].held_out_aux_losses, rel=1e-4)
+    assert found[1].held_out_loss == pytest.approx(alone[1].held_out_loss, rel=1e-4)
 
 
 def test_targets_that_are_missing_or_of_another_shape_are_one_line(dataset: Path) -> None:
@@ -121,3 +138,85 @@ def test_a_run_is_resumed_by_another_number_of_workers(
     assert [row.step for row in again] == [0, 1]
     assert again[1].aux_losses == pytest.approx(alone[1].aux_losses, rel=1e-4)
     assert again[1].loss == pytest.approx(alone[1].loss, rel=1e-4)
+
+
+def stored(dataset: Dataset, task: str, index: int) -> NDArray[np.float64] | None:
+    """A sample's target as one vector; None where the teacher refused its image."""
+    (slot,) = dataset.image_slots(index).tolist()
+    found = open_targets(dataset, task).read(slot)
+    return None if found is None else decode_rows(*found).astype(np.float64).ravel()
+
+
+def predicted(
+    model: VisionLanguageModel, dataset: Dataset, config: RunConfig, index: int
+) -> dict[str, NDArray[np.float64]]:
+    """What each predictor says of a sample that is alone in its batch, as one vector."""
+    kept: dict[str, NDArray[np.float64]] = {}
+    layers = config.model.aux.layers
+    heads = {
+        f"{task}.{layer}": f"predictors.image_{task}_heads.{layers[task].index(layer)}"
+        for task, layer in config.model.aux.heads
+    }
+
+    def keep(name: str) -> Any:
+        return lambda module, given, output: kept.update({name: output[0].double().numpy().ravel()})
+
+    hooks = [
+        model.get_submodule(path).register_forward_hook(keep(name)) for name, path in heads.items()
+    ]
+    shape = Feed(dataset, config, rank=0, world_size=1).shape
+    batch = collate([dataset.sample(index)], shape, dataset.image_size)
+    rows = [[[[np.array([index])]]]]
+    readers = open_readers(dataset, config.model.aux)
+    own = read_targets(dataset, readers, rows, 0, records=1, weight=1.0)
+    (aux,) = aux_inputs(own, [batch], len(heads), torch.device("cpu"))
+    with torch.no_grad():
+        model(**to_device(batch, torch.device("cpu")).inputs, aux=aux)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@pytest.mark.parametrize("over", ["images", "records"])
+def test_held_out_embedding_losses_are_those_of_a_loop_over_images(
+    dataset: Path, tmp_path: Path, over: Any
+) -> None:
+    config = aux_run(dataset, tmp_path / "run", num_workers=1, micro_batch_size=2)
+    aux = replace(config.model.aux, mean_over=over)
+    config = replace(config, global_batch_size=6, model=replace(config.model, aux=aux))
+    model = build_model(config.model)
+    opened = open_for(model, config)
+    shape = Feed(opened, config, rank=0, world_size=1).shape
+    place, cpu = (0, 1), torch.device("cpu")
+    found = HeldOut(opened, config, shape, place).loss(SimpleNamespace(module=model), cpu)
+    assert found.aux is not None
+
+    chosen = np.unique(np.linspace(0, len(opened) - 1, 13).astype(np.int64))
+    images = [int(i) for i in chosen if opened.has_images[i]]
+    images.sort(key=lambda i: -int(opened.lengths[i]))
+    assert 6 < len(images) < 13
+    model.eval()
+    said = {i: predicted(model, opened, config, i) for i in images}
+    for task, layer in aux.heads:
+        targets = {i: row for i in images if (row := stored(opened, task, i)) is not None}
+        there = list(targets)
+        scale = float(model.predictors.get_parameter(f"{task}_logit_scale").detach().exp())
+        smooth, info = 0.0, 0.0
+        for i in there:
+            group = images[images.index(i) // 6 * 6 :][:6]
+            others = {j: targets[j] for j in group if j in targets}
+            one, own = said[i][f"{task}.{layer}"], targets[i]
+            gap = np.abs(one - own)
+            smooth += np.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+            unit = one / np.linalg.norm(one)
+            alike = {j: scale * unit @ v / np.linalg.norm(v) for j, v in others.items()}
+            info += np.log(sum(np.exp(v) for v in alike.values())) - alike[i]
+        count = len(there) if over == "images" else 13
+        assert found.aux[f"{task}.{layer}.smooth_l1"] == pytest.approx(smooth / count, rel=1e-4)
+        assert found.aux[f"{task}.{layer}.info_nce"] == pytest.approx(info / count, rel=1e-4)
+    plain = build_model(replace(config.model, aux=replace(aux, layers={}), trainable=("language",)))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    without = replace(config, model=plain.config)
+    text = HeldOut(opened, without, shape, place).loss(SimpleNamespace(module=plain), cpu)
+    assert text.aux is None
+    assert text.text == found.text  # to the last bit

@@ -24,7 +24,16 @@ from lapilli.model.config import AuxConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.rows import MicroRows, StepRows
 
-__all__ = ["OwnTargets", "aux_inputs", "gathered", "open_readers", "read_targets"]
+__all__ = [
+    "OwnTargets",
+    "aux_inputs",
+    "gathered",
+    "loss_names",
+    "open_readers",
+    "read_targets",
+]
+
+KINDS = ("smooth_l1", "info_nce")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,11 @@ class OwnTargets:
         """Bytes of its arrays."""
         kinds = (self.values, self.scales, self.valid)
         return sum(array.nbytes for kind in kinds for array in kind.values())
+
+
+def loss_names(heads: Sequence[tuple[str, int]]) -> list[str]:
+    """The names of predictors' losses in metrics, as `AuxInputs.losses` has them, flattened."""
+    return [f"{task}.{layer}.{kind}" for task, layer in heads for kind in KINDS]
 
 
 def open_readers(dataset: Dataset, aux: AuxConfig) -> dict[str, TargetReader]:

@@ -21,7 +21,7 @@ from lapilli.train.metrics.batch_digest import LANES, lanes_text, sample_lanes
 from lapilli.train.metrics.step_metrics import slot_losses
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.metrics_file import StepResult
-from lapilli.train.steps.aux_targets import gathered
+from lapilli.train.steps.aux_targets import gathered, loss_names
 from lapilli.train.steps.device_copy import SentStep
 from lapilli.train.steps.feed import StepBatches
 from lapilli.train.steps.host_copy import HostCopy, send_numbers
@@ -30,8 +30,6 @@ from lapilli.train.steps.step import seed_step, train_step
 from lapilli.train.worker.setup import Setup
 
 __all__ = ["KnownStep", "TakenStep", "take_step"]
-
-AUX_LOSSES = ("smooth_l1", "info_nce")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class TakenStep:
         numbers, step = iter(self.told.numbers()), self.batches
         summed, *squares = islice(numbers, 1 + len(GROUPS))
         losses = list(islice(numbers, len(step.placed)))
-        names = [f"{task}.{layer}.{kind}" for task, layer in self.heads for kind in AUX_LOSSES]
+        names = loss_names(self.heads)
         aux_losses = dict(zip(names, islice(numbers, len(names)), strict=True))
         stops, *lanes = islice(numbers, 1 + LANES)
         result = StepResult(
