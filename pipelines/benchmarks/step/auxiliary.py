@@ -2,8 +2,8 @@
 
 Stage 1 trains tower and projector on captions, with the embedding losses and without, from the same
 weights and samples; stage 2 trains all parts on questions. Measured are the embedding losses on
-held-out images before and after stage 1, probes on the hidden states of held-out images after each
-stage, and the share of right answers after stage 2. Each finished run adds its rows at once, and a
+held-out images before and after stage 1, probes on the hidden states of held-out images after stage
+1, and the share of right answers after stage 2. Each finished run adds its rows at once, and a
 command that is repeated goes on with those that are missing.
 """
 
@@ -76,9 +76,9 @@ class AuxiliaryConfig:
     images: int = 1200
     held_out: float = 0.2
     questions: int = 5
-    pretrain_epochs: int = 6
-    finetune_epochs: int = 4
-    probe_steps: int = 250
+    pretrain_epochs: int = 3
+    finetune_epochs: int = 2
+    probe_steps: int = 120
     probe_lr: float = 0.003
     save: bool = True
 
@@ -165,11 +165,10 @@ def _run(
     figures["held_out_loss.pretrain"] = rows[-1].held_out_loss or 0.0
     for name, value in (rows[-1].held_out_aux_losses or {}).items():
         figures[f"held_out.{name}.after"] = value
-    figures |= _probed(config, root, first.output, seed, "pretrain")
+    figures |= _probed(config, root, first.output, seed)
     second = _settings(config, root, "finetune", seed, way, init_from=first.output)
     second = _with_aux(second, replace(aux, layers={}), ("vision", "projector", "language"))
     launch(preflight(second))
-    figures |= _probed(config, root, second.output, seed, "finetune")
     trained = load_trained(Path(second.output))
     test = open_test(root / "datasets" / "test", VIEW, trained)
     scores = score(answer_dataset(trained.model, test))
@@ -217,9 +216,7 @@ def _held_out(config: RunConfig) -> dict[str, float]:
     return losses.loss(SimpleNamespace(module=model), CPU).aux or {}
 
 
-def _probed(
-    config: AuxiliaryConfig, root: Path, run: str, seed: int, stage: str
-) -> dict[str, float]:
+def _probed(config: AuxiliaryConfig, root: Path, run: str, seed: int) -> dict[str, float]:
     """Probes on a run's hidden states."""
     model = load_trained(Path(run)).model
     splits = [
@@ -231,10 +228,10 @@ def _probed(
         target=TARGET, layers=(1, 2, 3), steps=config.probe_steps, lr=config.probe_lr, seed=seed
     )
     scores = train_probes(model, splits[0], splits[1], plan, CPU)
-    figures = {f"probe.{stage}.mean.smooth_l1": scores.mean_smooth_l1}
+    figures = {f"probe.mean.smooth_l1": scores.mean_smooth_l1}
     for layer in scores.layers:
-        figures[f"probe.{stage}.{layer.layer}.smooth_l1"] = layer.smooth_l1
-        figures[f"probe.{stage}.{layer.layer}.cosine"] = layer.cosine
+        figures[f"probe.{layer.layer}.smooth_l1"] = layer.smooth_l1
+        figures[f"probe.{layer.layer}.cosine"] = layer.cosine
     return figures
 
 
