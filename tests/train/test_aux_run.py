@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lapilli.data.batches.collate import collate
+from lapilli.data.batches.collate import blank_batches, collate
 from lapilli.data.config import TargetConfig
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.dataset.targets import open_targets
@@ -21,14 +21,27 @@ from lapilli.data.errors import DataError
 from lapilli.data.shards.target_rows import decode_rows
 from lapilli.model.config import AuxConfig
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from lapilli.train.config import CheckpointConfig, OptimConfig, RunConfig, ValidationConfig
+from lapilli.train.checkpoint.find import Checkpoint
+from lapilli.train.config import (
+    CheckpointConfig,
+    OptimConfig,
+    RecoveryConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from lapilli.train.driver.launching import launch
+from lapilli.train.driver.preflight import preflight
+from lapilli.train.driver.replay import rerun
 from lapilli.train.errors import TrainError
+from lapilli.train.health.step_dump import read_kept
+from lapilli.train.run_folder.checkpoint_state import CheckpointState
+from lapilli.train.run_folder.dataset_files import training_data
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
 from lapilli.train.steps.aux_targets import aux_inputs, open_readers, read_targets
 from lapilli.train.steps.feed import Feed
-from lapilli.train.steps.step import to_device
-from lapilli.train.validation.validation_loss import HeldOut
-from lapilli.train.worker.compatibility import open_for
+from lapilli.train.steps.step import to_device, warm_up
+from lapilli.train.validation.validation_loss import HeldOut, check_same_tokenizer
+from lapilli.train.worker.compatibility import check_start, open_for
 from tests.factories import build_dataset, make_mixture, make_tokenizer
 from tests.train.gang import train_together
 from tests.train.small_run import VIEW, small_run
@@ -220,3 +233,71 @@ def test_held_out_embedding_losses_are_those_of_a_loop_over_images(
     text = HeldOut(opened, without, shape, place).loss(SimpleNamespace(module=plain), cpu)
     assert text.aux is None
     assert text.text == found.text  # to the last bit
+
+
+def test_a_replay_computes_the_losses_of_predictors_again(dataset: Path, tmp_path: Path) -> None:
+    config = aux_run(
+        dataset, tmp_path / "run", num_workers=1, micro_batch_size=4, zero_stage=0, max_steps=0,
+        epochs=4, launcher="process", validation=ValidationConfig(),
+        optim=OptimConfig(lr=1.0, schedule="constant", grad_clip=0.0),  # the loss jumps
+        recovery=RecoveryConfig(loss_spike_factor=1.0001),
+    )  # fmt: skip
+    with pytest.raises(TrainError, match=r"more than recovery\.loss_spike_factor"):
+        launch(preflight(config))
+    (path,) = (tmp_path / "run" / "replay").iterdir()
+    kept = read_kept(path)
+    assert kept.step > 0  # steps before it are taken again, with their predictors
+    found = rerun(config, kept)
+    assert found.loss == pytest.approx(kept.loss, rel=1e-5)
+    assert not found.leaves_predictors_out
+    text = sum(loss for _, loss in found.samples) / len(found.samples)
+    assert found.loss > text + 0.1  # and no sample's loss has them in it
+
+
+def test_warming_up_runs_the_predictors(dataset: Path, tmp_path: Path) -> None:
+    config = aux_run(dataset, tmp_path / "run", num_workers=1, micro_batch_size=2)
+    model = build_model(config.model)
+    opened = open_for(model, config)
+    feed = Feed(opened, config, rank=0, world_size=1)
+    ran: list[str] = []
+    model.predictors.register_forward_hook(lambda *_: ran.append("forward"))
+    weight = next(model.predictors.parameters())
+    weight.register_hook(lambda gradient: ran.append("backward"))
+    cpu = torch.device("cpu")
+    blank = [*blank_batches(feed.shape, opened.image_size)]
+    assert {len(batch.pixels) > 0 for batch in blank} == {True, False}
+    warm_up(
+        SimpleNamespace(module=model),
+        ((to_device(batch, cpu), feed.blank_aux(batch, cpu)) for batch in blank),
+    )
+    assert ran == ["forward", "backward"] * len(blank)
+    assert weight.grad is None
+
+
+def test_another_teacher_is_one_line(dataset: Path, tmp_path: Path) -> None:
+    """Of the same name and shape: weights and settings tell them apart."""
+    opened = open_dataset(dataset, view=VIEW, image_tokens=8)
+    mine = training_data(opened)
+    assert mine.teachers.keys() == TARGETS.keys()
+    assert mine.teachers["gen"].startswith("tests.teaching:blocks (weights none, settings ")
+    other = replace(TARGETS["depth"], settings={"least": 100})
+    mixture = make_mixture(tmp_path / "raw", images=20, text_only=8, asked=2)
+    build_dataset(
+        mixture, tmp_path / "dataset", make_tokenizer(tmp_path / "tokenizer"),
+        targets=TARGETS | {"depth": other, "gen": replace(TARGETS["gen"], storage="int8")},
+    )  # fmt: skip
+    theirs = open_dataset(tmp_path / "dataset", view=VIEW, image_tokens=8)
+    with pytest.raises(TrainError, match=r"validation.dataset: .* has targets depth of tests.*odd"):
+        check_same_tokenizer(opened, theirs, ["depth"])
+    check_same_tokenizer(opened, theirs, ["gen"])  # stored otherwise, of the same teacher
+    check_same_tokenizer(opened, theirs)
+    config = aux_run(dataset, tmp_path / "run")
+    state = CheckpointState(config=asdict(config), data=mine, files={})
+    start = Checkpoint(path=tmp_path / "before", step=1, state=state)
+    said: list[str] = []
+    check_start(start, theirs, said.append)
+    (line,) = said
+    assert line.startswith(f"init_from: {tmp_path / 'dataset'} has targets depth of tests.teaching")
+    assert f"{tmp_path / 'before'} has learnt to predict" in line
+    check_start(start, opened, said.append)
+    assert len(said) == 1

@@ -228,7 +228,7 @@ def _probed(config: AuxiliaryConfig, root: Path, run: str, seed: int) -> dict[st
         target=TARGET, layers=(1, 2, 3), steps=config.probe_steps, lr=config.probe_lr, seed=seed
     )
     scores = train_probes(model, splits[0], splits[1], plan, CPU)
-    figures = {f"probe.mean.smooth_l1": scores.mean_smooth_l1}
+    figures = {"probe.mean.smooth_l1": scores.mean_smooth_l1}
     for layer in scores.layers:
         figures[f"probe.{layer.layer}.smooth_l1"] = layer.smooth_l1
         figures[f"probe.{layer.layer}.cosine"] = layer.cosine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.model.parts.trainable import set_modes
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.dataset_files import check_same_data, training_data
+from lapilli.train.run_folder.dataset_files import check_same_data, other_teachers, training_data
 from lapilli.train.steps.aux_targets import (
     OwnTargets,
     aux_inputs,
@@ -62,8 +62,15 @@ def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
     )
 
 
-def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
+def check_same_tokenizer(dataset: Dataset, held_out: Dataset, tasks: Iterable[str] = ()) -> None:
     """Reject validation data with another tokenizer, template or view than the training data.
+
+    The same for the teachers of what a model predicts.
+
+    Args:
+        dataset: The training data.
+        held_out: The validation data.
+        tasks: Targets that the model predicts.
 
     Raises:
         TrainError: Names what differs, with both values.
@@ -77,6 +84,11 @@ def check_same_tokenizer(dataset: Dataset, held_out: Dataset) -> None:
         )
     mine, theirs = (training_data(one) for one in (dataset, held_out))
     check_same_data(theirs, mine, f"validation.dataset: {held_out.path}")
+    if others := other_teachers(theirs, mine, tasks):
+        raise TrainError(
+            f"validation.dataset: {held_out.path} has {others[0]} as {dataset.path}; preprocess it "
+            "with the same teacher"
+        )
 
 
 @dataclass(frozen=True)
