@@ -34,11 +34,11 @@ def replay(path: Path, trust: Trust = NOTHING) -> Finding:
     kept = read_kept(path)
     config = read_run_config(kept.run)
     require_trust(config.model, trust, kept.run / CONFIG)
-    if config.model.aux.layers:
-        say("replay: embedding losses of model.aux are left out; the loss here is the text's alone")
     say(f"step {kept.step + 1}: loss {kept.loss}, gradient norm {kept.grad_norm} in the run")
     found = rerun(config, kept, lambda step: say(f"  step {step + 1} taken again"))
     say(f"loss {found.loss} here, from the weights of step {found.start} on")
+    if found.leaves_predictors_out:
+        say("the loss here is the text's alone: the dataset's plan has other micro-batches now")
     for sample_id, loss in found.samples[:MOST_SAMPLES]:
         say(f"  {loss:>10.4f}  {sample_id}")
     if len(found.samples) > MOST_SAMPLES:

@@ -28,6 +28,7 @@ from pipelines.benchmarks import (
 )
 from pipelines.benchmarks.harness import RESULTS
 from pipelines.benchmarks.step import (
+    auxiliary,
     checkpoint,
     grouping,
     memory,
@@ -65,6 +66,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serving.main,
     "teachers": teachers.main,
     "targets": teachers.costs,
+    "auxiliary": auxiliary.main,
 }
 
 

@@ -18,6 +18,7 @@ SETTINGS = {
     "estimate": ("lapilli.train.config", "RunConfig"),
     "train": ("lapilli.train.config", "RunConfig"),
     "evaluate": ("pipelines.cli.settings", "EvaluateConfig"),
+    "probe": ("pipelines.cli.settings", "ProbeConfig"),
     "score": ("pipelines.cli.settings", "ScoreConfig"),
     "generate": ("pipelines.cli.settings", "GenerateConfig"),
     "serve": ("pipelines.cli.settings", "ServeConfig"),

@@ -24,6 +24,7 @@ VERBS = {
     "train": "a dataset to a trained model",
     "replay": "run a saved step again to find what went wrong in it",
     "evaluate": "a model's answers to a dataset of questions, scored",
+    "probe": "what each layer of a model knows of a teacher's features",
     "score": "an answers file scored, shown, or made ready for a benchmark's server",
     "generate": "a model's answers to images and questions",
     "serve": "OpenAI's chat completions, and the page, for a model",

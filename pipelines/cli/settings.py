@@ -13,6 +13,7 @@ from pipelines.cli.trust_flags import TrustFlags
 __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
+    "ProbeConfig",
     "QuickstartConfig",
     "ScoreConfig",
     "ScoringFlags",
@@ -117,6 +118,46 @@ class EvaluateConfig(TrustFlags, ScoringFlags):
     through: Literal["auto", "hf", "serve"] = "auto"
     include_path: str = ""
     limit: int = 0
+
+
+@dataclass(frozen=True)
+class ProbeConfig(TrustFlags):
+    """The model, the target and the training of `probe`.
+
+    Attributes:
+        run: Folder of a run, an export or a published model. A published model's template and view
+            are taken to be the dataset's.
+        dataset: Folder of a dataset with `targets`, written with the model's tokenizer, template
+            and view. Probes are trained on its images and measured on those that it holds out
+            (`mixture.held_out`).
+        target: Name of the targets.
+        output: Folder for `probe.json`, `probe.csv` and `report.html`, written by one process at a
+            time; what an earlier command wrote there is replaced.
+        layers: Decoder layers, counted from 1 and separated by commas, or `all`.
+        steps: Optimizer steps.
+        batch: Images of a step.
+        lr: Highest learning rate, after a warm-up of 3 % of the steps and before a cosine to 0.
+        samples: Most held-out images that are measured on.
+        seed: Decides first weights and order; the same seed gives the same figures.
+        view: The dataset's view; empty for its only one.
+        template: Conversation template of a published model, by name or file; a dataset of another
+            template is then refused.
+        device: `auto` takes a GPU when there is one, else an HPU, else the CPU.
+    """
+
+    run: str
+    dataset: str
+    target: str
+    output: str
+    layers: str = "all"
+    steps: int = 1000
+    batch: int = 32
+    lr: float = 0.001
+    samples: int = 1000
+    seed: int = 0
+    view: str = ""
+    template: str = ""
+    device: DeviceChoice = "auto"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ CONFIGS = {
     "export": "pipelines.export:ExportConfig",
     "generate": "pipelines.generate:GenerateConfig",
     "download": "pipelines.download:DownloadConfig",
+    "probe": "pipelines.probe:ProbeConfig",
     "score": "pipelines.score:ScoreConfig",
     "import_flags": "pipelines.import_flags:ImportConfig",
     "quickstart": "pipelines.quickstart:QuickstartConfig",
@@ -43,6 +44,7 @@ OWNERS = {
     "packages/train": {"train"},
     "packages/train/lapilli/train/inference/assistant": {"generate", "chat", "serve"},
     "packages/train/lapilli/train/inference/evaluate": {"evaluate"},
+    "packages/train/lapilli/train/inference/probing": {"probe"},
     "packages/train/lapilli/train/inference/ray_evaluation": {"evaluate"},
     "packages/train/lapilli/train/scoring": {"score"},
     "pipelines/serving": {"serve", "chat"},
@@ -63,7 +65,7 @@ FOREIGN = {
     "--zero_stage", "--lr_scheduler_type", "--config_file",
 }  # fmt: skip
 VERB = re.compile(
-    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|serve|generate|evaluate|score|download|reproduce)\b"
+    r"\b(preprocess|tokenizer|estimate|train|replay|show|verify|repair|report|check|export|chat|serve|generate|evaluate|probe|score|download|reproduce)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]")
 

@@ -76,7 +76,7 @@ def worker(rank: int, folder: str, workers: int) -> None:
         )
         probe = Probe(make_engine(config))
         blank = blank_batches(replace(SHAPE, rows=micro_batch_size), IMAGE_SIZE)
-        warm_up(probe.engine, (to_device(batch, CPU) for batch in blank))  # leaves no trace
+        warm_up(probe.engine, ((to_device(batch, CPU), None) for batch in blank))  # leaves no trace
         batches = [to_device(batch, CPU) for batch in shares(workers, micro_batch_size)[rank]]
         loss = train_step(probe, batches, global_tokens=tokens(), world_size=workers)
         dist.all_reduce(loss)

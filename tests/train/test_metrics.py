@@ -205,11 +205,11 @@ def test_held_out_micro_batches_are_dealt_out_without_loss(finished: tuple[Path,
     class Engine:
         module = model
 
-    alone = HeldOut(opened, config, shape, (0, 1)).loss(Engine(), CPU)
+    alone = HeldOut(opened, config, shape, (0, 1)).loss(Engine(), CPU).text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.distributed.all_reduce", lambda tensor: None)
         shares = [
-            HeldOut(opened, config, shape, (rank, 3)).loss(Engine(), CPU) for rank in range(3)
+            HeldOut(opened, config, shape, (rank, 3)).loss(Engine(), CPU).text for rank in range(3)
         ]
     assert sum(shares) == pytest.approx(alone, rel=1e-7)
     assert all(share > 0 for share in shares)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.building.reencode import check_ids
+from lapilli.data.building.teachers import with_revision
 from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.dataset.build_settings import CONFIG
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, open_copy, place_copy, write_copy
@@ -237,6 +238,8 @@ def _target_facts(plan: TargetPlan, output: Output, built: dict[str, ShardFacts]
         shards=shards,
         error=math.sqrt(changed / whole) if whole else 0.0,
         statuses=dict(sorted(statuses.items())),
+        weights=with_revision(plan.weights),
+        settings=plan.settings,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["TEACHERS", "Teacher", "load_teacher"]
+__all__ = ["TEACHERS", "Teacher", "load_teacher", "with_revision"]
 
 # Loaded by name: they need torch and transformers, which this package does not.
 TEACHERS = MappingProxyType(
@@ -67,3 +68,16 @@ def _load(target: TargetConfig) -> Teacher:
     except Exception as error:  # of a teacher's own code
         said = excerpt(str(error), 300)
         raise DataError(f"targets.teacher: {target.teacher} cannot be made: {said}") from None
+
+
+def with_revision(weights: str) -> str:
+    """A hub name with the revision that this machine has of it; anything else as it is."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=weights, repo_type="model")
+        revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+    except (ImportError, OSError, ValueError):
+        return weights
+    return f"{weights}@{revision[:12]}"

@@ -12,14 +12,16 @@ import numpy as np
 from lapilli.data.dataset.dataset import MOST_MAPS, Dataset, binary_column, check_sizes, held_files
 from lapilli.data.errors import DataError
 from lapilli.data.shards.files import open_table
-from lapilli.data.shards.manifest import TargetFacts
+from lapilli.data.shards.manifest import Manifest, TargetFacts
 from lapilli.data.shards.schemas import OK, TARGET_SCHEMA
 from lapilli.data.shards.target_rows import stored_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
-__all__ = ["TargetReader", "open_targets"]
+__all__ = ["TargetReader", "open_targets", "require_target"]
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,27 @@ class TargetReader:
             ) from None
 
 
+def require_target(manifest: Manifest, path: Path, name: str) -> None:
+    """Reject a name that a dataset has no features under.
+
+    Raises:
+        DataError: Says which it has.
+    """
+    if name not in manifest.targets:
+        has = ", ".join(manifest.targets) or "none"
+        raise DataError(
+            f"targets: {name!r} is not in {path}, which has {has}; preprocess with "
+            f"--incremental and targets.{name}"
+        )
+
+
 def open_targets(dataset: Dataset, name: str) -> TargetReader:
     """A teacher's features of a dataset.
 
     Raises:
         DataError: It has none of this name, not of every image, or a file is missing or cut.
     """
-    if name not in dataset.manifest.targets:
-        has = ", ".join(dataset.manifest.targets) or "none"
-        raise DataError(
-            f"targets: {name!r} is not in {dataset.path}, which has {has}; preprocess with "
-            f"--incremental and targets.{name}"
-        )
+    require_target(dataset.manifest, dataset.path, name)
     shards = dataset.manifest.targets[name].shards
     counts = [sum(shard.rows for shard in kind) for kind in (shards, dataset.facts.shards)]
     if counts[0] != counts[1]:

@@ -61,12 +61,16 @@ class TargetPlan:
         made: Digest of all that decides its features, but the images.
         images_per_shard: Images of each shard but the last.
         shards: In order, as those of a view.
+        weights: `TargetFacts.weights`, of a hub name without its revision.
+        settings: `TargetFacts.settings`.
     """
 
     target: TargetConfig
     made: str
     images_per_shard: int
     shards: tuple[TargetTask | ShardFacts, ...]
+    weights: str
+    settings: str
 
     def tasks(self) -> Iterator[TargetTask]:
         """The shards that are to be there, finished or not."""

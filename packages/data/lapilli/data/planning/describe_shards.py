@@ -162,6 +162,10 @@ def describe_tokens(
     return tuple(shards)
 
 
+# Settings that decide what a teacher gives of an image; the others say how that is stored and made.
+TEACHING = ("settings", "size", "aspect", "rows", "width", "pool")
+
+
 def target_spec(target: TargetConfig) -> ImageSpec:
     """How an image becomes what the teacher is given, by Pillow as its own code does it."""
     return ImageSpec(size=target.size, fill=(0, 0, 0), aspect=target.aspect, resizer="pillow")
@@ -182,8 +186,8 @@ def describe_target(
     if target.pretrained and folder.is_dir():
         target = replace(target, pretrained=str(folder.resolve()))
     spec, size = target_spec(target), max(1, config.shard_bytes // target.image_bytes)
-    writer, deciding = writer_version(), target.facts() | {"pretrained": _weights(target)}
-    made = digest([writer, spec.facts(), asdict(codecs), deciding])
+    writer, weights = writer_version(), _weights(target)
+    made = digest([writer, spec.facts(), asdict(codecs), target.facts() | {"pretrained": weights}])
     kept: Mapping[int, ShardFacts] = {}
     before = slots.previous.manifest.targets.get(name) if slots.previous else None
     if slots.previous and before and (before.made, before.images_per_shard) == (made, size):
@@ -203,7 +207,12 @@ def describe_target(
             target=target,
         )
         shards.append(kept.get(number, task))
-    return TargetPlan(target, made, size, tuple(shards))
+    chosen = {name: getattr(target, name) for name in TEACHING}
+    return TargetPlan(
+        target=target, made=made, images_per_shard=size, shards=tuple(shards),
+        weights=weights if weights == target.pretrained else f"SHA-256 {weights[:12]}",
+        settings=digest(chosen),
+    )  # fmt: skip
 
 
 def _weights(target: TargetConfig) -> str:

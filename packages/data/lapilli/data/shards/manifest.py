@@ -145,6 +145,9 @@ class TargetFacts:
         error: Root mean square of what storing has changed, over that of the features.
         statuses: Images by status: `ok`, `refused` where the teacher gives no finite numbers,
             `unused`, or why an image cannot be decoded.
+        weights: What tells the teacher's weights from others: a digest of the folder's files, or
+            the hub name and, where this machine has one, the revision. Empty in older datasets.
+        settings: Digest of the settings that decide what the teacher gives of an image.
     """
 
     teacher: str
@@ -156,6 +159,18 @@ class TargetFacts:
     shards: list[ShardFacts]
     error: float
     statuses: dict[str, Natural]
+    weights: str = ""
+    settings: str = ""
+
+    @property
+    def identity(self) -> str:
+        """The teacher and what it is made of, in words; empty where that is not known.
+
+        Equal for datasets of other images, storage or versions of what writes them.
+        """
+        if not self.settings:
+            return ""
+        return f"{self.teacher} (weights {self.weights or 'none'}, settings {self.settings[:12]})"
 
 
 @dataclass(frozen=True)

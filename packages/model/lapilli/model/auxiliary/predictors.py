@@ -16,7 +16,14 @@ from lapilli.model.auxiliary.perceiver import Perceiver, fit_queries
 from lapilli.model.auxiliary.target_loss import AuxInputs, image_losses, inverse_norms
 from lapilli.model.config import AuxConfig
 
-__all__ = ["ImagePlaces", "Predictors", "heads_name", "image_places", "scale_name"]
+__all__ = [
+    "ImagePlaces",
+    "Predictors",
+    "heads_name",
+    "image_places",
+    "image_positions",
+    "scale_name",
+]
 
 FIRST_LOGIT_SCALE = 2.0
 WITH_MLP = "depth"
@@ -51,12 +58,7 @@ def image_places(
         config: The tasks.
     """
     each = rows + config.tokens
-    flat = merge_index_BS.flatten().long()
-    # text goes to a scratch place behind the features, so that no shape depends on the data
-    scratch = torch.where(flat >= 0, flat, images * each)
-    places = flat.new_zeros(images * each + 1)
-    places.index_copy_(0, scratch, torch.arange(len(flat), device=flat.device))
-    places_NT = places[:-1].unflatten(0, (images, each))
+    places_NT = image_positions(merge_index_BS, images, each)
     first_N = places_NT[:, 0]
     rows_N = first_N // merge_index_BS.shape[1]
     image_NS = (merge_index_BS // each).index_select(0, rows_N)
@@ -64,13 +66,29 @@ def image_places(
     is_token_NS = (merge_index_BS.index_select(0, rows_N) >= 0) & (offset_NS >= 0)
     own_segment_N1 = segments_BS.flatten().index_select(0, first_N).unsqueeze(1)
     near_NS = segments_BS.index_select(0, rows_N) == own_segment_N1
-    is_own_NS = image_NS == torch.arange(images, device=flat.device).unsqueeze(1)
+    is_own_NS = image_NS == torch.arange(images, device=image_NS.device).unsqueeze(1)
     sees = {
         task: near_NS
         & (~is_token_NS | (is_own_NS & (offset_NS // config.num_task_tokens == number)))
         for number, task in enumerate(config.tasks)
     }
     return ImagePlaces(rows_N, places_NT[:, rows:], sees)
+
+
+def image_positions(merge_index_BS: Tensor, images: int, each: int) -> Tensor:
+    """Where in a batch's flattened positions each image's rows stand, int64 [images, each].
+
+    Args:
+        merge_index_BS: The feature row of each slot, -1 for text.
+        images: Images of the batch; one that stands nowhere gets any place.
+        each: Rows of an image, its task tokens among them.
+    """
+    flat = merge_index_BS.flatten().long()
+    # text goes to a scratch place behind the features, so that no shape depends on the data
+    scratch = torch.where(flat >= 0, flat, images * each)
+    places = flat.new_zeros(images * each + 1)
+    places.index_copy_(0, scratch, torch.arange(len(flat), device=flat.device))
+    return places[:-1].unflatten(0, (images, each))
 
 
 def heads_name(task: str) -> str:

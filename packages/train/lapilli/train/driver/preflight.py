@@ -14,6 +14,7 @@ from torch import nn
 
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.dataset.shard_cache import dataset_folder
+from lapilli.data.dataset.targets import require_target
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.text.export_template import export_obstacle
 from lapilli.model.attention.choice import Attention, choose_attention
@@ -295,7 +296,10 @@ def _open_datasets(
         raise TrainError(f"dataset: {obstacle}")
     if held_out := open_held_out(config, dataset.image_tokens):
         check_model(model, held_out)
-        check_same_tokenizer(dataset, held_out)
+        tasks = dict.fromkeys(task for task, _ in config.model.aux.heads)
+        check_same_tokenizer(dataset, held_out, tasks)
+        for task in tasks if held_out.has_images.any() else ():
+            require_target(held_out.manifest, held_out.path, task)
         if config.validation.answers_every:
             choose_questions(held_out, config.validation.answers)
     return dataset, held_out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lapilli.data.batches.collate import Batch, collate
+from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.model.config import KEEP_ALL
 from lapilli.model.parts.recomputation import apply_policy
 from lapilli.model.parts.trainable import set_modes
@@ -22,6 +23,7 @@ from lapilli.train.driver.workers import join_alone
 from lapilli.train.errors import TrainError
 from lapilli.train.health.step_dump import KeptStep
 from lapilli.train.run_folder.settings import read_run_info
+from lapilli.train.steps.aux_targets import aux_inputs, joined
 from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.step import seed_step, to_device
@@ -38,12 +40,14 @@ class Finding:
 
     Attributes:
         start: Step of the checkpoint it was approached from.
-        loss: Mean over the global batch's trained tokens.
+        loss: Mean over the global batch's trained tokens, with the losses of predictors.
         samples: Sample ids with the mean loss of their trained tokens, highest first.
         weight: The first parameter with a NaN or Inf; "" if all are finite.
         output: The first module whose output does, in the order of execution.
         gradient: The first module at whose output the gradient does, from the loss backwards.
         operation: The operation whose backward made it, as autograd's anomaly detection names it.
+        leaves_predictors_out: Whether a model's predictors were left out: the run's plan now has
+            other micro-batches.
     """
 
     start: int
@@ -53,6 +57,7 @@ class Finding:
     output: str
     gradient: str
     operation: str
+    leaves_predictors_out: bool = False
 
 
 def rerun(
@@ -95,10 +100,44 @@ def rerun(
     apply_policy(model, activations)
     set_modes(model)
     losses = _sample_losses(model, ready.feed, kept, ready.device)
-    finding = examine(model, kept.batches(), ready.device, config.seed, kept.step)
+    ranks = kept.batches()
+    aux = _predicted(ready.feed, kept, ranks, ready.device)
+    finding = examine(model, ranks, ready.device, config.seed, kept.step, aux)
     return replace(
-        finding, start=ready.start, samples=losses, loss=finding.loss / max(1, kept.global_tokens)
-    )
+        finding, start=ready.start, samples=losses, loss=finding.loss / max(1, kept.global_tokens),
+        leaves_predictors_out=bool(config.model.aux.heads) and not aux,
+    )  # fmt: skip
+
+
+def _predicted(
+    feed: Feed, kept: KeptStep, ranks: Sequence[Sequence[Batch]], device: torch.device
+) -> list[list[AuxInputs]]:
+    """What predictors take beside each micro-batch, by rank; empty where nothing is predicted.
+
+    The dataset's plan says which images a micro-batch has. Empty too where it says others now: a
+    run of other settings is replayed without its predictors.
+    """
+    heads = len(feed.config.model.aux.heads)
+    if not heads:
+        return []
+    again = Feed(feed.dataset, feed.config, rank=0, world_size=len(ranks), plans=feed.plans)
+    rows = again.make(kept.step).rows
+    ids = [
+        [[feed.dataset.sample_id(int(i)) for row in micro for tree in row for i in tree]
+         for micro in of_rank]
+        for of_rank in rows
+    ]  # fmt: skip
+    if ids != kept.sample_ids:
+        return []
+    records = sum(index >= 0 for index in kept.sample_indices)
+    found = [
+        again.targets_of(rows, rank, records=records, tokens=kept.global_tokens)
+        for rank in range(len(ranks))
+    ]
+    own = [one for one in found if one is not None]
+    return [
+        aux_inputs(joined(own, rank), batches, heads, device) for rank, batches in enumerate(ranks)
+    ]
 
 
 def _step_to(ready: Setup, step: int, on_step: Callable[[int], None]) -> None:
@@ -106,7 +145,8 @@ def _step_to(ready: Setup, step: int, on_step: Callable[[int], None]) -> None:
     if ready.start == step:
         return
     with closing(ready.feed.steps(ready.start)) as steps:  # type: ignore[type-var]
-        for batches in send_ahead(steps, ready.device):
+        heads = len(ready.config.model.aux.heads)
+        for batches in send_ahead(steps, ready.device, heads):
             if batches.step == step:
                 return
             take_step(ready, batches)
@@ -140,8 +180,11 @@ def examine(
     device: torch.device,
     seed: int,
     step: int,
+    aux: Sequence[Sequence[AuxInputs]] = (),
 ) -> Finding:
     """Forward and backward over all micro-batches, with every module's output watched.
+
+    `aux` has what predictors take beside each micro-batch; without it they do not run.
 
     Returns:
         A finding whose `loss` is the sum over trained tokens, without the samples'.
@@ -158,8 +201,9 @@ def examine(
     try:
         for rank, batches in enumerate(ranks):
             seed_step(seed, step, rank)
-            for batch in batches:
-                loss = model(**to_device(batch, device).inputs)
+            for number, batch in enumerate(batches):
+                beside = {"aux": aux[rank][number]} if aux else {}
+                loss = model(**to_device(batch, device).inputs, **beside)
                 total += float(loss.detach())
                 operation = operation or _backward(loss)
     finally:

@@ -12,6 +12,7 @@ from lapilli.train.metrics.step_metrics import StepMeter, Worst, group_means
 from lapilli.train.run_folder.generations import QuestionAnswer
 from lapilli.train.run_folder.metrics_file import MetricsFile, StepMetrics, StepResult
 from lapilli.train.steps.feed import StepBatches
+from lapilli.train.validation.validation_loss import HeldOutLosses
 
 __all__ = ["StepLog", "Validated"]
 
@@ -21,13 +22,13 @@ class Validated:
     """Results of validation after a step, if it was due.
 
     Attributes:
-        held_out_loss: The held-out loss.
+        held_out: The losses on held-out samples.
         held_out_seconds: What it took.
         generated_seconds: What answering held-out questions took.
         answers: To held-out questions.
     """
 
-    held_out_loss: float | None = None
+    held_out: HeldOutLosses | None = None
     held_out_seconds: float | None = None
     generated_seconds: float | None = None
     answers: Sequence[QuestionAnswer] = ()
@@ -71,10 +72,11 @@ class StepLog:
             memory_bytes: The most that this rank has held so far.
         """
         samples = self._meter.samples(step, losses)
-        speed = self._meter.speed(step, seconds)
+        speed, held_out = self._meter.speed(step, seconds), validated.held_out
         metrics = StepMetrics(
             **vars(result),
-            held_out_loss=validated.held_out_loss,
+            held_out_loss=held_out.text if held_out else None,
+            held_out_aux_losses=held_out.aux if held_out else None,
             held_out_seconds=validated.held_out_seconds,
             generated_seconds=validated.generated_seconds,
             seconds=seconds,

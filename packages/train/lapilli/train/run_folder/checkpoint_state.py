@@ -47,6 +47,8 @@ class TrainingData:
         template: Fingerprint of the template's content.
         template_name: Its name.
         view: The fields of the view's `ImageSpec`.
+        teachers: By name of a dataset's targets, `TargetFacts.identity`; not compared where a
+            model predicts nothing.
     """
 
     tokenizer: str = ""
@@ -54,6 +56,7 @@ class TrainingData:
     template: str = ""
     template_name: str = ""
     view: dict[str, Any] = field(default_factory=dict[str, Any])
+    teachers: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True)

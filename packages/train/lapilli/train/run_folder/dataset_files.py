@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ __all__ = [
     "check_data",
     "check_same_data",
     "keep_data",
+    "other_teachers",
     "read_data",
     "run_data_files",
     "training_data",
@@ -58,6 +59,7 @@ class DataInfo:
     template_name: str
     view: dict[str, Any]
     files: dict[FilePath, Digest]
+    teachers: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def _training_data(path: Path, manifest: Manifest, view: str) -> TrainingData:
         template=template_fingerprint(template),
         template_name=template.name,
         view=manifest.views[view].spec,
+        teachers={name: one.identity for name, one in manifest.targets.items() if one.identity},
     )
 
 
@@ -112,6 +115,22 @@ def check_same_data(here: TrainingData, there: TrainingData, what: str) -> None:
                 f"{name}: {what} was made with {mine}, the training data with {theirs}; preprocess "
                 "it with the training data's settings"
             )
+
+
+def other_teachers(here: TrainingData, there: TrainingData, tasks: Iterable[str]) -> list[str]:
+    """What differs between the teachers of two datasets, a text each; unknown ones are equal.
+
+    Args:
+        here: The data.
+        there: What they are compared with.
+        tasks: The targets that a model predicts.
+    """
+    pairs = ((task, here.teachers.get(task), there.teachers.get(task)) for task in tasks)
+    return [
+        f"targets {task} of {mine}, not of {theirs}"
+        for task, mine, theirs in pairs
+        if mine and theirs and mine != theirs
+    ]
 
 
 def _shown(data: TrainingData, name: str) -> str:

@@ -73,7 +73,8 @@ class StepMetrics(StepResult):
 
     Attributes:
         held_out_loss: After this step, where it was due.
-        held_out_seconds: What it took.
+        held_out_aux_losses: `aux_losses` of held-out images, likewise.
+        held_out_seconds: What both took.
         generated_seconds: What answering held-out questions took, where it was due.
         seconds: Of the step, with waiting for data.
         wait_seconds: Waiting for data.
@@ -91,6 +92,7 @@ class StepMetrics(StepResult):
     """
 
     held_out_loss: float | None = None
+    held_out_aux_losses: dict[str, float] | None = None
     held_out_seconds: float | None = None
     generated_seconds: float | None = None
     seconds: Annotated[float, _positive]

@@ -24,7 +24,18 @@ from lapilli.model.config import AuxConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.steps.rows import MicroRows, StepRows
 
-__all__ = ["OwnTargets", "aux_inputs", "gathered", "open_readers", "read_targets"]
+__all__ = [
+    "OwnTargets",
+    "aux_inputs",
+    "blank_targets",
+    "gathered",
+    "joined",
+    "loss_names",
+    "open_readers",
+    "read_targets",
+]
+
+KINDS = ("smooth_l1", "info_nce")
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,11 @@ class OwnTargets:
         """Bytes of its arrays."""
         kinds = (self.values, self.scales, self.valid)
         return sum(array.nbytes for kind in kinds for array in kind.values())
+
+
+def loss_names(heads: Sequence[tuple[str, int]]) -> list[str]:
+    """The names of predictors' losses in metrics, as `AuxInputs.losses` has them, flattened."""
+    return [f"{task}.{layer}.{kind}" for task, layer in heads for kind in KINDS]
 
 
 def open_readers(dataset: Dataset, aux: AuxConfig) -> dict[str, TargetReader]:
@@ -99,10 +115,7 @@ def read_targets(
     scales: dict[str, NDArray[np.float32]] = {}
     valid: dict[str, NDArray[np.bool_]] = {}
     for task, reader in readers.items():
-        shape = (most, reader.facts.rows, reader.facts.width)
-        kind = np.int8 if reader.facts.storage == "int8" else np.uint16
-        values[task], scales[task] = np.zeros(shape, kind), np.zeros(shape[:2], np.float32)
-        valid[task] = np.zeros(most, np.bool_)
+        values[task], scales[task], valid[task] = _none(reader, most)
         for place, slot in enumerate(np.concatenate(own).tolist()):
             if (stored := reader.read(slot)) is not None:
                 values[task][place], scales[task][place] = stored
@@ -114,6 +127,37 @@ def read_targets(
         ],
         records=records, weight=weight,
     )  # fmt: skip
+
+
+def blank_targets(readers: Mapping[str, TargetReader], images: int) -> OwnTargets:
+    """Targets of so many images that have none, for a micro-batch without a sample."""
+    none = {task: _none(reader, images) for task, reader in readers.items()}
+    return OwnTargets(
+        values={task: arrays[0] for task, arrays in none.items()},
+        scales={task: arrays[1] for task, arrays in none.items()},
+        valid={task: arrays[2] for task, arrays in none.items()},
+        own=[np.zeros(0, np.int64)], records=1, weight=1.0,
+    )  # fmt: skip
+
+
+def joined(ranks: Sequence[OwnTargets], rank: int) -> OwnTargets:
+    """What a rank has once all have gathered, made in one process."""
+    tasks = ranks[0].values
+    return replace(
+        ranks[rank],
+        values={task: np.concatenate([one.values[task] for one in ranks]) for task in tasks},
+        scales={task: np.concatenate([one.scales[task] for one in ranks]) for task in tasks},
+        valid={task: np.concatenate([one.valid[task] for one in ranks]) for task in tasks},
+    )
+
+
+def _none(
+    reader: TargetReader, images: int
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.bool_]]:
+    """Values, scales and which are valid, of images without a target."""
+    shape = (images, reader.facts.rows, reader.facts.width)
+    kind = np.int8 if reader.facts.storage == "int8" else np.uint16
+    return np.zeros(shape, kind), np.zeros(shape[:2], np.float32), np.zeros(images, np.bool_)
 
 
 def _slots(dataset: Dataset, micro: MicroRows) -> NDArray[np.int32]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lapilli.data.batches.collate import Batch, collate_rows
@@ -17,8 +18,15 @@ from lapilli.data.batches.sampler import EpochPlan
 from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
+from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.train.config import RunConfig
-from lapilli.train.steps.aux_targets import OwnTargets, open_readers, read_targets
+from lapilli.train.steps.aux_targets import (
+    OwnTargets,
+    aux_inputs,
+    blank_targets,
+    open_readers,
+    read_targets,
+)
 from lapilli.train.steps.rows import EpochPlans, MicroRows, RowSamples, StepRows, share_rows
 from lapilli.train.steps.shapes import batch_shape
 
@@ -144,12 +152,6 @@ class Feed:
             trained = [[self._trained(micro) for micro in rank] for rank in rows]
             weights = mean_weights(trained, self.rank)
         tokens = int(self.dataset.num_trained[filled].sum())
-        targets = None
-        if self._readers:
-            targets = read_targets(
-                self.dataset, self._readers, rows, self.rank,
-                records=len(filled), weight=float(max(1, tokens)),
-            )  # fmt: skip
         return StepBatches(
             step=step,
             batches=batches,
@@ -160,8 +162,38 @@ class Feed:
             rows=rows,
             placed=placed,
             slots=_slots(rows, placed, self.rank),
-            targets=targets,
+            targets=self.targets_of(rows, self.rank, records=len(filled), tokens=tokens),
         )
+
+    def blank_aux(self, batch: Batch, device: torch.device) -> AuxInputs | None:
+        """What predictors take beside a batch without a sample; None where there are none.
+
+        The targets are as many as a global batch has samples, none of them valid.
+        """
+        if not self._readers:
+            return None
+        heads = len(self.config.model.aux.heads)
+        own = blank_targets(self._readers, self.config.global_batch_size)
+        (aux,) = aux_inputs(own, [batch], heads, device)
+        return aux
+
+    def targets_of(
+        self, rows: StepRows, rank: int, *, records: int, tokens: int
+    ) -> OwnTargets | None:
+        """The targets of a rank's images; None where nothing is predicted.
+
+        Args:
+            rows: A step's, by rank and micro-step.
+            rank: Whose.
+            records: Of the global batch.
+            tokens: Its trained tokens.
+        """
+        if not self._readers:
+            return None
+        return read_targets(
+            self.dataset, self._readers, rows, rank,
+            records=records, weight=float(max(1, tokens)),
+        )  # fmt: skip
 
     def _read(self, row: RowSamples) -> Row:
         return [[self.dataset.sample(int(one)) for one in tree] for tree in row]

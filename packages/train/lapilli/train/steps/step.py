@@ -92,9 +92,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def warm_up(
-    engine: Any, batches: Iterable[DeviceBatch], flush: Callable[[], None] = lambda: None
+    engine: Any,
+    batches: Iterable[tuple[DeviceBatch, AuxInputs | None]],
+    flush: Callable[[], None] = lambda: None,
 ) -> None:
     """Forward and backward of each batch, which leaves no gradient and takes no step.
+
+    With each batch stands what predictors take beside it (`train_step`).
 
     What a shape's first pass costs (memory that is found, kernels that are compiled) is paid
     before step 0, and what does not fit fails there. Gradients are asked for by name and not
@@ -102,10 +106,10 @@ def warm_up(
     called after each (`step_marker`).
     """
     learning = list(trainable_parameters(engine.module).values())
-    for batch in batches:
+    for batch, aux in batches:
         with _naming(batch):
             # the engine's own call would expect its `backward`
-            loss = engine.module(**batch.inputs)
+            loss = engine.module(**batch.inputs, **({"aux": aux} if aux else {}))
             torch.autograd.grad(loss, learning, allow_unused=True)
             flush()
 

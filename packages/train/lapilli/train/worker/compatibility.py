@@ -19,7 +19,7 @@ from lapilli.train.checkpoint.token_ids import extends, keeps_ids
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import CheckpointState
-from lapilli.train.run_folder.dataset_files import training_data
+from lapilli.train.run_folder.dataset_files import other_teachers, training_data
 
 __all__ = [
     "build_run",
@@ -162,7 +162,7 @@ def check_start(
     """Reject an initial checkpoint trained with another tokenizer; added tokens are allowed.
 
     Another template is one, as LLaVA's second stage has it; `on_note` is called with a line where
-    it has the same name.
+    it has the same name, and for a teacher that is not the one whose features it has learnt.
 
     Raises:
         TrainError: Names both tokenizers' fingerprints.
@@ -184,6 +184,9 @@ def check_start(
             "same tokenizer, or with that one and tokens added"
         )
     mine = training_data(dataset)
+    learnt = start.state.settings(start.path).model.aux.heads
+    for line in other_teachers(mine, before, dict.fromkeys(task for task, _ in learnt)):
+        on_note(f"init_from: {dataset.path} has {line}, which {start.path} has learnt to predict")
     if mine.template_name == before.template_name and mine.template != before.template:
         on_note(
             f"init_from: {start.path} was trained with another template named "

@@ -179,8 +179,9 @@ def _validate(ready: Setup, step: int) -> Validated:
     done = Validated()
     start = time.monotonic()
     if ready.held_out and _is_time(ready, step, ready.config.validation.every):
-        loss = ready.held_out.loss(ready.engine, ready.device, ready.flush)
-        done = replace(done, held_out_loss=loss, held_out_seconds=time.monotonic() - start)
+        found = ready.held_out.loss(ready.engine, ready.device, ready.flush)
+        seconds = time.monotonic() - start
+        done = replace(done, held_out=found, held_out_seconds=seconds)
     start = time.monotonic()
     if ready.generations and _is_time(ready, step, ready.config.validation.answers_every):
         answers = ready.generations.ask(ready.engine, step)

@@ -109,8 +109,11 @@ def setup(
         restore_scale(built, found.state.loss_scale)
     flush = step_marker(config.hpu, torch_device)
     if torch_device.type != "cpu":  # whose shapes cost nothing the first time
-        blank = blank_batches(feed.shape, dataset.image_size)
-        warm_up(built, (to_device(batch, torch_device) for batch in blank), flush)
+        blank = (
+            (to_device(batch, torch_device), feed.blank_aux(batch, torch_device))
+            for batch in blank_batches(feed.shape, dataset.image_size)
+        )
+        warm_up(built, blank, flush)
     if rank == 0 and torch_device.type == "cuda":
         dtype = model.language.get_input_embeddings().weight.dtype
         kernel = attention_kernel(model.language, feed.shape.buckets[-1], dtype, torch_device)

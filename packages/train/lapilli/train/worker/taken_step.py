@@ -21,7 +21,7 @@ from lapilli.train.metrics.batch_digest import LANES, lanes_text, sample_lanes
 from lapilli.train.metrics.step_metrics import slot_losses
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.metrics_file import StepResult
-from lapilli.train.steps.aux_targets import gathered
+from lapilli.train.steps.aux_targets import gathered, loss_names
 from lapilli.train.steps.device_copy import SentStep
 from lapilli.train.steps.feed import StepBatches
 from lapilli.train.steps.host_copy import HostCopy, send_numbers
@@ -32,7 +32,6 @@ from lapilli.train.worker.setup import Setup
 __all__ = ["SAVE", "STOP", "KnownStep", "TakenStep", "take_step"]
 
 SAVE, STOP = 1, 2  # what rank 0 may ask of all: a checkpoint now; that and to end
-AUX_LOSSES = ("smooth_l1", "info_nce")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class TakenStep:
         numbers, step = iter(self.told.numbers()), self.batches
         summed, *squares = islice(numbers, 1 + len(GROUPS))
         losses = list(islice(numbers, len(step.placed)))
-        names = [f"{task}.{layer}.{kind}" for task, layer in self.heads for kind in AUX_LOSSES]
+        names = loss_names(self.heads)
         aux_losses = dict(zip(names, islice(numbers, len(names)), strict=True))
         asked, *lanes = islice(numbers, 1 + LANES)
         result = StepResult(
