@@ -81,10 +81,12 @@ def serve_s3(folder: Path, *, remembers: str = "0s") -> Generator[None]:
 
 
 @contextmanager
-def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[int, list[int]]]:
+def failing_proxy(
+    port: int, fails: Callable[[int], bool], seen: list[str] | None = None
+) -> Generator[tuple[int, list[int]]]:
     """A proxy in front of `port` that answers call number i with a 503 where `fails(i)`.
 
-    Yields its port and the numbers of the calls that failed.
+    Yields its port and the numbers of the calls that failed; `seen` takes each call's first line.
     """
     failed: list[int] = []
     calls = iter(range(10**9))
@@ -97,6 +99,8 @@ def failing_proxy(port: int, fails: Callable[[int], bool]) -> Generator[tuple[in
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with lock:
                 number = next(calls)
+                if seen is not None:
+                    seen.append(f"{self.command} {self.path}")
             if fails(number):
                 failed.append(number)
                 self.answer(503, {}, b"<Error><Code>InternalError</Code></Error>")

@@ -22,8 +22,8 @@ from lapilli.data.planning.parts.entries import Entries
 from lapilli.data.planning.parts.entry_views import EntryImages, EntryNames
 from lapilli.data.planning.plan import check_quarantined
 from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
-from lapilli.data.shards.files import open_table
-from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, TOKEN_SCHEMA, UNUSED
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, TOKEN_SCHEMA, TOKENS_BESIDE, UNUSED
+from lapilli.data.shards.summaries import OpenColumns
 from lapilli.data.sources import get_source
 
 if TYPE_CHECKING:
@@ -149,12 +149,12 @@ class ImageRows:
         return {note: count for note, count in sorted(found.items()) if count}
 
 
-def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
+def read_image_rows(open_columns: OpenColumns, shards: Iterable[ShardFacts]) -> ImageRows:
     """Read images' statuses and notes from their shards, without pixels."""
     bad: dict[str, Verdict] = {}
     notes: dict[str, set[str]] = {}
     for shard in shards:
-        table = open_table(output, shard, IMAGE_SCHEMA, ["image_id", "status", "detail"])
+        table = open_columns(shard, IMAGE_SCHEMA, ["image_id", "status", "detail"])
         status = table["status"].to_numpy()
         for row in np.flatnonzero((status != OK) & (status != UNUSED)):
             image_id = table["image_id"][int(row)].as_py()
@@ -168,14 +168,14 @@ def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
 
 
 def read_token_rows(
-    output: Output, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
+    open_columns: OpenColumns, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
 ) -> pa.Table:
     """What `select` needs of each token row that is wanted, with the row's place.
 
     `groups` says which record of the plan each row is; the rows come in the order of the records.
     """
-    names = ["sample_id", "text_length", "num_trained", "llava_length"]
-    tables = [open_table(output, shard, TOKEN_SCHEMA, names) for shard in shards]
+    names = [*TOKENS_BESIDE]
+    tables = [open_columns(shard, TOKEN_SCHEMA, names) for shard in shards]
     sizes = [len(part) for part in tables]
     shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     row = np.concatenate([np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in sizes)])
