@@ -52,7 +52,7 @@ def ranged(path: Path, range_bytes: int) -> list[Any] | None:
     if ranges is None:
         return None
     assert all(a.end == b.start for a, b in itertools.pairwise(ranges))
-    return [element for part in ranges for element in read_range(part.read(), part, BOUNDS)]
+    return [element for part in ranges for element in read_range(part.load(), part, BOUNDS)]
 
 
 @settings(max_examples=60, deadline=None)

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 READERS = 4  # threads; a disk answers several questions at once
-REMOTE_READERS = 32  # a bucket's answer takes 20 ms and more, and it answers any number at once
+REMOTE_READERS = 16  # a bucket answers any number at once, each in 20 ms and more
 PARCEL = 4  # files a thread reads at a time: to wake it costs as much as to read one
 READ_AHEAD = 32  # files on their way
 READ_AHEAD_BYTES = 64 << 20

@@ -37,6 +37,7 @@ from lapilli.data.shards.summaries import Summaries
 __all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
+NOTHING = StoredShard(path="", rows=0, bytes=0, sha256="")
 STORED = tuple(field.name for field in fields(StoredShard))
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
@@ -250,7 +251,7 @@ def _failed(row: dict[str, Any], error: Exception) -> Result:
     said = str(error) if expected else "".join(traceback.format_exception(error))
     if (found := system_error(error)) and (line := blame(found, row["output"])):
         said, expected = line, True
-    return {**asdict(StoredShard("", 0, 0, "")), "error": said, "expected": expected}
+    return {**asdict(NOTHING), "error": said, "expected": expected}
 
 
 def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:

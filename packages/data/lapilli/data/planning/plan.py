@@ -82,16 +82,14 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
 
-    `on_progress` is called with the number of records read, about once a second. `reading` says
-    how large files are read, which changes nothing of the plan: by default by Ray's tasks, and Ray
-    is started if none is running.
+    `on_progress` is called with the number of records read, about once a second. `reading` says how
+    files are read; by default large ones by Ray's tasks, and Ray is started if none is running.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
             more quarantined than `max_quarantined`.
     """
-    root = Path(config.root)
-    if not is_folder(root):
+    if not is_folder(root := Path(config.root)):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
     loaded = load_tokenizer(config.tokenizer)
@@ -102,20 +100,18 @@ def plan_build(
     tokenizer = tokenizer_facts(loaded)
     specs = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
     codecs = {v: resolve_for_nodes(_resizer(spec, config.compat)) for v, spec in specs.items()}
-    previous = read_previous(output := open_output(config.output))
-    originals = Originals(previous, output.resolve())
+    previous = read_previous(open_output(config.output))
+    originals = Originals(previous, open_output(config.output).resolve())
     record_rules(template, loaded, config.compat)  # a template that can write nothing stops here
     read = read_sources(config, template, originals, on_progress, reading)
     check_quarantined(read.entries, config.max_quarantined)
-    kept = read.entries.kept_by_source()
-    check_sources(config.mixture, kept)
+    check_sources(config.mixture, kept := read.entries.kept_by_source())
     num_held_out(config.mixture, kept.total())  # now, and not when every image is decoded
     check_agreement(loaded, _first_texts(read.entries))
     stamps = {
         name: originals.stamp(place) or image_stamp(place) for name, place in read.located.items()
     }
     slots = ImageSlots(arrange_slots(stamps, previous), read.located, previous)
-    targets = _plan_targets(slots, config)
     groups, token_shards = _plan_tokens(read.entries, config, tokenizer, template, previous)
     targets = _plan_targets(slots, config)
     return BuildPlan(

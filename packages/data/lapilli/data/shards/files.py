@@ -90,7 +90,9 @@ def begin_shard(
 
     def finish() -> ShardFacts:
         made = finish_file()
-        facts = StoredShard(name, rows, made.bytes, made.sha256, small)
+        facts = StoredShard(
+            path=name, rows=rows, bytes=made.bytes, sha256=made.sha256, columns=small
+        )
         write_json(_facts_path(target), asdict(facts if small else facts.facts))
         if isinstance(target, Path):
             drop_page_cache(target)

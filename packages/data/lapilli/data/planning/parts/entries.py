@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -54,7 +55,6 @@ class Entries(Sequence[PackedEntry]):
     image_ends: NDArray[np.int64]
     image_numbers: NDArray[np.int32]
     records: RecordFile
-    _kept: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -80,14 +80,12 @@ class Entries(Sequence[PackedEntry]):
             verdict=self.verdicts.get(row, KEPT),
         )
 
-    @property
+    @cached_property
     def kept(self) -> NDArray[np.int64]:
         """int64 [kept], the rows of the entries that are kept."""
-        if self._kept is None:
-            mask = np.ones(len(self), np.bool_)
-            mask[np.fromiter(self.verdicts, np.int64, len(self.verdicts))] = False
-            self._kept = np.flatnonzero(mask)
-        return self._kept
+        mask = np.ones(len(self), np.bool_)
+        mask[np.fromiter(self.verdicts, np.int64, len(self.verdicts))] = False
+        return np.flatnonzero(mask)
 
     def bad(self) -> Iterator[PackedEntry]:
         """The entries that are not kept, in order."""
@@ -166,7 +164,7 @@ class Entries(Sequence[PackedEntry]):
 
     def with_verdicts(self, verdicts: Mapping[int, Verdict]) -> Entries:
         """The same entries, some with other verdicts."""
-        return replace(self, verdicts={**self.verdicts, **verdicts}, _kept=None)
+        return replace(self, verdicts={**self.verdicts, **verdicts})
 
     def lines(self, number: int) -> Iterator[str]:
         """Sample id, reason and digest of each entry of a source, many lines at a time."""

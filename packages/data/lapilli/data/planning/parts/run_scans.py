@@ -68,7 +68,7 @@ def _scanned(ranges: Sequence[JsonRange], settings: ScanSettings) -> Iterator[Pa
         return _whole(ray.get(reference), part)
 
     for part in ranges:
-        data = None if isinstance(part.place, RemotePath) else part.read()
+        data = None if isinstance(part.place, RemotePath) else part.load()
         waiting.append((part, task.remote(data, part, given)))
         if len(waiting) >= most:
             yield first()

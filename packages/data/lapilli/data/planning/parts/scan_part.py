@@ -95,7 +95,7 @@ def scan_range(data: bytes | None, part: JsonRange, settings: ScanSettings) -> P
         part: The range.
         settings: The source's.
     """
-    data = part.read() if data is None else data
+    data = part.load() if data is None else data
     elements = read_range(data, part, Bounds.of(settings.source))
     try:
         return scan_elements(elements, settings, most=None)

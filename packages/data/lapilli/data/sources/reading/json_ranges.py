@@ -59,7 +59,7 @@ class JsonRange:
     is_array: bool
     is_last: bool
 
-    def read(self) -> bytes:
+    def load(self) -> bytes:
         """The bytes.
 
         Raises:
@@ -123,7 +123,9 @@ def cut_file(place: Output, range_bytes: int = RANGE_BYTES) -> list[JsonRange] |
             starts.append(nominal + match.end())
     ends = [*starts[1:], size]
     return [
-        JsonRange(place, start, end, is_array=array is not None, is_last=end == size)
+        JsonRange(
+            place=place, start=start, end=end, is_array=array is not None, is_last=end == size
+        )
         for start, end in zip(starts, ends, strict=True)
     ]
 
