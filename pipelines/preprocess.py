@@ -86,7 +86,7 @@ def _preprocess(config: BuildConfig) -> BuildReport:
 
 def print_plan(plan: BuildPlan) -> None:
     """Print records, images, disk and codecs of the plan."""
-    bad = sum(not entry.verdict.kept for entry in plan.entries)
+    bad = len(plan.entries.verdicts)
     codecs = ", ".join(f"{name}: {view.codecs.describe()}" for name, view in plan.views.items())
     say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
     for source, tally in plan.tallies.items():

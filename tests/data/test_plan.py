@@ -52,7 +52,11 @@ def test_every_element_has_an_entry_in_order(mixture: Mixture, config: BuildConf
 
 def test_each_image_has_one_slot_in_the_order_of_first_use(config: BuildConfig) -> None:
     plan = plan_build(config)
-    used = [image_id for images in plan.entry_images for image_id in images]
+    used = [
+        image_id
+        for images in map(plan.entries.images, plan.entries.kept.tolist())
+        for image_id in images
+    ]
     assert plan.image_ids == list(dict.fromkeys(used))
     assert plan.slots == {image_id: slot for slot, image_id in enumerate(plan.image_ids)}
     for image_id in plan.image_ids:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lapilli.data.building.finish import finish, tidy
+from lapilli.data.building.finish import find_unchanged, finish, tidy
 from lapilli.data.building.run_task import finished_task
 from lapilli.data.building.runners import Runner, run_on_ray
 from lapilli.data.errors import DataError
@@ -27,6 +27,7 @@ from lapilli.data.shards.manifest import (
     PLAN,
     Manifest,
 )
+from lapilli.data.shards.summaries import Summaries
 
 __all__ = [
     "BuildReport",
@@ -74,8 +75,12 @@ def build(
 def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runner) -> BuildReport:
     started = time.monotonic()
     _check_output(output, plan)
-    tasks = plan.tasks()
-    facts = _finished(tasks, output)
+    tasks, shards = plan.tasks(), Summaries(output)
+    shards.look()
+    if (manifest := find_unchanged(plan, shards)) is not None:
+        on_progress(len(tasks), len(tasks))
+        return BuildReport(manifest, 0, len(manifest.shards()), time.monotonic() - started)
+    facts = _finished(tasks, shards)
     missing = [task for task in tasks if task.name not in facts]
     reused = len(facts)
     check_disk(output, missing)
@@ -83,9 +88,9 @@ def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runne
         write_json(output / PLAN, plan.digests)
     on_progress(reused, len(tasks))
     for built in runner(missing, output, plan.config.num_workers):
-        facts[built.path] = built
+        facts[built.path] = shards.keep(built)
         on_progress(len(facts), len(tasks))
-    manifest = finish(plan, output, facts)
+    manifest = finish(plan, output, facts, shards)
     tidy(plan, output, manifest)
     reused += len(manifest.shards()) - len(tasks)  # those that stay as they are have no task
     return BuildReport(manifest, len(missing), reused, time.monotonic() - started)
@@ -131,13 +136,15 @@ def _describe_change(name: str, before: Any, now: Any) -> str:
     return f"{name} ({values[0]}, now {values[1]})" if is_text else name
 
 
-def _finished(tasks: list[Task], output: Output) -> dict[str, ShardFacts]:
+def _finished(tasks: list[Task], shards: Summaries) -> dict[str, ShardFacts]:
     """Facts of the shards that an earlier run finished, by name; clears what it left half-done."""
-    if not exists(output):
-        return {}
+    output = shards.output
     if isinstance(output, Path):
+        if not exists(output):
+            return {}
         for temporary in output.rglob(f".*{TEMPORARY}"):
             temporary.unlink(missing_ok=True)
+    shards.fetch(task.name for task in tasks)
     with ThreadPoolExecutor() as pool:  # hashing gives the interpreter free: 1.5 GB/s a core
-        found = pool.map(lambda task: finished_task(task, output), tasks)
+        found = pool.map(lambda task: finished_task(task, shards), tasks)
         return {facts.path: facts for facts in found if facts is not None}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lapilli.data.planning.selection import (
 )
 from lapilli.data.planning.shard_task import Task
 from lapilli.data.record import Reason, Verdict
-from lapilli.data.shards.files import open_table, stand_for, write_shard
+from lapilli.data.shards.files import facts_name, stand_for, write_shard
 from lapilli.data.shards.manifest import (
     FORMAT,
     PLAN,
@@ -42,14 +43,22 @@ from lapilli.data.shards.manifest import (
     read_manifest,
     write_manifest,
 )
-from lapilli.data.shards.schemas import INPUT_SCHEMA, JPEG_SCHEMA, SELECTION_SCHEMA, TARGET_SCHEMA
+from lapilli.data.shards.schemas import (
+    INPUT_SCHEMA,
+    JPEG_SCHEMA,
+    SELECTION_SCHEMA,
+    TARGET_SCHEMA,
+    TARGETS_BESIDE,
+)
+from lapilli.data.shards.summaries import OpenColumns, Summaries
 from lapilli.data.sources.tally import tally_facts
 from lapilli.data.text.encode import IMAGE_TOKEN_INDEX, load_tokenizer
 from lapilli.data.versions import installed_versions
 
-__all__ = ["finish", "tidy"]
+__all__ = ["find_unchanged", "finish", "tidy"]
 
 
+RECORDED = ("lapilli", "pyarrow", "pillow", "tokenizers", "transformers", "ray")
 # What a build writes, and may remove again when nothing names it any more.
 OWN_FILES = tuple(
     f"{name}{facts}"
@@ -59,16 +68,31 @@ OWN_FILES = tuple(
 )  # fmt: skip
 
 
-def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Manifest:
-    """Join verdicts and statuses: selection, quarantine, then the manifest."""
+def finish(
+    plan: BuildPlan, output: Output, facts: dict[str, ShardFacts], shards: Summaries
+) -> Manifest:
+    """Join verdicts and statuses: selection, quarantine, then the manifest.
+
+    Args:
+        plan: The plan.
+        output: Where its shards are.
+        facts: Of every shard that the plan makes, by name.
+        shards: What lies beside the shards.
+    """
+    shards.look()
     tokens = [_facts(shard, facts) for shard in plan.token_shards]
-    views = {name: _view_facts(view, output, facts) for name, view in plan.views.items()}
+    stay = (
+        shard for view in (*plan.views.values(), *plan.targets.values()) for shard in view.shards
+    )
+    shards.fetch([*facts, *(one.path for one in (*tokens, *stay) if isinstance(one, ShardFacts))])
+    opened = shards.table
+    views = {name: _view_facts(view, opened, facts) for name, view in plan.views.items()}
     images = [shard for view in views.values() for shard in view.shards]
-    targets = {name: _target_facts(t, output, facts) for name, t in plan.targets.items()}
+    targets = {name: _target_facts(t, opened, facts) for name, t in plan.targets.items()}
     features = [shard for target in targets.values() for shard in target.shards]
-    rows = read_image_rows(output, images)
+    rows = read_image_rows(opened, images)
     _check_unchanged(rows.bad)
-    selection = select(plan, read_token_rows(output, tokens, plan.token_groups), rows.bad)
+    selection = select(plan, read_token_rows(opened, tokens, plan.token_groups), rows.bad)
     selected, quarantined, inputs, repaired = _write_selection(plan, output, selection)
     kept = _keep_tokenizer(plan, output, tokens)
     if plan.previous is None:  # of an amended dataset, when it is one
@@ -92,9 +116,7 @@ def finish(plan: BuildPlan, output: Output, facts: dict[str, ShardFacts]) -> Man
         tokens=tokens,
         views=views,
         selection=selected,
-        versions=installed_versions(
-            "lapilli", "pyarrow", "pillow", "tokenizers", "transformers", "ray"
-        ),
+        versions=installed_versions(*RECORDED),
         quarantine=quarantined,
         inputs=inputs,
         repairs=repaired,
@@ -169,18 +191,70 @@ def tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
     ):
         if facts is not None and facts.path != name:
             stand_for(output, facts, name)
-    named = {"selection.arrow", "quarantine.parquet", "repairs.parquet"}
-    named |= {facts.path for facts in _files(manifest)}
-    for pattern in OWN_FILES:
-        for path in list(output.glob(pattern)):
-            if _name(path, output).removesuffix(".json") not in named:
-                path.unlink(missing_ok=True)
+    for name in _unnamed(_own_files(output), manifest):
+        (output / name).unlink(missing_ok=True)
     if isinstance(output, Path):
         _remove_empty(output)
 
 
-def _name(path: Output, output: Output) -> str:
-    return str(path).removeprefix(f"{output}/")
+def _own_files(output: Output) -> list[str]:
+    """The files of an output that a build may have written, by one listing of a store."""
+    if isinstance(output, Path):
+        return [
+            path.relative_to(output).as_posix()
+            for pattern in OWN_FILES
+            for path in output.glob(pattern)
+        ]
+    return [*output.sizes()]
+
+
+def _unnamed(names: Iterable[str], manifest: Manifest) -> list[str]:
+    """The files that a build has written and that the manifest does not name."""
+    named = {"selection.arrow", "quarantine.parquet", "repairs.parquet"}
+    named |= {facts.path for facts in _files(manifest)}
+    return [
+        name
+        for name in names
+        if name.removesuffix(".json") not in named
+        and any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN_FILES)
+    ]
+
+
+def find_unchanged(plan: BuildPlan, shards: Summaries) -> Manifest | None:
+    """The manifest of a store that holds just what the plan makes, by its listing alone.
+
+    None where something is missing, too much or of another size, or where libraries have changed.
+    """
+    if plan.previous is None or not shards.sizes:
+        return None
+    manifest, counts = plan.previous.manifest, plan.previous.manifest.counts
+    refused = counts["quarantined"] - counts["reasons"].get(Reason.EXCLUDED, 0)
+    files = [*_files(manifest), *manifest.tokenizer_files]
+    names = {facts.path for facts in files}
+    is_same = (
+        manifest.plan == plan.digests
+        and manifest.versions == installed_versions(*RECORDED)
+        and refused <= plan.config.max_quarantined * counts["read"]
+        and all(shards.sizes.get(facts.path) == facts.bytes for facts in files)
+        and all(facts_name(facts.path) in shards.sizes for facts in manifest.shards())
+        and all(_path(shard) in names for shard in _all_shards(plan))
+        and {PLAN, CONFIG, "selection.arrow", "quarantine.parquet"} <= shards.sizes.keys()
+        and not _unnamed(shards.sizes, manifest)
+    )
+    if is_same:
+        _write_config(plan, shards.output)
+    return manifest if is_same else None
+
+
+def _all_shards(plan: BuildPlan) -> Iterator[Task | ShardFacts]:
+    """Every shard that the dataset will hold."""
+    yield from plan.token_shards
+    for one in (*plan.views.values(), *plan.targets.values()):
+        yield from one.shards
+
+
+def _path(shard: Task | ShardFacts) -> str:
+    return shard.path if isinstance(shard, ShardFacts) else shard.name
 
 
 def _remove_empty(output: Path) -> None:
@@ -200,15 +274,15 @@ def _facts(shard: Task | ShardFacts, built: dict[str, ShardFacts]) -> ShardFacts
     return shard if isinstance(shard, ShardFacts) else built[shard.name]
 
 
-def _view_facts(view: ViewPlan, output: Output, built: dict[str, ShardFacts]) -> ViewFacts:
+def _view_facts(view: ViewPlan, opened: OpenColumns, built: dict[str, ShardFacts]) -> ViewFacts:
     shards = [_facts(shard, built) for shard in view.shards]
     encoding, pixel_bytes = view.encoding, view.spec.size**2 * 3
     stored: dict[str, Any] = {"kind": encoding.kind, "name": encoding.describe()}
     if encoding.kind == "jpeg":
-        rows = [row for shard in shards for row in _errors(output, shard)]
+        rows = [row for shard in shards for row in _errors(opened, shard)]
         stored |= {"quality": encoding.quality, "error": encoding_error(rows, pixel_bytes)}
     compared = [shard for shard, most in zip(shards, view.compared, strict=True) if most]
-    rows = [row for shard in compared for row in _errors(output, shard, "fast_")]
+    rows = [row for shard in compared for row in _errors(opened, shard, "fast_")]
     return ViewFacts(
         spec=view.spec.facts(),
         codecs=asdict(view.codecs),
@@ -219,10 +293,12 @@ def _view_facts(view: ViewPlan, output: Output, built: dict[str, ShardFacts]) ->
     )
 
 
-def _target_facts(plan: TargetPlan, output: Output, built: dict[str, ShardFacts]) -> TargetFacts:
+def _target_facts(
+    plan: TargetPlan, opened: OpenColumns, built: dict[str, ShardFacts]
+) -> TargetFacts:
     shards = [_facts(shard, built) for shard in plan.shards]
-    names = ["status", "squared_difference", "squared_length"]
-    tables = [open_table(output, shard, TARGET_SCHEMA, names) for shard in shards]
+    names = [*TARGETS_BESIDE]
+    tables = [opened(shard, TARGET_SCHEMA, names) for shard in shards]
     statuses = Counter(str(s) for table in tables for s in table["status"].to_pylist())
     changed, whole = (
         sum(value or 0.0 for table in tables for value in table[name].to_pylist())
@@ -243,8 +319,8 @@ def _target_facts(plan: TargetPlan, output: Output, built: dict[str, ShardFacts]
     )
 
 
-def _errors(output: Output, shard: ShardFacts, prefix: str = "") -> list[tuple[int, int, int]]:
+def _errors(opened: OpenColumns, shard: ShardFacts, prefix: str = "") -> list[tuple[int, int, int]]:
     """Absolute, squared and worst error of each image of a shard that they were measured of."""
     names = [f"{prefix}{kind}_error" for kind in ("absolute", "squared", "worst")]
-    table = open_table(output, shard, JPEG_SCHEMA, names).drop_null()
+    table = opened(shard, JPEG_SCHEMA, names).drop_null()
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))

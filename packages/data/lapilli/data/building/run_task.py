@@ -21,8 +21,16 @@ from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task, TokenTask, writer_version
 from lapilli.data.record import Reason, Record
-from lapilli.data.shards.files import begin_shard, finished_facts, open_table
-from lapilli.data.shards.schemas import IMAGE_SCHEMA, TARGET_SCHEMA, TOKEN_SCHEMA
+from lapilli.data.shards.files import begin_shard
+from lapilli.data.shards.schemas import (
+    IMAGE_BULK,
+    IMAGE_SCHEMA,
+    TARGET_SCHEMA,
+    TARGETS_BESIDE,
+    TOKEN_SCHEMA,
+    TOKENS_BESIDE,
+)
+from lapilli.data.shards.summaries import Summaries
 from lapilli.data.text.encode import (
     Encoded,
     encode_batch,
@@ -39,17 +47,16 @@ RECORDS_AT_ONCE = 256  # limits memory beside the shard's own columns to about 2
 _ROOM = Room()  # a process makes one shard at a time
 
 
-def finished_task(task: Task, output: Output) -> ShardFacts | None:
+def finished_task(task: Task, shards: Summaries) -> ShardFacts | None:
     """The facts of a task's shard if an earlier run finished it, or None if it is to be made.
 
     The plan saw every file, so a file that was gone, or could not be read, when its turn came
     leaves a shard that does not follow from the plan: it is made again.
     """
-    facts = finished_facts(output, task.name)
+    facts = shards.finished(task.name)
     if facts is not None and isinstance(task, ImageTask):
-        statuses: set[Any] = set(
-            open_table(output, facts, IMAGE_SCHEMA, ["status"])["status"].to_pylist()
-        )
+        column = shards.table(facts, IMAGE_SCHEMA, ["status"])["status"]
+        statuses: set[Any] = set(column.to_pylist())
         if statuses & {str(Reason.IMAGE_MISSING), str(Reason.IMAGE_UNREADABLE)}:
             return None
     return facts
@@ -81,11 +88,15 @@ def begin_task(task: Task, output: Output, guard: Guard = unguarded) -> Callable
         # What there is to say of a template was said when the build was planned.
         warnings.simplefilter("ignore")
         if isinstance(task, TokenTask):
-            return begin_shard(output, task.name, _token_columns(task), TOKEN_SCHEMA)
+            columns = _token_columns(task)
+            return begin_shard(output, task.name, columns, TOKEN_SCHEMA, TOKENS_BESIDE)
         if isinstance(task, TargetTask):
-            return begin_shard(output, task.name, target_columns(task, guard), TARGET_SCHEMA)
+            columns = target_columns(task, guard)
+            return begin_shard(output, task.name, columns, TARGET_SCHEMA, TARGETS_BESIDE)
         columns = image_columns(task, guard, _ROOM)
-        return begin_shard(output, task.name, columns, image_schema(task))
+        schema = image_schema(task)
+        beside = [name for name in schema.names if name not in IMAGE_BULK]
+        return begin_shard(output, task.name, columns, schema, beside)
 
 
 def _token_columns(task: TokenTask) -> dict[str, list[Any]]:

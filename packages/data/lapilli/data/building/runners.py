@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,11 +34,15 @@ from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.planning.shard_task import TargetTask, Task
 from lapilli.data.ray_internals import fill_slots_at_once
 from lapilli.data.ray_session import RayDied, ray_session, watched
+from lapilli.data.shards.files import StoredShard
+from lapilli.data.shards.summaries import Summaries
 
 __all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
 EVERY_NODE = PoolConfig()
+NOTHING = StoredShard(path="", rows=0, bytes=0, sha256="")
+STORED = tuple(field.name for field in fields(StoredShard))
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
 Runner: TypeAlias = Callable[[list[Task], Output, int], Iterator[ShardFacts]]
@@ -114,7 +118,7 @@ def run_on_ray(
                         raise DataError(said) if row["expected"] else RuntimeError(said)
                     begun()
                     left -= 1
-                    yield ShardFacts(row["path"], row["rows"], row["bytes"], row["sha256"])
+                    yield StoredShard(**{name: row[name] for name in STORED})
     except RayDied as error:
         raise DataError(f"{error}, it continues with the {left} shards that are missing") from None
     finally:
@@ -284,7 +288,7 @@ def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
         task = read_task(output, row["place"])
         guard.examine(task)
         # When Ray retries a task, its first shards may exist already.
-        facts = finished_task(task, output)
+        facts = finished_task(task, _beside(task, output))
         finish = (lambda: facts) if facts else begin_task(task, output, guard.decoding)
     except Exception as error:
         guard.close()
@@ -292,9 +296,16 @@ def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
     return partial(_finish_row, row, guard, finish)
 
 
+def _beside(task: Task, output: Output) -> Summaries:
+    """What lies beside a task's shard, if it was made before this attempt."""
+    shards = Summaries(output)
+    shards.look_at(task.name)
+    return shards
+
+
 def _finish_row(row: dict[str, Any], guard: CrashGuard, finish: Callable[[], ShardFacts]) -> Result:
     try:
-        return {**asdict(finish()), "error": "", "expected": False}
+        return {"columns": "", **asdict(finish()), "error": "", "expected": False}
     except Exception as error:
         return _failed(row, error)
     finally:
@@ -306,7 +317,7 @@ def _failed(row: dict[str, Any], error: Exception) -> Result:
     said = str(error) if expected else "".join(traceback.format_exception(error))
     if (found := system_error(error)) and (line := blame(found, row["output"])):
         said, expected = line, True
-    return {"path": "", "rows": 0, "bytes": 0, "sha256": "", "error": said, "expected": expected}
+    return {**asdict(NOTHING), "error": said, "expected": expected}
 
 
 def run_here(tasks: list[Task], output: Output, workers: int) -> Iterator[ShardFacts]:

@@ -81,6 +81,10 @@ class RemotePath:
 
     def files(self) -> Iterator[RemotePath]:
         """The objects below this prefix."""
+        return (path for path, _ in self._listed())
+
+    def _listed(self) -> Iterator[tuple[RemotePath, int]]:
+        """The objects below this prefix with their sizes."""
         scheme, prefix = split_address(self.address)
 
         def listed(fs: Any, path: str) -> list[dict[str, Any]]:
@@ -95,15 +99,19 @@ class RemotePath:
         for item in found:
             path = RemotePath(f"{scheme}://{item['name']}")
             if item["type"] == "directory":
-                yield from path.files()
+                yield from path._listed()
             elif item["name"].startswith(f"{prefix}/"):
-                yield path
+                yield path, int(item["size"])
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """The objects below whose path matches; `*` may stand for slashes too."""
         for path in self.files():
             if fnmatch.fnmatchcase(str(path.relative_to(self)), pattern):
                 yield path
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each object below by its path relative to this one: one listing a folder."""
+        return {str(path.relative_to(self)): size for path, size in self._listed()}
 
     def read_bytes(self) -> bytes:
         """The object's bytes."""

@@ -102,6 +102,11 @@ class Mount:
         )
         self._starts = tuple(f"{name.rstrip('/')}/" for name in sorted(starts))
 
+    @property
+    def below(self) -> str:
+        """What a path has before its key; "" for nothing."""
+        return self._below
+
     def require(self) -> None:
         """Stop early where all images would be missing.
 

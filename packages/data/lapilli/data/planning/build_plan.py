@@ -18,8 +18,9 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.mounts import Located
 from lapilli.data.planning.incremental import UNUSED_STAMP, Previous, Stamped, TokenGroup
+from lapilli.data.planning.parts.entries import Entries
+from lapilli.data.planning.parts.entry_views import PackedRecords
 from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task, TokenTask
-from lapilli.data.record import PackedEntry
 from lapilli.data.sources.tally import Tally
 from lapilli.data.text.encode import TokenizerFacts
 from lapilli.data.text.templates import Template
@@ -86,7 +87,6 @@ class BuildPlan:
         entries: Every element of every source with its verdict so far, in order.
         images: The distinct images of the records still kept, by image id.
         stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
-        entry_images: Image ids of each entry, () for one not kept.
         repairs: How many keys were mended, by kind.
         repaired: Every key that was mended, with the file it is read from; see `REPAIRS_SCHEMA`.
         tallies: By source, the fields that nothing reads and the members of archives.
@@ -102,10 +102,9 @@ class BuildPlan:
     """
 
     config: BuildConfig
-    entries: list[PackedEntry]
+    entries: Entries
     images: dict[str, Located]
     stamped: list[Stamped]
-    entry_images: list[tuple[str, ...]]
     repairs: dict[str, int]
     repaired: pa.Table
     tallies: dict[str, Tally]
@@ -146,9 +145,9 @@ class BuildPlan:
         """Every shard that is to be there, finished or not."""
         return [*self.token_tasks(), *self.image_tasks(), *self.target_tasks()]
 
-    def kept_packed(self) -> list[bytes]:
+    def kept_packed(self) -> PackedRecords:
         """The kept records, packed; `TokenGroup.kept` counts them."""
-        return [e.packed for e in self.entries if e.verdict.kept and e.packed is not None]
+        return PackedRecords(self.entries, self.entries.kept)
 
 
 def source_bytes(place: Located) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from lapilli.data.io.remote_path import open_output
 from lapilli.data.mounts import Located
 from lapilli.data.planning.build_plan import TargetPlan, ViewPlan, source_bytes
 from lapilli.data.planning.incremental import Previous, Stamped, TokenGroup, keep_image_shards
+from lapilli.data.planning.parts.entries import Entries
+from lapilli.data.planning.parts.entry_views import EntryImages, PackedRecords
 from lapilli.data.planning.shard_task import RAW, ImageTask, TargetTask, TokenTask, writer_version
 from lapilli.data.shards.manifest import digest
 from lapilli.data.text.encode import TokenizerFacts
@@ -123,7 +125,7 @@ def _kept_shards(
 
 def describe_tokens(
     groups: Iterable[TokenGroup],
-    records: Sequence[tuple[bytes, tuple[str, ...]]],
+    entries: Entries,
     folder: str,
     config: BuildConfig,
     tokenizer: TokenizerFacts,
@@ -133,7 +135,7 @@ def describe_tokens(
 
     Args:
         groups: The rows of each shard.
-        records: The kept records, packed, each with the ids of its images.
+        entries: The entries; the groups count those that are kept.
         folder: Where the shards lie below the output.
         config: The settings.
         tokenizer: Facts of the tokenizer.
@@ -145,13 +147,13 @@ def describe_tokens(
         if group.facts is not None:
             shards.append(group.facts)
             continue
-        rows = [records[place] for place in group.kept if place is not None]
+        rows = entries.kept[[place for place in group.kept if place is not None]]
         mark = digest([(name, stamp.hex()) for name, stamp in group.rows])[:12]
         task = TokenTask(
             name=f"{folder}/{group.number:05d}-{mark}.arrow",
             writer=writer,
-            packed=tuple(packed for packed, _ in rows),
-            image_ids=tuple(images for _, images in rows),
+            packed=PackedRecords(entries, rows),
+            image_ids=EntryImages(entries, rows),
             tokenizer=config.tokenizer,
             fingerprint=tokenizer.fingerprint,
             template=template,

@@ -11,6 +11,7 @@ from lapilli.data.io.access import exists
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.planning.build_plan import source_bytes
+from lapilli.data.planning.parts.entry_views import packed_bytes
 from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task
 
 __all__ = [
@@ -46,7 +47,7 @@ def task_bytes(task: Task) -> int:
     """Bytes that a task's shard will take: exact for raw pixels, estimated for the rest."""
     if not isinstance(task, ImageTask):
         # A token of four letters takes as many bytes as its letters.
-        return sum(map(len, task.packed)) + TOKEN_ROW_BYTES * len(task.packed)
+        return packed_bytes(task.packed) + TOKEN_ROW_BYTES * len(task.packed)
     if isinstance(task, TargetTask):
         return len(task.images) * task.target.image_bytes
     if task.encoding.kind == ORIGINAL:

@@ -67,8 +67,8 @@ class TokenGroup:
     """
 
     number: int
-    rows: tuple[Stamped, ...]
-    kept: tuple[int | None, ...]
+    rows: Sequence[Stamped]
+    kept: Sequence[int | None]
     facts: ShardFacts | None = None
 
 
@@ -104,8 +104,8 @@ def image_stamp(place: Located) -> bytes:
 
 def row_stamp(packed: bytes, image_ids: Sequence[str]) -> bytes:
     """What tells one record with its images from another."""
-    # marshal's later formats write what happens to be shared or interned; 0 knows neither.
-    return _stamp(marshal.dumps((marshal.loads(packed), tuple(image_ids)), 0))
+    # As marshal writes the pair of both; its format 0 knows no references between values.
+    return _stamp(b"(\2\0\0\0" + packed + marshal.dumps(tuple(image_ids), 0))
 
 
 def _stamp(data: bytes) -> bytes:
@@ -155,9 +155,17 @@ def arrange_tokens(
         folder: Where shards of this tokenizer and template lie, relative to `output`.
         previous: The dataset there.
     """
+    old = list(_old_groups(previous, folder))
+    if not old:  # nothing to compare with: no record is looked at
+        starts = range(0, len(records), size)
+        parts = ((start, min(start + size, len(records))) for start in starts)
+        return [
+            TokenGroup(number, records[start:end], range(start, end))
+            for number, (start, end) in enumerate(parts)
+        ]
     wanted = {record: place for place, record in enumerate(records)}
     groups: list[TokenGroup] = []
-    for number, facts, rows in _old_groups(previous, folder):
+    for number, facts, rows in old:
         kept = tuple(wanted.get(row) for row in rows)
         if None not in kept:
             groups.append(TokenGroup(number, rows, kept))

@@ -33,12 +33,14 @@ class Pool:
         sources: The source of each.
         images: The image ids of each.
         tokens: int64 [n], text tokens of each.
+        image_counts: int64 [n], images of each, where they are known without `images`.
     """
 
     sample_ids: Sequence[str]
     sources: Sequence[str]
     images: Sequence[Sequence[str]]
     tokens: NDArray[np.int64]
+    image_counts: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def blend(pool: Pool, config: MixtureConfig, names: Sequence[str]) -> Blend:
         DataError: A source has nothing to give, or nothing is left to train on.
     """
     held = _hold_out(pool, config)
-    images = np.array([len(ids) for ids in pool.images], dtype=np.int64)
+    images = pool.image_counts
+    if images is None:
+        images = np.array([len(ids) for ids in pool.images], dtype=np.int64)
     tokens = pool.tokens + images * config.image_tokens
     sizes = tokens if config.unit == "tokens" else np.ones_like(tokens)
     source = np.array([names.index(name) for name in pool.sources], dtype=np.int64)

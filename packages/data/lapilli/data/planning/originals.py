@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +17,6 @@ from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.mounts import Located
 from lapilli.data.mounts.places import Member
 from lapilli.data.planning.incremental import Previous, row_stamp
-from lapilli.data.record import Entry, Verdict, pack
 from lapilli.data.shards.checks import only_chunk
 from lapilli.data.shards.files import check_table, open_table
 from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, TOKEN_SCHEMA
@@ -56,17 +54,20 @@ class Originals:
         """Whether there are any."""
         return self._previous is not None
 
-    def locate(self, entry: Entry, missing: Entry) -> tuple[Entry, tuple[Located, ...]]:
-        """An entry with the places of its images' bytes in the dataset, or else as `missing`."""
-        if entry.record is None or entry.sample_id not in self._rows:
-            return missing, ()
-        stamp, images = self._rows[entry.sample_id]
-        if row_stamp(pack(entry.record), images) != stamp:
-            return missing, ()
+    def locate(self, sample_id: str, packed: bytes) -> tuple[Located, ...]:
+        """The places in the dataset of a record's images; none if they are not all there.
+
+        Args:
+            sample_id: The record's.
+            packed: The record, packed.
+        """
+        if sample_id not in self._rows:
+            return ()
+        stamp, images = self._rows[sample_id]
+        if row_stamp(packed, images) != stamp:
+            return ()
         places = tuple(self._places[name] for name in images if name in self._places)
-        if len(places) < len(images):
-            return missing, ()
-        return replace(entry, verdict=Verdict()), places
+        return places if len(places) == len(images) else ()
 
     def stamp(self, place: Located) -> bytes | None:
         """The stamp of the file behind a place in the dataset; None for other places."""

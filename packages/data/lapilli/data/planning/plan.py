@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
-
-import pyarrow as pa
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
@@ -24,8 +22,6 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import is_folder
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import open_output
-from lapilli.data.mounts import Located
-from lapilli.data.mounts.repairs import repairs_table
 from lapilli.data.planning.build_plan import BuildPlan, TargetPlan
 from lapilli.data.planning.describe_shards import (
     ImageSlots,
@@ -40,18 +36,16 @@ from lapilli.data.planning.incremental import (
     arrange_tokens,
     image_stamp,
     read_previous,
-    row_stamp,
 )
-from lapilli.data.planning.located_entries import entries_of, locate_images, open_mount, take_back
 from lapilli.data.planning.mixture import check_sources, num_held_out
 from lapilli.data.planning.originals import Originals
-from lapilli.data.planning.progress import paced
+from lapilli.data.planning.parts.entries import Entries
+from lapilli.data.planning.parts.entry_views import PackedRecords, StampedRows
+from lapilli.data.planning.parts.read_sources import Reading, read_sources
 from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.shard_task import TokenTask, writer_version
 from lapilli.data.record import (
-    Entry,
     ImagePart,
-    PackedEntry,
     Reason,
     Record,
     TextPart,
@@ -61,8 +55,6 @@ from lapilli.data.record import (
     unpack,
 )
 from lapilli.data.shards.manifest import FORMAT, digest
-from lapilli.data.sources.tally import Tally
-from lapilli.data.sources.validation import Rules
 from lapilli.data.text.encode import (
     TokenizerFacts,
     bind_template,
@@ -75,25 +67,29 @@ from lapilli.data.text.llava_compat import encode_as_llava
 from lapilli.data.text.templates import Template, get_template, template_facts
 from lapilli.data.text.tokenizer import check_agreement
 
-__all__ = ["check_quarantined", "plan_build", "quarantine_error"]
+__all__ = ["check_quarantined", "plan_build"]
 
 # `original` is decoded, and not resized
+READING = Reading()
 VERIFIED = ImageSpec(size=1, fill=(0, 0, 0), aspect="stretch")
 
 
 def plan_build(
-    config: BuildConfig, on_progress: Callable[[int], None] = lambda done: None
+    config: BuildConfig,
+    on_progress: Callable[[int], None] = lambda done: None,
+    *,
+    reading: Reading = READING,
 ) -> BuildPlan:
     """Read and check every source, find every image, fix tokenizer, template and codecs.
 
-    `on_progress` is called with the number of records read, about once a second.
+    `on_progress` is called with the number of records read, about once a second. `reading` says how
+    files are read; by default large ones by Ray's tasks, and Ray is started if none is running.
 
     Raises:
         DataError: A folder, file, tokenizer or template that is missing or wrong; nothing kept;
             more quarantined than `max_quarantined`.
     """
-    root = Path(config.root)
-    if not is_folder(root):
+    if not is_folder(root := Path(config.root)):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
     config = replace(config, root=str(root.resolve()), tokenizer=_absolute(config.tokenizer))
     loaded = load_tokenizer(config.tokenizer)
@@ -104,30 +100,27 @@ def plan_build(
     tokenizer = tokenizer_facts(loaded)
     specs = config.views | ({ORIGINAL: VERIFIED} if config.keep_original else {})
     codecs = {v: resolve_for_nodes(_resizer(spec, config.compat)) for v, spec in specs.items()}
-    previous = read_previous(output := open_output(config.output))
-    originals = Originals(previous, output.resolve())
-    rules = record_rules(template, loaded, config.compat)
-    read = _read_sources(config, root, rules, originals, on_progress)
+    previous = read_previous(open_output(config.output))
+    originals = Originals(previous, open_output(config.output).resolve())
+    record_rules(template, loaded, config.compat)  # a template that can write nothing stops here
+    read = read_sources(config, template, originals, on_progress, reading)
     check_quarantined(read.entries, config.max_quarantined)
-    kept = Counter(entry.source for entry in read.entries if entry.verdict.kept)
-    check_sources(config.mixture, kept)
+    check_sources(config.mixture, kept := read.entries.kept_by_source())
     num_held_out(config.mixture, kept.total())  # now, and not when every image is decoded
     check_agreement(loaded, _first_texts(read.entries))
     stamps = {
         name: originals.stamp(place) or image_stamp(place) for name, place in read.located.items()
     }
     slots = ImageSlots(arrange_slots(stamps, previous), read.located, previous)
-    targets = _plan_targets(slots, config)
-    groups, token_shards = _plan_tokens(read, config, tokenizer, template, previous)
+    groups, token_shards = _plan_tokens(read.entries, config, tokenizer, template, previous)
     targets = _plan_targets(slots, config)
     return BuildPlan(
         config=config,
         entries=read.entries,
         images=read.located,
         stamped=slots.stamped,
-        entry_images=read.entry_images,
         repairs=dict(read.repairs),
-        repaired=pa.concat_tables(read.repaired),
+        repaired=read.repaired,
         tallies=read.tallies,
         tokenizer=tokenizer,
         template=template,
@@ -143,71 +136,18 @@ def plan_build(
     )
 
 
-@dataclass
-class _Read:
-    """What was read of the sources; the fields are those of `BuildPlan`."""
-
-    entries: list[PackedEntry] = field(default_factory=list[PackedEntry])
-    entry_images: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
-    located: dict[str, Located] = field(default_factory=dict[str, Located])
-    repairs: Counter[str] = field(default_factory=Counter[str])
-    repaired: list[pa.Table] = field(default_factory=list[pa.Table])
-    tallies: dict[str, Tally] = field(default_factory=dict[str, Tally])
-
-
-def _read_sources(
-    config: BuildConfig,
-    root: Path,
-    rules: Rules,
-    originals: Originals,
-    on_progress: Callable[[int], None],
-) -> _Read:
-    """Every entry of every source with its verdict and its images."""
-    read = _Read()
-    unseen, told = set(config.exclude), paced(on_progress)
-    for source in config.sources:
-        mount = open_mount(source, config, root)
-        if not originals:
-            mount.require()
-        first = len(read.entries)
-        tally = read.tallies[source.name] = Tally()
-        for entry in entries_of(source, root, rules, tally):
-            checked, places = locate_images(_without(entry, unseen), mount)
-            if checked.verdict.reason == Reason.IMAGE_MISSING:
-                checked, places = originals.locate(entry, checked)
-            for place in places:
-                read.located.setdefault(place.image_id, place)
-            read.entries.append(checked.pack())
-            read.entry_images.append(tuple(place.image_id for place in places))
-            told(len(read.entries))
-        take_back(mount.settle(), read.entries, read.entry_images, first)
-        read.repairs.update(mount.repairs)
-        read.repaired.append(repairs_table(source.name, mount.repaired()))
-    used = {name for images in read.entry_images for name in images}
-    read.located = {name: place for name, place in read.located.items() if name in used}
-    on_progress(len(read.entries))
-    _check_all_seen(unseen)
-    return read
-
-
 def _plan_tokens(
-    read: _Read,
+    entries: Entries,
     config: BuildConfig,
     tokenizer: TokenizerFacts,
     template: Template,
     previous: Previous | None,
 ) -> tuple[list[TokenGroup], tuple[TokenTask | ShardFacts, ...]]:
     """The rows of each token shard and its description, over the records still kept."""
-    kept = [
-        (entry.sample_id, entry.packed, images)
-        for entry, images in zip(read.entries, read.entry_images, strict=True)
-        if entry.verdict.kept and entry.packed is not None
-    ]
     output, folder = open_output(config.output), _token_folder(config, tokenizer, template)
-    rows = [(sample_id, row_stamp(packed, images)) for sample_id, packed, images in kept]
+    rows = StampedRows(entries, entries.kept)
     groups = arrange_tokens(output, rows, config.records_per_shard, folder, previous)
-    records = [(packed, images) for _, packed, images in kept]
-    return groups, describe_tokens(groups, records, folder, config, tokenizer, template)
+    return groups, describe_tokens(groups, entries, folder, config, tokenizer, template)
 
 
 def _plan_targets(slots: ImageSlots, config: BuildConfig) -> dict[str, TargetPlan]:
@@ -227,23 +167,6 @@ def _token_folder(config: BuildConfig, tokenizer: TokenizerFacts, template: Temp
 def _deciding(tokenizer: TokenizerFacts) -> list[Any]:
     """What of a tokenizer decides ids: which tokens begin and end a text is set beside the rest."""
     return [tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id]
-
-
-def _check_all_seen(excluded: set[str]) -> None:
-    """What is still to be excluded when all has been read is a mistake."""
-    if excluded:
-        raise DataError(
-            f"exclude: {excerpt(min(excluded))!r} is no record's sample id; expected "
-            "source/record_id as in quarantine.parquet and selection.arrow"
-        )
-
-
-def _without(entry: Entry, excluded: set[str]) -> Entry:
-    """An entry with its verdict if it is one of the `excluded`; takes it out of them."""
-    if entry.sample_id not in excluded:
-        return entry
-    excluded.remove(entry.sample_id)
-    return replace(entry, verdict=Verdict(Reason.EXCLUDED, "named in `exclude`"))
 
 
 def _absolute(tokenizer: str) -> str:
@@ -268,46 +191,44 @@ def _try_out(template: Template, tokenizer: Any, compat: str | None) -> None:
         encode_batch([trial], tokenizer, template)
 
 
-def _kept_records(entries: Iterable[PackedEntry]) -> Iterator[Record]:
-    return (unpack(e.packed) for e in entries if e.packed is not None and e.verdict.kept)
-
-
-def _first_texts(entries: Iterable[PackedEntry], most: int = 512) -> Iterable[str]:
+def _first_texts(entries: Entries, most: int = 512) -> Iterable[str]:
     """What the first records kept say: enough to notice two tokenizers that differ."""
-    records = _kept_records(entries)
+    records = map(unpack, PackedRecords(entries, entries.kept))
     texts = (turn.text for record in records for turn in record.turns if turn.text)
     return islice(texts, most)
 
 
-def check_quarantined(entries: Sequence[Entry | PackedEntry], most: float) -> None:
+def check_quarantined(entries: Entries, most: float) -> None:
     """Stop a build with too many bad records.
 
     Raises:
         DataError: Nothing is kept, or more than the share `most` is quarantined; names the first.
     """
-    bad = [entry for entry in entries if not entry.verdict.kept]
-    if len(bad) == len(entries):
-        raise quarantine_error(bad, len(entries), "nothing is kept")
-    bad = [entry for entry in bad if entry.verdict.reason != Reason.EXCLUDED]  # that is no defect
-    if len(bad) > most * len(entries):
-        raise quarantine_error(bad, len(entries), f"over max_quarantined {most:g}")
+    bad, total = entries.verdicts, len(entries)
+    if len(bad) == total:
+        raise _quarantine_error(entries, bad, "nothing is kept")
+    bad = {row: v for row, v in bad.items() if v.reason != Reason.EXCLUDED}  # that is no defect
+    if len(bad) > most * total:
+        raise _quarantine_error(entries, bad, f"over max_quarantined {most:g}")
 
 
-def quarantine_error(bad: Sequence[Entry | PackedEntry], total: int, why: str) -> DataError:
+def _quarantine_error(entries: Entries, bad: Mapping[int, Verdict], why: str) -> DataError:
     """One line with the counts by reason and the first record of the commonest."""
-    reasons = Counter(str(entry.verdict.reason) for entry in bad).most_common()
+    ordered = {row: bad[row] for row in sorted(bad)}
+    reasons = Counter(str(verdict.reason) for verdict in ordered.values()).most_common()
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons)
-    first = next(entry for entry in bad if str(entry.verdict.reason) == reasons[0][0])
+    first = next(row for row, verdict in ordered.items() if str(verdict.reason) == reasons[0][0])
+    total = len(entries)
     remedy = "fix the input" if len(bad) == total else "fix the input or raise --max_quarantined"
     return DataError(
         f"{len(bad)} of {total} records quarantined, {why}: {counts}; first "
-        f"{excerpt(first.sample_id)}: {first.verdict.detail}; {remedy}"
+        f"{excerpt(entries.names(first)[2])}: {bad[first].detail}; {remedy}"
     )
 
 
 def _digests(
     config: BuildConfig,
-    entries: Iterable[PackedEntry],
+    entries: Entries,
     stamps: dict[str, bytes],
     tokenizer: TokenizerFacts,
     template: Template,
@@ -333,10 +254,9 @@ def _digests(
         "images": digest([[name, stamp.hex()] for name, stamp in stamps.items()]),
         **{f"targets {name}": target.made for name, target in targets.items()},
     }
-    hashes = {
-        source.name: hashlib.sha256(digest(source.facts()).encode()) for source in config.sources
-    }
-    for entry in entries:
-        line = f"{entry.sample_id}\t{entry.verdict.reason}\t{entry.digest.hex()}\n"
-        hashes[entry.source].update(line.encode())
-    return digests | {f"source {name}": found.hexdigest() for name, found in hashes.items()}
+    for number, source in enumerate(config.sources):
+        found = hashlib.sha256(digest(source.facts()).encode())
+        for lines in entries.lines(number):
+            found.update(lines.encode())
+        digests[f"source {source.name}"] = found.hexdigest()
+    return digests

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +18,16 @@ from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.incremental import TokenGroup
 from lapilli.data.planning.mixture import Pool, blend
+from lapilli.data.planning.parts.entries import Entries
+from lapilli.data.planning.parts.entry_views import EntryImages, EntryNames
 from lapilli.data.planning.plan import check_quarantined
 from lapilli.data.record import Entry, PackedEntry, Reason, Verdict, element_digest, element_json
-from lapilli.data.shards.files import open_table
-from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, SELECTION_SCHEMA, TOKEN_SCHEMA, UNUSED
+from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK, TOKEN_SCHEMA, TOKENS_BESIDE, UNUSED
+from lapilli.data.shards.summaries import OpenColumns
 from lapilli.data.sources import get_source
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "ImageRows",
@@ -35,7 +40,6 @@ __all__ = [
     "write_repairs",
 ]
 
-ROWS_AT_ONCE = 8192
 CHANGED = '"the annotation file has changed since this build was planned"'
 
 
@@ -49,79 +53,82 @@ class Selection:
         mixture: The blend's facts.
     """
 
-    entries: list[PackedEntry]
-    columns: dict[str, list[Any]]
+    entries: Entries
+    columns: dict[str, Any]
     mixture: dict[str, Any]
 
     def counts(self) -> dict[str, Any]:
         """Records read, kept and quarantined; by reason and by source."""
-        reasons = Counter(str(e.verdict.reason) for e in self.entries if not e.verdict.kept)
+        reasons = Counter(str(verdict.reason) for verdict in self.entries.verdicts.values())
         return {
             "read": len(self.entries),
-            "kept": len(self.columns["sample_id"]),
+            "kept": len(self.entries.kept),
             "quarantined": reasons.total(),
             "reasons": dict(sorted(reasons.items())),
-            "sources": dict(Counter(entry.source for entry in self.entries)),
+            "sources": self.entries.by_source(),
         }
 
 
-def select(
-    plan: BuildPlan, token_rows: Iterable[Mapping[str, Any]], bad_images: Mapping[str, Verdict]
-) -> Selection:
+def select(plan: BuildPlan, rows: pa.Table, bad_images: Mapping[str, Verdict]) -> Selection:
     """Join the plan's verdicts with the results of decoding and tokenizing.
 
     Args:
         plan: The plan; it is not changed.
-        token_rows: The rows of the token shards that the plan keeps, in the order of its entries.
+        rows: The rows of the token shards that the plan keeps, in the order of its entries, as
+            `read_token_rows` gives them.
         bad_images: Verdict by image id, for the images that some view could not use.
 
     Raises:
         DataError: More is quarantined than the settings allow, or the mixture cannot be made.
     """
-    entries: list[PackedEntry] = []
-    columns: dict[str, list[Any]] = {field.name: [] for field in SELECTION_SCHEMA}
-    kept: list[tuple[str, tuple[str, ...]]] = []
-    rows = iter(token_rows)
-    for entry, images in zip(plan.entries, plan.entry_images, strict=True):
-        if not entry.verdict.kept:
-            entries.append(entry)
-            continue
-        row = next(rows)
-        if row["sample_id"] != entry.sample_id:
-            raise RuntimeError(f"token row {row['sample_id']} where {entry.sample_id} was planned")
-        verdict = _late_verdict(row, images, bad_images, plan.config.compat)
-        entries.append(entry if verdict.kept else replace(entry, verdict=verdict))
-        if verdict.kept:
-            kept.append((entry.source, images))
-            columns["image_slots"].append([plan.slots[image_id] for image_id in images])
-            for name, value in row.items():
-                columns[name].append(value)
-    check_quarantined(entries, plan.config.max_quarantined)
-    pool = Pool(
-        columns["sample_id"],
-        [source for source, _ in kept],
-        [images for _, images in kept],
-        np.array(columns["text_length"], np.int64),
+    planned, before = plan.entries, plan.entries.kept
+    names = planned.sample_ids.take(pa.array(before)).cast(pa.string())
+    if not rows["sample_id"].combine_chunks().equals(names):
+        raise RuntimeError("the token rows are not those of the records that were planned")
+    entries = planned.with_verdicts(
+        _without_training(rows, before, plan.config.compat)
+        | planned.rows_with(_numbered(planned, bad_images))
     )
-    found = blend(pool, plan.config.mixture, [source.name for source in plan.config.sources])
-    columns |= {"split": found.splits, "repeats": found.repeats.tolist()}
+    check_quarantined(entries, plan.config.max_quarantined)
+    kept = entries.kept
+    rows = rows.take(pa.array(np.flatnonzero(np.isin(before, kept))))
+    columns: dict[str, Any] = {name: rows[name].combine_chunks() for name in rows.column_names}
+    slots = np.array([plan.slots[name] for name in entries.image_ids], np.int32)
+    columns["image_slots"] = entries.images_of_kept(slots)
+    names = [source.name for source in plan.config.sources]
+    pool = Pool(
+        sample_ids=EntryNames(entries, kept),
+        sources=[names[number] for number in entries.source_numbers(kept).tolist()],
+        images=EntryImages(entries, kept),
+        image_counts=entries.image_counts[kept],
+        tokens=columns["text_length"].to_numpy().astype(np.int64),
+    )
+    found = blend(pool, plan.config.mixture, names)
+    columns |= {"split": found.splits, "repeats": found.repeats}
     return Selection(entries, columns, found.facts)
 
 
-def _late_verdict(
-    row: Mapping[str, Any],
-    images: Iterable[str],
-    bad_images: Mapping[str, Verdict],
-    compat: str | None,
-) -> Verdict:
-    """The verdict that needed pixels or tokens. LLaVA keeps a sample that trains nothing."""
-    for image_id in images:
-        if image_id in bad_images:
-            return bad_images[image_id]
-    if row["num_trained"] == 0 and compat != "llava":
-        detail = "no token of this record is trained, or an image lies beyond max_text_length"
-        return Verdict(Reason.NO_TRAINED_TOKEN, detail)
-    return Verdict()
+def _numbered(entries: Entries, bad_images: Mapping[str, Verdict]) -> dict[int, Verdict]:
+    """The verdicts on bad images by their place in `image_ids`."""
+    if not bad_images:
+        return {}
+    return {
+        number: bad_images[name]
+        for number, name in enumerate(entries.image_ids)
+        if name in bad_images
+    }
+
+
+def _without_training(
+    rows: pa.Table, kept: NDArray[np.int64], compat: str | None
+) -> dict[int, Verdict]:
+    """The verdicts on records that train nothing, by entry. LLaVA keeps them."""
+    if compat == "llava":
+        return {}
+    detail = "no token of this record is trained, or an image lies beyond max_text_length"
+    verdict = Verdict(Reason.NO_TRAINED_TOKEN, detail)
+    nothing = np.flatnonzero(rows["num_trained"].to_numpy() == 0)
+    return dict.fromkeys(kept[nothing].tolist(), verdict)
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,12 @@ class ImageRows:
         return {note: count for note, count in sorted(found.items()) if count}
 
 
-def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
+def read_image_rows(open_columns: OpenColumns, shards: Iterable[ShardFacts]) -> ImageRows:
     """Read images' statuses and notes from their shards, without pixels."""
     bad: dict[str, Verdict] = {}
     notes: dict[str, set[str]] = {}
     for shard in shards:
-        table = open_table(output, shard, IMAGE_SCHEMA, ["image_id", "status", "detail"])
+        table = open_columns(shard, IMAGE_SCHEMA, ["image_id", "status", "detail"])
         status = table["status"].to_numpy()
         for row in np.flatnonzero((status != OK) & (status != UNUSED)):
             image_id = table["image_id"][int(row)].as_py()
@@ -161,26 +168,32 @@ def read_image_rows(output: Output, shards: Iterable[ShardFacts]) -> ImageRows:
 
 
 def read_token_rows(
-    output: Output, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
-) -> Iterator[dict[str, Any]]:
+    open_columns: OpenColumns, shards: Iterable[ShardFacts], groups: Sequence[TokenGroup]
+) -> pa.Table:
     """What `select` needs of each token row that is wanted, with the row's place.
 
     `groups` says which record of the plan each row is; the rows come in the order of the records.
     """
-    names = ["sample_id", "text_length", "num_trained", "llava_length"]
-    tables = [open_table(output, shard, TOKEN_SCHEMA, names) for shard in shards]
-    if not tables:
-        return
-    table = pa.concat_tables(tables)
+    names = [*TOKENS_BESIDE]
+    tables = [open_columns(shard, TOKEN_SCHEMA, names) for shard in shards]
     sizes = [len(part) for part in tables]
-    shard = np.repeat(np.arange(len(sizes)), sizes)
-    row = np.concatenate([np.arange(size) for size in sizes])
-    record = np.array([-1 if k is None else k for group in groups for k in group.kept], np.int64)
+    shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    row = np.concatenate([np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in sizes)])
+    table = pa.concat_tables([TOKEN_SCHEMA.empty_table().select(names), *tables])
+    table = table.append_column("token_shard", pa.array(shard))
+    table = table.append_column("token_row", pa.array(row))
+    record = np.concatenate([np.zeros(0, np.int64), *map(_places, groups)])
+    if (np.diff(record) == 1).all() and record[:1].tolist() == [0]:
+        return table  # of a new dataset: all rows, in order
     order = np.argsort(record, kind="stable")[(record < 0).sum() :]
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        chosen = order[start : start + ROWS_AT_ONCE]
-        for place, found in zip(chosen, table.take(chosen).to_pylist(), strict=True):
-            yield {**found, "token_shard": int(shard[place]), "token_row": int(row[place])}
+    return table.take(pa.array(order))
+
+
+def _places(group: TokenGroup) -> NDArray[np.int64]:
+    """int64 [rows], the record of each row; -1 for one that is not wanted."""
+    if isinstance(group.kept, range):
+        return np.arange(group.kept.start, group.kept.stop)
+    return np.array([-1 if place is None else place for place in group.kept], np.int64)
 
 
 def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
@@ -197,11 +210,9 @@ def quarantine_table(entries: Sequence[Entry | PackedEntry]) -> pa.Table:
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-def write_quarantine(
-    path: Output, entries: Sequence[PackedEntry], config: BuildConfig
-) -> ShardFacts:
+def write_quarantine(path: Output, entries: Entries, config: BuildConfig) -> ShardFacts:
     """Write every entry that is not kept as Parquet, with what its file says of it; its facts."""
-    bad = [entry for entry in entries if not entry.verdict.kept]
+    bad = list(entries.bad())
     texts = _read_again(entries, config)
     table = quarantine_table([replace(e, raw_json=e.raw_json or texts[e.sample_id]) for e in bad])
     facts = write_atomic(
@@ -218,18 +229,18 @@ def write_repairs(path: Output, repaired: pa.Table) -> ShardFacts:
     return replace(facts, rows=len(repaired))
 
 
-def _read_again(entries: Sequence[PackedEntry], config: BuildConfig) -> dict[str, str]:
+def _read_again(entries: Entries, config: BuildConfig) -> dict[str, str]:
     """The elements, by sample id, of the entries that were kept until pixels or tokens were seen.
 
     A source has an entry for each of its elements, in order.
     """
     found: dict[str, str] = {}
-    for source in config.sources:
-        own = [entry for entry in entries if entry.source == source.name]
+    for number, source in enumerate(config.sources):
+        first, last = entries.starts[number : number + 2].tolist()
         wanted = {
-            place: entry
-            for place, entry in enumerate(own)
-            if not entry.verdict.kept and entry.raw_json is None
+            row - first: entries[row]
+            for row in entries.verdicts
+            if first <= row < last and row not in entries.texts
         }
         if not wanted:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -66,8 +67,8 @@ class TokenTask:
 
     name: str
     writer: str
-    packed: tuple[bytes, ...]
-    image_ids: tuple[tuple[str, ...], ...]
+    packed: Sequence[bytes]
+    image_ids: Sequence[tuple[str, ...]]
     tokenizer: str
     fingerprint: str
     template: Template

@@ -6,11 +6,12 @@ stands for a whole file or for none.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ from lapilli.data.record import excerpt
 from lapilli.data.shards.schemas import COLUMN_TYPES, NULLABLE
 
 __all__ = [
+    "StoredShard",
     "begin_shard",
     "check_table",
+    "facts_name",
     "finished_facts",
     "open_table",
     "stand_for",
+    "stored_shard",
     "write_shard",
 ]
 
@@ -56,15 +60,22 @@ def write_shard(
 
 
 def begin_shard(
-    output: Output, name: str, columns: Mapping[str, Iterable[Any]], schema: pa.Schema
+    output: Output,
+    name: str,
+    columns: Mapping[str, Iterable[Any]],
+    schema: pa.Schema,
+    beside: Sequence[str] = (),
 ) -> Callable[[], ShardFacts]:
-    """Write a shard's rows now; the returned function finishes it, as with `begin_atomic`."""
+    """Write a shard's rows now; the returned function finishes it, as with `begin_atomic`.
+
+    The columns `beside` are written beside the shard's facts too, for `stored_shard`.
+    """
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
         for field, column in ((field, columns[field.name]) for field in schema)
     ]
     batch = pa.record_batch(arrays, schema=schema)
-    rows = batch.num_rows
+    rows, small = batch.num_rows, _as_text(batch.select([*beside])) if beside else ""
 
     def write(temporary: Path) -> None:
         with (
@@ -78,11 +89,14 @@ def begin_shard(
     finish_file = begin_atomic(target, write)
 
     def finish() -> ShardFacts:
-        facts = replace(finish_file(), path=name, rows=rows)
-        write_json(_facts_path(target), asdict(facts))
+        made = finish_file()
+        facts = StoredShard(
+            path=name, rows=rows, bytes=made.bytes, sha256=made.sha256, columns=small
+        )
+        write_json(_facts_path(target), asdict(facts if small else facts.facts))
         if isinstance(target, Path):
             drop_page_cache(target)
-        return facts
+        return facts if small else facts.facts
 
     return finish
 
@@ -134,7 +148,69 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _facts_path(path: Output) -> Output:
-    return path.with_name(f"{path.name}.json")
+    return path.with_name(facts_name(path.name))
+
+
+def facts_name(name: str) -> str:
+    """The name of the file with a shard's facts."""
+    return f"{name}.json"
+
+
+@dataclass(frozen=True)
+class StoredShard(ShardFacts):
+    """A shard's facts with its small columns; equal to the facts alone.
+
+    `columns` is an Arrow stream in base64, or empty.
+    """
+
+    columns: str = field(default="", repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShardFacts) and self.facts == _plain(other)
+
+    def __hash__(self) -> int:
+        return hash(self.facts)
+
+    @property
+    def facts(self) -> ShardFacts:
+        """The facts alone."""
+        return _plain(self)
+
+    def table(self, names: Sequence[str]) -> pa.Table | None:
+        """Some of the small columns; None if they are not all there, or damaged."""
+        try:
+            table = pa.ipc.open_stream(base64.b64decode(self.columns)).read_all()
+            check_table(table, self.rows, names)
+        except (ValueError, pa.ArrowException):
+            return None
+        return table.select([*names])
+
+
+def _plain(facts: ShardFacts) -> ShardFacts:
+    return ShardFacts(facts.path, facts.rows, facts.bytes, facts.sha256)
+
+
+def _as_text(batch: pa.RecordBatch) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return base64.b64encode(sink.getvalue()).decode()
+
+
+def stored_shard(output: Output, name: str) -> StoredShard | None:
+    """What lies beside a shard; None if there is nothing that can be used.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    path = output / facts_name(name)
+    try:
+        found = from_json(read_whole(path), StoredShard)
+    except (OSError, JsonError) as error:
+        if is_denied(error):
+            raise DataError(cannot_read(path, error)) from None
+        return None
+    return found if found.path == name else None
 
 
 def finished_facts(output: Output, name: str) -> ShardFacts | None:
@@ -146,17 +222,20 @@ def finished_facts(output: Output, name: str) -> ShardFacts | None:
         DataError: It cannot be read: it may be whole, and is not made again.
     """
     path = output / name
+    stored = stored_shard(output, name)
+    if stored is None:
+        return None
+    facts = stored.facts
     try:
-        facts = from_json(read_whole(_facts_path(path)), ShardFacts)
         if isinstance(path, RemotePath):
             whole = path.size == facts.bytes
         else:
             whole = path.stat().st_size == facts.bytes and sha256_file(path) == facts.sha256
-    except (OSError, JsonError) as error:
+    except OSError as error:
         if is_denied(error):
             raise DataError(cannot_read(error.filename or path, error)) from None
         return None
-    return facts if whole and facts.path == name else None
+    return facts if whole else None
 
 
 def open_table(

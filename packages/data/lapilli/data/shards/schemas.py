@@ -7,13 +7,16 @@ import pyarrow as pa
 __all__ = [
     "FAST_COLUMNS",
     "HELD_OUT",
+    "IMAGE_BULK",
     "IMAGE_SCHEMA",
     "INPUT_SCHEMA",
     "JPEG_SCHEMA",
     "OK",
     "REFUSED",
     "SELECTION_SCHEMA",
+    "TARGETS_BESIDE",
     "TARGET_SCHEMA",
+    "TOKENS_BESIDE",
     "TOKEN_SCHEMA",
     "TRAIN",
     "UNUSED",
@@ -112,6 +115,16 @@ SELECTION_SCHEMA = pa.schema(
         ("repeats", pa.int32()),  # how often the row occurs in an epoch of its split
     ]
 )
+
+
+# What finishing a build asks of its shards, which lies beside them too.
+TOKENS_BESIDE = ("sample_id", "text_length", "num_trained", "llava_length")
+
+
+TARGETS_BESIDE = ("status", "squared_difference", "squared_length")
+
+
+IMAGE_BULK = frozenset({"pixels", "source_width", "source_height", "encoding"})  # it never asks
 
 
 _SCHEMAS = (JPEG_SCHEMA, TARGET_SCHEMA, FAST_COLUMNS, INPUT_SCHEMA, TOKEN_SCHEMA, SELECTION_SCHEMA)

@@ -29,7 +29,7 @@ from lapilli.data.sources.fields import NOTHING, Inspection
 from lapilli.data.sources.reading import caption_tables, json_stream, text_files
 from lapilli.data.sources.turns import Turns
 
-__all__ = ["SOURCES", "Source", "Turns", "get_source"]
+__all__ = ["SOURCES", "Source", "Turns", "get_source", "reads_json"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ SOURCES: dict[str, Source] = {
     "parquet": Source(parquet.read, rows.normalise, rows.inspect),
     "webdataset": Source(webdataset.read, webdataset.normalise, webdataset.inspect),
 }
+
+
+def reads_json(name: str) -> bool:
+    """Whether a format is elements of JSON files that can be read by byte ranges."""
+    return get_source(name).read is json_stream.read
 
 
 def get_source(name: str) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,16 +49,18 @@ class Tally:
     Attributes:
         fields: Records by the name of a field that nothing reads.
         members: The members of its archives, for a source of archives, when all is read.
+        most: Names that are counted apart, those met first.
     """
 
     fields: Counter[str] = field(default_factory=Counter[str])
     members: Members | None = None
+    most: int = MOST_NAMES
 
-    def count(self, names: tuple[str, ...]) -> None:
-        """Count one record's fields, each name once."""
+    def count(self, names: Iterable[str], times: int = 1) -> None:
+        """Count some records' fields, each name once."""
         for name in dict.fromkeys(names):
-            known = name in self.fields or len(self.fields) < MOST_NAMES
-            self.fields[name if known else OTHER_NAMES] += 1
+            known = name in self.fields or len(self.fields) < self.most
+            self.fields[name if known else OTHER_NAMES] += times
 
 
 def tally_facts(tallies: Mapping[str, Tally]) -> dict[str, Any]:

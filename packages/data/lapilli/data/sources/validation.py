@@ -26,7 +26,10 @@ from lapilli.data.sources.reading.bounds import TOO_DEEP, Unreadable
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.sources.tally import Members, Tally
 
-__all__ = ["Rules", "check_record", "plain_rules", "read_entries"]
+__all__ = [
+    "Rules", "check_record", "elements_of", "judge", "plain_rules", "read_entries", "record_id_of",
+    "unique_id",
+]  # fmt: skip
 
 Rules: TypeAlias = Callable[[Record], tuple[Record, Verdict]]
 """The record as it is to be used, and the verdict on it, its images unseen."""
@@ -113,24 +116,35 @@ def read_entries(
     source = get_source(config.format)
     tally = tally or Tally()
     seen: Counter[str] = Counter()
-    for place, element in enumerate(_elements(source.read(config, root), tally)):
-        yield _entry(config, source, element, place, seen, rules, tally)
+    for place, element in enumerate(elements_of(source.read(config, root), tally)):
+        record_id = record_id_of(element)
+        record_id = f"@{place}" if record_id is None else record_id
+        sample_id = f"{config.name}/{unique_id(record_id, seen)}"
+        yield judge(element, (record_id, sample_id), config, source, rules, tally)
 
 
-def _elements(reading: Iterator[Any], tally: Tally) -> Iterator[Any]:
+def elements_of(reading: Iterator[Any], tally: Tally) -> Iterator[Any]:
     """A reader's elements; what it returns in the end is the members of its archives."""
     members = yield from reading
     if isinstance(members, Members):
         tally.members = members
 
 
-def _entry(
-    config: SourceConfig, source: Source, element: Any, place: int, seen: Counter[str],
-    rules: Rules, tally: Tally,
+def judge(
+    element: Any, ids: tuple[str, str], config: SourceConfig, source: Source, rules: Rules,
+    tally: Tally,
 ) -> Entry:  # fmt: skip
-    name = config.name
-    record_id = _record_id(element, place)
-    sample_id = f"{name}/{_unique(record_id, seen)}"
+    """One element as an entry with its verdict, its images unseen.
+
+    Args:
+        element: The element.
+        ids: Its record id and its sample id; no verdict depends on them.
+        config: Its source.
+        source: The format.
+        rules: The build's.
+        tally: Takes the names of fields that nothing reads.
+    """
+    name, (record_id, sample_id) = config.name, ids
     entry = partial(Entry, source=name, record_id=record_id, sample_id=sample_id)
     if isinstance(element, Unreadable):
         verdict = Verdict(Reason.SCHEMA, element.detail)
@@ -187,7 +201,7 @@ def _below(prefix: str, key: str) -> str:
     return rest.lstrip("/\\") if is_whole else key
 
 
-def _unique(record_id: str, seen: Counter[str]) -> str:
+def unique_id(record_id: str, seen: Counter[str]) -> str:
     """A repeated id gets `#2`, `#3`, ...; one that the file itself spells so is stepped over."""
     candidate = record_id
     while candidate in seen:
@@ -197,9 +211,9 @@ def _unique(record_id: str, seen: Counter[str]) -> str:
     return candidate
 
 
-def _record_id(element: Any, place: int) -> str:
-    """The file's own id as text; an element without one is called by its place."""
+def record_id_of(element: Any) -> str | None:
+    """The file's own id as text; None for an element without one, which its place stands for."""
     found = element.get("id") if isinstance(element, dict) else None
     if not isinstance(found, (str, int, float)) or found == "":
-        return f"@{place}"
+        return None
     return str(found).encode("utf-8", "backslashreplace").decode()

@@ -31,6 +31,7 @@ __all__ = [
     "annotation_files",
     "annotation_folder",
     "annotation_places",
+    "compressed",
     "file_error",
     "is_compressed",
     "open_annotations",
@@ -187,7 +188,12 @@ def open_annotations(place: Output, most_unpacked: int = MOST_UNPACKED) -> Binar
 def is_compressed(path: Path) -> bool:
     """Whether a file on a disk is packed as a whole, by its first bytes."""
     with path.open("rb") as file:
-        return file.read(len(XZ)).startswith((GZIP, ZSTD, XZ, b"BZh"))
+        return compressed(file.read(len(XZ)))
+
+
+def compressed(start: bytes) -> bool:
+    """Whether a file that starts like this is packed as a whole."""
+    return start.startswith((GZIP, ZSTD, XZ, b"BZh"))
 
 
 def _open(place: Output) -> BinaryIO:

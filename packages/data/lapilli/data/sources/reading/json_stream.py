@@ -8,7 +8,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
@@ -33,7 +33,7 @@ from lapilli.data.sources.reading.files import (
 )
 from lapilli.data.sources.reading.json_scanner import Scanner
 
-__all__ = ["read", "read_items", "read_json"]
+__all__ = ["read", "read_items", "read_json", "read_lines"]
 
 Element = TypeVar("Element")
 
@@ -183,14 +183,28 @@ def _object_items(file: TextIO, most: int) -> Iterator[tuple[str, Any]]:
 
 
 def _read_lines(path: Output, bounds: Bounds) -> Iterator[Any]:
+    with open_annotations(path, bounds.unpacked) as file:
+        yield from read_lines(file, path, bounds)
+
+
+def read_lines(file: BinaryIO, path: Output, bounds: Bounds) -> Iterator[Any]:
+    """The elements of JSON lines, or `Unreadable`; empty lines are passed over.
+
+    Args:
+        file: Their bytes.
+        path: The file, for an error.
+        bounds: The source's.
+
+    Raises:
+        DataError: A line is no JSON, or cannot be read.
+    """
     number = 0
     try:
-        with open_annotations(path, bounds.unpacked) as file:
-            for number, line in enumerate(bounded_lines(file, bounds.record), start=1):
-                if isinstance(line, Unreadable):
-                    yield line
-                elif line.strip():
-                    yield _parsed_line(path, number, line)
+        for number, line in enumerate(bounded_lines(file, bounds.record), start=1):
+            if isinstance(line, Unreadable):
+                yield line
+            elif line.strip():
+                yield _parsed_line(path, number, line)
     except (*DAMAGED, MemoryError) as error:
         if is_denied(error):
             raise file_error(path, error) from None
