@@ -9,7 +9,6 @@ be mapped somewhere: on POSIX its pages stay until the last map is gone, and its
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -20,16 +19,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.cluster_metrics import add
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, exists, naming
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_atomic
+from lapilli.data.io.file_lock import file_lock
 from lapilli.data.io.filesystems import is_remote, open_storage, split_address
+from lapilli.data.io.local_copy import cache_root
 from lapilli.data.record import excerpt
 from lapilli.data.shards.manifest import NAME, read_manifest
 
 __all__ = ["Mirror", "dataset_folder", "open_mirror", "parse_bytes"]
 
-CACHE, CACHE_LIMIT = "LAPILLI_CACHE", "LAPILLI_CACHE_LIMIT"
+CACHE_LIMIT = "LAPILLI_CACHE_LIMIT"
 TRIES = 5  # of a copy that fails or arrives damaged, the last after 7.5 s
 PART = 8 * 2**20
 WAIT = 0.1  # seconds between two looks for room
@@ -74,16 +76,19 @@ class Mirror:
                 is below its size.
         """
         path = self.folder / shard.path
-        with _lock(_lock_path(path)):
+        with file_lock(_lock_path(path)):
             try:
                 if path.stat().st_size == shard.bytes:
                     with contextlib.suppress(PermissionError):  # another user's copy
                         os.utime(path)  # when it was read last
+                    add("lapilli_cache_hits", 1, self.address)
                     yield self.folder
                     return
             except FileNotFoundError:
                 pass
             self._copy(shard, path)
+            add("lapilli_cache_misses", 1, self.address)
+            add("lapilli_cache_bytes", shard.bytes, self.address)
             yield self.folder
 
     def read_manifest(self) -> bytes:
@@ -189,7 +194,7 @@ class Mirror:
             ) from None
 
     def _has_reserved(self, shard: ShardFacts, temporary: Path) -> bool:
-        with _lock(self.cache / ".lock"):
+        with file_lock(self.cache / ".lock"):
             if self.limit is not None and not _make_room(self.cache, self.limit - shard.bytes):
                 return False
             with temporary.open("wb") as file:
@@ -212,8 +217,7 @@ def open_mirror(
         DataError: There is no dataset, or a wrong limit.
     """
     address = address.rstrip("/")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapilli"
-    root = Path(cache or os.environ.get(CACHE) or home).absolute()
+    root = cache_root(cache)
     most = limit if limit is not None else os.environ.get(CACHE_LIMIT) or None
     mirror = Mirror(address, root, root, None if most is None else parse_bytes(most))
     data = mirror.read_manifest()
@@ -285,7 +289,7 @@ def _remove_unless_held(path: Path) -> bool:
     if path.name.endswith(TEMPORARY):
         shard = path.with_name(path.name.removeprefix(".").removesuffix(TEMPORARY))
     try:
-        with _lock(_lock_path(shard), wait=False):
+        with file_lock(_lock_path(shard), wait=False):
             path.unlink(missing_ok=True)
     except BlockingIOError:
         return False
@@ -294,29 +298,3 @@ def _remove_unless_held(path: Path) -> bool:
 
 def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
-
-
-def _open_lock(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's: holding it takes no right to write
-        if not exists(path):
-            raise
-        return os.open(path, os.O_RDONLY)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, *, wait: bool = True) -> Generator[None]:
-    """Hold a file's lock; the kernel gives it back when its holder dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_lock(path)
-    except OSError as error:
-        raise DataError(
-            f"cache: {path.parent} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
