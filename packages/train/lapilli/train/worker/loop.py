@@ -8,6 +8,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
+from lapilli.data.cluster_metrics import put
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.tidy import tidy
 from lapilli.train.checkpoint.upload import Uploads
@@ -69,7 +70,11 @@ def fit(ready: Setup) -> None:
             writer.check()
             if stops or _is_due(ready, batches.step):
                 stops = rows.catch_up() or stops
+                began = time.monotonic()
                 _save(ready, batches.step + 1, writer, uploads, now=stops)
+                if ready.is_writer:
+                    waited = time.monotonic() - began
+                    put("lapilli_train_checkpoint_seconds", waited, ready.config.output)
                 start = Mark(ready.device)
             if stops:
                 break
