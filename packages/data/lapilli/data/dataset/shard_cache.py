@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.cluster_metrics import add
+from lapilli.data.dataset.build_settings import CONFIG
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, exists, naming
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_atomic
 from lapilli.data.io.file_lock import file_lock
 from lapilli.data.io.filesystems import is_remote, open_storage, split_address
-from lapilli.data.io.local_copy import cache_root
+from lapilli.data.io.local_copy import cache_root, download
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards.manifest import NAME, read_manifest
 
@@ -108,11 +110,13 @@ class Mirror:
             raise self._unreadable(NAME, error) from None
 
     def check_sizes(self, shards: Iterable[ShardFacts]) -> None:
-        """Notice a shard that is missing or cut at the address; one listing.
+        """Notice a shard that is missing or cut at the address, by one listing, or never fits.
 
         Raises:
             DataError: Names the first such file.
         """
+        shards = [*shards]
+        self._check_limit(max(shards, key=lambda shard: shard.bytes))
         try:
             found: dict[str, Any] = self._storage.find(self._remote("").rstrip("/"), detail=True)
         except OSError as error:
@@ -177,11 +181,7 @@ class Mirror:
 
     def _reserve(self, shard: ShardFacts, temporary: Path) -> None:
         """Take the room a shard needs, from what was read longest ago where there is a limit."""
-        if self.limit is not None and shard.bytes > self.limit:
-            raise DataError(
-                f"cache_limit: {self.limit / 1e6:,.1f} MB; {shard.path} alone has "
-                f"{shard.bytes / 1e6:,.1f} MB; raise it, by default there is none"
-            )
+        self._check_limit(shard)
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)  # a killed process's
@@ -192,6 +192,13 @@ class Mirror:
                 f"cache: {self.cache} has no room for {shard.bytes / 1e6:,.1f} MB of {shard.path} "
                 f"({error.strerror}); free space, set cache_limit, or choose another cache folder"
             ) from None
+
+    def _check_limit(self, shard: ShardFacts) -> None:
+        if self.limit is not None and shard.bytes > self.limit:
+            raise DataError(
+                f"cache_limit: {self.limit / 1e6:,.1f} MB; {shard.path} alone has "
+                f"{shard.bytes / 1e6:,.1f} MB; raise it, by default there is none"
+            )
 
     def _has_reserved(self, shard: ShardFacts, temporary: Path) -> bool:
         with file_lock(self.cache / ".lock"):
@@ -231,7 +238,7 @@ def open_mirror(
 
 
 def dataset_folder(dataset: str | Path) -> Path:
-    """A dataset's folder; of an address this node's copy, in which manifest and tokenizer are.
+    """A dataset's folder; of an address this node's copy of manifest, settings and tokenizer.
 
     Raises:
         DataError: As `open_mirror`.
@@ -242,6 +249,10 @@ def dataset_folder(dataset: str | Path) -> Path:
     for facts in read_manifest(mirror.folder).tokenizer_files:
         with mirror.held(facts):
             pass
+    if not exists(mirror.folder / CONFIG):
+        with contextlib.suppress(FileNotFoundError):  # one of a version that wrote none
+            settings = RemotePath(mirror.address) / CONFIG
+            write_atomic(mirror.folder / CONFIG, lambda path: download(settings, path))
     return mirror.folder
 
 
