@@ -38,6 +38,7 @@ from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.scan import Survey, survey
 from lapilli.data.planning.selection import quarantine_table
 from lapilli.data.record import Entry, Verdict, excerpt
+from lapilli.data.sources.root_address import with_root_address
 from lapilli.data.sources.tally import Tally, describe_tally
 from lapilli.data.sources.validation import Rules, plain_rules
 from lapilli.data.text.encode import bind_template, load_tokenizer
@@ -344,13 +345,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 if a record has a problem."""
     arguments = first_as("data", argv)
     config = parse(
-        CheckConfig, arguments, "Check a mixture's records and images, converting nothing."
-    )
+        CheckConfig, arguments, "Check a mixture's records and images, converting nothing.",
+        addresses=["root", "tokenizer"],
+    )  # fmt: skip
     if config.data:
         return 0 if check(write_recipe(config)).clean else 1
     if not config.root:
         raise UsageError("root: left out; expected --root FOLDER, or an annotation file to look at")
-    return 0 if check(config).clean else 1
+    if is_remote(config.root) and not config.sources:
+        raise UsageError("root: an address and no sources; name a recipe with --config")
+    return 0 if check(with_root_address(config)).clean else 1
 
 
 if __name__ == "__main__":

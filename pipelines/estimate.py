@@ -6,7 +6,7 @@ lapilli estimate --config RECIPE --dataset DIR --output DIR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.io.access import exists
 from lapilli.data.io.printable import bytes_text
+from lapilli.data.io.remote_path import open_output
 from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.model.attention.choice import choose_attention
 from lapilli.model.config import ActivationPolicy
@@ -26,6 +27,7 @@ from lapilli.model.flops import BatchNumbers, model_numbers, step_flops
 from lapilli.model.parts.language import language_settings
 from lapilli.model.peak import peak_flops
 from lapilli.model.vlm import read_outline
+from lapilli.train.checkpoint.at_hand import local_model
 from lapilli.train.config import RunConfig
 from lapilli.train.device import Device, device_memory
 from lapilli.train.driver.communication import communication_seconds
@@ -52,6 +54,7 @@ LOOKED_AT = 2000  # rows
 
 def estimate(config: RunConfig) -> None:
     """Print memory by part and ZeRO stage, activations, disk and time."""
+    config = replace(config, model=local_model(config.model))
     dataset = _open(config)
     language = config.model.language
     if note := choose_attention(language.attention, language_settings(language)).note:
@@ -171,7 +174,7 @@ def _spread(count: int) -> NDArray[np.int64]:
 
 def _open(config: RunConfig) -> Dataset | None:
     """The run's dataset as its model sees it, if it is there yet."""
-    if not exists(Path(config.dataset) / MANIFEST):
+    if not exists(open_output(config.dataset) / MANIFEST):
         say(f"{config.dataset} is no dataset yet: rows of max_length, {config.max_length} tokens")
         return None
     model = read_outline(config.model) or sketch_run(config).model
@@ -217,7 +220,10 @@ def _stages(config: RunConfig, estimate: Estimate, policy: ActivationPolicy) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(RunConfig, argv, "Estimate a training run's memory, disk and time.")
+    config = parse(
+        RunConfig, argv, "Estimate a training run's memory, disk and time.",
+        addresses=["dataset", "output", "init_from", "pretrained"],
+    )  # fmt: skip
     estimate(config)
     return 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.io.access import cannot_read, is_denied, is_folder
 from lapilli.data.io.atomic import write_json, write_text
 from lapilli.data.io.filesystems import is_remote
@@ -21,6 +22,7 @@ from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import read_manifest
 from lapilli.data.shards.schemas import HELD_OUT
+from lapilli.train.checkpoint.at_hand import local_run
 from lapilli.train.checkpoint.find import newest_weights
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.errors import TrainError
@@ -72,11 +74,11 @@ def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         )
     choices = parse_choices(config.choices) if config.choices else ()
     config = _with_dataset(config)
-    manifest = read_manifest(Path(config.dataset))
+    manifest = read_manifest(dataset_folder(config.dataset))
     split = chosen_split(manifest, config.split)
     evaluation = Evaluation(
-        run=Path(config.run).absolute(),
-        dataset=Path(config.dataset).absolute(),
+        run=_absolute(config.run),
+        dataset=_absolute(config.dataset),
         view=config.view,
         split=split,
         template=config.template,
@@ -88,12 +90,16 @@ def _evaluate(config: EvaluateConfig) -> tuple[Scores, list[Answer]]:
         batch=config.batch,
     )
     answers = _answers(evaluation, config)
-    is_known = is_trained_on(Path(config.run), manifest, split)
+    is_known = is_trained_on(local_run(config.run, "run"), manifest, split)
     answers = [replace(answer, split=split, trained_on=is_known) for answer in answers]
     if config.output:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
         write_text(Path(config.output), lines)
     return score(answers), answers
+
+
+def _absolute(place: str) -> str:
+    return place if is_remote(place) else str(Path(place).absolute())
 
 
 def _answers(evaluation: Evaluation, config: EvaluateConfig) -> list[Answer]:
@@ -114,18 +120,14 @@ def _with_dataset(config: EvaluateConfig) -> EvaluateConfig:
     """With the run's own held-out records where no dataset is named."""
     if config.dataset:
         return config
-    if is_published(Path(config.run)):
+    run = local_run(config.run, "run")
+    if is_published(run):
         raise TrainError(
             f"dataset: left out, and {config.run} is no run that holds records out; name a dataset "
             "of questions with --dataset"
         )
-    of_run = read_run_config(Path(config.run))
+    of_run = read_run_config(run)
     other = of_run.validation.dataset
-    if is_remote(other or of_run.dataset):
-        raise TrainError(
-            f"dataset: left out, and the run's is {other or of_run.dataset}; copy it here and name "
-            "it with --dataset"
-        )
     split = config.split if other or config.split != "auto" else HELD_OUT
     return replace(
         config, dataset=other or of_run.dataset, view=config.view or of_run.view, split=split
@@ -180,7 +182,10 @@ def what_was_asked(dataset: str, scores: Scores) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(EvaluateConfig, argv, "Ask a trained model a dataset's questions.")
+    config = parse(
+        EvaluateConfig, argv, "Ask a trained model a dataset's questions.",
+        addresses=["run", "dataset"],
+    )  # fmt: skip
     if config.lmms_eval:
         say_metrics(evaluate_tasks(config))
         return 0
@@ -196,10 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _with_dataset(config)
     say(what_was_asked(config.dataset, scores))
     if config.html:
-        dataset = open_dataset(
-            config.dataset, view=config.view or only_view(Path(config.dataset)), image_tokens=1,
-            split=scores.split,
-        )  # fmt: skip
+        view = config.view or only_view(dataset_folder(config.dataset))
+        dataset = open_dataset(config.dataset, view=view, image_tokens=1, split=scores.split)
         write_score_report(Path(config.html), responses, tables, Pictures(dataset))
         say(f"report: {config.html}")
     return 0

@@ -17,6 +17,7 @@ from lapilli.data.dataset.build_settings import read_build_config
 from lapilli.data.dataset.export_webdataset import export_webdataset
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_folder
+from lapilli.data.io.addresses import refuse_address
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import template_fingerprint
 from lapilli.data.text.encode import tokenizer_facts
@@ -24,6 +25,7 @@ from lapilli.data.text.export_template import TrainedEnd, export_obstacle, expor
 from lapilli.data.text.tokenizer_files import load_tokenizer
 from lapilli.model.interop.hf import Preprocessing, write_hf, write_processor
 from lapilli.model.interop.hf_files import oldest_reader
+from lapilli.train.checkpoint.at_hand import local_run
 from pipelines.cli.command import first_as, parse, progress_bar, run, say
 from pipelines.exports.basic_vlm import to_basic_vlm
 from pipelines.exports.config import ExportConfig
@@ -31,6 +33,7 @@ from pipelines.exports.llava import to_llava, to_peft
 from pipelines.exports.output import (
     filled,
     open_run,
+    stored,
     tokenizer_bytes,
     weight_bytes,
     writing_progress,
@@ -157,12 +160,15 @@ FORMS: dict[str, Callable[[ExportConfig], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(
-        ExportConfig, first_as("run", argv), "Write a dataset or a trained model in another form."
-    )
+        ExportConfig, first_as("run", argv), "Write a dataset or a trained model in another form.",
+        addresses=["output"], copied={"run": local_run},
+    )  # fmt: skip
     if config.to not in FORMS:
         raise DataError(f"to: {config.to!r} is no form; expected one of {', '.join(FORMS)}")
-    with only_writer(Path(config.output), "written", beside=True):
-        FORMS[config.to](config)
+    if config.to == "webdataset":  # which goes on with the tars that are there
+        refuse_address("output", config.output)
+    with stored(config.output) as output, only_writer(Path(output), "written", beside=True):
+        FORMS[config.to](replace(config, output=output))
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import exists, is_folder, naming, require_listable
+from lapilli.data.io.local_copy import local_copy
 from lapilli.data.io.printable import one_line
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
@@ -25,6 +26,7 @@ from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.mounts.places import EXTENSIONS, LARGEST_FILE
 from lapilli.data.record import TextPart, Turn
 from lapilli.model.config import Decoding
+from lapilli.train.checkpoint.at_hand import local_run
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import Assistant, Question, open_assistant
 from pipelines.cli.command import (
@@ -270,7 +272,11 @@ def _batches(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    generate(parse(GenerateConfig, first_as("model", argv), "Ask a trained model about images."))
+    config = parse(
+        GenerateConfig, first_as("model", argv), "Ask a trained model about images.",
+        copied={"model": local_run, "questions": local_copy},
+    )  # fmt: skip
+    generate(config)
     return 0
 
 

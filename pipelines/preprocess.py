@@ -30,6 +30,7 @@ from lapilli.data.planning.build_plan import BuildPlan
 from lapilli.data.planning.disk import task_bytes
 from lapilli.data.planning.plan import plan_build
 from lapilli.data.ray_session import ray_session
+from lapilli.data.sources.root_address import with_root_address
 from lapilli.data.sources.tally import describe_tally
 from pipelines.cli.command import parse, progress_bar, run, say
 from pipelines.cli.progress import build_line
@@ -164,9 +165,10 @@ def print_blend(mixture: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(
-        BuildConfig, argv, "Turn a mixture into a dataset of Arrow shards.", addresses=["output"]
-    )
-    preprocess(config)
+        BuildConfig, argv, "Turn a mixture into a dataset of Arrow shards.",
+        addresses=["output", "root", "tokenizer"],
+    )  # fmt: skip
+    preprocess(with_root_address(config))
     say(f"dataset: {config.output}")
     return 0
 

@@ -17,6 +17,7 @@ from typing import Any
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, require_writable
 from lapilli.data.io.atomic import write_atomic, write_json
+from lapilli.data.io.local_copy import local_copy
 from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.train.errors import TrainError
 from lapilli.train.scoring.answers_file import read_answers, read_rows, with_truth
@@ -132,7 +133,11 @@ def _write(path: Path, data: bytes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(ScoreConfig, first_as("answers", argv), "Score an answers file.")
+    names = ("answers", "truth", "questions")
+    config = parse(
+        ScoreConfig, first_as("answers", argv), "Score an answers file.",
+        copied=dict.fromkeys(names, local_copy),
+    )  # fmt: skip
     say_tables(score(config))
     return 0
 

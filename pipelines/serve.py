@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lapilli.train.checkpoint.at_hand import local_run
 from lapilli.train.device import choose_device, torch_device, visible_devices
 from lapilli.train.inference.assistant import open_assistant
 from pipelines.cli.command import first_as, parse, run, say
@@ -44,7 +45,7 @@ def serve(config: ServeConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     text = "OpenAI's chat completions and a chat page for a trained model."
-    serve(parse(ServeConfig, first_as("model", argv), text))
+    serve(parse(ServeConfig, first_as("model", argv), text, copied={"model": local_run}))
     return 0
 
 

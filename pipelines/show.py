@@ -44,7 +44,7 @@ LONGEST_NAME = 18
 class ShowConfig:
     """What is shown; the meaning of each field is its flag's help."""
 
-    folders: tuple[Path, ...]
+    folders: tuple[str, ...]
     samples: int
     tokens: bool
     view: str
@@ -86,11 +86,11 @@ def read_config(argv: Sequence[str] | None) -> ShowConfig:
     )
     parser.add_argument("--view", type=str, default="", help="a dataset's view; else its first")
     parser.add_argument("--html", type=str, default="", help="write all of it as one page, too")
-    found = read_arguments(parser, argv)
+    found = read_arguments(parser, argv, addresses=["folders"])
     samples = int(found.tokens) if found.samples is None else found.samples
     if samples < 0:
         raise UsageError(f"samples: {samples}; expected 0 or more")
-    folders = tuple(Path(folder) for folder in found.folders)
+    folders = tuple(found.folders)
     return ShowConfig(
         folders=folders, samples=samples, tokens=found.tokens, view=found.view, html=found.html
     )
@@ -108,7 +108,7 @@ def show(config: ShowConfig, console: Console) -> None:
     for description in described:
         if description.sources:
             print_table(sources_table(description, titled=len(described) > 1))
-    names = ", ".join(relative_names(str(folder)) for folder in config.folders)
+    names = ", ".join(relative_names(folder) for folder in config.folders)
     page = Page("lapilli show", names)
     for description in described:
         samples = samples_of(description, config) if config.samples else []
@@ -133,7 +133,7 @@ def side_by_side(described: Sequence[Description]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, highlight=False)
     table.add_column(described[0].kind, style="cyan", overflow="fold")
     for description in described:
-        table.add_column(escape(str(description.path)), overflow="fold", min_width=COLUMN - 4)
+        table.add_column(escape(description.name), overflow="fold", min_width=COLUMN - 4)
     names = dict.fromkeys(name for description in described for name in description.facts)
     between = ", " if len(described) == 1 else "\n"
     for name in names:
@@ -187,7 +187,8 @@ def samples_of(description: Description, config: ShowConfig) -> list[ShownSample
             return _drawn_rows(dataset, plan, config.samples, image_text)
     else:
         view = config.view or next(iter(read_manifest(description.path).views))
-        dataset = open_dataset(description.path, view=view, image_tokens=1)
+        place = description.address or description.path
+        dataset = open_dataset(place, view=view, image_tokens=1)
         image_text = f"<image {dataset.image_size} px>"  # how many tokens is the tower's affair
     places = np.linspace(0, len(dataset) - 1, min(config.samples, len(dataset)))
     return [_sample(dataset, int(place), image_text) for place in np.unique(places.astype(int))]

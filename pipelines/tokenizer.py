@@ -15,6 +15,7 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import require_writable
+from lapilli.data.sources.root_address import with_root_address
 from lapilli.data.sources.validation import read_entries
 from lapilli.data.text.tokenizer_files import has_vocabulary, train_tokenizer
 from pipelines.cli.command import UsageError, parse, run, say
@@ -80,8 +81,10 @@ def _texts(config: TokenizerConfig) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    config = parse(TokenizerConfig, argv, "Train a tokenizer on a mixture's texts.")
-    count = train(config)
+    config = parse(
+        TokenizerConfig, argv, "Train a tokenizer on a mixture's texts.", addresses=["root"]
+    )
+    count = train(with_root_address(config))
     say(f"{config.output}: {config.vocab_size} tokens at most, trained on {count:,} texts")
     return 0
 

@@ -34,6 +34,7 @@ from pipelines.cli.command import (
     run,
     say,
 )
+from pipelines.cli.progress import QUIET, each_while, waiting_line
 from pipelines.cli.terminal import print_table
 from pipelines.reports.run_report import write_run_report
 from pipelines.reports.ticks import duration_text
@@ -42,7 +43,6 @@ __all__ = ["follow", "live_fields", "log_line", "print_preflight", "train"]
 
 RECENT = 20  # steps the live line's figures are of
 STOPPING = "saving a checkpoint, then exiting; press Ctrl-C again to exit now"
-QUIET = 30.0  # seconds between lines where there is no terminal to redraw one on
 
 
 def train(config: RunConfig) -> list[StepMetrics]:
@@ -121,7 +121,12 @@ def follow(ready: Preflight) -> list[StepMetrics]:
                 spoken = time.monotonic()
                 say(log_line(row.done, total, recent, fields))
 
-        metrics = launch(ready, show, lambda: say(STOPPING), say)
+        def tell() -> None:
+            if not done:
+                say(waiting_line("the first step", time.monotonic() - started))
+
+        with each_while(QUIET, tell):
+            metrics = launch(ready, show, lambda: say(STOPPING), say)
     if done:
         seconds = time.monotonic() - started
         say(f"{done} samples in {seconds:.0f} s, starting and ending the workers included")
@@ -213,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(
         RunConfig, argv, "Train a vision-language model on a dataset.",
-        addresses=["dataset", "output"],
+        addresses=["dataset", "output", "init_from", "pretrained"],
     )  # fmt: skip
     train(config)
     say(f"run: {config.output}")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from lapilli.data.dataset.verify import Verification, verify_dataset
 from lapilli.data.io.printable import bytes_text
+from lapilli.data.io.remote_path import Output, open_output
 from pipelines.cli import command
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.reports.describe import kind_of
@@ -25,7 +26,7 @@ DAMAGED = 1  # exit code
 NAMED = 20  # files of a kind, after which they are counted
 
 
-def verify(folder: Path) -> Verification:
+def verify(folder: Output) -> Verification:
     """Verify a dataset with a bar, and print what is damaged or foreign in it."""
     columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn())
     started = time.monotonic()
@@ -50,14 +51,14 @@ def _print_first(lines: Sequence[str]) -> None:
         say(f"  and {len(lines) - NAMED:,} more")
 
 
-def require_dataset(verb: str, folder: Path) -> None:
+def require_dataset(verb: str, folder: Output) -> None:
     """Refuse a run.
 
     Raises:
         UsageError: It is one.
         DataError: It is neither.
     """
-    if kind_of(folder) == "run":
+    if isinstance(folder, Path) and kind_of(folder) == "run":
         raise UsageError(f"{verb}: {folder} is a run; expected datasets")
 
 
@@ -70,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_on_error=False,
     )
     parser.add_argument("folders", nargs="+", type=str, help="datasets")
-    folders = [Path(folder) for folder in read_arguments(parser, argv).folders]
+    found = read_arguments(parser, argv, addresses=["folders"])
+    folders = [open_output(folder) for folder in found.folders]
     for folder in folders:
         require_dataset("verify", folder)
     damaged = [folder for folder in folders if not verify(folder).is_whole]
     for folder in damaged:
-        say(f"repair it with: lapilli repair {folder}")
+        if isinstance(folder, Path):
+            say(f"repair it with: lapilli repair {folder}")
+        else:
+            say(f"{folder}: copy these files there again, or preprocess into another address")
     return DAMAGED if damaged else 0
 
 

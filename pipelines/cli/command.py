@@ -6,11 +6,11 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -29,6 +29,7 @@ from rich.text import Text
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, system_error
 from lapilli.data.io.addresses import hide_secrets, refuse_address, refuse_secrets
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import one_line, spell_out
 from lapilli.data.io.yaml_text import load_yaml
 from lapilli.model.errors import ModelError
@@ -38,6 +39,7 @@ from pipelines.cli.recipes import RecipeError, with_recipes
 from pipelines.cli.terminal import console, flush_output, safe_output
 
 __all__ = [
+    "PLACES",
     "UsageError",
     "console",
     "first_as",
@@ -45,6 +47,7 @@ __all__ = [
     "parse",
     "progress_bar",
     "read_arguments",
+    "refuse_addresses",
     "run",
     "say",
     "say_text",
@@ -54,14 +57,15 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
+Bring: TypeAlias = Callable[[str, str], Path]  # of an address and its setting
 USERS_MISTAKE = 2
 # Settings that name a file or folder of this machine. Those that may be addresses are checked where
 # they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
-    {"answers", "dataset", "extra_roots", "folders", "html", "image", "images", "include_path",
-     "init_from",
-     "model", "nvme_path", "ocr_vqa_list", "output", "pretrained", "questions", "root", "run",
-     "step", "template", "tokenizer", "truth", "upload_file"}
+    {"answers", "data", "dataset", "extra_roots", "folder", "folders", "html", "image", "images",
+     "include_path", "init_from", "model", "nvme_path", "ocr_vqa_list", "output", "pretrained",
+     "questions", "recipe", "root", "run", "script", "step", "template", "tokenizer", "truth",
+     "upload_file"}
 )  # fmt: skip
 # The extra that brings a package; the ones that every install has are not here.
 EXTRAS = {
@@ -81,6 +85,7 @@ def parse(
     argv: Sequence[str] | None,
     description: str,
     addresses: Sequence[str] = (),
+    copied: Mapping[str, Bring] | None = None,
 ) -> Config:
     """Read a config dataclass from `--config RECIPE.yaml` (several are layered) and flags.
 
@@ -89,6 +94,7 @@ def parse(
         argv: The arguments; None for the command's own.
         description: What the command does, for its help.
         addresses: Those of `PLACES` that may be addresses (`s3://bucket/folder`) here.
+        copied: Those of whose address a copy on this machine is used, which these functions make.
 
     Raises:
         UsageError: An unknown or renamed key, a wrong type, something missing; names the field.
@@ -112,7 +118,7 @@ def parse(
         raise UsageError(f"a recipe is not UTF-8 text ({error.reason})") from None
     if renamed := describe_old_names(kind, arguments):
         raise UsageError(renamed)
-    namespace = read_arguments(parser, arguments, addresses)
+    namespace = read_arguments(parser, arguments, addresses, copied)
     return kind(**{item.name: namespace[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
@@ -125,7 +131,10 @@ def first_as(name: str, argv: Sequence[str] | None) -> list[str]:
 
 
 def read_arguments(
-    parser: ArgumentParser, argv: Sequence[str] | None, addresses: Sequence[str] = ()
+    parser: ArgumentParser,
+    argv: Sequence[str] | None,
+    addresses: Sequence[str] = (),
+    copied: Mapping[str, Bring] | None = None,
 ) -> Any:
     """Parse arguments with a parser made with `exit_on_error=False`.
 
@@ -138,7 +147,11 @@ def read_arguments(
         found = parser.parse_args(argv)
         settings = found.as_dict()
         _refuse_secrets("", settings)
-        _refuse_addresses("", settings, PLACES.difference(addresses))
+        copied = copied or {}
+        refuse_addresses("", settings, PLACES.difference(addresses, copied))
+        for name, bring in copied.items():
+            if is_remote(str(found[name])):
+                found[name] = str(bring(found[name], name))
         return parser.instantiate_classes(found)
     except ArgumentError as error:
         said = " ".join(str(error).split())
@@ -166,12 +179,12 @@ def _refuse_secrets(setting: str, value: object) -> None:
             _refuse_secrets(setting, one)
 
 
-def _refuse_addresses(setting: str, value: object, places: Set[str]) -> None:
+def refuse_addresses(setting: str, value: object, places: Set[str]) -> None:
     """Refuse an address where a setting names a place of this machine; sources have their own."""
     if isinstance(value, dict):
         for name, one in cast("dict[str, object]", value).items():
             if name not in ("sources", "validation"):
-                _refuse_addresses(f"{setting}.{name}".lstrip("."), one, places)
+                refuse_addresses(f"{setting}.{name}".lstrip("."), one, places)
     elif setting.rpartition(".")[2] in places:
         for one in cast("Sequence[object]", value if isinstance(value, (list, tuple)) else [value]):
             refuse_address(setting, str(one))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 from typing import Any
 
@@ -54,7 +53,9 @@ def main() -> None:
     if verb in ("-h", "--help"):
         print(usage())
     elif verb == "--version":
-        print(f"lapilli {importlib.metadata.version('lapilli')}")
+        from lapilli.data.versions import installed_versions
+
+        print("lapilli", installed_versions("lapilli")["lapilli"])
     elif verb not in VERBS:
         print(f"error: {verb!r} is not a verb; expected one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)

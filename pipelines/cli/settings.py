@@ -73,10 +73,10 @@ class EvaluateConfig(TrustFlags, ScoringFlags):
     """The model, the dataset of questions and the output of `evaluate`.
 
     Attributes:
-        run: Folder of a run, an export or a published model. A published model's template and view
-            are taken to be the dataset's.
-        dataset: Folder of a dataset of questions; each record's own answers are expected. Left out,
-            what the run holds out of its own data, or its validation dataset.
+        run: Folder or address of a run, an export or a published model. A published model's
+            template and view are taken to be the dataset's.
+        dataset: Folder or address of a dataset of questions; each record's own answers are
+            expected. Left out, what the run holds out of its own data, or its validation dataset.
         view: The dataset's view; empty for its only one.
         split: Of a dataset with a part held out by its mixture, that part or the rest; `auto` takes
             what is held out, where there is any.
@@ -165,7 +165,8 @@ class ScoreConfig(ScoringFlags):
     """An answers file, the truth, and what is made of both.
 
     Attributes:
-        answers: JSON lines as `evaluate`, `generate` or lmms-eval writes them.
+        answers: JSON lines, a file or an address, as `evaluate`, `generate` or lmms-eval writes
+            them.
         truth: What is expected, where the answers file does not say: JSON lines, a JSON list, or
             an object with a list under `annotations`, `data` or `questions`; rows have
             `question_id` and `answer`, `label` or `answers`.
@@ -203,8 +204,8 @@ class GenerateConfig(TrustFlags):
     """The model, the questions and the output of `generate`.
 
     Attributes:
-        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
-            LLaVA, or PEFT adapters for either with their base model on this machine.
+        model: Folder or address of a run, of an export, or of a published model: LLaVA's layout,
+            transformers' LLaVA, or PEFT adapters for either with their base model on this machine.
         template: Conversation template of a published model, by name or file, if its folder does
             not say.
         view: How its images are made square, if its folder does not say: `pad`, `crop`, `stretch`,
@@ -282,8 +283,8 @@ class ServeConfig(TrustFlags):
     """The model, address and limits of the server.
 
     Attributes:
-        model: Folder of a run, of an export, or of a published model: LLaVA's layout, transformers'
-            LLaVA, or PEFT adapters for either with their base model on this machine.
+        model: Folder or address of a run, of an export, or of a published model: LLaVA's layout,
+            transformers' LLaVA, or PEFT adapters for either with their base model on this machine.
         template: Conversation template of a published model, by name or file, if its folder does
             not say.
         view: How its images are made square, if its folder does not say: `pad`, `crop`, `stretch`,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lapilli.data.io.access import FULL, exists, is_denied, is_folder, naming, subpaths
+from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.trust import Trust
 from lapilli.model.interop.hf import FACTS
 from lapilli.model.interop.weights import Progress
@@ -19,9 +23,11 @@ from lapilli.model.parts.trainable import is_adapter
 from lapilli.train.errors import TrainError
 from lapilli.train.inference.assistant import Assistant, open_assistant
 from lapilli.train.inference.published import is_published
-from pipelines.cli.command import progress_bar
+from lapilli.train.run_folder.names import CONFIG
+from lapilli.train.run_folder.scratch import SCRATCH
+from pipelines.cli.command import progress_bar, say
 
-__all__ = ["filled", "open_run", "tokenizer_bytes", "weight_bytes", "writing_progress"]
+__all__ = ["filled", "open_run", "stored", "tokenizer_bytes", "weight_bytes", "writing_progress"]
 
 SETTINGS_BYTES = 64 << 10  # the JSON files of an export, generously
 
@@ -104,6 +110,29 @@ def filled(output: Path, needed: int) -> Generator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def stored(output: str) -> Generator[str]:
+    """A folder to fill in place of an address, whose files are stored there in the end.
+
+    Raises:
+        TrainError: There is something at the address.
+        DataError: The store cannot be read or written.
+    """
+    if not is_remote(output):
+        yield output
+        return
+    target = RemotePath(output.rstrip("/"))
+    if target.exists():
+        raise TrainError(f"output: {output} is not empty; choose another address")
+    with tempfile.TemporaryDirectory(prefix="lapilli-export-", dir=os.environ.get(SCRATCH)) as made:
+        folder = Path(made) / target.name
+        yield str(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.name == CONFIG):  # then the rest is there
+            (target / str(path.relative_to(folder))).put(path)
+    say(f"{output}: {len(files)} files stored")
 
 
 def _no_room(output: Path, needed: int, why: str = "") -> TrainError:

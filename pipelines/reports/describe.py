@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,10 @@ import numpy as np
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.filesystems import is_remote
+from lapilli.data.io.local_copy import local_copy
 from lapilli.data.io.printable import bytes_text
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.checks import open_selection
@@ -67,12 +70,20 @@ class Description:
         kind: Which of the two.
         facts: What there is to say by name, in the order to be shown.
         sources: A dataset's sources.
+        address: Where a store has it; `path` is then this machine's copy, without its shards or
+            checkpoints.
     """
 
     path: Path
     kind: Literal["dataset", "run"]
     facts: dict[str, Lines]
     sources: tuple[SourceRow, ...] = ()
+    address: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called by."""
+        return self.address or str(self.path)
 
 
 def kind_of(path: Path) -> Literal["dataset", "run"]:
@@ -92,13 +103,26 @@ def kind_of(path: Path) -> Literal["dataset", "run"]:
     )
 
 
-def describe(path: Path) -> Description:
-    """Read what there is to say of a folder.
+def describe(place: str | Path) -> Description:
+    """Read what there is to say of a folder, or of an address.
 
     Raises:
         DataError, TrainError: It is neither dataset nor run, unfinished or damaged.
     """
+    if is_remote(address := str(place).rstrip("/")):
+        if (RemotePath(address) / MANIFEST).exists():
+            folder = local_copy(address, "folders", lambda name: not _is_shard(name))
+            return replace(describe_dataset(folder), address=address)
+        from lapilli.train.checkpoint.at_hand import local_records  # needs torch
+
+        folder, sizes = local_records(address)
+        return replace(describe_run(folder, sizes), address=address)
+    path = Path(place)
     return describe_dataset(path) if kind_of(path) == "dataset" else describe_run(path)
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".arrow") and "/" in name  # the selection lies beside the manifest
 
 
 # ---- datasets ----------------------------------------------------------------------------------
@@ -124,7 +148,7 @@ def describe_dataset(path: Path) -> Description:
         "fingerprint": (manifest.fingerprint[:16],),
         "versions": _versions(manifest.versions),
     }
-    return Description(path, "dataset", facts, sources)
+    return Description(path=path, kind="dataset", facts=facts, sources=sources)
 
 
 def _sources(path: Path, manifest: Manifest) -> tuple[SourceRow, ...]:
@@ -190,8 +214,11 @@ def _shards(shards: Sequence[ShardFacts]) -> Lines:
 # ---- runs --------------------------------------------------------------------------------------
 
 
-def describe_run(path: Path) -> Description:
-    """State, loss, speed, parts, checkpoints and settings of a run. Loads no weight."""
+def describe_run(path: Path, stored: Mapping[int, int] | None = None) -> Description:
+    """State, loss, speed, parts, checkpoints and settings of a run. Loads no weight.
+
+    `stored` are its checkpoints where a store has them: bytes by step.
+    """
     config, info = read_run_config(path), read_run_info(path)
     metrics = read_metrics(path)
     checkpoints = find_checkpoints(path, hashed=False)
@@ -217,11 +244,13 @@ def describe_run(path: Path) -> Description:
         "device": (info.device if info and info.device else config.device, config.precision),
         "samples": _samples(config, info),
         "dataset": (config.dataset, f"view {config.view}"),
-        "checkpoints": _checkpoints([c.step for c in checkpoints], path),
+        "checkpoints": _checkpoints([c.step for c in checkpoints], folder_bytes(path / FOLDER))
+        if stored is None
+        else _checkpoints(sorted(stored), sum(stored.values())),
         **_milestones(path),
         "versions": _versions(versions) or ("—",),
     }
-    return Description(path, "run", facts)
+    return Description(path=path, kind="run", facts=facts)
 
 
 def _state(path: Path, metrics: Sequence[StepMetrics], total: int | None) -> Lines:
@@ -334,11 +363,10 @@ def _samples(config: RunConfig, info: RunInfo | None) -> Lines:
     return f"{info.samples:,}", epochs, *left_out
 
 
-def _checkpoints(steps: Sequence[int], run: Path) -> Lines:
+def _checkpoints(steps: Sequence[int], size: int) -> Lines:
     """Their steps, or how many there are where these would fill the table."""
     if not steps:
         return ("none",)
-    size = folder_bytes(run / FOLDER)
     if len(steps) <= 4:
         return f"step {' and '.join(f'{step:,}' for step in steps)}", bytes_text(size)
     return f"{len(steps)} from step {steps[0]:,} to {steps[-1]:,}", bytes_text(size)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from lapilli.data.versions import installed_versions
 
 __all__ = ["describe_hardware", "processor", "versions"]
 
@@ -16,7 +17,7 @@ def versions() -> dict[str, str]:
     names = ("lapilli", "torch", "ray", "deepspeed", "transformers", "pyarrow", "pillow")
     return {
         "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
+        **installed_versions(*names),
     }
 
 

@@ -242,6 +242,17 @@ def test_a_file_is_read_whole_only_within_a_bound() -> None:
     assert {module: " ".join(sorted(names)) for module, names in found.items()} == UNBOUNDED
 
 
+def test_versions_are_read_where_a_package_without_metadata_has_one() -> None:
+    """A node that runs from a checkout has no metadata of lapilli."""
+    rooms = [ROOT / "packages", ROOT / "pipelines"]
+    users = [
+        name_of(path)
+        for path in ALL
+        if any(map(path.is_relative_to, rooms)) and "importlib.metadata" in path.read_text("utf-8")
+    ]
+    assert users == ["packages/data/lapilli/data/versions.py", "pipelines/doctor.py"]
+
+
 def test_no_class_name_stands_for_two_things() -> None:
     found: dict[str, list[str]] = {}
     for path in ALL:

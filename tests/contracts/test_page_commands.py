@@ -37,6 +37,8 @@ FOREIGN = {
     "pre-commit",
     "twine",
     "docker",
+    "kubectl",
+    "cp",
     "hf",
 }
 
@@ -107,6 +109,12 @@ def checked(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         named = [extra for word in rest for extra in re.findall(r"lapilli\[([\w,-]+)\]", word)]
         named += [extra for word in rest for extra in re.findall(r"^\.\[([\w,-]+)\]", word)]
         assert {one for names in named for one in names.split(",")} <= {*EXTRAS}
+    elif program == "sbatch":
+        after = next(place for place, word in enumerate(rest) if word.endswith(".sh"))
+        assert (ROOT / rest[after]).exists(), rest[after]
+        checked(rest[after + 1 :], monkeypatch)
+    elif program == "ray" and rest[0] in ("up", "down"):
+        assert (ROOT / rest[1]).exists(), rest[1]
     elif program == "ray":
         after = rest.index("--")
         files = [f for flag, f in pairwise(rest) if flag == "--runtime-env"]

@@ -18,7 +18,7 @@ import pytest
 
 from lapilli.data.dataset import shard_cache as mirror_module
 from lapilli.data.dataset.dataset import Dataset, open_dataset
-from lapilli.data.dataset.shard_cache import open_mirror, parse_bytes
+from lapilli.data.dataset.shard_cache import dataset_folder, open_mirror, parse_bytes
 from lapilli.data.errors import DataError
 from lapilli.data.io.atomic import TEMPORARY, sha256_file
 from tests.factories import build_dataset, make_mixture, make_tokenizer
@@ -93,9 +93,11 @@ def test_the_cache_keeps_to_its_limit_and_what_is_mapped_stays_readable(
 
 
 def test_a_limit_below_a_shard_is_one_line(remote: Path, tmp_path: Path) -> None:
-    assert remote.is_dir()
-    with pytest.raises(DataError, match=r"cache_limit: 0\.0 MB; selection.arrow alone has"):
-        opened(ADDRESS, cache=tmp_path, cache_limit=1000)
+    largest = max(remote.rglob("*.arrow"), key=lambda path: path.stat().st_size)
+    limit = largest.stat().st_size - 1
+    with pytest.raises(DataError, match=r"cache_limit: 0\.\d MB; \S+\.arrow alone has"):
+        opened(ADDRESS, cache=tmp_path, cache_limit=limit)
+    assert cached(tmp_path) == []  # before anything is copied
     with pytest.raises(
         DataError, match="cache_limit: 'much'; expected bytes, or a text like 500GB"
     ):
@@ -107,6 +109,21 @@ def test_a_limit_below_a_shard_is_one_line(remote: Path, tmp_path: Path) -> None
         7,
         10**12,
     ]
+
+
+def test_the_copy_has_settings_and_tokenizer(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAPILLI_CACHE", str(tmp_path))
+    folder = dataset_folder(ADDRESS)
+    names = [
+        "config.json",
+        *(f"tokenizer/{path.name}" for path in (remote / "tokenizer").iterdir()),
+    ]
+    assert [(folder / name).read_bytes() for name in names] == [
+        (remote / name).read_bytes() for name in names
+    ]
+    assert cached(tmp_path) == []
 
 
 def test_a_shard_damaged_in_the_bucket_is_named(

@@ -270,10 +270,10 @@ class BuildConfig:
     """All that decides a dataset's bytes, and where to read and write.
 
     Attributes:
-        root: Folder that holds annotations and images.
-        output: Folder of the dataset to write.
+        root: Folder or address that holds annotations and images.
+        output: Folder or address of the dataset to write.
         sources: The annotation files, in the order of the dataset.
-        tokenizer: Hub name or folder of a tokenizer.
+        tokenizer: Hub name, folder or address of a tokenizer.
         template: Name of a conversation template, or a YAML file with one.
         views: How images are made square, by name; a tower reads one of them.
         encodings: How a view's pixels are stored, by view; raw where it is left out.

@@ -42,7 +42,7 @@ class VisionConfig:
 
     Attributes:
         tower: Name in `lapilli.model.parts.vision.TOWERS`, or `package.module:name`.
-        pretrained: Hub name or folder with weights; empty for random weights of `settings`.
+        pretrained: Hub name, folder or address of weights; empty for random ones of `settings`.
         settings: Settings of the tower's transformers config, when there are no weights. Of a
             `clip_convnext` `depths`, `hidden_sizes`, `layer_norm_eps` and `image_size`, with
             weights too where open_clip's config names a model that is not known here.
@@ -91,7 +91,7 @@ class LanguageConfig:
 
     Attributes:
         model_type: transformers' name of the architecture, when there are no weights.
-        pretrained: Hub name or folder with weights; empty for random weights of `settings`.
+        pretrained: Hub name, folder or address of weights; empty for random ones of `settings`.
         settings: Settings of the transformers config, when there are no weights.
         attention: `lapilli`, which never reads the device, or one of transformers' implementations:
             `eager`, `sdpa`, `flash_attention_2` ... `auto` takes `lapilli` where the architecture

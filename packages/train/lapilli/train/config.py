@@ -108,8 +108,8 @@ class RunConfig:
         max_steps: Stop after this many steps; 0 for all epochs.
         max_length: Longest sequence with image tokens; longer samples are left out and counted.
         truncate: Cut the text of longer samples instead; the default of sampler `llava`.
-        init_from: Folder of an earlier run whose weights this one starts from; or a checkpoint of
-            LLaVA's or of transformers' LLaVA, whole or as PEFT adapters with their base.
+        init_from: Folder or address of an earlier run whose weights this one starts from; or a
+            checkpoint of LLaVA's or of transformers' LLaVA, whole or as PEFT adapters.
         sampler: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's
             trainer, in which the micro-batches are part of the order; the learning rate then
             starts at 0 too.

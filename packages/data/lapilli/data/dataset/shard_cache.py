@@ -9,7 +9,6 @@ be mapped somewhere: on POSIX its pages stay until the last map is gone, and its
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -20,16 +19,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.cluster_metrics import add
+from lapilli.data.dataset.build_settings import CONFIG
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, exists, naming
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_atomic
+from lapilli.data.io.file_lock import file_lock
 from lapilli.data.io.filesystems import is_remote, open_storage, split_address
+from lapilli.data.io.local_copy import cache_root, download
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards.manifest import NAME, read_manifest
 
 __all__ = ["Mirror", "dataset_folder", "open_mirror", "parse_bytes"]
 
-CACHE, CACHE_LIMIT = "LAPILLI_CACHE", "LAPILLI_CACHE_LIMIT"
+CACHE_LIMIT = "LAPILLI_CACHE_LIMIT"
 TRIES = 5  # of a copy that fails or arrives damaged, the last after 7.5 s
 PART = 8 * 2**20
 WAIT = 0.1  # seconds between two looks for room
@@ -74,16 +78,19 @@ class Mirror:
                 is below its size.
         """
         path = self.folder / shard.path
-        with _lock(_lock_path(path)):
+        with file_lock(_lock_path(path)):
             try:
                 if path.stat().st_size == shard.bytes:
                     with contextlib.suppress(PermissionError):  # another user's copy
                         os.utime(path)  # when it was read last
+                    add("lapilli_cache_hits", 1, self.address)
                     yield self.folder
                     return
             except FileNotFoundError:
                 pass
             self._copy(shard, path)
+            add("lapilli_cache_misses", 1, self.address)
+            add("lapilli_cache_bytes", shard.bytes, self.address)
             yield self.folder
 
     def read_manifest(self) -> bytes:
@@ -103,11 +110,13 @@ class Mirror:
             raise self._unreadable(NAME, error) from None
 
     def check_sizes(self, shards: Iterable[ShardFacts]) -> None:
-        """Notice a shard that is missing or cut at the address; one listing.
+        """Notice a shard that is missing or cut at the address, by one listing, or never fits.
 
         Raises:
             DataError: Names the first such file.
         """
+        shards = [*shards]
+        self._check_limit(max(shards, key=lambda shard: shard.bytes))
         try:
             found: dict[str, Any] = self._storage.find(self._remote("").rstrip("/"), detail=True)
         except OSError as error:
@@ -172,11 +181,7 @@ class Mirror:
 
     def _reserve(self, shard: ShardFacts, temporary: Path) -> None:
         """Take the room a shard needs, from what was read longest ago where there is a limit."""
-        if self.limit is not None and shard.bytes > self.limit:
-            raise DataError(
-                f"cache_limit: {self.limit / 1e6:,.1f} MB; {shard.path} alone has "
-                f"{shard.bytes / 1e6:,.1f} MB; raise it, by default there is none"
-            )
+        self._check_limit(shard)
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)  # a killed process's
@@ -188,8 +193,15 @@ class Mirror:
                 f"({error.strerror}); free space, set cache_limit, or choose another cache folder"
             ) from None
 
+    def _check_limit(self, shard: ShardFacts) -> None:
+        if self.limit is not None and shard.bytes > self.limit:
+            raise DataError(
+                f"cache_limit: {self.limit / 1e6:,.1f} MB; {shard.path} alone has "
+                f"{shard.bytes / 1e6:,.1f} MB; raise it, by default there is none"
+            )
+
     def _has_reserved(self, shard: ShardFacts, temporary: Path) -> bool:
-        with _lock(self.cache / ".lock"):
+        with file_lock(self.cache / ".lock"):
             if self.limit is not None and not _make_room(self.cache, self.limit - shard.bytes):
                 return False
             with temporary.open("wb") as file:
@@ -212,8 +224,7 @@ def open_mirror(
         DataError: There is no dataset, or a wrong limit.
     """
     address = address.rstrip("/")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapilli"
-    root = Path(cache or os.environ.get(CACHE) or home).absolute()
+    root = cache_root(cache)
     most = limit if limit is not None else os.environ.get(CACHE_LIMIT) or None
     mirror = Mirror(address, root, root, None if most is None else parse_bytes(most))
     data = mirror.read_manifest()
@@ -227,7 +238,7 @@ def open_mirror(
 
 
 def dataset_folder(dataset: str | Path) -> Path:
-    """A dataset's folder; of an address this node's copy, in which manifest and tokenizer are.
+    """A dataset's folder; of an address this node's copy of manifest, settings and tokenizer.
 
     Raises:
         DataError: As `open_mirror`.
@@ -238,6 +249,10 @@ def dataset_folder(dataset: str | Path) -> Path:
     for facts in read_manifest(mirror.folder).tokenizer_files:
         with mirror.held(facts):
             pass
+    if not exists(mirror.folder / CONFIG):
+        with contextlib.suppress(FileNotFoundError):  # one of a version that wrote none
+            settings = RemotePath(mirror.address) / CONFIG
+            write_atomic(mirror.folder / CONFIG, lambda path: download(settings, path))
     return mirror.folder
 
 
@@ -285,7 +300,7 @@ def _remove_unless_held(path: Path) -> bool:
     if path.name.endswith(TEMPORARY):
         shard = path.with_name(path.name.removeprefix(".").removesuffix(TEMPORARY))
     try:
-        with _lock(_lock_path(shard), wait=False):
+        with file_lock(_lock_path(shard), wait=False):
             path.unlink(missing_ok=True)
     except BlockingIOError:
         return False
@@ -294,29 +309,3 @@ def _remove_unless_held(path: Path) -> bool:
 
 def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
-
-
-def _open_lock(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's: holding it takes no right to write
-        if not exists(path):
-            raise
-        return os.open(path, os.O_RDONLY)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, *, wait: bool = True) -> Generator[None]:
-    """Hold a file's lock; the kernel gives it back when its holder dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_lock(path)
-    except OSError as error:
-        raise DataError(
-            f"cache: {path.parent} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ out), so a tokenizer's own files are kept byte for byte and what is read from th
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,7 @@ from lapilli.data.io.atomic import ShardFacts, sha256_file, write_atomic
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.shards.manifest import TOKENIZER
 from lapilli.data.text.tokenizer import TokenizerFacts, raw_backend, tokenizer_facts
-from lapilli.data.text.tokenizer_files import KEPT_FILES, load_tokenizer, tokenizer_folder
-from lapilli.data.text.tokenizer_folder import PACKED
+from lapilli.data.text.tokenizer_files import is_kept, load_tokenizer, tokenizer_folder
 
 __all__ = [
     "TOKENIZER", "check_copy", "check_copy_files", "kept_files", "open_copy", "place_copy",
@@ -71,8 +69,7 @@ def _copy_files(tokenizer: Any, folder: Path) -> None:
 def kept_files(folder: Path) -> Iterator[Path]:
     """A tokenizer's own files in a folder that may hold a whole model; no code is among them."""
     for path in sorted(folder.iterdir()):
-        name = path.stem if path.suffix in PACKED else path.name
-        if path.is_file() and any(fnmatch.fnmatchcase(name, kept) for kept in KEPT_FILES):
+        if path.is_file() and is_kept(path.name):
             yield path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Literal, TypeAlias
 import PIL
 
 from lapilli.data.errors import DataError
+from lapilli.data.versions import installed_versions
 
 __all__ = [
     "Codecs",
@@ -125,9 +125,9 @@ def resolve_codecs(wanted: Literal["auto", "pillow", "simd", "torch"]) -> Codecs
         DataError: The resizer asked for is not installed.
     """
     resizer = resolve_resizer(wanted)
-    version = importlib.metadata.version("simplejpeg")
-    decoder = f"simplejpeg {version} and pillow {PIL.__version__}"
+    versions = installed_versions("simplejpeg", "torch")
+    decoder = f"simplejpeg {versions['simplejpeg']} and pillow {PIL.__version__}"
     if resizer == "torch":
         # the local part (+cpu, +cu130) is one set of kernels for this operation
-        return Codecs(decoder, resizer, importlib.metadata.version("torch").partition("+")[0])
+        return Codecs(decoder, resizer, versions["torch"].partition("+")[0])
     return Codecs(decoder, resizer, PIL.__version__)

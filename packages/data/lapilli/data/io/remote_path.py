@@ -25,6 +25,7 @@ FOLDERS = ("file://", "local://")  # addresses of what has folders that must be 
 ATTEMPTS = 6
 FIRST_WAIT = 0.2  # seconds, doubled after each attempt: 6 s in all
 COPY_BYTES = 8 * 2**20
+TIMES = ("mtime", "LastModified", "updated", "created")  # as file systems call it
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,8 @@ class RemotePath:
     @property
     def size(self) -> int | None:
         """Bytes of the object; None if it does not exist."""
-        try:
-            found: dict[str, Any] = self._call("looked up", lambda fs, path: fs.info(path))
-        except FileNotFoundError:
-            return None
-        return int(found["size"]) if found["type"] == "file" else None
+        found = self.version()
+        return None if found is None else found[0]
 
     def exists(self) -> bool:
         """Whether there is such an object, or one below it."""
@@ -81,10 +79,22 @@ class RemotePath:
 
     def files(self) -> Iterator[RemotePath]:
         """The objects below this prefix."""
-        return (path for path, _ in self._listed())
+        return (path for path, _ in self._items())
 
-    def _listed(self) -> Iterator[tuple[RemotePath, int]]:
-        """The objects below this prefix with their sizes."""
+    def versions(self) -> dict[str, tuple[int, str]]:
+        """Bytes and time of change of the objects below, by their path below this prefix."""
+        return {str(path.relative_to(self)): _version(item) for path, item in self._items()}
+
+    def version(self) -> tuple[int, str] | None:
+        """Bytes and time of change of the object; None if there is none."""
+        try:
+            found: dict[str, Any] = self._call("looked up", lambda fs, path: fs.info(path))
+        except FileNotFoundError:
+            return None
+        return _version(found) if found["type"] == "file" else None
+
+    def _items(self) -> Iterator[tuple[RemotePath, dict[str, Any]]]:
+        """The objects below with what the store says of them."""
         scheme, prefix = split_address(self.address)
 
         def listed(fs: Any, path: str) -> list[dict[str, Any]]:
@@ -99,9 +109,9 @@ class RemotePath:
         for item in found:
             path = RemotePath(f"{scheme}://{item['name']}")
             if item["type"] == "directory":
-                yield from path._listed()
+                yield from path._items()  # pyright: ignore[reportPrivateUsage]
             elif item["name"].startswith(f"{prefix}/"):
-                yield path, int(item["size"])
+                yield path, item
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """The objects below whose path matches; `*` may stand for slashes too."""
@@ -111,7 +121,7 @@ class RemotePath:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each object below by its path relative to this one: one listing a folder."""
-        return {str(path.relative_to(self)): size for path, size in self._listed()}
+        return {str(path.relative_to(self)): int(item["size"]) for path, item in self._items()}
 
     def read_bytes(self) -> bytes:
         """The object's bytes."""
@@ -225,6 +235,11 @@ class RemotePath:
             time.sleep(wait)
             wait *= 2
         raise AssertionError("unreachable")
+
+
+def _version(item: dict[str, Any]) -> tuple[int, str]:
+    changed = next((item[name] for name in TIMES if item.get(name) is not None), "")
+    return int(item["size"]), str(changed)
 
 
 Output: TypeAlias = Path | RemotePath

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fnmatch
 import importlib.util
 import json
 import warnings
@@ -28,6 +29,8 @@ from tokenizers import (
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_folder, require_readable, subpaths
+from lapilli.data.io.filesystems import is_remote
+from lapilli.data.io.local_copy import local_copy
 from lapilli.data.io.whole_file import MOST_VOCABULARY, read_whole
 from lapilli.data.text.plain_tokenizer import read_plain_tokenizer
 from lapilli.data.text.tokenizer_folder import (
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "KEPT_FILES", "has_vocabulary", "load_tokenizer", "second_opinion", "tokenizer_folder",
+    "has_vocabulary", "is_kept", "load_tokenizer", "second_opinion", "tokenizer_folder",
     "train_tokenizer",
 ]  # fmt: skip
 
@@ -73,7 +76,8 @@ QWEN_SPECIALS = [
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a folder or, by its name, from the hub; never with code of its own.
 
-    A folder with a SentencePiece `tokenizer.model` and no `tokenizer.json` gets its merges in the
+    Of an address its own files are copied to this node. A folder with a SentencePiece
+    `tokenizer.model` and no `tokenizer.json` gets its merges in the
     order of the model's scores: transformers 5 converts it without the scores, which changes the
     ids of runs of spaces. Such a folder is read by the class that its `tokenizer_config.json`
     names, whatever model lies beside it, and as Llama's where it names none. `legacy` and
@@ -86,6 +90,10 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
         DataError: If there is no such tokenizer, it has no Rust backend, one of its files is
             something else or cut short, or it needs transformers, which is not installed.
     """
+    if is_remote(str(name_or_dir)):
+        tokenizer = load_tokenizer(tokenizer_folder(name_or_dir))
+        tokenizer.name_or_path = str(name_or_dir)
+        return tokenizer
     _check_folder(name_or_dir)
     if not Path(name_or_dir).is_dir():
         return _load(name_or_dir)
@@ -132,11 +140,13 @@ def _load(name_or_dir: str | Path) -> Any:
 
 
 def tokenizer_folder(name_or_dir: str | Path) -> Path:
-    """The folder that a tokenizer's own files lie in: a local one, or the hub's in its cache.
+    """The folder that a tokenizer's own files lie in: a local one, or this node's copy of them.
 
     Raises:
         DataError: There is no such folder, and no such name that can be reached.
     """
+    if is_remote(str(name_or_dir)):
+        return local_copy(name_or_dir, "tokenizer", is_kept)
     _check_folder_exists(name_or_dir)
     if Path(name_or_dir).is_dir():
         return Path(name_or_dir)
@@ -149,6 +159,13 @@ def tokenizer_folder(name_or_dir: str | Path) -> Path:
             f"tokenizer {str(name_or_dir)!r} is no folder here and cannot be read from the hub "
             f"({_first_line(error)}); give a folder, or a name on the hub that can be reached"
         ) from None
+
+
+def is_kept(name: str) -> bool:
+    """Whether a file of a folder, which may hold a whole model, is its tokenizer's."""
+    for suffix in PACKED:
+        name = name.removesuffix(suffix)
+    return any(fnmatch.fnmatchcase(name, kept) for kept in KEPT_FILES)
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from lapilli.model.parts.quantized import Quantization, quantized_layers, round_
 from lapilli.model.parts.qwen1 import first_of_fused
 from lapilli.model.parts.trainable import base_name, is_adapter, trainable_parameters
 from lapilli.model.vlm import AUX_PARTS, DTYPES, VisionLanguageModel, build_model
+from lapilli.train.checkpoint.at_hand import local_model, local_run
 from lapilli.train.checkpoint.find import Checkpoint, find_checkpoints, newest_weights
 from lapilli.train.checkpoint.frozen import check_frozen, source_digests
 from lapilli.train.checkpoint.layout import steps_in
@@ -88,7 +89,7 @@ def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
     """Follow `init_from` from run to run.
 
     Args:
-        init_from: Folder of the run that comes before, or of another project's weights.
+        init_from: Folder or address of the run that comes before, or of another project's weights.
         wanted: The weights that were started from (`start` of what is `recorded`); empty takes the
             newest checkpoint's.
         by: The run that starts from it, for a message.
@@ -98,9 +99,10 @@ def find_chain(init_from: str, wanted: str = "", *, by: object = "") -> Chain:
     """
     foreign, stages, is_new, place = None, list[Checkpoint](), not wanted, init_from
     while place:
-        found = _find_stage(Path(place), wanted, by)
+        run = local_run(place, "init_from", wanted)
+        found = _find_stage(run, wanted, by)
         if found is None:
-            foreign = Path(place)
+            foreign = run
             break
         stages.insert(0, found)
         before = found.state.settings(found.path / STATE)
@@ -166,6 +168,7 @@ def build_on(
     Raises:
         ModelError, TrainError: A part that cannot be built, or a start that does not fit.
     """
+    config = local_model(config)
     digests: dict[str, str] = {}
     replaced: set[str] = set()
 

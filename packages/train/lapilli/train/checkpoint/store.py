@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from lapilli.data.io.access import FULL
 from lapilli.data.io.atomic import sha256_file
-from lapilli.data.io.remote_path import COPY_BYTES, RemotePath
+from lapilli.data.io.local_copy import download
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.io.typed_json import JsonError, as_type, from_json, is_file_path
 from lapilli.data.record import excerpt
 from lapilli.train.checkpoint.find import Checkpoint, damage, latest_checkpoint
@@ -50,6 +51,7 @@ __all__ = [
     "RECORDS",
     "bytes_at",
     "fetch_agreed",
+    "fetch_checkpoint",
     "fetch_newest",
     "fetch_records",
     "listed",
@@ -205,7 +207,7 @@ def _fetch_files(run: Path, address: str, names: Iterable[str]) -> None:
     """Download those of the files that are there."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            _download(RemotePath(address) / name, run / f".{name}{CUT}")
+            download(RemotePath(address) / name, run / f".{name}{CUT}")
             (run / f".{name}{CUT}").replace(run / name)
 
 
@@ -241,6 +243,21 @@ def fetch_newest(
     return step
 
 
+def fetch_checkpoint(run: Path, address: str, name: str) -> bool:
+    """Download a checkpoint or milestone, by its path in the run, unless it is here and whole.
+
+    Returns:
+        False if it is not what its `state.json` says.
+
+    Raises:
+        DataError: The address cannot be read.
+        TrainError: The disk is full.
+    """
+    path = run / name
+    here = path.is_dir() and not damage(path, hashed=False, resumable=False)
+    return here or _fetch(RemotePath(address) / name, path)
+
+
 def _fetch_data(run: Path, address: str) -> None:
     """Download the run's `data` if it is missing here."""
     source, temporary = RemotePath(address) / DATA, run / f".{DATA}{CUT}"
@@ -255,7 +272,7 @@ def _fetch_data(run: Path, address: str) -> None:
             )
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        _download(path, target)
+        download(path, target)
     if temporary.exists():
         temporary.rename(run / DATA)
 
@@ -267,13 +284,13 @@ def _fetch(source: RemotePath, path: Path) -> bool:
     try:
         temporary.mkdir(parents=True)
         state = source / STATE
-        _download(state, temporary / STATE)
+        download(state, temporary / STATE)
         for name, file in read_state(temporary).files.items():
             with contextlib.suppress(OSError):  # this node's own part, from before
                 os.link(path / name, temporary / name)
             if _size(temporary / name) != file.bytes:
                 (temporary / name).unlink(missing_ok=True)
-                _download(source / name, temporary / name)
+                download(source / name, temporary / name)
             if sha256_file(temporary / name) != file.sha256:
                 return False
         put_in_place(temporary, path)
@@ -291,11 +308,3 @@ def _fetch(source: RemotePath, path: Path) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
-
-
-def _download(source: RemotePath, path: Path) -> None:
-    def copy(remote: Any) -> None:
-        with path.open("wb") as file:
-            shutil.copyfileobj(remote, file, COPY_BYTES)
-
-    source.read_with(copy)

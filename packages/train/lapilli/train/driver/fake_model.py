@@ -25,6 +25,7 @@ from lapilli.model.parts.trainable import parameter_counts, set_modes
 from lapilli.model.torch_internals import FakeTensorMode, set_tensor_data, without_stacks
 from lapilli.model.transformers_internals import without_grouped_mm
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from lapilli.train.checkpoint.at_hand import local_model
 from lapilli.train.driver.activation_memory import ActivationBytes, LayerBytes
 
 __all__ = ["Sketch", "sketch_model"]
@@ -212,6 +213,7 @@ def sketch_model(config: ModelConfig) -> Sketch:
     Raises:
         ModelError: A part that cannot be built.
     """
+    config = local_model(config)
     mode = FakeTensorMode()
     settings = language_settings(config.language)
     attention = choose_attention(config.language.attention, settings).name

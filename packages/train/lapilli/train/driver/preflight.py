@@ -26,6 +26,7 @@ from lapilli.model.parts.quantized import Quantization, packed_numbers
 from lapilli.model.parts.trainable import parameter_counts
 from lapilli.model.vlm import Outline, VisionLanguageModel, read_outline
 from lapilli.train.checkpoint import save_load as checkpoint
+from lapilli.train.checkpoint.at_hand import local_model
 from lapilli.train.checkpoint.find import Checkpoint, at_step, require_layout
 from lapilli.train.checkpoint.store import (
     newest_checkpoint,
@@ -211,9 +212,9 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     bring_run(config)
     check_config(Path(config.output), config)
     # No weight is read before dataset, view and sizes are known to fit.
-    outline = read_outline(config.model)
+    outline = read_outline(local_model(config.model))
     opened = _open_datasets(outline, config, on_note) if outline else None
-    language = language_settings(config.model.language)
+    language = language_settings(local_model(config.model).language)
     kernels = _choose_kernels(config, str(language.model_type), device)
     attention = choose_attention(config.model.language.attention, language)
     if config.shares_rows:

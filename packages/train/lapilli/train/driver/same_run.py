@@ -45,12 +45,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         DataError: An address where a path is expected.
     """
     config = in_scratch(config)
-    local_paths = {
-        "init_from": config.init_from,
-        "offload.nvme_path": config.offload.nvme_path,
-    }
-    for name, path in local_paths.items():
-        refuse_address(name, path)
+    refuse_address("offload.nvme_path", config.offload.nvme_path)
 
     def local(name: str) -> str:
         return str(Path(name).resolve()) if name and is_folder(Path(name)) else name

@@ -134,7 +134,7 @@ def load_trained(run: Path, device: str | torch.device = "cpu", trust: Trust = N
     return Trained(built.model.eval().to(device), found.state.data, found.step)
 
 
-def open_test(path: Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:
+def open_test(path: str | Path, view: str, trained: Trained, split: str = TRAIN) -> Dataset:
     """Open a dataset of questions, or what a dataset holds out, for a model.
 
     Raises:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from lapilli.data.dataset.dataset import open_dataset
+from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.errors import DataError
 from lapilli.data.ray_session import leave_working_folder, ray_session, watched
 from lapilli.data.record import excerpt
 from lapilli.data.trust import NOTHING, Trust
 from lapilli.model.errors import ModelError
+from lapilli.train.checkpoint.at_hand import local_run
 from lapilli.train.config import DeviceChoice
 from lapilli.train.device import RESOURCE, Device, choose_device, torch_device
 from lapilli.train.errors import TrainError
@@ -35,8 +37,8 @@ class Evaluation:
     """What is asked of which model, for a worker to open.
 
     Attributes:
-        run: The model's folder.
-        dataset: The dataset's folder.
+        run: The model's folder, or its address, of which each machine makes a copy.
+        dataset: Likewise the dataset's.
         view: Its view; empty for its only one.
         split: Of the dataset.
         template: Of a published model, as `open_trained` takes it.
@@ -48,8 +50,8 @@ class Evaluation:
         batch: Questions at once.
     """
 
-    run: Path
-    dataset: Path
+    run: str
+    dataset: str
     view: str
     split: str
     template: str = ""
@@ -66,8 +68,9 @@ class Evaluation:
         Raises:
             DataError, ModelError, TrainError: As `open_trained`, `open_test` and `answer_dataset`.
         """
-        trained = open_trained(self.run, self.dataset, device, self.trust, template=self.template)
-        dataset = open_test(self.dataset, self.view or only_view(self.dataset), trained, self.split)
+        run, folder = local_run(self.run, "run"), dataset_folder(self.dataset)
+        trained = open_trained(run, folder, device, self.trust, template=self.template)
+        dataset = open_test(self.dataset, self.view or only_view(folder), trained, self.split)
         return Asking.of(
             trained.model, dataset, shuffle_images=self.shuffle_images, turns=self.turns,
             choices=self.choices, threshold=self.threshold, batch=self.batch,
@@ -83,7 +86,7 @@ def answer_on_ray(
     """Answer on Ray's workers, one device each.
 
     Args:
-        evaluation: What is asked; its folders must be there on every machine.
+        evaluation: What is asked; folders that are no addresses must be there on every machine.
         num_workers: Their number; more than there are batches are not started.
         device: The kind of each one's device.
         on_progress: Called with questions answered and all.
@@ -113,7 +116,7 @@ def _answer(
 ) -> list[Answer]:
     import ray
 
-    view = evaluation.view or only_view(evaluation.dataset)
+    view = evaluation.view or only_view(dataset_folder(evaluation.dataset))
     dataset = open_dataset(evaluation.dataset, view=view, image_tokens=1, split=evaluation.split)
     reader = QuestionReader.of(dataset)  # here, where its warnings are seen
     needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(device == "cuda")}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lapilli.data.cluster_metrics import add, put
 from lapilli.train.config import RunConfig
 from lapilli.train.metrics.loggers import open_sinks
 from lapilli.train.metrics.step_metrics import StepMeter, Worst, group_means
@@ -44,6 +45,7 @@ class StepLog:
 
     def __init__(self, config: RunConfig, start: int, meter: StepMeter) -> None:
         run = Path(config.output)
+        self._run = str(run)
         self._metrics = MetricsFile(run, start)
         self._worst = Worst(run, start)
         self._meter = meter
@@ -94,11 +96,26 @@ class StepLog:
             loss_by_modality=group_means(samples, "modality"),
         )
         self._metrics.write(metrics)
+        self._export(metrics)
         for sink in self._sinks:
             sink.write(metrics.row())
             if validated.answers:
                 sink.show(result.step, validated.answers)
         self._worst.add(samples)
+
+    def _export(self, row: StepMetrics) -> None:
+        """Tell Ray's metrics, where Ray runs."""
+        for name, value in (
+            ("step", row.done),
+            ("loss", row.loss),
+            ("tokens_per_second", row.tokens_per_second),
+            ("mfu", row.mfu),
+            ("step_seconds", row.seconds),
+            ("wait_seconds", row.wait_seconds),
+        ):
+            put(f"lapilli_train_{name}", value, self._run)
+        add("lapilli_train_samples", row.samples, self._run)
+        add("lapilli_train_tokens", row.tokens or 0, self._run)
 
     def close(self) -> None:
         """Write what is still due."""

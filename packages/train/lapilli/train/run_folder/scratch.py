@@ -17,7 +17,7 @@ from lapilli.data.io.filesystems import is_remote
 from lapilli.train.config import RunConfig
 from lapilli.train.errors import TrainError
 
-__all__ = ["in_scratch", "lies_in_store", "of_store"]
+__all__ = ["SCRATCH", "in_scratch", "lies_in_store", "of_store"]
 
 SCRATCH = "LAPILLI_SCRATCH"
 

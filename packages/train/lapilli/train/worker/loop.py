@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
+from lapilli.data.cluster_metrics import put
 from lapilli.train.checkpoint import save_load as checkpoint
 from lapilli.train.checkpoint.tidy import tidy
 from lapilli.train.checkpoint.upload import Uploads
@@ -72,7 +73,11 @@ def fit(ready: Setup, notice: Callable[[], object] = lambda: None) -> None:
             writer.check()
             if asked_by_all or _is_due(ready, batches.step):
                 asked_by_all = max(rows.catch_up(), asked_by_all)
+                began = time.monotonic()
                 _save(ready, batches.step + 1, writer, uploads, now=asked_by_all > 0)
+                if ready.is_writer:
+                    waited = time.monotonic() - began
+                    put("lapilli_train_checkpoint_seconds", waited, ready.config.output)
                 start = Mark(ready.device)
             if asked_by_all == STOP:
                 break
