@@ -139,7 +139,7 @@ def more(folder: Path, **wrong: str) -> str:
     """What makes each step tiny."""
     torch.manual_seed(0)
     if not (folder / "tower").exists():
-        tower = {**TOWER, "image_size": 336, "patch_size": 112}
+        tower: dict[str, Any] = {**TOWER, "image_size": 336, "patch_size": 112}
         CLIPVisionModel(CLIPVisionConfig(**tower)).save_pretrained(folder / "tower")
         LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(folder / "language")
         make_tokenizer(folder / "tokenizer")
