@@ -80,7 +80,7 @@ def test_the_nodes_endpoint_serves_them(tmp_path: Path) -> None:
         preprocess(config)
         log = StepLog.__new__(StepLog)
         log._run = "s3://bucket/runs/one"  # pyright: ignore[reportPrivateUsage]
-        log._export(made_step(3, mfu=0.4, tokens=640))  # pyright: ignore[reportPrivateUsage]
+        log._export(made_step(3, mfu=0.4, tokens=640, tokens_per_second=1280.0))  # pyright: ignore[reportPrivateUsage]
         (node,) = ray.nodes()
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         wanted = {
