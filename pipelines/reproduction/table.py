@@ -94,7 +94,7 @@ def _number(path: Path, keys: Sequence[str | int]) -> float | None:
     if not path.is_file():
         return None
     try:
-        value = from_json(read_whole(path, MOST_JSON), Any)
+        value: Any = from_json(read_whole(path, MOST_JSON), dict[str, Any])
         for key in keys:
             value = value[key]
         return float(value)

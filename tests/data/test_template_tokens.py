@@ -373,7 +373,9 @@ def test_phi_3_trains_answers_and_their_end_alone(
 ) -> None:
     """Its template in VisPer-LM, word by word, on Llama 2's tokenizer with Phi-3's tokens."""
     tokenizer = phi_3_like(tmp_path_factory, "llama2-32k")
-    said = [([None, "What is it?"], "A kite."), (["Where?"], "In the sky.")]
+    said: list[tuple[list[str | None], str]] = [
+        ([None, "What is it?"], "A kite."), (["Where?"], "In the sky."),
+    ]  # fmt: skip
     (encoded,) = encode_batch([as_record("", said)], tokenizer, "phi_3")
     parts = np.split(encoded.input_ids, np.array(encoded.label_spans))
     texts = [tokenizer.decode([i for i in ids if i >= 0]) for ids in parts]

@@ -141,7 +141,8 @@ def more(folder: Path, **wrong: str) -> str:
     if not (folder / "tower").exists():
         tower: dict[str, Any] = {**TOWER, "image_size": 336, "patch_size": 112}
         CLIPVisionModel(CLIPVisionConfig(**tower)).save_pretrained(folder / "tower")
-        LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(folder / "language")
+        decoder: dict[str, Any] = dict(DECODER)
+        LlamaForCausalLM(LlamaConfig(**decoder)).save_pretrained(folder / "language")
         make_tokenizer(folder / "tokenizer")
     models = [f"--model.{part}.pretrained={folder / name}"
               for part, name in (("vision", "tower"), ("language", "language"))]  # fmt: skip

@@ -149,7 +149,8 @@ def write_convnext(folder: Path) -> None:
     folder.mkdir(parents=True)
     config = {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_xxlarge"}}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    trunk = ConvNextTrunk(ConvNextSettings(*(tuple(sizes) for sizes in CONVNEXT.values())))
+    settings: list[Any] = [tuple(sizes) for sizes in CONVNEXT.values()]
+    trunk = ConvNextTrunk(ConvNextSettings(*settings))
     named = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
     save_file(named, folder / "open_clip_model.safetensors")
 

@@ -199,7 +199,9 @@ def _depth_encoder() -> nn.Module:
     """DINOv2-L of Depth-Anything-V2-Large."""
     from transformers import Dinov2Config, Dinov2Model
 
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+    }  # fmt: skip
     with torch.device("meta"):
         return Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14))
 
