@@ -30,13 +30,14 @@ from lapilli.train.inference.probing import (
     chosen_layers,
     train_probes,
 )
+from lapilli.train.run_folder.names import REPORT
 from pipelines.cli.command import first_as, parse, progress_bar, run, say
 from pipelines.cli.settings import ProbeConfig
 from pipelines.reports.probe_report import write_probe_report
 
 __all__ = ["main", "probe"]
 
-RESULT, TABLE, PAGE = "probe.json", "probe.csv", "report.html"
+RESULT, TABLE = "probe.json", "probe.csv"
 
 
 def probe(config: ProbeConfig) -> ProbeScores:
@@ -95,7 +96,7 @@ def _write(
     writer.writeheader()
     writer.writerows(asdict(layer) for layer in scores.layers)
     write_text(output / TABLE, text.getvalue())
-    write_probe_report(output / PAGE, name, plan, scores, teacher)
+    write_probe_report(output / REPORT, name, plan, scores, teacher)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for layer in scores.layers:
         say(f"  layer {layer.layer:>3}  {layer.smooth_l1:.4f}  cosine {layer.cosine:.4f}")
-    say(f"report: {Path(config.output) / PAGE}")
+    say(f"report: {Path(config.output) / REPORT}")
     return 0
 
 

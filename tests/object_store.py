@@ -90,8 +90,7 @@ def failing_proxy(
 ) -> Generator[tuple[int, list[int]]]:
     """A proxy in front of `address:port` that answers call number i with a 503 where `fails(i)`.
 
-    Yields its port and the numbers of the calls that failed. Each call's command, path and caller
-    are put into `seen`.
+    Yields its port and the calls that failed; `seen` gets each call's command, path and caller.
     """
     failed: list[int] = []
     calls = iter(range(10**9))
@@ -108,26 +107,23 @@ def failing_proxy(
                     seen.append(f"{self.command} {self.path} {self.client_address[0]}")
             if fails(number):
                 failed.append(number)
-                self.answer(503, {}, b"<Error><Code>InternalError</Code></Error>")
-                return
+                return self.answer(503, {}, b"<Error><Code>InternalError</Code></Error>")
             if self.command == "PUT" and self.path.endswith("/"):
-                # A folder's marker, which pyarrow leaves where it removed an object: an object like
-                # any other at S3. rclone makes a file of it, and nothing can lie below that.
-                self.answer(200, {}, b"")
-                return
+                # A marker of a folder, an object like any other at S3: rclone makes a file of it.
+                return self.answer(200, {}, b"")
             target = http.client.HTTPConnection(address, port, timeout=30)
             target.request(self.command, self.path, body, dict(self.headers))
             reply = target.getresponse()
             self.answer(reply.status, dict(reply.getheaders()), reply.read())
-            target.close()
+            return target.close()
 
         def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)
-            length = headers.get("Content-Length", str(len(body)))
+            of_head = headers.get("Content-Length", "0") if self.command == "HEAD" else None
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                     self.send_header(name, value)
-            self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
+            self.send_header("Content-Length", of_head or str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)

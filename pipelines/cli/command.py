@@ -62,10 +62,10 @@ USERS_MISTAKE = 2
 # Settings that name a file or folder of this machine. Those that may be addresses are checked where
 # they are used: sources, `checkpoint.upload`, `validation.dataset`.
 PLACES = frozenset(
-    {"answers", "data", "dataset", "extra_roots", "folder", "folders", "html", "image", "images",
-     "include_path", "init_from", "model", "nvme_path", "ocr_vqa_list", "output", "pretrained",
-     "questions", "recipe", "root", "run", "script", "step", "template", "tokenizer", "truth",
-     "upload_file"}
+    {"answers", "data", "dataset", "eval", "extra_roots", "folder", "folders", "html", "image",
+     "images", "include_path", "init_from", "model", "nvme_path", "ocr_vqa_list", "output",
+     "pretrained", "questions", "recipe", "root", "run", "script", "step", "template",
+     "tokenizer", "truth", "upload_file"}
 )  # fmt: skip
 # The extra that brings a package; the ones that every install has are not here.
 EXTRAS = {

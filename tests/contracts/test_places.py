@@ -24,14 +24,16 @@ from tests.pipelines.store_commands import ACCEPTED
 ADDRESS = "s3://bucket/nothing/below"
 # Leaf names of settings whose text names no file, folder or store.
 WORDS = frozenset(
-    {"aliases", "allow_code", "attention", "category_pattern", "choices", "columns", "environment",
-     "exclude", "format", "host", "image_suffixes", "leave_out", "mode", "model_type", "name",
-     "path_prefix", "prefix", "projector", "prompts", "question", "scorers", "shard_size", "target",
-     "teacher", "to", "tower", "trainer", "truth_patterns", "variables", "view"}
+    {"aliases", "allow_code", "attention", "benchmarks", "category_pattern", "choices", "columns",
+     "environment", "exclude", "format", "host", "image_suffixes", "label_selector", "layers",
+     "leave_out", "lmms_eval", "mode", "model_type", "more", "name",
+     "path_prefix", "prefix", "projector", "prompts", "question", "scorers", "shard_size", "system",
+     "target", "teacher", "to", "tower", "trainer", "truth_patterns", "variables", "view"}
 )  # fmt: skip
 # Places that are looked at where they are used, which other tests do.
 ELSEWHERE = {
     "annotations": "tests/data/test_annotation_files.py",
+    "store": "tests/data/test_pools.py",
     "upload": "tests/train/test_uploads.py",
 }
 

@@ -253,7 +253,10 @@ def _training_speed(config: TargetCostsConfig) -> float:
     rows = run.micro_batch_size
     length = model.image_tokens + TEXT_TOKENS
     trained = rows * TEXT_TOKENS // 2
-    batch = BatchNumbers([length] * rows, rows, trained, rows, length, rows, trained)
+    batch = BatchNumbers(
+        row_lengths=[length] * rows, images=rows, targets=trained, padded_rows=rows,
+        padded_length=length, padded_images=rows, padded_targets=trained,
+    )  # fmt: skip
     each = step_flops(model_numbers(model), batch).model.total / rows
     peak = peak_flops(config.gpu)
     assert peak is not None  # of all that `gpu` may be

@@ -326,7 +326,7 @@ def model_numbers(model: VisionLanguageModel) -> ModelNumbers:
     rows, added = added_rows(model.language), None
     if rows is not None and rows.head_rows is not None:
         count = shape_of(rows.head_rows)[0]
-        added = Matmul(head.inputs, count, trained=True)
+        added = Matmul(inputs=head.inputs, outputs=count, trained=True)
         head = replace(head, outputs=head.outputs - count)
     decoder = model.language.get_decoder()
     return ModelNumbers(
@@ -430,4 +430,5 @@ def _matmul_of(module: Any) -> Matmul | None:
         sizes = int(module.nx), int(module.nf)
     else:
         return None
-    return Matmul(*sizes, trained=bool(module.weight.requires_grad))
+    inputs, outputs = sizes
+    return Matmul(inputs=inputs, outputs=outputs, trained=bool(module.weight.requires_grad))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lapilli.data.config import TargetConfig
 from lapilli.data.errors import DataError
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.record import excerpt
 from lapilli.data.registry import load_named
 
@@ -77,7 +78,7 @@ def with_revision(weights: str) -> str:
         from huggingface_hub.file_download import repo_folder_name
 
         folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=weights, repo_type="model")
-        revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
-    except (ImportError, OSError, ValueError):
+        revision = read_whole(folder / "refs" / "main", 1000).decode("ascii").strip()
+    except (ImportError, OSError, ValueError, DataError):
         return weights
     return f"{weights}@{revision[:12]}"

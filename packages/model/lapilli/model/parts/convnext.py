@@ -1,5 +1,11 @@
 """CLIP's ConvNeXt: the trunk of open_clip's towers, under timm's names, and its published files.
 
+Read are `open_clip_config.json` and `open_clip_model.safetensors` (or the `.bin`, by
+`allow_pickle`) of a hub name or folder. Rows leave the last stage before any norm, so
+`vision_feature_layer` is -1; any image size that 32 divides will do. Exported with task tokens in
+VisPer-LM's layout, which has its weights; transformers' LLaVA, LLaVA and PEFT have no place for it.
+Tried on tiny weights of the published layout, not on LAION's.
+
 Shape suffix legend: N images, H height, W width, T positions of a stage, C its channels.
 """
 

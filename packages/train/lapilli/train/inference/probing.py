@@ -122,7 +122,7 @@ def _are_within(layers: Sequence[int], count: int) -> bool:
 
 
 @dataclass(frozen=True)
-class _Images:
+class _TargetImages:
     """The samples of a split whose first image has a target, an image once.
 
     Attributes:
@@ -138,7 +138,7 @@ class _Images:
     slots: frozenset[int]
 
     @staticmethod
-    def of(dataset: Dataset, target: str, without: frozenset[int] = frozenset()) -> _Images:
+    def of(dataset: Dataset, target: str, without: frozenset[int] = frozenset()) -> _TargetImages:
         """Those of a dataset but the images of some slots.
 
         Raises:
@@ -160,7 +160,7 @@ class _Images:
                 "expected some to train on and others to measure on"
             )
         ids = np.array(sorted(by_slot.values()), np.int64)
-        return _Images(dataset, reader, ids, frozenset(by_slot))
+        return _TargetImages(dataset, reader, ids, frozenset(by_slot))
 
     def targets(self, ids: NDArray[np.int64], device: torch.device) -> Tensor:
         """fp32 [N, R, C].
@@ -208,8 +208,8 @@ def train_probes(
         DataError: A dataset has no such targets.
         TrainError: No image to train or to measure on, or numbers that are not finite.
     """
-    measured = _Images.of(held_out, plan.target)
-    learnt = _Images.of(train, plan.target, without=measured.slots)
+    measured = _TargetImages.of(held_out, plan.target)
+    learnt = _TargetImages.of(train, plan.target, without=measured.slots)
     size = int(model.language.get_input_embeddings().embedding_dim)
     some = learnt.targets(next(_drawn(learnt.ids, replace(plan, batch_size=FIRST))), device)
     probes = build_probes(plan.layers, size, some.cpu(), seed=plan.seed).to(device)
@@ -226,7 +226,7 @@ def train_probes(
 
 
 def _fit(
-    model: VisionLanguageModel, probes: nn.ModuleDict, images: _Images, plan: ProbePlan,
+    model: VisionLanguageModel, probes: nn.ModuleDict, images: _TargetImages, plan: ProbePlan,
     device: torch.device, on_step: Callable[[int, float], None],
 ) -> tuple[list[float], Tensor]:  # fmt: skip
     """Train; gives each probe's loss of the last tenth of the steps, and the mean target."""
@@ -282,7 +282,7 @@ def _drawn(ids: NDArray[np.int64], plan: ProbePlan) -> Iterator[NDArray[np.int64
 
 @torch.no_grad()
 def _measure(
-    model: VisionLanguageModel, probes: nn.ModuleDict, images: _Images, plan: ProbePlan,
+    model: VisionLanguageModel, probes: nn.ModuleDict, images: _TargetImages, plan: ProbePlan,
     device: torch.device, mean_RC: Tensor,
 ) -> Tensor:  # fmt: skip
     """Sums over images of smooth L1 and cosine: of the mean target, then of each probe."""

@@ -64,7 +64,10 @@ def predict_targets(
     found: list[ImagePrediction] = []
     for index in _spread(np.flatnonzero(dataset.has_images), count):
         sample = dataset.sample(index)
-        shape = BatchShape(1, (int(dataset.lengths[index]),), dataset.image_tokens, 4)
+        shape = BatchShape(
+            rows=1, buckets=(int(dataset.lengths[index]),), image_tokens=dataset.image_tokens,
+            predict_chunk=4,
+        )  # fmt: skip
         batch = collate([sample], shape, dataset.image_size)
         given = to_device(batch, device).inputs
         predicted = model.predict_targets(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lapilli.data.batches.collate import blank_batches
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.versions import installed_versions
 from lapilli.model.attention.backend import attention_kernel
+from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.model.config import KEEP_ALL, ActivationPolicy
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.recomputation import apply_policy
@@ -38,7 +39,7 @@ from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.scratch import lies_in_store
 from lapilli.train.steps.feed import Feed
 from lapilli.train.steps.optim import build_optimizer
-from lapilli.train.steps.step import to_device, warm_up
+from lapilli.train.steps.step import DeviceBatch, to_device, warm_up
 from lapilli.train.validation.sample_generations import Generations
 from lapilli.train.validation.validation_loss import HeldOut, open_held_out
 from lapilli.train.worker.compatibility import build_run, check_start, open_for
@@ -109,11 +110,7 @@ def setup(
         restore_scale(built, found.state.loss_scale)
     flush = step_marker(config.hpu, torch_device)
     if torch_device.type != "cpu":  # whose shapes cost nothing the first time
-        blank = (
-            (to_device(batch, torch_device), feed.blank_aux(batch, torch_device))
-            for batch in blank_batches(feed.shape, dataset.image_size)
-        )
-        warm_up(built, blank, flush)
+        warm_up(built, _blanks(feed, dataset.image_size, torch_device), flush)
     if rank == 0 and torch_device.type == "cuda":
         dtype = model.language.get_input_embeddings().weight.dtype
         kernel = attention_kernel(model.language, feed.shape.buckets[-1], dtype, torch_device)
@@ -135,6 +132,14 @@ def setup(
     if held_out and config.validation.answers_every:
         ready.generations = Generations(held_out, config, rank)
     return ready
+
+
+def _blanks(
+    feed: Feed, image_size: int, device: torch.device
+) -> Iterator[tuple[DeviceBatch, AuxInputs | None]]:
+    """A batch of each shape with nothing in it, and as much of the targets."""
+    for batch in blank_batches(feed.shape, image_size):
+        yield to_device(batch, device), feed.blank_aux(batch, device)
 
 
 def _build_optimizer(model: nn.Module, config: RunConfig, device: Device) -> torch.optim.Optimizer:
