@@ -16,7 +16,7 @@ from lapilli.data.cluster_metrics import add
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.shard_task import ImageTask, Task
-from lapilli.data.shards.files import open_table
+from lapilli.data.shards.files import StoredShard, open_table
 from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK
 from pipelines.cli.command import console, progress_bar, say
 
@@ -119,7 +119,10 @@ def describe_rate(images: int, seconds: float, cores: int, unusable: int) -> lis
 
 
 def _unusable(output: Output, facts: ShardFacts) -> int:
-    statuses = open_table(output, facts, IMAGE_SCHEMA, ["status"])["status"].to_pylist()
+    table = facts.table(["status"]) if isinstance(facts, StoredShard) else None
+    if table is None:  # it was made before, and did not come with the task's result
+        table = open_table(output, facts, IMAGE_SCHEMA, ["status"])
+    statuses = table["status"].to_pylist()
     return len(statuses) - statuses.count(OK)
 
 
