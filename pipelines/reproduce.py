@@ -41,8 +41,8 @@ class ReproduceConfig:
         model: Row of the published table: 7b, 13b, 7b-lora, 13b-lora.
         benchmarks: Columns of the table, separated by commas; empty for all.
         eval: Folder of the benchmarks' questions and images; empty for `root`/eval.
-        more: Arguments to add to a command by the name of its step, `{finetune: --num_workers=4
-            --micro_batch_size=2}`, or of its benchmark and verb, `{textvqa.generate: --batch=64}`.
+        more: Arguments to add to a command, as a mapping from the name of its step (`finetune`), or
+            of its benchmark and verb (`textvqa.generate`).
         execute: Run what is not done, in order, until something fails. The same command goes on.
     """
 

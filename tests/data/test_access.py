@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -143,9 +144,13 @@ def kept_back(dataset: Path) -> list[Path]:
 
 
 def test_a_dataset_that_may_not_be_read_is_not_opened_and_not_made_again(
-    open_folder: Path, as_nobody: Nobody
+    open_folder: Path, as_nobody: Nobody, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a real user without rights: root reads everything."""
+    scratch = open_folder / "scratch"
+    scratch.mkdir()
+    scratch.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     tokenizer = make_tokenizer(open_folder / "tokenizer")
     mixture = make_mixture(open_folder / "raw", images=4, text_only=2)
     build_dataset(mixture, open_folder / "ds", tokenizer)

@@ -138,14 +138,14 @@ def test_one_of_two_that_take_a_free_lease_at_once_has_it(prefix: RemotePath) ->
     ready, ended, found = threading.Barrier(2), threading.Barrier(2), list[str]()
 
     def take() -> None:
-        ready.wait()
+        ready.wait(30)
         try:
             with leased(prefix, "built"):
                 found.append("held")
-                ended.wait()
+                ended.wait(30)
         except DataError as error:
             found.append(str(error))
-            ended.wait()
+            ended.wait(30)
 
     threads = [threading.Thread(target=take) for _ in range(2)]
     for thread in threads:

@@ -18,6 +18,7 @@ import pytest
 import pipelines.estimate
 import pipelines.train
 from lapilli.train.config import RunConfig
+from lapilli.train.driver import devices
 from lapilli.train.driver import preflight as preflight_module
 from lapilli.train.driver.fake_model import Sketch
 from lapilli.train.driver.memory_estimate import sketch_run
@@ -124,7 +125,7 @@ def test_every_cell_passes_estimate_and_preflight_or_says_why_not(
         fake.append(made.parameters())
         return made
 
-    monkeypatch.setattr(preflight_module, "device_memory", lambda device: 10**10)  # as on a GPU
+    monkeypatch.setattr(devices, "device_memory", lambda device: 10**10)  # as on a GPU
     monkeypatch.setattr(preflight_module, "sketch_run", sketched)
     for _, way, stage in cells([recipe]):
         output = tmp_path / f"{way} {stage}"

@@ -149,7 +149,7 @@ class RunConfig:
         communication: Sizes of ZeRO's collectives.
         hpu: What is Intel Gaudi's own.
         max_shapes: Shapes (length, with or without images) of all batches. With 1 they have
-            `max_length` tokens, pixels, and one number of trained positions.
+            `max_length` tokens, pixels and one count of targets.
         loggers: Where metrics go too: `tensorboard`, `wandb`, `mlflow`.
         train: The nodes that train, and what each worker asks of one.
     """

@@ -12,7 +12,9 @@ __all__ = ["PoolConfig", "matches"]
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Which nodes do the work and what a worker asks of one, in Ray's terms; decides no result.
+    """Which nodes do the work.
+
+    What a worker asks of one is in Ray's terms. None of it decides a result.
 
     Attributes:
         label_selector: Labels that a node must have (`{pool: cpu}`); values as Ray takes them:

@@ -177,7 +177,7 @@ def _expires(path: RemotePath, found: Lease, line: str) -> bool:
             return False
         if now != found:
             raise _held(now, line)
-        if not is_told and time.monotonic() - began > 2 * RENEW_EVERY:
+        if not is_told and time.monotonic() - began > SETTLE + 2 * RENEW_EVERY:
             is_told = True
             warnings.warn(
                 f"{_owned(found, line)}, which does not renew its lease; it expires after "

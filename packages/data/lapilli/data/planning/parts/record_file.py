@@ -24,7 +24,10 @@ class RecordFile:
     """
 
     def __init__(self) -> None:
-        file = tempfile.TemporaryFile(prefix="lapilli-plan-", buffering=0)  # noqa: SIM115
+        try:
+            file = tempfile.TemporaryFile(prefix="lapilli-plan-", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise _unwritable(error) from None
         self._file = cast("BinaryIO", file)
         self._lengths: list[NDArray[np.uint32]] = []
         self._ends: NDArray[np.int64] | None = None
@@ -48,10 +51,7 @@ class RecordFile:
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
-            raise DataError(
-                f"{tempfile.gettempdir()}: the plan's records cannot be written "
-                f"({error.strerror}); free space there or set TMPDIR"
-            ) from None
+            raise _unwritable(error) from None
 
     def truncate(self, count: int) -> None:
         """Forget all records but the first `count`."""
@@ -73,3 +73,10 @@ class RecordFile:
             self._ends = np.cumsum(self.lengths, dtype=np.int64)
         size = int(self.lengths[number])
         return os.pread(self._file.fileno(), size, int(self._ends[number]) - size)
+
+
+def _unwritable(error: OSError) -> DataError:
+    return DataError(
+        f"{tempfile.gettempdir()}: the plan's records cannot be written ({error.strerror}); "
+        "free space there or set TMPDIR"
+    )
