@@ -17,8 +17,8 @@ WHOLE = (
     '{"projector": 0.9, "language": 1.2}, "samples": 8, "trained_tokens": 40, "batch": "0a1b", '
     '"loss_scale": 256.0, "overflows": 0, "aux_losses": {"gen.12.smooth_l1": 0.5}, '
     '"held_out_loss": 6.5, "held_out_aux_losses": {"gen.12.smooth_l1": 0.25}, '
-    '"held_out_seconds": 0.25, "generated_seconds": 0.125, "seconds": 0.5, "wait_seconds": 0.0625, "memory_bytes": 1024, '
-    '"tokens": 60, "rows": 6, "images": 4, "tokens_per_second": 120.0, "flops": 1000, "mfu": 0.5, '
+    '"held_out_seconds": 0.25, "generated_seconds": 0.125, "seconds": 0.5, "wait_seconds": 0.0625, '
+    '"memory_bytes": 1024, "tokens": 60, "rows": 6, "images": 4, "tokens_per_second": 120.0, "flops": 1000, "mfu": 0.5, '
     '"hardware_flops": 1500, "hfu": 0.75, "loss_by_source": {"made_up": [6.25, 40]}, '
     '"loss_by_modality": {"image": [6.0, 30], "text": [7.0, 10]}}\n'
 )
