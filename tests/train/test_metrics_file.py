@@ -18,8 +18,9 @@ WHOLE = (
     '"loss_scale": 256.0, "overflows": 0, "aux_losses": {"gen.12.smooth_l1": 0.5}, '
     '"held_out_loss": 6.5, "held_out_aux_losses": {"gen.12.smooth_l1": 0.25}, '
     '"held_out_seconds": 0.25, "generated_seconds": 0.125, "seconds": 0.5, "wait_seconds": 0.0625, '
-    '"memory_bytes": 1024, "tokens": 60, "rows": 6, "images": 4, "tokens_per_second": 120.0, "flops": 1000, "mfu": 0.5, '
-    '"hardware_flops": 1500, "hfu": 0.75, "loss_by_source": {"made_up": [6.25, 40]}, '
+    '"memory_bytes": 1024, "tokens": 60, "rows": 6, "images": 4, "tokens_per_second": 120.0, '
+    '"flops": 1000, "mfu": 0.5, "hardware_flops": 1500, "hfu": 0.75, '
+    '"loss_by_source": {"made_up": [6.25, 40]}, '
     '"loss_by_modality": {"image": [6.0, 30], "text": [7.0, 10]}}\n'
 )
 # As small as a step of fp32 on a device of unknown peak rate is, where the loss is not told apart.
