@@ -99,6 +99,11 @@ class Cluster:
         return f"10.78.{self.number}.254"
 
     @property
+    def python(self) -> str:
+        """The interpreter of a machine."""
+        return str(BIN / "python")
+
+    @property
     def environment(self) -> dict[str, str]:
         """Of every process on a machine: nothing of the test's own."""
         return {
@@ -182,23 +187,23 @@ class Cluster:
             stdin=subprocess.DEVNULL, timeout=PATIENCE, check=False,
         )  # fmt: skip
 
-    def submitting(self, job: Sequence[str]) -> subprocess.Popen[str]:
+    def submitting(self, job: Sequence[str], *flags: str) -> subprocess.Popen[str]:
         """`ray job submit` from the clone; the process that waits for the job's end."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir",
-                   ".", "--runtime-env", "pipelines/cluster/runtime_env.yaml", "--",
+                   ".", "--runtime-env", "pipelines/cluster/runtime_env.yaml", *flags, "--",
                    *job]  # fmt: skip
         return subprocess.Popen(
             command, cwd=self.project, env=_outside(), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def submit(self, *job: str) -> str:
+    def submit(self, job: Sequence[str], *flags: str) -> str:
         """Submit a job, wait for its end, and return what it said.
 
         Raises:
             AssertionError: It failed.
         """
-        process = self.submitting(job)
+        process = self.submitting(job, *flags)
         said, _ = process.communicate()
         assert process.returncode == 0, said[-6000:]
         return said

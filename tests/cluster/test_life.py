@@ -1,45 +1,57 @@
 """A dataset's and a run's whole life on five machines that share a store and nothing else.
 
 Jobs are submitted from a clone, as `pipelines/cluster/README.md` says. The machines hold the
-dependencies alone. What they share is seen at the store: its calls are counted by caller.
+dependencies alone. Who calls the store for what is seen at the store.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.machines import Cluster, bridge, cluster, missing
-from tests.factories import build_dataset, make_mixture, make_tokenizer
+from lapilli.data.io.atomic import sha256_file
+from lapilli.train.checkpoint.parts import part_name
+from lapilli.train.config import CheckpointConfig
+from lapilli.train.run_folder.metrics_file import read_metrics
+from lapilli.train.run_folder.restarts import read_starts
+from pipelines.evaluate import main as evaluate
+from pipelines.export import main as export
+from pipelines.preprocess import main as preprocess
+from pipelines.train import train
+from tests.cluster.machines import Cluster, Machine, bridge, cluster, missing
+from tests.factories import make_mixture, make_tokenizer
 from tests.object_store import failing_proxy, serve
+from tests.pipelines.builds import RECIPE
+from tests.train.small_run import small_run
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(bool(missing()), reason=missing()),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(2400),
 ]
 
 NUMBER = 41  # of the network
-PYTHON = str(Path(sys.executable))
-STEPS = 12
+PATIENCE = 900.0  # seconds, with a run
+DATASET, RUN = "s3://bucket/dataset", "s3://bucket/runs/one"
 
 
 @dataclass(frozen=True)
 class Life:
-    """The cluster, the folder behind its bucket, and the store's calls so far."""
+    """The cluster, the folder behind its bucket, the store's calls, a folder of this machine."""
 
     made: Cluster
     bucket: Path
     calls: list[str]
     local: Path
 
-    def job(self, verb: str, *arguments: str) -> str:
-        return self.made.submit("python", "-m", f"pipelines.{verb}", *arguments)
+    def job(self, verb: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:
+        return self.made.submit(["python", "-m", f"pipelines.{verb}", *arguments], *flags)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +59,9 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     """Five machines: a head without cores, two nodes of each pool; the sources in the bucket."""
     folder = tmp_path_factory.mktemp("life")
     bucket, local = folder / "served" / "bucket", folder / "local"
-    mixture = make_mixture(local / "raw", images=24, text_only=8)
-    tokenizer = make_tokenizer(local / "tokenizer")
-    build_dataset(mixture, local / "dataset", tokenizer)
-    shutil.copytree(local / "raw", bucket / "raw")
-    shutil.copytree(tokenizer, bucket / "tokenizer")
+    make_mixture(bucket / "raw", images=24, text_only=8)
+    make_tokenizer(bucket / "tokenizer")
+    local.mkdir()
     calls: list[str] = []
     with (
         bridge(NUMBER) as address,
@@ -59,6 +69,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
         failing_proxy(server, lambda _: False, address=address, seen=calls) as (port, _),
         cluster(NUMBER, port) as made,
     ):
+        (made.project / "data.yaml").write_text(RECIPE)
         made.start("head", "--num-cpus=0", head=True)
         made.wait(1)
         for name, pool in (("w1", "cpu"), ("w2", "cpu"), ("w3", "accel"), ("w4", "accel")):
@@ -68,9 +79,100 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
 
 
 def test_machines_see_nothing_of_each_other(life: Life) -> None:
+    python = life.made.python
     assert life.made.on("w1", ["touch", "/scratch/mine", "/dev/shm/mine"]).returncode == 0
     for place in ("/scratch/mine", "/dev/shm/mine"):
         assert life.made.on("w1", ["test", "-e", place]).returncode == 0
         assert life.made.on("w2", ["test", "-e", place]).returncode == 1
-    without = life.made.on("w1", [PYTHON, "-c", "import lapilli.data"])
+    without = life.made.on("w1", [python, "-c", "import lapilli.data"])
     assert "No module named 'lapilli'" in without.stderr
+
+
+def test_a_dataset_is_built_from_the_store_into_the_store(life: Life) -> None:
+    life.job(
+        "preprocess", "--config=data.yaml", "--root=s3://bucket/raw", f"--output={DATASET}",
+        "--tokenizer=s3://bucket/tokenizer", "--build.label_selector={pool: cpu}",
+    )  # fmt: skip
+    recipe = life.made.project / "data.yaml"
+    assert preprocess([
+        f"--config={recipe}", f"--root={life.bucket / 'raw'}", f"--output={life.local / 'dataset'}",
+        f"--tokenizer={life.bucket / 'tokenizer'}",
+    ]) == 0  # fmt: skip
+    shards = digests(life.local / "dataset")
+    assert len(shards) >= 4
+    assert digests(life.bucket / "dataset") == shards
+    callers = {
+        call.split()[-1] for call in life.calls if call.startswith("PUT") and ".arrow" in call
+    }
+    assert callers == {life.made.machines[name].address for name in ("w1", "w2")}
+
+
+def test_a_run_loses_rank_zeros_machine_and_goes_on(life: Life) -> None:
+    config = small_run(
+        Path("dataset"), Path("run"), num_workers=2, epochs=30,
+        checkpoint=CheckpointConfig(every=10),
+    )  # fmt: skip
+    (life.made.project / "run.yaml").write_text(json.dumps(asdict(config)))
+    job = life.made.submitting([
+        "python", "-m", "pipelines.train", "--config=run.yaml", f"--dataset={DATASET}",
+        f"--output={RUN}", "--train.label_selector={pool: accel}",
+    ])  # fmt: skip
+    first = rank_zeros_machine(life)
+    first.kill()
+    life.made.start("w5", "--num-cpus=1", "--labels=pool=accel")
+    said, _ = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0, said[-6000:]
+    run = life.bucket / "runs" / "one"
+    starts = [one.step for one in read_starts(run)]
+    assert starts[0] == 0
+    assert len(starts) == 2
+    assert starts[1] >= 10
+    alone = replace(
+        config, dataset=str(life.local / "dataset"), output=str(life.local / "run"),
+        num_workers=1, launcher="process",
+    )  # fmt: skip
+    expected, found = train(alone), read_metrics(run)
+    assert [row.batch for row in found] == [row.batch for row in expected]
+    losses = [row.loss for row in expected]
+    assert [row.loss for row in found] == pytest.approx(losses, abs=1e-3)
+
+
+def test_answers_and_an_export_come_from_other_machines(life: Life) -> None:
+    life.job("evaluate", f"--run={RUN}", f"--dataset={DATASET}", "--device=cpu",
+             "--output=/scratch/answers.jsonl")  # fmt: skip
+    elsewhere = ("--entrypoint-num-cpus=1",)  # the head has none
+    life.job("export", RUN, "--to=hf", "--output=s3://bucket/exports/one", flags=elsewhere)
+    shutil.copytree(life.bucket / "runs" / "one", life.local / "copied")
+    here, answers = life.local / "copied", life.local / "answers.jsonl"
+    assert evaluate([f"--run={here}", f"--dataset={life.local / 'dataset'}", "--device=cpu",
+                     f"--output={answers}"]) == 0  # fmt: skip
+    there = life.made.on("head", ["cat", "/scratch/answers.jsonl"])
+    assert there.stdout == answers.read_text()
+    assert export([str(here), "--to=hf", f"--output={life.local / 'exported'}"]) == 0
+    weights = "model.safetensors"
+    assert sha256_file(life.bucket / "exports" / "one" / weights) == sha256_file(
+        life.local / "exported" / weights
+    )
+
+
+def digests(dataset: Path) -> dict[str, str]:
+    """SHA-256 of a dataset's shards by their path in it."""
+    found = sorted(dataset.rglob("*.arrow"))
+    return {str(path.relative_to(dataset)): sha256_file(path) for path in found}
+
+
+def rank_zeros_machine(life: Life) -> Machine:
+    """The one that stored rank 0's part of the run's first checkpoint, which is complete."""
+    give_up = time.monotonic() + PATIENCE
+    state = life.bucket / "runs" / "one" / "checkpoints" / "step-00000010" / "state.json"
+    while not state.exists():
+        assert time.monotonic() < give_up, "no checkpoint in the store"
+        time.sleep(0.05)
+    by_address = {machine.address: machine for machine in life.made.machines.values()}
+    callers = {
+        call.split()[-1]
+        for call in life.calls
+        if call.startswith("PUT") and part_name(0, 2) in call
+    }
+    (address,) = callers
+    return by_address[address]
