@@ -26,7 +26,7 @@ from lapilli.data.planning.plan import plan_build
 from lapilli.data.planning.shard_task import Task
 from lapilli.data.shards.manifest import read_manifest
 from tests.factories import CLIP_MEAN, build_config, make_mixture, make_tokenizer
-from tests.object_store import failing_proxy, serve, serve_s3, use_endpoint
+from tests.object_store import failing_proxy, serve, use_endpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,9 +222,11 @@ def test_a_build_by_rays_workers_into_a_bucket_is_the_local_one(tmp_path: Path) 
     made = build(plan_build(local), runner=run_here)
     write_json(tmp_path / "recipe.json", asdict(replace(local, output="s3://made/data")))
     command = [sys.executable, "-m", "pipelines.preprocess", f"--config={tmp_path / 'recipe.json'}"]
-    with serve_s3(
-        tmp_path / "s3", remembers="1h"
-    ):  # a process of its own: Ray's workers inherit it
+    with (  # a process of its own: Ray's workers inherit where the store is
+        serve(tmp_path / "s3", remembers="1h") as server,
+        failing_proxy(server, lambda _: False) as (port, _),
+        use_endpoint(port),
+    ):
         first, second = (
             subprocess.run(
                 command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True

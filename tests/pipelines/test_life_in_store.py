@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 import pipelines.chat
+import pipelines.preprocess
 import pipelines.serve
+from lapilli.data.building.runners import run_here
 from lapilli.train.config import CheckpointConfig
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.settings import as_json
@@ -91,6 +93,12 @@ def test_every_place_is_given_an_address(
     served = list[str]()
     for module in (pipelines.serve, pipelines.chat):
         monkeypatch.setattr(module, "serve", lambda config: served.append(config.model))
+    # A Ray that another test has started does not know this store.
+    monkeypatch.setattr(
+        pipelines.preprocess,
+        "run_on_ray",
+        lambda tasks, output, workers, **_: run_here(tasks, output, workers),
+    )
     done = list[list[str]]()
     for (verb, _), arguments in ACCEPTED.items():
         if [verb, *arguments] in done:

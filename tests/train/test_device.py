@@ -66,6 +66,7 @@ def test_gaudi_without_its_software_is_one_line() -> None:
 ON_RAY = """
 import sys
 import ray
+from lapilli.data.errors import DataError
 from lapilli.train.errors import TrainError
 from lapilli.train.driver.preflight import preflight
 from pathlib import Path
@@ -76,7 +77,7 @@ for device, workers in (("hpu", 4), ("hpu", 2), ("auto", 2)):
     config = small_run(Path(sys.argv[1]), Path(sys.argv[2]), num_workers=workers, device=device)
     try:
         preflight(config)
-    except TrainError as error:
+    except (DataError, TrainError) as error:
         print("said:", error)
 """
 
