@@ -135,16 +135,19 @@ class Cluster:
         ray = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *where,
                f"--node-ip-address={address}", "--object-store-memory=100000000",
                *arguments]  # fmt: skip
-        machine = Machine(name, address, self._process(name, space, ray))
+        machine = Machine(name, address, self._process(name, address, space, ray))
         self.machines[name] = machine
         return machine
 
-    def _process(self, name: str, space: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _process(
+        self, name: str, address: str, space: str, command: Sequence[str]
+    ) -> subprocess.Popen[bytes]:
         base = self.folder / name
         for part in ("up", "work", "root"):
             (base / part).mkdir(parents=True)
         packages = Path(psutil.__file__).parents[1]
-        hosts = f"127.0.0.1 localhost\\n{self.gateway} store\\n"
+        # gloo listens where a machine finds its own name
+        hosts = f"127.0.0.1 localhost\\n{self.gateway} store\\n{address} {name}\\n"
         hidden = [*(ROOT / part for part in ("packages", "pipelines", "tests")), self.folder.parent]
         environment = {**self.environment, "HIDDEN": " ".join(map(str, hidden))}
         inside = ["ip", "netns", "exec", space, "unshare", "-m", "-u", "-i", "-p", "-f",
