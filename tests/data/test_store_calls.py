@@ -126,7 +126,7 @@ def test_an_image_is_read_once_a_view(store: tuple[Counted, BuildConfig], tmp_pa
     counted.take()
     build(plan, runner=counted.runner)
     _, tasks = counted.take()
-    calls = Counter(tasks)
+    calls = Counter(call.rpartition(" ")[0] for call in tasks)  # but for the caller
     assert len(plan.image_ids) >= 24
     # pyarrow asks for an object's size before it reads it.
     assert calls == Counter({

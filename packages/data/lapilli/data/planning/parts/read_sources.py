@@ -143,7 +143,7 @@ def _read_source(
         except BadCut:
             records.truncate(first)  # streaming finds out what is wrong, if anything is
     tally = Tally()
-    columns = read(scan_streamed(root, settings, tally), tally)
+    columns = read(scan_streamed(root, settings, tally, told), tally)
     if not columns.count:
         raise no_record(source, root)
     return columns

@@ -83,7 +83,11 @@ def _whole(found: Part | None, part: JsonRange) -> Part:
 
 
 def scan_streamed(
-    root: Path, settings: ScanSettings, tally: Tally, part_bytes: int = PART_BYTES
+    root: Path,
+    settings: ScanSettings,
+    tally: Tally,
+    told: Callable[[int], None] = lambda count: None,
+    part_bytes: int = PART_BYTES,
 ) -> Iterator[Part]:
     """Scan a source of any format in this process, from its start.
 
@@ -91,12 +95,19 @@ def scan_streamed(
         root: The dataset's root.
         settings: The source and what it is scanned with.
         tally: Takes the members of archives at the end.
+        told: Called with the number of elements read, at each one.
         part_bytes: Bytes of a part, about.
 
     Raises:
         DataError: As the format's reader does.
     """
     reading = get_source(settings.source.format).read(settings.source, root)
-    elements = elements_of(reading, tally)
+    elements = _counted(elements_of(reading, tally), told)
     while len((part := scan_elements(elements, settings, part_bytes)).table):
         yield part
+
+
+def _counted(elements: Iterator[Any], told: Callable[[int], None]) -> Iterator[Any]:
+    for number, element in enumerate(elements, 1):
+        told(number)
+        yield element
