@@ -1,4 +1,4 @@
-"""A dataset's and a run's whole life on five machines that share a store and nothing else.
+"""A dataset is built by five machines that share a store and nothing else.
 
 Jobs are submitted from a clone, as `pipelines/cluster/README.md` says. The machines hold the
 dependencies alone. Who calls the store for what is seen at the store.
@@ -7,31 +7,19 @@ dependencies alone. Who calls the store for what is seen at the store.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from lapilli.data.io.atomic import sha256_file
-from lapilli.train.checkpoint.parts import part_name
-from lapilli.train.config import CheckpointConfig
-from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.run_folder.restarts import read_starts
-from pipelines.evaluate import main as evaluate
-from pipelines.export import main as export
 from pipelines.preprocess import main as preprocess
-from pipelines.train import train
-from tests.cluster.machines import Cluster, Machine, bridge, cluster, missing
+from tests.cluster.machines import Cluster, bridge, cluster, missing
 from tests.factories import make_mixture, make_tokenizer
 from tests.object_store import failing_proxy, serve
 from tests.pipelines.builds import RECIPE
-from tests.train.small_run import small_run
 
 pytestmark = [
     pytest.mark.cluster,
@@ -40,9 +28,8 @@ pytestmark = [
 ]
 
 NUMBER = 20 + os.getpid() % 200  # of the network: what another run left is no obstacle
-PATIENCE = 900.0  # seconds, with a run
 NAMES = {"image_id", "image_ids", "name", "stamp"}  # columns that say where an image lies
-DATASET, RUN = "s3://bucket/dataset", "s3://bucket/runs/one"
+DATASET = "s3://bucket/dataset"
 
 
 @dataclass(frozen=True)
@@ -111,54 +98,6 @@ def test_a_dataset_is_built_from_the_store_into_the_store(life: Life) -> None:
     assert callers <= {life.made.machines[name].address for name in ("w1", "w2")}
 
 
-def test_a_run_loses_rank_zeros_machine_and_goes_on(life: Life) -> None:
-    config = small_run(
-        Path("dataset"), Path("run"), num_workers=2, epochs=30,
-        checkpoint=CheckpointConfig(every=10),
-    )  # fmt: skip
-    (life.made.project / "run.yaml").write_text(json.dumps(asdict(config)))
-    job = life.made.submitting([
-        "python", "-m", "pipelines.train", "--config=run.yaml", f"--dataset={DATASET}",
-        f"--output={RUN}", "--train.label_selector={pool: accel}",
-    ])  # fmt: skip
-    first = rank_zeros_machine(life)
-    first.kill()
-    life.made.start("w5", "--num-cpus=1", "--labels=pool=accel")
-    said, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0, said[-6000:]
-    run = life.bucket / "runs" / "one"
-    starts = [one.step for one in read_starts(run)]
-    assert starts[0] == 0
-    assert len(starts) == 2
-    assert starts[1] >= 10
-    alone = replace(
-        config, dataset=str(life.local / "dataset"), output=str(life.local / "run"),
-        num_workers=1, launcher="process",
-    )  # fmt: skip
-    expected, found = train(alone), read_metrics(run)
-    assert [row.batch for row in found] == [row.batch for row in expected]
-    losses = [row.loss for row in expected]
-    assert [row.loss for row in found] == pytest.approx(losses, abs=1e-3)
-
-
-def test_answers_and_an_export_come_from_other_machines(life: Life) -> None:
-    life.job("evaluate", f"--run={RUN}", f"--dataset={DATASET}", "--device=cpu",
-             "--output=/scratch/answers.jsonl")  # fmt: skip
-    elsewhere = ("--entrypoint-num-cpus=1",)  # the head has none
-    life.job("export", RUN, "--to=hf", "--output=s3://bucket/exports/one", flags=elsewhere)
-    shutil.copytree(life.bucket / "runs" / "one", life.local / "copied")
-    here, answers = life.local / "copied", life.local / "answers.jsonl"
-    assert evaluate([f"--run={here}", f"--dataset={life.local / 'dataset'}", "--device=cpu",
-                     f"--output={answers}"]) == 0  # fmt: skip
-    there = life.made.on("head", ["cat", "/scratch/answers.jsonl"])
-    assert there.stdout == answers.read_text()
-    assert export([str(here), "--to=hf", f"--output={life.local / 'exported'}"]) == 0
-    weights = "model.safetensors"
-    assert sha256_file(life.bucket / "exports" / "one" / weights) == sha256_file(
-        life.local / "exported" / weights
-    )
-
-
 def contents(dataset: Path) -> list[str]:
     """SHA-256 of each shard's columns but those that name images: by address, or below the root."""
     found: list[str] = []
@@ -172,20 +111,3 @@ def contents(dataset: Path) -> list[str]:
                     digest.update(buffer or b"")
         found.append(digest.hexdigest())
     return found
-
-
-def rank_zeros_machine(life: Life) -> Machine:
-    """The one that stored rank 0's part of the run's first checkpoint, which is complete."""
-    give_up = time.monotonic() + PATIENCE
-    state = life.bucket / "runs" / "one" / "checkpoints" / "step-00000010" / "state.json"
-    while not state.exists():
-        assert time.monotonic() < give_up, "no checkpoint in the store"
-        time.sleep(0.05)
-    by_address = {machine.address: machine for machine in life.made.machines.values()}
-    callers = {
-        call.split()[-1]
-        for call in life.calls
-        if call.startswith("PUT") and part_name(0, 2) in call
-    }
-    (address,) = callers
-    return by_address[address]
