@@ -190,23 +190,23 @@ class Cluster:
             stdin=subprocess.DEVNULL, timeout=PATIENCE, check=False,
         )  # fmt: skip
 
-    def submitting(self, job: Sequence[str], *flags: str) -> subprocess.Popen[str]:
+    def submitting(self, job: Sequence[str]) -> subprocess.Popen[str]:
         """`ray job submit` from the clone; the process that waits for the job's end."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir",
-                   ".", "--runtime-env", "pipelines/cluster/runtime_env.yaml", *flags, "--",
+                   ".", "--runtime-env", "pipelines/cluster/runtime_env.yaml", "--",
                    *job]  # fmt: skip
         return subprocess.Popen(
             command, cwd=self.project, env=_outside(), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def submit(self, job: Sequence[str], *flags: str) -> str:
+    def submit(self, job: Sequence[str]) -> str:
         """Submit a job, wait for its end, and return what it said.
 
         Raises:
             AssertionError: It failed.
         """
-        process = self.submitting(job, *flags)
+        process = self.submitting(job)
         said, _ = process.communicate()
         assert process.returncode == 0, said[-6000:]
         return said

@@ -41,8 +41,8 @@ class Life:
     calls: list[str]
     local: Path
 
-    def job(self, verb: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:
-        return self.made.submit(["python", "-m", f"pipelines.{verb}", *arguments], *flags)
+    def job(self, verb: str, *arguments: str) -> str:
+        return self.made.submit(["python", "-m", f"pipelines.{verb}", *arguments])
 
 
 @pytest.fixture(scope="module")

