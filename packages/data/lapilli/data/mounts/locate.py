@@ -143,6 +143,11 @@ class Mount:
             self._repaired[key].times += 1
         return place
 
+    def forget_listings(self) -> None:
+        """Give the memory of the folders' names back; one that is asked for again is listed again."""
+        self._folders.clear()
+        vars(self._start.folder).pop("listing", None)
+
     def settle(self, keys: Iterable[str] = ()) -> dict[str, Verdict]:
         """Revoke the repairs that contradict each other, once every key was located.
 

@@ -119,6 +119,7 @@ def _read_source(
     mount = open_mount(source, config, root)
     if not originals:
         mount.require()
+        mount.forget_listings()
     settings = ScanSettings(
         source=source,
         template=template,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import marshal
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class SourceColumns:
         found: dict[str, list[NDArray[Any]]] = {
             name: [] for name in ("digests", "stamps", "counts", "numbers")
         }
-        stale: list[int] = []
+        stale = array("q")
         for part in parts:
             table, size = part.table, len(part.table)
             record_ids = self._named(table, stale)
@@ -116,6 +117,7 @@ class SourceColumns:
                 self.tally.count((name,), times)
             self.count += size
             told(self.count)
+        self.mount.forget_listings()
         if not self.count:
             return
         for name, pieces in found.items():
@@ -125,11 +127,11 @@ class SourceColumns:
         self._settle(first)
         self._stamp_again(stale, first)
 
-    def _named(self, table: pa.Table, stale: list[int]) -> pa.Array:
+    def _named(self, table: pa.Table, stale: array[int]) -> pa.Array:
         """The record ids; an element without one is called by its place."""
         column = table["record_id"].combine_chunks()
         if column.null_count:
-            stale += (self.count + np.flatnonzero(column.is_null().to_numpy(False))).tolist()
+            stale.extend((self.count + np.flatnonzero(column.is_null().to_numpy(False))).tolist())
             named = (
                 f"@{self.count + n}" if name is None else name
                 for n, name in enumerate(column.to_pylist())
@@ -154,7 +156,7 @@ class SourceColumns:
             self.texts[self.count + row] = text
 
     def _locate(
-        self, table: pa.Table, names: dict[int, str], originals: Originals, stale: list[int],
+        self, table: pa.Table, names: dict[int, str], originals: Originals, stale: array[int],
         first: int,
     ) -> dict[int, list[int]]:  # fmt: skip
         """The numbers of the images of each entry of a part that is kept and has some."""
@@ -195,10 +197,10 @@ class SourceColumns:
             numbers.append(number)
         return numbers
 
-    def _name(self, ids: RecordIds, stale: list[int]) -> None:
+    def _name(self, ids: RecordIds, stale: array[int]) -> None:
         """Make the ids unique."""
         renamed, self.copies = ids.unique()
-        stale += renamed
+        stale.extend(renamed)
         made: list[pa.Array] = []
         start, left = 0, deque(renamed)
         for chunk in ids.take_chunks():
@@ -241,10 +243,10 @@ class SourceColumns:
     def _record(self, row: int, first: int) -> Record:
         return unpack(pack_names("", "", self.name) + self.records.read(first + row))
 
-    def _stamp_again(self, stale: list[int], first: int) -> None:
+    def _stamp_again(self, stale: array[int], first: int) -> None:
         """Stamp the entries whose names or images are not what their part took them for."""
         ends = np.cumsum(self.counts, dtype=np.int64)
-        for row in sorted(set(stale)):
+        for row in np.unique(np.frombuffer(stale, np.int64)).tolist():
             if row in self.verdicts:
                 continue
             sample_id: str = self.sample_ids[row].as_py()
