@@ -87,9 +87,9 @@ def _preprocess(config: BuildConfig) -> BuildReport:
 
 def print_plan(plan: BuildPlan) -> None:
     """Print records, images, disk and codecs of the plan."""
-    bad = len(plan.entries.verdicts)
+    bad, images = len(plan.entries.verdicts), len(plan.slots) - plan.slots.unused
     codecs = ", ".join(f"{name}: {view.codecs.describe()}" for name, view in plan.views.items())
-    say(f"{len(plan.entries)} records, {bad} quarantined so far, {len(plan.image_ids)} images")
+    say(f"{len(plan.entries)} records, {bad} quarantined so far, {images} images")
     for source, tally in plan.tallies.items():
         for line in describe_tally(tally):
             say(f"  {source}: {line}")

@@ -65,8 +65,9 @@ def train(config: RunConfig) -> list[StepMetrics]:
                 _print_report(ready.config)
             raise
         _print_report(ready.config)
-    last = metrics[-1]
-    say(f"loss {metrics[0].loss:.4f} at step 1, {last.loss:.4f} at step {last.done}")
+    if metrics:  # none where a finished run has lost them
+        last = metrics[-1]
+        say(f"loss {metrics[0].loss:.4f} at step 1, {last.loss:.4f} at step {last.done}")
     return metrics
 
 

@@ -21,12 +21,13 @@ from pipelines.benchmarks import (
     opening,
     planning,
     reading,
-    scaling,
     sharing,
     tokens,
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
+from pipelines.benchmarks.scaling import measured as scaling_measured
+from pipelines.benchmarks.scaling import topic as scaling
 from pipelines.benchmarks.step import (
     auxiliary,
     checkpoint,
@@ -52,6 +53,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "group": grouping.main,
     "share_step": shared_rows.main,
     "scaling": scaling.main,
+    "scaling_measured": scaling_measured.main,
     "tokens": tokens.main,
     "merge": merge.main,
     "loss": loss.main,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ __all__ = ["Recipes", "find_table", "map_launch"]
 
 PROCESSES = 8  # of LLaVA's own scripts, which use every GPU of one machine
 BASES = {f"liuhaotian/llava-v1.5-{size}": f"lmsys/vicuna-{size}-v1.5" for size in ("7b", "13b")}
+CONVNEXTS = {  # the weights of a tower, by the start of VisPer-LM's name for it
+    "CLIP-convnext_large": "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
+    "CLIP-convnext_xxlarge": "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+}
 FRAMEWORKS = ("llama_factory", "ms_swift")
 ROWS = 32002  # of a Llama's or Vicuna's vocabulary with an image's start and end
 LOGGERS = ("tensorboard", "wandb", "mlflow")
@@ -214,9 +219,10 @@ def _model(given: Given, made: Recipes) -> None:
     if (tower := given["vision_tower"]) is None:
         raise UsageError("--vision_tower: left out, which trains on text alone; expected a tower")
     if "convnext" in tower.lower():
-        raise UsageError(f"--vision_tower: {tower!r} is not supported; expected a ViT")
-    _put(made.train, "model.vision.tower", "siglip" if "siglip" in tower else "clip")
-    _put(made.train, "model.vision.pretrained", given.place(tower))
+        _put_convnext(given, made, tower)
+    else:
+        _put(made.train, "model.vision.tower", "siglip" if "siglip" in tower else "clip")
+        _put(made.train, "model.vision.pretrained", given.place(tower))
     _put(made.train, "model.vision.allow_pickle", True)
     parts = _parts(given)
     _put(made.train, "model.trainable", parts)
@@ -233,6 +239,28 @@ def _model(given: Given, made: Recipes) -> None:
         _put(made.train, "model.lora", lora)
     if given["mm_use_im_start_end"]:
         _put_added_rows(given, made, learn="language" not in parts)
+
+
+def _put_convnext(given: Given, made: Recipes, tower: str) -> None:
+    """A ConvNeXt by VisPer-LM's name for it, which ends with the side of its images.
+
+    Source: `extract_res_interp` of its `clip_convnext_encoder.py` (commit 4f4a87d).
+    """
+    if "freeze_task_token" not in given.values:
+        raise UsageError(f"--vision_tower: {tower!r} is not supported; expected a ViT")
+    name = tower.rpartition("/")[2]
+    known = next((weights for start, weights in CONVNEXTS.items() if name.startswith(start)), None)
+    if known is None:
+        raise UsageError(f"--vision_tower: {tower!r}; expected one of {', '.join(CONVNEXTS)}")
+    if "multi-stage" in name or "-interp" in name:
+        raise UsageError(
+            f"--vision_tower: {tower!r} is not supported (rows of several stages or resized ones)"
+        )
+    side = re.search(r"-res(\d+)", name)
+    _put(made.train, "model.vision.tower", "clip_convnext")
+    _put(made.train, "model.vision.pretrained", known)
+    _put(made.train, "model.vision.image_size", int(side[1]) if side else 768)
+    _put(made.train, "model.vision.vision_feature_layer", -1)
 
 
 def _aux_before(given: Given) -> dict[str, Any]:
@@ -376,8 +404,9 @@ def _data(given: Given, made: Recipes) -> None:
         )
     aspect = given.ours["image_aspect_ratio"]
     tower = given["vision_tower"]
-    size = next((n for n in (336, 384) if str(n) in tower), 224)
-    family = made.train["model"]["vision"]["tower"]
+    vision = made.train["model"]["vision"]
+    size = vision.get("image_size") or next((n for n in (336, 384) if str(n) in tower), 224)
+    family = "clip" if vision["tower"] == "clip_convnext" else vision["tower"]  # of one mean
     view = f"{family}{size}_{aspect}"
     made.data["tokenizer"] = made.train["model"]["language"]["pretrained"]
     made.data["views"] = {view: {"size": size, "fill": "mean", "tower": family, "aspect": aspect}}

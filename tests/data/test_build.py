@@ -400,7 +400,7 @@ def test_a_small_disk_is_noticed_before_the_work(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_build(replace(config, output=str(tmp_path / "out")))
-    pixels = len(plan.images) * sum(3 * spec.size**2 for spec in config.views.values())
+    pixels = len(plan.image_ids) * sum(3 * spec.size**2 for spec in config.views.values())
 
     def usage(path: Path) -> Any:
         assert path.exists()

@@ -145,7 +145,7 @@ def described(plan: BuildPlan) -> tuple[Any, ...]:
         plan.digests,
         list(plan.entries),
         [*map(plan.entries.images, range(len(plan.entries)))],
-        plan.stamped,
+        list(plan.slots),
         plan.repairs,
         plan.repaired.to_pylist(),
         {name: (tally.fields, tally.members) for name, tally in plan.tallies.items()},
@@ -204,7 +204,7 @@ def test_entries_are_those_of_reading_one_after_the_other(config: BuildConfig) -
             assert not found.verdict.kept or found.record == expected.record
     assert next(entries, None) is None
     assert plan.repairs
-    assert plan.entries.copies.any()
+    assert plan.entries.copies
     reasons = {verdict.reason for verdict in plan.entries.verdicts.values()}
     assert {Reason.IMAGE_MISSING, Reason.EMPTY_ANSWER} <= reasons
 

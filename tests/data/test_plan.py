@@ -58,7 +58,8 @@ def test_each_image_has_one_slot_in_the_order_of_first_use(config: BuildConfig) 
         for image_id in images
     ]
     assert plan.image_ids == list(dict.fromkeys(used))
-    assert plan.slots == {image_id: slot for slot, image_id in enumerate(plan.image_ids)}
+    assert [name for name, _ in plan.slots] == plan.image_ids
+    assert plan.slots.of_images().tolist() == [*range(len(plan.image_ids))]
     for image_id in plan.image_ids:
         assert (Path(config.root) / image_id).is_file()
 

@@ -481,7 +481,7 @@ def test_check_and_preprocess_agree_and_list_every_repair(mended: Mixture, tmp_p
     plan = plan_build(config)
     planned = {e.sample_id: e.verdict for e in plan.entries if not e.verdict.kept}
     assert planned == {entry.sample_id: entry.verdict for entry in bad}
-    assert plan.images.keys() == found.images.keys() == {"plain.jpg", "one.png", "my c.jpg"}
+    assert {*plan.image_ids} == found.images.keys() == {"plain.jpg", "one.png", "my c.jpg"}
     counts = build(plan, runner=run_here).manifest.counts
     assert counts["repairs"] == dict(sorted(found.repairs.items()))
     rows: list[dict[str, Any]] = pq.read_table(tmp_path / "out" / "repairs.parquet").to_pylist()

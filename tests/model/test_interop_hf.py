@@ -21,7 +21,7 @@ from lapilli.model.interop.hf import (
     write_processor,
 )
 from lapilli.model.vlm import VisionLanguageModel, build_model
-from tests.model import twins
+from tests.model import decoders, twins
 from tests.model.test_vlm import CONFIG, LLAMA
 
 
@@ -94,6 +94,31 @@ def test_other_towers_and_decoders_compute_the_same_and_come_back(
     for name, value in model.state_dict().items():
         assert torch.equal(value, after[name]), name
     assert back.vision.num_tokens == model.vision.num_tokens
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bloom", "falcon", "gemma3_text", "glm", "gpt2", "gpt_neox", "mixtral", "olmo2", "opt",
+        "phi3", "qwen2_moe", "qwen3", "smollm3", "stablelm", "starcoder2",
+    ],
+)  # fmt: skip
+def test_every_family_of_decoders_is_read_by_transformers_and_by_us(
+    family: str, tmp_path: Path
+) -> None:
+    """Some name their embedding otherwise, some keep settings of transformers 4 beside the new."""
+    sizes = decoders.settings(family, window=64)
+    start = twins.config()
+    language = replace(start.language, model_type=family, settings=sizes)
+    model = build_model(replace(start, language=language)).eval()
+    write_hf(model, tmp_path, image_token_id=64)
+    twin: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_same_logits(model, twin.eval())
+    back = read_hf(tmp_path).eval()
+    row = torch.arange(9)[None]
+    with torch.inference_mode():
+        ours, again = model.language(row).logits, back.language(row).logits
+    torch.testing.assert_close(again, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_keeps_its_bits(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lapilli.data.batches.sampler import EpochPlan
-from pipelines.benchmarks import harness, planning, scaling
+from pipelines.benchmarks import harness, planning
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.harness import Bar, Spread, by_turns, draw_bars
 from pipelines.benchmarks.material.large import write_large
@@ -40,7 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "results"
     folder.mkdir()
     add_row = harness.add_row
-    for module in (harness, planning, scaling):
+    for module in (harness, planning):
         monkeypatch.setattr(
             module, "add_row", lambda topic, row, where=folder: add_row(topic, row, where)
         )
@@ -197,47 +197,6 @@ def test_waste_is_what_a_hand_counts() -> None:
     # A bucket of 8 for each modality, since lengths are multiples of 8.
     assert found["bucket_shapes"] == 2
     assert found["bucket_padded"] == pytest.approx(1 - 23 / 64)
-
-
-def test_the_calculation_is_that_of_a_hand() -> None:
-    config = scaling.ScalingConfig(
-        per_core=100,
-        tokens_per_core=1000,
-        cores=1,
-        source_kb=61.44,
-        disk_mb=400,
-        network_gbit=8,
-        disk_read_mb=61.44,
-        store_requests=50,
-        head_tasks=1,
-        head_rows=10,
-        start_seconds=5,
-        gap_seconds=0,
-    )
-    images = 9 * scaling.SHARD_IMAGES
-    on_disk = scaling.limits(config, nodes=2, images=images, records=10 * images, place="disk")
-    # 20 ms an image with its records' tokens; tasks of 2, 1, 1, ... shards: 5 and 4 on two cores
-    assert on_disk.processors == pytest.approx(images / (5 * scaling.SHARD_IMAGES * 0.02))
-    assert on_disk.disks == pytest.approx(2 / (338_688 / 400e6 + 1e-3))
-    assert on_disk.head == pytest.approx(images / 8)
-    assert on_disk.serial_seconds == images + 5
-    assert on_disk.least == ("processors", on_disk.processors)
-    in_store = scaling.limits(config, nodes=2, images=images, records=10 * images, place="store")
-    assert in_store.network == pytest.approx(2 * 1e9 / (61_440 + 338_688))
-    assert in_store.least == ("store", 50)
-
-
-def test_scaling_tells_each_case_from_the_newest_row(results: Path) -> None:
-    newest = {"side": "lapilli, Ray Data", "images_per_second": 500, "workers": 4}
-    harness.add_row("build", newest | {"images_per_second": 1, "workers": 1}, results)
-    harness.add_row("build", newest, results)
-    assert scaling.measured_per_core(results / "build.csv") == 125
-    assert main(["scaling", "--per_core=125", "--plot", str(results / "a.png")]) == 0
-    rows = rows_of(results, "scaling")
-    assert len(rows) == 8
-    assert (results / "a.png").stat().st_size > 10_000
-    with pytest.raises(UsageError, match="cores: 0"):
-        main(["scaling", "--cores=0"])
 
 
 def test_sides_take_turns_and_the_first_round_may_not_count() -> None:

@@ -191,6 +191,39 @@ def test_what_trains_follows_the_towers_flags(tmp_path: Path) -> None:
         assert made.train["optim"]["lr_by_part"] == {"vision": 2e-6}
 
 
+def test_a_convnext_is_the_one_of_the_recipes(tmp_path: Path) -> None:
+    tower = "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-res768"
+    flags = VISPER_PT | {"vision_tower": tower, "image_aspect_ratio": "pad"}
+    made = map_launch(Launch(flags, 8, "ola_vlm/train/ola_vlm_train_mem.py"), tmp_path)
+    recipe = ["--config=visper_lm/pretrain", "--config=visper_lm/convnext"]
+    words = [*recipe, "--dataset=d", "--output=r", "--model.vision.allow_pickle=true"]
+    by_hand = parse(RunConfig, words, "")
+    assert run_config(made, tmp_path).model.vision == by_hand.model.vision
+    path = tmp_path / "data.yaml"
+    path.write_text(yaml.safe_dump(made.data))
+    data = ["--config=visper_lm/finetune_data", "--config=visper_lm/convnext_data"]
+    ours, layered = (
+        parse(BuildConfig, [*recipes, "--root=in", "--output=out"], "")
+        for recipes in ([f"--config={path}"], data)
+    )
+    assert [*filled_views(ours.views).values()] == [*filled_views(layered.views).values()]
+
+
+@pytest.mark.parametrize(
+    ("tower", "words"),
+    [
+        ("laion/CLIP-convnext_base-res768", "expected one of CLIP-convnext_large, CLIP-conv"),
+        ("laion/CLIP-convnext_xxlarge-res768-interp144", "rows of several stages or resized"),
+    ],
+)
+def test_another_convnext_is_one_line(tower: str, words: str, tmp_path: Path) -> None:
+    launch = Launch(VISPER_PT | {"vision_tower": tower}, 8, "ola_vlm/train/ola_vlm_train_mem.py")
+    with pytest.raises(UsageError, match=words):
+        map_launch(launch, tmp_path)
+    with pytest.raises(UsageError, match="expected a ViT"):
+        map_launch(Launch(SCRIPTS["v1_5/finetune"] | {"vision_tower": tower}, 8), tmp_path)
+
+
 ZERO = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/local"}}
 
 

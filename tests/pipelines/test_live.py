@@ -35,5 +35,5 @@ def test_the_line_counts_what_the_build_made(
     with build_line(run_here) as runner:
         report = build(plan, runner=runner)
     images, unusable = seen[-1]
-    assert images == len(plan.images) * len(plan.config.views)
+    assert images == len(plan.image_ids) * len(plan.config.views)
     assert unusable >= report.manifest.counts["reasons"]["image_undecodable"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint.parts import part_name
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.restarts import read_starts
+from lapilli.train.run_folder.sample_losses import read_worst
 from lapilli.train.run_folder.scratch import in_scratch, lies_in_store, of_store
 from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
@@ -70,12 +73,32 @@ def test_a_run_from_a_bucket_to_a_bucket_is_a_local_one(
 
 
 @pytest.mark.usefixtures("bucket")
-def test_another_machine_goes_on(tmp_path: Path) -> None:
-    expected = [row.loss for row in train(in_store())]
-    (RemotePath(RUN) / "checkpoints/step-00000006/state.json").unlink()
+def test_another_machine_goes_on_and_the_lost_one_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store hears nothing any more from the moment on at which the checkpoint counts."""
+    monkeypatch.setattr("lapilli.data.io.remote_path.ATTEMPTS", 1)
+    seen: list[str] = []
+
+    def is_lost(number: int) -> bool:
+        before = (call for call in seen[:number] if call.startswith("PUT"))
+        return any("/step-00000002/state.json" in call for call in before)
+
+    config = in_store()
+    run = Path(in_scratch(config).output)
+    port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    with (
+        failing_proxy(port, is_lost, seen=seen) as (proxy, _),
+        use_endpoint(proxy),
+        pytest.raises(DataError, match="cannot be "),
+    ):
+        train(config)
+    expected = [row.loss for row in read_metrics(run)]
+    assert len(expected) == 6
     shutil.rmtree(tmp_path / "scratch")
-    assert [row.loss for row in train(in_store())] == expected
-    assert [start.step for start in read_starts(Path(in_scratch(in_store()).output))] == [0, 4]
+    assert [row.loss for row in train(config)] == expected
+    assert [start.step for start in read_starts(run)] == [0, 2]
+    assert {sample.step for sample in read_worst(run)} >= {0, 1}
 
 
 def test_names_of_scratch_folders() -> None:

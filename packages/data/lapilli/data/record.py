@@ -246,7 +246,10 @@ def pack_content(record: Record) -> bytes:
 
 def _pack_turn(turn: Turn) -> tuple[Any, ...]:
     """Role and parts; how a turn differs from others only where it does, so stamps stay."""
-    parts = tuple(p.text if isinstance(p, TextPart) else p.index for p in turn.parts)
+    if len(turn.parts) == 1 and isinstance(only := turn.parts[0], TextPart):
+        parts = (only.text,)  # most turns
+    else:
+        parts = tuple(p.text if isinstance(p, TextPart) else p.index for p in turn.parts)
     if turn.trains and not turn.thinking:
         return (turn.role, parts)
     return (turn.role, parts, turn.trains, turn.thinking)

@@ -21,7 +21,7 @@ from lapilli.data.images.encodings import encoding_error
 from lapilli.data.io.atomic import ShardFacts, write_json
 from lapilli.data.io.remote_path import Output
 from lapilli.data.planning.build_plan import BuildPlan, TargetPlan, ViewPlan
-from lapilli.data.planning.incremental import UNUSED_STAMP, input_columns
+from lapilli.data.planning.parts.input_columns import input_columns
 from lapilli.data.planning.selection import (
     Selection,
     read_image_rows,
@@ -98,10 +98,10 @@ def finish(
     if plan.previous is None:  # of an amended dataset, when it is one
         _write_config(plan, output)
     counts = selection.counts() | {
-        "images": len(plan.image_ids),
-        "unused_images": sum(stamp == UNUSED_STAMP for _, stamp in plan.stamped),
+        "images": len(plan.slots) - plan.slots.unused,
+        "unused_images": plan.slots.unused,
         "repairs": dict(sorted(plan.repairs.items())),
-        "image_notes": rows.count_notes(plan.slots),
+        "image_notes": rows.count_notes(plan.slots.used_names()),
         **tally_facts(plan.tallies),
     }
     manifest = Manifest(
@@ -168,8 +168,7 @@ def _write_selection(
     selected = write_shard(output, f"selection{mark}.arrow", selection.columns, SELECTION_SCHEMA)
     name = f"quarantine{mark}.parquet"
     quarantined = write_quarantine(output / name, selection.entries, plan.config)
-    rows = [row for group in plan.token_groups for row in group.rows]
-    columns = input_columns(plan.stamped, rows)
+    columns = input_columns(plan.slots, [group.rows for group in plan.token_groups])
     inputs = write_shard(output, f"inputs{mark}.arrow", columns, INPUT_SCHEMA)
     repaired = write_repairs(output / f"repairs{mark}.parquet", plan.repaired)
     return selected, replace(quarantined, path=name), inputs, repaired

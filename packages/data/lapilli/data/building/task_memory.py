@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from lapilli.data.building.image_shard import READ_AHEAD_BYTES
-from lapilli.data.planning.build_plan import source_bytes
 from lapilli.data.planning.disk import task_bytes
-from lapilli.data.planning.shard_task import ImageTask, Task
+from lapilli.data.planning.shard_task import ImageTask, Task, source_bytes
 
 __all__ = ["task_memory"]
 

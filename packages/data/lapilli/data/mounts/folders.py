@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lapilli.data.mounts.archives import BadArchive, Index, read_index
 from lapilli.data.mounts.names import loose_form, name_form, split_name
 from lapilli.data.mounts.places import ARCHIVES, LARGEST_FILE, Located, Member
 from lapilli.data.mounts.tables import Rows, Table, read_table
+from lapilli.data.numbered import NamesByForm, NumberedNames
 from lapilli.data.record import Reason, Verdict, excerpt, is_unicode
 
 __all__ = ["Boundary", "Folder", "Listing", "open_folder"]
@@ -33,8 +34,8 @@ class Listing:
 
     files: Mapping[str, Any]
     folders: frozenset[str]
-    _near: dict[str, list[str]] | None = None
-    _folders: dict[str, list[str]] | None = None
+    _near: NamesByForm | None = None
+    _folders: NamesByForm | None = None
 
     def same_files(self, name: str) -> list[str]:
         """The files that `name` may be another spelling of (see `names`), images in particular."""
@@ -48,14 +49,15 @@ class Listing:
     def same_folders(self, name: str) -> list[str]:
         """The folders that `name` may be another spelling of."""
         if self._folders is None:
-            self._folders = _table(self.folders, name_form)
-        return self._folders.get(name_form(name), [])
+            self._folders = NamesByForm([*self.folders], name_form)
+        return self._folders.get(name_form(name))
 
     def near(self, name: str) -> list[str]:
         """The files that look like `name`, among them those that are not the same."""
         if self._near is None:
-            self._near = _table(self.files, _near_form)
-        return self._near.get(_near_form(name), [])
+            names = self.files if isinstance(self.files, NumberedNames) else [*self.files]
+            self._near = NamesByForm(names, _near_form)
+        return self._near.get(_near_form(name))
 
 
 def _file_form(name: str) -> str:
@@ -64,13 +66,6 @@ def _file_form(name: str) -> str:
 
 def _near_form(name: str) -> str:
     return loose_form(_file_form(name))
-
-
-def _table(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[str]]:
-    table: dict[str, list[str]] = {}
-    for name in names:
-        table.setdefault(form(name), []).append(name)
-    return table
 
 
 class Folder(ABC):
@@ -145,10 +140,11 @@ class LocalFolder(Folder):
     path: Path
     shown: str
     boundary: Boundary
+    _is_link: bytearray = field(default_factory=bytearray, init=False)  # by number of the name
 
     def read(self) -> Listing:
-        """Names, with whether they are links; a link to nothing or to itself is left out."""
-        files: dict[str, bool] = {}
+        """Names, numbered; a link to nothing or to itself is left out."""
+        files, is_link = NumberedNames(), bytearray()
         folders: list[str] = []
         with os.scandir(self.path) as found:
             for item in found:
@@ -156,10 +152,13 @@ class LocalFolder(Folder):
                     if item.is_dir():
                         folders.append(item.name)
                     elif item.is_file():
-                        files[item.name] = item.is_symlink()
+                        is_link.append(item.is_symlink())
+                        files.add(item.name)
                 except OSError as error:
                     if is_denied(error):  # reported when its target is asked for
-                        files[item.name] = True
+                        is_link.append(True)
+                        files.add(item.name)
+        self._is_link = is_link
         return Listing(files, frozenset(folders))
 
     @functools.cached_property
@@ -185,7 +184,8 @@ class LocalFolder(Folder):
         """The file with its size and time."""
         shown = self.path_of(name)
         path = f"{self.path}/{name}"
-        if self.listing.files[name]:
+        number = self.listing.files[name]
+        if self._is_link[number]:
             identity = self.boundary.identity(Path(path).resolve(), shown)
         elif isinstance(self._identity, Verdict):
             identity = self._identity

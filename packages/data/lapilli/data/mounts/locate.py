@@ -7,7 +7,7 @@ another spelling of one file's name (`names`), or lie exactly so beside the anno
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -69,6 +69,8 @@ class Mount:
         extra_roots: Further folders that links below the root may lead to.
         beside: Folder below the root that all annotation files lie in, where a missing image is
             looked for; None for none.
+        remembers: Whether the place of each key is kept. Else only those of repaired and refused
+            keys are, and `settle` is told the others.
         lost: Folders that were not there, nor their archives, as one line each that says how to
             get them; counted by keys.
     """
@@ -78,6 +80,7 @@ class Mount:
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     extra_roots: tuple[str, ...] = ()
     beside: str | None = None
+    remembers: bool = True
     lost: Counter[str] = field(default_factory=Counter[str])
     _places: dict[str, Located | Verdict] = field(default_factory=dict[str, "Located | Verdict"])
     _folders: dict[str, _Reached | Verdict] = field(default_factory=dict[str, "_Reached | Verdict"])
@@ -133,24 +136,42 @@ class Mount:
         """Find the image that a key names, or say why it cannot be used."""
         place = self._places.get(key)
         if place is None:  # LLaVA's 665K records name 350K images
-            place = self._places[key] = self._look_up(key)
+            place = self._look_up(key)
+            if self.remembers or isinstance(place, Verdict) or place.repair:
+                self._places[key] = place
         if isinstance(place, Located) and place.repair:
             self._repaired[key].times += 1
         return place
 
-    def settle(self) -> dict[str, Verdict]:
+    def forget_listings(self) -> None:
+        """Give the memory of the folders' names back; one that is asked for again is listed again."""
+        self._folders.clear()
+        vars(self._start.folder).pop("listing", None)
+
+    def settle(self, keys: Iterable[str] = ()) -> dict[str, Verdict]:
         """Revoke the repairs that contradict each other, once every key was located.
+
+        Args:
+            keys: Every key that was located, in that order, where the mount does not remember them.
 
         Returns:
             By key the verdict `ambiguous_image`, which `locate` has from now on.
         """
         if not self._repaired:
             return {}
-        found = contradictions(self._repaired, self._exact_keys())
+        found = contradictions(self._repaired, self._exact_keys(keys))
         self._places.update(found)
         for key in found:
             del self._repaired[key]
         return found
+
+    def identity(self, key: str) -> str:
+        """The identity of an image that is there just as its key says, without a link."""
+        return f"{self.prefix.rstrip('/')}/{key}" if self._is_elsewhere else self._path(key)
+
+    def is_refused(self, key: str) -> bool:
+        """Whether `locate` has said why this key cannot be used."""
+        return isinstance(self._places.get(key), Verdict)
 
     @property
     def repairs(self) -> Counter[str]:
@@ -167,16 +188,17 @@ class Mount:
             if isinstance(place, Located):
                 yield key, place.image_id, repair.kind, repair.times
 
-    def _exact_keys(self) -> Iterator[tuple[str, str, str]]:
+    def _exact_keys(self, keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         """Key, file and folded path of keys without a repair, for the files of repaired ones."""
-        places = (self._places[key] for key in self._repaired)
-        images = {place.image_id for place in places if isinstance(place, Located)}
-        for key, place in self._places.items():
-            if isinstance(place, Located) and not place.repair and place.image_id in images:
-                folder, name = _split(self._path(key))
-                reached = self._reach(folder)
-                if isinstance(reached, _Reached):
-                    yield key, reached.folder.path_of(name), folded(_tidy(self._path(key)))
+        files = {repair.file for repair in self._repaired.values()}
+        for key in self._places if self.remembers else keys:
+            place = self._places.get(key)
+            if isinstance(place, Verdict) or (place is not None and place.repair):
+                continue
+            folder, name = _split(self._path(key))
+            reached = self._reach(folder)
+            if isinstance(reached, _Reached) and (file := reached.folder.path_of(name)) in files:
+                yield key, file, folded(_tidy(self._path(key)))
 
     def _path(self, key: str) -> str:
         return f"{self._below}/{key}" if self._below else key

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import pyarrow as pa
 
@@ -16,16 +15,16 @@ from lapilli.data.images.codecs import Codecs
 from lapilli.data.images.encodings import Encoding
 from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.atomic import ShardFacts
-from lapilli.data.mounts import Located
-from lapilli.data.planning.incremental import UNUSED_STAMP, Previous, Stamped, TokenGroup
+from lapilli.data.planning.incremental import Previous, TokenGroup
 from lapilli.data.planning.parts.entries import Entries
 from lapilli.data.planning.parts.entry_views import PackedRecords
+from lapilli.data.planning.parts.image_slots import ImageSlots
 from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task, TokenTask
 from lapilli.data.sources.tally import Tally
 from lapilli.data.text.encode import TokenizerFacts
 from lapilli.data.text.templates import Template
 
-__all__ = ["BuildPlan", "TargetPlan", "ViewPlan", "source_bytes"]
+__all__ = ["BuildPlan", "TargetPlan", "ViewPlan"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class BuildPlan:
     Attributes:
         config: The settings. `root` and a tokenizer's folder are absolute: workers stand elsewhere.
         entries: Every element of every source with its verdict so far, in order.
-        images: The distinct images of the records still kept, by image id.
-        stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
+        slots: The distinct images of the records still kept, by slot.
         repairs: How many keys were mended, by kind.
         repaired: Every key that was mended, with the file it is read from; see `REPAIRS_SCHEMA`.
         tallies: By source, the fields that nothing reads and the members of archives.
@@ -103,8 +101,7 @@ class BuildPlan:
 
     config: BuildConfig
     entries: Entries
-    images: dict[str, Located]
-    stamped: list[Stamped]
+    slots: ImageSlots
     repairs: dict[str, int]
     repaired: pa.Table
     tallies: dict[str, Tally]
@@ -120,14 +117,7 @@ class BuildPlan:
     @property
     def image_ids(self) -> list[str]:
         """The identities of the images in use, by slot."""
-        return [name for name, stamp in self.stamped if stamp != UNUSED_STAMP]
-
-    @cached_property
-    def slots(self) -> dict[str, int]:
-        """Slot by image id, of the images in use."""
-        return {
-            name: slot for slot, (name, stamp) in enumerate(self.stamped) if stamp != UNUSED_STAMP
-        }
+        return self.slots.used_names().to_pylist()
 
     def token_tasks(self) -> list[TokenTask]:
         """The token shards that are to be there, finished or not."""
@@ -148,8 +138,3 @@ class BuildPlan:
     def kept_packed(self) -> PackedRecords:
         """The kept records, packed; `TokenGroup.kept` counts them."""
         return PackedRecords(self.entries, self.entries.kept)
-
-
-def source_bytes(place: Located) -> int:
-    """Bytes of an image's file, or of its member of an archive."""
-    return place.size if place.member is None else place.member.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lapilli.data.config import BuildConfig, TargetConfig
@@ -14,35 +14,20 @@ from lapilli.data.images.view import ImageSpec
 from lapilli.data.io.access import cannot_read
 from lapilli.data.io.atomic import ShardFacts, sha256_file
 from lapilli.data.io.remote_path import open_output
-from lapilli.data.mounts import Located
-from lapilli.data.planning.build_plan import TargetPlan, ViewPlan, source_bytes
-from lapilli.data.planning.incremental import Previous, Stamped, TokenGroup, keep_image_shards
+from lapilli.data.planning.build_plan import TargetPlan, ViewPlan
+from lapilli.data.planning.incremental import TokenGroup, keep_image_shards
 from lapilli.data.planning.parts.entries import Entries
 from lapilli.data.planning.parts.entry_views import EntryImages, PackedRecords
+from lapilli.data.planning.parts.image_slots import ImageSlots, SlotPlaces
 from lapilli.data.planning.shard_task import RAW, ImageTask, TargetTask, TokenTask, writer_version
 from lapilli.data.shards.manifest import digest
 from lapilli.data.text.encode import TokenizerFacts
 from lapilli.data.text.templates import Template
 
-__all__ = ["ImageSlots", "describe_target", "describe_tokens", "describe_view", "target_spec"]
+__all__ = ["describe_target", "describe_tokens", "describe_view", "target_spec"]
 
 ORIGINALS_PER_SHARD = 512
 COMPARED = 64  # images of a view of mode `fast` that are made exactly too: a second of work
-
-
-@dataclass(frozen=True)
-class ImageSlots:
-    """The images of a build, which every view holds in the same order.
-
-    Attributes:
-        stamped: Image id and stamp by slot; the stamp of a slot without use is empty.
-        images: Where the images in use are, by image id.
-        previous: The dataset that the output holds, if there is one.
-    """
-
-    stamped: list[Stamped]
-    images: dict[str, Located]
-    previous: Previous | None
 
 
 def describe_view(
@@ -52,7 +37,7 @@ def describe_view(
     encoding = Encoding(ORIGINAL) if view == ORIGINAL else config.encodings.get(view, RAW)
     size = _images_per_shard(view, spec, slots, config.shard_bytes)
     most = COMPARED if spec.mode == "fast" else 0
-    starts = range(0, len(slots.stamped), size)
+    starts = range(0, len(slots), size)
     planned = ViewPlan(
         spec=spec,
         codecs=codecs,
@@ -65,7 +50,7 @@ def describe_view(
     made = [writer, spec.facts(), asdict(codecs), encoding.describe()]
     shards: list[ImageTask | ShardFacts] = []
     for number, (start, compared) in enumerate(zip(starts, planned.compared, strict=True)):
-        part = slots.stamped[start : start + size]
+        part = slots[start : start + size]
         named = [(name, stamp.hex()) for name, stamp in part]
         if number in kept:
             shards.append(kept[number])
@@ -75,7 +60,7 @@ def describe_view(
             name=f"images/{view}/{number:05d}-{mark}.arrow",
             writer=writer,
             root=config.root,
-            images=tuple(slots.images.get(name) or _unused(name) for name, _ in part),
+            images=SlotPlaces(slots, start, start + len(part)),
             spec=spec,
             codecs=codecs,
             encoding=encoding,
@@ -85,19 +70,13 @@ def describe_view(
     return replace(planned, shards=tuple(shards))
 
 
-def _unused(image_id: str) -> Located:
-    """A slot whose image is used no more: nothing is read for it."""
-    return Located(image_id=image_id, container="", size=0, mtime_ns=0)
-
-
 def _images_per_shard(view: str, spec: ImageSpec, slots: ImageSlots, shard_bytes: int) -> int:
     """How many images of a view fit into a shard; of source bytes on average."""
     if view != ORIGINAL:
         return max(1, shard_bytes // (spec.size * spec.size * 3))
     if slots.previous is not None and view in slots.previous.manifest.views:
         return slots.previous.manifest.views[view].images_per_shard  # sizes differ, slots stay
-    total = sum(map(source_bytes, slots.images.values()))
-    mean = max(1, total // max(1, len(slots.images)))
+    mean = max(1, slots.table.source_bytes // max(1, len(slots.table)))
     return max(1, min(ORIGINALS_PER_SHARD, shard_bytes // mean))
 
 
@@ -120,7 +99,7 @@ def _kept_shards(
     )
     if not is_same:
         return {}
-    return keep_image_shards(open_output(output), slots.stamped, slots.previous, before)
+    return keep_image_shards(open_output(output), slots, slots.previous, before)
 
 
 def describe_tokens(
@@ -147,7 +126,11 @@ def describe_tokens(
         if group.facts is not None:
             shards.append(group.facts)
             continue
-        rows = entries.kept[[place for place in group.kept if place is not None]]
+        places = group.kept
+        if isinstance(places, range):  # a view, and no copy of the rows
+            rows = entries.kept[places.start : places.stop]
+        else:
+            rows = entries.kept[[place for place in places if place is not None]]
         mark = digest([(name, stamp.hex()) for name, stamp in group.rows])[:12]
         task = TokenTask(
             name=f"{folder}/{group.number:05d}-{mark}.arrow",
@@ -194,16 +177,16 @@ def describe_target(
     before = slots.previous.manifest.targets.get(name) if slots.previous else None
     if slots.previous and before and (before.made, before.images_per_shard) == (made, size):
         output = open_output(config.output)
-        kept = keep_image_shards(output, slots.stamped, slots.previous, before)
+        kept = keep_image_shards(output, slots, slots.previous, before)
     shards: list[TargetTask | ShardFacts] = []
-    for number, start in enumerate(range(0, len(slots.stamped), size)):
-        part = slots.stamped[start : start + size]
+    for number, start in enumerate(range(0, len(slots), size)):
+        part = slots[start : start + size]
         mark = digest([made, [(image, stamp.hex()) for image, stamp in part]])[:12]
         task = TargetTask(
             name=f"targets/{name}/{number:05d}-{mark}.arrow",
             writer=writer,
             root=config.root,
-            images=tuple(slots.images.get(image) or _unused(image) for image, _ in part),
+            images=SlotPlaces(slots, start, start + len(part)),
             spec=spec,
             codecs=codecs,
             target=target,

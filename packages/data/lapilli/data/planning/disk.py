@@ -10,9 +10,8 @@ from lapilli.data.images.encodings import ORIGINAL, estimated_bytes
 from lapilli.data.io.access import exists
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.remote_path import Output, RemotePath
-from lapilli.data.planning.build_plan import source_bytes
 from lapilli.data.planning.parts.entry_views import packed_bytes
-from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task
+from lapilli.data.planning.shard_task import ImageTask, TargetTask, Task, source_bytes
 
 __all__ = [
     "check_disk",

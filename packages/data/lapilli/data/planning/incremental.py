@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import marshal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.atomic import ShardFacts
@@ -26,10 +26,8 @@ __all__ = [
     "Previous",
     "Stamped",
     "TokenGroup",
-    "arrange_slots",
     "arrange_tokens",
     "image_stamp",
-    "input_columns",
     "keep_image_shards",
     "read_previous",
     "row_stamp",
@@ -87,16 +85,6 @@ def read_previous(output: Output) -> Previous | None:
     return Previous(manifest, pairs[:images], pairs[images:])
 
 
-def input_columns(slots: Sequence[Stamped], rows: Sequence[Stamped]) -> dict[str, list[Any]]:
-    """The columns of the file that `read_previous` reads: the slots, then the token rows."""
-    both = [*slots, *rows]
-    return {
-        "kind": ["image"] * len(slots) + ["record"] * len(rows),
-        "name": [name for name, _ in both],
-        "stamp": [stamp for _, stamp in both],
-    }
-
-
 def image_stamp(place: Located) -> bytes:
     """What tells a file from another under its name: size and time of its container, its place."""
     return _stamp(repr((place.size, place.mtime_ns, place.member)).encode())
@@ -110,17 +98,6 @@ def row_stamp(packed: bytes, image_ids: Sequence[str]) -> bytes:
 
 def _stamp(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=STAMP_BYTES).digest()
-
-
-def arrange_slots(stamps: Mapping[str, bytes], previous: Previous | None) -> list[Stamped]:
-    """The image slots: the dataset's own where they are, then the images it lacks.
-
-    `stamps` are those of the images in use, in the order of their first use. A slot whose image is
-    used no more keeps its place, with an empty stamp.
-    """
-    known = {} if previous is None else dict(previous.slots)
-    old = [(name, stamps.get(name, UNUSED_STAMP)) for name in known]
-    return [*old, *((name, stamp) for name, stamp in stamps.items() if name not in known)]
 
 
 def keep_image_shards(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from lapilli.data.config import MixtureConfig
 from lapilli.data.errors import DataError
@@ -30,14 +31,14 @@ class Pool:
 
     Attributes:
         sample_ids: Their names.
-        sources: The source of each.
+        sources: int64 [n], the source of each, by its place in the recipe.
         images: The image ids of each.
         tokens: int64 [n], text tokens of each.
         image_counts: int64 [n], images of each, where they are known without `images`.
     """
 
     sample_ids: Sequence[str]
-    sources: Sequence[str]
+    sources: NDArray[np.int64]
     images: Sequence[Sequence[str]]
     tokens: NDArray[np.int64]
     image_counts: NDArray[np.int64] | None = None
@@ -58,9 +59,9 @@ class Blend:
     facts: dict[str, Any]
 
     @property
-    def splits(self) -> list[str]:
-        """The name of each record's split."""
-        return [HELD_OUT if held else TRAIN for held in self.held_out]
+    def splits(self) -> pa.Array:
+        """String [n], the name of each record's split."""
+        return pa.array([TRAIN, HELD_OUT]).take(pa.array(self.held_out.astype(np.int8)))
 
 
 def check_sources(config: MixtureConfig, kept: Mapping[str, int]) -> None:
@@ -112,7 +113,7 @@ def blend(pool: Pool, config: MixtureConfig, names: Sequence[str]) -> Blend:
         images = np.array([len(ids) for ids in pool.images], dtype=np.int64)
     tokens = pool.tokens + images * config.image_tokens
     sizes = tokens if config.unit == "tokens" else np.ones_like(tokens)
-    source = np.array([names.index(name) for name in pool.sources], dtype=np.int64)
+    source = pool.sources
     rows = [np.flatnonzero((source == number) & ~held) for number in range(len(names))]
     there = {name: int(sizes[own].sum()) for name, own in zip(names, rows, strict=True)}
     targets = _targets(config, there)
@@ -164,9 +165,8 @@ def _repeats(
     whole, rest = divmod(target, int(sizes.sum()))
     repeats = np.full(len(own), whole, np.int32)
     if rest:
-        drawn = np.array(
-            [draw(seed, "blend", pool.sample_ids[row]) for row in map(int, own)], np.uint64
-        )
+        names = map(pool.sample_ids.__getitem__, own.tolist())
+        drawn = np.fromiter((draw(seed, "blend", name) for name in names), np.uint64, len(own))
         order = np.argsort(drawn, kind="stable")
         reached = np.concatenate([[0], np.cumsum(sizes[order])])
         repeats[order[: int(np.abs(reached - rest).argmin())]] += 1

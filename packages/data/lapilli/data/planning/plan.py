@@ -24,7 +24,6 @@ from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import open_output
 from lapilli.data.planning.build_plan import BuildPlan, TargetPlan
 from lapilli.data.planning.describe_shards import (
-    ImageSlots,
     describe_target,
     describe_tokens,
     describe_view,
@@ -32,15 +31,14 @@ from lapilli.data.planning.describe_shards import (
 from lapilli.data.planning.incremental import (
     Previous,
     TokenGroup,
-    arrange_slots,
     arrange_tokens,
-    image_stamp,
     read_previous,
 )
 from lapilli.data.planning.mixture import check_sources, num_held_out
 from lapilli.data.planning.originals import Originals
 from lapilli.data.planning.parts.entries import Entries
 from lapilli.data.planning.parts.entry_views import PackedRecords, StampedRows
+from lapilli.data.planning.parts.image_slots import ImageSlots, arrange_slots
 from lapilli.data.planning.parts.read_sources import Reading, read_sources
 from lapilli.data.planning.rules import record_rules
 from lapilli.data.planning.shard_task import TokenTask, writer_version
@@ -108,17 +106,14 @@ def plan_build(
     check_sources(config.mixture, kept := read.entries.kept_by_source())
     num_held_out(config.mixture, kept.total())  # now, and not when every image is decoded
     check_agreement(loaded, _first_texts(read.entries))
-    stamps = {
-        name: originals.stamp(place) or image_stamp(place) for name, place in read.located.items()
-    }
-    slots = ImageSlots(arrange_slots(stamps, previous), read.located, previous)
+    stamps = read.images.stamps(originals)
+    slots = arrange_slots(read.images, stamps, previous)
     groups, token_shards = _plan_tokens(read.entries, config, tokenizer, template, previous)
     targets = _plan_targets(slots, config)
     return BuildPlan(
         config=config,
         entries=read.entries,
-        images=read.located,
-        stamped=slots.stamped,
+        slots=slots,
         repairs=dict(read.repairs),
         repaired=read.repaired,
         tallies=read.tallies,
@@ -132,7 +127,9 @@ def plan_build(
         token_groups=groups,
         token_shards=token_shards,
         previous=previous,
-        digests=_digests(config, read.entries, stamps, tokenizer, template, codecs, targets),
+        digests=_digests(
+            config, read.entries, read.images.digest(stamps), tokenizer, template, codecs, targets
+        ),
     )
 
 
@@ -229,7 +226,7 @@ def _quarantine_error(entries: Entries, bad: Mapping[int, Verdict], why: str) ->
 def _digests(
     config: BuildConfig,
     entries: Entries,
-    stamps: dict[str, bytes],
+    images: str,
     tokenizer: TokenizerFacts,
     template: Template,
     codecs: dict[str, Codecs],
@@ -251,7 +248,7 @@ def _digests(
         "records_per_shard": str(config.records_per_shard),
         "shard_bytes": str(config.shard_bytes),
         "mixture": digest(asdict(config.mixture)),
-        "images": digest([[name, stamp.hex()] for name, stamp in stamps.items()]),
+        "images": images,
         **{f"targets {name}": target.made for name, target in targets.items()},
     }
     for number, source in enumerate(config.sources):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lapilli.data.config import BuildConfig
@@ -82,8 +83,7 @@ def select(plan: BuildPlan, rows: pa.Table, bad_images: Mapping[str, Verdict]) -
         DataError: More is quarantined than the settings allow, or the mixture cannot be made.
     """
     planned, before = plan.entries, plan.entries.kept
-    names = planned.sample_ids.take(pa.array(before)).cast(pa.string())
-    if not rows["sample_id"].combine_chunks().equals(names):
+    if not rows["sample_id"].equals(_only(planned.sample_ids, before)):
         raise RuntimeError("the token rows are not those of the records that were planned")
     entries = planned.with_verdicts(
         _without_training(rows, before, plan.config.compat)
@@ -91,14 +91,14 @@ def select(plan: BuildPlan, rows: pa.Table, bad_images: Mapping[str, Verdict]) -
     )
     check_quarantined(entries, plan.config.max_quarantined)
     kept = entries.kept
-    rows = rows.take(pa.array(np.flatnonzero(np.isin(before, kept))))
+    if len(kept) < len(before):
+        rows = rows.filter(pa.array(np.isin(before, kept)))
     columns: dict[str, Any] = {name: rows[name].combine_chunks() for name in rows.column_names}
-    slots = np.array([plan.slots[name] for name in entries.image_ids], np.int32)
-    columns["image_slots"] = entries.images_of_kept(slots)
+    columns["image_slots"] = entries.images_of_kept(plan.slots.of_images())
     names = [source.name for source in plan.config.sources]
     pool = Pool(
         sample_ids=EntryNames(entries, kept),
-        sources=[names[number] for number in entries.source_numbers(kept).tolist()],
+        sources=entries.source_numbers(kept),
         images=EntryImages(entries, kept),
         image_counts=entries.image_counts[kept],
         tokens=columns["text_length"].to_numpy().astype(np.int64),
@@ -109,14 +109,23 @@ def select(plan: BuildPlan, rows: pa.Table, bad_images: Mapping[str, Verdict]) -
 
 
 def _numbered(entries: Entries, bad_images: Mapping[str, Verdict]) -> dict[int, Verdict]:
-    """The verdicts on bad images by their place in `image_ids`."""
+    """The verdicts on bad images by their place in `images_of`."""
     if not bad_images:
         return {}
-    return {
-        number: bad_images[name]
-        for number, name in enumerate(entries.image_ids)
-        if name in bad_images
-    }
+    arrow: Any = pc
+    names = pa.array([*bad_images], pa.large_string())
+    numbers = arrow.index_in(names, value_set=entries.images_of.ids).to_pylist()
+    pairs = zip(numbers, bad_images.values(), strict=True)
+    return {number: verdict for number, verdict in pairs if number is not None}
+
+
+def _only(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
+    """The values of these rows, which are in order; chunks are not joined for it."""
+    if len(rows) == len(column):
+        return column
+    mask = np.zeros(len(column), np.bool_)
+    mask[rows] = True
+    return column.filter(pa.array(mask))
 
 
 def _without_training(
@@ -143,9 +152,14 @@ class ImageRows:
     bad: dict[str, Verdict]
     notes: dict[str, set[str]]
 
-    def count_notes(self, images: Container[str]) -> dict[str, int]:
+    def count_notes(self, images: pa.Array) -> dict[str, int]:
         """Number of these images with each note."""
-        found = {note: sum(name in images for name in names) for note, names in self.notes.items()}
+        arrow: Any = pc
+        noted = {note: pa.array([*names], images.type) for note, names in self.notes.items()}
+        found = {
+            note: int(arrow.is_in(names, value_set=images).true_count)
+            for note, names in noted.items()
+        }
         return {note: count for note, count in sorted(found.items()) if count}
 
 

@@ -15,7 +15,7 @@ from lapilli.data.record import Record, unpack
 from lapilli.data.text.templates import Template
 from lapilli.data.versions import installed_versions
 
-__all__ = ["RAW", "ImageTask", "TargetTask", "Task", "TokenTask", "writer_version"]
+__all__ = ["RAW", "ImageTask", "TargetTask", "Task", "TokenTask", "source_bytes", "writer_version"]
 
 WRITERS = ("pyarrow", "tokenizers")
 RAW = Encoding()
@@ -38,7 +38,7 @@ class ImageTask:
     name: str
     writer: str
     root: str
-    images: tuple[Located, ...]
+    images: Sequence[Located]
     spec: ImageSpec
     codecs: Codecs
     encoding: Encoding = RAW
@@ -81,3 +81,8 @@ class TokenTask:
 
 
 Task: TypeAlias = ImageTask | TokenTask
+
+
+def source_bytes(place: Located) -> int:
+    """Bytes of an image's file, or of its member of an archive."""
+    return place.size if place.member is None else place.member.size

@@ -24,6 +24,7 @@ from lapilli.data.sources.turns import IMAGE_MARKER, Turns, image_keys, lead, sp
 
 __all__ = ["inspect", "normalise"]
 
+_NEW = tuple.__new__
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 UNDERSTOOD = frozenset({"id", "conversations", "system", *IMAGE_FIELDS})
 LAYOUT = Layout("from", "value", frozenset({"from", "value", *TURN_EXTRAS}))
@@ -72,7 +73,8 @@ def _plain_turn(item: Any) -> Turn | None:
     role = ROLES.get(speaker)
     if role is None or (role == "user" and IMAGE_MARKER in value):
         return None
-    return Turn(role, (TextPart(value),))
+    # As Turn(role, (TextPart(value),)), in half the time: 5 million turns in 665K records.
+    return _NEW(Turn, (role, (_NEW(TextPart, (value,)),), True, ""))
 
 
 def _turn(item: Any, images: int) -> Turn | Verdict:

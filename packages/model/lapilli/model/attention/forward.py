@@ -38,7 +38,7 @@ __all__ = [
 WITHOUT_EFFECT = frozenset(
     {
         "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-        "return_dict", "position_embeddings",
+        "return_dict", "position_embeddings", "output_router_logits",
     }
 )  # fmt: skip
 WIDEST_GROUPED = 256  # of a head, for kernels that share keys and values among heads

@@ -34,6 +34,8 @@ FACTS = "lapilli.json"
 
 IMAGE_TOKEN = "<image>"
 LAYER = re.compile(r"\.layers?\.\d+\.")
+# In rope_parameters since transformers 5; files of 4 have them beside it.
+OLDER = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
@@ -331,13 +333,13 @@ def _settings(config: Any) -> dict[str, Any]:
     other = {"model_type", "transformers_version", "dtype", "architectures", "_name_or_path"}
     other |= {"vision_use_head", "stage_names", "out_features", "out_indices"}
     other |= _unknown(config).keys()
+    other |= OLDER - type(config)().to_dict().keys()  # phi3 keeps one beside its rope_parameters
     return {key: value for key, value in config.to_diff_dict().items() if key not in other}
 
 
 def _unknown(config: Any) -> dict[str, Any]:
     """The keys of a config that its class does not have, except those of transformers 4."""
-    older = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
-    other = {*type(config)().to_dict(), *older, "torch_dtype", "dtype"}
+    other = {*type(config)().to_dict(), *OLDER, "torch_dtype", "dtype"}
     return {key: value for key, value in config.to_dict().items() if key not in other}
 
 
@@ -380,6 +382,10 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
         vision.pop(name, None)
     text = {**model.language.config.to_dict(), "vocab_size": rows}
     text["architectures"] = [type(model.language).__name__]  # servers find the decoder by it
+    # transformers' LLaVA ties a head to this name alone; of other decoders the head is written
+    is_named = hasattr(ours.language.base_model, "embed_tokens")
+    tied = is_named and bool(text.get("tie_word_embeddings"))
+    text["tie_word_embeddings"] = tied
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -387,7 +393,7 @@ def _config(model: VisionLanguageModel, rows: int, image_token_id: int) -> Any:
         image_seq_length=model.vision.num_tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy=_strategy(model.config.vision),
-        tie_word_embeddings=bool(text.get("tie_word_embeddings")),
+        tie_word_embeddings=tied,
     )
 
 

@@ -34,21 +34,19 @@ from lapilli.train.run_folder.names import (
     CUT,
     DATA,
     FOLDER,
-    GENERATIONS,
-    METRICS,
     NOTES,
+    RECORDS,
     REPORT,
     RUN_INFO,
-    STARTS,
     STATE,
     WORKERS,
-    WORST,
     step_name,
 )
+from lapilli.train.run_folder.restarts import keep_later
 from lapilli.train.run_folder.scratch import lies_in_store
 
 __all__ = [
-    "RECORDS",
+    "bring_records",
     "bytes_at",
     "fetch_agreed",
     "fetch_checkpoint",
@@ -61,8 +59,7 @@ __all__ = [
     "stored_config",
 ]
 
-RECORDS = (METRICS, STARTS, GENERATIONS)  # go at least to the newest checkpoint
-OF_DRIVER = (RUN_INFO, NOTES, WORST, WORKERS, REPORT)
+OF_DRIVER = (RUN_INFO, NOTES, WORKERS, REPORT)
 
 
 def bytes_at(path: RemotePath) -> bytes | None:
@@ -124,15 +121,34 @@ def store_records(run: Path, address: str) -> None:
     """Upload what the driver has of a run that ended: records, facts, notes, the report.
 
     Raises:
-        DataError: The address cannot be written.
+        DataError: The address cannot be read or written.
     """
+    keep_later(run, _records_at(address))  # of a worker that was lost before it brought them
     for name in (*RECORDS, *OF_DRIVER):
         if (run / name).exists():
             (RemotePath(address) / name).put(run / name)
 
 
+def bring_records(run: Path, address: str) -> None:
+    """Bring all of a run but its checkpoints; what is here of a later life, or as late, stays.
+
+    Raises:
+        DataError: The address cannot be read.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    is_older = keep_later(run, _records_at(address))
+    missing = [name for name in OF_DRIVER if is_older or not (run / name).exists()]
+    _fetch_files(run, address, (CONFIG, *missing))
+    _fetch_data(run, address)
+
+
+def _records_at(address: str) -> dict[str, bytes]:
+    found = {name: bytes_at(RemotePath(address) / name) for name in reversed(RECORDS)}
+    return {name: data for name, data in found.items() if data is not None}
+
+
 def fetch_records(run: Path, address: str) -> None:
-    """Download all of a run but its checkpoints into an empty folder.
+    """Download all of a run but its checkpoints.
 
     Raises:
         DataError: The address cannot be read.
@@ -182,7 +198,7 @@ def fetch_agreed(run: Path, address: str, places: Places) -> int:
         )  # fmt: skip
         if all(_gathered(whole)):
             if places.rank == 0:
-                _fetch_files(run, address, RECORDS)
+                keep_later(run, _records_at(address))
             return int(name.partition("-")[2])
         if places.is_leader:
             shutil.rmtree(path, ignore_errors=True)

@@ -2,8 +2,9 @@
 
 The store holds what the run's folder does: `checkpoints/step-.../`, `milestones/step-.../`,
 `config.json`, `data/` and the files of `RECORDS`. Every worker copies the part that it wrote; rank
-0 copies the rest and, when all parts are there, a step's `state.json`. That is also removed first,
-so that a step is whole there or has none.
+0 copies the rest and, when all parts are there, the records, and then a step's `state.json`. That
+is also removed first, so that a step is whole there, with the records of how it came about, or has
+none.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.record import excerpt
 from lapilli.train.checkpoint.layout import forget_old, outdated, steps_in
 from lapilli.train.checkpoint.parts import part_number
-from lapilli.train.checkpoint.store import RECORDS, bytes_at, listed
+from lapilli.train.checkpoint.store import bytes_at, listed
 from lapilli.train.run_folder.checkpoint_state import read_state
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.names import (
     CONFIG,
     FOLDER,
     MILESTONES,
+    RECORDS,
     STATE,
     step_name,
 )
@@ -113,6 +115,8 @@ class Uploads:
         return [f"{path.parent.name}/{path.name}" for path in paths]
 
     def _work(self) -> None:
+        with contextlib.suppress(Exception):  # a start is known there before its first checkpoint
+            self._copy_records()
         while path := self._next():
             error: Exception | None = None
             try:
@@ -168,14 +172,15 @@ class Uploads:
                     _put(file, target / file.relative_to(path).as_posix())
             if self._rank == 0:
                 self._wait_for_parts(path, target)
+                self._copy_records()
                 _put(path / STATE, target / STATE)
-        if self._rank:
-            return
-        for name in (CONFIG, *RECORDS):
+        if self._rank == 0 and path.parent.name == FOLDER:
+            _prune(self._address, path.name, self._keep)
+
+    def _copy_records(self) -> None:
+        for name in (CONFIG, *RECORDS) if self._rank == 0 else ():
             if (self._run / name).exists():
                 (RemotePath(self._address) / name).put(self._run / name)
-        if path.parent.name == FOLDER:
-            _prune(self._address, path.name, self._keep)
 
     def _copies(self, name: str) -> bool:
         """Whether a file of a step is this worker's to copy; of an earlier world each has some."""

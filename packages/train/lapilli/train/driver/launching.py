@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.errors import DataError
+from lapilli.data.io.access import exists
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.train.checkpoint.store import (
@@ -25,9 +26,11 @@ from lapilli.train.driver.preflight import Preflight
 from lapilli.train.driver.same_run import check_same_settings, with_absolute_paths
 from lapilli.train.driver.signals import stops_on_signals
 from lapilli.train.driver.workers import fit_here, fit_on_ray
+from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.dataset_files import keep_data
 from lapilli.train.run_folder.messages import notes_end, notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics, read_new
+from lapilli.train.run_folder.names import CONFIG
 from lapilli.train.run_folder.scratch import in_scratch, lies_in_store
 from lapilli.train.run_folder.settings import write_run_config, write_run_info
 from lapilli.train.run_folder.stop_request import forget_stop, is_stop_asked
@@ -110,7 +113,8 @@ def launch(
 
     Raises:
         DataError: Another process trains in the run's folder.
-        TrainError: An error of the user found by a worker, or too many workers were lost.
+        TrainError: An error of the user found by a worker, too many workers were lost, or the run's
+            folder was removed.
         KeyboardInterrupt: The run was stopped; says at which step it was saved.
     """
     run = Path(ready.config.output)
@@ -130,15 +134,32 @@ def launch(
                 wait_for_workers(ready.config, ready.device, on_note)
                 fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
                 fit_on(ready.config, ready.device, ready.memory_policy)
-        except BaseException:
-            with contextlib.suppress(DataError):  # what ended the run is what is told
+        except BaseException as error:
+            if isinstance(error, Exception):
+                _require_there(ready.config)
+            with contextlib.suppress(DataError, OSError):  # what ended the run is what is told
                 _store_records(ready.config)
             raise
+        _require_there(ready.config)
         _store_records(ready.config)
         if is_stop_asked(run):
             newest = newest_checkpoint(ready.config)
             raise KeyboardInterrupt(f"saved at step {newest.step}" if newest else "")
         return read_metrics(run)
+
+
+def _require_there(config: RunConfig) -> None:
+    """Nothing but a removal takes the settings from a run's folder while it is locked.
+
+    Raises:
+        TrainError: They are gone.
+    """
+    run, address = Path(config.output), config.checkpoint.upload
+    if not exists(run / CONFIG):
+        raise TrainError(
+            f"output: {run} was removed while it was trained; remove what is left of it, and "
+            + (f"the same command goes on from {address}" if address else "train again")
+        ) from None
 
 
 def _store_records(config: RunConfig) -> None:

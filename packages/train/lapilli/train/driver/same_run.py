@@ -10,7 +10,7 @@ from lapilli.data.io.access import exists, is_folder, subpaths
 from lapilli.data.io.addresses import refuse_address
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.writer_lock import LOCK
-from lapilli.train.checkpoint.store import fetch_newest, fetch_records, stored_config
+from lapilli.train.checkpoint.store import bring_records, fetch_newest, stored_config
 from lapilli.train.config import RunConfig, fixed_settings
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.names import CONFIG, STATE
@@ -74,9 +74,12 @@ def _existing(path: str) -> str:
 
 
 def bring_run(config: RunConfig) -> None:
-    """Bring what a run in a store has, checkpoints left out, to its scratch folder here."""
+    """Bring what a run in a store has, checkpoints left out, to its scratch folder here.
+
+    What is here stays where it is later: of a driver that was killed, or that lost its store.
+    """
     if lies_in_store(config) and stored_config(config.checkpoint.upload):
-        fetch_records(Path(config.output), config.checkpoint.upload)
+        bring_records(Path(config.output), config.checkpoint.upload)
 
 
 def check_config(run: Path, config: RunConfig) -> None:

@@ -170,7 +170,7 @@ def _worker(settings: dict[str, Any]) -> None:
     device, memory = settings["device"], settings["memory"]
     try:
         with _blaming(config, rank, memory, device):
-            relay = Relay(Path(config.output), call) if call else None
+            relay = Relay(Path(config.output), call, is_first=rank == 0) if call else None
             ready = setup(
                 config, device, rank=rank, world_size=world_size, activations=memory.activations
             )

@@ -117,9 +117,13 @@ class StepLog:
         add("lapilli_train_samples", row.samples, self._run)
         add("lapilli_train_tokens", row.tokens or 0, self._run)
 
+    def keep(self) -> None:
+        """Write what is due once a checkpoint has the steps."""
+        self._worst.write()
+
     def close(self) -> None:
         """Write what is still due."""
-        self._worst.write()
+        self.keep()
         self._metrics.close()
         for sink in self._sinks:
             sink.close()

@@ -15,6 +15,7 @@ __all__ = [
     "MISTAKE",
     "NOTES",
     "PROFILE",
+    "RECORDS",
     "REPLAY",
     "REPLAY_STEP",
     "REPORT",
@@ -46,6 +47,10 @@ GENERATIONS = "generations.jsonl"
 
 
 WORST = "worst.jsonl"
+
+
+# what rank 0 goes on writing after a restart; the starts last: they tell which copy is later
+RECORDS = (METRICS, GENERATIONS, WORST, STARTS)
 
 
 WORKERS = "workers.json"

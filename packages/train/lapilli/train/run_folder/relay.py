@@ -1,7 +1,8 @@
 """Bring what workers write into the run's folder of their node to the driver's, through Ray.
 
 Where they share the folder nothing has to be brought. Else an actor beside the driver, `Mailbox`,
-writes the same files there, and tells whether the run was asked to stop.
+writes the same files there, and tells whether the run was asked to stop. A first worker that starts
+on another node than the one before goes on with the records that the driver has.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.io.writer_lock import LOCK
 from lapilli.train.run_folder.messages import notes_end
 from lapilli.train.run_folder.names import (
     CONFIG,
     CUT,
+    METRICS,
     MISTAKE,
     NOTES,
     REPORT,
@@ -26,6 +30,7 @@ from lapilli.train.run_folder.names import (
     STACKS,
     STOP,
 )
+from lapilli.train.run_folder.restarts import keep_later, read_records
 from lapilli.train.run_folder.stop_request import is_stop_asked
 
 __all__ = ["Mailbox", "Relay"]
@@ -62,6 +67,16 @@ class Mailbox:
         with (self._run / name).open("ab") as file:
             file.write(data)
 
+    def records(self) -> dict[str, bytes]:
+        """The run's records, as the workers before have brought them."""
+        return read_records(self._run)
+
+    def started(self) -> tuple[bytes, dict[str, float]]:
+        """The run's info, and how many seconds ago it and the last step were written."""
+        now, paths = time.time(), (self._run / RUN_INFO, self._run / METRICS)
+        ages = {path.name: now - path.stat().st_mtime for path in paths if path.exists()}
+        return read_whole(self._run / RUN_INFO), ages
+
     def asks_stop(self) -> bool:
         """Whether the run is to save and end."""
         return is_stop_asked(self._run)
@@ -78,10 +93,11 @@ class Relay:
     Args:
         run: The run's folder on this node, at the start of the worker.
         call: Calls a method of the mailbox by name, and waits.
+        is_first: Whether it is the worker that writes the run's records.
     """
 
-    def __init__(self, run: Path, call: Callable[..., Any]) -> None:
-        self._run, self._call = run, call
+    def __init__(self, run: Path, call: Callable[..., Any], *, is_first: bool = False) -> None:
+        self._run, self._call, self._is_first = run, call, is_first
         self._noted = notes_end(run)
         self._brought = dict[str, tuple[int, int]]()  # inode and size, by name
         # of an earlier life, in which another worker may have been the first: not brought
@@ -99,6 +115,8 @@ class Relay:
             (self._run / mark).unlink()
 
     def __enter__(self) -> Relay:
+        if self._is_first:
+            self._take()
         self._thread.start()
         return self
 
@@ -107,6 +125,18 @@ class Relay:
         self._thread.join()
         with contextlib.suppress(Exception):  # the driver may be gone
             self._bring()
+
+    def _take(self) -> None:
+        """Go on with the driver's records if they are later, and with its times in any case."""
+        if keep_later(self._run, found := self._call("records")):
+            for name, data in found.items():
+                self._brought[name] = (self._run / name).stat().st_ino, len(data)
+        info, ages = self._call("started")
+        (self._run / RUN_INFO).write_bytes(info)
+        for name, age in ages.items():
+            if (path := self._run / name).exists():
+                then = time.time() - age
+                os.utime(path, (then, then))
 
     def _work(self) -> None:
         while not self._stop.wait(EVERY):

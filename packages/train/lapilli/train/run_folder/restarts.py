@@ -1,17 +1,25 @@
-"""Record every start of a run and what it cost: `starts.jsonl`."""
+"""Record every start of a run and what it cost: `starts.jsonl`.
+
+A start is recorded before its first step, so the records of a run, wherever a copy of them lies,
+tell which copy is the later one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lapilli.data.io.whole_file import MOST_LINES, read_whole
 from lapilli.train.run_folder.jsonl import read_lines, write_lines
 from lapilli.train.run_folder.metrics_file import read_metrics
-from lapilli.train.run_folder.names import METRICS, RUN_INFO, STARTS
+from lapilli.train.run_folder.names import CUT, METRICS, RECORDS, RUN_INFO, STARTS
 
 __all__ = [
     "Start",
+    "keep_later",
+    "read_records",
     "read_starts",
     "record_start",
 ]
@@ -67,3 +75,34 @@ def _changed(path: Path) -> float:
 def read_starts(run: Path) -> list[Start]:
     """Read all starts; empty without the file."""
     return read_lines(run / STARTS, Start)
+
+
+def read_records(run: Path) -> dict[str, bytes]:
+    """The run's records that are there, by name."""
+    there = [name for name in RECORDS if (run / name).exists()]
+    return {name: read_whole(run / name, MOST_LINES) for name in there}
+
+
+def keep_later(run: Path, other: Mapping[str, bytes]) -> bool:
+    """Replace a run's records by another copy of them if that is the later one.
+
+    Args:
+        run: The run's folder.
+        other: The other copy: bytes by name.
+
+    Returns:
+        Whether they were replaced.
+    """
+    if _lateness(other) <= _lateness(read_records(run)):
+        return False
+    for name in RECORDS:
+        if name in other:
+            temporary = run / f".{name}{CUT}"
+            temporary.write_bytes(other[name])
+            temporary.replace(run / name)
+    return True
+
+
+def _lateness(records: Mapping[str, bytes]) -> tuple[int, int]:
+    """Starts, then metrics of the last one: both only grow."""
+    return records.get(STARTS, b"").count(b"\n"), len(records.get(METRICS, b""))

@@ -73,6 +73,8 @@ def fit(ready: Setup, notice: Callable[[], object] = lambda: None) -> None:
             writer.check()
             if asked_by_all or _is_due(ready, batches.step):
                 asked_by_all = max(rows.catch_up(), asked_by_all)
+                if journal:
+                    journal.keep()
                 began = time.monotonic()
                 _save(ready, batches.step + 1, writer, uploads, now=asked_by_all > 0)
                 if ready.is_writer:

@@ -1,4 +1,4 @@
-"""Every element of a build's sources in columns: 60 bytes a record in memory, texts on disk."""
+"""Every element of a build's sources in columns: 70 bytes a record in memory, texts on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 import pyarrow as pa
 
+from lapilli.data.planning.parts.image_table import ImageTable
 from lapilli.data.planning.parts.record_file import RecordFile
 from lapilli.data.record import PackedEntry, Verdict, pack_names
 
@@ -30,28 +31,28 @@ class Entries(Sequence[PackedEntry]):
     Attributes:
         sources: The names of the sources, in order.
         starts: int64 [sources + 1], the first row of each, and n.
-        sample_ids: large_string [n].
-        copies: int32 [n], k of a sample id that ends on `#k` because its record id was taken.
+        sample_ids: string [n], in as many chunks as there were parts.
+        copies: By row, k of a sample id that ends on `#k` because its record id was taken.
         digests: uint8 [n, 16], of the elements' JSON text.
         stamps: uint8 [n, 8], `row_stamp` of the entries that are kept; 0 elsewhere.
         verdicts: Of the entries that are not kept, by row.
         texts: JSON text of the entries that are not kept, by row, where their file is not to be
             read again.
-        image_ids: Identity of each image, in the order of first use.
+        images_of: The images, in the order of first use.
         image_ends: int64 [n], where the images of an entry end in `image_numbers`.
-        image_numbers: int32, places in `image_ids`; none of an entry that is not kept.
+        image_numbers: int32, places in `images_of`; none of an entry that is not kept.
         records: The records of the entries that were kept before their images were looked for.
     """
 
     sources: list[str]
     starts: NDArray[np.int64]
-    sample_ids: pa.Array
-    copies: NDArray[np.int32]
+    sample_ids: pa.ChunkedArray
+    copies: dict[int, int]
     digests: NDArray[np.uint8]
     stamps: NDArray[np.uint8]
     verdicts: dict[int, Verdict]
     texts: dict[int, str]
-    image_ids: list[str]
+    images_of: ImageTable
     image_ends: NDArray[np.int64]
     image_numbers: NDArray[np.int32]
     records: RecordFile
@@ -95,9 +96,24 @@ class Entries(Sequence[PackedEntry]):
         """Source, record id and sample id of an entry."""
         source = self.sources[int(np.searchsorted(self.starts, row, "right")) - 1]
         sample_id: str = self.sample_ids[row].as_py()
-        copy = int(self.copies[row])
+        copy = self.copies.get(row)
         record_id = sample_id[len(source) + 1 :].removesuffix(f"#{copy}" if copy else "")
         return source, record_id, sample_id
+
+    def names_of(self, rows: NDArray[np.int64]) -> pa.ChunkedArray:
+        """string, the sample ids of some entries; of rows in order only what lies between is read.
+
+        Arrow joins all chunks of a column that places are taken from.
+        """
+        if not len(rows):
+            return self.sample_ids.slice(0, 0)
+        first, last = int(rows.min()), int(rows.max())
+        part = self.sample_ids.slice(first, last + 1 - first)
+        return (
+            part
+            if len(part) == len(rows) and last == int(rows[-1])
+            else part.take(pa.array(rows - first))
+        )
 
     def packed(self, row: int) -> bytes:
         """The record of an entry that has one, packed."""
@@ -112,7 +128,7 @@ class Entries(Sequence[PackedEntry]):
     def images(self, row: int) -> tuple[str, ...]:
         """The identities of an entry's images."""
         start = int(self.image_ends[row - 1]) if row else 0
-        return tuple(self.image_ids[n] for n in self.image_numbers[start : self.image_ends[row]])
+        return self.images_of.names(self.image_numbers[start : self.image_ends[row]].tolist())
 
     @property
     def image_counts(self) -> NDArray[np.int64]:
@@ -123,7 +139,7 @@ class Entries(Sequence[PackedEntry]):
         """List of int32 [kept], for each image of each kept entry what `values` has for it.
 
         Args:
-            values: int32 [images], in the order of `image_ids`.
+            values: int32 [images], in the order of `images_of`.
         """
         counts, mask = self.image_counts, np.zeros(len(self), np.bool_)
         mask[self.kept] = True
@@ -135,7 +151,7 @@ class Entries(Sequence[PackedEntry]):
         """The kept entries with one of these images, with the verdict on the first of theirs.
 
         Args:
-            verdicts: By place in `image_ids`.
+            verdicts: By place in `images_of`.
         """
         if not verdicts:
             return {}
@@ -171,7 +187,7 @@ class Entries(Sequence[PackedEntry]):
         first, last = self.starts[number : number + 2].tolist()
         for start in range(first, last, AT_ONCE):
             end = min(last, start + AT_ONCE)
-            names = self.sample_ids[start:end].to_pylist()
+            names = self.sample_ids.slice(start, end - start).to_pylist()
             digests = self.digests[start:end].tobytes().hex()
             yield "".join(
                 f"{name}\t{self.verdicts.get(start + n, KEPT).reason}\t"

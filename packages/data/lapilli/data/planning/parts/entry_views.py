@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from lapilli.data.planning.incremental import STAMP_BYTES, Stamped
 from lapilli.data.planning.parts.entries import AT_ONCE, Entries
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
 
 __all__ = ["EntryImages", "EntryNames", "PackedRecords", "StampedRows", "packed_bytes"]
@@ -87,11 +85,19 @@ class StampedRows(_View[Stamped]):
     def _of(self, row: int) -> Stamped:
         return self._entries.sample_ids[row].as_py(), self._entries.stamps[row].tobytes()
 
+    def names(self) -> pa.ChunkedArray:
+        """String [n], the sample ids."""
+        return self._entries.names_of(self._rows)
+
+    def stamps(self) -> NDArray[np.uint8]:
+        """uint8 [n, 8], the stamps."""
+        return self._entries.stamps[self._rows]
+
     def __iter__(self) -> Iterator[Stamped]:
         """All of them, many at a time."""
         for start in range(0, len(self._rows), AT_ONCE):
             rows = self._rows[start : start + AT_ONCE]
-            names = pc.take(self._entries.sample_ids, pa.array(rows)).to_pylist()
+            names = self._entries.names_of(rows).to_pylist()
             stamps = self._entries.stamps[rows].tobytes()
             yield from (
                 (name, stamps[STAMP_BYTES * n : STAMP_BYTES * (n + 1)])

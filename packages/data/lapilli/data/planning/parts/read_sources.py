@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
-from lapilli.data.mounts import Located
 from lapilli.data.mounts.repairs import repairs_table
 from lapilli.data.planning.located_entries import no_record, open_mount
 from lapilli.data.planning.originals import Originals
 from lapilli.data.planning.parts.entries import Entries
+from lapilli.data.planning.parts.image_table import Images, ImageTable
 from lapilli.data.planning.parts.record_file import RecordFile
 from lapilli.data.planning.parts.run_scans import Scanner, scan_on_ray, scan_streamed
 from lapilli.data.planning.parts.scan_part import Part, ScanSettings
-from lapilli.data.planning.parts.source_columns import Images, SourceColumns
+from lapilli.data.planning.parts.source_columns import SourceColumns
 from lapilli.data.planning.progress import paced
 from lapilli.data.record import excerpt
 from lapilli.data.sources import reads_json
 from lapilli.data.sources.reading.json_ranges import RANGE_BYTES, BadCut, JsonRange, cut_source
 from lapilli.data.sources.tally import Tally
 from lapilli.data.text.templates import Template
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Read", "Reading", "read_sources"]
 
@@ -50,14 +54,14 @@ class Read:
 
     Attributes:
         entries: Every element with its verdict.
-        located: The images of kept entries by identity, in the order of first use.
+        images: The images of kept entries, in the order of first use.
         repairs: How many keys were mended, by kind.
         repaired: Every key that was mended; see `REPAIRS_SCHEMA`.
         tallies: By source, what it holds beside its records.
     """
 
     entries: Entries
-    located: dict[str, Located]
+    images: ImageTable
     repairs: Counter[str]
     repaired: pa.Table
     tallies: dict[str, Tally]
@@ -111,10 +115,11 @@ def _read_source(
     Raises:
         DataError: Its images are nowhere, or as its reader does, or it has no record.
     """
-    root, first = Path(config.root), len(records.lengths)
+    root, first = Path(config.root), len(records)
     mount = open_mount(source, config, root)
     if not originals:
         mount.require()
+        mount.forget_listings()
     settings = ScanSettings(
         source=source,
         template=template,
@@ -126,7 +131,7 @@ def _read_source(
     def read(parts: Iterator[Part], tally: Tally) -> SourceColumns:
         columns = SourceColumns(
             name=source.name,
-            mount=open_mount(source, config, root),
+            mount=replace(open_mount(source, config, root), remembers=False),
             images=images,
             records=records,
             tally=tally,
@@ -150,31 +155,44 @@ def _read_source(
 
 
 def _united(columns: Sequence[SourceColumns], images: Images, records: RecordFile) -> Read:
-    """The columns of all sources as one; images that no kept entry uses are left out."""
+    """The columns of all sources as one; images that no kept entry uses are left out.
+
+    Those of the sources are gone afterwards: a column is never there twice.
+    """
     starts = np.cumsum([0, *(one.count for one in columns)])
-    numbers = np.concatenate([one.numbers for one in columns])
-    used = np.unique(numbers)
-    places = [images.places[number] for number in used.tolist()]
+    numbers = _joined(columns, "numbers")
+    used = np.flatnonzero(np.bincount(numbers, minlength=len(images)))
+    if len(used) < len(images):
+        numbers = np.searchsorted(used, numbers).astype(np.int32)
     pairs = list(zip(columns, starts.tolist(), strict=False))
+    ids = [chunk for one in columns for chunk in one.sample_ids.chunks]
     entries = Entries(
         sources=[one.name for one in columns],
         starts=starts,
-        sample_ids=pa.concat_arrays([one.sample_ids for one in columns]),
-        copies=np.concatenate([one.copies for one in columns]),
-        digests=np.concatenate([one.digests for one in columns]),
-        stamps=np.concatenate([one.stamps for one in columns]),
+        sample_ids=pa.chunked_array(ids, pa.string()),
+        copies={start + row: k for one, start in pairs for row, k in one.copies.items()},
+        digests=_joined(columns, "digests"),
+        stamps=_joined(columns, "stamps"),
         verdicts={start + row: v for one, start in pairs for row, v in one.verdicts.items()},
         texts={start + row: text for one, start in pairs for row, text in one.texts.items()},
-        image_ids=[place.image_id for place in places],
-        image_ends=np.cumsum(np.concatenate([one.counts for one in columns]), dtype=np.int64),
-        image_numbers=np.searchsorted(used, numbers).astype(np.int32),
+        images_of=(table := images.table().only(used)),
+        image_ends=np.cumsum(_joined(columns, "counts"), dtype=np.int64),
+        image_numbers=numbers,
         records=records,
     )
     repaired = [repairs_table(one.name, one.mount.repaired()) for one in columns]
     return Read(
         entries=entries,
-        located={place.image_id: place for place in places},
+        images=table,
         repairs=sum((one.mount.repairs for one in columns), Counter[str]()),
         repaired=pa.concat_tables(repaired),
         tallies={one.name: one.tally for one in columns},
     )
+
+
+def _joined(columns: Sequence[SourceColumns], name: str) -> NDArray[Any]:
+    """A column of all sources one after the other, taken from them."""
+    parts: list[NDArray[Any]] = [getattr(one, name) for one in columns]
+    for one in columns:
+        setattr(one, name, getattr(one, name)[:0])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -5,9 +5,11 @@ A part knows nothing of those before it: an element without an id has none, and 
 
 from __future__ import annotations
 
+import gc
 import marshal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -96,11 +98,24 @@ def scan_range(data: bytes | None, part: JsonRange, settings: ScanSettings) -> P
         settings: The source's.
     """
     data = part.load() if data is None else data
-    elements = read_range(data, part, Bounds.of(settings.source))
     try:
-        return scan_elements(elements, settings, most=None)
+        with _without_collection():
+            elements = read_range(data, part, Bounds.of(settings.source))
+            return scan_elements(elements, settings, most=None)
     except BadCut:
         return None
+
+
+@contextmanager
+def _without_collection() -> Generator[None]:
+    """No search for cycles: JSON has none, and looking takes a seventh of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def scan_elements(

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import marshal
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.planning.incremental import STAMP_BYTES, row_stamp
 from lapilli.data.planning.originals import Originals
+from lapilli.data.planning.parts.image_table import Images
 from lapilli.data.planning.parts.record_file import RecordFile
 from lapilli.data.planning.parts.scan_part import Part
-from lapilli.data.planning.parts.unique_ids import EarlyIds, unique_ids
+from lapilli.data.planning.parts.unique_ids import EarlyIds, RecordIds
 from lapilli.data.record import Reason, Record, Verdict, pack_names, unpack
 from lapilli.data.sources.tally import Tally
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Images", "SourceColumns"]
+__all__ = ["SourceColumns"]
 
+_ARROW: Any = pc
 EXCLUDED = Verdict(Reason.EXCLUDED, "named in `exclude`")
-
-
-@dataclass
-class Images:
-    """The distinct images of all sources, numbered in the order of first use."""
-
-    places: list[Located] = field(default_factory=list[Located])
-    numbers: dict[str, int] = field(default_factory=dict[str, int])
-
-    def number(self, place: Located) -> int:
-        """The number of an image."""
-        number = self.numbers.setdefault(place.image_id, len(self.places))
-        if number == len(self.places):
-            self.places.append(place)
-        return number
 
 
 @dataclass
@@ -53,8 +43,8 @@ class SourceColumns:
         records: The records of all sources; this one's are added.
         tally: What the source holds beside its records.
         excluded: The sample ids that were named in `exclude` and found.
-        sample_ids: large_string [n].
-        copies: int32 [n]; see `Entries`.
+        sample_ids: string [n], in a chunk for each part.
+        copies: By row; see `Entries`.
         digests: uint8 [n, 16].
         stamps: uint8 [n, 8].
         counts: int32 [n], images of each entry.
@@ -69,8 +59,8 @@ class SourceColumns:
     records: RecordFile
     tally: Tally
     excluded: set[str] = field(default_factory=set[str])
-    sample_ids: pa.Array = field(default_factory=lambda: pa.array([], pa.large_string()))
-    copies: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    sample_ids: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))
+    copies: dict[int, int] = field(default_factory=dict[int, int])
     digests: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 16), np.uint8))
     stamps: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, STAMP_BYTES), np.uint8))
     counts: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -100,49 +90,54 @@ class SourceColumns:
         own = {name for name in exclude if name.startswith(f"{self.name}/")}
         prefix = len(self.name) + 1
         early = EarlyIds(None if originals else (name[prefix:] for name in own))
-        first = len(self.records.lengths)
-        ids: list[pa.Array] = []
-        digests: list[NDArray[np.uint8]] = []
-        stamps: list[NDArray[np.uint8]] = []
-        counts: list[NDArray[np.int32]] = []
-        numbers: list[NDArray[np.int32]] = []
-        stale: list[int] = []
+        first = len(self.records)
+        ids = RecordIds()
+        found: dict[str, list[NDArray[Any]]] = {
+            name: [] for name in ("digests", "stamps", "counts", "numbers")
+        }
+        stale = array("q")
         for part in parts:
             table, size = part.table, len(part.table)
-            ids.append(self._named(table, stale))
-            digests.append(_bytes_of(table["digest"], 16))
-            stamps.append(_bytes_of(table["stamp"].fill_null(b"\0" * STAMP_BYTES), STAMP_BYTES))
+            record_ids = self._named(table, stale)
+            ids.add(record_ids)
+            found["digests"].append(_bytes_of(table["digest"], 16))
+            stamps = table["stamp"].fill_null(b"\0" * STAMP_BYTES)
+            found["stamps"].append(_bytes_of(stamps, STAMP_BYTES))
             self.records.append(table["content"])
-            names = early.of(ids[-1].to_pylist()) if early else {}
+            names = early.of(record_ids.to_pylist()) if early else {}
             self._judge(table, names, own)
             located = self._locate(table, names, originals, stale, first)
-            counts.append(np.zeros(size, np.int32))
+            counts = np.zeros(size, np.int32)
             rows = np.fromiter(located, np.int64, len(located))
-            counts[-1][rows] = [len(found) for found in located.values()]
-            numbers.append(np.array([n for found in located.values() for n in found], np.int32))
+            counts[rows] = [len(numbers) for numbers in located.values()]
+            found["counts"].append(counts)
+            numbers = [n for numbers in located.values() for n in numbers]
+            found["numbers"].append(np.array(numbers, np.int32))
             for name, times in part.fields.items():
                 self.tally.count((name,), times)
             self.count += size
             told(self.count)
+        self.mount.forget_listings()
         if not self.count:
             return
-        self.digests, self.stamps = np.concatenate(digests), np.concatenate(stamps)
-        self.counts, self.numbers = np.concatenate(counts), np.concatenate(numbers)
-        self._name(pa.chunked_array(ids, pa.large_string()), stale)
+        for name, pieces in found.items():
+            setattr(self, name, np.concatenate(pieces))
+            pieces.clear()
+        self._name(ids, stale)
         self._settle(first)
         self._stamp_again(stale, first)
 
-    def _named(self, table: pa.Table, stale: list[int]) -> pa.Array:
+    def _named(self, table: pa.Table, stale: array[int]) -> pa.Array:
         """The record ids; an element without one is called by its place."""
-        column = table["record_id"].cast(pa.large_string()).combine_chunks()
+        column = table["record_id"].combine_chunks()
         if column.null_count:
-            stale += (self.count + np.flatnonzero(column.is_null().to_numpy(False))).tolist()
+            stale.extend((self.count + np.flatnonzero(column.is_null().to_numpy(False))).tolist())
             named = (
                 f"@{self.count + n}" if name is None else name
                 for n, name in enumerate(column.to_pylist())
             )
-            column = pa.array(list(named), pa.large_string())
-        return column
+            return pa.array(list(named), pa.string())
+        return _copied(column)
 
     def _judge(self, table: pa.Table, names: dict[int, str], own: set[str]) -> None:
         """Take the verdicts of a part, and those on the records to leave out."""
@@ -161,7 +156,7 @@ class SourceColumns:
             self.texts[self.count + row] = text
 
     def _locate(
-        self, table: pa.Table, names: dict[int, str], originals: Originals, stale: list[int],
+        self, table: pa.Table, names: dict[int, str], originals: Originals, stale: array[int],
         first: int,
     ) -> dict[int, list[int]]:  # fmt: skip
         """The numbers of the images of each entry of a part that is kept and has some."""
@@ -171,6 +166,9 @@ class SourceColumns:
             if packed is None or self.count + row in self.verdicts:
                 continue
             keys: tuple[str, ...] = marshal.loads(packed)
+            if not originals and (known := self._known(keys)) is not None:
+                found[row] = known
+                continue
             places = _located(self.mount, keys)
             if isinstance(places, Verdict):
                 held: tuple[Located, ...] = ()
@@ -189,26 +187,37 @@ class SourceColumns:
                 stale.append(self.count + row)
         return found
 
-    def _name(self, ids: pa.ChunkedArray, stale: list[int]) -> None:
+    def _known(self, keys: tuple[str, ...]) -> list[int] | None:
+        """The numbers of images that are all there as their keys say and known by now."""
+        find, identity = self.images.names.find, self.mount.identity
+        numbers: list[int] = []
+        for key in keys:
+            if (number := find(identity(key))) < 0:
+                return None
+            numbers.append(number)
+        return numbers
+
+    def _name(self, ids: RecordIds, stale: array[int]) -> None:
         """Make the ids unique."""
-        renamed, copies = unique_ids(ids)
-        stale += renamed
-        self.copies = np.zeros(self.count, np.int32)
-        self.copies[np.fromiter(copies, np.int64, len(copies))] = [*copies.values()]
+        renamed, self.copies = ids.unique()
+        stale.extend(renamed)
         made: list[pa.Array] = []
-        start = 0
-        for chunk in ids.chunks:
-            own = {row - start: renamed[row] for row in renamed if 0 <= row - start < len(chunk)}
-            names: list[str] = chunk.to_pylist()
-            for row, name in own.items():
-                names[row] = name
-            made.append(pa.array([f"{self.name}/{name}" for name in names], pa.large_string()))
-            start += len(chunk)
-        self.sample_ids = pa.concat_arrays(made)
+        start, left = 0, deque(renamed)
+        for chunk in ids.take_chunks():
+            end = start + len(chunk)
+            if left and left[0] < end:
+                names: list[str] = chunk.to_pylist()
+                while left and left[0] < end:
+                    row = left.popleft()
+                    names[row - start] = renamed[row]
+                chunk = pa.array(names, pa.string())
+            start = end
+            made.append(_ARROW.binary_join_element_wise(self.name, chunk, "/"))
+        self.sample_ids = pa.chunked_array(made, pa.string())
 
     def _settle(self, first: int) -> None:
         """Quarantine the entries of which a key's repair is taken back."""
-        verdicts = self.mount.settle()
+        verdicts = self.mount.settle(self._keys(first))
         if not verdicts:
             return
         for row in np.flatnonzero(self.counts).tolist():
@@ -221,21 +230,31 @@ class SourceColumns:
         self.numbers = self.numbers[~np.repeat(taken, self.counts)]
         self.counts[taken] = 0
 
+    def _keys(self, first: int) -> Iterator[str]:
+        """The keys that images were looked for by, in order: none behind one that was refused."""
+        for row in np.flatnonzero(self.records.lengths[first:]).tolist():
+            if self.verdicts.get(row) == EXCLUDED:
+                continue
+            for key in self._record(row, first).images:
+                yield key
+                if self.mount.is_refused(key):
+                    break
+
     def _record(self, row: int, first: int) -> Record:
         return unpack(pack_names("", "", self.name) + self.records.read(first + row))
 
-    def _stamp_again(self, stale: list[int], first: int) -> None:
+    def _stamp_again(self, stale: array[int], first: int) -> None:
         """Stamp the entries whose names or images are not what their part took them for."""
         ends = np.cumsum(self.counts, dtype=np.int64)
-        for row in sorted(set(stale)):
+        for row in np.unique(np.frombuffer(stale, np.int64)).tolist():
             if row in self.verdicts:
                 continue
             sample_id: str = self.sample_ids[row].as_py()
-            copy = int(self.copies[row])
+            copy = self.copies.get(row)
             record_id = sample_id[len(self.name) + 1 :].removesuffix(f"#{copy}" if copy else "")
             packed = pack_names(record_id, sample_id, self.name) + self.records.read(first + row)
             own = self.numbers[ends[row] - self.counts[row] : ends[row]].tolist()
-            stamp = row_stamp(packed, [self.images.places[number].image_id for number in own])
+            stamp = row_stamp(packed, [*map(self.images.names.name, own)])
             self.stamps[row] = np.frombuffer(stamp, np.uint8)
 
 
@@ -248,6 +267,11 @@ def _located(mount: Mount, keys: tuple[str, ...]) -> tuple[Located, ...] | Verdi
             return place
         found.append(place)
     return tuple(found)
+
+
+def _copied(array: pa.Array) -> pa.Array:
+    """The same values in memory of this process: a part lies in that of Ray's store."""
+    return _ARROW.binary_join_element_wise(array, "", "")
 
 
 def _bytes_of(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:

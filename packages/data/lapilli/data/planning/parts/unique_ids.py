@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lapilli.data.sources.validation import unique_id
 
-__all__ = ["EarlyIds", "unique_ids"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["EarlyIds", "RecordIds"]
 
 
 def _stem(record_id: str) -> str:
@@ -20,29 +22,48 @@ def _stem(record_id: str) -> str:
     return record_id.partition("#")[0]
 
 
-def unique_ids(ids: pa.ChunkedArray) -> tuple[dict[int, str], dict[int, int]]:
-    """The ids that are not unique, as `validation.unique_id` changes them one after the other.
+class RecordIds:
+    """The record ids of a source, in order, to be made unique once all are there."""
 
-    Args:
-        ids: The record ids of a source, in order.
+    def __init__(self) -> None:
+        self._chunks: list[pa.Array] = []
+        self._stems: list[NDArray[np.int64]] = []
 
-    Returns:
-        By row the new id, and the number that it ends on; rows that keep their id are left out.
-    """
-    arrow: Any = pc
-    stems = ids
-    if arrow.any(arrow.match_substring(ids, "#")).as_py():
-        stems = arrow.replace_substring_regex(ids, "(?s)#.*", "")
-    codes = arrow.dictionary_encode(stems).combine_chunks().indices.to_numpy()
-    rows = np.flatnonzero(np.bincount(codes)[codes] > 1)
-    seen: Counter[str] = Counter()
-    renamed: dict[int, str] = {}
-    copies: dict[int, int] = {}
-    for row, name in zip(rows.tolist(), ids.take(pa.array(rows)).to_pylist(), strict=True):
-        found = unique_id(name, seen)
-        if found != name:
-            renamed[row], copies[row] = found, int(found.rpartition("#")[2])
-    return renamed, copies
+    def add(self, ids: pa.Array) -> None:
+        """Add the next ones, a string array."""
+        stems = map(hash, map(_stem, ids.to_pylist()))
+        self._stems.append(np.fromiter(stems, np.int64, len(ids)))
+        self._chunks.append(ids)
+
+    def unique(self) -> tuple[dict[int, str], dict[int, int]]:
+        """The ids that are not unique, as `validation.unique_id` changes them one after the other.
+
+        Returns:
+            By row the new id, and the number that it ends on; rows that keep their id are left out.
+        """
+        stems = np.concatenate(self._stems)
+        self._stems = [stems]
+        in_order = np.sort(stems)
+        repeated = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+        rows = np.flatnonzero(np.isin(stems, repeated)) if len(repeated) else repeated
+        seen: Counter[str] = Counter()
+        renamed: dict[int, str] = {}
+        copies: dict[int, int] = {}
+        starts = np.cumsum([0, *map(len, self._chunks)])
+        for row in rows.tolist():  # of two stems with one hash too, which changes nothing
+            chunk = int(np.searchsorted(starts, row, "right")) - 1
+            name: str = self._chunks[chunk][row - int(starts[chunk])].as_py()
+            found = unique_id(name, seen)
+            if found != name:
+                renamed[row], copies[row] = found, int(found.rpartition("#")[2])
+        return renamed, copies
+
+    def take_chunks(self) -> Iterator[pa.Array]:
+        """The ids in order as they were added; each is gone afterwards."""
+        self._stems.clear()
+        self._chunks.reverse()
+        while self._chunks:
+            yield self._chunks.pop()
 
 
 class EarlyIds:

@@ -17,7 +17,7 @@ from typing import Any
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import Output, RemotePath
-from lapilli.data.sources.reading.bounds import Bounds
+from lapilli.data.sources.reading.bounds import Bounds, holds_too_much
 from lapilli.data.sources.reading.files import (
     annotation_places,
     compressed,
@@ -31,6 +31,7 @@ __all__ = ["RANGE_BYTES", "BadCut", "JsonRange", "cut_file", "cut_source", "read
 
 RANGE_BYTES = 4 << 20
 MOST_RANGES = 4096  # of one file: ranges of a larger file are larger
+AT_ONCE = 16 << 20  # bytes of a range that is parsed by one call
 SEARCHED = 1 << 20  # bytes in which the beginning of an element is looked for
 BOM = b"\xef\xbb\xbf"
 SPACE = rb"[ \t\r\n]*"
@@ -176,6 +177,9 @@ def _array_part(data: bytes, is_last: bool, most: int) -> Iterator[Any]:
     Raises:
         ValueError: Something else.
     """
+    if (found := _at_once(data, is_last, most)) is not None:
+        yield from found
+        return
     scanner = Scanner(io.TextIOWrapper(io.BytesIO(data), "utf-8"), most)
     separator = ","
     while separator == "," and (is_last or scanner.peek()):
@@ -183,3 +187,17 @@ def _array_part(data: bytes, is_last: bool, most: int) -> Iterator[Any]:
         separator = scanner.expect(",]" if is_last else ",")
     if scanner.peek():
         raise json.JSONDecodeError("more text after the end of the array", "", 0)
+
+
+def _at_once(data: bytes, is_last: bool, most: int) -> list[Any] | None:
+    """The elements of a small range, parsed by one call; None where the scanner is to say more."""
+    if len(data) > min(most, AT_ONCE) or holds_too_much(data):
+        return None
+    data = data.rstrip(b" \t\r\n")
+    if not is_last and not data.endswith(b","):
+        return None
+    text = b"[%s" % data if is_last else b"[%s]" % data[:-1]
+    try:
+        return json.loads(str(text, "utf-8"))  # a list: more behind its end is an error
+    except (ValueError, RecursionError):
+        return None
