@@ -15,6 +15,7 @@ from lapilli.data.building.run_task import finished_task
 from lapilli.data.building.runners import Runner, run_on_ray
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, exists, is_folder
+from lapilli.data.io.addresses import split_root
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_json
 from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.io.typed_json import JsonError, from_json
@@ -108,6 +109,7 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
             )
         return
     try:
+        _refuse_addresses(output, plan)
         before = from_json(read_whole(path), dict[str, str])
         before = plan.previous.manifest.plan if plan.previous else before
     except OSError as error:
@@ -126,6 +128,20 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
             f"output: {output} was built with another {'; another '.join(changes)}; expected the "
             "same inputs and settings; pass --incremental to redo what has changed, or choose "
             "another --output"
+        )
+
+
+def _refuse_addresses(output: Output, plan: BuildPlan) -> None:
+    """Refuse to amend a dataset of a root in a store that names its images by address."""
+    roots = {parts[0] for one in plan.config.sources if (parts := split_root(one.images))}
+    if not roots or plan.previous is None:
+        return
+    starts = tuple(f"{root}/" for root in roots)
+    if any(name.startswith(starts) for name, _ in plan.previous.slots):
+        raise DataError(
+            f"output: {output} is of an earlier version, which names its images by address and not "
+            "by their paths below the root; it can be read, and not amended: choose another "
+            "--output"
         )
 
 

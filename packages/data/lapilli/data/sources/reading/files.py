@@ -20,6 +20,7 @@ from lapilli.data.config import MOST_UNPACKED, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io import file_kinds
 from lapilli.data.io.access import exists, folders_below, is_denied, subpaths
+from lapilli.data.io.addresses import split_root
 from lapilli.data.io.file_kinds import SNIFFED, Expected
 from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.io.remote_path import Output, RemotePath
@@ -81,8 +82,20 @@ def annotation_folder(config: SourceConfig, root: Path) -> str | None:
 
     No file is looked at, so that it is known where the files are gone.
     """
-    folders = {_folder(pattern, root.resolve()) for pattern in config.patterns}
+    marked = split_root(config.images)
+    folders = {
+        _below(pattern, marked[0]) if marked else _folder(pattern, root.resolve())
+        for pattern in config.patterns
+    }
     return folders.pop() if len(folders) == 1 else None
+
+
+def _below(pattern: str, root: str) -> str | None:
+    """As `_folder`, of a root at an address."""
+    folder = pattern.rpartition("/")[0]
+    if not f"{folder}/".startswith(f"{root}/") or glob.has_magic(folder) or "{" in folder:
+        return None
+    return folder.removeprefix(root).strip("/")
 
 
 def _folder(pattern: str, root: Path) -> str | None:
