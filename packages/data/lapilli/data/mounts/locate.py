@@ -108,6 +108,13 @@ class Mount:
         )
         self._starts = tuple(f"{name.rstrip('/')}/" for name in sorted(starts))
 
+    def again(self) -> Mount:
+        """The same images, of which no key has been looked up; folders are not listed again."""
+        made = Mount(self.root, self.prefix, self.aliases, self.extra_roots, self.beside)
+        made._start = self._start
+        made._folders = {p: r for p, r in self._folders.items() if isinstance(r, _Reached)}
+        return made
+
     def _start_at_address(self, root: str, below: str) -> None:
         """Let paths start at a root in a store."""
         self._is_elsewhere, self._below, self._shown_root = False, below, root

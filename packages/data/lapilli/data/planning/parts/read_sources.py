@@ -126,7 +126,7 @@ def _read_source(
     def read(parts: Iterator[Part], tally: Tally) -> SourceColumns:
         columns = SourceColumns(
             name=source.name,
-            mount=open_mount(source, config, root),
+            mount=mount.again(),
             images=images,
             records=records,
             tally=tally,

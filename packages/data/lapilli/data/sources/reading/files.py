@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from lapilli.data.io import file_kinds
 from lapilli.data.io.access import exists, folders_below, is_denied, subpaths
 from lapilli.data.io.addresses import split_root
 from lapilli.data.io.file_kinds import SNIFFED, Expected
-from lapilli.data.io.filesystems import is_remote, open_storage, split_address
+from lapilli.data.io.filesystems import BY_PYARROW, is_remote, open_storage, split_address
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.sources.reading.bounds import bounded_stream
@@ -39,6 +40,7 @@ __all__ = [
     "what_it_is_instead",
 ]
 
+WHOLE = READ_BYTES = 8 << 20  # that one call to a store brings
 GZIP, ZSTD, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0"
 
 
@@ -212,8 +214,12 @@ def compressed(start: bytes) -> bool:
 def _open(place: Output) -> BinaryIO:
     if isinstance(place, Path):
         return place.open("rb")
+    if isinstance(found := place.read_bounded(WHOLE), bytes):
+        return io.BytesIO(found)
     scheme, path = split_address(place.address)
     file: IO[bytes] = open_storage(scheme).open(path, "rb")
+    if scheme in BY_PYARROW:  # whose files ask the store for each read
+        file = io.BufferedReader(cast("io.RawIOBase", file), READ_BYTES)
     return cast("BinaryIO", file)
 
 
