@@ -26,6 +26,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import resolve_codecs
 from lapilli.data.images.view import BadImage, ImageSpec, Note, decode, square
 from lapilli.data.io.access import is_folder, require_writable
+from lapilli.data.io.addresses import plain_address
 from lapilli.data.io.atomic import write_atomic, write_text
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
@@ -103,7 +104,9 @@ def check(config: CheckConfig) -> Survey:
     started = time.monotonic()
     for source in config.sources:
         files = ", ".join(p if is_remote(p) else str(root / p) for p in source.patterns)
-        say(f"reading {files}, images below {root / source.images}")
+        images = source.images
+        below = plain_address(images) if is_remote(images) else root / images
+        say(f"reading {files}, images below {below}")
     rules = _rules(config)
     found = _look(config, rules, decoded=None, last=not config.decode)
     num_held_out(config.mixture, found.read.total() - found.bad.total())

@@ -24,6 +24,7 @@ from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.config import BuildConfig
 from lapilli.data.images.codecs import replaced_simd
 from lapilli.data.io.access import require_writable
+from lapilli.data.io.addresses import plain_address
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.planning.build_plan import BuildPlan
@@ -60,7 +61,7 @@ def build_places(config: BuildConfig) -> JobPlaces:
             for path in [pattern if is_remote(pattern) else root / pattern]
         ],
         "sources.images": [
-            source.images if is_remote(source.images) else str(root / source.images)
+            plain_address(source.images) if is_remote(source.images) else str(root / source.images)
             for source in config.sources
         ],
     }

@@ -14,7 +14,8 @@ from lapilli.data.building.finish import find_unchanged, finish, tidy
 from lapilli.data.building.run_task import finished_task
 from lapilli.data.building.runners import Runner, run_on_ray
 from lapilli.data.errors import DataError
-from lapilli.data.io.access import cannot_read, exists, is_folder
+from lapilli.data.io.access import cannot_read, exists, is_folder, is_missing
+from lapilli.data.io.addresses import split_root
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_json
 from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.io.typed_json import JsonError, from_json
@@ -99,19 +100,20 @@ def _build(plan: BuildPlan, output: Output, on_progress: Progress, runner: Runne
 def _check_output(output: Output, plan: BuildPlan) -> None:
     """The output is new, of the same plan, or to be amended; nothing else is mixed in."""
     path, digests = output / PLAN, plan.digests
-    if exists(output) and not is_folder(output):
+    if plan.previous is None and exists(output) and not is_folder(output):
         raise DataError(f"output: {output} is a file; expected a folder; choose another --output")
-    if not exists(path):
-        if exists(output) and any(path.name != LOCK for path in output.iterdir()):
-            raise DataError(
-                f"output: {output} is not empty and no dataset; choose another --output"
-            )
-        return
     try:
+        _refuse_addresses(output, plan)
         before = from_json(read_whole(path), dict[str, str])
         before = plan.previous.manifest.plan if plan.previous else before
     except OSError as error:
-        raise DataError(cannot_read(path, error)) from None
+        if not is_missing(error):
+            raise DataError(cannot_read(path, error)) from None
+        if exists(output) and any(path.name != LOCK for path in output.iterdir()):
+            raise DataError(
+                f"output: {output} is not empty and no dataset; choose another --output"
+            ) from None
+        return
     except JsonError:
         raise DataError(
             f"output: {path} is damaged; remove {output} or choose another --output"
@@ -126,6 +128,20 @@ def _check_output(output: Output, plan: BuildPlan) -> None:
             f"output: {output} was built with another {'; another '.join(changes)}; expected the "
             "same inputs and settings; pass --incremental to redo what has changed, or choose "
             "another --output"
+        )
+
+
+def _refuse_addresses(output: Output, plan: BuildPlan) -> None:
+    """Refuse to amend a dataset of a root in a store that names its images by address."""
+    roots = {parts[0] for one in plan.config.sources if (parts := split_root(one.images))}
+    if not roots or plan.previous is None:
+        return
+    starts = tuple(f"{root}/" for root in roots)
+    if any(name.startswith(starts) for name, _ in plan.previous.slots):
+        raise DataError(
+            f"output: {output} is of an earlier version, which names its images by address and not "
+            "by their paths below the root; it can be read, and not amended: choose another "
+            "--output"
         )
 
 

@@ -18,8 +18,9 @@ from lapilli.data.dataset.build_settings import CONFIG
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, open_copy, place_copy, write_copy
 from lapilli.data.errors import DataError
 from lapilli.data.images.encodings import encoding_error
-from lapilli.data.io.atomic import ShardFacts, write_json
+from lapilli.data.io.atomic import ShardFacts, json_text, write_json
 from lapilli.data.io.remote_path import Output
+from lapilli.data.io.whole_file import read_whole
 from lapilli.data.planning.build_plan import BuildPlan, TargetPlan, ViewPlan
 from lapilli.data.planning.parts.input_columns import input_columns
 from lapilli.data.planning.selection import (
@@ -177,7 +178,12 @@ def _write_selection(
 def _write_config(plan: BuildPlan, output: Output) -> None:
     """Inputs and settings, for naming what changes, and the recipe that makes this dataset."""
     write_json(output / PLAN, plan.digests)
-    write_json(output / CONFIG, asdict(replace(plan.config, incremental=False, build=PoolConfig())))
+    write_json(output / CONFIG, _settings(plan))
+
+
+def _settings(plan: BuildPlan) -> dict[str, Any]:
+    """The recipe that a dataset keeps: what decides its bytes, and where they come from."""
+    return asdict(replace(plan.config, incremental=False, build=PoolConfig()))
 
 
 def tidy(plan: BuildPlan, output: Output, manifest: Manifest) -> None:
@@ -240,7 +246,7 @@ def find_unchanged(plan: BuildPlan, shards: Summaries) -> Manifest | None:
         and {PLAN, CONFIG, "selection.arrow", "quarantine.parquet"} <= shards.sizes.keys()
         and not _unnamed(shards.sizes, manifest)
     )
-    if is_same:
+    if is_same and read_whole(shards.output / CONFIG) != json_text(_settings(plan)).encode():
         _write_config(plan, shards.output)
     return manifest if is_same else None
 

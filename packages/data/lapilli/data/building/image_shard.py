@@ -38,9 +38,9 @@ __all__ = [
 ]
 
 READERS = 4  # threads; a disk answers several questions at once
-REMOTE_READERS = 16  # a bucket answers any number at once, each in 20 ms and more
 PARCEL = 4  # files a thread reads at a time: to wake it costs as much as to read one
 READ_AHEAD = 32  # files on their way
+MOST_READ_AHEAD = 128  # of a store: it answers any number at once, each after its latency
 READ_AHEAD_BYTES = 64 << 20
 
 # Context manager that wraps the decoding of one row.
@@ -147,14 +147,15 @@ def read_ahead(root: Path, places: Iterable[Located]) -> Iterator[tuple[Located,
 
     A place without a container is that of an image nobody uses any more: nothing is read.
 
-    What is read and not yet taken is bounded by number and by bytes, whatever the files' sizes.
+    What is read and not yet taken is bounded by number and by bytes, whatever the files' sizes. A
+    store is asked for more at a time, each with a thread of its own, when a file is late.
     """
     waiting: deque[tuple[list[Located], Future[list[Read | None]]]] = deque()
     held = files = 0
     places = list(places)
     remote = any(is_remote(place.container) for place in places)
-    most, readers = (2 * REMOTE_READERS, REMOTE_READERS) if remote else (READ_AHEAD, READERS)
-    with ThreadPoolExecutor(readers) as pool:
+    most = READ_AHEAD
+    with ThreadPoolExecutor(MOST_READ_AHEAD if remote else READERS) as pool:
         try:
             for parcel in _parcels(places, 1 if remote else PARCEL):
                 waiting.append((parcel, pool.submit(_read_parcel, root, parcel)))
@@ -163,6 +164,8 @@ def read_ahead(root: Path, places: Iterable[Located]) -> Iterator[tuple[Located,
                 while files > most or held > READ_AHEAD_BYTES:
                     held -= sum(map(_file_bytes, waiting[0][0]))
                     files -= len(waiting[0][0])
+                    if remote and files >= most and not waiting[0][1].done():
+                        most = min(2 * most, MOST_READ_AHEAD)
                     yield from _unpack(*waiting.popleft())
             while waiting:
                 yield from _unpack(*waiting.popleft())

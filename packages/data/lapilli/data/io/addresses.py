@@ -1,4 +1,4 @@
-"""Reject addresses that contain a user name or password."""
+"""Addresses of stores: their root marked, and those with a user name or password rejected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import re
 
 from lapilli.data.errors import DataError
 
-__all__ = ["WEB", "hide_secrets", "refuse_address", "refuse_secrets", "refuse_web"]
+__all__ = [
+    "ROOT_MARK",
+    "WEB",
+    "hide_secrets",
+    "plain_address",
+    "refuse_address",
+    "refuse_secrets",
+    "refuse_web",
+    "split_root",
+]
+
+# In the address of a source's files it stands behind the dataset's root, as in rsync --relative.
+ROOT_MARK = "/./"
 
 WEB = ("http", "https", "ftp")  # pages, which cannot be listed
 # A user and a password, which may hold any letter, or a user alone, in front of the host; with one
@@ -21,6 +33,18 @@ _QUERY = (
     r"(?P<query>[?&](?:[\w-]*(?:token|secret|password|signature|credential|key)|sig)=)[^&\s'\"]*"
 )
 _SECRET = re.compile(f"{_USER}|{_QUERY}", re.IGNORECASE)
+
+
+def split_root(address: str) -> tuple[str, str] | None:
+    """Root and path below it of `s3://bucket/root/./images`; None where no root is marked."""
+    root, mark, below = address.partition(ROOT_MARK)
+    return (root, below.rstrip("/")) if mark else None
+
+
+def plain_address(address: str) -> str:
+    """An address without the mark of a root."""
+    parts = split_root(address)
+    return address if parts is None else "/".join(parts).rstrip("/")
 
 
 def refuse_secrets(setting: str, value: str) -> None:

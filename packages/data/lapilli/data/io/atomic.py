@@ -24,6 +24,7 @@ __all__ = [
     "ShardFacts",
     "begin_atomic",
     "drop_page_cache",
+    "json_text",
     "sha256_file",
     "write_atomic",
     "write_json",
@@ -146,4 +147,9 @@ def write_text(path: Output, text: str, *, choose: str = "another --output") -> 
 
 def write_json(path: Output, value: Any) -> None:
     """Write a JSON file atomically; see `write_atomic`."""
-    write_text(path, json.dumps(value, indent=1))
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1)

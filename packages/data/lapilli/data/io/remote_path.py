@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
+from fsspec.implementations.arrow import ArrowFSWrapper
+
 from lapilli.data.errors import DataError
-from lapilli.data.io.filesystems import is_remote, open_storage, split_address
+from lapilli.data.io.filesystems import (
+    BY_PYARROW,
+    is_remote,
+    list_below,
+    open_storage,
+    split_address,
+)
 from lapilli.data.record import excerpt
 
 __all__ = ["Output", "RemotePath", "open_output"]
@@ -98,6 +106,8 @@ class RemotePath:
         scheme, prefix = split_address(self.address)
 
         def listed(fs: Any, path: str) -> list[dict[str, Any]]:
+            if scheme in BY_PYARROW and isinstance(fs, ArrowFSWrapper):
+                return list_below(fs, path)
             fs.invalidate_cache()
             return list(fs.ls(path, detail=True))
 
@@ -127,6 +137,18 @@ class RemotePath:
         """The object's bytes."""
         data: bytes = self._call("read", lambda fs, path: fs.cat_file(path))
         return data
+
+    def read_bounded(self, most: int) -> bytes | int:
+        """The object's bytes; where it has more than `most`, their number."""
+
+        def read(fs: Any, path: str) -> bytes | int:
+            if scheme == "s3" and hasattr(fs, "cat_bounded"):
+                return fs.cat_bounded(path, most)
+            size = int(fs.info(path)["size"] or 0)
+            return size if size > most else fs.cat_file(path)
+
+        scheme = split_address(self.address)[0]
+        return self._call("read", read)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The object's text."""

@@ -32,8 +32,10 @@ def read_whole(path: Readable, most: int = MOST_JSON) -> bytes:
         DataError: It is larger, or neither a file nor a folder.
     """
     if isinstance(path, RemotePath):
-        _require_size(path, path.size or 0, most)
-        return path.read_bytes()
+        found = path.read_bounded(most)
+        if isinstance(found, bytes):
+            return found
+        raise _too_large(path, found, most)
     require_plain(path, most)
     with path.open("rb") as file:
         return file.read(most)
@@ -53,4 +55,8 @@ def require_plain(path: Path, most: int) -> None:
 
 def _require_size(path: Readable, size: int, most: int) -> None:
     if size > most:
-        raise DataError(f"{path}: {size} bytes; at most {most} are read, copy it again")
+        raise _too_large(path, size, most)
+
+
+def _too_large(path: Readable, size: int, most: int) -> DataError:
+    return DataError(f"{path}: {size} bytes; at most {most} are read, copy it again")

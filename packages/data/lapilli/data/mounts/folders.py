@@ -214,9 +214,13 @@ class LocalFolder(Folder):
 
 @dataclass
 class RemoteFolder(Folder):
-    """A folder at an address, listed in pages of a thousand names."""
+    """A folder at an address, listed in pages of a thousand names.
+
+    `shown` is its path below the root; of one outside of the root its address.
+    """
 
     address: str
+    shown: str
 
     def read(self) -> Listing:
         """Names, with what the store says of each."""
@@ -234,7 +238,7 @@ class RemoteFolder(Folder):
     def child(self, name: str) -> Folder:
         """The folder below, or an archive that lies here."""
         if name in self.listing.folders:
-            return RemoteFolder(f"{self.address}/{name}")
+            return RemoteFolder(f"{self.address}/{name}", self.path_of(name))
         place = self.locate(name, "")
         if isinstance(place, Verdict):
             raise BadArchive(place.detail, place.reason or Reason.IMAGE_MISSING)
@@ -243,20 +247,20 @@ class RemoteFolder(Folder):
             return _open_archive(file, place.container, place)
 
     def path_of(self, name: str) -> str:
-        """The object's address."""
-        return f"{self.address}/{name}"
+        """The object's path below the root, or its address."""
+        return f"{self.shown}/{name}" if self.shown else name
 
     def locate(self, name: str, repair: str) -> Located | Verdict:
         """The object with its size and time."""
         item = self.listing.files[name]
         written = item.get("mtime") or item.get("LastModified")
         mtime_ns = int(written.timestamp() * 1e9) if hasattr(written, "timestamp") else 0
-        address = self.path_of(name)
+        image_id = self.path_of(name)
         if item["size"] > LARGEST_FILE and not name.endswith(ARCHIVES):
-            return _too_large(address, item["size"])
+            return _too_large(image_id, item["size"])
         return Located(
-            image_id=address,
-            container=address,
+            image_id=image_id,
+            container=f"{self.address}/{name}",
             size=int(item["size"]),
             mtime_ns=mtime_ns,
             member=None,
@@ -419,5 +423,5 @@ def _cached_index(file: Any, name: str, place: Located) -> Index | Table:
 def open_folder(path: str, boundary: Boundary) -> Folder:
     """The folder that keys start at: an address, an absolute path, or `""` for the root."""
     if is_remote(path):
-        return RemoteFolder(path.rstrip("/"))
+        return RemoteFolder(path.rstrip("/"), path.rstrip("/"))
     return LocalFolder(Path(path) if path else boundary.root, path, boundary)

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, is_denied
+from lapilli.data.io.addresses import split_root
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.mounts.archives import BadArchive
-from lapilli.data.mounts.folders import Boundary, Folder, open_folder
+from lapilli.data.mounts.folders import Boundary, Folder, RemoteFolder, open_folder
 from lapilli.data.mounts.keys import is_base64, is_inside, plain_path, unusable
 from lapilli.data.mounts.names import code_pages, composed, decoded
 from lapilli.data.mounts.places import ARCHIVES, Located
@@ -64,7 +65,8 @@ class Mount:
     Attributes:
         root: The dataset's root, which no image may lie outside of.
         prefix: Folder below the root that keys start at; an absolute folder or an address
-            (`s3://bucket/images`) for images elsewhere.
+            (`s3://bucket/images`) for images elsewhere; `s3://bucket/root/./images` for a
+            folder below a root that is an address.
         aliases: Parts of a key that are spelt otherwise on disk.
         extra_roots: Further folders that links below the root may lead to.
         beside: Folder below the root that all annotation files lie in, where a missing image is
@@ -88,13 +90,17 @@ class Mount:
 
     def __post_init__(self) -> None:
         """Open the folder that paths start at."""
+        if (parts := split_root(self.prefix)) is not None:
+            self._start_at_address(*parts)
+            return
         given = self.root.absolute()
         self.root = self.root.resolve()
         elsewhere = is_remote(self.prefix) or PurePosixPath(self.prefix).is_absolute()
         start = self.prefix if elsewhere else ""
         # An absolute `images` is the user's word: what lies below it is inside.
         extra = (self.prefix, *self.extra_roots) if elsewhere else self.extra_roots
-        self._is_elsewhere = elsewhere
+        self._is_elsewhere, self._name = elsewhere, self.root.name
+        self._shown_prefix = self.prefix
         folders = tuple(Path(name).resolve() for name in extra if not is_remote(name))
         self._start = _Reached(open_folder(start, Boundary(self.root, folders)), "")
         self._shown_root = self.prefix if elsewhere else str(self.root)
@@ -104,6 +110,20 @@ class Mount:
             {self.prefix, _resolved(self.prefix)} if elsewhere else {str(given), str(self.root)}
         )
         self._starts = tuple(f"{name.rstrip('/')}/" for name in sorted(starts))
+
+    def again(self, *, remembers: bool) -> Mount:
+        """The same images, of which no key has been looked up; folders are not listed again."""
+        made = Mount(self.root, self.prefix, self.aliases, self.extra_roots, self.beside, remembers)
+        made._start = self._start
+        made._folders = {p: r for p, r in self._folders.items() if isinstance(r, _Reached)}
+        return made
+
+    def _start_at_address(self, root: str, below: str) -> None:
+        """Let paths start at a root in a store."""
+        self._is_elsewhere, self._below, self._shown_root = False, below, root
+        self._start = _Reached(RemoteFolder(root, ""), "")
+        self._starts = (f"{root}/",)
+        self._name, self._shown_prefix = root.rpartition("/")[2], below or "."
 
     @property
     def below(self) -> str:
@@ -144,7 +164,7 @@ class Mount:
         return place
 
     def forget_listings(self) -> None:
-        """Give the memory of the folders' names back; one that is asked for again is listed again."""
+        """Give the memory of folders' names back; one that is asked for again is listed again."""
         self._folders.clear()
         vars(self._start.folder).pop("listing", None)
 
@@ -323,7 +343,7 @@ class Mount:
         return Mount(root=self.root, extra_roots=self.extra_roots) if self._is_elsewhere else self
 
     def _missing(self, key: str, near: str) -> Verdict:
-        detail = f"no file '{excerpt(key)}' below '{self.prefix}'"
+        detail = f"no file '{excerpt(key)}' below '{self._shown_prefix}'"
         return Verdict(Reason.IMAGE_MISSING, f"{detail}{near}{self._elsewhere(key)}")
 
     def _elsewhere(self, key: str) -> str:
@@ -417,7 +437,7 @@ class Mount:
         """The archive of a folder, by its published name where aliases have another."""
         names = {disk: name for name, disk in self.aliases.items()}
         original = "/".join(names.get(part, part) for part in path.split("/"))
-        found = published(path if "/" in path else f"{self.root.name}/{path}")
+        found = published(path if "/" in path else f"{self._name}/{path}")
         return found or (published(original) if original != path else None)
 
     def _shown(self, path: str) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import threading
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+import pyarrow as pa
 
 from lapilli.data.images.view import BadImage
 from lapilli.data.io.access import is_denied
@@ -23,6 +27,9 @@ __all__ = ["read_image"]
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip's member; .ZIP File Format, 4.3.7
 SIGNATURE = b"PK\3\4"
 OPEN_ARCHIVES = 64  # files a process holds open
+REOPENED = 30.0  # seconds until an archive at an address is opened anew, to see a change
+NAMES_AT_MOST = 512  # bytes of a zip member's name and extra fields that are read with its data
+_OPENING = threading.Lock()
 
 
 def read_image(root: Path, place: Located) -> bytes:
@@ -77,11 +84,9 @@ def _check_unchanged(place: Located, size: int, mtime_ns: int | None) -> None:
 def _read_part(root: Path, place: Located, offset: int, count: int) -> bytes:
     """`count` bytes of a container from `offset`."""
     if is_remote(place.container):
-        scheme, path = split_address(place.container)
-        with open_storage(scheme).open(path, "rb") as remote:
-            _check_unchanged(place, int(remote.size), None)
-            remote.seek(offset)
-            return remote.read(count)
+        with _OPENING:
+            opened = _open_remote(place.container, int(time.monotonic() / REOPENED))
+        return opened.read(place, offset, count)
     file = _open_archive(str(root / place.container), place.size, place.mtime_ns)
     _check_file(place, file)
     return os.pread(file.fileno(), count, offset)
@@ -107,6 +112,33 @@ def _open_whole(path: str, place: Located) -> IO[bytes]:
     return remote
 
 
+class _RemoteArchive:
+    """An archive at an address, whose size was asked for when it was opened."""
+
+    def __init__(self, address: str) -> None:
+        scheme, path = split_address(address)
+        self._file: Any = open_storage(scheme).open(path, "rb")
+        self._lock = threading.Lock()
+
+    def read(self, place: Located, offset: int, count: int) -> bytes:
+        """Bytes of it: one call, several threads at a time where pyarrow reads."""
+        _check_unchanged(place, int(self._file.size), None)
+        stream: Any = getattr(self._file, "stream", None)
+        if isinstance(stream, pa.NativeFile):
+            data: Any = stream.read_at(count, offset)
+            return data
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(count)
+
+
+@functools.lru_cache(maxsize=OPEN_ARCHIVES)
+def _open_remote(address: str, turn: int) -> _RemoteArchive:
+    """An archive held open for the next member of the same half minute."""
+    del turn
+    return _RemoteArchive(address)
+
+
 @functools.lru_cache(maxsize=OPEN_ARCHIVES)
 def _open_archive(path: str, size: int, mtime_ns: int) -> BinaryIO:
     """An archive held open for the next member; one written again since is opened again."""
@@ -118,12 +150,16 @@ def _unpack(member: Member, image_id: str, read: Callable[[int, int], bytes]) ->
     """A member's bytes, whole and as its archive describes them."""
     if member.method == "tar":
         return _whole(read(member.offset, member.size), member.size, image_id)
-    header = _whole(read(member.offset, LOCAL_HEADER.size), LOCAL_HEADER.size, image_id)
+    found = read(member.offset, LOCAL_HEADER.size + NAMES_AT_MOST + member.stored)
+    header = _whole(found[: LOCAL_HEADER.size], LOCAL_HEADER.size, image_id)
     signature, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
     if signature != SIGNATURE:
         raise BadImage(Reason.IMAGE_UNDECODABLE, f"{image_id}: no zip member at its place")
-    start = member.offset + LOCAL_HEADER.size + name_length + extra_length
-    data = _whole(read(start, member.stored), member.stored, image_id)
+    start = LOCAL_HEADER.size + name_length + extra_length
+    data = found[start : start + member.stored]
+    if len(data) < member.stored:  # long names, or a member that is cut off
+        data = read(member.offset + start, member.stored)
+    data = _whole(data, member.stored, image_id)
     if member.method != zipfile.ZIP_STORED:
         data = _inflate(data, member.size, image_id)
     if zlib.crc32(data) != member.crc or len(data) != member.size:

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 PIECE_BYTES = 256 << 10
+WHOLE = 4 << 20  # bytes of a file that one call to a store brings, whatever is wanted of it
 
 
 def write_shard(
@@ -248,14 +249,20 @@ def open_table(
         facts: What the manifest says of the file.
         schema: Columns that the file has at least.
         columns: Those to open, of the schema or of `JPEG_SCHEMA` and `FAST_COLUMNS`; None opens
-            the schema's. From a store just these are read.
+            the schema's. Of a file over 4 MiB in a store just these are read.
 
     Raises:
         DataError: The file is missing, of another size than the manifest says, or no such file.
     """
-    path = output / facts.path
+    path, data = output / facts.path, None
     try:
-        size = path.size if isinstance(path, RemotePath) else path.stat().st_size
+        if not isinstance(path, RemotePath):
+            size = path.stat().st_size
+        elif facts.bytes > WHOLE:
+            size = path.size
+        else:
+            found = path.read_bounded(WHOLE)
+            size, data = (len(found), found) if isinstance(found, bytes) else (found, None)
     except OSError as error:
         if is_denied(error):
             raise DataError(cannot_read(path, error)) from None
@@ -271,7 +278,9 @@ def open_table(
         )
     names = schema.names if columns is None else [*columns]
     try:
-        if isinstance(path, RemotePath):
+        if data is not None:
+            table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        elif isinstance(path, RemotePath):
             table = path.read_with(lambda file: _read_columns(file, names))
         else:
             with pa.memory_map(str(path), "r") as file:  # the map outlives the descriptor

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from lapilli.data.config import SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_denied
+from lapilli.data.io.addresses import plain_address
 from lapilli.data.io.filesystems import is_remote, open_storage, split_address
 from lapilli.data.mounts.parquet_bounds import holds_any
 from lapilli.data.mounts.parquet_footer import Chunk, read_footer
@@ -93,7 +94,7 @@ def _open_bytes(place: str) -> IO[bytes]:
 def _shard(place: str, config: SourceConfig, root: Path) -> str | None:
     """The file's path from the folder of `images`; None for one outside of it."""
     if is_remote(place):
-        folder = f"{config.images.rstrip('/')}/"
+        folder = f"{plain_address(config.images).rstrip('/')}/"
         return place.removeprefix(folder) if place.startswith(folder) else None
     path, above = Path(place), root / config.images
     return path.relative_to(above).as_posix() if path.is_relative_to(above) else None

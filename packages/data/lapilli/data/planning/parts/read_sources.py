@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,6 @@ def _read_source(
     mount = open_mount(source, config, root)
     if not originals:
         mount.require()
-        mount.forget_listings()
     settings = ScanSettings(
         source=source,
         template=template,
@@ -131,7 +130,7 @@ def _read_source(
     def read(parts: Iterator[Part], tally: Tally) -> SourceColumns:
         columns = SourceColumns(
             name=source.name,
-            mount=replace(open_mount(source, config, root), remembers=False),
+            mount=mount.again(remembers=False),
             images=images,
             records=records,
             tally=tally,

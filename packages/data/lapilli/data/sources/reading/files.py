@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ from lapilli.data.config import MOST_UNPACKED, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io import file_kinds
 from lapilli.data.io.access import exists, folders_below, is_denied, subpaths
+from lapilli.data.io.addresses import split_root
 from lapilli.data.io.file_kinds import SNIFFED, Expected
-from lapilli.data.io.filesystems import is_remote, open_storage, split_address
+from lapilli.data.io.filesystems import BY_PYARROW, is_remote, open_storage, split_address
 from lapilli.data.io.remote_path import Output, RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.sources.reading.bounds import bounded_stream
@@ -38,6 +40,7 @@ __all__ = [
     "what_it_is_instead",
 ]
 
+WHOLE = READ_BYTES = 8 << 20  # that one call to a store brings
 GZIP, ZSTD, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0"
 
 
@@ -81,8 +84,20 @@ def annotation_folder(config: SourceConfig, root: Path) -> str | None:
 
     No file is looked at, so that it is known where the files are gone.
     """
-    folders = {_folder(pattern, root.resolve()) for pattern in config.patterns}
+    marked = split_root(config.images)
+    folders = {
+        _below(pattern, marked[0]) if marked else _folder(pattern, root.resolve())
+        for pattern in config.patterns
+    }
     return folders.pop() if len(folders) == 1 else None
+
+
+def _below(pattern: str, root: str) -> str | None:
+    """As `_folder`, of a root at an address."""
+    folder = pattern.rpartition("/")[0]
+    if not f"{folder}/".startswith(f"{root}/") or glob.has_magic(folder) or "{" in folder:
+        return None
+    return folder.removeprefix(root).strip("/")
 
 
 def _folder(pattern: str, root: Path) -> str | None:
@@ -199,8 +214,12 @@ def compressed(start: bytes) -> bool:
 def _open(place: Output) -> BinaryIO:
     if isinstance(place, Path):
         return place.open("rb")
+    if isinstance(found := place.read_bounded(WHOLE), bytes):
+        return io.BytesIO(found)
     scheme, path = split_address(place.address)
     file: IO[bytes] = open_storage(scheme).open(path, "rb")
+    if scheme in BY_PYARROW:  # whose files ask the store for each read
+        file = io.BufferedReader(cast("io.RawIOBase", file), READ_BYTES)
     return cast("BinaryIO", file)
 
 
