@@ -15,6 +15,7 @@ import pytest
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint.parts import part_name
+from lapilli.train.checkpoint.places import Places
 from lapilli.train.config import CheckpointConfig, ProfileConfig, RunConfig
 from lapilli.train.errors import TrainError
 from lapilli.train.health import step_guard
@@ -22,6 +23,7 @@ from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.restarts import read_starts
 from lapilli.train.run_folder.sample_losses import read_worst
 from lapilli.train.run_folder.scratch import in_scratch, lies_in_store, of_store
+from lapilli.train.worker.setup import setup
 from pipelines.replay import main as replay
 from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
@@ -140,6 +142,25 @@ def test_names_of_scratch_folders() -> None:
     assert of_store(here).output == RUN
     other = in_scratch(replace(config, output="s3://bucket/runs/two/../one"))
     assert other.output != here.output
+
+
+def test_what_nodes_without_a_shared_folder_cannot_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapilli.train.worker.setup.fetch_agreed", lambda *_: 0)
+    monkeypatch.setattr(
+        "lapilli.train.worker.setup.find_places", lambda _: Places(0, leaders=(0, 1))
+    )
+    monkeypatch.setenv("LAPILLI_SCRATCH", str(tmp_path))
+    archived = in_store(
+        num_workers=2, launcher="ray", checkpoint=CheckpointConfig(every=2, archive_every=2)
+    )
+    for config, line in (
+        (in_scratch(archived), r"^checkpoint\.archive_every: .* lie on 2 nodes; set 0, and export"),
+        (replace(archived, output=str(tmp_path / "run")), r"^output: .*, or an address \(s3://"),
+    ):
+        with pytest.raises(TrainError, match=line):
+            setup(config, "cpu", rank=0, world_size=2)
 
 
 @pytest.mark.timeout(600)
