@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from lapilli.data.trust import NOTHING, Trust
+from lapilli.train.checkpoint.at_hand import local_kept_step
 from lapilli.train.driver.replay import Finding, rerun
 from lapilli.train.health.step_dump import read_kept
 from lapilli.train.run_folder.names import CONFIG
@@ -62,9 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "that are not finite.",
         exit_on_error=False,
     )
-    parser.add_argument("--step", type=str, required=True, help="a run's folder replay/step-N")
+    parser.add_argument(
+        "--step", type=str, required=True, help="a run's folder replay/step-N; an address too"
+    )
     parser.add_class_arguments(TrustFlags)
-    found = read_arguments(parser, with_switches(TrustFlags, first_as("step", argv)))
+    found = read_arguments(
+        parser, with_switches(TrustFlags, first_as("step", argv)), copied={"step": local_kept_step}
+    )
     flags = TrustFlags(**{one.name: found[one.name] for one in fields(TrustFlags)})
     replay(Path(found.step), flags.trust)
     return 0

@@ -20,7 +20,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.ray_session import ray_session
-from lapilli.train.checkpoint.store import store_records
+from lapilli.train.checkpoint.store import store_records, stored_beside
 from lapilli.train.config import RunConfig
 from lapilli.train.driver.launching import copy_rest, launch, only_trainer
 from lapilli.train.driver.preflight import Preflight, finished_steps, preflight
@@ -92,8 +92,10 @@ def run_places(config: RunConfig) -> JobPlaces:
 def _print_report(config: RunConfig) -> None:
     """Write the run's report, of a stopped run too; a failure here does not fail the run."""
     try:
-        path = write_run_report(Path(config.output))
-        if lies_in_store(config):
+        is_stored = lies_in_store(config)
+        stored = stored_beside(config.checkpoint.upload) if is_stored else ()
+        path = write_run_report(Path(config.output), stored=stored)
+        if is_stored:
             store_records(Path(config.output), config.checkpoint.upload)
             say(f"report: {config.checkpoint.upload}/{path.name}")
         else:

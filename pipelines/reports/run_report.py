@@ -22,7 +22,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.generations import Generation, read_generations
 from lapilli.train.run_folder.messages import notes_from
 from lapilli.train.run_folder.metrics_file import StepMetrics, read_metrics
-from lapilli.train.run_folder.names import PROFILE, REPORT, WORKERS
+from lapilli.train.run_folder.names import PROFILE, REPLAY, REPLAY_STEP, REPORT, WORKERS
 from lapilli.train.run_folder.restarts import Start, read_starts
 from lapilli.train.run_folder.sample_losses import SampleLoss, read_worst
 from lapilli.train.run_folder.settings import (
@@ -76,12 +76,15 @@ def _eased(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return smoothed(values, min(MEMORY, 1 - 1 / max(1.0, SHARE * len(values))))
 
 
-def write_run_report(run: Path, predictions: Sequence[ImagePrediction] = ()) -> Path:
+def write_run_report(
+    run: Path, predictions: Sequence[ImagePrediction] = (), stored: Sequence[str] = ()
+) -> Path:
     """Write a run's page from what its folder holds, finished or not.
 
     Args:
         run: The run's folder.
         predictions: What its predictors say of some images, to be shown as pictures.
+        stored: Paths of traces and kept steps that lie in the run's store and not in its folder.
 
     Returns:
         The page's path.
@@ -103,7 +106,7 @@ def write_run_report(run: Path, predictions: Sequence[ImagePrediction] = ()) -> 
     _add_answers(page, run, config, info)
     _add_worst(page, run, config, info)
     _add_notes(page, run)
-    _add_profile(page, run)
+    _add_beside(page, run, stored)
     page.section("Settings").key_values(flat_settings(plain_settings(config)))
     return page.write(run / REPORT)
 
@@ -344,14 +347,18 @@ def _add_notes(page: Page, run: Path) -> None:
         page.section("What was noted").text(text)
 
 
-def _add_profile(page: Page, run: Path) -> None:
-    """Links to what was profiled: they work where the page lies in the run's folder."""
-    files = sorted(path.name for path in (run / PROFILE).glob("step-*-rank-*.*"))
-    if files:
+def _add_beside(page: Page, run: Path, stored: Sequence[str]) -> None:
+    """Links to what was profiled and kept: they work where the page lies in the run's folder."""
+    here = (*run.glob(f"{PROFILE}/step-*-rank-*.*"), *run.glob(f"{REPLAY}/step-*/{REPLAY_STEP}"))
+    paths = sorted({path.relative_to(run).as_posix() for path in here} | {*stored})
+    if traces := [path for path in paths if path.startswith(f"{PROFILE}/")]:
         page.section("Profiled steps").text(
             "Open a .json in ui.perfetto.dev, a .pickle in pytorch.org/memory_viz."
         )
-        page.links([f"{PROFILE}/{name}" for name in files])
+        page.links(traces)
+    if kept := [path for path in paths if path.endswith(f"/{REPLAY_STEP}")]:
+        page.section("Kept steps").text("lapilli replay looks for what went wrong in one.")
+        page.links(kept)
 
 
 def _hosts(run: Path) -> dict[str, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,16 @@ import pytest
 from lapilli.data.errors import DataError
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint.parts import part_name
-from lapilli.train.config import CheckpointConfig, RunConfig
+from lapilli.train.checkpoint.places import Places
+from lapilli.train.config import CheckpointConfig, ProfileConfig, RunConfig
+from lapilli.train.errors import TrainError
+from lapilli.train.health import step_guard
 from lapilli.train.run_folder.metrics_file import read_metrics
 from lapilli.train.run_folder.restarts import read_starts
 from lapilli.train.run_folder.sample_losses import read_worst
 from lapilli.train.run_folder.scratch import in_scratch, lies_in_store, of_store
+from lapilli.train.worker.setup import setup
+from pipelines.replay import main as replay
 from pipelines.train import train
 from tests.object_store import failing_proxy, serve, use_endpoint
 from tests.train.disturbed import ends
@@ -59,8 +66,12 @@ def test_a_run_from_a_bucket_to_a_bucket_is_a_local_one(
     local = replace(in_store(), dataset=str(tmp_path / "made" / "dataset"),
                     output=str(tmp_path / "local"))  # fmt: skip
     expected = [row.loss for row in train(local)]
-    assert [row.loss for row in train(in_store())] == expected
+    stored = in_store(profile=ProfileConfig(steps=(1,)))
+    assert [row.loss for row in train(stored)] == expected
     run = bucket / "runs" / "one"
+    (trace,) = (run / "profile").iterdir()
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert f'href="profile/{trace.name}"' in (run / "report.html").read_text(encoding="utf-8")
     there = {path.relative_to(run).parts[0] for path in run.rglob("*") if path.is_file()}
     assert there >= {"checkpoints", "config.json", "data", "facts.json", "metrics.jsonl",
                      "report.html", "starts.jsonl"}  # fmt: skip
@@ -68,7 +79,7 @@ def test_a_run_from_a_bucket_to_a_bucket_is_a_local_one(
     # another machine: nothing of the run is here
     shutil.rmtree(tmp_path / "scratch")
     capsys.readouterr()
-    assert [row.loss for row in train(in_store())] == expected
+    assert [row.loss for row in train(stored)] == expected
     assert f"{RUN}: already finished at step 6" in capsys.readouterr().out
 
 
@@ -101,6 +112,26 @@ def test_another_machine_goes_on_and_the_lost_one_is_on_record(
     assert {sample.step for sample in read_worst(run)} >= {0, 1}
 
 
+def test_a_step_that_went_wrong_is_replayed_from_the_store(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fourth(loss: float, norm: float, recent: Sequence[float], factor: float) -> str | None:
+        return "planted" if len(recent) == 3 else None
+
+    monkeypatch.setattr(step_guard, "is_wrong", fourth)
+    config, place = in_store(), f"{RUN}/replay/step-00000004"
+    with pytest.raises(TrainError, match=f"lapilli replay {place} looks for the cause"):
+        train(config)
+    report = (bucket / "runs" / "one" / "report.html").read_text(encoding="utf-8")
+    assert 'href="replay/step-00000004/step.json"' in report
+    shutil.rmtree(tmp_path / "scratch")
+    capsys.readouterr()
+    assert replay([place]) == 0
+    seen, found = re.findall(r"loss ([\d.]+)", capsys.readouterr().out)
+    assert float(found) == pytest.approx(float(seen), abs=1e-4)
+
+
 def test_names_of_scratch_folders() -> None:
     config = in_store()
     here = in_scratch(config)
@@ -111,6 +142,25 @@ def test_names_of_scratch_folders() -> None:
     assert of_store(here).output == RUN
     other = in_scratch(replace(config, output="s3://bucket/runs/two/../one"))
     assert other.output != here.output
+
+
+def test_what_nodes_without_a_shared_folder_cannot_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapilli.train.worker.setup.fetch_agreed", lambda *_: 0)
+    monkeypatch.setattr(
+        "lapilli.train.worker.setup.find_places", lambda _: Places(0, leaders=(0, 1))
+    )
+    monkeypatch.setenv("LAPILLI_SCRATCH", str(tmp_path))
+    archived = in_store(
+        num_workers=2, launcher="ray", checkpoint=CheckpointConfig(every=2, archive_every=2)
+    )
+    for config, line in (
+        (in_scratch(archived), r"^checkpoint\.archive_every: .* lie on 2 nodes; set 0, and export"),
+        (replace(archived, output=str(tmp_path / "run")), r"^output: .*, or an address \(s3://"),
+    ):
+        with pytest.raises(TrainError, match=line):
+            setup(config, "cpu", rank=0, world_size=2)
 
 
 @pytest.mark.timeout(600)

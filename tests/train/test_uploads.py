@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from lapilli.data.io.remote_path import RemotePath
 from lapilli.train.checkpoint import upload
 from lapilli.train.checkpoint.find import find_checkpoints
 from lapilli.train.checkpoint.parts import part_name
+from lapilli.train.checkpoint.places import Places
+from lapilli.train.checkpoint.store import stored_beside
 from lapilli.train.checkpoint.upload import Uploads
 from lapilli.train.config import CheckpointConfig, RunConfig
 from lapilli.train.driver.launching import launch
@@ -226,6 +229,35 @@ def test_a_part_of_a_later_step_is_kept_while_an_earlier_one_is_copied(
     there = bucket / "runs" / "one" / "checkpoints"
     assert files_below(there / earlier.name) == files_below(earlier)
     assert [path.name for path in (there / later.name).iterdir()] == [part_name(1, 2)]
+
+
+def test_traces_and_kept_steps_of_two_nodes_are_stored(tmp_path: Path) -> None:
+    """Of workers that do not share a folder: each its own, leaders what earlier ones left."""
+    store, nodes = tmp_path / "store", [tmp_path / "one", tmp_path / "two"]
+
+    def write(node: int, name: str, text: str) -> None:
+        path = nodes[node] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    write(1, "profile/step-00000001-rank-3.json", "of a worker that is no more")
+    write(1, "replay/step-00000002/rank-2.npz", "old")
+    expected = {}
+    for last in (False, True):
+        with ExitStack() as running:
+            for rank, node in enumerate((0, 1, 1)):
+                places = Places(rank, (0, 1), node)
+                running.enter_context(Uploads(
+                    nodes[node], f"file://{store}", keep=2, start=0, rank=(rank, 3), places=places
+                ))  # fmt: skip
+            for rank, node in enumerate((0, 1, 1)):
+                write(node, f"profile/step-00000005-rank-{rank}.json", f"{rank} {last}")
+                write(node, f"replay/step-00000006/rank-{rank}.npz", f"{rank}")
+            write(0, "replay/step-00000006/step.json", "{}")
+        expected = files_below(nodes[0]) | files_below(nodes[1])
+        assert len(expected) == 9
+        assert files_below(store) == expected
+    assert stored_beside(f"file://{store}") == sorted(expected)
 
 
 @pytest.mark.faults

@@ -15,7 +15,7 @@ from pathlib import Path
 from lapilli.data.io.addresses import refuse_web
 from lapilli.data.io.file_lock import file_lock
 from lapilli.data.io.filesystems import is_remote
-from lapilli.data.io.local_copy import cache_root, local_copy
+from lapilli.data.io.local_copy import cache_root, download, local_copy
 from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.io.typed_json import JsonError
 from lapilli.model.config import ModelConfig
@@ -23,9 +23,9 @@ from lapilli.train.checkpoint.layout import is_step, steps_in
 from lapilli.train.checkpoint.store import bytes_at, fetch_checkpoint, fetch_records, listed
 from lapilli.train.errors import TrainError
 from lapilli.train.run_folder.checkpoint_state import parse_state
-from lapilli.train.run_folder.names import CONFIG, FOLDER, MILESTONES, STATE
+from lapilli.train.run_folder.names import CONFIG, FOLDER, MILESTONES, REPLAY, STATE
 
-__all__ = ["local_model", "local_records", "local_run"]
+__all__ = ["local_kept_step", "local_model", "local_records", "local_run"]
 
 
 def local_model(config: ModelConfig) -> ModelConfig:
@@ -77,6 +77,28 @@ def local_run(place: str | Path, setting: str, wanted: str = "") -> Path:
                 + "; name another run"
             )
     return run
+
+
+def local_kept_step(place: str | Path, setting: str) -> Path:
+    """The folder of a step that a run kept (`replay/step-N`): itself, or of an address its copy.
+
+    The run's newest checkpoint lies above the copy, for the step to be taken again from.
+
+    Raises:
+        DataError: The address cannot be read.
+        TrainError: The run there has no whole checkpoint, or the disk is full.
+    """
+    address = str(place).rstrip("/")
+    if not is_remote(address):
+        return Path(place)
+    above, _, name = address.rpartition(f"/{REPLAY}/")
+    if not above:
+        raise TrainError(f"{setting}: {address}; expected s3://BUCKET/RUN/{REPLAY}/step-N")
+    folder = local_run(above, setting) / REPLAY / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in RemotePath(address).files():
+        download(path, folder / path.name)
+    return folder
 
 
 def local_records(address: str) -> tuple[Path, dict[int, int]]:

@@ -35,9 +35,12 @@ from lapilli.train.run_folder.names import (
     DATA,
     FOLDER,
     NOTES,
+    PROFILE,
     RECORDS,
+    REPLAY,
     REPORT,
     RUN_INFO,
+    STACKS,
     STATE,
     WORKERS,
     step_name,
@@ -56,6 +59,7 @@ __all__ = [
     "newest_checkpoint",
     "store_config",
     "store_records",
+    "stored_beside",
     "stored_config",
 ]
 
@@ -118,15 +122,26 @@ def store_config(run: Path, address: str) -> None:
 
 
 def store_records(run: Path, address: str) -> None:
-    """Upload what the driver has of a run that ended: records, facts, notes, the report.
+    """Upload what the driver has of a run that ended: records, facts, notes, stacks, the report.
 
     Raises:
         DataError: The address cannot be read or written.
     """
     keep_later(run, _records_at(address))  # of a worker that was lost before it brought them
-    for name in (*RECORDS, *OF_DRIVER):
+    stacks = [f"{STACKS}/{path.name}" for path in sorted((run / STACKS).glob("*"))]
+    for name in (*RECORDS, *OF_DRIVER, *stacks):
         if (run / name).exists():
             (RemotePath(address) / name).put(run / name)
+
+
+def stored_beside(address: str) -> list[str]:
+    """Paths in a run in a store of the traces and kept steps that its workers put there.
+
+    Raises:
+        DataError: The address cannot be read.
+    """
+    run = RemotePath(address)
+    return sorted(f"{kind}/{name}" for kind in (PROFILE, REPLAY) for name in (run / kind).sizes())
 
 
 def bring_records(run: Path, address: str) -> None:

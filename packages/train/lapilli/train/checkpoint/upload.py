@@ -4,12 +4,13 @@ The store holds what the run's folder does: `checkpoints/step-.../`, `milestones
 `config.json`, `data/` and the files of `RECORDS`. Every worker copies the part that it wrote; rank
 0 copies the rest and, when all parts are there, the records, and then a step's `state.json`. That
 is also removed first, so that a step is whole there, with the records of how it came about, or has
-none.
+none. Traces and kept steps are copied by who wrote them, behind the checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.record import excerpt
 from lapilli.train.checkpoint.layout import forget_old, outdated, steps_in
 from lapilli.train.checkpoint.parts import part_number
+from lapilli.train.checkpoint.places import Places
 from lapilli.train.checkpoint.store import bytes_at, listed
 from lapilli.train.run_folder.checkpoint_state import read_state
 from lapilli.train.run_folder.messages import note
@@ -26,7 +28,9 @@ from lapilli.train.run_folder.names import (
     CONFIG,
     FOLDER,
     MILESTONES,
+    PROFILE,
     RECORDS,
+    REPLAY,
     STATE,
     step_name,
 )
@@ -50,13 +54,24 @@ class Uploads:
         keep: Newest checkpoints kept there.
         start: Step the run resumes from: what an earlier start did not copy is copied now.
         rank: This worker, and how many there are. Each copies its parts; rank 0 the rest, too.
+        places: Who sees the same folder; None where all workers do.
     """
 
     def __init__(
-        self, run: Path, address: str, *, keep: int, start: int, rank: tuple[int, int] = (0, 1)
+        self,
+        run: Path,
+        address: str,
+        *,
+        keep: int,
+        start: int,
+        rank: tuple[int, int] = (0, 1),
+        places: Places | None = None,
     ) -> None:
         self._run, self._address, self._keep = run, address, keep
         self._rank, self._workers = rank
+        self._leads = (places or Places(self._rank)).is_leader
+        self._old = self._beside()  # by workers before, of which there may have been more
+        self._stored = dict[Path, tuple[int, int]]()
         self._changed = threading.Condition()
         self._pending: list[Path] = []
         self._current: Path | None = None
@@ -124,6 +139,8 @@ class Uploads:
             except Exception as failed:
                 error = failed
             self._end(path, error)
+            self._copy_beside()
+        self._copy_beside()
 
     def _next(self) -> Path | None:
         """The folder to copy now, after waiting for one; None at the end of the run."""
@@ -182,6 +199,36 @@ class Uploads:
             if (self._run / name).exists():
                 (RemotePath(self._address) / name).put(self._run / name)
 
+    def _beside(self) -> dict[Path, tuple[int, int]]:
+        """What lies beside the checkpoints here, with size and time: traces and kept steps."""
+        found = (one for name in (PROFILE, REPLAY) for one in (self._run / name).rglob("*"))
+        stats = {path: path.stat() for path in found if path.is_file()}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+    def _copy_beside(self) -> None:
+        """Store what this worker wrote beside checkpoints, and the leader what was there before."""
+        mine = {
+            path: stamp for path, stamp in self._beside().items()
+            if self._stored.get(path) != stamp
+            and (self._leads if self._old.get(path) == stamp else _writer(path) == self._rank)
+        }  # fmt: skip
+        try:
+            sizes = {
+                name: (RemotePath(self._address) / name).sizes()
+                for name in {path.relative_to(self._run).parts[0] for path in mine}
+            }
+            for path, stamp in sorted(mine.items()):
+                kind, _, name = path.relative_to(self._run).as_posix().partition("/")
+                if self._old.get(path) != stamp or sizes[kind].get(name) != stamp[0]:
+                    _put(path, RemotePath(self._address) / kind / name)
+                self._stored[path] = stamp
+        except Exception as error:  # the next checkpoint tries again
+            note(
+                self._run,
+                f"checkpoint.upload: {PROFILE} and {REPLAY} of rank {self._rank} cannot be stored "
+                f"({excerpt(str(error), 300)}); they are in {self._run} on its machine",
+            )
+
     def _copies(self, name: str) -> bool:
         """Whether a file of a step is this worker's to copy; of an earlier world each has some."""
         writer = part_number(name)
@@ -204,6 +251,12 @@ class Uploads:
     def _is_overtaken(self, path: Path) -> bool:
         with self._changed:
             return any(one.parent == path.parent for one in self._pending)
+
+
+def _writer(path: Path) -> int:
+    """The rank that wrote a trace or a part of a kept step; rank 0 the rest."""
+    found = re.search(r"rank-(\d+)\.", path.name)
+    return int(found[1]) if found else 0
 
 
 def _put(file: Path, target: RemotePath) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 
+from lapilli.data.io.remote_path import RemotePath
 from lapilli.model.deepspeed_internals import shape_of
 from lapilli.model.parts.trainable import trainable_parameters
 from lapilli.train.config import RunConfig
@@ -22,6 +23,8 @@ from lapilli.train.health.straggler import WINDOW, ForwardClock, slow_line, slow
 from lapilli.train.health.watchdog import HangWatch
 from lapilli.train.run_folder.messages import note
 from lapilli.train.run_folder.metrics_file import StepResult
+from lapilli.train.run_folder.names import REPLAY
+from lapilli.train.run_folder.scratch import lies_in_store
 from lapilli.train.steps.feed import StepBatches
 from lapilli.train.steps.step_timing import Mark, StepTiming
 
@@ -136,6 +139,8 @@ class StepGuard:
             (batches.global_tokens, batches.sample_indices.tolist()),
             (self._rank, self._world_size),
         )  # fmt: skip
+        if lies_in_store(self._config):  # where each rank's share of it goes
+            path = RemotePath(self._config.checkpoint.upload) / REPLAY / path.name
         raise TrainError(
             f"step {batches.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
             f"{why}; its samples are kept, lapilli replay {path} looks for the cause"

@@ -165,6 +165,7 @@ def _open_uploads(ready: Setup) -> Uploads | None:
         keep=config.checkpoint.keep_last,
         start=ready.start,
         rank=(ready.rank, ready.world_size),
+        places=ready.places,
     )
 
 
