@@ -11,7 +11,7 @@ from pipelines.benchmarks import harness
 from pipelines.benchmarks.__main__ import main
 from pipelines.benchmarks.step import memory
 from pipelines.benchmarks.step.memory import Shapes
-from pipelines.benchmarks.step.training import SIZES
+from pipelines.benchmarks.step.shapes import SIZES
 
 
 def test_less_memory_recomputes_more_until_a_card_is_refused(

@@ -129,10 +129,15 @@ class _Cell:
     nodes: int
     delay_ms: float
     calls: list[int] = field(default_factory=list[int])
+    builds: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
     @property
     def name(self) -> str:
         return f"{self.nodes} nodes, {self.delay_ms:g} ms"
+
+    def phase(self, name: str) -> float:
+        """Median seconds of a phase, as `sides.cluster_builds` names it."""
+        return round(statistics.median(one[name] for one in self.builds), 2)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -188,7 +193,13 @@ class _Measurement:
             "measured_seconds": round(spread.median, 2), "low": round(spread.low, 2),
             "high": round(spread.high, 2),
             "error_percent": round(100 * (found.seconds / spread.median - 1), 1),
-            "limit": found.limit, "shards_predicted": round(found.shards, 2),
+            "limit": found.limit,
+            "plan_predicted": round(found.driver["planning"] + found.driver["listing"], 2),
+            "plan_measured": cell.phase("plan_seconds"),
+            "shards_predicted": round(found.driver["start"] + found.shards, 2),
+            "shards_measured": cell.phase("shards_seconds"),
+            "finish_predicted": round(found.driver["finishing"], 2),
+            "finish_measured": cell.phase("finish_seconds"),
             "calls_predicted": round(calls(case, work)),
             "calls_counted": round(statistics.median(cell.calls)),
             "per_core": round(case.node.per_core, 1), "latency_ms": round(delayed, 2),
@@ -209,6 +220,7 @@ class _Measurement:
                 environment=store.environment,
             )  # fmt: skip
             cell.calls.append(store.calls())
+            cell.builds.append(found)
         shutil.rmtree(output)
         return found["seconds"]
 
@@ -285,8 +297,8 @@ def calibrated(
             server_ms_per_mb=costs.server_seconds_per_mb * 1e3,
         ),
         driver=DriverInputs(
-            rows=config.images / (local.plan_seconds + local.finish_seconds),
-            start_seconds=start, finish_shard_ms=0.0,
+            rows=config.images / local.plan_seconds, start_seconds=start,
+            finish_shard_ms=1e3 * local.finish_seconds / shards,
         ),
         source_kb=source_kb,
     )  # fmt: skip

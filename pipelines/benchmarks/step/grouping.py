@@ -28,6 +28,7 @@ from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, provenance, table
 from pipelines.benchmarks.planning import IMAGE_TOKENS, drawn
 from pipelines.benchmarks.sides.orders import ORDERS, Samples, Shape
+from pipelines.benchmarks.step.shapes import decoder, tower
 from pipelines.cli.command import parse, say
 
 __all__ = ["GroupConfig", "main"]
@@ -128,17 +129,11 @@ def _collated(samples: Samples, ids: NDArray[np.int64], rows: int) -> Batch:
 
 
 def _engine(config: GroupConfig) -> PlainEngine:
-    hidden = config.hidden
     model = build_model(ModelConfig(
-        vision=VisionConfig(settings={
-            "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH,
-        }),
-        language=LanguageConfig(settings={
-            "hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": VOCABULARY,
-            "num_hidden_layers": config.layers, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "max_position_embeddings": 2048,
-        }),
+        vision=VisionConfig(settings=tower(64, layers=2, heads=2, image=SIDE, patch=PATCH)),
+        language=LanguageConfig(settings=decoder(
+            config.hidden, config.layers, heads=2, vocabulary=VOCABULARY, positions=2048
+        )),
         trainable=("projector", "language"),
     ))  # fmt: skip
     set_modes(model)

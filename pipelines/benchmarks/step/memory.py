@@ -18,7 +18,7 @@ from lapilli.train.driver.memory_estimate import Estimate, RowSizes, estimate_ru
 from lapilli.train.driver.memory_policy import GIB, USABLE, choose_memory
 from lapilli.train.errors import TrainError
 from pipelines.benchmarks.harness import add_row, provenance, table
-from pipelines.benchmarks.step.training import SIZES
+from pipelines.benchmarks.step.shapes import CLIP_L, LLAMA_3, PHI_15, QWEN_7B, SIGLIP, SIZES
 from pipelines.cli.command import parse
 
 __all__ = ["CARDS", "main"]
@@ -27,23 +27,6 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 PACKAGES = ("torch", "transformers", "peft")
 # GiB that torch reports for a card.
 CARDS = {"RTX 4090": 23.5, "A100 40 GB": 39.4, "A100 80 GB": 79.1, "H200": 139.8}
-CLIP: dict[str, Any] = SIZES["7b"][0]
-SIGLIP: dict[str, Any] = {
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
-    "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-}  # fmt: skip
-LLAMA3: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-}  # fmt: skip
-QWEN: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "kv_channels": 128, "seq_length": 8192, "vocab_size": 151936,
-}  # fmt: skip
-PHI: dict[str, Any] = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 51200,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,16 +39,18 @@ class Shapes:
     language: dict[str, Any]
 
 
-VICUNA = [Shapes(f"Vicuna {size}", CLIP, "llama", SIZES[size.lower()][1]) for size in ("7B", "13B")]
-PHI_15 = [Shapes("Phi 1.5", CLIP | {"image_size": 224}, "phi", PHI)]
+VICUNA = [
+    Shapes(f"Vicuna {size}", CLIP_L, "llama", SIZES[size.lower()][1]) for size in ("7B", "13B")
+]
+PHI = [Shapes("Phi 1.5", CLIP_L | {"image_size": 224}, "phi", PHI_15)]
 CASES: dict[str, list[Shapes]] = {
     "llava15/pretrain": VICUNA,
     "llava15/finetune_lora": VICUNA,
     "llava15/finetune": VICUNA,
-    "visper_lm/finetune": [Shapes("Llama 3 8B", CLIP, "llama", LLAMA3)],
-    "basic_vlm/train": [Shapes("Qwen 7B", SIGLIP, "qwen", QWEN)],
-    "vlm_training/pretrain": PHI_15,
-    "vlm_training/finetune_lora": PHI_15,
+    "visper_lm/finetune": [Shapes("Llama 3 8B", CLIP_L, "llama", LLAMA_3)],
+    "basic_vlm/train": [Shapes("Qwen 7B", SIGLIP, "qwen", QWEN_7B)],
+    "vlm_training/pretrain": PHI,
+    "vlm_training/finetune_lora": PHI,
 }
 
 

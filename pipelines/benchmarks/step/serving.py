@@ -32,6 +32,7 @@ from lapilli.model import LanguageConfig, ModelConfig, VisionConfig, build_model
 from lapilli.model.config import Decoding
 from lapilli.train.inference.assistant import Assistant
 from pipelines.benchmarks.harness import by_turns, provenance, publish
+from pipelines.benchmarks.step.shapes import decoder, tower
 from pipelines.cli.command import UsageError, parse
 from pipelines.cli.settings import ServeConfig, ServeLimits
 from pipelines.serving.app import make_app
@@ -112,16 +113,13 @@ def _assistant(config: ServingConfig) -> Assistant:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    tower = {**size, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
-    decoder = {
-        "hidden_size": config.hidden_size, "intermediate_size": 4 * config.hidden_size,
-        "num_hidden_layers": config.layers, "num_attention_heads": 4,
-        "vocab_size": len(vocabulary), "max_position_embeddings": 1024,
-    }  # fmt: skip
+    vision = tower(64, layers=2, heads=4, image=64, patch=16, inner=128)
+    language = decoder(
+        config.hidden_size, config.layers, heads=4, vocabulary=len(vocabulary), positions=1024
+    )
     config_of_model = ModelConfig(
-        vision=VisionConfig(tower="clip", settings=tower),
-        language=LanguageConfig(model_type="llama", settings=decoder),
+        vision=VisionConfig(tower="clip", settings=vision),
+        language=LanguageConfig(model_type="llama", settings=language),
     )
     return Assistant(
         model=build_model(config_of_model).eval(),

@@ -24,6 +24,7 @@ from lapilli.train.engine.torch_engine import PlainEngine
 from lapilli.train.steps.optim import build_optimizer
 from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, by_turns, provenance, table
+from pipelines.benchmarks.step.shapes import decoder, tower
 from pipelines.cli.command import parse
 
 __all__ = ["ShareStepConfig", "main"]
@@ -93,15 +94,10 @@ def _model(config: ShareStepConfig) -> ModelConfig:
     """A tower of 196 tokens an image, frozen, and a decoder that learns."""
     hidden = config.hidden
     return ModelConfig(
-        vision=VisionConfig(settings={
-            "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8,
-            "num_attention_heads": 6, "image_size": 224, "patch_size": 16,
-        }),
-        language=LanguageConfig(settings={
-            "hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": 8192,
-            "num_hidden_layers": config.layers, "num_attention_heads": hidden // 64,
-            "num_key_value_heads": hidden // 64, "max_position_embeddings": 1024,
-        }),
+        vision=VisionConfig(settings=tower(384, layers=8, heads=6, image=SIDE, patch=16)),
+        language=LanguageConfig(settings=decoder(
+            hidden, config.layers, heads=hidden // 64, vocabulary=8192, positions=1024
+        )),
         trainable=("projector", "language"),
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ from lapilli.train.driver.fake_model import sketch_model
 from pipelines.benchmarks.harness import by_turns, provenance, publish, table
 from pipelines.benchmarks.material.photos import write_photos
 from pipelines.benchmarks.sides.teacher_sides import SIDES, SIZE
+from pipelines.benchmarks.step.shapes import CLIP_L, LLAMA_3
 from pipelines.cli.command import UsageError, parse, say
 from pipelines.cli.recipes import RECIPES
 
@@ -233,14 +234,6 @@ _PUBLISHED = {
     "oneformer": _segmentation_encoder,
     "clip_image": _image_encoder,
 }
-LLAMA_3: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-}  # fmt: skip
-CLIP_L: dict[str, Any] = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
 
 
 def _training_speed(config: TargetCostsConfig) -> float:

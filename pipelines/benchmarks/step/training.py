@@ -42,48 +42,13 @@ from lapilli.train.steps.step import to_device, train_step
 from pipelines.benchmarks.harness import add_row, provenance
 from pipelines.benchmarks.sides.products import product_seconds
 from pipelines.benchmarks.sides.trainer_way import trainer_seconds
+from pipelines.benchmarks.step.shapes import SIZES
 from pipelines.cli.command import parse, say
 
 __all__ = ["TrainBenchmark", "main"]
 
 Mode = Literal["stage1", "lora", "full"]
 PACKAGES = ("torch", "transformers", "peft")
-CLIP_L = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
-SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "7b": (
-        CLIP_L,
-        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-         "max_position_embeddings": 4096},
-    ),
-    "13b": (
-        CLIP_L,
-        {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-         "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
-         "max_position_embeddings": 4096},
-    ),
-    "1b": (
-        CLIP_L,
-        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
-         "max_position_embeddings": 4096},
-    ),
-    "small": (
-        {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "image_size": 112, "patch_size": 14},
-        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4,
-         "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 4096},
-    ),
-    "tiny": (
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-         "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
-        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512},
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

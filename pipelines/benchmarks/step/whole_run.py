@@ -27,7 +27,8 @@ from lapilli.train.driver.launching import launch
 from lapilli.train.driver.preflight import preflight
 from lapilli.train.run_folder.metrics_file import StepMetrics
 from pipelines.benchmarks.harness import add_row, provenance
-from pipelines.benchmarks.step.training import SIZES, Mode, model_config
+from pipelines.benchmarks.step.shapes import SIZES
+from pipelines.benchmarks.step.training import Mode, model_config
 from pipelines.benchmarks.whole import make_mixture
 from pipelines.cli.command import UsageError, parse, say
 
