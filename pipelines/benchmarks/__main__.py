@@ -27,6 +27,7 @@ from pipelines.benchmarks import (
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
+from pipelines.benchmarks.plans import plan_scale
 from pipelines.benchmarks.step import (
     auxiliary,
     checkpoint,
@@ -48,6 +49,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "open": opening.main,
     "read": reading.main,
     "plan": planning.main,
+    "plan_scale": plan_scale.main,
     "share": sharing.main,
     "group": grouping.main,
     "share_step": shared_rows.main,
