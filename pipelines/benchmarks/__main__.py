@@ -26,6 +26,7 @@ from pipelines.benchmarks import (
     whole,
 )
 from pipelines.benchmarks.harness import RESULTS
+from pipelines.benchmarks.plans import plan_scale
 from pipelines.benchmarks.scaling import measured as scaling_measured
 from pipelines.benchmarks.scaling import topic as scaling
 from pipelines.benchmarks.step import (
@@ -49,6 +50,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "open": opening.main,
     "read": reading.main,
     "plan": planning.main,
+    "plan_scale": plan_scale.main,
     "share": sharing.main,
     "group": grouping.main,
     "share_step": shared_rows.main,
