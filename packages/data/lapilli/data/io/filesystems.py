@@ -140,7 +140,9 @@ class _S3Files(ArrowFSWrapper):
         data: Any = None
         if start is None and end is None:
             data = self._one_call(path, lambda store, key: store.get(key).bytes().to_bytes())
-        return super().cat_file(path, start, end, **kwargs) if data is None else data
+        if data is None:
+            data = super().cat_file(path, start, end, **kwargs)
+        return data
 
     def cat_bounded(self, path: str, most: int) -> bytes | int:
         """An object's bytes; where it has more than `most`, their number.
