@@ -23,6 +23,7 @@ from pipelines.benchmarks import (
     reading,
     scaling,
     sharing,
+    store_build,
     tokens,
     whole,
 )
@@ -51,6 +52,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "share": sharing.main,
     "group": grouping.main,
     "share_step": shared_rows.main,
+    "store": store_build.main,
     "scaling": scaling.main,
     "tokens": tokens.main,
     "merge": merge.main,

@@ -220,13 +220,10 @@ def _client(bucket: str, region: str) -> Any:
         from obstore.store import S3Store
     except ImportError:
         return None
+    settings: Any = {"region": region, "client_options": CLIENT, "retry_config": RETRIES}
+    if server := _endpoint():
+        settings["endpoint"] = server
     try:
-        return S3Store(
-            bucket,
-            region=region,
-            endpoint=_endpoint(),
-            client_options=CLIENT,
-            retry_config=RETRIES,
-        )
+        return S3Store(bucket, **settings)
     except (BaseError, ValueError):  # a name that is no bucket's
         return None
