@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 
+from lapilli.data.cluster.places import check_places
+from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.dataset.build_settings import read_build_config
 from lapilli.data.dataset.export_webdataset import export_webdataset
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import is_folder
-from lapilli.data.io.addresses import refuse_address
+from lapilli.data.io.remote_path import open_output
 from lapilli.data.io.writer_lock import only_writer
 from lapilli.data.shards.manifest import template_fingerprint
+from lapilli.data.sources.root_address import moved_root
 from lapilli.data.text.encode import tokenizer_facts
 from lapilli.data.text.export_template import TrainedEnd, export_obstacle, export_text
 from lapilli.data.text.tokenizer_files import load_tokenizer
@@ -43,13 +46,15 @@ from pipelines.reports.cards import CARD, model_card
 
 def to_webdataset(config: ExportConfig) -> None:
     """Write tars and print how many samples they hold."""
-    dataset, output = Path(config.dataset), Path(config.output)
     if not config.dataset:
         raise DataError("dataset: nothing named; pass --dataset with a dataset's folder")
+    dataset, output = open_output(config.dataset), open_output(config.output)
     build = read_build_config(dataset, config.trust)
-    root = Path(config.root or build.root)
-    if not is_folder(root):
+    build = moved_root(build, config.root) if config.root else build
+    if not is_folder(root := Path(build.root)):
         raise DataError(f"root: folder {root} does not exist; pass --root with the data's folder")
+    if not isinstance(output, Path):
+        check_places(JobPlaces({}, {}, {"output": config.output}), build.build)
     with progress_bar() as bar:
         task = bar.add_task("samples", total=None)
         report = export_webdataset(
@@ -161,12 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     config = parse(
         ExportConfig, first_as("run", argv), "Write a dataset or a trained model in another form.",
-        addresses=["output"], copied={"run": local_run},
+        addresses=["output", "dataset", "root"], copied={"run": local_run},
     )  # fmt: skip
     if config.to not in FORMS:
         raise DataError(f"to: {config.to!r} is no form; expected one of {', '.join(FORMS)}")
     if config.to == "webdataset":  # which goes on with the tars that are there
-        refuse_address("output", config.output)
+        to_webdataset(config)
+        return 0
     with stored(config.output) as output, only_writer(Path(output), "written", beside=True):
         FORMS[config.to](replace(config, output=output))
     return 0

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
+from lapilli.data.cluster.places import check_places
+from lapilli.data.cluster.pool import PoolConfig
+from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.dataset.build_settings import read_build_config
-from lapilli.data.io.access import require_writable
+from lapilli.data.io.access import exists, require_writable
+from lapilli.data.io.remote_path import Output, RemotePath, open_output
+from lapilli.data.shards.manifest import NAME as MANIFEST
 from lapilli.data.trust import NOTHING, Trust
+from lapilli.train.run_folder.names import REPORT
 from lapilli.train.run_folder.settings import read_run_config
 from pipelines.cli.command import UsageError, read_arguments, run, say
 from pipelines.cli.trust_flags import trusted_names
@@ -28,11 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["main", "report"]
 
 
-def report(folder: Path, trust: Trust = NOTHING, *, predictions: int = 0) -> Path:
+def report(place: Output, trust: Trust = NOTHING, *, predictions: int = 0) -> Output:
     """Write the report of a dataset or a run; its path.
 
     Args:
-        folder: Of the dataset or run.
+        place: Folder or address of the dataset or run.
         trust: What its own files may ask for.
         predictions: Images that a run's predictors are asked about, with its newest checkpoint.
 
@@ -40,9 +46,22 @@ def report(folder: Path, trust: Trust = NOTHING, *, predictions: int = 0) -> Pat
         DataError, TrainError: Neither of them, or damaged; a run without predictors that is asked
             for predictions.
     """
-    if kind_of(folder) == "run":
-        return write_run_report(folder, _predictions(folder, trust, predictions))
-    return write_dataset_report(folder, read_build_config(folder, trust))
+    if isinstance(place, Path):
+        if kind_of(place) == "run":
+            return write_run_report(place, _predictions(place, trust, predictions))
+    elif not exists(place / MANIFEST):
+        return _report_of_store(place, trust, predictions)
+    return write_dataset_report(place, read_build_config(place, trust))
+
+
+def _report_of_store(run: RemotePath, trust: Trust, predictions: int) -> RemotePath:
+    """Write the report of a run in a store from this machine's copy of its records."""
+    from lapilli.train.checkpoint.at_hand import local_records, local_run  # need torch
+
+    folder = local_run(str(run), "folders") if predictions else local_records(str(run))[0]
+    write_run_report(folder, _predictions(folder, trust, predictions))
+    (run / REPORT).put(folder / REPORT)
+    return run / REPORT
 
 
 def _predictions(run: Path, trust: Trust, count: int) -> Sequence[ImagePrediction]:
@@ -99,10 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="read weights that a run names and that are not in safetensors, for --predictions",
     )
-    found = read_arguments(parser, argv)
-    folders = [Path(folder) for folder in found.folders]
+    found = read_arguments(parser, argv, addresses=["folders"])
+    folders = [open_output(folder) for folder in found.folders]
     for folder in folders:
-        require_writable("report", folder, "free space or check rights")
+        if isinstance(folder, Path):
+            require_writable("report", folder, "free space or check rights")
+        else:
+            check_places(JobPlaces({}, {}, {"report": str(folder)}), PoolConfig())
     for folder in folders:
         trust = Trust(pickle=found.allow_pickle, code=trusted_names(found.allow_code))
         say(f"report: {report(folder, trust, predictions=found.predictions)}")

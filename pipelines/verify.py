@@ -77,10 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_dataset("verify", folder)
     damaged = [folder for folder in folders if not verify(folder).is_whole]
     for folder in damaged:
-        if isinstance(folder, Path):
-            say(f"repair it with: lapilli repair {folder}")
-        else:
-            say(f"{folder}: copy these files there again, or preprocess into another address")
+        say(f"repair it with: lapilli repair {folder}")
     return DAMAGED if damaged else 0
 
 

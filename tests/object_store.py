@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -82,13 +82,10 @@ def serve_s3(folder: Path, *, remembers: str = "0s") -> Generator[None]:
 
 @contextmanager
 def failing_proxy(
-    port: int,
-    fails: Callable[[int], bool],
-    *,
-    address: str = "127.0.0.1",
-    seen: list[str] | None = None,
-) -> Generator[tuple[int, list[int]]]:
-    """A proxy in front of `address:port` that answers call number i with a 503 where `fails(i)`.
+    port: int, fails: Callable[[int], bool], *, address: str = "127.0.0.1",
+    seen: list[str] | None = None, denied: Collection[str] = (),
+) -> Generator[tuple[int, list[int]]]:  # fmt: skip
+    """A proxy that answers call number i with a 503 where `fails(i)`, `denied` commands with a 403.
 
     Yields its port and the calls that failed; `seen` gets each call's command, path and caller.
     """
@@ -105,6 +102,8 @@ def failing_proxy(
                 number = next(calls)
                 if seen is not None:
                     seen.append(f"{self.command} {self.path} {self.client_address[0]}")
+            if self.command in denied:
+                return self.answer(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
             if fails(number):
                 failed.append(number)
                 return self.answer(503, {}, b"<Error><Code>InternalError</Code></Error>")

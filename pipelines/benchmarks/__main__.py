@@ -22,6 +22,7 @@ from pipelines.benchmarks import (
     planning,
     reading,
     sharing,
+    store_build,
     tokens,
     whole,
 )
@@ -54,6 +55,7 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "share": sharing.main,
     "group": grouping.main,
     "share_step": shared_rows.main,
+    "store": store_build.main,
     "scaling": scaling.main,
     "scaling_measured": scaling_measured.main,
     "tokens": tokens.main,

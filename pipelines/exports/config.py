@@ -23,14 +23,14 @@ class ExportConfig(TrustFlags):
             PEFT and LLaVA load them, with whatever else learnt in `non_lora_trainables.bin`, and
             their base model in `base/` where it lies nowhere else. `basic_vlm`: adapters on a
             Qwen-1 as Basic-VLM has them, `adapter_model.bin` and `other_params.bin`.
-        output: Folder to write, by one process at a time; a model's must be empty or not there,
-            and may be an address.
+        output: Folder or address to write, by one process at a time; a model's must be empty or
+            not there.
         run: Folder or address of a training run; its newest checkpoint is taken.
         dtype: Of a model's weights; an adapter's stay float32.
         shard_size: Most bytes in one file of weights, such as `5GB`.
         files: Form of `llava`'s weights: `safetensors`, or `bin`, which older programs read.
-        dataset: Folder of a dataset.
-        root: Folder of its annotations and images; empty for where it was made of.
+        dataset: Folder or address of a dataset.
+        root: Folder or address of its annotations and images; empty for where it was made of.
         samples_per_tar: Samples in a tar.
     """
 

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lapilli.data.cluster.places import check_places
+from lapilli.data.cluster.pool import PoolConfig
+from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.io.access import FULL, exists, is_denied, is_folder, naming, subpaths
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.io.printable import bytes_text
@@ -126,6 +129,7 @@ def stored(output: str) -> Generator[str]:
     target = RemotePath(output.rstrip("/"))
     if target.exists():
         raise TrainError(f"output: {output} is not empty; choose another address")
+    check_places(JobPlaces({}, {}, {"output": output}), PoolConfig())  # before the work
     with tempfile.TemporaryDirectory(prefix="lapilli-export-", dir=os.environ.get(SCRATCH)) as made:
         folder = Path(made) / target.name
         yield str(folder)

@@ -22,16 +22,17 @@ from lapilli.data.config import BuildConfig
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage, ImageSpec, decode
-from lapilli.data.io.atomic import ShardFacts
+from lapilli.data.io.atomic import ShardFacts, write_text
 from lapilli.data.io.printable import bytes_text, relative_names
+from lapilli.data.io.remote_path import Output
 from lapilli.data.mounts import Located, Mount, read_image
 from lapilli.data.planning.located_entries import open_mount
 from lapilli.data.record import Verdict, excerpt
 from lapilli.data.shards.checks import open_selection
-from lapilli.data.shards.files import open_table
 from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
 from lapilli.data.shards.quarantine import read_quarantine
 from lapilli.data.shards.schemas import IMAGE_SCHEMA, OK
+from lapilli.data.shards.summaries import OpenColumns, Summaries
 from lapilli.data.sources import get_source
 from lapilli.data.sources.rows import with_roles
 from lapilli.data.sources.tally import named
@@ -89,11 +90,13 @@ class BuildTime:
     shards_reused: int
 
 
-def write_dataset_report(path: Path, config: BuildConfig, *, time: BuildTime | None = None) -> Path:
+def write_dataset_report(
+    path: Output, config: BuildConfig, *, time: BuildTime | None = None
+) -> Output:
     """Write `report.html` into a dataset.
 
     Args:
-        path: The dataset's folder.
+        path: The dataset's folder or address.
         config: The settings it was built with; its root is where quarantined images are looked
             for, and where it is not there their places are filled with the error.
         time: What the build took, where one has just ended.
@@ -105,7 +108,8 @@ def write_dataset_report(path: Path, config: BuildConfig, *, time: BuildTime | N
         DataError: No dataset, a damaged one, or a folder that cannot be written.
     """
     manifest = read_manifest(path)
-    page = Page(f"dataset {path.absolute().name}", f"fingerprint {manifest.fingerprint[:16]}")
+    name = path.absolute().name if isinstance(path, Path) else path.name
+    page = Page(f"dataset {name}", f"fingerprint {manifest.fingerprint[:16]}")
     selection = open_selection(path, manifest)
     _tell_figures(page, manifest, selection, time)
     _tell_sources(page, manifest)
@@ -115,9 +119,10 @@ def write_dataset_report(path: Path, config: BuildConfig, *, time: BuildTime | N
     _tell_quarantine(page, path, manifest, config)
     _tell_build(page, manifest, time)
     try:
-        return page.write(path / REPORT)
+        write_text(path / REPORT, page.html(), choose="another file")
     except OSError as error:
         raise DataError(f"{path / REPORT}: {error.strerror}; free space or check rights") from None
+    return path / REPORT
 
 
 def _tell_figures(
@@ -205,10 +210,13 @@ def _tell_modality(page: Page, selection: pa.Table) -> None:
     )
 
 
-def _tell_images(page: Page, path: Path, manifest: Manifest) -> None:
+def _tell_images(page: Page, path: Output, manifest: Manifest) -> None:
+    shards = Summaries(path)  # of a store one call each, several at a time
+    shards.look()
+    shards.fetch(shard.path for view in manifest.views.values() for shard in view.shards)
     page.section("Images").table(
         ["view", "pixels", "mode", "decoder", "resizer", "shards", "size", "usable", "not usable"],
-        [_view_row(path, name, view) for name, view in manifest.views.items()],
+        [_view_row(shards.table, name, view) for name, view in manifest.views.items()],
     )
     if notes := manifest.counts.get("image_notes"):
         page.table(
@@ -218,7 +226,7 @@ def _tell_images(page: Page, path: Path, manifest: Manifest) -> None:
     if not manifest.counts["images"]:
         return
     first = next(iter(manifest.views.values()))
-    widths, heights = _source_sizes(path, first.shards)
+    widths, heights = _source_sizes(shards.table, first.shards)
     if len(widths):
         long_side = np.maximum(widths, heights)
         most = float(np.quantile(long_side, 0.995, method="inverted_cdf"))
@@ -229,14 +237,14 @@ def _tell_images(page: Page, path: Path, manifest: Manifest) -> None:
     page.gallery(_thumbnails(path, manifest))
 
 
-def _view_row(path: Path, name: str, view: ViewFacts) -> list[object]:
+def _view_row(opened: OpenColumns, name: str, view: ViewFacts) -> list[object]:
     rows = sum(shard.rows for shard in view.shards)
     usable = sum(
         pc.call_function(
             "sum", [pc.call_function("equal", [table["status"], pa.scalar(OK)])]
         ).as_py()
         or 0
-        for table in (open_table(path, shard, IMAGE_SCHEMA, ["status"]) for shard in view.shards)
+        for table in (opened(shard, IMAGE_SCHEMA, ["status"]) for shard in view.shards)
     )
     spec, codecs = view.spec, view.codecs
     return [
@@ -247,12 +255,12 @@ def _view_row(path: Path, name: str, view: ViewFacts) -> list[object]:
 
 
 def _source_sizes(
-    path: Path, shards: Sequence[ShardFacts]
+    opened: OpenColumns, shards: Sequence[ShardFacts]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Width and height of every image that could be decoded, in pixels."""
     sides: tuple[list[Any], list[Any]] = ([], [])
     for shard in shards:
-        table = open_table(path, shard, IMAGE_SCHEMA, ["source_width", "source_height"])
+        table = opened(shard, IMAGE_SCHEMA, ["source_width", "source_height"])
         for side, name in zip(sides, ("source_width", "source_height"), strict=True):
             side.append(table[name].drop_null().to_numpy())
     width, height = (np.concatenate([*side, np.empty(0, np.int32)]) for side in sides)
@@ -270,7 +278,7 @@ def _common_sizes(
     return rows
 
 
-def _thumbnails(path: Path, manifest: Manifest) -> list[GalleryItem]:
+def _thumbnails(path: Output, manifest: Manifest) -> list[GalleryItem]:
     """Images from all over the dataset, as the first view with pixels has them."""
     views = [
         name
@@ -279,7 +287,9 @@ def _thumbnails(path: Path, manifest: Manifest) -> list[GalleryItem]:
     ]
     if not views:
         return []
-    dataset = open_dataset(path, view=views[0], image_tokens=1)
+    dataset = open_dataset(
+        path if isinstance(path, Path) else str(path), view=views[0], image_tokens=1
+    )
     pictured = np.flatnonzero(dataset.has_images)
     if not len(pictured):
         return []
@@ -301,7 +311,7 @@ def _jpeg(image: Image.Image) -> bytes:
 # ---- quarantine ----------------------------------------------------------------------------------
 
 
-def _tell_quarantine(page: Page, path: Path, manifest: Manifest, config: BuildConfig) -> None:
+def _tell_quarantine(page: Page, path: Output, manifest: Manifest, config: BuildConfig) -> None:
     page.section("Quarantine")
     reasons: dict[str, int] = manifest.counts["reasons"]
     if not reasons:
@@ -353,7 +363,7 @@ def _tell_tallies(page: Page, manifest: Manifest) -> None:
         )
 
 
-def _examples(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _examples(path: Output) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The first rows of each reason in `quarantine.parquet`."""
     table = read_quarantine(path)
     reasons = table["reason"].combine_chunks()

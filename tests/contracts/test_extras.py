@@ -43,7 +43,7 @@ def packages(extra: str) -> set[str]:
 
 def test_a_node_that_makes_datasets_installs_nothing_of_training() -> None:
     assert packages("") & {*TRAINING, "ray"} == set()
-    assert packages("data") == {"ray"}
+    assert packages("data") == {"obstore", "ray"}
 
 
 def test_the_gaudi_line_leaves_torch_and_deepspeed_to_its_image() -> None:

@@ -212,7 +212,6 @@ UNBOUNDED = {
     "data/images/codecs.py": "Path(sys.prefix) / SIMD_NOTE",
     "data/images/decode_worker.py": "Path('/proc/self/statm')",
     "data/io/remote_path.py": "other self",  # callers ask for the size
-    "data/io/whole_file.py": "path",  # the bound itself
     "data/mounts/folders.py": "self",  # a listing
     "data/planning/originals.py": "path",  # a shard, of the size that its facts have
     "model/interop/lora_run.py": "folder / CONFIG",  # written the line before

@@ -24,6 +24,10 @@ _evaluate = [
     f"--run={BUCKET}/runs/two", f"--dataset={BUCKET}/datasets/one", "--output=LOCAL/answers.jsonl",
     "--device=cpu",
 ]  # fmt: skip
+_tars = [
+    "--to=webdataset", f"--dataset={BUCKET}/datasets/one", f"--root={BUCKET}/raw",
+    f"--output={BUCKET}/tars",
+]  # fmt: skip
 _score = [
     f"--answers={BUCKET}/answers.jsonl", f"--truth={BUCKET}/truth.jsonl",
     f"--questions={BUCKET}/truth.jsonl",
@@ -37,6 +41,8 @@ ACCEPTED: dict[tuple[str, str], list[str]] = {
     ("preprocess", "tokenizer"): _build,
     ("preprocess", "output"): _build,
     ("verify", "folders"): [f"{BUCKET}/datasets/one"],
+    ("repair", "folders"): [f"{BUCKET}/datasets/one"],
+    ("repair", "root"): [f"{BUCKET}/datasets/one", f"--root={BUCKET}/raw"],
     ("train", "dataset"): [*TRAIN, f"--output={ONE}", f"--model.language.pretrained={BUCKET}/llm"],
     ("train", "output"): _second,
     ("train", "init_from"): _second,
@@ -51,6 +57,9 @@ ACCEPTED: dict[tuple[str, str], list[str]] = {
     ("score", "truth"): _score,
     ("score", "questions"): _score,
     ("show", "folders"): [f"{BUCKET}/datasets/one", f"{BUCKET}/runs/two", "--samples=1"],
+    ("report", "folders"): [f"{BUCKET}/datasets/one", f"{BUCKET}/runs/two"],
+    ("export", "dataset"): _tars,
+    ("export", "root"): _tars,
     ("export", "run"): [f"{BUCKET}/runs/two", "--to=hf", f"--output={BUCKET}/exports/two"],
     ("export", "output"): [f"{BUCKET}/runs/two", "--to=llava", f"--output={BUCKET}/exports/llava"],
     ("generate", "model"): [f"{BUCKET}/exports/two", "--question=What is it?", "--device=cpu",

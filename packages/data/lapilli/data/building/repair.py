@@ -24,10 +24,11 @@ __all__ = [
 
 
 def repair_dataset(
-    path: Path,
+    path: Output,
     config: BuildConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
+    damaged: Iterable[str] = (),
     runner: Runner | None = None,
 ) -> int:
     """Make again, from the sources, the shards that are missing or damaged; the others stay.
@@ -36,10 +37,12 @@ def repair_dataset(
     records.
 
     Args:
-        path: The dataset's folder.
+        path: The dataset's folder or address.
         config: The settings it was built with, from its `config.json`; a root that has moved is
             given here.
         on_progress: As in `build`.
+        damaged: Files of a store that are known to be damaged, which are removed once the sources
+            are known to be what they were: a build looks at sizes there, and not at bytes.
         runner: As in `build`.
 
     Returns:
@@ -51,18 +54,13 @@ def repair_dataset(
     """
     manifest = read_manifest(path)
     plan = plan_build(replace(config, output=str(path)))
-    changed = [
-        name
-        for name in {**manifest.plan, **plan.digests}
-        if manifest.plan.get(name) != plan.digests.get(name)
-    ]
-    if changed:
-        raise DataError(
-            f"{path}: cannot be repaired: not as when it was built: {', '.join(changed)}; "
-            "restore these, or preprocess into another --output"
-        )
+    _require_same(path, manifest.plan, plan.digests)
     expected = {shard.path: shard for shard in checksummed(manifest)}
-    _check_links(path, expected)
+    if isinstance(path, Path):
+        _check_links(path, expected)
+    else:
+        for name in damaged:
+            (path / name).unlink(missing_ok=True)
 
     made_by = runner or partial(run_on_ray, pool=config.build)
 
@@ -83,6 +81,16 @@ def repair_dataset(
             "used it cannot go on"
         )
     return report.shards_built
+
+
+def _require_same(path: Output, before: dict[str, str], now: dict[str, str]) -> None:
+    """Stop where inputs or settings are not what a dataset was built of."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise DataError(
+            f"{path}: cannot be repaired: not as when it was built: {', '.join(changed)}; "
+            "restore these, or preprocess into another --output"
+        )
 
 
 def _check_links(path: Path, names: Iterable[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, is_denied
+from lapilli.data.io.remote_path import Output
 from lapilli.data.io.typed_json import JsonError, as_type, from_json
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.renamed import BUILD_NAMES
@@ -19,11 +19,11 @@ __all__ = ["CONFIG", "read_build_config"]
 CONFIG = "config.json"  # the recipe that makes this dataset again
 
 
-def read_build_config(dataset: Path, trust: Trust) -> BuildConfig:
+def read_build_config(dataset: Output, trust: Trust) -> BuildConfig:
     """The settings of a finished dataset.
 
     Args:
-        dataset: Its folder.
+        dataset: Its folder or address.
         trust: What the command allows of what they ask for.
 
     Raises:

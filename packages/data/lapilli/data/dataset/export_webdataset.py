@@ -23,9 +23,10 @@ from lapilli.data.errors import DataError
 from lapilli.data.images.view import BadImage
 from lapilli.data.io.access import cannot_read, exists, is_denied, is_folder
 from lapilli.data.io.atomic import write_atomic, write_json
+from lapilli.data.io.remote_path import Output
 from lapilli.data.io.typed_json import JsonError, from_json
 from lapilli.data.io.whole_file import read_whole
-from lapilli.data.io.writer_lock import only_writer
+from lapilli.data.io.writer_lock import LOCK, only_writer
 from lapilli.data.mounts import EXTENSIONS, Located, read_image
 from lapilli.data.planning.located_entries import locate_images, open_mount
 from lapilli.data.record import ImagePart, Record
@@ -59,9 +60,9 @@ class _Sample:
 
 
 def export_webdataset(
-    dataset: Path,
+    dataset: Output,
     config: BuildConfig,
-    output: Path,
+    output: Output,
     *,
     samples_per_tar: int,
     on_progress: Progress = lambda done, total: None,
@@ -69,9 +70,9 @@ def export_webdataset(
     """Write `train-000000.tar`, ..., `held_out-000000.tar`, ...; a tar that is there is kept.
 
     Args:
-        dataset: Folder of a dataset.
+        dataset: Folder or address of a dataset.
         config: Its settings, with the `root` where annotations and images lie now.
-        output: Folder for the tars, new or of the same export.
+        output: Folder or address for the tars, new or of the same export.
         samples_per_tar: Samples in a tar, the last of a split has fewer.
         on_progress: Called with samples done and in all.
 
@@ -81,12 +82,16 @@ def export_webdataset(
     """
     if samples_per_tar < 1:
         raise DataError(f"samples_per_tar: {samples_per_tar}; expected at least 1")
-    with only_writer(output, "written", beside=True):
+    with only_writer(output, "written", beside=isinstance(output, Path)):
         return _export(dataset, config, output, samples_per_tar, on_progress)
 
 
 def _export(
-    dataset: Path, config: BuildConfig, output: Path, samples_per_tar: int, on_progress: Progress
+    dataset: Output,
+    config: BuildConfig,
+    output: Output,
+    samples_per_tar: int,
+    on_progress: Progress,
 ) -> ExportReport:
     manifest = read_manifest(dataset)
     table = open_selection(dataset, manifest)
@@ -114,9 +119,11 @@ def _export(
     )
 
 
-def _check_output(output: Path, facts: dict[str, Any]) -> None:
+def _check_output(output: Output, facts: dict[str, Any]) -> None:
     """The output is new or of the same export."""
-    if not exists(output) or (is_folder(output) and not any(output.iterdir())):
+    if not exists(output):
+        return
+    if is_folder(output) and all(path.name == LOCK for path in output.iterdir()):
         return
     try:
         before = from_json(read_whole(output / EXPORT), dict[str, Any])
@@ -163,7 +170,7 @@ def _changed(sample_id: str) -> DataError:
 class _SplitWriter:
     """Collects samples until they fill a tar; a tar that is finished already is passed over."""
 
-    def __init__(self, output: Path, split: str, samples_per_tar: int, root: Path) -> None:
+    def __init__(self, output: Output, split: str, samples_per_tar: int, root: Path) -> None:
         self._output, self._split, self._size, self._root = output, split, samples_per_tar, root
         self._waiting: list[_Sample] = []
         self.samples = self.built = self.reused = 0

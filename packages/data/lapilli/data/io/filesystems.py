@@ -140,7 +140,9 @@ class _S3Files(ArrowFSWrapper):
         data: Any = None
         if start is None and end is None:
             data = self._one_call(path, lambda store, key: store.get(key).bytes().to_bytes())
-        return super().cat_file(path, start, end, **kwargs) if data is None else data
+        if data is None:
+            data = super().cat_file(path, start, end, **kwargs)
+        return data
 
     def cat_bounded(self, path: str, most: int) -> bytes | int:
         """An object's bytes; where it has more than `most`, their number.
@@ -218,13 +220,10 @@ def _client(bucket: str, region: str) -> Any:
         from obstore.store import S3Store
     except ImportError:
         return None
+    settings: Any = {"region": region, "client_options": CLIENT, "retry_config": RETRIES}
+    if server := _endpoint():
+        settings["endpoint"] = server
     try:
-        return S3Store(
-            bucket,
-            region=region,
-            endpoint=_endpoint(),
-            client_options=CLIENT,
-            retry_config=RETRIES,
-        )
+        return S3Store(bucket, **settings)
     except (BaseError, ValueError):  # a name that is no bucket's
         return None

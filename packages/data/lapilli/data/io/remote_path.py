@@ -32,6 +32,12 @@ Result = TypeVar("Result")
 FOLDERS = ("file://", "local://")  # addresses of what has folders that must be there
 ATTEMPTS = 6
 FIRST_WAIT = 0.2  # seconds, doubled after each attempt: 6 s in all
+# What another attempt is answered too, as pyarrow's client of S3 says it.
+REFUSED = (
+    "ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH",
+    "INVALID_CLIENT_TOKEN_ID", "EXPIRED_TOKEN", "HTTP status 400", "HTTP status 401",
+    "HTTP status 403",
+)  # fmt: skip
 COPY_BYTES = 8 * 2**20
 TIMES = ("mtime", "LastModified", "updated", "created")  # as file systems call it
 
@@ -248,8 +254,13 @@ class RemotePath:
             except NotADirectoryError as error:  # a file where a folder is expected
                 raise FileNotFoundError(*error.args, error.filename) from None
             except OSError as error:
+                why = excerpt(str(error), 300)
+                if any(word in why for word in REFUSED):
+                    raise DataError(
+                        f"{self.address}: cannot be {verb} ({why}); check bucket, credentials and "
+                        "what they may do"
+                    ) from None
                 if attempt == ATTEMPTS - 1:
-                    why = excerpt(str(error), 300)
                     raise DataError(
                         f"{self.address}: cannot be {verb} after {ATTEMPTS} attempts ({why}); "
                         "check address, credentials and network and run the same command again"

@@ -113,7 +113,14 @@ class Mount:
 
     def again(self, *, remembers: bool) -> Mount:
         """The same images, of which no key has been looked up; folders are not listed again."""
-        made = Mount(self.root, self.prefix, self.aliases, self.extra_roots, self.beside, remembers)
+        made = Mount(
+            root=self.root,
+            prefix=self.prefix,
+            aliases=self.aliases,
+            extra_roots=self.extra_roots,
+            beside=self.beside,
+            remembers=remembers,
+        )
         made._start = self._start
         made._folders = {p: r for p, r in self._folders.items() if isinstance(r, _Reached)}
         return made

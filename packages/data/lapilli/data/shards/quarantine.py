@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import cannot_read, is_denied
+from lapilli.data.io.remote_path import Output
 
 __all__ = ["QUARANTINE", "read_quarantine"]
 
@@ -17,16 +19,20 @@ QUARANTINE = "quarantine.parquet"
 COLUMNS = ("source", "record_id", "sample_id", "reason", "detail", "record")
 
 
-def read_quarantine(dataset: Path, columns: Sequence[str] = COLUMNS) -> pa.Table:
+def read_quarantine(dataset: Output, columns: Sequence[str] = COLUMNS) -> pa.Table:
     """The records that were left out: texts, one row each, none null but `record`.
 
     Raises:
         DataError: The file is missing, damaged, or cannot be read.
     """
+
+    def read(source: Any) -> pa.Table:
+        return pq.read_table(source, columns=[*columns])
+
     file = dataset / QUARANTINE
     why = "no such file"
     try:
-        table = pq.read_table(file, columns=[*columns])
+        table = read(file) if isinstance(file, Path) else file.read_with(read)
         table.validate(full=True)
         why = _problem(table, columns)
         if not why:
