@@ -21,8 +21,9 @@ from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.errors import DataError
 from lapilli.train.config import CacheConfig, CheckpointConfig, RunConfig
 from lapilli.train.errors import TrainError
-from lapilli.train.run_folder.names import NOTES
+from lapilli.train.run_folder.dataset_files import read_data, training_data
 from lapilli.train.run_folder.restarts import read_starts
+from lapilli.train.run_folder.settings import write_run_config
 from lapilli.train.steps.feed import Feed, StepBatches
 from lapilli.train.worker import node_cache
 from lapilli.train.worker.node_cache import prepare_cache
@@ -92,8 +93,12 @@ def test_a_limit_below_a_batch_says_what_it_needs(store: Store, tmp_path: Path) 
 
 
 def test_a_run_with_a_small_cache_is_a_local_one_and_goes_on(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LAPILLI_CACHE", str(tmp_path / "another"))
     cache = CacheConfig(folder=str(tmp_path / "cache"))
     cache = replace(cache, limit=str(least_limit(tmp_path / "cache")), warm_up="20kB")
     expected = [row.loss for row in train(config_of(str(store.local), tmp_path / "local", cache))]
@@ -111,7 +116,7 @@ def test_a_run_with_a_small_cache_is_a_local_one_and_goes_on(
     assert [row.loss for row in train(remote)] == expected
     steps = [start.step for start in read_starts(tmp_path / "run")]
     assert steps == [0, 4]
-    assert (tmp_path / "run" / NOTES).is_file()
+    assert not (tmp_path / "another").exists()  # preflight, worker and report take the setting
     assert not [*(tmp_path / "cache" / ".readers").iterdir()]
 
 
@@ -202,3 +207,9 @@ def test_readers_of_a_dataset_use_the_copy_of_its_tokenizer(
     monkeypatch.setattr(shard_cache.Mirror, "download", None)
     assert len(dataset.tokenizer) > 0
     assert (folder / "config.json").is_file()
+    # a run that keeps nothing of its dataset
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setenv("LAPILLI_CACHE", str(tmp_path))
+    write_run_config(run, config_of(DATA, run, CacheConfig()))
+    assert read_data(run, training_data(dataset)).tokenizer.vocab == dataset.tokenizer.vocab
