@@ -183,6 +183,8 @@ def _open(config: RunConfig) -> Dataset | None:
         view=config.view,
         image_tokens=model.image_tokens,
         max_length=config.max_length,
+        cache=config.cache.folder,
+        cache_limit=config.cache.limit,
     )
     check_model(model, dataset)
     return dataset

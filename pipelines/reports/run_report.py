@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
+from lapilli.data.io.access import is_folder
 from lapilli.data.io.printable import bytes_text
 from lapilli.data.io.whole_file import read_whole
 from lapilli.data.shards.schemas import HELD_OUT, TRAIN
@@ -288,10 +289,13 @@ def _add_worst(page: Page, run: Path, config: RunConfig, info: RunInfo) -> None:
 
 def _open(page: Page, config: RunConfig, info: RunInfo, path: str, split: str) -> Dataset | None:
     """A dataset as the run saw it; says on the page why it cannot be opened."""
+    folder, limit = config.cache.folder, config.cache.limit
+    if folder and not is_folder(Path(folder)):  # of other machines
+        folder = limit = ""
     try:
         return open_dataset(
             path, view=config.view, image_tokens=info.image_tokens,
-            max_length=config.max_length, split=split,
+            max_length=config.max_length, split=split, cache=folder, cache_limit=limit,
         )  # fmt: skip
     except DataError as error:
         page.text(f"What is in the samples is not shown: {error}")

@@ -26,9 +26,10 @@ ADDRESS = "s3://bucket/nothing/below"
 WORDS = frozenset(
     {"aliases", "allow_code", "attention", "benchmarks", "category_pattern", "choices", "columns",
      "environment", "exclude", "format", "host", "image_suffixes", "label_selector", "layers",
-     "leave_out", "lmms_eval", "mode", "model_type", "more", "name",
+     "leave_out", "limit", "lmms_eval", "mode", "model_type", "more", "name",
      "path_prefix", "prefix", "projector", "prompts", "question", "scorers", "shard_size", "system",
-     "target", "teacher", "to", "tower", "trainer", "truth_patterns", "variables", "view"}
+     "target", "teacher", "to", "tower", "trainer", "truth_patterns", "variables", "view",
+     "warm_up"}
 )  # fmt: skip
 # Places that are looked at where they are used, which other tests do.
 ELSEWHERE = {

@@ -43,8 +43,11 @@ METRICS = {
         "gauge", "Seconds the last checkpoint held training up"
     ),
     "lapilli_cache_hits": ClusterMetric("counter", "Shards found in the node's cache"),
-    "lapilli_cache_misses": ClusterMetric("counter", "Shards copied from the store"),
+    "lapilli_cache_misses": ClusterMetric("counter", "Shards copied when they were read"),
+    "lapilli_cache_ahead": ClusterMetric("counter", "Shards copied before they were read"),
     "lapilli_cache_bytes": ClusterMetric("counter", "Bytes copied from the store"),
+    "lapilli_cache_evictions": ClusterMetric("counter", "Shards removed to make room"),
+    "lapilli_cache_wait_seconds": ClusterMetric("counter", "Waiting for shards, of all readers"),
 }
 
 

@@ -10,6 +10,7 @@ from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.renamed import Renamed
 from lapilli.model.config import GROUPS, ModelConfig
 from lapilli.train.config_groups import (
+    CacheConfig,
     CheckpointConfig,
     CommunicationConfig,
     HpuConfig,
@@ -23,6 +24,7 @@ from lapilli.train.errors import TrainError
 from lapilli.train.renamed import RUN_NAMES
 
 __all__ = [
+    "CacheConfig",
     "CheckpointConfig",
     "CommunicationConfig",
     "DeviceChoice",
@@ -133,7 +135,7 @@ class RunConfig:
         zero_stage: DeepSpeed's ZeRO stage.
         memory: GiB that a worker may use on its device. As many layers are recomputed in backward
             as that takes; where it is not enough, their inputs are kept in host memory. `auto` is
-            90 % of a GPU's memory, on a CPU unlimited.
+            90 % of a GPU's, on a CPU unlimited.
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
@@ -151,6 +153,7 @@ class RunConfig:
         max_shapes: Shapes (length, with or without images) of all batches. With 1 they have
             `max_length` tokens, pixels and one count of targets.
         loggers: Where metrics go too: `tensorboard`, `wandb`, `mlflow`.
+        cache: A node's cache of shards.
         train: The nodes that train, and what each worker asks of one.
     """
 
@@ -197,6 +200,7 @@ class RunConfig:
     )
     hpu: HpuConfig = field(default_factory=HpuConfig, metadata=RESUMABLE)
     loggers: tuple[LoggerName, ...] = field(default=(), metadata=RESUMABLE)
+    cache: CacheConfig = field(default_factory=CacheConfig, metadata=RESUMABLE)
     train: PoolConfig = field(default_factory=PoolConfig, metadata=RESUMABLE)
 
     def __post_init__(self) -> None:

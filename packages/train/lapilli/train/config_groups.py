@@ -6,14 +6,72 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lapilli.data.dataset.shard_cache import parse_bytes
+from lapilli.data.errors import DataError
 from lapilli.train.errors import TrainError
 
 __all__ = [
-    "LAZY_MODE", "CheckpointConfig", "CommunicationConfig", "HpuConfig", "OffloadConfig",
-    "ProfileConfig", "RecoveryConfig", "ValidationConfig", "check_numbers",
+    "LAZY_MODE", "CacheConfig", "CheckpointConfig", "CommunicationConfig", "HpuConfig",
+    "OffloadConfig", "ProfileConfig", "RecoveryConfig", "ValidationConfig", "check_numbers",
 ]  # fmt: skip
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"  # read by Gaudi's bridge as it is imported
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """A node's cache of shards.
+
+    Attributes:
+        folder: Folder of the node's own disk for shards of a dataset at an address, shared by its
+            workers; empty for `$LAPILLI_CACHE`, else `~/.cache/lapilli`.
+        limit: Most bytes of all datasets in it, like `500GB`; what is needed last makes room. Empty
+            for `$LAPILLI_CACHE_LIMIT`, else none.
+        warm_up: What each node fetches before the first step: bytes (`100GB`), a share of what it
+            reads (`50%`), or `all`.
+        read_ahead: Steps whose shards are fetched before they are due; 0 fetches each when it is
+            read.
+        requests: Shards that a node's workers fetch at a time.
+    """
+
+    folder: str = ""
+    limit: str = ""
+    warm_up: str = "0"
+    read_ahead: int = 2
+    requests: int = 8
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        check_numbers("cache", self, ("requests",), ("read_ahead",))
+        try:
+            limit = parse_bytes(self.limit, "cache.limit") if self.limit else None
+            warm_up = self.warm_up_bytes(0)
+        except DataError as error:
+            raise TrainError(str(error)) from None
+        if limit is not None and warm_up > limit:
+            raise TrainError(
+                f"cache.warm_up: {self.warm_up} is more than cache.limit {self.limit}; lower it, "
+                "or raise the limit"
+            )
+
+    def warm_up_bytes(self, total: int) -> int:
+        """What is fetched before the first step.
+
+        Args:
+            total: Bytes of all shards that the run reads.
+        """
+        if self.warm_up == "all":
+            return total
+        share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", self.warm_up)
+        if share and float(share[1]) <= 100:
+            return int(total * float(share[1]) / 100)
+        try:
+            return parse_bytes(self.warm_up, "cache.warm_up")
+        except DataError:
+            raise TrainError(
+                f"cache.warm_up: {self.warm_up!r}; expected bytes like 100GB, a share like 50%, "
+                "or all"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,19 @@ class Dataset:
             _at(names, row).tobytes().decode(), ids, spans, _stack(images, self.image_size)
         )
 
+    def token_shard(self, index: int) -> int:
+        """The number of the token shard of sample `index`."""
+        shards, _, _ = self.places
+        return int(shards[self.rows[index]])
+
+    def forget_maps(self) -> None:
+        """Let go of shards mapped so far, whose room on the disk they hold; they are mapped again.
+
+        Samples read before stay as they are.
+        """
+        for name in ("_token_tables", "token_columns", "_pixel_columns"):
+            self.__dict__.pop(name, None)
+
     def image_slots(self, index: int) -> NDArray[np.int32]:
         """int32 [images], the slots of sample `index`'s images."""
         _, _, slots = self.places

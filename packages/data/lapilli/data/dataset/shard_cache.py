@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from lapilli.data.cluster_metrics import add
 from lapilli.data.dataset.build_settings import CONFIG
+from lapilli.data.dataset.cache_room import cache_lock, lock_path, make_room
 from lapilli.data.errors import DataError
 from lapilli.data.io.access import blame, exists, naming
 from lapilli.data.io.atomic import TEMPORARY, ShardFacts, write_atomic
@@ -31,14 +33,37 @@ from lapilli.data.io.remote_path import RemotePath
 from lapilli.data.record import excerpt
 from lapilli.data.shards.manifest import NAME, read_manifest
 
-__all__ = ["Mirror", "dataset_folder", "open_mirror", "parse_bytes"]
+__all__ = ["CacheCounts", "Mirror", "dataset_folder", "open_mirror", "parse_bytes"]
 
 CACHE_LIMIT = "LAPILLI_CACHE_LIMIT"
 TRIES = 5  # of a copy that fails or arrives damaged, the last after 7.5 s
 PART = 8 * 2**20
 WAIT = 0.1  # seconds between two looks for room
+ANOTHER = "another cache folder"
+COUNTING = threading.Lock()
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+@dataclass
+class CacheCounts:
+    """What one process has done with a dataset's cache since it opened it.
+
+    Attributes:
+        hits: Shards found when they were read.
+        misses: Shards copied when they were read.
+        ahead: Shards copied before they were read.
+        bytes: Copied.
+        evictions: Shards removed to make room, of other datasets too.
+        wait_seconds: That reading waited for shards.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    ahead: int = 0
+    bytes: int = 0
+    evictions: int = 0
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +88,17 @@ class Mirror:
         return {name: getattr(self, name) for name in ("address", "cache", "folder", "limit")}
 
     @cached_property
+    def counts(self) -> CacheCounts:
+        """Of this process."""
+        return CacheCounts()
+
+    def _count(self, name: str, amount: float) -> None:
+        of = name.split("_", 2)[2]
+        with COUNTING:
+            setattr(self.counts, of, getattr(self.counts, of) + amount)
+        add(name, amount, self.address)
+
+    @cached_property
     def _storage(self) -> Any:
         return open_storage(split_address(self.address)[0])
 
@@ -77,21 +113,49 @@ class Mirror:
             DataError: The shard cannot be read or is damaged there, the disk is full, or the limit
                 is below its size.
         """
-        path = self.folder / shard.path
-        with file_lock(_lock_path(path)):
-            try:
-                if path.stat().st_size == shard.bytes:
-                    with contextlib.suppress(PermissionError):  # another user's copy
-                        os.utime(path)  # when it was read last
-                    add("lapilli_cache_hits", 1, self.address)
-                    yield self.folder
-                    return
-            except FileNotFoundError:
-                pass
-            self._copy(shard, path)
-            add("lapilli_cache_misses", 1, self.address)
-            add("lapilli_cache_bytes", shard.bytes, self.address)
+        path, began = self.folder / shard.path, time.monotonic()
+        with file_lock(lock_path(path)):
+            if self.has(shard):
+                self._count("lapilli_cache_hits", 1)
+            else:
+                self._copy(shard, path)
+                self._count("lapilli_cache_misses", 1)
+            self._count("lapilli_cache_wait_seconds", time.monotonic() - began)
             yield self.folder
+
+    def fetch(self, shard: ShardFacts, spared: int) -> bool:
+        """Copy a shard that is not read yet.
+
+        Args:
+            shard: The shard.
+            spared: What some reader needs in fewer batches is not removed for it.
+
+        Returns:
+            Whether it is there now; not where another process copies it, or there is no room.
+
+        Raises:
+            DataError: As for `held`.
+        """
+        path = self.folder / shard.path
+        with contextlib.suppress(BlockingIOError), file_lock(lock_path(path), wait=False):
+            if self.has(shard):
+                return True
+            if self._copy(shard, path, spared):
+                self._count("lapilli_cache_ahead", 1)
+                return True
+        return False
+
+    def has(self, shard: ShardFacts) -> bool:
+        """Whether it is here; it then counts as read now."""
+        path = self.folder / shard.path
+        try:
+            if path.stat().st_size != shard.bytes:
+                return False
+            with contextlib.suppress(PermissionError):  # another user's copy
+                os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def read_manifest(self) -> bytes:
         """The manifest as it is at the address now.
@@ -129,16 +193,20 @@ class Mirror:
                     "again"
                 )
 
-    def _copy(self, shard: ShardFacts, path: Path) -> None:
+    def _copy(self, shard: ShardFacts, path: Path, spared: int | None = None) -> bool:
+        """Copy a shard; given `spared`, not where there is no room without it."""
         temporary = path.with_name(f".{path.name}{TEMPORARY}")
         try:
-            self._reserve(shard, temporary)
+            if not self._reserve(shard, temporary, spared):
+                return False
             error: OSError | None = None
             for attempt in range(TRIES):
                 try:
                     if self.download(shard, temporary) == shard.sha256:
-                        temporary.replace(path)
-                        return
+                        with cache_lock(self.cache):  # whoever looks for room sees it once
+                            temporary.replace(path)
+                        self._count("lapilli_cache_bytes", shard.bytes)
+                        return True
                     error = None
                 except OSError as failed:
                     error = failed
@@ -179,19 +247,22 @@ class Mirror:
                 os.fsync(file.fileno())
         return sha256.hexdigest()
 
-    def _reserve(self, shard: ShardFacts, temporary: Path) -> None:
-        """Take the room a shard needs, from what was read longest ago where there is a limit."""
+    def _reserve(self, shard: ShardFacts, temporary: Path, spared: int | None) -> bool:
+        """Take the room a shard needs, from others where there is a limit."""
         self._check_limit(shard)
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)  # a killed process's
-            while not self._has_reserved(shard, temporary):
+            while not self._has_reserved(shard, temporary, spared or 0):
+                if spared is not None:
+                    return False
                 time.sleep(WAIT)  # what fills the cache is being copied, and can go after that
         except OSError as error:
             raise DataError(
                 f"cache: {self.cache} has no room for {shard.bytes / 1e6:,.1f} MB of {shard.path} "
                 f"({error.strerror}); free space, set cache_limit, or choose another cache folder"
             ) from None
+        return True
 
     def _check_limit(self, shard: ShardFacts) -> None:
         if self.limit is not None and shard.bytes > self.limit:
@@ -200,10 +271,13 @@ class Mirror:
                 f"{shard.bytes / 1e6:,.1f} MB; raise it, by default there is none"
             )
 
-    def _has_reserved(self, shard: ShardFacts, temporary: Path) -> bool:
-        with file_lock(self.cache / ".lock"):
-            if self.limit is not None and not _make_room(self.cache, self.limit - shard.bytes):
-                return False
+    def _has_reserved(self, shard: ShardFacts, temporary: Path, spared: int) -> bool:
+        with cache_lock(self.cache):
+            if self.limit is not None:
+                has_room, removed = make_room(self.cache, self.limit - shard.bytes, spared)
+                self._count("lapilli_cache_evictions", removed)
+                if not has_room:
+                    return False
             with temporary.open("wb") as file:
                 if shard.bytes:
                     os.posix_fallocate(file.fileno(), 0, shard.bytes)
@@ -225,34 +299,36 @@ def open_mirror(
     """
     address = address.rstrip("/")
     root = cache_root(cache)
-    most = limit if limit is not None else os.environ.get(CACHE_LIMIT) or None
-    mirror = Mirror(address, root, root, None if most is None else parse_bytes(most))
+    most = os.environ.get(CACHE_LIMIT) if limit in (None, "") else limit
+    mirror = Mirror(address, root, root, parse_bytes(most) if most not in (None, "") else None)
     data = mirror.read_manifest()
     # Its bytes name the folder: the fingerprint alone leaves out how much of an epoch is what.
     name = f"{address.rpartition('/')[2]}-{hashlib.sha256(data).hexdigest()[:16]}"
     folder = root / name
     if not exists(folder / NAME):
-        write_atomic(folder / NAME, lambda path: _write(path, data))
+        write_atomic(folder / NAME, lambda path: _write(path, data), choose=ANOTHER)
     read_manifest(folder)
     return Mirror(address, root, folder, mirror.limit)
 
 
-def dataset_folder(dataset: str | Path) -> Path:
+def dataset_folder(
+    dataset: str | Path, cache: str | Path | None = None, limit: str | int | None = None
+) -> Path:
     """A dataset's folder; of an address this node's copy of manifest, settings and tokenizer.
 
-    Raises:
-        DataError: As `open_mirror`.
+    Arguments and errors as for `open_mirror`.
     """
     if not is_remote(str(dataset)):
         return Path(dataset)
-    mirror = open_mirror(str(dataset))
+    mirror = open_mirror(str(dataset), cache, limit)
     for facts in read_manifest(mirror.folder).tokenizer_files:
         with mirror.held(facts):
             pass
     if not exists(mirror.folder / CONFIG):
         with contextlib.suppress(FileNotFoundError):  # one of a version that wrote none
             settings = RemotePath(mirror.address) / CONFIG
-            write_atomic(mirror.folder / CONFIG, lambda path: download(settings, path))
+            copy = mirror.folder / CONFIG
+            write_atomic(copy, lambda path: download(settings, path), choose=ANOTHER)
     return mirror.folder
 
 
@@ -260,52 +336,17 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, setting: str = "cache_limit") -> int:
     """A number of bytes: `500GB`, `1.5 TiB`, `1000000`.
+
+    Args:
+        text: The number.
+        setting: What names it, for errors.
 
     Raises:
         DataError: It is none.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if found is None or found[2].upper() not in UNITS:
-        raise DataError(f"cache_limit: {text!r}; expected bytes, or a text like 500GB or 1.5TiB")
+        raise DataError(f"{setting}: {text!r}; expected bytes, or a text like 500GB or 1.5TiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
-
-
-def _cached_files(cache: Path) -> Iterator[tuple[float, int, Path]]:
-    """When each shard was read last, its size and path; those on their way are among them."""
-    for folder, _, names in os.walk(cache):
-        for name in names:
-            if name.endswith((".arrow", f".arrow{TEMPORARY}")):
-                path = Path(folder) / name
-                with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    yield stat.st_mtime, stat.st_size, path
-
-
-def _make_room(cache: Path, most: int) -> bool:
-    """Remove what was read longest ago until `most` bytes are left, if that can be."""
-    files = sorted(_cached_files(cache))
-    used = sum(size for _, size, _ in files)
-    for _, size, path in files:
-        if used <= most:
-            break
-        used -= size if _remove_unless_held(path) else 0
-    return used <= most
-
-
-def _remove_unless_held(path: Path) -> bool:
-    """Remove a shard, or what a killed process left of one, that nobody is copying or opening."""
-    shard = path
-    if path.name.endswith(TEMPORARY):
-        shard = path.with_name(path.name.removeprefix(".").removesuffix(TEMPORARY))
-    try:
-        with file_lock(_lock_path(shard), wait=False):
-            path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")

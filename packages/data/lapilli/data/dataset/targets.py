@@ -52,6 +52,10 @@ class TargetReader:
         is_there = np.array([status == OK for status in table["status"].to_pylist()], np.bool_)
         return is_there, binary_column(table, "features"), binary_column(table, "scales")
 
+    def forget_maps(self) -> None:
+        """As `Dataset.forget_maps`."""
+        self.__dict__.pop("_tables", None)
+
     def read(
         self, slot: int
     ) -> tuple[NDArray[np.int8] | NDArray[np.uint16], NDArray[np.float32]] | None:

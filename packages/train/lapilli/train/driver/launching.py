@@ -121,9 +121,8 @@ def launch(
     with only_trainer(ready.config):
         write_run_config(run, ready.config)
         write_run_info(run, ready.info())
-        keep_data(
-            run, dataset_folder(ready.config.dataset), ready.config.view, anew=not ready.start
-        )
+        folder = dataset_folder(ready.config.dataset, ready.config.cache.folder)
+        keep_data(run, folder, ready.config.view, anew=not ready.start)
         if ready.is_done:
             return read_metrics(run)
         if ready.config.checkpoint.upload:

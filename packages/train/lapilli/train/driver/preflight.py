@@ -367,7 +367,7 @@ def finished_steps(config: RunConfig) -> int | None:
     total = info.total_steps
     if found.step < total:
         return None
-    dataset = dataset_folder(config.dataset)
+    dataset = dataset_folder(config.dataset, config.cache.folder)
     _check_dataset(found, read_manifest(dataset).fingerprint)
     keep_data(run, dataset, config.view, anew=False)
     return total

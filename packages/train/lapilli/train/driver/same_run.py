@@ -50,7 +50,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def local(name: str) -> str:
         return str(Path(name).resolve()) if name and is_folder(Path(name)) else name
 
-    model, disk = config.model, config.offload.nvme_path
+    model, disk, cache = config.model, config.offload.nvme_path, config.cache.folder
     return replace(
         config,
         dataset=config.dataset
@@ -60,6 +60,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         init_from=_existing(config.init_from),
         offload=replace(config.offload, nvme_path=str(Path(disk).resolve()) if disk else ""),
         validation=replace(config.validation, dataset=local(config.validation.dataset)),
+        cache=replace(config.cache, folder=str(Path(cache).resolve()) if cache else ""),
         model=replace(
             model,
             vision=replace(model.vision, pretrained=local(model.vision.pretrained)),

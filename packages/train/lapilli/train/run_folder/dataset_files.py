@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.dataset.shard_cache import dataset_folder
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, check_copy_files, kept_files, open_copy
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
@@ -282,8 +283,8 @@ def _of_dataset(run: Path, trained: TrainingData) -> RunData:
     """Read the data from the dataset that the run's settings name."""
     lacks = f"{run}: keeps no template, view and tokenizer (no {DATA}/)"
     config = read_run_config(run)
-    dataset = Path(config.dataset)
     try:
+        dataset = dataset_folder(config.dataset)
         manifest = read_manifest(dataset)
         if config.view not in manifest.views:
             raise DataError(f"{dataset} has no view {config.view}")

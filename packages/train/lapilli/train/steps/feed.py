@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 
@@ -18,6 +19,7 @@ from lapilli.data.batches.sampler import EpochPlan
 from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.dataset.read_ahead import HORIZON, ReadAhead
 from lapilli.model.auxiliary.target_loss import AuxInputs
 from lapilli.train.config import RunConfig
 from lapilli.train.steps.aux_targets import (
@@ -29,6 +31,7 @@ from lapilli.train.steps.aux_targets import (
 )
 from lapilli.train.steps.rows import EpochPlans, MicroRows, RowSamples, StepRows, share_rows
 from lapilli.train.steps.shapes import batch_shape
+from lapilli.train.steps.step_shards import StepShards
 
 __all__ = ["Feed", "StepBatches", "host_bytes", "mean_weights", "mock_steps"]
 
@@ -97,6 +100,8 @@ class Feed:
         held_out: What the run is validated on; with `max_shapes: 1` its batches have the same
             shape.
         plans: Of the run's epochs, where they are made already.
+
+    `requests` are the shards of a remote dataset that this worker copies at a time.
     """
 
     def __init__(
@@ -116,7 +121,9 @@ class Feed:
         self._readers = open_readers(dataset, config.model.aux)
         self.plans = plans or EpochPlans(dataset, config)
         first = self.plans.first
-        self._plan: tuple[int, EpochPlan | TreePlan] = 0, first
+        self._plans: dict[int, EpochPlan | TreePlan] = {0: first}
+        self.shards = StepShards(dataset, self._readers)
+        self.requests = config.cache.requests
         self._planning = threading.Lock()
         self.shape = batch_shape(dataset, config, first, world_size, held_out)
         steps = first.num_steps * config.epochs
@@ -125,10 +132,11 @@ class Feed:
     def _locate(self, step: int) -> tuple[EpochPlan | TreePlan, int]:
         with self._planning:
             # every epoch has as many steps as the first
-            epoch, inside = divmod(step, self._plan[1].num_steps)
-            if epoch != self._plan[0]:
-                self._plan = epoch, self.plans.of(epoch)
-            return self._plan[1], inside
+            epoch, inside = divmod(step, self.plans.first.num_steps)
+            if epoch not in self._plans:
+                kept = {one: plan for one, plan in self._plans.items() if one == epoch - 1}
+                self._plans = {**kept, epoch: self.plans.of(epoch)}
+            return self._plans[epoch], inside
 
     def make(self, step: int) -> StepBatches:
         """This worker's micro-batches of one step."""
@@ -216,12 +224,55 @@ class Feed:
             return True
         return any(images[tree].any() for rank in rows for row in rank[number] for tree in row)
 
+    def shards_of(self, step: int, ranks: Sequence[int]) -> NDArray[np.int64]:
+        """Numbers of the shards (`StepShards`) that some workers read for a step, sorted.
+
+        Rank 0 reads the ids of the whole global batch, for the metrics.
+        """
+        plan, inside = self._locate(step)
+        samples = plan.global_batch(inside)
+        named = samples[samples >= 0] if 0 in ranks else samples[:0]
+        if len(ranks) == self.world_size:
+            return self.shards.of(named, named)
+        rows, _ = share_rows(plan, inside, self.dataset, self.shape, world_size=self.world_size)
+        trees = [tree for rank in ranks for micro in rows[rank] for row in micro for tree in row]
+        return self.shards.of(np.concatenate([samples[:0], *trees]), named)
+
+    @contextmanager
+    def _making(self, start: int) -> Generator[Callable[[int], StepBatches]]:
+        """A way to make steps from `start` on; shards at an address are fetched ahead of them."""
+        mirror = self.dataset.mirror
+        if mirror is None:
+            yield self.make
+            return
+        steps = range(start, self.total_steps)
+        ahead = ReadAhead(
+            mirror, self.shards.all, (self.shards_of(step, [self.rank]) for step in steps),
+            ahead=self.config.cache.read_ahead, requests=self.requests,
+            kept=[self.dataset.manifest.selection],
+            horizon=min(HORIZON, self.plans.first.num_steps),  # two epochs have plans at a time
+        )  # fmt: skip
+
+        def make(step: int) -> StepBatches:
+            made = self.make(step)
+            ahead.done(step - start)
+            if mirror.limit is not None:
+                self.shards.forget_maps()
+            return made
+
+        with ahead:
+            yield make
+
     def steps(self, start: int) -> Iterator[StepBatches]:
         """Steps from `start` on, in order, made ahead by `THREADS` threads.
 
         At most `AHEAD` steps are kept, and fewer where they would take more than `MOST_BYTES`. An
         error of a thread is raised where its step is due.
         """
+        with self._making(start) as make:
+            yield from self._made(start, make)
+
+    def _made(self, start: int, make: Callable[[int], StepBatches]) -> Iterator[StepBatches]:
         ready: deque[Future[StepBatches]] = deque()
         numbers = iter(range(start, self.total_steps))
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="feed")
@@ -229,7 +280,7 @@ class Feed:
         try:
             while True:
                 for number in islice(numbers, ahead - len(ready)):
-                    ready.append(pool.submit(self.make, number))
+                    ready.append(pool.submit(make, number))
                 if not ready:
                     return
                 made = ready.popleft().result()

@@ -59,6 +59,8 @@ def open_held_out(config: RunConfig, image_tokens: int) -> Dataset | None:
         image_tokens=image_tokens,
         max_length=config.max_length,
         split=TRAIN if config.validation.dataset else HELD_OUT,
+        cache=config.cache.folder,
+        cache_limit=config.cache.limit,
     )
 
 

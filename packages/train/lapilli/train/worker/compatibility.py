@@ -90,13 +90,16 @@ def open_for(
         TrainError: Another image size, token ids the model does not know, another tokenizer than
             the language model's own, or one of its own that cannot be loaded.
     """
-    dataset_folder(config.dataset)  # of an address: the tokenizer is here, too
+    cache, limit = config.cache.folder, config.cache.limit
+    dataset_folder(config.dataset, cache, limit)  # of an address: the tokenizer is here, too
     dataset = open_dataset(
         config.dataset,
         view=config.view,
         image_tokens=model.image_tokens,
         max_length=config.max_length,
         truncate=config.truncates,
+        cache=cache,
+        cache_limit=limit,
     )
     check_model(model, dataset)
     _check_tokenizer(config.model.language.pretrained, dataset, on_note)

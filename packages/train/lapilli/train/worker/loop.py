@@ -24,6 +24,7 @@ from lapilli.train.run_folder.restarts import record_start
 from lapilli.train.run_folder.stop_request import is_stop_asked
 from lapilli.train.steps.device_copy import send_ahead
 from lapilli.train.steps.step_timing import Mark, StepTiming
+from lapilli.train.worker.node_cache import cache_line
 from lapilli.train.worker.profiling import profiled
 from lapilli.train.worker.setup import Setup
 from lapilli.train.worker.taken_step import SAVE, STOP, KnownStep, TakenStep, take_step
@@ -84,6 +85,8 @@ def fit(ready: Setup, notice: Callable[[], object] = lambda: None) -> None:
             if asked_by_all == STOP:
                 break
             asked = Mark(ready.device)
+    if (line := cache_line(ready.feed)) and ready.is_writer:
+        note(run, line)
 
 
 class _Rows:

@@ -43,6 +43,7 @@ from lapilli.train.steps.step import DeviceBatch, to_device, warm_up
 from lapilli.train.validation.sample_generations import Generations
 from lapilli.train.validation.validation_loss import HeldOut, open_held_out
 from lapilli.train.worker.compatibility import build_run, check_start, open_for
+from lapilli.train.worker.node_cache import prepare_cache
 
 __all__ = [
     "Setup",
@@ -97,6 +98,7 @@ def setup(
     model.to(torch_device)
     held_out = open_held_out(config, dataset.image_tokens)
     feed = Feed(dataset, config, rank=rank, world_size=world_size, held_out=held_out)
+    prepare_cache(feed, found.step if found else 0)
     optimizer = _build_optimizer(model, config, device)
     if device == "hpu" and config.hpu.graphs:
         record_graphs(model)
