@@ -61,7 +61,7 @@ def estimate(config: RunConfig) -> None:
         say(note)
     sketch = sketch_run(config)
     plans = EpochPlans(dataset, config) if dataset else None
-    planned = planned_rows(plans.first, dataset) if plans and dataset else None
+    planned = planned_rows(plans.sampled, dataset) if plans and dataset else None
     sizes = row_sizes(config, planned, dataset)
     device: Device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     estimate = estimate_run(config, sketch, sizes, device=device)
@@ -141,7 +141,7 @@ def sample_operations(sketch: Sketch, dataset: Dataset, plans: EpochPlans) -> fl
         dataset: Its samples.
         plans: Of its epochs, of whose rows some from all over are looked at.
     """
-    rows = _some_rows(plans.first)
+    rows = _some_rows(plans.sampled)
     trees = [tree for row in rows for tree in row]
     lengths = [row_tokens(row, dataset.lengths, plans.shared_tokens) for row in rows]
     images = sum(int(dataset.num_images[tree[0]]) for tree in trees)

@@ -7,11 +7,15 @@ permutation, and a permutation of each modality. The floor of the time is one so
 Lengths are drawn like LLaVA-1.5's: 576 image tokens and a log-normal text for all but 40,688
 records. LLaVA and prismatic count words, not tokens: a sample's are drawn from its text tokens
 (without the template's) at 1.15 to 1.65 tokens a word. `--dataset` takes a built dataset's own.
+
+`--order_windows` compares orders of one epoch made in windows of so many samples, 0 for one order:
+what a rank takes for them, and how well they mix samples of ten sources one behind the other.
 """
 
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.data.batches.collate import choose_buckets
-from lapilli.data.batches.sampler import EpochPlan, assign
+from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.batches.windows import WindowedPlan, plan_windows
 from lapilli.data.dataset.dataset import open_dataset
 from lapilli.data.shards.manifest import read_manifest
 from pipelines.benchmarks.harness import (
@@ -31,8 +36,10 @@ from pipelines.benchmarks.harness import (
     Spread,
     add_row,
     by_turns,
+    clock,
     draw_bars,
     provenance,
+    publish,
     table,
 )
 from pipelines.benchmarks.sides.orders import ORDERS, Samples, Shape
@@ -44,6 +51,8 @@ TEXT_ONLY = 40_688
 IMAGE_TOKENS = 576
 TEMPLATE_TOKENS = 40
 OURS = ("random", "grouped")
+BLOCK = 8192  # samples of a token shard
+SOURCES = 10
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,9 @@ class PlanConfig:
         max_shapes: Shapes that batches may have in all.
         rounds: Turns that count.
         dataset: A built dataset whose lengths, words and modalities are taken; empty draws them.
+        order_windows: Compare orders in windows of so many samples, 0 for one order, instead.
         plot: A PNG, SVG or PDF file for the picture.
-        save: Add rows to `results/plan.csv`.
+        save: Add rows to `results/plan.csv`, or of windows to `results/windows.csv`.
     """
 
     samples: int = 665_298
@@ -69,6 +79,7 @@ class PlanConfig:
     max_shapes: int = 16
     rounds: int = 7
     dataset: str = ""
+    order_windows: tuple[int, ...] = ()
     plot: str = ""
     save: bool = True
 
@@ -83,6 +94,11 @@ def main(argv: Sequence[str]) -> int:
     config = parse(PlanConfig, argv, "The plan of an epoch: its time, its padding, its waiting.")
     head = provenance(("numpy",), "plan", argv)
     samples = _of_dataset(config.dataset) if config.dataset else drawn(config.samples)
+    if config.order_windows:
+        rows = [windowed(config, samples, window) for window in config.order_windows]
+        title = f"{samples.tokens.size:,} samples, global batches of {rows[0]['global_batch']}"
+        publish("windows", head, rows, WINDOWED, title=title, save=config.save)
+        return 0
     rows = measure(config, samples)
     columns = ("order", "s", "share", "pad %", "bucket", "wait %", "shapes", "/llava", "/none")
     digits = {
@@ -117,6 +133,79 @@ def measure(config: PlanConfig, samples: Samples) -> list[dict[str, Any]]:
         name: waste(order(samples, config.shape), samples, config) for name, order in ORDERS.items()
     }
     return [_row(name, spread, costs, config, samples) for name, spread in spreads.items()]
+
+
+WINDOWED = {
+    "order": "policy", "MB": "peak_megabytes", "start s": "start_seconds",
+    "resume s": "resume_seconds", "pad %": "padded_percent", "same shard %": "same_shard_percent",
+    "apart %": "neighbours_percent", "source sd %": "source_spread_percent",
+}  # fmt: skip
+
+
+def windowed(config: PlanConfig, samples: Samples, window: int) -> dict[str, Any]:
+    """An order in windows: its memory and time for a rank, its padding and its mixing.
+
+    Seconds are of a processor: until the first step's batch, and until that of the step in the
+    middle of a run that resumes there. `same_shard_percent`: of the pairs of samples in a global
+    batch, those of one shard. `neighbours_percent`: how far apart in the epoch samples come that
+    are neighbours in the dataset, of what a permutation of all gives. `source_spread_percent`:
+    standard deviation, over global batches, of a source's share in them.
+    """
+    size = config.shape.global_batch_size
+    images = samples.has_image.astype(np.int64)
+    count = samples.tokens.size
+
+    def batch(step: float) -> EpochPlan | WindowedPlan:
+        settings: dict[str, Any] = {
+            "global_batch_size": size, "seed": 0, "epoch": 0, "sampler": "grouped",
+        }  # fmt: skip
+        if window:
+            blocks = np.append(np.arange(0, count, BLOCK), count)
+            plan = plan_windows(samples.tokens, images, blocks, order_window=window, **settings)
+        else:
+            plan = plan_epoch(samples.tokens, samples.has_image, **settings)
+        plan.global_batch(int(step * (plan.num_steps - 1)))
+        return plan
+
+    start, _ = clock(lambda: batch(0.0))
+    resume, _ = clock(lambda: batch(0.5))
+    tracemalloc.start()
+    plan = batch(0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    batches = np.stack([plan.global_batch(step) for step in range(plan.num_steps)])
+    tokens = np.where(batches >= 0, samples.tokens[batches], 0)
+    held = int(tokens.max(axis=1).sum()) * size
+    return {
+        "policy": f"windowed {window:,}" if window else "one order", "samples": count,
+        "global_batch": size, "steps": plan.num_steps,
+        "windows": plan.num_windows if isinstance(plan, WindowedPlan) else 1,
+        "peak_megabytes": round(peak / 1e6, 1), "start_seconds": round(start.cpu, 2),
+        "resume_seconds": round(resume.cpu, 2),
+        "padded_percent": round(100 * (1 - int(tokens.sum()) / held), 2),
+        **{name: round(100 * value, 4) for name, value in mixing(batches, count).items()},
+    }  # fmt: skip
+
+
+def mixing(batches: NDArray[np.int64], count: int) -> dict[str, float]:
+    """How well global batches [steps, G] of all `count` samples mix; see `windowed`."""
+    places = np.empty(count, np.int64)
+    filled = batches >= 0
+    places[batches[filled]] = np.flatnonzero(filled)
+    shards = np.where(filled, batches // BLOCK, -1 - np.arange(batches.shape[1]))
+    shards.sort(axis=1)
+    same, run = 0, np.zeros(len(batches), np.int64)
+    for column in range(1, batches.shape[1]):  # a shard's k-th sample in a batch makes k pairs
+        run = np.where(shards[:, column] == shards[:, column - 1], run + 1, 0)
+        same += int(run.sum())
+    held = filled.sum(axis=1)
+    sources = np.where(filled, batches * SOURCES // count, -1)
+    spreads = [float(((sources == one).sum(axis=1) / held).std()) for one in range(SOURCES)]
+    return {
+        "same_shard_percent": same / int((held * (held - 1) // 2).sum()),
+        "neighbours_percent": float(np.abs(np.diff(places)).mean()) / (count / 3),
+        "source_spread_percent": float(np.mean(spreads)),
+    }
 
 
 def _short(value: float | str, digits: int) -> float | str:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.data.batches.sampler import longest_rows, plan_epoch
+from lapilli.data.batches.micro_batches import longest_rows
+from lapilli.data.batches.sampler import plan_epoch
 from lapilli.data.batches.tree_plan import TreeLimits, TreePlan, micro_sums, plan_trees
 from pipelines.benchmarks.harness import add_row, provenance, table
 from pipelines.benchmarks.planning import IMAGE_TOKENS, TEMPLATE_TOKENS, drawn

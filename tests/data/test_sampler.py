@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from lapilli.data.batches.collate import choose_buckets
 from lapilli.data.batches.llava_sampler import llava_order
-from lapilli.data.batches.sampler import EpochPlan, assign, longest_rows, plan_epoch
+from lapilli.data.batches.micro_batches import longest_rows
+from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
 from lapilli.data.errors import DataError
 from tests.tracing import lines_run
 

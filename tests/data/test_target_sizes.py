@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.data.batches.collate import choose_target_sizes
-from lapilli.data.batches.sampler import assign, plan_epoch, trained_counts
+from lapilli.data.batches.micro_batches import trained_counts
+from lapilli.data.batches.sampler import assign, plan_epoch
 from tests.data.test_sampler import datasets, filled, mixture
 
 

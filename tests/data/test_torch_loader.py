@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lapilli.data import DataError, Dataset, open_dataset, torch_loader
+from lapilli.data.batches.windows import WindowedPlan
 from lapilli.train.config import RunConfig
 from lapilli.train.steps.feed import Feed
 from tests.train.small_run import VIEW, small_dataset, small_run
@@ -102,3 +103,27 @@ def test_sizes_that_do_not_fit_are_one_line(
 ) -> None:
     with pytest.raises(DataError, match=words):
         torch_loader(dataset, **dict[str, Any]({"global_batch_size": 4} | values))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_windows_are_the_trainers_too_and_hold_every_sample(dataset: Dataset, world: int) -> None:
+    settings: dict[str, Any] = {"sampler": "random", "order_window": 9}
+    config: RunConfig = small_run(dataset.path, Path("run"), num_workers=world, **settings)
+    config = replace(config, micro_batch_size=2, global_batch_size=4)
+    names = ("input_ids", "merge_index")
+    for rank in range(world):
+        loader = torch_loader(
+            dataset, global_batch_size=4, micro_batch_size=2, rank=rank, world_size=world,
+            **settings,
+        )  # fmt: skip
+        feed = Feed(dataset, config, rank=rank, world_size=world)
+        steps = feed.total_steps // config.epochs
+        batches = [batch for step in range(steps) for batch in feed.make(step).batches]
+        for one, other in zip(loader, batches, strict=True):
+            assert rows_of(one) == rows_of(
+                {name: torch.from_numpy(getattr(other, name)) for name in names}
+            )
+    plan = Feed(dataset, config, rank=0, world_size=world).plans.first
+    assert isinstance(plan, WindowedPlan)
+    seen = np.concatenate([plan.global_batch(step) for step in range(plan.num_steps)])
+    assert sorted(seen[seen >= 0].tolist()) == list(range(len(dataset)))

@@ -145,6 +145,33 @@ def test_plan_adds_a_row_for_each_order(tmp_path: Path, results: Path) -> None:
     assert main(["plan", f"--dataset={tmp_path / 'built'}", *flags]) == 0
 
 
+def test_plan_adds_a_row_for_each_window(results: Path) -> None:
+    flags = ["--samples=60000", "--ranks=2", "--micro_batch_size=8"]
+    assert main(["plan", *flags, "--order_windows=[0, 17000]"]) == 0
+    one, windows = rows_of(results, "windows")
+    assert (one["policy"], windows["policy"]) == ("one order", "windowed 17,000")
+    assert (one["windows"], windows["windows"]) == ("1", "4")
+    assert one["steps"] == windows["steps"]
+    assert float(windows["peak_megabytes"]) < float(one["peak_megabytes"])
+    assert float(windows["same_shard_percent"]) > float(one["same_shard_percent"])
+
+
+def test_mixing_is_that_of_the_pairs_and_places() -> None:
+    together = np.arange(40_000).reshape(-1, 10)
+    found = planning.mixing(together, 40_000)
+    block = planning.BLOCK
+    apart = [batch[0] // block != batch[-1] // block for batch in together.tolist()]
+    assert found["same_shard_percent"] > 1 - sum(apart) / len(apart)
+    assert found["neighbours_percent"] == pytest.approx(3 / 40_000)
+    assert found["source_spread_percent"] == pytest.approx(0.3)  # all of a source, or nothing
+    mixed = np.random.default_rng(0).permutation(40_000).reshape(-1, 10)
+    found = planning.mixing(mixed, 40_000)
+    sizes = np.diff([0, 8192, 16384, 24576, 32768, 40_000]) / 40_000
+    assert found["same_shard_percent"] == pytest.approx(float((sizes**2).sum()), rel=0.05)
+    assert found["neighbours_percent"] == pytest.approx(1, rel=0.02)
+    assert found["source_spread_percent"] == pytest.approx((0.09 / 10) ** 0.5, rel=0.02)
+
+
 def test_prismatics_batches_are_dealt_as_its_code_deals_them() -> None:
     shape = Shape(ranks=2, micro_batch_size=2, accumulation=2)
     draw = np.random.default_rng(5)

@@ -12,6 +12,7 @@ import torch
 
 from lapilli.data.batches.collate import Batch
 from lapilli.data.batches.llava_sampler import llava_steps
+from lapilli.data.batches.windows import WindowedPlan
 from lapilli.data.dataset.dataset import Dataset, open_dataset
 from lapilli.data.errors import DataError
 from lapilli.model.parts.trainable import set_modes
@@ -281,3 +282,30 @@ def test_a_mock_feed_has_the_shapes_of_the_middle(dataset: Dataset) -> None:
     middle = feed.make(feed.total_steps // 2)
     assert {host_bytes(step) for step in steps} == {host_bytes(middle)}
     assert host_bytes(middle) > sum(batch.pixels.nbytes for batch in middle.batches) > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sampler": "llava"}, "order_window: 100 with sampler llava, whose order is one of the"),
+        ({"share_images": True, "pack": True}, "order_window: 100 with share_images and pack, "),
+        ({"order_window": -1}, "order_window: -1; expected 0 or more"),
+    ],
+)
+def test_a_window_where_the_order_is_one_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        config_for(1, **{"order_window": 100, **changed})
+
+
+def test_windows_give_the_same_global_batches_to_any_number_of_workers(dataset: Dataset) -> None:
+    alone, one_of_two = (
+        Feed(dataset, config_for(workers, order_window=7), rank=0, world_size=workers)
+        for workers in (1, 2)
+    )
+    assert isinstance(alone.plans.first, WindowedPlan)
+    steps = alone.total_steps // alone.config.epochs
+    seen = [alone.make(step).sample_indices for step in range(steps)]
+    for step in reversed(range(steps)):  # from the end: nothing is replayed
+        np.testing.assert_array_equal(one_of_two.make(step).sample_indices, seen[step])
+    ids = np.concatenate(seen)
+    assert sorted(ids[ids >= 0].tolist()) == list(range(len(dataset)))

@@ -115,6 +115,8 @@ class RunConfig:
         sampler: Order of an epoch (`lapilli.data.batches.sampler`). `llava` is that of LLaVA's
             trainer, in which the micro-batches are part of the order; the learning rate then
             starts at 0 too.
+        order_window: Samples of the windows in which an epoch is ordered; 0 for one order, `auto`
+            for one up to 10 million samples, else windows of 4 million.
         group_by_modality_length: LLaVA's flag, for sampler `llava`, where true is the default.
         llava_processes: For sampler `llava`, the processes of the LLaVA run that is reproduced; 0
             for `num_workers`. Set it to resume with other workers.
@@ -126,7 +128,7 @@ class RunConfig:
             is computed once, and none sees another. The order is then drawn over images, and an
             epoch's last global batches are `short`.
         pack: Fill rows of `row_length` tokens with samples that do not see each other.
-        row_length: Longest row that holds several samples, in tokens; 0 for `max_length`.
+        row_length: Longest row of several samples, in tokens; 0 for `max_length`.
         max_branches: Most samples that share an image in a row.
         loss_reduction: `token_mean`, over all trained tokens of the global batch, or
             `micro_batch_mean`, over the means of its micro-batches, as LLaVA's trainer does. With
@@ -134,8 +136,8 @@ class RunConfig:
         seed: Seed of the order and of all randomness in the model.
         zero_stage: DeepSpeed's ZeRO stage.
         memory: GiB that a worker may use on its device. As many layers are recomputed in backward
-            as that takes; where it is not enough, their inputs are kept in host memory. `auto` is
-            90 % of a GPU's, on a CPU unlimited.
+            as that takes; where it is not enough, their inputs go to host memory. `auto` is 90 % of
+            a GPU's memory, on a CPU unlimited.
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
             is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
@@ -173,6 +175,7 @@ class RunConfig:
     max_length: int = 2048
     truncate: bool | None = None
     sampler: Literal["grouped", "random", "llava"] = "grouped"
+    order_window: Literal["auto"] | int = "auto"
     group_by_modality_length: bool | None = None
     llava_processes: int = 0
     remainder: Literal["auto", "pad", "short", "drop", "llava"] = "auto"
@@ -349,6 +352,15 @@ def _check_communication(config: RunConfig) -> None:
 
 def _check_order(config: RunConfig) -> None:
     """LLaVA's flags go with its order, and its processes cut the global batch."""
+    if config.order_window != "auto":
+        check_numbers("", config, (), ("order_window",))
+        whole = [name for name in ("share_images", "pack") if getattr(config, name)]
+        whole += ["sampler llava"] if config.sampler == "llava" else []
+        if config.order_window and whole:
+            raise TrainError(
+                f"order_window: {config.order_window} with {' and '.join(whole)}, whose order is "
+                "one of the whole epoch; set order_window 0, or leave it out"
+            )
     grouping = config.group_by_modality_length
     if config.sampler != "llava":
         if config.llava_processes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lapilli.data.batches.micro_batches import largest_sum
 from lapilli.data.batches.tree_rows import Row, RowTokens, lay_out
 from lapilli.data.dataset.dataset import Sample
 from lapilli.data.errors import DataError
@@ -256,7 +257,7 @@ def static_shape(
         num_images: [n], images of each sample.
         num_trained: [n], trained tokens of each.
     """
-    images, trained = (int(np.sort(of)[-rows:].sum()) for of in (num_images, num_trained))
+    images, trained = (largest_sum(of, rows) for of in (num_images, num_trained))
     return BatchShape(
         rows=rows,
         buckets=(length,),

@@ -13,7 +13,7 @@ global batch), b slots of a micro-batch (G = W x b).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from lapilli.data.batches.llava_sampler import EMPTY, llava_steps
 from lapilli.data.errors import DataError
 
-__all__ = ["EpochPlan", "Remainder", "Sampler", "assign", "longest_rows", "plan_epoch"]
+__all__ = ["EpochPlan", "Remainder", "Sampler", "Steps", "assign", "plan_epoch"]
 
 Sampler = Literal["grouped", "random", "llava"]
 Remainder = Literal["auto", "pad", "short", "drop", "llava"]
@@ -37,6 +37,29 @@ DEFAULT_WINDOW = 64
 
 # A small dataset is sorted in smaller windows: its batches must differ from epoch to epoch.
 LEAST_WINDOWS = 8
+
+
+class Steps(Protocol):
+    """The global batches of an epoch, by number: `EpochPlan`, or one made window by window."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of global batches."""
+        ...
+
+    @property
+    def whole(self) -> int | None:
+        """Slots of a global batch that is not cut short."""
+        ...
+
+    @property
+    def fixed_micro_batch(self) -> int | None:
+        """Slots of the micro-batches that a batch consists of, where they are fixed."""
+        ...
+
+    def global_batch(self, step: int) -> Ids:
+        """Slots of one global batch."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +145,10 @@ def plan_epoch(
         DataError: an argument that allows no plan.
     """
     counts, kinds = _checked_samples(np.asarray(lengths), np.asarray(modalities), global_batch_size)
-    _check_at_least("seed", seed, 0)
-    _check_at_least("epoch", epoch, 0)
+    check_at_least("seed", seed, 0)
+    check_at_least("epoch", epoch, 0)
     _check_sampler(sampler, window, llava_micro_batch, llava_processes, global_batch_size)
-    remainder = _checked_remainder(remainder, sampler)
+    remainder = checked_remainder(remainder, sampler)
     if llava_micro_batch is not None:
         accumulation = global_batch_size // (llava_micro_batch * llava_processes)
         batches = llava_steps(
@@ -137,7 +160,7 @@ def plan_epoch(
         batches = _own_batches(counts, kinds, sampler, global_batch_size, window, seed, epoch)
     if remainder != "llava":
         _assert_each_sample_once(batches, kinds.size)
-    return _cut_off(batches, remainder, llava_micro_batch)
+    return cut_off(batches, remainder, llava_micro_batch)
 
 
 def _own_batches(
@@ -152,13 +175,15 @@ def _own_batches(
     """Global batches [steps, G] of sampler `grouped` or `random`."""
     bits = random_bits(seed, epoch)
     if sampler == "random":
-        return _filled_batches(permutation(kinds.size, bits), global_batch_size)
-    if window is None:
-        window = max(1, min(DEFAULT_WINDOW, kinds.size // (global_batch_size * LEAST_WINDOWS)))
-    return _grouped(lengths, kinds, global_batch_size, window, bits)
+        return filled_batches(permutation(kinds.size, bits), global_batch_size)
+    drawn: list[Ids] = []
+    for kind in np.unique(kinds):
+        ids = np.flatnonzero(kinds == kind)
+        drawn.append(ids[permutation(ids.size, bits)])
+    return grouped_batches(drawn, lengths, global_batch_size, window, bits)
 
 
-def _checked_remainder(remainder: Remainder, sampler: Sampler) -> Remainder:
+def checked_remainder(remainder: Remainder, sampler: Sampler) -> Remainder:
     """Resolve `auto`; reject names that the sampler does not take."""
     if remainder not in get_args(Remainder):
         raise DataError(
@@ -174,7 +199,7 @@ def _checked_remainder(remainder: Remainder, sampler: Sampler) -> Remainder:
     return remainder
 
 
-def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) -> EpochPlan:
+def cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) -> EpochPlan:
     """A plan of batches [steps, G] with its incomplete ones treated as `remainder` says."""
     if remainder == "drop":
         batches = batches[(batches != EMPTY).all(axis=1)]
@@ -193,7 +218,7 @@ def _cut_off(batches: Ids, remainder: Remainder, llava_micro_batch: int | None) 
 
 
 def assign(
-    plan: EpochPlan, step: int, lengths: ArrayLike, *, world_size: int, micro_batch_size: int
+    plan: Steps, step: int, lengths: ArrayLike, *, world_size: int, micro_batch_size: int
 ) -> list[list[Ids]]:
     """Share one global batch among the ranks.
 
@@ -228,70 +253,12 @@ def assign(
     return [list(chunks[:, rank]) for rank in range(world_size)]
 
 
-def micro_batches(plan: EpochPlan, lengths: ArrayLike, *, micro_batch_size: int) -> Ids:
-    """The micro-batches of an epoch, whatever the number of ranks.
-
-    Args:
-        plan: of the epoch; its batches that are cut short are not looked at.
-        lengths: int [n], the lengths the plan was made of.
-        micro_batch_size: slots of one rank's micro-batch.
-
-    Returns:
-        int64 [m, micro_batch_size] sample indices, -1 = empty slot. Where a global batch has empty
-        slots, `assign` spreads them and here they are together.
-    """
-    sizes = np.diff(plan.offsets)
-    whole = plan.order[np.repeat(sizes == plan.whole, sizes)].reshape(-1, plan.whole or 1)
-    if plan.fixed_micro_batch is None:
-        tokens = np.where(whole == EMPTY, 0, np.asarray(lengths)[whole])
-        order = np.argsort(-tokens, axis=1, kind="stable")
-        whole = np.take_along_axis(whole, order, axis=1)
-    return whole.reshape(-1, micro_batch_size)
-
-
-def longest_rows(
-    plan: EpochPlan, lengths: ArrayLike, has_images: ArrayLike, *, micro_batch_size: int
-) -> tuple[Ids, Ids]:
-    """What the micro-batches of an epoch must be padded to, for any number of ranks.
-
-    Args:
-        plan: of the epoch; its batches that are cut short are not looked at.
-        lengths: int [n], tokens of the samples.
-        has_images: bool [n].
-        micro_batch_size: slots of one rank's micro-batch.
-
-    Returns:
-        The longest sample of each micro-batch that has images, and of each that has none.
-    """
-    micros = micro_batches(plan, lengths, micro_batch_size=micro_batch_size)
-    longest = np.where(micros == EMPTY, 0, np.asarray(lengths)[micros]).max(axis=1)
-    with_images = ((micros != EMPTY) & np.asarray(has_images)[micros]).any(axis=1)
-    return longest[with_images], longest[~with_images & (longest > 0)]
-
-
-def trained_counts(
-    plan: EpochPlan, lengths: ArrayLike, num_trained: ArrayLike, *, micro_batch_size: int
-) -> Ids:
-    """Trained tokens of each micro-batch of an epoch, for any number of ranks.
-
-    Args:
-        plan: of the epoch; its batches that are cut short are not looked at.
-        lengths: int [n], the lengths the plan was made of.
-        num_trained: int [n], trained tokens of the samples.
-        micro_batch_size: slots of one rank's micro-batch.
-
-    Returns:
-        int64 [m]. Exact but for global batches with empty slots (`micro_batches`).
-    """
-    micros = micro_batches(plan, lengths, micro_batch_size=micro_batch_size)
-    return np.where(micros == EMPTY, 0, np.asarray(num_trained)[micros]).sum(axis=1)
-
-
 # ---- grouped and random ------------------------------------------------------------------------
 
 
-def random_bits(seed: int, epoch: int) -> np.random.PCG64:
-    return np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+def random_bits(seed: int, epoch: int, *part: int) -> np.random.PCG64:
+    """The stream of an epoch, or of a part of it; a part's numbers are at least 1."""
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch, *part]))
 
 
 def permutation(count: int, bits: np.random.PCG64) -> Ids:
@@ -304,29 +271,39 @@ def permutation(count: int, bits: np.random.PCG64) -> Ids:
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64, copy=False)
 
 
-def _filled_batches(ids: Ids, global_batch_size: int) -> Ids:
+def filled_batches(ids: Ids, global_batch_size: int) -> Ids:
     """Cut [m] ids into [ceil(m / G), G], the rest of the last batch empty."""
     batches = np.full((-(-ids.size // global_batch_size), global_batch_size), EMPTY, dtype=np.int64)
     batches.reshape(-1)[: ids.size] = ids
     return batches
 
 
-def _grouped(
-    lengths: Ids, kinds: IntArray, global_batch_size: int, window: int, bits: np.random.PCG64
+def grouped_batches(
+    drawn: list[Ids],
+    lengths: IntArray,
+    global_batch_size: int,
+    window: int | None,
+    bits: np.random.PCG64,
 ) -> Ids:
-    """Global batches [steps, G] of one modality and similar lengths, the longest sample first."""
-    of_each_kind: list[Ids] = []
-    for kind in np.unique(kinds):
-        ids = np.flatnonzero(kinds == kind)
-        ids = ids[permutation(ids.size, bits)]
-        ids = ids[_sorted_in_windows(lengths[ids], global_batch_size, window)]
-        of_each_kind.append(_filled_batches(ids, global_batch_size))
+    """Global batches [steps, G] of one modality and similar lengths, the longest sample first.
+
+    `drawn` holds the ids of each modality, in the order in which they were drawn.
+    """
+    if window is None:
+        count = sum(ids.size for ids in drawn)
+        window = max(1, min(DEFAULT_WINDOW, count // (global_batch_size * LEAST_WINDOWS)))
+    of_each_kind = [
+        filled_batches(
+            ids[_sorted_in_windows(lengths[ids], global_batch_size, window)], global_batch_size
+        )
+        for ids in drawn
+    ]
     batches = np.concatenate(of_each_kind)
     batches = batches[permutation(len(batches), bits)]
     return _longest_first(batches, lengths)
 
 
-def _sorted_in_windows(lengths: Ids, global_batch_size: int, window: int) -> Ids:
+def _sorted_in_windows(lengths: IntArray, global_batch_size: int, window: int) -> Ids:
     """Positions [m] that sort [m] lengths, longest first, within windows of global batches.
 
     The windows are made equally large (65 batches are 33 + 32 and not 64 + 1, where the last would
@@ -340,7 +317,7 @@ def _sorted_in_windows(lengths: Ids, global_batch_size: int, window: int) -> Ids
     return np.argsort(window_of * (longest + 1) + (longest - lengths), kind="stable")
 
 
-def _longest_first(batches: Ids, lengths: Ids) -> Ids:
+def _longest_first(batches: Ids, lengths: IntArray) -> Ids:
     """Swap the batch [G] of the longest sample to the front; the one with most tokens on a tie.
 
     A micro-batch is padded to its longest sample, so that sample decides how much memory is needed.
@@ -376,8 +353,8 @@ def balanced_chunks(batch: Ids, lengths: IntArray, world_size: int, micro_batch_
 def _check_geometry(
     global_batch_size: int, world_size: int, micro_batch_size: int, fixed_micro_batch: int | None
 ) -> None:
-    _check_at_least("world_size", world_size, 1)
-    _check_at_least("micro_batch_size", micro_batch_size, 1)
+    check_at_least("world_size", world_size, 1)
+    check_at_least("micro_batch_size", micro_batch_size, 1)
     if fixed_micro_batch not in (None, micro_batch_size):
         raise DataError(
             f"micro_batch_size is {micro_batch_size}, but the plan's sampler 'llava' has "
@@ -401,7 +378,7 @@ def _check_geometry(
 # ---- checks ------------------------------------------------------------------------------------
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise DataError(f"{name} is {value}; it must be at least {least}")
 
@@ -410,7 +387,13 @@ def _checked_samples(
     lengths: NDArray[Any], modalities: NDArray[Any], global_batch_size: int
 ) -> tuple[Ids, IntArray]:
     """Both columns [n] as int64 and integers, or what is wrong with them."""
-    _check_at_least("global_batch_size", global_batch_size, 1)
+    check_samples(lengths, modalities, global_batch_size)
+    return lengths.astype(np.int64), modalities.astype(np.int64)
+
+
+def check_samples(lengths: NDArray[Any], modalities: NDArray[Any], global_batch_size: int) -> None:
+    """What is wrong with the columns [n] of which a plan is to be made; they are not copied."""
+    check_at_least("global_batch_size", global_batch_size, 1)
     for name, column, kinds in (("lengths", lengths, "iu"), ("modalities", modalities, "biu")):
         if column.ndim != 1 or column.dtype.kind not in kinds:
             raise DataError(
@@ -433,7 +416,6 @@ def _checked_samples(
             f"sample {first} has length {lengths[first]}; every length must be at least 1: "
             "quarantine the empty sample"
         )
-    return lengths.astype(np.int64), modalities.astype(np.int64)
 
 
 def _check_sampler(
@@ -446,7 +428,7 @@ def _check_sampler(
     """Afterwards `llava_micro_batch` is set under sampler `llava` and under no other."""
     if sampler not in get_args(Sampler):
         raise DataError(f"sampler is {sampler!r}; choose one of {', '.join(get_args(Sampler))}")
-    _check_at_least("window", 1 if window is None else window, 1)
+    check_at_least("window", 1 if window is None else window, 1)
     if sampler == "llava" and llava_micro_batch is None:
         raise DataError(
             "sampler 'llava' has no llava_micro_batch; its order depends on it: pass the samples "
@@ -459,8 +441,8 @@ def _check_sampler(
             f"llava_micro_batch is {llava_micro_batch} under sampler {sampler!r}; only 'llava' has "
             "micro-batches in its order: leave it out or choose sampler 'llava'"
         )
-    _check_at_least("llava_micro_batch", llava_micro_batch, 1)
-    _check_at_least("llava_processes", llava_processes, 1)
+    check_at_least("llava_micro_batch", llava_micro_batch, 1)
+    check_at_least("llava_processes", llava_processes, 1)
     micro_step = llava_micro_batch * llava_processes
     if global_batch_size % micro_step:
         above = -(-global_batch_size // micro_step) * micro_step

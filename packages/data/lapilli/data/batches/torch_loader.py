@@ -13,14 +13,11 @@ from lapilli.data.batches.collate import (
     collate,
     static_shape,
 )
-from lapilli.data.batches.sampler import (
-    EpochPlan,
-    assign,
-    longest_rows,
-    plan_epoch,
-    trained_counts,
-)
+from lapilli.data.batches.micro_batches import largest_sum, longest_rows, trained_counts
+from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.batches.windows import OrderWindow, WindowedPlan, plan_windows, window_size
 from lapilli.data.dataset.dataset import Dataset
+from lapilli.data.dataset.sample_shards import sample_blocks
 from lapilli.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,12 +40,14 @@ class MicroBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, plan: EpochPlan, rows: int, max_shapes: int, rank: int, world: int
-    ) -> None:
+        self, dataset: Dataset, plan: EpochPlan | WindowedPlan, rows: int, max_shapes: int,
+        rank: int, world: int,
+    ) -> None:  # fmt: skip
         self._dataset, self._plan, self._rows = dataset, plan, rows
         self._rank, self._world = rank, world
         self.accumulation = len(self._ranks(0)[rank])
-        self._shape = _shape(dataset, plan, rows, max_shapes)
+        first = plan.first_window if isinstance(plan, WindowedPlan) else plan
+        self._shape = _shape(dataset, first, rows, max_shapes)
 
     def _ranks(self, step: int) -> list[list[Any]]:
         lengths = self._dataset.lengths
@@ -87,6 +86,7 @@ def torch_loader(
     epoch: int = 0,
     seed: int = 42,
     sampler: Literal["grouped", "random"] = "grouped",
+    order_window: OrderWindow = "auto",
     max_shapes: int = 16,
     num_workers: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
@@ -106,6 +106,7 @@ def torch_loader(
         epoch: Decides the order with `seed`; make a loader for each epoch.
         seed: As of `plan_epoch`.
         sampler: As of `plan_epoch`; `llava` needs the trainer.
+        order_window: As of `window_size`: samples of the windows in which an epoch is ordered.
         max_shapes: Most different pairs of S and images or none, and of P. With 1 all
             micro-batches have one shape, with pixels, also those without an image.
         num_workers: Processes of the `DataLoader` that read ahead; 0 reads in this one.
@@ -118,27 +119,34 @@ def torch_loader(
     if not 0 <= rank < world_size:
         raise DataError(f"rank: {rank} with world_size {world_size}; expected 0 to world_size - 1")
     rows = micro_batch_size or max(1, global_batch_size // world_size)
-    plan = plan_epoch(
-        dataset.lengths, dataset.has_images,
-        global_batch_size=global_batch_size, seed=seed, epoch=epoch, sampler=sampler,
-    )  # fmt: skip
+    window = window_size(order_window, len(dataset))
+    if window:
+        plan = plan_windows(
+            dataset.lengths, dataset.num_images, sample_blocks(dataset), order_window=window,
+            global_batch_size=global_batch_size, seed=seed, epoch=epoch, sampler=sampler,
+        )  # fmt: skip
+    else:
+        plan = plan_epoch(
+            dataset.lengths, dataset.has_images,
+            global_batch_size=global_batch_size, seed=seed, epoch=epoch, sampler=sampler,
+        )  # fmt: skip
     micros: Any = MicroBatches(dataset, plan, rows, max_shapes, rank, world_size)
     return DataLoader(micros, batch_size=None, shuffle=False, num_workers=num_workers)
 
 
 def _shape(dataset: Dataset, plan: EpochPlan, rows: int, max_shapes: int) -> BatchShape:
-    """Few shapes that hold every micro-batch of the plan."""
+    """Few shapes that hold every micro-batch of the plan, and of later windows."""
     lengths = dataset.lengths
     if max_shapes == 1:
         length = -(-int(lengths.max()) // 8) * 8
         numbers = dataset.num_images, dataset.num_trained
         return static_shape(rows, length, dataset.image_tokens, *numbers)
-    longest = longest_rows(plan, lengths, dataset.has_images, micro_batch_size=rows)
+    longest = longest_rows(plan, lengths, dataset.num_images, micro_batch_size=rows)
     # beside another rank's images a micro-batch without any has one, and the longest row fits
     images, text = (np.append(one, lengths.max()) if one.size else one for one in longest)
     buckets, text_buckets = choose_buckets(images, text, count=max_shapes)
     counts = trained_counts(plan, lengths, dataset.num_trained, micro_batch_size=rows)
-    counts = np.append(counts, np.sort(dataset.num_trained)[-rows:].sum())
+    counts = np.append(counts, largest_sum(dataset.num_trained, rows))
     return BatchShape(
         rows=rows,
         buckets=buckets or text_buckets,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lapilli.data.dataset.columns import Columns, check_columns, columns_of
 from lapilli.data.dataset.shard_cache import Mirror, open_mirror
 from lapilli.data.dataset.tokenizer_copy import TOKENIZER, check_copy_files, open_copy
 from lapilli.data.errors import DataError
@@ -20,6 +21,7 @@ from lapilli.data.images.encodings import ORIGINAL, decode_pixels
 from lapilli.data.io.access import cannot_read, is_denied
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.filesystems import is_remote
+from lapilli.data.io.local_copy import cache_root
 from lapilli.data.shards.checks import only_chunk, open_selection, open_tokens
 from lapilli.data.shards.files import open_table
 from lapilli.data.shards.manifest import Manifest, ViewFacts, read_manifest
@@ -38,6 +40,8 @@ __all__ = [
 # Linux lets a process map 65,530 areas (vm.max_map_count); 665K images at 336 px are 4,300 shards
 # of 64 MB. A map that is forgotten is made again in 0.2 ms.
 MOST_MAPS = 30_000
+AT_ONCE = 1 << 16  # rows of the selection that are worked on at once
+COLUMNS = 1  # of the files that columns lie in: raised where they come to hold something else
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Dataset:
     @cached_property
     def llava_lengths(self) -> NDArray[np.int64]:
         """int64 [len], words as LLaVA's sampler counts them."""
-        return _column(self._selected, "llava_length")[self.rows]
+        return _column(self._selected(("llava_length",)), "llava_length")[self.rows]
 
     @property
     def image_size(self) -> int:
@@ -130,15 +134,14 @@ class Dataset:
         """The view's facts."""
         return self.manifest.views[self.view]
 
-    @cached_property
-    def _selected(self) -> pa.Table:
-        return _selection(self.path, self.manifest, self.view, self.mirror)
+    def _selected(self, columns: Sequence[str]) -> pa.Table:
+        return _selection(self.path, self.manifest, self.view, self.mirror, columns)
 
     @cached_property
     def places(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Column]:
         """Token shard, token row and image slots of each row of the selection."""
-        table = self._selected
-        shard, row = (table[name].to_numpy() for name in ("token_shard", "token_row"))
+        table = self._selected(("token_shard", "token_row", "image_slots"))
+        shard, row = (only_chunk(table, name).to_numpy() for name in ("token_shard", "token_row"))
         return shard, row, _lists(table, "image_slots")
 
     @cached_property
@@ -258,40 +261,25 @@ class Dataset:
                 "another --output, or get the dataset again"
             )
 
-    def cut(self, most: int) -> Dataset:
-        """The same samples, each of at most `most` tokens with its images' tokens.
+    def cut(self, piece: Columns, most: int) -> Columns:
+        """The samples of a piece, each of at most `most` tokens with its images' tokens.
 
         Text behind the limit is cut off, as LLaVA's model does it once an image's rows are in. A
         sample whose image would be cut is left out and counted in `too_long`.
-
-        Raises:
-            DataError: Nothing is left.
         """
         shards, places, _ = self.places
-        num_trained, fits = self.num_trained.copy(), np.ones(len(self), np.bool_)
-        long = np.flatnonzero(self.lengths > most)
+        num_trained, fits = piece.num_trained.copy(), np.ones(len(piece.rows), np.bool_)
+        long = np.flatnonzero(piece.lengths > most)
         for index in long:
-            selected = int(self.rows[index])
+            selected = int(piece.rows[index])
             _, input_ids, label_spans = self.token_columns(int(shards[selected]))
             ids = _at(input_ids, int(places[selected]))
-            kept = len(ids) - int(self.lengths[index]) + most
+            kept = len(ids) - int(piece.lengths[index]) + most
             fits[index] = kept > np.flatnonzero(ids < 0).max(initial=0)
             spans = _clipped(_at(label_spans, int(places[selected])).reshape(-1, 2), kept)
             num_trained[index] = (spans[:, 1] - spans[:, 0]).sum()
-        if not fits.any():
-            raise DataError(
-                f"max_length: {most} tokens cut the image of every sample of {self.path}; raise it"
-            )
-        return replace(
-            self,
-            rows=self.rows[fits],
-            lengths=np.minimum(self.lengths, most)[fits],
-            num_trained=num_trained[fits],
-            num_images=self.num_images[fits],
-            too_long=self.too_long + int((~fits).sum()),
-            cut_at=most,
-            num_cut=int(fits[long].sum()),
-        )
+        lengths = np.minimum(piece.lengths, most)
+        return replace(piece, lengths=lengths, num_trained=num_trained).only(fits, long)
 
     def _pixels(self, slot: int) -> NDArray[np.uint8]:
         """One image as a view into the memory map: uint8 [size, size, 3]."""
@@ -356,7 +344,7 @@ def open_dataset(
         view: Name of the view the tower reads.
         image_tokens: Tokens an image takes in the sequence, e.g. 576 for CLIP-L/14 at 336 px.
         max_length: Longest sequence, in tokens; a longer sample is left out and counted.
-        truncate: Cut a longer sample's text instead (`Dataset.cut`).
+        truncate: Cut a longer sample's text instead; one whose image would be cut is left out.
         split: `train` or `held_out`.
         cache: Folder of this node that an address's shards are copied to when they are first
             read, shared by its processes; left out, `$LAPILLI_CACHE`, else `~/.cache/lapilli`.
@@ -373,39 +361,77 @@ def open_dataset(
     _check_view(path, manifest, view)
     if image_tokens < 1:
         raise DataError(f"image_tokens: {image_tokens}; expected at least 1 token an image")
-    table = _check_files(path, manifest, view, mirror)
-    images = np.diff(_lists(table, "image_slots")[0])
-    lengths = _column(table, "text_length") + images * image_tokens
-    rows = _rows_of(table, split, path)
-    most = np.iinfo(np.int64).max if max_length is None or truncate else max_length
-    fits = lengths[rows] <= most
-    if not fits.any():
-        raise DataError(
-            f"max_length: {max_length} tokens; the shortest of {len(rows)} samples in {path} "
-            f"has {lengths[rows].min()}; raise it"
-        )
-    kept = rows[fits]
-    dataset = Dataset(
+    _check_files(path, manifest, view, mirror)
+    if split not in (TRAIN, HELD_OUT):
+        raise DataError(f"split: {split!r}; expected {TRAIN} or {HELD_OUT}")
+    none = np.zeros(0, np.int64)
+    bare = Dataset(
         path=path, manifest=manifest, view=view, image_tokens=image_tokens,
-        rows=kept,
-        lengths=lengths[kept],
-        num_trained=_column(table, "num_trained")[kept],
-        num_images=images[kept].astype(np.int64),
-        too_long=int((~fits).sum()),
+        rows=none, lengths=none, num_trained=none, num_images=none, too_long=0,
+        cut_at=max_length or 0 if truncate else 0,
         mirror=mirror,
     )  # fmt: skip
-    return dataset.cut(max_length) if truncate and max_length is not None else dataset
+    folder = (mirror.folder if mirror else cache_root(cache)) / "columns"
+    found = columns_of(
+        lambda: _pieces(bare, split, max_length), manifest.selection.rows, folder,
+        (COLUMNS, _version(bare), view, image_tokens, max_length, truncate, split),
+    )  # fmt: skip
+    check_columns(path, found, split, max_length, truncate=truncate)
+    return replace(
+        bare,
+        rows=found.rows,
+        lengths=found.lengths,
+        num_trained=found.num_trained,
+        num_images=found.num_images,
+        too_long=found.too_long,
+        num_cut=found.num_cut,
+    )
 
 
-def _check_files(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
-    """The selection's table, after checking the files that it refers to."""
+def _version(dataset: Dataset) -> object:
+    """What tells the selection, and what it points into, from another at the same place."""
+    facts, view = dataset.manifest.selection, dataset.facts
+    shards = (dataset.manifest.tokens, view.shards)
+    sizes = [(len(of), sum(one.rows for one in of)) for of in shards]
+    stamp = None
+    if dataset.mirror is None:  # a copy is compared with its SHA-256 as it comes
+        stat = (dataset.path / facts.path).stat()
+        stamp = stat.st_size, stat.st_mtime_ns
+    return facts.sha256, facts.rows, view.images_per_shard, sizes, stamp
+
+
+def _pieces(dataset: Dataset, split: str, max_length: int | None) -> Iterator[Columns]:
+    """The columns of an epoch of a split, in the order of the selection, a piece at a time."""
+    table = _selection(dataset.path, dataset.manifest, dataset.view, dataset.mirror)
+    offsets = _lists(table, "image_slots")[0]
+    for first in range(0, len(table), AT_ONCE):
+        piece = table.slice(first, AT_ONCE)
+        chosen = pc.call_function("equal", [only_chunk(piece, "split"), pa.scalar(split)])
+        times = chosen.cast(pa.int8()).to_numpy() * _column(piece, "repeats")
+        images = np.diff(offsets[first : first + len(piece) + 1]).astype(np.int64)
+        lengths = _column(piece, "text_length") + images * dataset.image_tokens
+        columns = Columns(
+            rows=np.repeat(np.arange(first, first + len(piece)), times),
+            lengths=np.repeat(lengths, times),
+            num_trained=np.repeat(_column(piece, "num_trained"), times),
+            num_images=np.repeat(images, times),
+        )
+        if dataset.cut_at:
+            yield dataset.cut(columns, dataset.cut_at)
+        elif max_length is not None:
+            yield columns.only(columns.lengths <= max_length)
+        else:
+            yield columns
+
+
+def _check_files(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> None:
+    """Every file that is read is there and whole, by its size."""
     shards = [*manifest.tokens, *manifest.views[view].shards]
     if mirror:
         mirror.check_sizes([*shards, manifest.selection])
     else:
         check_copy_files(path, manifest.tokenizer_files)
-        check_sizes(path, shards)
-    return _selection(path, manifest, view, mirror)
+        check_sizes(path, [*shards, manifest.selection])
 
 
 @contextmanager
@@ -415,9 +441,12 @@ def held_files(path: Path, mirror: Mirror | None, facts: ShardFacts) -> Generato
         yield folder
 
 
-def _selection(path: Path, manifest: Manifest, view: str, mirror: Mirror | None) -> pa.Table:
+def _selection(
+    path: Path, manifest: Manifest, view: str, mirror: Mirror | None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:  # fmt: skip
     with held_files(path, mirror, manifest.selection) as folder:
-        return open_selection(folder, manifest, view)
+        return open_selection(folder, manifest, view, columns)
 
 
 def _check_view(path: Path, manifest: Manifest, view: str) -> None:
@@ -434,20 +463,8 @@ def _check_view(path: Path, manifest: Manifest, view: str) -> None:
         )
 
 
-def _rows_of(table: pa.Table, split: str, path: Path) -> NDArray[np.int64]:
-    """The rows of an epoch of a split, in the order of the selection."""
-    if split not in (TRAIN, HELD_OUT):
-        raise DataError(f"split: {split!r}; expected {TRAIN} or {HELD_OUT}")
-    chosen = pc.call_function("equal", [table["split"], pa.scalar(split)]).to_numpy()
-    if not chosen.any():
-        raise DataError(
-            f"split: {path} holds nothing out; set `mixture.held_out` and preprocess again"
-        )
-    return np.repeat(np.arange(len(table)), np.where(chosen, _column(table, "repeats"), 0))
-
-
 def _column(table: pa.Table, name: str) -> NDArray[np.int64]:
-    return table[name].to_numpy().astype(np.int64)
+    return only_chunk(table, name).to_numpy().astype(np.int64)
 
 
 def check_sizes(path: Path, shards: Iterable[ShardFacts]) -> None:

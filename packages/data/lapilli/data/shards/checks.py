@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["only_chunk", "open_selection", "open_tokens"]
 
+AT_ONCE = 1 << 16  # rows
 MOST_REPEATS = 1000  # of a record in an epoch, on average: what bounds an epoch's arrays
 
 
@@ -34,20 +35,22 @@ def only_chunk(table: pa.Table, name: str) -> Any:
     return table[name].combine_chunks() if table[name].num_chunks != 1 else table[name].chunk(0)
 
 
-def open_selection(output: Output, manifest: Manifest, view: str = "") -> pa.Table:
+def open_selection(
+    output: Output, manifest: Manifest, view: str = "", columns: Sequence[str] | None = None
+) -> pa.Table:
     """A dataset's selection: every place in it is there.
 
     Args:
         output: The dataset, or the folder its files are copied to.
         manifest: Its facts.
         view: The view whose image slots are looked up; empty looks up none.
+        columns: Those to open and to check; None opens all.
 
     Raises:
         DataError: As `open_table`, or a place out of range.
     """
-    table = open_table(output, manifest.selection, SELECTION_SCHEMA)
-    problem = _selection_problem(table, manifest, view)
-    if problem:
+    table = open_table(output, manifest.selection, SELECTION_SCHEMA, columns)
+    if problem := _selection_problem(table, manifest, view):
         raise _damaged(output / manifest.selection.path, problem)
     return table
 
@@ -78,37 +81,60 @@ def _damaged(path: object, problem: str) -> DataError:
 
 
 def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
-    return only_chunk(table, name).to_numpy(zero_copy_only=False).astype(np.int64)
+    return only_chunk(table, name).to_numpy().astype(np.int64)
 
 
 def _selection_problem(table: pa.Table, manifest: Manifest, view: str) -> str:
-    shard, row = _numbers(table, "token_shard"), _numbers(table, "token_row")
-    if problem := _outside("token_shard", "token_row", shard, row, manifest.tokens):
-        return problem
+    """What is wrong with the columns that are there; empty for nothing."""
+    tokens = _rows(manifest.tokens)
+    images = _rows(manifest.views[view].shards) if view else tokens
+    per_shard = manifest.views[view].images_per_shard if view else 0
+    samples = 0
+    for first in range(0, len(table), AT_ONCE):
+        piece = table.slice(first, AT_ONCE)
+        if problem := _piece_problem(piece, tokens, images, per_shard):
+            return problem
+        if "repeats" in table.column_names:
+            samples += int(_numbers(piece, "repeats").sum())
+    if samples > MOST_REPEATS * len(table):
+        return f"an epoch of {samples:,} samples from {len(table):,} records"
+    return ""
+
+
+def _piece_problem(
+    piece: pa.Table, tokens: NDArray[np.int64], images: NDArray[np.int64], per_shard: int
+) -> str:
+    """Of some rows; token and image shards by their rows, the latter with 0 `per_shard` unseen."""
+    names = {*piece.column_names}
+    if {"token_shard", "token_row"} <= names:
+        shard, row = _numbers(piece, "token_shard"), _numbers(piece, "token_row")
+        if problem := _outside("token_shard", "token_row", shard, row, tokens):
+            return problem
     for name in ("text_length", "num_trained", "llava_length", "repeats"):
-        values = _numbers(table, name)
-        if len(values) and values.min() < 0:
+        if name in names and len(values := _numbers(piece, name)) and values.min() < 0:
             return f"{name} {values.min()}; expected 0 or more"
-    if (total := int(_numbers(table, "repeats").sum())) > MOST_REPEATS * len(table):
-        return f"an epoch of {total:,} samples from {len(table):,} records"
-    splits = {*pc.call_function("unique", [only_chunk(table, "split")]).to_pylist()}
-    if strange := sorted(splits - {TRAIN, HELD_OUT}):
-        return f"split {strange[0]!r}; expected {TRAIN} or {HELD_OUT}"
-    if not view:
+    if "split" in names:
+        splits = {*pc.call_function("unique", [only_chunk(piece, "split")]).to_pylist()}
+        if strange := sorted(splits - {TRAIN, HELD_OUT}):
+            return f"split {strange[0]!r}; expected {TRAIN} or {HELD_OUT}"
+    if not per_shard or "image_slots" not in names:
         return ""
-    slots = only_chunk(table, "image_slots").flatten().to_numpy().astype(np.int64)
+    slots = only_chunk(piece, "image_slots").flatten().to_numpy().astype(np.int64)
     if len(slots) and slots.min() < 0:
         return f"image slot {slots.min()}"
-    number, place = np.divmod(slots, manifest.views[view].images_per_shard)
-    return _outside("image shard", "row", number, place, manifest.views[view].shards)
+    number, place = np.divmod(slots, per_shard)
+    return _outside("image shard", "row", number, place, images)
+
+
+def _rows(shards: Sequence[ShardFacts]) -> NDArray[np.int64]:
+    return np.array([facts.rows for facts in shards], np.int64)
 
 
 def _outside(
     shard_name: str, row_name: str, shard: NDArray[np.int64], row: NDArray[np.int64],
-    shards: Sequence[ShardFacts],
+    rows: NDArray[np.int64],
 ) -> str:  # fmt: skip
-    """The first place that is not in any shard; empty where all are."""
-    rows = np.array([facts.rows for facts in shards], np.int64)
+    """The first place that is not in any shard, of so many rows each; empty where all are."""
     there = (shard >= 0) & (shard < len(rows)) & (row >= 0)
     there[there] = row[there] < rows[shard[there]]
     if there.all():

@@ -225,7 +225,7 @@ def preflight(config: RunConfig, on_note: Callable[[str], None] = lambda line: N
     check_start(start_weights, dataset, on_note)
     check_context(model, config, dataset, held_out, on_note)
     plans = EpochPlans(dataset, config)
-    planned = planned_rows(plans.first, dataset)
+    planned = planned_rows(plans.sampled, dataset)
     rows = row_sizes(config, planned, dataset)
     config, policy = choose_memory(
         config,

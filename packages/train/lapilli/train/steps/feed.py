@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lapilli.data.batches.collate import Batch, collate_rows
-from lapilli.data.batches.sampler import EpochPlan
+from lapilli.data.batches.sampler import Steps
 from lapilli.data.batches.tree_plan import TreePlan
 from lapilli.data.batches.tree_rows import Row
 from lapilli.data.dataset.dataset import Dataset
@@ -121,15 +121,15 @@ class Feed:
         self._readers = open_readers(dataset, config.model.aux)
         self.plans = plans or EpochPlans(dataset, config)
         first = self.plans.first
-        self._plans: dict[int, EpochPlan | TreePlan] = {0: first}
+        self._plans: dict[int, Steps | TreePlan] = {0: first}
         self.shards = StepShards(dataset, self._readers)
         self.requests = config.cache.requests
         self._planning = threading.Lock()
-        self.shape = batch_shape(dataset, config, first, world_size, held_out)
+        self.shape = batch_shape(dataset, config, self.plans.sampled, world_size, held_out)
         steps = first.num_steps * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
 
-    def _locate(self, step: int) -> tuple[EpochPlan | TreePlan, int]:
+    def _locate(self, step: int) -> tuple[Steps | TreePlan, int]:
         with self._planning:
             # every epoch has as many steps as the first
             epoch, inside = divmod(step, self.plans.first.num_steps)

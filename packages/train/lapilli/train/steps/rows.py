@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.data.batches.collate import BatchShape
-from lapilli.data.batches.sampler import EpochPlan, assign, plan_epoch
+from lapilli.data.batches.sampler import EpochPlan, Steps, assign, plan_epoch
 from lapilli.data.batches.token_budget import budget_chunks
 from lapilli.data.batches.tree_plan import TreeLimits, TreePlan, assign_rows, plan_trees
+from lapilli.data.batches.windows import WindowedPlan, plan_windows, window_size
 from lapilli.data.dataset.dataset import Dataset
 from lapilli.data.dataset.prefixes import SharedPrefixes, shared_prefixes
+from lapilli.data.dataset.sample_shards import sample_blocks
 from lapilli.train.config import RunConfig
 
 __all__ = [
@@ -41,7 +43,12 @@ class EpochPlans:
         self.prefixes = shared_prefixes(dataset) if config.share_images else None
         self.first = _plan(dataset, self.prefixes, config, 0)
 
-    def of(self, epoch: int) -> EpochPlan | TreePlan:
+    @property
+    def sampled(self) -> EpochPlan | TreePlan:
+        """What of the first epoch shapes and estimates are made of: all, or its first window."""
+        return self.first.first_window if isinstance(self.first, WindowedPlan) else self.first
+
+    def of(self, epoch: int) -> EpochPlan | TreePlan | WindowedPlan:
         """The plan of an epoch, from 0."""
         if not epoch:
             return self.first
@@ -51,13 +58,13 @@ class EpochPlans:
     def shared_tokens(self) -> NDArray[np.int64]:
         """int64 [len], tokens that a sample shares with the others of its tree."""
         if self.prefixes is None:
-            return np.zeros(len(self._dataset), np.int64)
+            return np.broadcast_to(np.int64(0), len(self._dataset))
         return self.prefixes.prefixes
 
 
 def _plan(
     dataset: Dataset, prefixes: SharedPrefixes | None, config: RunConfig, epoch: int
-) -> EpochPlan | TreePlan:
+) -> EpochPlan | TreePlan | WindowedPlan:
     if config.shares_rows:
         none = np.zeros(len(dataset), np.int64)
         return plan_trees(
@@ -72,6 +79,13 @@ def _plan(
             drop_remainder=config.remainder == "drop",
         )  # fmt: skip
     is_llava = config.sampler == "llava"
+    window = 0 if is_llava else window_size(config.order_window, len(dataset))
+    if window:
+        return plan_windows(
+            dataset.lengths, dataset.num_images, sample_blocks(dataset), order_window=window,
+            global_batch_size=config.global_batch_size, seed=config.seed, epoch=epoch,
+            sampler=config.sampler, remainder=config.remainder,
+        )  # fmt: skip
     return plan_epoch(
         dataset.llava_lengths if is_llava else dataset.lengths,
         dataset.has_images,
@@ -179,7 +193,7 @@ def _sums(values: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def share_rows(
-    plan: EpochPlan | TreePlan, step: int, dataset: Dataset, shape: BatchShape, *, world_size: int
+    plan: Steps | TreePlan, step: int, dataset: Dataset, shape: BatchShape, *, world_size: int
 ) -> tuple[StepRows, NDArray[np.int64]]:
     """Share a global batch's rows among the ranks.
 
@@ -215,7 +229,7 @@ def share_rows(
 
 
 def _within_budget(
-    plan: EpochPlan | TreePlan, step: int, dataset: Dataset, shape: BatchShape, world_size: int
+    plan: Steps | TreePlan, step: int, dataset: Dataset, shape: BatchShape, world_size: int
 ) -> StepRows:
     """Rows by rank and micro-step, as many in each as `shape.tokens` allows."""
     if isinstance(plan, TreePlan):
@@ -227,7 +241,7 @@ def _within_budget(
         order = order[order >= 0]
         rows = [[order[place : place + 1]] for place in range(len(order))]
         lengths = dataset.lengths[order].astype(np.int64)
-    has_images = any(dataset.has_images[tree[0]] for row in rows for tree in row)
+    has_images = any(dataset.num_images[tree[0]] > 0 for row in rows for tree in row)
     limits = shape.most_rows(lengths, has_images=has_images)
     return [
         [[rows[place] for place in micro] for micro in micros]

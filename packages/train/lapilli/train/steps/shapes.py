@@ -14,7 +14,8 @@ from lapilli.data.batches.collate import (
     choose_target_sizes,
     static_shape,
 )
-from lapilli.data.batches.sampler import EpochPlan, longest_rows, trained_counts
+from lapilli.data.batches.micro_batches import longest_of, longest_rows, trained_counts
+from lapilli.data.batches.sampler import EpochPlan
 from lapilli.data.batches.token_budget import budget_chunks
 from lapilli.data.batches.tree_plan import TreePlan, micro_sums
 from lapilli.data.dataset.dataset import Dataset
@@ -32,12 +33,12 @@ def batch_shape(
     world_size: int,
     held_out: Dataset | None = None,
 ) -> BatchShape:
-    """The few shapes a run's batches have, chosen for its first epoch; the others are like it.
+    """The few shapes a run's batches have, chosen for what it begins with; the rest is like it.
 
     Args:
         dataset: What is trained on.
         config: The run's settings, with a micro-batch.
-        plan: Of the first epoch.
+        plan: Of the first epoch, or of its first window.
         world_size: Ranks; under `micro_batch_tokens` a rank has no more rows than its share.
         held_out: What the run is validated on; with `max_shapes: 1` its batches have the same
             shape.
@@ -94,16 +95,19 @@ def _longest(
     several, the longest row. Where a text-only micro-batch may stand beside another rank's images,
     it has one among theirs.
     """
-    lengths, has_images = dataset.lengths, dataset.has_images
+    lengths, num_images = dataset.lengths, dataset.num_images
     if isinstance(plan, TreePlan):
         most = max(config.longest_row, int(lengths.max()))
         longest = micro_sums(plan, micro_batch_size=config.micro_batch_size).longest
         return np.array([most]) if config.pack else np.append(longest, most), longest[:0]
-    images, text = longest_rows(plan, lengths, has_images, micro_batch_size=config.micro_batch_size)
-    is_apart = config.sampler == "grouped"
-    with_images = lengths[has_images] if is_apart or not has_images.any() else lengths
-    images = np.append(images, with_images.max(initial=0))
-    return images, np.append(text, lengths[~has_images].max(initial=0))
+    rows = config.micro_batch_size
+    images, text = longest_rows(plan, lengths, num_images, micro_batch_size=rows)
+    with_images, text_only = (
+        longest_of(lengths, num_images, with_images=kind) for kind in (True, False)
+    )
+    if config.sampler != "grouped" and with_images:  # either kind may stand beside images
+        with_images = max(with_images, text_only)
+    return np.append(images, with_images), np.append(text, text_only)
 
 
 def _with_slots(
