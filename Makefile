@@ -68,7 +68,7 @@ test-llava: install  ## LLaVA's own trainer beside ours, in an environment of it
 test-readers: install  ## exports read by transformers, PEFT, LLaVA and lmms-eval (.venv-readers)
 	$(BIN)/python -m pytest -m readers --durations=10
 
-test-cluster: install  ## a build by five machines that share a store; needs root
+test-cluster: install  ## a whole life on five machines that share a store; needs root
 	$(BIN)/python -m pytest -m cluster
 
 test-lowest:  ## data, models and training at the lowest versions of pyproject.toml (.venv-lowest)

@@ -43,10 +43,10 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs -o size=700m tmpfs "$root/dev/shm"
 mount --rbind /sys "$root/sys"
 printf '%b' "$hosts" > "$root/etc/hosts"
-rm -rf "$root/root/.cache" "$root$packages"/*lapilli*
-for hidden in $HIDDEN; do
+rm -rf "$root$packages"/*lapilli*
+for hidden in $HIDDEN /root/.cache; do
     mkdir -p "$root$hidden"
-    mount -t tmpfs -o size=8m tmpfs "$root$hidden"
+    mount -t tmpfs -o size=64m tmpfs "$root$hidden"
 done
 mkdir -p "$root/scratch"
 exec chroot "$root" /bin/bash -c 'cd /scratch; exec "$@"' _ "$@"
@@ -163,6 +163,8 @@ class Cluster:
         """Wait until Ray knows so many nodes."""
         give_up = time.monotonic() + STARTS_WITHIN
         while time.monotonic() < give_up:
+            if any(machine.process.poll() is not None for machine in self.machines.values()):
+                break
             with suppress(OSError):
                 with urllib.request.urlopen(f"{self.dashboard}/nodes?view=summary") as reply:
                     found = json.load(reply)["data"]["summary"]
@@ -190,25 +192,25 @@ class Cluster:
             stdin=subprocess.DEVNULL, timeout=PATIENCE, check=False,
         )  # fmt: skip
 
-    def submitting(self, job: Sequence[str]) -> subprocess.Popen[str]:
+    def submitting(self, job: Sequence[str], *flags: str) -> subprocess.Popen[str]:
         """`ray job submit` from the clone; the process that waits for the job's end."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir",
-                   ".", "--runtime-env", "pipelines/cluster/runtime_env.yaml", "--",
+                   ".", "--runtime-env", "pipelines/cluster/runtime_env.yaml", *flags, "--",
                    *job]  # fmt: skip
         return subprocess.Popen(
             command, cwd=self.project, env=_outside(), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def submit(self, job: Sequence[str]) -> str:
+    def submit(self, job: Sequence[str], *flags: str, fails: bool = False) -> str:
         """Submit a job, wait for its end, and return what it said.
 
         Raises:
-            AssertionError: It failed.
+            AssertionError: It did not end as it was to: well, or with `fails` badly.
         """
-        process = self.submitting(job)
-        said, _ = process.communicate()
-        assert process.returncode == 0, said[-6000:]
+        process = self.submitting(job, *flags)
+        said, _ = process.communicate(timeout=PATIENCE)
+        assert (process.returncode != 0) == fails, said[-6000:]
         return said
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import psutil
 
 from tests.factories import CLIP_MEAN
 
-__all__ = ["Build", "Running", "named_files", "wait_for"]
+__all__ = ["Build", "Running", "but_agents", "named_files", "wait_for"]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds; a machine may have other work
@@ -133,6 +133,11 @@ def _name(process: psutil.Process) -> str:
         return process.cmdline()[0]
     except (psutil.Error, IndexError):
         return ""
+
+
+def but_agents(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """All but Ray's agents, which work on nothing and look for their raylet now and then."""
+    return [one for one in processes if "Agent" not in _name(one) and "agent" not in _name(one)]
 
 
 def wait_for(what: str, is_there: Callable[[], object], build: Running) -> None:
