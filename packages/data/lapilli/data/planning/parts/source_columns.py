@@ -92,17 +92,15 @@ class SourceColumns:
         early = EarlyIds(None if originals else (name[prefix:] for name in own))
         first = len(self.records)
         ids = RecordIds()
-        found: dict[str, list[NDArray[Any]]] = {
-            name: [] for name in ("digests", "stamps", "counts", "numbers")
-        }
+        found = {name: bytearray() for name in ("digests", "stamps", "counts", "numbers")}
         stale = array("q")
         for part in parts:
             table, size = part.table, len(part.table)
             record_ids = self._named(table, stale)
             ids.add(record_ids)
-            found["digests"].append(_bytes_of(table["digest"], 16))
+            found["digests"] += _bytes_of(table["digest"], 16)
             stamps = table["stamp"].fill_null(b"\0" * STAMP_BYTES)
-            found["stamps"].append(_bytes_of(stamps, STAMP_BYTES))
+            found["stamps"] += _bytes_of(stamps, STAMP_BYTES)
             self.records.append(table["content"])
             names = early.of(record_ids.to_pylist()) if early else {}
             self._judge(table, names, own)
@@ -110,9 +108,9 @@ class SourceColumns:
             counts = np.zeros(size, np.int32)
             rows = np.fromiter(located, np.int64, len(located))
             counts[rows] = [len(numbers) for numbers in located.values()]
-            found["counts"].append(counts)
+            found["counts"] += counts.tobytes()
             numbers = [n for numbers in located.values() for n in numbers]
-            found["numbers"].append(np.array(numbers, np.int32))
+            found["numbers"] += np.array(numbers, np.int32).tobytes()
             for name, times in part.fields.items():
                 self.tally.count((name,), times)
             self.count += size
@@ -120,9 +118,10 @@ class SourceColumns:
         self.mount.forget_listings()
         if not self.count:
             return
-        for name, pieces in found.items():
-            setattr(self, name, np.concatenate(pieces))
-            pieces.clear()
+        self.digests = np.frombuffer(found["digests"], np.uint8).reshape(-1, 16)
+        self.stamps = np.frombuffer(found["stamps"], np.uint8).reshape(-1, STAMP_BYTES)
+        self.counts = np.frombuffer(found["counts"], np.int32)
+        self.numbers = np.frombuffer(found["numbers"], np.int32)
         self._name(ids, stale)
         self._settle(first)
         self._stamp_again(stale, first)
@@ -274,9 +273,8 @@ def _copied(array: pa.Array) -> pa.Array:
     return _ARROW.binary_join_element_wise(array, "", "")
 
 
-def _bytes_of(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
-    """uint8 [n, width], a copy of values of that many bytes each."""
+def _bytes_of(column: pa.ChunkedArray, width: int) -> memoryview:
+    """The values of a column of that many bytes each, one after the other."""
     array: Any = column.combine_chunks()
-    data = np.frombuffer(array.buffers()[1], np.uint8)
     start = array.offset * width
-    return data[start : start + len(array) * width].reshape(-1, width).copy()
+    return memoryview(array.buffers()[1])[start : start + len(array) * width]

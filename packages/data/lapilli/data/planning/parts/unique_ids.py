@@ -12,7 +12,7 @@ import pyarrow as pa
 from lapilli.data.sources.validation import unique_id
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 __all__ = ["EarlyIds", "RecordIds"]
 
@@ -27,12 +27,9 @@ class RecordIds:
 
     def __init__(self) -> None:
         self._chunks: list[pa.Array] = []
-        self._stems: list[NDArray[np.int64]] = []
 
     def add(self, ids: pa.Array) -> None:
         """Add the next ones, a string array."""
-        stems = map(hash, map(_stem, ids.to_pylist()))
-        self._stems.append(np.fromiter(stems, np.int64, len(ids)))
         self._chunks.append(ids)
 
     def unique(self) -> tuple[dict[int, str], dict[int, int]]:
@@ -41,8 +38,8 @@ class RecordIds:
         Returns:
             By row the new id, and the number that it ends on; rows that keep their id are left out.
         """
-        stems = np.concatenate(self._stems)
-        self._stems = [stems]
+        names = (name for chunk in self._chunks for name in chunk.to_pylist())
+        stems = np.fromiter((hash(_stem(name)) for name in names), np.int64)
         in_order = np.sort(stems)
         repeated = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
         rows = np.flatnonzero(np.isin(stems, repeated)) if len(repeated) else repeated
@@ -60,7 +57,6 @@ class RecordIds:
 
     def take_chunks(self) -> Iterator[pa.Array]:
         """The ids in order as they were added; each is gone afterwards."""
-        self._stems.clear()
         self._chunks.reverse()
         while self._chunks:
             yield self._chunks.pop()
