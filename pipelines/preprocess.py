@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.data.building.driver import BuildReport, build
-from lapilli.data.building.runners import run_on_ray
+from lapilli.data.building.runners import check_pool, run_on_ray
 from lapilli.data.cluster.places import check_places, places_of
 from lapilli.data.cluster.probe import JobPlaces
 from lapilli.data.config import BuildConfig
@@ -44,8 +44,11 @@ def preprocess(config: BuildConfig) -> BuildReport:
     """Plan and build a dataset, print what was made, and write its report."""
     if not is_remote(config.output):
         require_writable("output", Path(config.output))
-    session = ray_session() if "RAY_ADDRESS" in os.environ else nullcontext()
-    with session:  # a Ray of this machine's own is started where there is a shard to make
+    is_cluster = "RAY_ADDRESS" in os.environ
+    # a Ray of this machine's own is started where there is a shard to make
+    with ray_session() if is_cluster else nullcontext():
+        if is_cluster:
+            check_pool(config.build)
         check_places(build_places(config), config.build, config.output)
         return _preprocess(config)
 

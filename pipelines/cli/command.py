@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias, TypeVar, cast
 
 import yaml
@@ -203,14 +207,24 @@ def with_switches(kind: type[Any], argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[], int]) -> None:
     """Run a pipeline's main; a user's mistake becomes one line and exit code 2, a warning one.
 
-    So do errors of permissions, disks and servers; any other error keeps its traceback. A closed
-    pipe ends the command silently, with the exit code of SIGPIPE.
+    So do errors of permissions, disks and servers; any other error keeps its traceback. SIGTERM
+    (`kill`, `ray job stop`, Slurm) is taken as Ctrl-C. A closed pipe ends the command silently,
+    with the exit code of SIGPIPE.
     """
+    signal.signal(signal.SIGTERM, partial(_interrupt, os.getpid()))
     warnings.formatwarning = warning_line
     sys.excepthook = _spelt_traceback
     with safe_output():
         code = _exit_code(main)
     sys.exit(code)
+
+
+def _interrupt(command: int, number: int, frame: FrameType | None) -> None:
+    """Raise as Ctrl-C does; a process forked from the command ends as by default."""
+    del frame
+    if os.getpid() == command:
+        raise KeyboardInterrupt
+    os._exit(128 + number)
 
 
 def _exit_code(main: Callable[[], int]) -> int:

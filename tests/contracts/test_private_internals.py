@@ -89,6 +89,41 @@ def test_ray_data_looks_at_the_cluster_at_an_interval_that_a_class_holds() -> No
     assert f"self.{ray_internals.INTERVAL}" in inspect.getsource(manager)
 
 
+def test_ray_data_asks_for_nodes_by_a_method_that_takes_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requester = getattr(importlib.import_module(ray_internals.COORDINATOR), ray_internals.REQUESTER)
+    scaling = "ray.data._internal.cluster_autoscaler.rate_based_cluster_autoscaler"
+    assert "self._autoscaling_coordinator.request_resources(\n            resources=" in source_of(
+        scaling
+    )
+    asked: list[dict[str, Any]] = []
+    names = [*inspect.signature(requester.request_resources).parameters]
+    assert {"resources", "expire_after_s", "label_selectors"} <= {*names}
+
+    def request(self: Any, **named: Any) -> None:
+        asked.append(named)
+
+    monkeypatch.setattr(requester, "request_resources", request)
+    with ray_internals.within_pool({"pool": "cpu"}, {"disk": 1}):
+        requester.request_resources(None, resources=[{"CPU": 1}] * 2, expire_after_s=5)
+    with ray_internals.within_pool({}, {}):
+        requester.request_resources(None, resources=[{"CPU": 1}])
+    one, labels = {"CPU": 1, "disk": 1}, {"pool": "cpu"}
+    assert asked == [
+        {"resources": [one, one], "label_selectors": [labels, labels], "expire_after_s": 5},
+        {"resources": [{"CPU": 1}]},
+    ]
+    assert requester.request_resources is request
+
+
+def test_ray_tells_of_nodes_that_are_drained_where_ray_train_looks() -> None:
+    internal: Any = importlib.import_module("ray._private.state")
+    assert callable(internal.state.get_draining_nodes)
+    watcher = source_of("ray.train.v2._internal.execution.preemption")
+    assert "ray._private.state.state.get_draining_nodes()" in watcher
+
+
 def test_rays_autoscaler_names_the_placement_groups_that_it_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

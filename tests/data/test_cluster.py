@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 import textwrap
@@ -109,6 +110,28 @@ def test_a_named_cluster_is_named_in_the_line(
     said = "^RAY_ADDRESS: 'nonsense' is no address .*; expected HOST:PORT"
     with pytest.raises(DataError, match=said), ray_session():
         pytest.fail("there is no Ray")
+
+
+def test_the_commands_handler_of_sigterm_stays(
+    starts: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts()
+    init, own = ray.init, signal.getsignal(signal.SIGTERM)
+
+    def replacing(*given: Any, **more: Any) -> None:
+        init(*given, **more)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+
+    def mine(number: int, frame: object) -> None:
+        pytest.fail(f"{number} {frame}")
+
+    monkeypatch.setattr(ray, "init", replacing)
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        with ray_session():
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, own)
 
 
 def test_an_end_of_ray_does_not_hide_why_a_session_ended(

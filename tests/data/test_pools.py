@@ -134,7 +134,7 @@ def test_nodes_are_asked_for_and_waited_for_with_a_line_every_30_seconds(cluster
     assert said == [
         "waiting for 8 GPUs: 0 there, 2 nodes are coming up",
         "waiting for 8 GPUs: 0 there, 2 nodes are coming up after 30 s",
-        "waiting for 8 GPUs: 4 there, 1 nodes are coming up after 60 s",
+        "waiting for 8 GPUs: 4 there, 1 node is coming up after 60 s",
     ]
     assert cluster.now == 70
     assert cluster.groups[-1] == "withdrawn"
@@ -174,6 +174,18 @@ def test_too_few_nodes_are_one_line(cluster: Cluster) -> None:
         check_possible(wide)
 
 
+def test_a_resource_that_no_node_has_is_one_line_at_once(cluster: Cluster) -> None:
+    cluster.has_autoscaler = False
+    cluster.there.append(node(CPU=8, GPU=2))
+    said = r"^train.resources: disk 1; no node has it; nodes have at most CPU 8, GPU 2$"
+    with pytest.raises(DataError, match=said):
+        check_possible(asked(2, PoolConfig(resources={"disk": 1}), CPU=1, disk=1))
+    said = r"^train.resources: disk 1; no node with pool: cpu has it; nodes have at most CPU 4$"
+    pool = PoolConfig({"pool": "cpu"}, {"disk": 1})
+    with pytest.raises(DataError, match=said):
+        check_possible(asked(1, pool, CPU=1, disk=1))
+
+
 def test_what_an_autoscaler_could_add_counts(cluster: Cluster) -> None:
     assert may_have([gpus(1)]) == [False], "no node comes"
     cluster.now, cluster.coming = 0.0, {500: [node(CPU=4, GPU=4)]}
@@ -205,6 +217,7 @@ import ray
 from ray.cluster_utils import Cluster
 from lapilli.data.building import runners
 from lapilli.data.building.driver import build
+from lapilli.data.building.task_memory import task_memory
 from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.cluster.nodes import alive_nodes
 from lapilli.data.cluster.places import check_places, places_of
@@ -224,13 +237,16 @@ begin, used = runners._run_rows, output.parent / "nodes"
 used.mkdir()
 
 def noted(rows):
-    (used / ray.get_runtime_context().get_node_id()).touch()
+    context = ray.get_runtime_context()
+    (used / context.get_node_id()).write_text(json.dumps(context.get_assigned_resources()))
     yield from begin(rows)
 
 runners._run_rows = noted
 from dataclasses import replace
 plan = plan_build(replace(config, build=PoolConfig({"pool": "cpu"})))
 report = build(plan)
+(asked,) = {path.read_text() for path in used.iterdir()}
+memory = [json.loads(asked)["memory"], max(map(task_memory, plan.tasks()))]
 said = ""
 try:
     build(plan_build(replace(config, output=f"{output}-2", build=PoolConfig({"pool": "none"}))))
@@ -256,7 +272,7 @@ code = diagnose_cluster(str(output.parent), f"file://{output.parent}/store")
 stored = json.loads((output / "config.json").read_text())["build"]
 ray.shutdown()
 only_there = used_only == [there.node_id]
-print(json.dumps([report.shards_built, only_there, said, stored, faults, code]))
+print(json.dumps([report.shards_built, only_there, said, stored, faults, code, memory]))
 """
 
 
@@ -269,9 +285,12 @@ def test_two_nodes_with_labels(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    shards, only_there, said, stored, faults, code = json.loads(done.stdout.splitlines()[-1])
+    shards, only_there, said, stored, faults, code, (asked, needed) = json.loads(
+        done.stdout.splitlines()[-1]
+    )
     assert shards >= 2
     assert only_there
+    assert asked == needed > PROCESS, "of Ray, by the largest image of any task"
     assert said == (
         "build.label_selector: {pool: none}; no node has it, and no autoscaler adds one; nodes "
         "have pool=accel, pool=cpu"

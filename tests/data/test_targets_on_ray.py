@@ -33,7 +33,8 @@ def test_actors_make_the_same_shards_and_load_their_teacher_once(
     changes = {"targets": {"blocks": target}, "shard_bytes": size}
     on_ray = build(plan_build(build_config(mixture, tmp_path / "ray", tokenizer, **changes)))
     loaded = len([*folder.glob("loaded-*")])
-    assert loaded == (3 if teacher == "dying" else 2)  # another actor stands in for the dead one
+    most = 3 if teacher == "dying" else 2  # another actor stands in for the dead one
+    assert most - 1 <= loaded <= most, "the second may come when the first has done all"
     assert (folder / "died").exists() == (teacher == "dying")
     here = build(
         plan_build(build_config(mixture, tmp_path / "here", tokenizer, **changes)), runner=run_here
@@ -52,7 +53,9 @@ def test_gpus_that_ray_does_not_have_are_one_line(tmp_path: Path) -> None:
         make_tokenizer(tmp_path / "tokenizer"),
         targets={"blocks": target},
     )
-    with pytest.raises(
-        DataError, match=r"targets: 2 workers of .*blocks ask for 2 GPUs, Ray has 0"
-    ):
+    said = (
+        r"targets: num_workers of tests.teaching:blocks: 2; Ray has 0 GPUs; lower it or add nodes"
+    )
+    with pytest.raises(DataError, match=said):
         build(plan_build(config))
+    assert not [*(tmp_path / "out").rglob("*.arrow")], "before any work"

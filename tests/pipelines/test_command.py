@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -136,3 +139,20 @@ def test_an_address_is_refused_where_a_path_is_expected(
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: {name}: {address!r} is an address; expected a path of this mac")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_sigterm_is_told_as_ctrl_c_is(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return 0
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(stopped)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import transformers
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lapilli.data.errors import DataError
 from lapilli.model.config import LanguageConfig, VisionConfig
@@ -76,6 +80,33 @@ def test_the_driver_reads_no_weight_of_a_large_model(
     found = preflight(run_of(no_weights, no_weights / "run", zero_stage=stage))
     assert found.step_seconds is None
     assert found.parameters["language"][0] > 1000
+
+
+class _Real(TorchDispatchMode):
+    """The most numbers of a tensor that has them, while a model of fake tensors has none."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor) and not is_fake(one) and one.device.type != "meta":
+                self.largest = max(self.largest, one.numel())
+        return made
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_driver_holds_no_weight_of_a_large_model(
+    material: Path, tmp_path: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedding = 512 * 24
+    with _Real() as seen:
+        preflight(run_of(material, tmp_path / "run", zero_stage=stage))
+    assert seen.largest >= embedding, "a small one is built, and seen"
+    monkeypatch.setattr(preflight_module, "MEASURED", 1)  # what is large
+    with _Real() as seen:
+        preflight(run_of(material, tmp_path / "run", zero_stage=stage))
+    assert seen.largest < embedding
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "INTERVAL", "NO_CLUSTERS", "RESOURCE_MANAGER", "SOON", "VARIABLES", "Autoscaler", "autoscaler",
-    "fill_slots_at_once", "on_loopback", "set_variables", "start_in_folder",
+    "COORDINATOR", "INTERVAL", "NO_CLUSTERS", "REQUESTER", "RESOURCE_MANAGER", "SOON", "VARIABLES",
+    "Autoscaler", "autoscaler", "draining_nodes", "fill_slots_at_once", "on_loopback",
+    "set_variables", "start_in_folder", "within_pool",
 ]  # fmt: skip
 
 VARIABLES = {
@@ -28,6 +29,8 @@ NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 RESOURCE_MANAGER = "ray.data._internal.execution.resource_manager"
 INTERVAL = "GLOBAL_LIMITS_UPDATE_INTERVAL_S"  # between Ray Data's looks at the cluster's size
 SOON = 0.05  # seconds
+COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+REQUESTER = "DefaultAutoscalingCoordinator"
 
 
 def set_variables() -> None:
@@ -100,6 +103,52 @@ def fill_slots_at_once() -> Generator[Callable[[], None]]:
         yield lambda: setattr(manager.ResourceManager, INTERVAL, usual)
     finally:
         setattr(manager.ResourceManager, INTERVAL, usual)
+
+
+@contextmanager
+def within_pool(labels: Mapping[str, str], resources: Mapping[str, float]) -> Generator[None]:
+    """Have Ray Data ask an autoscaler for nodes of a pool, while inside.
+
+    Used: `DefaultAutoscalingCoordinator.request_resources` of Ray Data, with which it asks for more
+    nodes as tasks queue. It takes label selectors, which Ray Data does not give although tasks have
+    them, and leaves out resources other than cores, GPUs and memory: nodes of any type with a core
+    would be added, such as those with GPUs. A Ray without the name adds these.
+
+    Args:
+        labels: What a node must have.
+        resources: What a task asks for beside cores, GPUs and memory.
+    """
+    requester: Any = None
+    with suppress(ImportError):
+        requester = getattr(importlib.import_module(COORDINATOR), REQUESTER, None)
+    usual = getattr(requester, "request_resources", None)
+    if usual is None or not (labels or resources):
+        yield
+        return
+
+    def request(self: Any, *given: Any, **named: Any) -> None:
+        bundles = [{**bundle, **resources} for bundle in named.pop("resources")]
+        selectors = [dict(labels) for _ in bundles]
+        usual(self, *given, resources=bundles, label_selectors=selectors, **named)
+
+    requester.request_resources = request
+    try:
+        yield
+    finally:
+        requester.request_resources = usual
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of nodes that are up and are to be taken away: they take no new work.
+
+    Used: `ray._private.state.state.get_draining_nodes`, which Ray Train goes by. `ray.nodes()` does
+    not tell. If the name went, such a node would count until it is gone.
+    """
+    try:
+        state: Any = importlib.import_module("ray._private.state").state
+        return frozenset(state.get_draining_nodes())
+    except (AttributeError, ImportError):
+        return frozenset()
 
 
 @dataclass(frozen=True)

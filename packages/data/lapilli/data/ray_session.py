@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -56,7 +57,8 @@ def ray_session() -> Generator[None]:
         yield
         return
     with nullcontext() if "RAY_ADDRESS" in os.environ else local_ray() as folder:
-        _start(folder)
+        with _own_sigterm():
+            _start(folder)
         try:
             yield
         except BaseException:
@@ -64,6 +66,15 @@ def ray_session() -> Generator[None]:
                 ray.shutdown()
             raise
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Generator[None]:
+    """Keep the command's handler of SIGTERM: `ray.init` puts one in its place, a silent exit."""
+    own = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(own) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, own)
 
 
 def _start(folder: Path | None) -> None:

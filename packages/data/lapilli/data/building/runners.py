@@ -24,7 +24,7 @@ from lapilli.data.building.run_task import begin_task, finished_task, run_task
 from lapilli.data.building.task_file import TASKS, read_task, write_tasks
 from lapilli.data.building.task_memory import task_memory
 from lapilli.data.building.teachers import load_teacher
-from lapilli.data.cluster.nodes import Demand, alive_nodes, may_have, wait_for_nodes
+from lapilli.data.cluster.nodes import Demand, alive_nodes, check_possible, may_have, wait_for_nodes
 from lapilli.data.cluster.pool import PoolConfig
 from lapilli.data.config import TargetConfig
 from lapilli.data.errors import DataError
@@ -32,16 +32,17 @@ from lapilli.data.io.access import blame, system_error
 from lapilli.data.io.atomic import ShardFacts
 from lapilli.data.io.remote_path import Output, open_output
 from lapilli.data.planning.shard_task import TargetTask, Task
-from lapilli.data.ray_internals import fill_slots_at_once
+from lapilli.data.ray_internals import fill_slots_at_once, within_pool
 from lapilli.data.ray_session import RayDied, ray_session, watched
 from lapilli.data.shards.files import StoredShard
 from lapilli.data.shards.summaries import Summaries
 
-__all__ = ["Runner", "group_sizes", "run_here", "run_on_ray"]
+__all__ = ["Runner", "check_pool", "group_sizes", "run_here", "run_on_ray"]
 
 MOST_SHARDS = 8
 EVERY_NODE = PoolConfig()
 NOTHING = StoredShard(path="", rows=0, bytes=0, sha256="")
+OWN = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}  # Ray's arguments, by resource
 STORED = tuple(field.name for field in fields(StoredShard))
 
 Result: TypeAlias = dict[str, Any]  # a shard's facts, or an error, as Ray Data passes them on
@@ -63,13 +64,16 @@ class _Slots:
     bundle: dict[str, float]
 
     @property
+    def other(self) -> dict[str, float]:
+        """Resources by names that Ray does not know."""
+        return {name: value for name, value in self.bundle.items() if name not in OWN}
+
+    @property
     def options(self) -> dict[str, Any]:
         """Ray's arguments of a task."""
-        own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-        named = {own[name]: value for name, value in self.bundle.items() if name in own}
-        other = {name: value for name, value in self.bundle.items() if name not in own}
+        named = {OWN[name]: value for name, value in self.bundle.items() if name in OWN}
         labels = self.pool.label_selector
-        more = {"resources": other} | ({"label_selector": labels} if labels else {})
+        more = {"resources": self.other} | ({"label_selector": labels} if labels else {})
         return {"num_cpus": 0, **named, **{name: value for name, value in more.items() if value}}
 
 
@@ -110,9 +114,12 @@ def run_on_ray(
     ]
     try:
         with ray_session(), fill_slots_at_once() as begun:
+            for target in _targets(tasks):
+                if target.num_gpus:
+                    check_possible(_devices(target, pool))
             slots = _find_slots(tasks, workers, pool, on_note)
-            for stage in _stages(tasks, rows, slots):
-                for row in watched(stage):
+            for stage in _stages(tasks, rows, slots, on_note):
+                for row in stage:
                     if row["error"]:
                         said = row["error"]
                         raise DataError(said) if row["expected"] else RuntimeError(said)
@@ -123,6 +130,22 @@ def run_on_ray(
         raise DataError(f"{error}, it continues with the {left} shards that are missing") from None
     finally:
         _clear(output, tasks)
+
+
+def check_pool(pool: PoolConfig) -> None:
+    """Require a node that a task can run on, or an autoscaler that could add one.
+
+    Raises:
+        DataError: There is none: a label or a resource that no node has.
+    """
+    check_possible(_one_task(pool))
+
+
+def _one_task(pool: PoolConfig) -> Demand:
+    """The least that a build needs; its memory is known when it is planned."""
+    return Demand(
+        workers=1, bundle=pool.bundle(CPU=1), pool=pool, setting="num_workers", group="build"
+    )
 
 
 def _find_slots(
@@ -142,46 +165,58 @@ def _find_slots(
         nodes = [node for node in alive_nodes(pool.label_selector) if node.slots(bundle)]
         most = max((node.resources.get("memory", 0) for node in nodes), default=needed)
         bundle |= {"memory": float(min(needed, most))}
-    demand = Demand(workers=1, bundle=bundle, pool=pool, setting="num_workers", group="build")
+    demand = replace(_one_task(pool), bundle=bundle)
     if not pool.memory and not may_have([demand])[0]:
-        bundle = pool.bundle(CPU=1)
-        demand = replace(demand, bundle=bundle)
+        demand = _one_task(pool)
+        bundle = dict(demand.bundle)
     wait_for_nodes(demand, on_note)
     return _Slots(workers, pool, bundle)
 
 
 def _stages(
-    tasks: list[Task], rows: list[dict[str, Any]], slots: _Slots
-) -> Iterator[Callable[[], Any]]:
-    """What gives the tasks' results: pixels and ids, then each teacher with actors of its own."""
-    targets = {repr(task.target): task.target for task in tasks if isinstance(task, TargetTask)}
+    tasks: list[Task],
+    rows: list[dict[str, Any]],
+    slots: _Slots,
+    on_note: Callable[[str], None],
+) -> Iterator[Iterator[Result]]:
+    """The tasks' results: pixels and ids, then each teacher's with actors of its own."""
     pairs = [*zip(tasks, rows, strict=True)]
     plain = [row for task, row in pairs if not isinstance(task, TargetTask)]
     if plain:
-        yield lambda: _mapped(plain, slots).iter_rows()
-    for key, target in targets.items():
-        own = [
-            row for task, row in pairs if isinstance(task, TargetTask) and repr(task.target) == key
-        ]
-        yield partial(_asked_of_teacher, own, target)
+        yield _in_pool(plain, slots)
+    for target in _targets(tasks):
+        own = [row for task, row in pairs if isinstance(task, TargetTask) and task.target == target]
+        if target.num_gpus:
+            wait_for_nodes(_devices(target, slots.pool), on_note)
+        yield watched(partial(_asked_of_teacher, own, target))
+
+
+def _in_pool(rows: list[dict[str, Any]], slots: _Slots) -> Iterator[Result]:
+    with within_pool(slots.pool.label_selector, slots.other):
+        yield from watched(lambda: _mapped(rows, slots).iter_rows())
+
+
+def _targets(tasks: list[Task]) -> list[TargetConfig]:
+    """The teachers that are asked, in order."""
+    asked = {repr(task.target): task.target for task in tasks if isinstance(task, TargetTask)}
+    return [*asked.values()]
+
+
+def _devices(target: TargetConfig, pool: PoolConfig) -> Demand:
+    """The GPUs of a teacher's actors, wherever they are."""
+    return Demand(
+        workers=target.num_workers, bundle={"GPU": target.num_gpus},
+        pool=PoolConfig(node_timeout=pool.node_timeout),
+        setting=f"targets: num_workers of {target.teacher}", group="build",
+    )  # fmt: skip
 
 
 def _asked_of_teacher(rows: list[dict[str, Any]], target: TargetConfig) -> Any:
-    """The results of a teacher's tasks, made by actors that load it once each.
-
-    Raises:
-        DataError: Ray has fewer GPUs than they ask for, and would wait for them without an end.
-    """
+    """The results of a teacher's tasks, made by actors that load it once each."""
     import ray
 
-    has, asked = ray.cluster_resources(), target.num_gpus * target.num_workers
-    if asked > has.get("GPU", 0):
-        raise DataError(
-            f"targets: {target.num_workers} workers of {target.teacher} ask for {asked:g} GPUs, "
-            f"Ray has {has.get('GPU', 0):g}; set num_workers and num_gpus to what there is, "
-            "num_gpus 0 for CPUs"
-        )
-    workers = min(target.num_workers, max(1, int(has.get("CPU", 1))))
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    workers = min(target.num_workers, max(1, cores))
     mapped = _blocks(rows, target.num_workers).map_batches(
         _TeacherActor, fn_constructor_args=(target,), batch_size=None, batch_format="pyarrow",
         num_cpus=0 if target.num_gpus else 1, num_gpus=target.num_gpus or None,
@@ -221,7 +256,8 @@ def _blocks(rows: list[dict[str, Any]], slots: int) -> Any:
     context.target_max_block_size = 1  # a shard's facts are passed on when it is finished
     blocks = [pa.Table.from_pylist(group) for group in _groups(rows, max(1, slots))]
     # Ray Data starts a task again without end when its process dies; `journal` sets the limit.
-    return ray.data.from_arrow(blocks)
+    # `from_arrow` would run a task for each block's schema, on any node.
+    return ray.data.from_blocks(blocks)
 
 
 def group_sizes(shards: int, slots: int) -> Iterator[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lapilli.data.cluster.pool import PoolConfig, matches
 from lapilli.data.errors import DataError
-from lapilli.data.ray_internals import Autoscaler, autoscaler
+from lapilli.data.ray_internals import Autoscaler, autoscaler, draining_nodes
 
 __all__ = ["Demand", "Node", "alive_nodes", "check_possible", "may_have", "slots",
     "wait_for_nodes",
@@ -75,9 +75,10 @@ class Demand:
 
 
 def alive_nodes(selector: Mapping[str, str] | None = None) -> list[Node]:
-    """The nodes that are up and whose labels match."""
+    """The nodes that are up and stay, and whose labels match."""
     import ray
 
+    leaving = draining_nodes()
     nodes = [
         Node(
             node_id=found["NodeID"],
@@ -87,7 +88,7 @@ def alive_nodes(selector: Mapping[str, str] | None = None) -> list[Node]:
             is_head="node:__internal_head__" in found["Resources"],
         )
         for found in ray.nodes()
-        if found["Alive"]
+        if found["Alive"] and found["NodeID"] not in leaving
     ]
     return [node for node in nodes if matches(node.labels, selector or {})]
 
@@ -196,9 +197,30 @@ def _withdraw(group: Any) -> None:
 
 def _waiting_line(demand: Demand, waited: float, state: Autoscaler) -> str:
     there = demand.counted(slots(demand)).partition(" ")[0]
-    coming = f", {state.adding} nodes are coming up" if state.adding else ""
+    are = "node is" if state.adding == 1 else "nodes are"
+    coming = f", {state.adding} {are} coming up" if state.adding else ""
     after = f" after {waited:.0f} s" if waited >= SAY_EVERY else ""
     return f"waiting for {demand.counted(demand.workers)}: {there} there{coming}{after}"
+
+
+def _most(selector: Mapping[str, str]) -> dict[str, float]:
+    """The most that a node with these labels has of each resource that a worker may ask for."""
+    found: dict[str, float] = {}
+    for node in alive_nodes(selector):
+        for name, value in node.resources.items():
+            if ":" not in name and "memory" not in name:
+                found[name] = max(value, found.get(name, 0))
+    return dict(sorted(found.items()))
+
+
+def _absent(demand: Demand) -> dict[str, float]:
+    """Resources of the settings that no node has as many of as a worker asks for."""
+    most = _most(demand.pool.label_selector)
+    return {
+        name: asked
+        for name, asked in demand.pool.resources.items()
+        if name not in NAMES and asked > most.get(name, 0)
+    }
 
 
 def _lacking(demand: Demand, why: str = "") -> str:
@@ -217,6 +239,12 @@ def _lacking(demand: Demand, why: str = "") -> str:
         why = why or ", and no autoscaler adds one"
         return f"{demand.group}.label_selector: {{{text}}}; no node has it{why}; {have}"
     among = f" on nodes with {text}" if selector else ""
+    if absent := _absent(demand):
+        most = ", ".join(f"{name} {value:g}" for name, value in _most(selector).items())
+        have = f"at most {most}" if most else "none"
+        asked = ", ".join(f"{name} {value:g}" for name, value in absent.items())
+        where = f" with {text}" if selector else ""
+        return f"{demand.group}.resources: {asked}; no node{where} has it{why}; nodes have {have}"
     total = sum(node.resources.get(demand.scarce, 0) for node in alive_nodes(selector))
     has, of = demand.counted(slots(demand)), ""
     if total >= demand.workers * demand.bundle.get(demand.scarce, 1):

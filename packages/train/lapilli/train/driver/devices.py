@@ -60,6 +60,11 @@ def find_device(config: RunConfig) -> Device:
         device = choose_device(config.device, found)
     else:  # where it is not there, the label is to blame
         device = config.device
+    if device != "cuda" and config.train.resources.get("GPU"):
+        raise TrainError(
+            f"train.resources: GPU {config.train.resources['GPU']:g}; workers on device: {device} "
+            "take none; leave it out, or set device: cuda"
+        )
     demand = worker_demand(config, device)
     check_possible(demand)
     if device == "hpu" and slots(demand) and not _ask_one(config, device, has_habana):

@@ -129,8 +129,8 @@ def launch(
             store_config(run, ready.config.checkpoint.upload)
         forget_stop(run)
         try:
+            wait_for_workers(ready.config, ready.device, on_note)  # a signal ends this at once
             with _followed(run, ready, on_step, on_note), stops_on_signals(run, on_stop):
-                wait_for_workers(ready.config, ready.device, on_note)
                 fit_on = fit_on_ray if ready.config.launcher == "ray" else fit_here
                 fit_on(ready.config, ready.device, ready.memory_policy)
         except BaseException as error:
