@@ -12,8 +12,16 @@ import pytest
 from lapilli.data.cluster import places as module
 from lapilli.data.cluster.places import check_places, fault_of, places_of, shared_token
 from lapilli.data.cluster.pool import PoolConfig
-from lapilli.data.cluster.probe import JobPlaces, Seen, node_versions, probe_node, same_version
+from lapilli.data.cluster.probe import (
+    JobPlaces,
+    Seen,
+    node_versions,
+    probe_node,
+    same_version,
+    store_seconds,
+)
 from lapilli.data.errors import DataError
+from lapilli.data.io.remote_path import RemotePath
 
 
 @pytest.fixture
@@ -97,3 +105,11 @@ def test_one_machine_pays_nothing_noticeable(data: Path) -> None:
     check_places(places_of({"root": str(data)}, {"output": str(data)}), PoolConfig(), str(data))
     assert time.process_time() - start < 0.3
     assert Seen(str(data), -1) in places_of({"root": str(data)}, {}).paths["root"]
+
+
+def test_a_store_that_loses_what_it_took_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemotePath, "put", lambda path, source: None)
+    with pytest.raises(DataError, match="an object that was just stored is not there"):
+        store_seconds(f"file://{tmp_path}/store", writes=True)

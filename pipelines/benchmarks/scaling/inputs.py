@@ -71,20 +71,21 @@ class StoreInputs:
             first byte, a store in the same rack has 1 to 5).
         requests: GET and HEAD calls a second for one prefix (published: Amazon S3, 5,500).
         prefixes: Prefixes that the images lie under (assumed: one folder).
-        image_calls: Calls an image (code: pyarrow asks for the size, then reads: HEAD and GET).
-        in_flight: Images a task reads at the same time (code: `REMOTE_READERS`).
+        image_calls: Calls an image (code: obstore reads with a GET alone).
+        in_flight: Images a task reads at the same time (code: `image_shard.READ_AHEAD`, four times as
+            many when one is late).
         begin_calls: Calls of a worker, one after the other, before a shard's first image (code:
             `runners._begin_row`; counted: task file 2, facts 3).
         part_mb: Part of an upload, in MB (code: pyarrow sends parts of 10 MiB).
         store_calls: Calls beside the parts to store a shard (counted: begin and end of the upload,
             facts).
         upload_mb: What a single upload reaches, in MB/s (assumed).
-        plan_calls: Calls of the driver, one after the other, in planning (counted: 17).
+        plan_calls: Calls of the driver, one after the other, in planning (counted: 10).
         page_keys: Keys of a page of a listing (published: S3, 1,000).
-        listings: How often planning lists the images (counted: 2).
+        listings: How often planning lists the images (counted: 1).
         pages_at_once: Pages that are asked for at the same time (code: 1, each names the next).
         build_calls: Calls of the driver, one after the other, from the lease to the manifest
-            (counted: 73, for any number of shards).
+            (counted: 35, for any number of shards).
         client_ms: Processor time of a worker for a call, in ms (measured: `scaling_measured`).
         client_ms_per_mb: The same for a MB that is stored, in ms (measured).
         server_ms: Processor time of the store for a call, in ms; counts where `machine_cores` is
@@ -96,17 +97,17 @@ class StoreInputs:
     latency_ms: float = 20.0
     requests: float = 5_500.0
     prefixes: int = 1
-    image_calls: float = 2.0
-    in_flight: int = 16
+    image_calls: float = 1.0
+    in_flight: int = 32
     begin_calls: int = 5
     part_mb: float = 10.5
     store_calls: int = 3
     upload_mb: float = 200.0
-    plan_calls: int = 17
+    plan_calls: int = 10
     page_keys: int = 1_000
-    listings: int = 2
+    listings: int = 1
     pages_at_once: int = 1
-    build_calls: int = 73
+    build_calls: int = 35
     client_ms: float = 0.36
     client_ms_per_mb: float = 1.3
     server_ms: float = 0.0

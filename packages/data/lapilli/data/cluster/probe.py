@@ -150,7 +150,13 @@ def store_seconds(address: str, *, writes: bool) -> float:
         file.flush()
         for call in (lambda: tried.put(Path(file.name)), tried.read_bytes, tried.unlink):
             start = time.monotonic()
-            call()
+            try:
+                call()
+            except FileNotFoundError:
+                raise DataError(
+                    f"{address}: an object that was just stored is not there; expected a store "
+                    "that gives back at once what it took"
+                ) from None
             slowest = max(slowest, time.monotonic() - start)
     return slowest
 
