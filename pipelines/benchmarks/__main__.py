@@ -22,7 +22,6 @@ from pipelines.benchmarks import (
     planning,
     reading,
     sharing,
-    store_build,
     tokens,
     whole,
 )
@@ -55,7 +54,6 @@ TOPICS: dict[str, Callable[[Sequence[str]], int]] = {
     "share": sharing.main,
     "group": grouping.main,
     "share_step": shared_rows.main,
-    "store": store_build.main,
     "scaling": scaling.main,
     "scaling_measured": scaling_measured.main,
     "tokens": tokens.main,
