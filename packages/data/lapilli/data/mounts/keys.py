@@ -1,18 +1,28 @@
-"""Explain why an image key cannot name a file below the image root. Pure."""
+"""Take image keys apart as paths, and explain why one cannot name a file below the root. Pure."""
 
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 
 from lapilli.data.record import Reason, Verdict, excerpt
 
-__all__ = ["is_base64", "is_inside", "plain_path", "unusable"]
+__all__ = [
+    "is_base64",
+    "is_inside",
+    "plain_path",
+    "split_path",
+    "tidy_path",
+    "too_long",
+    "unusable",
+]
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/?/?")
 WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 SHOWN = 60  # characters of an image that is written into the key
 # What a JPEG, PNG, GIF and WebP begin with in base64; `/9j/4` may be a path too.
 BASE64 = re.compile(r"(?:/9j/[4527]|iVBORw0KGgo|R0lGODlh|R0lGODdh|UklGR)[A-Za-z0-9+/\s]*={0,2}\s*")
+LONGEST_KEY, DEEPEST_KEY = 4096, 100  # characters, and folders of a long key
 SHORTEST = 24  # characters of an image in base64
 
 
@@ -73,3 +83,27 @@ def unusable(key: str) -> Verdict | None:
             "`path_prefix` to the folder that it begins with",
         )
     return None
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """A path's folder and name, without empty parts and dots."""
+    if "//" in path or "./" in path or path.endswith(("/", "/.")) or path == ".":
+        path = PurePosixPath(path).as_posix()
+    folder, _, name = path.rpartition("/")
+    return folder, name
+
+
+def tidy_path(path: str) -> str:
+    """A path without empty parts and dots."""
+    folder, name = split_path(path)
+    return f"{folder}/{name}" if folder else name
+
+
+def too_long(key: str) -> Verdict | None:
+    """The verdict on what cannot be a path at all, such as an image written into the key."""
+    if key[:5].lower() == "data:" or is_base64(key):
+        return unusable(key)
+    if len(key) <= LONGEST_KEY and key.count("/") <= DEEPEST_KEY:
+        return None
+    detail = f"'{excerpt(key)}': a key of {len(key)} characters; expected the path of a file"
+    return Verdict(Reason.IMAGE_MISSING, detail)

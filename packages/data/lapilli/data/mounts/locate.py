@@ -18,7 +18,14 @@ from lapilli.data.io.addresses import split_root
 from lapilli.data.io.filesystems import is_remote
 from lapilli.data.mounts.archives import BadArchive
 from lapilli.data.mounts.folders import Boundary, Folder, RemoteFolder, open_folder
-from lapilli.data.mounts.keys import is_base64, is_inside, plain_path, unusable
+from lapilli.data.mounts.keys import (
+    is_inside,
+    plain_path,
+    split_path,
+    tidy_path,
+    too_long,
+    unusable,
+)
 from lapilli.data.mounts.names import code_pages, composed, decoded
 from lapilli.data.mounts.places import ARCHIVES, Located
 from lapilli.data.mounts.published import PublishedArchive, published
@@ -28,7 +35,7 @@ from lapilli.data.record import Reason, Verdict, excerpt
 __all__ = ["Mount"]
 
 MOST_DROPPED = 12  # leading folders of a missing key that are left out to look for it
-LONG_KEY, LONGEST_KEY, DEEPEST_KEY = 500, 4096, 100  # characters, and folders of a long key
+LONG_KEY = 500  # characters, from which on it is looked at whether a key is a path at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +229,10 @@ class Mount:
             place = self._places.get(key)
             if isinstance(place, Verdict) or (place is not None and place.repair):
                 continue
-            folder, name = _split(self._path(key))
+            folder, name = split_path(self._path(key))
             reached = self._reach(folder)
             if isinstance(reached, _Reached) and (file := reached.folder.path_of(name)) in files:
-                yield key, file, folded(_tidy(self._path(key)))
+                yield key, file, folded(tidy_path(self._path(key)))
 
     def _path(self, key: str) -> str:
         return f"{self._below}/{key}" if self._below else key
@@ -242,10 +249,10 @@ class Mount:
 
     def _find(self, key: str) -> Located | Verdict:
         """The file, tried from the least repair to the most."""
-        if len(key) > LONG_KEY and (verdict := _too_long(key)) is not None:
+        if len(key) > LONG_KEY and (verdict := too_long(key)) is not None:
             return verdict
         if is_inside(key):
-            folder, name = _split(self._path(key))
+            folder, name = split_path(self._path(key))
             reached = self._reach(folder)
             if (
                 isinstance(reached, _Reached)
@@ -273,7 +280,7 @@ class Mount:
         repair = found.repair or found.folder.repair_of(found.name)
         place = found.folder.locate(found.name, repair)
         if repair and isinstance(place, Located):
-            self._repaired[key] = Repair(found.path, folded(_tidy(found.means)), repair)
+            self._repaired[key] = Repair(found.path, folded(tidy_path(found.means)), repair)
         return place
 
     def _one_of(self, key: str, found: list[_Candidate]) -> Located | Verdict:
@@ -303,7 +310,7 @@ class Mount:
         """The file at a path from the start, in its own or another normal form."""
         if not is_inside(path):
             return []
-        folder, name = _split(path)
+        folder, name = split_path(path)
         reached = self._reach(folder)
         if not isinstance(reached, _Reached) or reached.repair not in EXACT:
             return []
@@ -314,7 +321,7 @@ class Mount:
 
     def _spelt_otherwise(self, key: str) -> Located | Verdict:
         """The one file whose name `key` is another spelling of."""
-        path = _tidy(self._path(key))
+        path = tidy_path(self._path(key))
         means = "/".join(self.aliases.get(part, part) for part in path.split("/"))
         folder, _, name = means.rpartition("/")
         reached = self._reach(folder)
@@ -450,30 +457,6 @@ class Mount:
     def _shown(self, path: str) -> str:
         """The folder above `path`, as a command may name it."""
         return f"{self._shown_root}/{path.rpartition('/')[0]}".rstrip("/")
-
-
-def _split(path: str) -> tuple[str, str]:
-    """A path's folder and name, without empty parts and dots."""
-    if "//" in path or "./" in path or path.endswith(("/", "/.")) or path == ".":
-        path = PurePosixPath(path).as_posix()
-    folder, _, name = path.rpartition("/")
-    return folder, name
-
-
-def _tidy(path: str) -> str:
-    """A path without empty parts and dots."""
-    folder, name = _split(path)
-    return f"{folder}/{name}" if folder else name
-
-
-def _too_long(key: str) -> Verdict | None:
-    """The verdict on what cannot be a path at all, such as an image written into the key."""
-    if key[:5].lower() == "data:" or is_base64(key):
-        return unusable(key)
-    if len(key) <= LONGEST_KEY and key.count("/") <= DEEPEST_KEY:
-        return None
-    detail = f"'{excerpt(key)}': a key of {len(key)} characters; expected the path of a file"
-    return Verdict(Reason.IMAGE_MISSING, detail)
 
 
 def _resolved(prefix: str) -> str:
