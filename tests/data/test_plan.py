@@ -13,6 +13,7 @@ import pytest
 from lapilli.data.config import BuildConfig, SourceConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.view import ImageSpec
+from lapilli.data.planning import plan
 from lapilli.data.planning.plan import plan_build
 from lapilli.data.planning.shard_task import ImageTask
 from lapilli.data.record import Reason
@@ -185,6 +186,19 @@ def test_a_wrong_annotation_file_stops_the_plan(
     with pytest.raises(DataError, match=message):
         plan_build(config)
     assert not Path(config.output).exists()
+
+
+def test_more_names_than_a_dataset_holds_are_one_line(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plan_build(config)
+    ids = [*found.entries.sample_ids.to_pylist(), *found.image_ids]
+    most = sum(len(name.encode()) for name in ids)
+    monkeypatch.setattr(plan, "MOST_NAMES", most)
+    plan_build(config)
+    monkeypatch.setattr(plan, "MOST_NAMES", most - 1)
+    with pytest.raises(DataError, match=f"take {most:,} bytes; expected at most"):
+        plan_build(config)
 
 
 def test_too_much_quarantine_names_counts_and_the_first(config: BuildConfig) -> None:

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.compute as pc
+
 from lapilli.data.config import BuildConfig
 from lapilli.data.errors import DataError
 from lapilli.data.images.codecs import Codecs
@@ -69,6 +71,7 @@ __all__ = ["check_quarantined", "plan_build"]
 
 # `original` is decoded, and not resized
 READING = Reading()
+MOST_NAMES = 2**31 - 1  # bytes of a column of strings in a batch of Arrow
 VERIFIED = ImageSpec(size=1, fill=(0, 0, 0), aspect="stretch")
 
 
@@ -108,6 +111,7 @@ def plan_build(
     check_agreement(loaded, _first_texts(read.entries))
     stamps = read.images.stamps(originals)
     slots = arrange_slots(read.images, stamps, previous)
+    _check_names(read.entries, slots)
     groups, token_shards = _plan_tokens(read.entries, config, tokenizer, template, previous)
     targets = _plan_targets(slots, config)
     return BuildPlan(
@@ -131,6 +135,23 @@ def plan_build(
             config, read.entries, read.images.digest(stamps), tokenizer, template, codecs, targets
         ),
     )
+
+
+def _check_names(entries: Entries, slots: ImageSlots) -> None:
+    """Notice more names than the selection and the list of inputs hold, each one batch of Arrow.
+
+    Raises:
+        DataError: Says how many bytes they take, and how many they may.
+    """
+    arrow: Any = pc
+    columns = entries.sample_ids, slots.names
+    total = sum(arrow.sum(arrow.binary_length(names)).as_py() or 0 for names in columns)
+    if total > MOST_NAMES:
+        raise DataError(
+            f"sources: the names of {len(entries):,} records and {len(slots):,} images take "
+            f"{total:,} bytes; expected at most {MOST_NAMES:,} in a dataset; shorten the records' "
+            "ids, or build several datasets"
+        )
 
 
 def _plan_tokens(
