@@ -1,4 +1,4 @@
-"""The distinct images of a build in columns: 40 bytes each beside the letters of its name."""
+"""The distinct images of a build in columns: 16 bytes each beside the letters of its name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lapilli.data.mounts.places import Cell, Member
 from lapilli.data.numbered import NumberedNames
 from lapilli.data.planning.incremental import STAMP_BYTES, image_stamp
 from lapilli.data.planning.originals import Originals
+from lapilli.data.planning.parts.disk_column import DiskColumn
 from lapilli.data.planning.shard_task import source_bytes
 
 if TYPE_CHECKING:
@@ -34,19 +35,19 @@ class Images:
 
     def __init__(self) -> None:
         self.names = NumberedNames()
-        self._sizes, self._times, self._inside = array("q"), array("q"), array("i")
+        self._sizes, self._times, self._inside = DiskColumn("<i8"), DiskColumn("<i8"), array("i")
         self._containers, self._container = NumberedNames(), array("i")
         self._members, self._member_ends = bytearray(), array("q", [0])
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._inside)
 
     def number(self, place: Located) -> int:
         """The number of an image."""
         number = self.names.add(place.image_id)
         if number == len(self):
-            self._sizes.append(place.size)
-            self._times.append(place.mtime_ns)
+            self._sizes.append(place.size.to_bytes(8, "little", signed=True))
+            self._times.append(place.mtime_ns.to_bytes(8, "little", signed=True))
             self._inside.append(self._part(place))
         return number
 
@@ -65,8 +66,8 @@ class Images:
         buffers = [None, pa.py_buffer(self._member_ends), pa.py_buffer(self._members)]
         return ImageTable(
             ids=self.names.column(),
-            sizes=np.frombuffer(self._sizes, np.int64),
-            times=np.frombuffer(self._times, np.int64),
+            sizes=self._sizes.array(),
+            times=self._times.array(),
             inside=np.frombuffer(self._inside, np.int32),
             containers=[*self._containers],
             container=np.frombuffer(self._container, np.int32),
@@ -80,8 +81,8 @@ class ImageTable:
 
     Attributes:
         ids: large_string [n], their identities.
-        sizes: int64 [n], bytes of their containers.
-        times: int64 [n], when their containers were last written, in ns.
+        sizes: int64 [n], bytes of their containers; in a file.
+        times: int64 [n], when their containers were last written, in ns; in a file.
         inside: int32 [n], the row of an image that is part of a container in the next columns; -1
             for a file.
         containers: The containers.
@@ -152,12 +153,12 @@ class ImageTable:
         return whole + sum(source_bytes(self.place(number)) for number in parts.tolist())
 
     def stamps(self, originals: Originals) -> NDArray[np.uint8]:
-        """uint8 [n, 8], what tells each image's file from another under its name."""
-        found = bytearray()
+        """uint8 [n, 8], what tells each image's file from another under its name; in a file."""
+        found = DiskColumn(np.uint8, STAMP_BYTES)
         for start in range(0, len(self), AT_ONCE):
             for place in self.places(start, start + AT_ONCE):
-                found += originals.stamp(place) or image_stamp(place)
-        return np.frombuffer(found, np.uint8).reshape(-1, STAMP_BYTES)
+                found.append(originals.stamp(place) or image_stamp(place))
+        return found.array()
 
     def digest(self, stamps: NDArray[np.uint8]) -> str:
         """`manifest.digest` of each image's identity and stamp, without a list of all of them."""

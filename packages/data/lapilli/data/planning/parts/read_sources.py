@@ -16,6 +16,7 @@ from lapilli.data.errors import DataError
 from lapilli.data.mounts.repairs import repairs_table
 from lapilli.data.planning.located_entries import no_record, open_mount
 from lapilli.data.planning.originals import Originals
+from lapilli.data.planning.parts.disk_column import DiskColumn
 from lapilli.data.planning.parts.entries import Entries
 from lapilli.data.planning.parts.image_table import Images, ImageTable
 from lapilli.data.planning.parts.record_file import RecordFile
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Read", "Reading", "read_sources"]
+
+ON_DISK = ("digests", "stamps")  # columns of uint8 that lie in files
 
 
 @dataclass(frozen=True)
@@ -194,4 +197,9 @@ def _joined(columns: Sequence[SourceColumns], name: str) -> NDArray[Any]:
     parts: list[NDArray[Any]] = [getattr(one, name) for one in columns]
     for one in columns:
         setattr(one, name, getattr(one, name)[:0])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(parts) == 1 or name not in ON_DISK:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    joined = DiskColumn(np.uint8, parts[0].shape[1])
+    for part in parts:
+        joined.append(part)
+    return joined.array()

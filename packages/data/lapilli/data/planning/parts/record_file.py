@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 
-from lapilli.data.errors import DataError
+from lapilli.data.planning.parts.disk_column import temporary_file, unwritable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,11 +25,7 @@ class RecordFile:
     """
 
     def __init__(self) -> None:
-        try:
-            file = tempfile.TemporaryFile(prefix="lapilli-plan-", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise _unwritable(error) from None
-        self._file = cast("BinaryIO", file)
+        self._file = temporary_file(0)
         self._pieces: list[NDArray[np.uint32]] = []
         self._starts: NDArray[np.int64] | None = None
 
@@ -53,7 +48,7 @@ class RecordFile:
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
-            raise _unwritable(error) from None
+            raise unwritable(error) from None
 
     def truncate(self, count: int) -> None:
         """Forget all records but the first `count`."""
@@ -82,10 +77,3 @@ class RecordFile:
         between = int(lengths[block * APART : number].sum(dtype=np.int64))
         start = int(self._starts[block]) + between
         return os.pread(self._file.fileno(), int(lengths[number]), start)
-
-
-def _unwritable(error: OSError) -> DataError:
-    return DataError(
-        f"{tempfile.gettempdir()}: the plan's records cannot be written ({error.strerror}); "
-        "free space there or set TMPDIR"
-    )

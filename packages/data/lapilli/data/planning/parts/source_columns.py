@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from lapilli.data.mounts import Located, Mount
 from lapilli.data.planning.incremental import STAMP_BYTES, row_stamp
 from lapilli.data.planning.originals import Originals
+from lapilli.data.planning.parts.disk_column import DiskColumn
 from lapilli.data.planning.parts.image_table import Images
 from lapilli.data.planning.parts.record_file import RecordFile
 from lapilli.data.planning.parts.scan_part import Part
@@ -45,8 +46,8 @@ class SourceColumns:
         excluded: The sample ids that were named in `exclude` and found.
         sample_ids: string [n], in a chunk for each part.
         copies: By row; see `Entries`.
-        digests: uint8 [n, 16].
-        stamps: uint8 [n, 8].
+        digests: uint8 [n, 16], in a file.
+        stamps: uint8 [n, 8], in a file.
         counts: int32 [n], images of each entry.
         numbers: int32, the numbers of the images of one entry after another.
         verdicts: Of the entries that are not kept.
@@ -92,15 +93,16 @@ class SourceColumns:
         early = EarlyIds(None if originals else (name[prefix:] for name in own))
         first = len(self.records)
         ids = RecordIds()
-        found = {name: bytearray() for name in ("digests", "stamps", "counts", "numbers")}
+        digests, stamps = DiskColumn(np.uint8, 16), DiskColumn(np.uint8, STAMP_BYTES)
+        found = {name: bytearray() for name in ("counts", "numbers")}
         stale = array("q")
         for part in parts:
             table, size = part.table, len(part.table)
             record_ids = self._named(table, stale)
             ids.add(record_ids)
-            found["digests"] += _bytes_of(table["digest"], 16)
-            stamps = table["stamp"].fill_null(b"\0" * STAMP_BYTES)
-            found["stamps"] += _bytes_of(stamps, STAMP_BYTES)
+            digests.append(_bytes_of(table["digest"], 16))
+            own_stamps = table["stamp"].fill_null(b"\0" * STAMP_BYTES)
+            stamps.append(_bytes_of(own_stamps, STAMP_BYTES))
             self.records.append(table["content"])
             names = early.of(record_ids.to_pylist()) if early else {}
             self._judge(table, names, own)
@@ -118,8 +120,7 @@ class SourceColumns:
         self.mount.forget_listings()
         if not self.count:
             return
-        self.digests = np.frombuffer(found["digests"], np.uint8).reshape(-1, 16)
-        self.stamps = np.frombuffer(found["stamps"], np.uint8).reshape(-1, STAMP_BYTES)
+        self.digests, self.stamps = digests.array(), stamps.array()
         self.counts = np.frombuffer(found["counts"], np.int32)
         self.numbers = np.frombuffer(found["numbers"], np.int32)
         self._name(ids, stale)
