@@ -15,6 +15,7 @@ from lapilli.data.config import TargetConfig
 
 __all__ = ["block_means", "blocks", "dying", "odd", "wide"]
 
+PATIENCE = 60.0  # seconds
 Teacher = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -28,10 +29,14 @@ def block_means(pixels: NDArray[np.uint8], rows: int, width: int) -> NDArray[np.
 
 
 def blocks(target: TargetConfig) -> Teacher:
-    """A teacher of `block_means`; `settings.seconds` is what an image takes it."""
+    """A teacher of `block_means` that answers once `settings.loadings` of it have been loaded.
+
+    `settings.seconds` is what an image takes it.
+    """
     _note(target.settings)
 
     def teach(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        _wait_for_others(target.settings)
         time.sleep(float(target.settings.get("seconds", 0)) * len(pixels))
         return block_means(pixels, target.rows, target.width)
 
@@ -54,11 +59,12 @@ def dying(target: TargetConfig) -> Teacher:
     teach = blocks(target)
 
     def once(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        mark = Path(target.settings["folder"]) / "died"
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), 9)
-        return teach(pixels)
+        try:
+            (Path(target.settings["folder"]) / "died").touch(exist_ok=False)
+        except FileExistsError:
+            return teach(pixels)
+        os.kill(os.getpid(), 9)
+        raise AssertionError("unreachable")
 
     return once
 
@@ -67,6 +73,16 @@ def _note(settings: dict[str, Any]) -> None:
     """Count loadings, where a test asks for it."""
     if folder := settings.get("folder"):
         (Path(folder) / f"loaded-{os.getpid()}-{time.monotonic_ns()}").touch()
+
+
+def _wait_for_others(settings: dict[str, Any]) -> None:
+    """Wait for the other actors, so that the first does not do all while they start."""
+    give_up = time.monotonic() + PATIENCE
+    loadings = int(settings.get("loadings", 0))
+    while loadings and len([*Path(settings["folder"]).glob("loaded-*")]) < loadings:
+        if time.monotonic() > give_up:
+            raise RuntimeError(f"{loadings} teachers were never loaded")
+        time.sleep(0.02)
 
 
 def wide(target: TargetConfig) -> Teacher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from ray.util import get_node_ip_address
 
-__all__ = ["PATH", "ROOT", "Head", "ray_head"]
+__all__ = ["PATH", "ROOT", "Head", "Job", "ray_head"]
 
 ROOT = Path(__file__).parents[2]
 PATH = [*(ROOT / "packages" / name for name in ("data", "model", "train")), ROOT]
@@ -57,11 +59,60 @@ class Head:
         """Python with a command, as a driver on the head, ended."""
         return self._ended([sys.executable, *command], ROOT)
 
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """What the server of jobs answers: to POST with a body, else to GET."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/jobs/{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
     def _ended(self, command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, cwd=cwd, env=self.environment, capture_output=True, text=True, check=False,
             timeout=PATIENCE,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was submitted to a head."""
+
+    head: Head
+    name: str
+
+    @staticmethod
+    def submit(head: Head, command: Sequence[str], **variables: str) -> Job:
+        """A command with the variables of `pipelines/cluster/runtime_env.yaml`, and these."""
+        given = yaml.safe_load((ROOT / "pipelines/cluster/runtime_env.yaml").read_text())
+        environment = {"env_vars": {**given["env_vars"], **variables}}
+        body = {"entrypoint": shlex.join(command), "runtime_env": environment}
+        return Job(head, head.ask("", body)["submission_id"])
+
+    def status(self) -> str:
+        """Ray's word for where it is."""
+        return self.head.ask(self.name)["status"]
+
+    def said(self) -> str:
+        """What it printed."""
+        return self.head.ask(f"{self.name}/logs")["logs"]
+
+    def stop(self) -> str:
+        """`ray job stop`, to its end."""
+        done = self.head.ray("job", "stop", "--address", self.head.dashboard, self.name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.end()
+
+    def end(self) -> str:
+        """Its status at its end."""
+        give_up = time.monotonic() + PATIENCE
+        while (found := self.status()) in {"PENDING", "RUNNING"}:
+            assert time.monotonic() < give_up, self.said()
+            time.sleep(0.2)
+        return found
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Planted(ImageFile.ImageFile):
 
 
 def happen(what: str) -> None:
-    """End this process, in one of the ways that there are."""
+    """End this process, in one of the ways that there are, or take a moment."""
     if what == "segv":
         ctypes.string_at(0)
     elif what == "exit":
@@ -48,6 +49,8 @@ def happen(what: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.3)  # five minutes have passed
         while True:
             pass
+    elif what == "slow":
+        time.sleep(0.2)
     elif what == "kill" or (what == "once" and not FIRED.exists()):
         FIRED.touch()  # as the system does where memory is short
         os.kill(os.getpid(), signal.SIGKILL)

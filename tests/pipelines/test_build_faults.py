@@ -19,10 +19,11 @@ import pytest
 
 from tests.factories import conversation, make_mixture, make_tokenizer
 from tests.pipelines import planted
-from tests.pipelines.builds import Build, named_files, wait_for
+from tests.pipelines.builds import Build, but_agents, named_files, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 IMAGES = 150
+WITHIN = 60.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,11 @@ def test_a_killed_driver_leaves_what_is_finished_and_its_lock_is_taken_over(
         said = one_line(build.run())
         assert f"is being built by process {running.process.pid} on " in said
         assert "choose another --output" in said
+        assert running.workers()
+        left = but_agents(running.driver.children(recursive=True))
         running.driver.kill()
+        _, alive = psutil.wait_procs(left, timeout=WITHIN)
+        assert alive == []
     assert (build.output / ".lock").exists()
     finished = shards(build)
     assert finished < len(undisturbed) - 4

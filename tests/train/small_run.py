@@ -41,3 +41,15 @@ def made_step(step: int, **values: Any) -> StepMetrics:
         step=step, loss=1.0, samples=8, trained_tokens=40, seconds=0.5, wait_seconds=0.1
     )
     return replace(every, **values)
+
+
+def disturbed_run(folder: Path, name: str = "run", **values: Any) -> RunConfig:
+    """A run on `folder/dataset` that saves when it is asked to and at its end, and can be slowed.
+
+    Its steps last as long as `PLANTED` of `tests.train.planted` says.
+    """
+    given: dict[str, Any] = {
+        "epochs": 5, "checkpoint": CheckpointConfig(every=1000, keep_last=9), **values,
+    }  # fmt: skip
+    config = small_run(folder / "dataset", folder / name, **given)
+    return replace(config, model=replace(config.model, projector="tests.train.planted:projector"))
