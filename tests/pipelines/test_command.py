@@ -16,9 +16,6 @@ import pipelines.check
 import pipelines.generate
 import pipelines.preprocess
 import pipelines.quickstart
-import pipelines.repair
-import pipelines.replay
-import pipelines.report
 import pipelines.show
 import pipelines.train
 from lapilli.data.errors import DataError
@@ -116,10 +113,6 @@ def test_brackets_in_a_path_are_text(capsys: pytest.CaptureFixture[str]) -> None
         (pipelines.generate.main, ["r", "--questions=q", "--output=ADDRESS"], "output"),
         (pipelines.quickstart.main, ["--output=ADDRESS"], "output"),
         (pipelines.show.main, ["a", "--html=ADDRESS"], "html"),
-        (pipelines.repair.main, ["a", "--root=ADDRESS"], "root"),
-        (pipelines.replay.main, ["ADDRESS"], "step"),
-        (pipelines.repair.main, ["ADDRESS"], "folders"),
-        (pipelines.report.main, ["ADDRESS"], "folders"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("address", ["s3://bucket/a", "file:///a"])

@@ -85,7 +85,13 @@ class _MadeUpFolder(Folder):
 
     def locate(self, name: str, repair: str) -> Located:
         path = self.path_of(name)
-        return Located(path, path, 100_000, 1_700_000_000_000_000_000 + len(name), None, repair)
+        return Located(
+            image_id=path,
+            container=path,
+            size=100_000,
+            mtime_ns=1_700_000_000_000_000_000 + len(name),
+            repair=repair,
+        )
 
     def path_of(self, name: str) -> str:
         return f"{self.path}/{name}" if self.path else name

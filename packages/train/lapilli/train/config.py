@@ -140,7 +140,7 @@ class RunConfig:
             a GPU's memory, on a CPU unlimited.
         offload: What is kept in host memory or on a disk.
         precision: `fp32`, `bf16` or `fp16` (weights and moments stay fp32 in the optimizer). `fp16`
-            is for GPUs older than bf16; it scales the loss so that gradients do not vanish.
+            is for GPUs older than bf16; its loss is scaled.
         tf32: Whether NVIDIA GPUs compute fp32 products in TF32: faster, and rounded.
         num_workers: Processes, one a device; on a CPU, one a core or fewer.
         device: `auto` takes GPUs when there are any, else Gaudi's HPUs (`hpu`), else the CPU.
