@@ -143,18 +143,18 @@ class DriverInputs:
     """The driver, on the head node.
 
     Attributes:
-        rows: Records a second that it plans, checks and selects by itself (measured: topic
-            `whole`, 665,298 in 64 s); with `task_rows`, those that it joins.
-        task_rows: Records a second that a core plans in a task of Ray's; 0 where planning has no
-            tasks.
+        rows: Records a second that it joins to a plan (measured: topic `plan_scale`, 665,298 in
+            23.8 s of its processor); without `task_rows`, those that it plans by itself.
+        task_rows: Records a second that a core scans in a task of Ray's (measured: 45 us each); 0
+            where planning has no tasks.
         tasks: Ray Data's tasks a second (measured: LOG, 90 to 94).
         start_seconds: Until every worker works: Ray, Ray Data's second look at the cluster,
             imports (measured: topic `build`, cold against warm).
         finish_shard_ms: Of finishing, for each shard, in ms (measured: 401 shards against 21 of the
             same 2,000 images, processor time).
-        base_mb: Memory of the driver before it knows a record, in MB (measured: imports).
-        record_bytes: Memory for a record and its image while planning, in bytes (measured: topic
-            `whole`, and 3,500 for records that have an image each).
+        base_mb: Memory of the driver before it knows a record, in MB (measured: `plan_scale`).
+        record_bytes: Memory for a record and its image at the end of a build, where it needs most,
+            in bytes (measured: `plan_scale`, 303 beside 124 while planning).
         facts_bytes: Memory for what lies beside shards, of a record and its image, in bytes; held
             where the output is a store (measured: 54 and 33 of Base64).
         text_bytes: Text of a record on the temporary disk, in bytes (published: LLaVA's 665K has
@@ -162,13 +162,13 @@ class DriverInputs:
         place_bytes: An image's place in a task file, in bytes (measured: 60).
     """
 
-    rows: float = 10_400.0
-    task_rows: float = 0.0
+    rows: float = 28_000.0
+    task_rows: float = 22_000.0
     tasks: float = 90.0
     start_seconds: float = 10.0
     finish_shard_ms: float = 0.35
-    base_mb: float = 300.0
-    record_bytes: float = 3_500.0
+    base_mb: float = 260.0
+    record_bytes: float = 303.0
     facts_bytes: float = 87.0
     text_bytes: float = 1_550.0
     place_bytes: float = 60.0

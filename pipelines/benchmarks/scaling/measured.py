@@ -297,7 +297,7 @@ def calibrated(
             server_ms_per_mb=costs.server_seconds_per_mb * 1e3,
         ),
         driver=DriverInputs(
-            rows=config.images / local.plan_seconds, start_seconds=start,
+            rows=config.images / local.plan_seconds, task_rows=0.0, start_seconds=start,
             finish_shard_ms=1e3 * local.finish_seconds / shards,
         ),
         source_kb=source_kb,
