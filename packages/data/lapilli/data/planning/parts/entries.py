@@ -1,4 +1,4 @@
-"""Every element of a build's sources in columns: 70 bytes a record in memory, texts on disk."""
+"""Every element of a build's sources in columns: 45 bytes a record in memory, texts on disk."""
 
 from __future__ import annotations
 
