@@ -58,7 +58,7 @@ STORE = StoreInputs(
 SHARED = SharedDiskInputs(
     mb=0.002, operations=20, latency_ms=100, plan_operations=2, image_operations=3, in_flight=5
 )
-DRIVER = DriverInputs(rows=10, tasks=1, start_seconds=5, finish_shard_ms=100)
+DRIVER = DriverInputs(rows=10, task_rows=0, tasks=1, start_seconds=5, finish_shard_ms=100)
 BY_HAND = ScalingConfig(
     node=NODE, store=STORE, shared_disk=SHARED, driver=DRIVER, source_kb=0.25, save=False
 )
