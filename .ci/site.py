@@ -37,7 +37,7 @@ def pages() -> list[str]:
 
 
 def site_path(name: str) -> str:
-    """Where a file of the repository lies in the site's sources."""
+    """The path of a repository's file among the site's sources."""
     return "index.md" if name == FIRST else name.removeprefix("docs/")
 
 

@@ -145,8 +145,8 @@ class DriverInputs:
     Attributes:
         rows: Records a second that it joins to a plan (measured: topic `plan_scale`, 665,298 in
             23.8 s of its processor); without `task_rows`, those that it plans by itself.
-        task_rows: Records a second that a core scans in a task of Ray's (measured: 45 us each); 0
-            where planning has no tasks.
+        task_rows: Records a second that a core scans in a task of Ray's (from measured: one
+            process that does both, less the driver's share, 45 us each); 0 where planning has no tasks.
         tasks: Ray Data's tasks a second (measured: LOG, 90 to 94).
         start_seconds: Until every worker works: Ray, Ray Data's second look at the cluster,
             imports (measured: topic `build`, cold against warm).

@@ -1,11 +1,11 @@
-"""Order an epoch window by window of whole blocks, in the memory that one window takes.
+"""Order an epoch in windows of whole blocks, using the memory of one window.
 
-The blocks (runs of samples that lie in the same shards) come in an order drawn for the epoch and
-are cut into windows of about as many samples each; within a window the order is that of
-`plan_epoch`'s samplers. Of each modality, the samples of all windows form one stream, which global
-batches cut: what does not fill a batch at a window's end opens the next window's first. So where a
-window's batches begin follows from counts alone, an epoch has as many steps as without windows, and
-every sample comes once. Pure: no files, no devices.
+Blocks are runs of samples in the same shards. They are shuffled for each epoch and grouped into
+windows of about equal size; inside a window samples are ordered by the samplers of `plan_epoch`.
+The samples of each modality form one stream across all windows: those that do not fill a global
+batch at the end of a window begin the next window's first batch. The first step of each window
+therefore follows from counts alone, an epoch has as many steps as without windows, and every sample
+occurs once. Pure: no files, no devices.
 """
 
 from __future__ import annotations

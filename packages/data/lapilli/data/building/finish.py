@@ -78,7 +78,7 @@ def finish(
         plan: The plan.
         output: Where its shards are.
         facts: Of every shard that the plan makes, by name.
-        shards: What lies beside the shards.
+        shards: The facts and small columns stored beside the shards.
     """
     shards.look()
     tokens = [_facts(shard, facts) for shard in plan.token_shards]

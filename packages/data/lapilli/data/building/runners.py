@@ -333,7 +333,7 @@ def _begin_row(row: dict[str, Any]) -> Callable[[], Result]:
 
 
 def _beside(task: Task, output: Output) -> Summaries:
-    """What lies beside a task's shard, if it was made before this attempt."""
+    """The facts stored beside a task's shard, if an earlier attempt made it."""
     shards = Summaries(output)
     shards.look_at(task.name)
     return shards

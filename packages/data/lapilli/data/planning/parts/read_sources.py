@@ -197,8 +197,10 @@ def _joined(columns: Sequence[SourceColumns], name: str) -> NDArray[Any]:
     parts: list[NDArray[Any]] = [getattr(one, name) for one in columns]
     for one in columns:
         setattr(one, name, getattr(one, name)[:0])
-    if len(parts) == 1 or name not in ON_DISK:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if name not in ON_DISK:
+        return np.concatenate(parts)
     joined = DiskColumn(np.uint8, parts[0].shape[1])
     for part in parts:
         joined.append(part)
